@@ -1,0 +1,31 @@
+# Every target calls a Python script of the standard library; without make, run the commands of the recipe.
+PYTHON ?= python3
+VENV_PYTHON = .venv/bin/python
+
+.PHONY: help install test slow check quickstart clean
+
+help:
+	@echo "make quickstart  install, then the whole way from text to a Hugging Face model in runs/quickstart/"
+	@echo "make install     make .venv with the extras test, dev, hf, quickstart"
+	@echo "make test        run the tests (ARGS='-k loss' goes to pytest)"
+	@echo "make slow        run the tests that take minutes"
+	@echo "make check       lint, format check and types"
+	@echo "make clean       remove .venv and caches; runs/ stays"
+
+install:
+	$(PYTHON) scripts/install.py
+
+test: install
+	$(VENV_PYTHON) scripts/run_tests.py $(ARGS)
+
+slow: install
+	$(VENV_PYTHON) scripts/run_tests.py -m slow $(ARGS)
+
+check: install
+	$(VENV_PYTHON) scripts/run_checks.py
+
+quickstart: install
+	$(VENV_PYTHON) scripts/quickstart.py $(ARGS)
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,0 +1,368 @@
+"""One training step: our trainer beside litgpt's model and transformers' Llama, same shapes, data and precision.
+
+Every contender runs in a process of its own; the rounds alternate between them (A B C A B C ...), so that a machine
+that changes its speed changes it for all. A round is `--steps` optimizer steps: forward, backward, clipping to norm 1,
+fused AdamW on fp32 weights. Printed are medians over the rounds and, per round, the ratio to ours.
+
+    python benchmarks/train_step.py --model llama-10M --peer litgpt=PYTHON --json FILE
+
+Peers are looked for in this Python, or in the one given by --peer NAME=PYTHON; a missing one is a skipped row, and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTENDERS = ("llammlein", "llammlein-documents", "transformers", "litgpt")
+
+
+# ---------------------------------------------------------------- workers: one contender, driven by lines on stdin
+
+
+def worker(name: str, plan: dict[str, Any]) -> None:
+    """Build a contender, then answer each line `N` on stdin with the seconds of N steps and the peak memory."""
+    import torch
+
+    if plan["threads"]:
+        torch.set_num_threads(plan["threads"])
+    step = (ours if name.startswith("llammlein") else peer)(name, plan)
+    print(json.dumps({"ready": name, "versions": versions(name)}), flush=True)
+    for line in sys.stdin:
+        n = int(line)
+        synchronize(torch)
+        start = time.perf_counter()
+        loss = None
+        for _ in range(n):
+            loss = step()
+        synchronize(torch)
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "loss": float(loss), "memory_gib": memory(torch)}), flush=True)
+
+
+def synchronize(torch: Any) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def memory(torch: Any) -> float:
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated() / 2**30)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def versions(name: str) -> dict[str, str]:
+    from importlib import metadata
+
+    found = {"python": platform.python_version()}
+    for package in ("torch", "lightning", "transformers", "litgpt"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def ours(name: str, plan: dict[str, Any]) -> Any:
+    """The trainer's own step: its loader, its loss per span, its clipping and optimizer. Only the record's file is left out."""
+    sys.path[0] = str(ROOT)
+    from pretrain.fabric_train import parse
+    from pretrain.loop import train_step
+    from pretrain.setup import set_up
+
+    documents = name.endswith("documents")
+    run = set_up(
+        parse(
+            [
+                f"--out_dir={plan['folder']}/{name}",
+                f"--data.train={plan['folder']}/data",
+                f"--data.document_mask={'true' if documents else 'false'}",
+                "--data.datapoints=false",
+                f"--model.name={plan['model']}",
+                f"--model.vocab_size={plan['config']['vocab_size']}",
+                f"--train.block_size={plan['block_size']}",
+                f"--train.global_batch_samples={plan['batch']}",
+                f"--train.micro_batch_samples={plan['batch']}",
+                "--train.max_steps=1000000",
+                f"--precision={plan['precision']}",
+                f"--compile={'true' if plan['compile'] else 'false'}",
+                "--devices=1",
+            ]
+        )
+    )
+    steps = run.loader.steps(0, 1_000_000)
+
+    def step() -> Any:
+        result = train_step(run, next(steps))
+        return result.loss_sum / result.n_targets
+
+    return step
+
+
+def peer(name: str, plan: dict[str, Any]) -> Any:
+    """A peer's model under the usual loop: autocast, full logits, cross-entropy, clip_grad_norm_, fused AdamW."""
+    import numpy as np
+    import torch
+
+    c = plan["config"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    if name == "transformers":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=c["padded_vocab_size"],
+            hidden_size=c["n_embd"],
+            intermediate_size=c["intermediate_size"],
+            num_hidden_layers=c["n_layer"],
+            num_attention_heads=c["n_head"],
+            num_key_value_heads=c["n_query_groups"],
+            max_position_embeddings=c["block_size"],
+            rms_norm_eps=c["norm_eps"],
+            tie_word_embeddings=c["tie_embeddings"],
+            use_cache=False,
+        )
+        model: Any = LlamaForCausalLM(config)
+        forward = lambda tokens: model(tokens).logits  # noqa: E731
+    else:
+        from litgpt import GPT, Config
+
+        model = GPT(
+            Config(
+                block_size=c["block_size"],
+                vocab_size=c["vocab_size"],
+                padded_vocab_size=c["padded_vocab_size"],
+                n_layer=c["n_layer"],
+                n_head=c["n_head"],
+                n_query_groups=c["n_query_groups"],
+                n_embd=c["n_embd"],
+                intermediate_size=c["intermediate_size"],
+                rotary_percentage=1.0,
+                parallel_residual=False,
+                bias=False,
+                norm_class_name="RMSNorm",
+                mlp_class_name="LLaMAMLP",
+                norm_eps=c["norm_eps"],
+            )
+        )
+        forward = lambda tokens: model(tokens)  # noqa: E731
+    model.to(device)
+    if plan["compile"]:
+        model.compile()
+    if device == "cuda" and plan["precision"] != "fp32":
+        torch.set_float32_matmul_precision("high")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    dtype = torch.bfloat16 if plan["precision"] == "bf16" else torch.float32
+    stream = np.load(plan["folder"] + "/tokens.npy", mmap_mode="r")
+    B, T = plan["batch"], plan["block_size"]
+    state = {"at": 0}
+
+    def step() -> Any:
+        at = state["at"]
+        if at + B * T + 1 > len(stream):
+            at = 0
+        rows = torch.from_numpy(np.stack([stream[at + i * T : at + (i + 1) * T + 1] for i in range(B)]).astype(np.int64))
+        state["at"] = at + B * T
+        rows = rows.to(device, non_blocking=True)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            logits = forward(rows[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+# ---------------------------------------------------------------- the call that compares
+
+
+class Contender:
+    """A worker process."""
+
+    def __init__(self, name: str, python: str, plan_file: Path, log: Path) -> None:
+        self.name = name
+        command = [python, str(Path(__file__).resolve()), "--worker", name, "--plan", str(plan_file)]
+        self.log = open(log, "w", encoding="utf-8")  # noqa: SIM115 - closed by end
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        self.seconds: list[float] = []
+        self.last: dict[str, Any] = {}
+
+    def read(self) -> dict[str, Any] | None:
+        """The next JSON line; None if the worker has ended."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        return None
+
+    def round(self, steps: int) -> bool:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return False
+        answer = self.read()
+        if answer is None:
+            return False
+        self.last = answer
+        self.seconds.append(answer["seconds"])
+        return True
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.log.close()
+
+
+def write_data(folder: Path, vocab_size: int, n_tokens: int, document_tokens: int) -> None:
+    """The same random tokens as a packed dataset and as a flat file; documents of about `document_tokens`."""
+    import numpy as np
+
+    from lit_data.packed import PackedWriter
+
+    rng = np.random.default_rng(0)
+    # A skewed distribution, as words have; uniform ids would make the embedding's gradient denser than text does.
+    ids = np.minimum(rng.zipf(1.2, size=n_tokens), vocab_size - 1).astype(np.int32)
+    np.save(folder / "tokens.npy", ids)
+    facts = {"kind": "none", "fingerprint": "benchmark", "folder": None}
+    with PackedWriter(folder / "data", tokenizer=facts, vocab_size=vocab_size, eos_id=0) as writer:
+        at, number = 0, 0
+        while at < n_tokens:
+            length = int(rng.integers(document_tokens // 2, document_tokens * 3 // 2))
+            writer.add(ids[at : at + length], id=str(number))
+            at, number = at + length, number + 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-10M", help="name in lit_model/registry.py")
+    parser.add_argument("--batch", type=int, default=8, help="rows in a step")
+    parser.add_argument("--block_size", type=int, help="tokens in a row (default: the model's)")
+    parser.add_argument("--document_tokens", type=int, default=400, help="mean length of a document")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--steps", type=int, default=5, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup_steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="threads a contender (default: torch's choice)")
+    parser.add_argument("--only", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker, json.loads(args.plan.read_text()))
+        return 0
+
+    sys.path[0] = str(ROOT)
+    import torch
+
+    from lit_model.cost import count_parameters, flops_per_token
+    from lit_model.registry import get_config
+    from pretrain.metrics import PEAK_FLOPS
+
+    config = get_config(args.model)
+    T = args.block_size or config.block_size
+    pythons = dict(p.split("=", 1) for p in args.peer)
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {len(os.sched_getaffinity(0))} cores"
+    peak = next((p for n, p in PEAK_FLOPS.items() if cuda and n in device), None)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_data(folder, config.vocab_size, max(200_000, 40 * args.batch * T), args.document_tokens)
+        plan = {
+            "folder": str(folder),
+            "model": args.model,
+            "config": config.to_dict(),
+            "batch": args.batch,
+            "block_size": T,
+            "precision": args.precision,
+            "compile": args.compile,
+            "threads": args.threads,
+        }
+        (folder / "plan.json").write_text(json.dumps(plan))
+        contenders, skipped, found = [], {}, {}
+        for contender_name in args.only:
+            python = pythons.get(contender_name, sys.executable)
+            c = Contender(contender_name, python, folder / "plan.json", folder / f"{contender_name}.log")
+            ready = c.read()
+            if ready is None:
+                c.end()
+                lines = (folder / f"{contender_name}.log").read_text().strip().splitlines() or ["ended without a word"]
+                skipped[contender_name] = lines[-1]
+                continue
+            found[contender_name] = ready["versions"]
+            contenders.append(c)
+        for c in contenders:
+            if not c.round(args.warmup_steps):
+                skipped[c.name] = (folder / f"{c.name}.log").read_text().strip().splitlines()[-1]
+        contenders = [c for c in contenders if c.name not in skipped]
+        for c in contenders:
+            c.seconds.clear()
+        for _ in range(args.rounds):
+            for c in contenders:
+                assert c.round(args.steps), f"{c.name} ended in a round"
+        for c in contenders:
+            c.end()
+
+    tokens = args.steps * args.batch * T
+    flops = flops_per_token(config, T)
+    rows = []
+    base = next((c for c in contenders if c.name == "llammlein"), contenders[0])
+    for c in contenders:
+        rate = tokens / statistics.median(c.seconds)
+        ratios = [b / s for b, s in zip(base.seconds, c.seconds, strict=True)]
+        rows.append(
+            {
+                "name": c.name,
+                "tokens_per_s": rate,
+                "mfu": rate * flops / peak if peak else None,
+                "memory_gib": c.last["memory_gib"],
+                "rate_to_ours": statistics.median(ratios),
+                "rate_to_ours_min": min(ratios),
+                "rate_to_ours_max": max(ratios),
+                "loss": c.last["loss"],
+                "versions": found[c.name],
+            }
+        )
+    print(
+        f"{args.model} ({count_parameters(config):,} parameters), {args.batch} x {T} tokens, {args.precision}, "
+        f"compile {args.compile}, {device}; {args.rounds} rounds of {args.steps} steps"
+    )
+    print(f"{'':22s} {'tokens/s':>10s} {'MFU':>7s} {'memory':>9s}   rate / ours (min .. max)")
+    for r in rows:
+        mfu = f"{r['mfu']:.1%}" if r["mfu"] else "-"
+        print(
+            f"{r['name']:22s} {r['tokens_per_s']:10,.0f} {mfu:>7s} {r['memory_gib']:6.2f} GiB   {r['rate_to_ours']:.3f} "
+            f"({r['rate_to_ours_min']:.3f} .. {r['rate_to_ours_max']:.3f})"
+        )
+    for skipped_name, why in skipped.items():
+        print(f"{skipped_name:22s} skipped: {why}")
+    if args.json:
+        facts = {k: v for k, v in vars(args).items() if k not in ("json", "worker", "plan", "peer")}
+        result = {"date": time.strftime("%Y-%m-%d"), "device": device, "args": facts, "rows": rows, "skipped": skipped}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

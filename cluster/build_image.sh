@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# build_image.sh [IMAGE]: build llammlein.def into an Apptainer image (default: llammlein.sif in the checkout).
+# Needs network access and about 30 GB of free space in APPTAINER_TMPDIR. On many clusters: run it on a build or login node.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+image=${1:-$root/llammlein.sif}
+case $image in /*) ;; *) image=$PWD/$image ;; esac
+
+if ! command -v apptainer >/dev/null; then
+    echo "error: apptainer was not found; on a cluster often: module load apptainer" >&2
+    exit 2
+fi
+if [ -e "$image" ]; then
+    echo "error: $image exists already; remove it, or give another name" >&2
+    exit 2
+fi
+cd "$root" # the definition names files of the checkout
+# --fakeroot: no administrator is needed. The name appears when the image is whole.
+apptainer build --fakeroot "$image.part" llammlein.def
+mv "$image.part" "$image"
+echo "built $image"

@@ -1,0 +1,151 @@
+"""Sample number -> place in the data. Integers only: no files, no ranks, no state.
+
+The order of a run is a pure function of the seed and the number of windows. Within an epoch the windows are
+permuted by a keyed bijection, so that any sample can be found without building an index and any window can be
+traced back to its sample without a scan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+_UintArray = npt.NDArray[np.uint64]
+
+ROUNDS = 6  # even, so that the two halves of a Feistel network of unequal widths end where they began
+
+
+def round_keys(seed: int, dataset: int, epoch: int) -> _UintArray:
+    """The Feistel keys of one epoch of one dataset, (ROUNDS,) uint64, drawn from SHA-256."""
+    digest = hashlib.sha512(f"llammlein-order-1:{seed}:{dataset}:{epoch}".encode()).digest()
+    return np.frombuffer(digest, dtype="<u8")[:ROUNDS].astype(np.uint64)
+
+
+def mix64(x: _UintArray) -> _UintArray:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014): a bijection on 64 bits with full avalanche."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _feistel(x: _UintArray, bits: int, keys: _UintArray, inverse: bool) -> _UintArray:
+    """A keyed bijection on [0, 2^bits) by a Feistel network whose halves may differ by one bit."""
+    low_bits = np.uint64(bits // 2)
+    high_bits = np.uint64(bits - bits // 2)
+    low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
+    high_mask = (np.uint64(1) << high_bits) - np.uint64(1)
+    high, low = x >> low_bits, x & low_mask
+    # Even rounds change `high` by a function of `low`, odd rounds the reverse: each step undoes itself.
+    order = range(ROUNDS - 1, -1, -1) if inverse else range(ROUNDS)
+    for i in order:
+        if i % 2 == 0:
+            high = high ^ (mix64(low + keys[i]) & high_mask)
+        else:
+            low = low ^ (mix64(high + keys[i]) & low_mask)
+    return (high << low_bits) | low
+
+
+def permute(index: IntArray, n: int, keys: _UintArray, inverse: bool = False) -> IntArray:
+    """Apply a keyed permutation of [0, n), or its inverse, to an array of indices.
+
+    Cycle walking (Black and Rogaway 2002): the network acts on the next power of two, and an image outside
+    [0, n) is mapped again until it falls inside; fewer than two applications are needed on average.
+
+    Args:
+        index: int64, any shape, values in [0, n).
+        n: size of the domain, up to 2^62.
+        keys: from `round_keys`.
+    """
+    bits = max(2, int(n - 1).bit_length())
+    with np.errstate(over="ignore"):
+        x = _feistel(index.astype(np.uint64), bits, keys, inverse)
+        outside = x >= np.uint64(n)
+        while outside.any():
+            x[outside] = _feistel(x[outside], bits, keys, inverse)
+            outside = x >= np.uint64(n)
+    return x.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of the windows of one dataset.
+
+    Attributes:
+        n_windows: windows in the dataset.
+        seed: of the run.
+        dataset: number of the dataset in the run, part of the key.
+        shuffle: False keeps the order of the corpus (validation).
+    """
+
+    n_windows: int
+    seed: int = 0
+    dataset: int = 0
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.n_windows < 1:
+            raise ValueError(f"the dataset has {self.n_windows} windows; at least one is needed")
+
+    def place(self, samples: IntArray) -> tuple[IntArray, IntArray]:
+        """Sample numbers -> (epoch, window), each int64 of the same shape."""
+        epochs, rest = np.divmod(samples, self.n_windows)
+        return epochs, self._map(epochs, rest, inverse=False)
+
+    def sample(self, epochs: IntArray, windows: IntArray) -> IntArray:
+        """(epoch, window) -> sample number: the inverse of `place`."""
+        return epochs * self.n_windows + self._map(epochs, windows, inverse=True)
+
+    def _map(self, epochs: IntArray, index: IntArray, inverse: bool) -> IntArray:
+        if not self.shuffle:
+            return index
+        out = np.empty_like(index)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            out[here] = permute(index[here], self.n_windows, round_keys(self.seed, self.dataset, int(epoch)), inverse)
+        return out
+
+
+@dataclass(frozen=True)
+class Segment:
+    """From `from_step` on, step t is made of samples `first_sample + (t - from_step) * global_batch ...`."""
+
+    from_step: int
+    first_sample: int
+    global_batch: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def segment_of(segments: Sequence[Segment], step: int) -> Segment:
+    """The segment that holds `step`: the last one that begins at or before it."""
+    return max((s for s in segments if s.from_step <= step), key=lambda s: s.from_step)
+
+
+def first_sample_of_step(segments: Sequence[Segment], step: int) -> tuple[int, int]:
+    """(first sample, number of samples) of a step."""
+    s = segment_of(segments, step)
+    return s.first_sample + (step - s.from_step) * s.global_batch, s.global_batch
+
+
+def steps_of_sample(segments: Sequence[Segment], sample: int, n_steps: int) -> list[tuple[int, int]]:
+    """All (step, row) below `n_steps` that used a sample; empty where it was skipped or lies ahead."""
+    found = []
+    ordered = sorted(segments, key=lambda s: s.from_step)
+    for i, s in enumerate(ordered):
+        end = ordered[i + 1].from_step if i + 1 < len(ordered) else n_steps
+        offset = sample - s.first_sample
+        if offset >= 0 and s.from_step + offset // s.global_batch < min(end, n_steps):
+            found.append((s.from_step + offset // s.global_batch, offset % s.global_batch))
+    return found
+
+
+def row_of(micro_batch: int, rank: int, place: int, world_size: int, micro_batch_samples: int) -> int:
+    """(micro-batch, data-parallel rank, place in the micro-batch) -> row of the step. The fixed rule of the loader."""
+    return (micro_batch * world_size + rank) * micro_batch_samples + place

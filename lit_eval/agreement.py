@@ -1,0 +1,78 @@
+"""Does transformers agree with us? The loss of every span of a packed dataset, ours against theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lit_data.loader import PADDING, count_windows, read_rows
+from lit_data.packed import PackedDataset
+from lit_model.load import load_model
+from lit_model.loss import LossOutput
+
+
+@dataclass
+class SpanLosses:
+    """Summed losses (nats) of spans, in the order of the stream, and where they lie.
+
+    Attributes:
+        start: position in the stream of the first input token; `length` inputs, `targets` of them with a target.
+    """
+
+    start: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
+    loss: npt.NDArray[np.float64]
+
+    @property
+    def mean(self) -> float:
+        """Nats per target over all spans."""
+        return float(self.loss.sum() / self.targets.sum())
+
+
+@torch.no_grad()
+def our_span_losses(model_path: Path, dataset: PackedDataset, block_size: int, batch: int = 16) -> SpanLosses:
+    """Rows of a packed dataset through our model with the document mask, as the trainer's validation does."""
+    model, _ = load_model(model_path)
+    n_windows = count_windows(dataset.n_tokens, block_size)
+    parts: list[tuple[Any, ...]] = []
+    for first in range(0, n_windows, batch):
+        windows = np.arange(first, min(first + batch, n_windows), dtype=np.int64)
+        rows = read_rows(dataset, windows, windows, block_size, document_mask=True)
+        out = model(rows.tokens, rows.targets, cu_seqlens=rows.cu_seqlens)
+        assert isinstance(out, LossOutput)
+        spans = rows.spans
+        offsets = rows.cu_seqlens[: len(spans.length)].long().numpy()
+        sums = np.add.reduceat(out.token_losses.double().numpy().reshape(-1), offsets)
+        keep = spans.document != PADDING
+        start = dataset.document_start(spans.document[keep]) + spans.start[keep]
+        parts.append((start, spans.length[keep], spans.targets[keep], sums[keep]))
+    return SpanLosses(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def transformers_span_losses(folder: Path, dataset: PackedDataset, spans: SpanLosses) -> SpanLosses:
+    """The same spans, one at a time, through `AutoModelForCausalLM` in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    losses = np.zeros_like(spans.loss)
+    for i, (start, length, targets) in enumerate(zip(spans.start, spans.length, spans.targets, strict=True)):
+        if targets == 0:
+            continue
+        stop = min(int(start + length) + 1, dataset.n_tokens)
+        ids = torch.from_numpy(dataset.tokens(int(start), stop).astype(np.int64))
+        logits = model(ids[:length].unsqueeze(0)).logits[0, : int(targets)].float()
+        losses[i] = torch.nn.functional.cross_entropy(logits, ids[1 : int(targets) + 1], reduction="none").double().sum()
+    return SpanLosses(spans.start, spans.length, spans.targets, losses)
+
+
+def largest_difference(ours: SpanLosses, theirs: SpanLosses) -> float:
+    """Largest relative difference of a span's summed loss."""
+    scored = theirs.targets > 0
+    return float(np.max(np.abs(ours.loss - theirs.loss)[scored] / theirs.loss[scored]))

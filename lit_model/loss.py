@@ -1,0 +1,118 @@
+"""Cross-entropy of a linear head, a chunk of tokens at a time: the full logits never exist.
+
+Dimensions: B batch, T tokens in a row, N tokens of the batch, n tokens of a chunk, C n_embd, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Target of a token whose prediction does not count."""
+
+# Float32 logits of one chunk. A chunk must hold some hundred tokens, or adding up the head's gradient (read and written
+# once a chunk) costs more than the matrix multiplies; on a CPU more than 512 gain nothing and leave the caches.
+CPU_CHUNK_BYTES = 64 * 2**20
+CPU_CHUNK_TOKENS = 512
+GPU_CHUNK_BYTES = 512 * 2**20
+
+
+class LossOutput(NamedTuple):
+    """What a model returns when it gets targets."""
+
+    loss_sum: Tensor
+    """Sum of the token losses in nats, a differentiable float32 scalar."""
+    token_losses: Tensor
+    """Loss of each token in nats, float32 (B, T), detached, 0 where the target is ignored."""
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, chunk_bytes: int | None = None
+) -> LossOutput:
+    """-log softmax(hidden weight^T)[target] for each token, and the sum over those not ignored.
+
+    hidden (B, T, C) or (N, C); weight (V, C) with V >= vocab_size, whose rows from vocab_size on are padding and get
+    no probability; targets int64 (B, T) or (N,), IGNORE_INDEX where nothing is to be predicted. `chunk_bytes` bounds
+    the float32 logits held at once. Both gradients are made in the forward, chunk by chunk, the head's accumulated in
+    float32; under autocast the logits are computed in its dtype and the softmax in float32. (Cut cross-entropy and
+    Liger's fused linear cross-entropy rest on the same idea.)
+    """
+    on_cpu = hidden.device.type == "cpu"
+    if chunk_bytes is None:
+        chunk_bytes = CPU_CHUNK_BYTES if on_cpu else GPU_CHUNK_BYTES
+    chunk_tokens = max(1, chunk_bytes // (4 * weight.shape[0]))
+    if on_cpu:
+        chunk_tokens = min(chunk_tokens, CPU_CHUNK_TOKENS)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if dtype != torch.float64 and hidden.dtype == torch.float64:
+        dtype = torch.float64
+    with torch.autocast(device, enabled=False):
+        flat = hidden.flatten(0, -2)  # (N, C)
+        loss_sum, token_losses = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            flat, weight, targets.flatten(), vocab_size, chunk_tokens, dtype, torch.is_grad_enabled()
+        )
+    return LossOutput(loss_sum, token_losses.view(targets.shape))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        need_hidden = grad_enabled and ctx.needs_input_grad[0]
+        need_weight = grad_enabled and ctx.needs_input_grad[1]
+        softmax_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        w = weight.to(dtype)
+        N = hidden.shape[0]
+        token_losses = torch.empty(N, dtype=softmax_dtype, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=softmax_dtype) if need_weight else None
+        for start in range(0, N, chunk_tokens):
+            chunk = slice(start, min(start + chunk_tokens, N))
+            valid = targets[chunk] != IGNORE_INDEX  # (n,)
+            ignored = ~valid.unsqueeze(-1)  # (n, 1)
+            target = targets[chunk].clamp_min(0).unsqueeze(-1)  # (n, 1)
+            # Ignored rows are emptied on the narrow side (C, not V), so that the wide one needs no pass for them.
+            h = hidden[chunk].to(dtype).masked_fill(ignored, 0)  # (n, C)
+            logits = (h @ w.t()).to(softmax_dtype)  # (n, V)
+            logits[:, vocab_size:] = -torch.inf
+            # In place from here: logits become log-probabilities, then probabilities, then the gradient.
+            torch.log_softmax(logits, dim=-1, out=logits)
+            token_losses[chunk] = logits.gather(1, target).squeeze(-1).neg_().masked_fill_(~valid, 0)
+            if not (need_hidden or need_weight):
+                continue
+            probabilities = logits.exp_()
+            probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=softmax_dtype))
+            grad_logits = probabilities.to(dtype)  # (n, V)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = (grad_logits @ w).masked_fill_(ignored, 0)
+            if grad_weight is not None and dtype == softmax_dtype:
+                grad_weight.addmm_(grad_logits.t(), h)
+            elif grad_weight is not None:
+                grad_weight += grad_logits.t() @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(token_losses)
+        return token_losses.sum(), token_losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_sum.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            # In place: the head's gradient is the largest tensor of a small model. A second backward through the same
+            # graph is then refused by autograd's version check, not wrong.
+            grad_weight = grad_weight.mul_(grad_sum).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None

@@ -1,0 +1,320 @@
+"""The dataclasses that are the command line: every field is a flag, its docstring the help.
+
+Nothing here touches torch: a wrong value is refused before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_model.config import ModelConfig, RopeScaling
+from lit_model.registry import get_config
+
+
+@dataclass
+class ModelArgs:
+    """Which model. Fields that are not set come from the registry's entry `name`."""
+
+    name: str | None = None
+    """Name in lit_model/registry.py, for example LLaMmlein_120M. Without it the sizes below must be given."""
+    n_layer: int | None = None
+    """Number of blocks."""
+    n_head: int | None = None
+    """Number of query heads."""
+    n_query_groups: int | None = None
+    """Number of key/value heads (grouped-query attention)."""
+    n_embd: int | None = None
+    """Width of the residual stream."""
+    intermediate_size: int | None = None
+    """Width inside the MLP."""
+    vocab_size: int | None = None
+    """Number of token ids. Default: the dataset's."""
+    padding_multiple: int | None = None
+    """Rows of embedding and head are padded to a multiple of this."""
+    norm_eps: float | None = None
+    """Epsilon of RMSNorm."""
+    rope_base: float | None = None
+    """Base of the rotary frequencies (theta)."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3.1 frequency scaling: factor, low_freq_factor, high_freq_factor, original_block_size."""
+    tie_embeddings: bool | None = None
+    """Whether the head uses the embedding's matrix."""
+    attention_bias: bool | None = None
+    """Biases in the attention's projections."""
+    mlp_bias: bool | None = None
+    """Biases in the MLP's projections."""
+    dropout: float | None = None
+    """Probability of dropping an element of the embedding's output and of each residual branch."""
+    init: Literal["llammlein", "normal"] | None = None
+    """Initialisation scheme, see lit_model/init.py."""
+    init_std: float | None = None
+    """Standard deviation of the scheme `normal`."""
+
+    def config(self, vocab_size: int, block_size: int | None) -> ModelConfig:
+        """The model's config: the registry's entry with what is set here, and the data's vocabulary."""
+        given = {k: v for k, v in vars(self).items() if v is not None and k != "name"}
+        given.setdefault("vocab_size", vocab_size)
+        if self.name is not None:
+            config = get_config(self.name, **given)
+        else:
+            missing = [f for f in ("n_layer", "n_head", "n_embd", "intermediate_size") if f not in given]
+            if missing:
+                flags = " ".join(f"--model.{f}" for f in missing)
+                raise ValueError(f"the model is not complete: give --model.name (a registered model) or {flags}")
+            config = ModelConfig(**given, **({"block_size": block_size} if block_size else {}))
+        if block_size is not None and block_size > config.block_size:
+            raise ValueError(
+                f"--train.block_size {block_size} exceeds the model's maximum context of {config.block_size} tokens "
+                f"(--model.name {self.name})"
+            )
+        return config
+
+
+@dataclass
+class SyntheticArgs:
+    """Text made by a grammar, for trials without data. The run writes it, a tokenizer and the packed data into OUT_DIR."""
+
+    tokens: int = 0
+    """About how many words to make; 0: none, `data.train` is read."""
+    level: Literal["simple", "medium", "complex"] = "simple"
+    """Which grammar."""
+    vocab_size: int = 512
+    """Size of the tokenizer that is trained on the text."""
+
+
+@dataclass
+class DataArgs:
+    """What is read."""
+
+    train: Path | None = None
+    """Folder of a packed dataset (scripts/prepare_data.py writes DIR/train)."""
+    val: Path | None = None
+    """Folder of a packed dataset for validation; without it there is none."""
+    packing: Literal["concat"] = "concat"
+    """How documents fill rows: `concat` cuts the stream of documents into windows."""
+    document_mask: bool = True
+    """Keep the documents of a row apart: no attention and no target across a document's end."""
+    prefetch_steps: int = 2
+    """Steps read ahead by the loader's thread."""
+    datapoints: bool = True
+    """Write the record of every span seen (RUN/datapoints)."""
+    synthetic: SyntheticArgs = field(default_factory=SyntheticArgs)
+    """Make the data instead of reading it."""
+    allow_tokenizer_mismatch: bool = False
+    """Train although the tokenizer of `val` or of the checkpoint differs from that of `train`."""
+
+    def __post_init__(self) -> None:
+        if self.prefetch_steps < 1:
+            raise ValueError(f"--data.prefetch_steps {self.prefetch_steps}: at least 1 is needed")
+
+
+@dataclass
+class TrainArgs:
+    """How long and in which portions."""
+
+    max_steps: int | None = None
+    """Length of the run in optimizer steps. Exactly one of max_steps, max_tokens, max_epochs."""
+    max_tokens: int | None = None
+    """Length of the run in tokens (rounded up to a whole step)."""
+    max_epochs: float | None = None
+    """Length of the run in passes over the data (the last step may be filled with empty rows)."""
+    global_batch_samples: int = 32
+    """Rows in an optimizer step, over all devices."""
+    micro_batch_samples: int = 8
+    """Rows that one device puts through the model at once."""
+    block_size: int | None = None
+    """Tokens in a row. Default: the model's maximum."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0: never."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """`full` recomputes each block in the backward: less memory, about a third more work."""
+    defer_gradient_sync: bool = False
+    """FSDP: reduce gradients once a step instead of with each micro-batch; costs memory for whole gradients."""
+    deterministic: bool = False
+    """Only deterministic kernels: runs repeat bit for bit on CUDA too, at some cost in speed."""
+    attention: str = "auto"
+    """Attention kernel: auto, or a name of lit_model/kernels.py."""
+
+    def __post_init__(self) -> None:
+        lengths = {k: getattr(self, k) for k in ("max_steps", "max_tokens", "max_epochs")}
+        given = {k: v for k, v in lengths.items() if v is not None}
+        if len(given) != 1:
+            got = ", ".join(f"--train.{k} {v}" for k, v in given.items()) or "none"
+            raise ValueError(f"give exactly one of --train.max_steps, --train.max_tokens, --train.max_epochs; got {got}")
+        for name, value in given.items():
+            if value <= 0:
+                raise ValueError(f"--train.{name} {value} must be positive")
+        for name in ("global_batch_samples", "micro_batch_samples", "block_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--train.{name} {value} must be at least 1")
+        if self.clip_norm < 0:
+            raise ValueError(f"--train.clip_norm {self.clip_norm} must not be negative; 0 turns clipping off")
+
+
+@dataclass
+class OptimArgs:
+    """AdamW and its schedule."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    lr_min: float = 0.0
+    """Learning rate at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up; the first step already has lr / warmup_steps."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay from lr to lr_min after the warm-up."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.95
+    """Decay of the mean of squared gradients."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lr_min <= self.lr:
+            raise ValueError(f"--optim.lr_min {self.lr_min} must lie between 0 and --optim.lr {self.lr}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"--optim.warmup_steps {self.warmup_steps} must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--optim.{name} {getattr(self, name)} must lie in [0, 1)")
+
+
+@dataclass
+class SaveArgs:
+    """Checkpoints."""
+
+    every_steps: int = 1000
+    """Steps between checkpoints; there is always one at the last step."""
+    state_dict_type: Literal["full", "sharded"] = "full"
+    """`full`: one file. `sharded`: a folder to which every rank writes its part."""
+    keep_last: int = 0
+    """How many of the newest checkpoints to keep; 0: all."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept for ever; 0: none is protected."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every_steps", 1), ("keep_last", 0), ("keep_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--save.{name} {getattr(self, name)} must be at least {least}")
+
+
+@dataclass
+class EvalArgs:
+    """Validation: at step 0, every so many steps, and at the last step."""
+
+    every_steps: int = 1000
+    """Steps between validations."""
+    max_samples: int | None = None
+    """Rows to validate on. Default: all of data.val."""
+    micro_batch_samples: int | None = None
+    """Rows at once. Default: train.micro_batch_samples."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "max_samples", "micro_batch_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--eval.{name} {value} must be at least 1")
+
+
+@dataclass
+class LogArgs:
+    """What is written while training."""
+
+    every_steps: int = 10
+    """Steps between rows of metrics.csv; each costs one wait for the device."""
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    """Beside metrics.csv, which is always written."""
+    project: str = "llammlein"
+    """Project at the tracker."""
+    run_name: str | None = None
+    """Name of the run at the tracker. Default: the name of out_dir."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ValueError(f"--log.every_steps {self.every_steps} must be at least 1")
+
+
+@dataclass
+class RunArgs:
+    """One pretraining run."""
+
+    train: TrainArgs
+    """How long and in which portions."""
+    out_dir: Path | None = None
+    """Folder of the run. Default: runs/NAME-DATE-TIME."""
+    devices: int | Literal["auto"] = "auto"
+    """Devices (processes) per node; auto: all GPUs, or 1 on a CPU."""
+    num_nodes: int = 1
+    """Nodes."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How devices share the work; auto: one device plainly, several by ddp."""
+    sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"] = "FULL_SHARD"
+    """For fsdp: what is sharded. HYBRID_SHARD shards inside a node and replicates across; NO_SHARD is ddp."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the arithmetic; the weights that are updated are always fp32."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    resume: str | None = None
+    """Go on with a run: latest, auto (latest or a fresh start), iter-XXXXXXXX-ckpt.pth in out_dir, or a path."""
+    resume_allow: list[str] = field(default_factory=list)
+    """Settings that may differ from the checkpoint's when resuming, for example train.max_steps."""
+    init_from: Path | None = None
+    """Begin with the weights of a checkpoint or a Hugging Face folder instead of a random initialisation."""
+    seed: int = 1337
+    """Of the initialisation, the order of the data and dropout."""
+    timeout_s: int = 1800
+    """Seconds after which a collective operation that a rank does not join is an error."""
+    model: ModelArgs = field(default_factory=ModelArgs)
+    """Which model."""
+    data: DataArgs = field(default_factory=DataArgs)
+    """What is read."""
+    optim: OptimArgs = field(default_factory=OptimArgs)
+    """AdamW and its schedule."""
+    save: SaveArgs = field(default_factory=SaveArgs)
+    """Checkpoints."""
+    eval: EvalArgs = field(default_factory=EvalArgs)
+    """Validation."""
+    log: LogArgs = field(default_factory=LogArgs)
+    """What is written while training."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.devices, int) and self.devices < 1:
+            raise ValueError(f"--devices {self.devices} must be at least 1")
+        if self.num_nodes < 1:
+            raise ValueError(f"--num_nodes {self.num_nodes} must be at least 1")
+        if (self.data.train is None) == (self.data.synthetic.tokens == 0):
+            raise ValueError("give either --data.train (a packed dataset) or --data.synthetic.tokens (text to make)")
+        if self.data.synthetic.tokens and self.data.val is not None:
+            raise ValueError("--data.val does not go with --data.synthetic.tokens, which makes its own validation split")
+        if self.init_from is not None and self.model.name is not None:
+            raise ValueError("--init_from brings the model's sizes with it: leave out --model.name")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed {self.seed} must lie in [0, 2^63)")
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as nested dictionaries of what YAML and JSON can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"max_steps": 3}} -> {"train.max_steps": 3}."""
+    out: dict[str, Any] = {}
+    for key, value in nested.items():
+        out.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return out

@@ -1,0 +1,213 @@
+"""Training state on disk: save, publish, find, resume, retain. The layout is described in `lit_model/load.py`.
+
+Publishing: everything is written under a temporary name, each rank syncs its own files, then one rename of rank 0.
+A checkpoint whose name exists is whole, and it commits the parts of the datapoint record up to its step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import load as dcp_load
+from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.tensor import DTensor
+
+from lit_data.datapoints import list_parts, remove_temporaries, sync_folder
+from lit_model.init import copy_slice
+from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint, SafeReader, checkpoint_step, list_checkpoints
+from pretrain.args import SaveArgs
+from pretrain.metrics import cut_metrics
+
+FORMAT_VERSION = 1
+
+
+def checkpoint_name(step: int) -> str:
+    return f"iter-{step:08d}-ckpt.pth"
+
+
+def save_checkpoint(
+    path: Path,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    *,
+    sharded: bool,
+    rank: int,
+    barrier: Callable[[], None],
+) -> None:
+    """Write a checkpoint and publish it under `path`. Every rank calls this; it returns when the name exists.
+
+    Args:
+        tensors: keys as in `Checkpoint.names`; plain tensors (the same on every rank) or DTensors.
+        meta: JSON-able; its key `step` must agree with the path's name.
+    """
+    meta = {"format_version": FORMAT_VERSION, **meta}
+    temporary = path.with_name(f".{path.name}.tmp")
+    if rank == 0:
+        _remove(temporary)
+    barrier()
+    if sharded:
+        if rank == 0:
+            temporary.mkdir()
+        barrier()
+        dcp_save(
+            dict(tensors),
+            storage_writer=FileSystemWriter(temporary, sync_files=True),
+            no_dist=not dist.is_initialized(),
+        )
+        if rank == 0:
+            _write_synced(temporary / "meta.json", json.dumps(meta, indent=1).encode())
+            sync_folder(temporary)
+    else:
+        whole = _gather(tensors, rank)
+        if rank == 0:
+            with open(temporary, "wb") as f:
+                torch.save({**whole, "meta": json.dumps(meta)}, f)
+                f.flush()
+                os.fsync(f.fileno())
+    barrier()
+    if rank == 0:
+        os.rename(temporary, path)
+        sync_folder(path.parent)
+    barrier()
+
+
+def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Fill `tensors` (as given to `save_checkpoint`) in place from a checkpoint of any kind and world size.
+
+    Returns its meta. Raises ValueError where names or shapes do not fit, before anything is changed.
+    """
+    checkpoint = Checkpoint(path)
+    have, want = set(checkpoint.names()), set(tensors)
+    if have != want:
+        lacking, extra = sorted(want - have), sorted(have - want)
+        raise ValueError(
+            f"{path} is a checkpoint of another model or optimizer: "
+            + "; ".join(f"{what} {names[:3]}" for what, names in (("it lacks", lacking), ("unknown here", extra)) if names)
+        )
+    if checkpoint.sharded:
+        dcp_load(dict(tensors), storage_reader=SafeReader(path), no_dist=not dist.is_initialized())
+    else:
+        for name, target in tensors.items():
+            source = checkpoint.tensor(name)
+            if source.shape != target.shape:
+                raise ValueError(f"{path}: {name} has shape {tuple(source.shape)}, the model {tuple(target.shape)}")
+            copy_slice(target, source)
+    return checkpoint.meta
+
+
+def find_checkpoint(resume: str, run: Path) -> Path | None:
+    """What --resume means: the checkpoint to go on from, or None for a fresh start (`auto` only).
+
+    Raises FileNotFoundError that names what was looked for.
+    """
+    if resume in ("latest", "auto"):
+        checkpoints = list_checkpoints(run)
+        if checkpoints:
+            return checkpoints[-1]
+        if resume == "auto":
+            return None
+        raise FileNotFoundError(f"--resume latest: {run} holds no checkpoint (use --resume auto to begin where there is none)")
+    for path in (run / resume, Path(resume)):
+        if path.exists() and checkpoint_step(path) is not None:
+            return path
+    known = ", ".join(p.name for p in list_checkpoints(run)[-3:]) or "none"
+    raise FileNotFoundError(
+        f"--resume {resume}: no such checkpoint in {run} or as a path; the newest there: {known}. "
+        "Give latest, auto, iter-XXXXXXXX-ckpt.pth or a path to one"
+    )
+
+
+def rewind(run: Path, step: int) -> None:
+    """Make a run folder what it was after `step` steps. Rank 0 calls this before anyone writes.
+
+    Later checkpoints and their parts of the record move to abandoned/; parts that no checkpoint had committed, which
+    a killed run leaves, are removed; metrics.csv is cut.
+    """
+    datapoints = run / "datapoints"
+    checkpoints = list_checkpoints(run)
+    newest = checkpoint_step(checkpoints[-1]) if checkpoints else 0
+    for leftover in run.glob(".iter-*.tmp"):
+        _remove(leftover)
+    for leftover in run.glob(".deleting-*"):
+        _remove(leftover)
+    remove_temporaries(datapoints)
+    later = [p for p in checkpoints if (checkpoint_step(p) or 0) > step]
+    parts = [p for p in list_parts(datapoints) if p.end_step > step] if datapoints.is_dir() else []
+    if later:
+        abandoned = run / "abandoned"
+        number = sum(1 for _ in abandoned.iterdir()) if abandoned.is_dir() else 0
+        grave = abandoned / f"{number:03d}-from-{step:08d}"
+        (grave / "datapoints").mkdir(parents=True)
+        if (run / "metrics.csv").exists():
+            shutil.copy2(run / "metrics.csv", grave / "metrics.csv")
+        # Parts first: a part without its checkpoint is ignored, a checkpoint without its parts would be a gap.
+        for part in parts:
+            if part.end_step <= (newest or 0):
+                os.rename(part.path, grave / "datapoints" / part.path.name)
+        for path in reversed(later):
+            os.rename(path, grave / path.name)
+        sync_folder(run)
+    for part in parts:
+        part.path.unlink(missing_ok=True)
+    cut_metrics(run / "metrics.csv", step)
+
+
+def retain(run: Path, args: SaveArgs) -> None:
+    """Delete old checkpoints: keep the newest `keep_last` and multiples of `keep_every`. Never the newest one."""
+    if args.keep_last == 0:
+        return
+    for path in list_checkpoints(run)[: -args.keep_last]:
+        step = checkpoint_step(path) or 0
+        if args.keep_every and step % args.keep_every == 0:
+            continue
+        aside = path.with_name(f".deleting-{path.name}")
+        os.rename(path, aside)  # a name that exists is whole, also while it is being deleted
+        _remove(aside)
+
+
+def state_tensors(parameters: dict[str, torch.nn.Parameter], optimizer_state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Model and optimizer as one flat dictionary, keyed as a checkpoint is."""
+    tensors: dict[str, Tensor] = {MODEL_PREFIX + n: p.detach() for n, p in parameters.items()}
+    for name, state in optimizer_state.items():
+        tensors.update({f"{OPTIMIZER_PREFIX}{name}/{key}": value for key, value in state.items()})
+    return tensors
+
+
+def _gather(tensors: dict[str, Tensor], rank: int) -> dict[str, Any]:
+    """The contents of a `full` checkpoint, on rank 0; shards are gathered one tensor at a time."""
+    model: dict[str, Tensor] = {}
+    optimizer: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank != 0:
+            continue
+        whole = whole.detach().cpu()
+        if name.startswith(MODEL_PREFIX):
+            model[name.removeprefix(MODEL_PREFIX)] = whole
+        else:
+            parameter, key = name.removeprefix(OPTIMIZER_PREFIX).rsplit("/", 1)
+            optimizer.setdefault(parameter, {})[key] = whole
+    return {"model": model, "optimizer": optimizer}
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with open(path, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,79 @@
+"""Train a model: `python pretrain/fabric_train.py --config configs/debug.yaml [--any.field value]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # The checkout in place of this folder: `import pretrain` finds it, and no module here can shadow another library's.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+from lit_model.cost import count_parameters
+from lit_model.kernels import choose_attention
+from pretrain.args import RunArgs
+from pretrain.loop import fit
+from pretrain.setup import DTYPES, Run, set_up
+
+
+def parse(argv: list[str] | None = None) -> RunArgs:
+    """The command line -> RunArgs. Exits with a message and status 2 on an unknown flag or a wrong value."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="fabric_train.py", description="Pretrain a decoder-only language model.")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these settings; flags override it.")
+    parser.add_class_arguments(RunArgs)
+    namespace: Namespace = parser.parse_args(argv)
+    namespace.pop("config", None)
+    instance = parser.instantiate(namespace)
+    return RunArgs(**{k: v for k, v in vars(instance).items() if k != "config"})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run. Returns the exit status: 0 when the run is done or was stopped by a signal after saving, 2 on a mistake."""
+    rank_zero = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    try:
+        args = parse(argv)
+        run = set_up(args)
+    except (ValueError, FileNotFoundError) as error:
+        if rank_zero:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    say = run.fabric.print
+    if run.finished:
+        say(f"{run.folder} is finished: {run.step} of {run.data.max_steps} steps are done; nothing to do")
+        return 0
+    describe(run)
+    stopped = fit(run)
+    if stopped is not None:
+        say(f"stopped by {stopped} after step {run.step}; go on with --resume latest")
+    else:
+        say(f"done: {run.step} steps; the run is in {run.folder}")
+    return 0
+
+
+def describe(run: Run) -> None:
+    """Say what will happen: model, data, devices, attention kernel and why."""
+    args, data, config = run.args, run.data, run.config
+    dtype = torch.float32 if args.precision == "fp32" else DTYPES[args.precision]
+    kernel = choose_attention(
+        run.device, dtype, config.head_size, args.train.attention, documents=args.data.document_mask
+    )
+    how = type(run.fabric.strategy).__name__.removesuffix("Strategy")
+    lines = [
+        f"run      {run.folder}" + (f", resumed after step {run.step}" if run.step else ""),
+        f"model    {config.name or 'custom'}: {count_parameters(config):,} parameters, vocabulary {config.vocab_size}",
+        f"data     {data.train.n_documents:,} documents, {data.train.n_tokens:,} tokens, {data.order.n_windows:,} rows of "
+        f"{data.block_size}",
+        f"steps    {data.max_steps:,} of {args.train.global_batch_samples * data.block_size:,} tokens",
+        f"devices  {run.world_size} x {run.device.type} by {how}, {args.precision}, {torch.get_num_threads()} threads each",
+        f"kernel   {kernel.name}: {kernel.reason}",
+    ]
+    run.fabric.print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""Training: `fit` is a table of contents, `train_step` one optimizer step, `validate` the whole validation split.
+
+Dimensions: B rows in a micro-batch, T tokens in a row, P pieces of a micro-batch (padded, see lit_data/loader.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lit_data.loader import MicroBatch, StepData
+from lit_data.order import first_sample_of_step
+from lit_model.loss import LossOutput
+from pretrain.args import plain
+from pretrain.checkpoint import checkpoint_name, retain, save_checkpoint
+from pretrain.guards import check_progress, skip_if_not_finite
+from pretrain.metrics import MetricsWriter, ProgressBar, Throughput
+from pretrain.optim import clip_gradients
+from pretrain.schedule import learning_rate
+from pretrain.setup import Run, uses_fsdp
+
+SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
+
+
+@dataclass
+class StepResult:
+    """What a step leaves on the device: nothing has been read yet.
+
+    Attributes:
+        loss_sum: this rank's summed loss, float64 scalar.
+        n_targets: targets of the whole step, all ranks.
+        grad_norm: global norm before clipping, float32 scalar.
+        span_losses: reads the losses of the pieces; for the record's thread.
+    """
+
+    loss_sum: Tensor
+    n_targets: Tensor
+    grad_norm: Tensor
+    span_losses: SpanLosses
+
+
+def fit(run: Run) -> str | None:
+    """Train to the end of the run. Returns the signal that stopped it early, if one did."""
+    args, max_steps = run.args, run.data.max_steps
+    rank_zero = run.fabric.global_rank == 0
+    metrics = MetricsWriter(run.folder, args.log, plain(args)) if rank_zero else None
+    bar = ProgressBar(run.step, max_steps, show=rank_zero)
+    throughput = Throughput(run.config, run.data.block_size, run.device, run.world_size)
+    slots = args.train.global_batch_samples * run.data.block_size
+    stopped = None
+    steps = run.loader.steps(run.step, max_steps)
+    try:
+        if run.step == 0:
+            publish_row(run, metrics, bar, {"step": 0, "tokens": 0} | validate(run, throughput))
+        for data in steps:
+            result = train_step(run, data)
+            run.step += 1
+            throughput.add(slots)
+            last = run.step == max_steps
+            log_step = last or run.step % args.log.every_steps == 0
+            if run.recorder is not None:
+                run.recorder.add(data, result.span_losses)
+            row = measure(run, result, throughput) if log_step else {}
+            if last or run.step % args.eval.every_steps == 0:
+                row |= validate(run, throughput)
+            if row:
+                publish_row(run, metrics, bar, {"step": run.step} | row)
+            stopped = run.stop.agreed(log_step)
+            if last or stopped or run.step % args.save.every_steps == 0:
+                save(run, throughput)
+            bar.advance()
+            if stopped:
+                break
+    finally:
+        steps.close()  # type: ignore[attr-defined]
+        bar.close()
+        if metrics is not None:
+            metrics.close()
+        if run.recorder is not None:
+            run.recorder.close()
+        run.stop.close()
+    return None if run.step == max_steps else stopped
+
+
+def train_step(run: Run, data: StepData) -> StepResult:
+    """One optimizer step: forward and backward of each micro-batch, clipping, update. Nothing waits for the device.
+
+    The loss is the mean over the targets of the global batch: each micro-batch backpropagates
+    loss_sum * world_size / n_targets, since DDP and FSDP2 average gradients over the ranks.
+    """
+    args = run.args
+    run.model.train()
+    if run.config.dropout:
+        seed_step(args.seed, data.step, run.fabric.global_rank)
+    n_targets = torch.full((), float(data.n_targets), dtype=torch.float64, device=run.device)
+    if run.world_size > 1:
+        dist.all_reduce(n_targets)
+    factor = (run.world_size / n_targets.clamp(min=1)).float()
+    if run.loss_scale is not None:
+        factor = factor * run.loss_scale.scale
+
+    loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
+    piece_losses: list[Tensor] = []
+    for m, batch in enumerate(data.micro_batches):
+        last = m == len(data.micro_batches) - 1
+        with sync_gradients(run, last):
+            tokens, targets, cu_seqlens = to_device(batch, run.device)
+            with run.autocast():
+                out: LossOutput = run.model(tokens, targets, cu_seqlens=cu_seqlens if args.data.document_mask else None)
+            run.fabric.backward(out.loss_sum * factor)
+        loss_sum += out.loss_sum.detach()
+        piece_losses.append(sum_over_pieces(out.token_losses, cu_seqlens))
+
+    scale = None if run.loss_scale is None else run.loss_scale.scale
+    norm = clip_gradients(run.optimizer.parameters.values(), args.train.clip_norm, scale)
+    skip = skip_if_not_finite(norm)
+    run.optimizer.step(learning_rate(args.optim, data.step, run.data.max_steps), skip)
+    run.optimizer.zero_grad()
+    if run.loss_scale is not None:
+        run.loss_scale.update(skip)
+    run.skipped += skip
+    run.skipped_in_row.add_(1.0).mul_(skip)
+    return StepResult(loss_sum, n_targets, norm, read_later(piece_losses, skip))
+
+
+def sync_gradients(run: Run, last: bool) -> nullcontext[None] | object:
+    """Say whether this micro-batch's backward reduces gradients over the ranks."""
+    if uses_fsdp(run.args):
+        run.raw_model.set_requires_gradient_sync(last or not run.args.train.defer_gradient_sync)  # type: ignore[operator]
+        return nullcontext()
+    if run.world_size > 1:
+        return run.fabric.no_backward_sync(run.model, enabled=not last)
+    return nullcontext()
+
+
+def to_device(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens and targets int64 [B, T] and piece boundaries int32 [P + 1] on the device; copies don't wait."""
+    return (
+        batch.tokens.to(device, non_blocking=True),
+        batch.targets.to(device, non_blocking=True),
+        batch.cu_seqlens.to(device, non_blocking=True),
+    )
+
+
+def sum_over_pieces(token_losses: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """float32 [B, T] and boundaries int32 [P + 1] -> float64 [P]: sums of neighbours, in one fixed order."""
+    lengths = cu_seqlens.diff().to(torch.int64)
+    return torch.segment_reduce(token_losses.reshape(-1).double(), "sum", lengths=lengths, unsafe=True, initial=0.0)
+
+
+def read_later(piece_losses: list[Tensor], skip: Tensor) -> SpanLosses:
+    """Start copying to the host; the returned function waits for the copies (in the record's thread)."""
+    sizes = [len(p) for p in piece_losses]
+    flat = torch.cat([*piece_losses, skip.double().reshape(1)])
+    if flat.is_cuda:
+        host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+        host.copy_(flat, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        wait: Callable[[], None] = event.synchronize
+    else:
+        host, wait = flat.cpu(), lambda: None
+
+    def read() -> tuple[list[npt.NDArray[np.float64]], bool]:
+        wait()
+        values = host.numpy()
+        parts = np.split(values[:-1], np.cumsum(sizes)[:-1])
+        return list(parts), bool(values[-1] == 0)
+
+    return read
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout from (seed, step, rank), so that a step repeats wherever the run was interrupted."""
+    digest = hashlib.sha256(f"step:{seed}:{step}:{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, float]:
+    """The numbers of a log step. Reading them is the one wait for the device in `log.every_steps` steps."""
+    total = result.loss_sum.clone()
+    if run.world_size > 1:
+        dist.all_reduce(total)
+    loss = total / result.n_targets.clamp(min=1)
+    values = torch.stack([loss, result.grad_norm.double(), run.skipped.double(), run.skipped_in_row.double()]).tolist()
+    train_loss, grad_norm, skipped, in_row = values
+    check_progress(int(in_row), run.step, last_checkpoint_name(run))
+    first, _ = first_sample_of_step(run.segments, run.step)
+    row: dict[str, float] = {
+        "tokens": run.data.tokens_in(first),
+        "epoch": first / run.data.order.n_windows,
+        "train_loss": train_loss,
+        "lr": learning_rate(run.args.optim, run.step - 1, run.data.max_steps),
+        "grad_norm": grad_norm,
+        "skipped": int(skipped),
+    }
+    if run.loss_scale is not None:
+        row["loss_scale"] = run.loss_scale.scale.item()
+    return row | throughput.read()
+
+
+@torch.no_grad()
+def validate(run: Run, throughput: Throughput) -> dict[str, float]:
+    """Mean loss over every target of the validation split (sum over count, all ranks), and bits per byte of its text.
+
+    Bits per byte is the mean loss in bits times tokens per byte of the whole split: a document's first token, which
+    is never a target, is charged the mean.
+    """
+    if run.val_loader is None or run.data.val is None:
+        return {}
+    paused = throughput.pause()
+    run.model.eval()
+    assert run.val_loader.end_sample is not None
+    n_steps = math.ceil(run.val_loader.end_sample / run.val_loader.segments[0].global_batch)
+    total = torch.zeros(2, dtype=torch.float64, device=run.device)  # summed loss, targets
+    for data in run.val_loader.steps(0, n_steps):
+        for batch in data.micro_batches:
+            tokens, targets, cu_seqlens = to_device(batch, run.device)
+            with run.autocast():
+                out: LossOutput = run.model(tokens, targets, cu_seqlens=cu_seqlens if run.args.data.document_mask else None)
+            total[0] += out.token_losses.double().sum()
+            total[1] += batch.n_targets
+    if run.world_size > 1:
+        dist.all_reduce(total)
+    loss_sum, n_targets = total.tolist()
+    throughput.go_on(paused)
+    if n_targets == 0:
+        return {}
+    loss = loss_sum / n_targets
+    row = {"val_loss": loss}
+    if run.data.val.manifest.bytes:
+        row["val_bits_per_byte"] = loss / math.log(2) * run.data.val.n_tokens / run.data.val.manifest.bytes
+    return row
+
+
+def publish_row(run: Run, metrics: MetricsWriter | None, bar: ProgressBar, row: dict[str, float]) -> None:
+    """Write a row of metrics, and say the validation loss."""
+    if metrics is None:
+        return
+    metrics.write(row)
+    bar.note(row)
+    if "val_loss" in row:
+        train = f"train loss {row['train_loss']:.4f}, " if "train_loss" in row else ""
+        bits = f" ({row['val_bits_per_byte']:.4f} bits per byte)" if "val_bits_per_byte" in row else ""
+        run.fabric.print(f"step {int(row['step'])}: {train}validation loss {row['val_loss']:.4f}{bits}")
+
+
+def save(run: Run, throughput: Throughput) -> None:
+    """Publish the record's part, then the checkpoint that commits it, then delete what is no longer kept."""
+    paused = throughput.pause()
+    if run.recorder is not None:
+        run.recorder.publish()
+    path = run.folder / checkpoint_name(run.step)
+    save_checkpoint(
+        path,
+        run.tensors(),
+        checkpoint_meta(run),
+        sharded=run.args.save.state_dict_type == "sharded",
+        rank=run.fabric.global_rank,
+        barrier=run.fabric.barrier,
+    )
+    if run.fabric.global_rank == 0:
+        retain(run.folder, run.args.save)
+    run.fabric.print(f"step {run.step}: saved {path}")
+    throughput.go_on(paused)
+
+
+def checkpoint_meta(run: Run) -> dict[str, object]:
+    """What a checkpoint says besides its tensors; all of it JSON."""
+    first, _ = first_sample_of_step(run.segments, run.step)
+    return {
+        "step": run.step,
+        "max_steps": run.data.max_steps,
+        "tokens": run.data.tokens_in(first),
+        "segments": [s.to_dict() for s in run.segments],
+        "config": plain(run.args),
+        "model_config": run.config.to_dict(),
+        "data": {
+            "train": run.data.train.fingerprint,
+            "val": run.data.val.fingerprint if run.data.val is not None else None,
+            "tokenizer": run.data.train.manifest.tokenizer,
+            "n_tokens": run.data.train.n_tokens,
+            "n_documents": run.data.train.n_documents,
+            "eos_id": run.data.train.eos_id,
+        },
+        "skipped": int(run.skipped.item()),
+        "loss_scale": run.loss_scale.to_dict() if run.loss_scale is not None else None,
+        "world_size": run.world_size,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def last_checkpoint_name(run: Run) -> str:
+    """The newest checkpoint's name, for an error message."""
+    done = (run.step - 1) // run.args.save.every_steps * run.args.save.every_steps
+    return checkpoint_name(done) if done else "none"

@@ -1,0 +1,146 @@
+"""AdamW with decay on matrices only, clipping on any mesh, and steps that are skipped on the device.
+
+Everything works on the local parts of parameters (DTensor shards or plain tensors), so that one code serves one
+device, DDP and FSDP2, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from pretrain.args import OptimArgs
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor (sharing its storage), or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def decays(parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices, not to norms and biases."""
+    return parameter.dim() >= 2
+
+
+class AdamW:
+    """Decoupled weight decay (Loshchilov and Hutter 2019) by torch's fused kernel, its state keyed by parameter name.
+
+    Attributes:
+        state: {name: {"exp_avg": Tensor, "exp_avg_sq": Tensor}}, shaped and sharded like the parameters, fp32.
+        step_count: float32 scalar on the device: updates applied so far (skipped ones do not count).
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], args: OptimArgs) -> None:
+        self.args = args
+        self.parameters = dict(parameters)
+        self.state = {
+            name: {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            for name, p in self.parameters.items()
+        }
+        device = next(iter(self.parameters.values())).device
+        self.step_count = torch.zeros((), dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def step(self, lr: float, skip: Tensor | None = None) -> None:
+        """Update all parameters from their gradients; where `skip` (a float scalar on the device) is 1, nothing changes."""
+        for matrices in (True, False):
+            names = [n for n, p in self.parameters.items() if decays(p) == matrices and p.grad is not None]
+            # Shards of small parameters may be empty on some ranks: the fused kernel does not take those.
+            names = [n for n in names if local(self.parameters[n]).numel()]
+            if not names:
+                continue
+            adamw(
+                [local(self.parameters[n]) for n in names],
+                [local(self.parameters[n].grad) for n in names],  # type: ignore[arg-type]
+                [local(self.state[n]["exp_avg"]) for n in names],
+                [local(self.state[n]["exp_avg_sq"]) for n in names],
+                [],
+                [self.step_count.clone() for _ in names],
+                fused=True,
+                found_inf=skip,
+                amsgrad=False,
+                beta1=self.args.beta1,
+                beta2=self.args.beta2,
+                lr=lr,
+                weight_decay=self.args.weight_decay if matrices else 0.0,
+                eps=self.args.eps,
+                maximize=False,
+            )
+        self.step_count += 1.0 if skip is None else 1.0 - skip
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for p in self.parameters.values():
+            p.grad = None
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: Tensor | None = None) -> Tensor:
+    """Scale gradients to at most `max_norm` in global 2-norm; return the norm before that, a float32 scalar.
+
+    Shards are summed over the dimensions of their mesh that shard; replicas count once. The coefficient is
+    min(1, max_norm / (norm + 1e-6)), as in torch.nn.utils.clip_grad_norm_. Nothing is read on the host: a norm that
+    is not finite comes back as it is, for the caller to skip the step by.
+
+    Args:
+        max_norm: 0 leaves the gradients as they are (but for `scale`).
+        scale: a loss scale that the gradients carry and are divided by first.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    assert grads, "clip_gradients needs gradients"
+    locals_ = [local(g) for g in grads]
+    norms = torch.stack(torch._foreach_norm(locals_, 2.0)).to(torch.float32)
+    total = norms.square().sum()
+    sharded = next((g for g in grads if isinstance(g, DTensor)), None)
+    if sharded is not None:
+        for dim, placement in enumerate(sharded.placements):
+            if placement.is_shard():
+                dist.all_reduce(total, group=sharded.device_mesh.get_group(dim))
+    norm = total.sqrt()
+    coefficient = torch.ones_like(norm)
+    if scale is not None:
+        norm = norm / scale
+        coefficient = coefficient / scale
+    if max_norm > 0:
+        coefficient = coefficient * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    torch._foreach_mul_(locals_, coefficient)
+    return norm
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scaling for fp16, on the device: halved when a gradient overflows, doubled after `interval` good steps.
+
+    The rule and the constants of torch.amp.GradScaler; ours, since its bookkeeping reads the host each step.
+    """
+
+    scale: Tensor
+    good_steps: Tensor
+    interval: int = 2000
+
+    @classmethod
+    def create(cls, device: torch.device) -> LossScale:
+        return cls(
+            torch.full((), 65536.0, device=device),
+            torch.zeros((), dtype=torch.int32, device=device),
+        )
+
+    def update(self, skip: Tensor) -> None:
+        """`skip`: float scalar, 1 where the step's gradients were not finite."""
+        torch._amp_update_scale_(self.scale, self.good_steps, skip, 2.0, 0.5, self.interval)
+
+    def to_dict(self) -> dict[str, float]:
+        return {"scale": self.scale.item(), "good_steps": self.good_steps.item()}
+
+    def load(self, state: dict[str, float]) -> None:
+        if not math.isfinite(state["scale"]):
+            raise ValueError(f"the checkpoint's loss scale is {state['scale']}")
+        self.scale.fill_(state["scale"])
+        self.good_steps.fill_(int(state["good_steps"]))

@@ -1,0 +1,478 @@
+"""Arguments -> Fabric, data, model, optimizer, loader, state: everything a run needs, checked before long work."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import yaml
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from lit_data.datapoints import DatapointRecorder
+from lit_data.loader import Layout, Loader, count_windows
+from lit_data.order import Order, Segment
+from lit_data.packed import PackedDataset
+from lit_data.prepare import copy_tokenizer
+from lit_data.trace import write_order
+from lit_model.config import ModelConfig
+from lit_model.init import copy_slice, initialise
+from lit_model.load import Checkpoint, checkpoint_step, list_checkpoints, load_tensors
+from lit_model.model import GPT
+from pretrain.args import RunArgs, flat, plain
+from pretrain.checkpoint import find_checkpoint, load_state, rewind, state_tensors
+from pretrain.guards import RunLock, StopRequest
+from pretrain.optim import AdamW, LossScale
+from pretrain.synthetic import make_synthetic_data
+
+T = TypeVar("T")
+
+# Settings that decide what a run means: a resume with another value is refused unless --resume_allow names it.
+MEANING = ("seed", "model", "train", "optim", "data.packing", "data.document_mask")
+# Parts of these that only decide how it is computed.
+MECHANICS = (
+    "train.micro_batch_samples",
+    "train.activation_checkpointing",
+    "train.defer_gradient_sync",
+    "train.deterministic",
+    "train.attention",
+)
+
+
+@dataclass
+class Data:
+    """The opened data and what follows from it."""
+
+    train: PackedDataset
+    val: PackedDataset | None
+    order: Order
+    block_size: int
+    max_steps: int
+    end_sample: int | None
+
+    def tokens_in(self, samples: int) -> int:
+        """Input tokens in the first `samples` samples of the run, padding not counted."""
+        if self.end_sample is not None:
+            samples = min(samples, self.end_sample)
+        n = self.order.n_windows
+        epoch, rest = divmod(samples, n)
+        tail = self.order.sample(np.asarray([epoch]), np.asarray([n - 1]))[0] - epoch * n
+        tails = epoch + int(tail < rest)
+        return samples * self.block_size - tails * (n * self.block_size - self.train.n_tokens)
+
+
+@dataclass
+class Run:
+    """One run in progress. `step` counts the optimizer steps done."""
+
+    args: RunArgs
+    fabric: Fabric
+    folder: Path
+    config: ModelConfig
+    data: Data
+    raw_model: GPT
+    model: Any
+    optimizer: AdamW
+    loss_scale: LossScale | None
+    loader: Loader
+    val_loader: Loader | None
+    segments: list[Segment]
+    recorder: DatapointRecorder | None
+    stop: StopRequest
+    lock: RunLock | None
+    step: int = 0
+    finished: bool = False
+    skipped: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
+    skipped_in_row: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
+
+    @property
+    def device(self) -> torch.device:
+        return self.fabric.device
+
+    @property
+    def world_size(self) -> int:
+        return self.fabric.world_size
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The training state as a checkpoint holds it."""
+        state = state_tensors(self.optimizer.parameters, self.optimizer.state)
+        return state | {"optimizer.all/step_count": self.optimizer.step_count}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic of one forward. FSDP casts by its own policy."""
+        if self.args.precision == "fp32" or uses_fsdp(self.args):
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.args.precision])
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def uses_fsdp(args: RunArgs) -> bool:
+    return args.strategy == "fsdp" and args.sharding_strategy != "NO_SHARD"
+
+
+def device_kind(args: RunArgs) -> str:
+    """cpu, cuda or mps."""
+    if args.accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if args.accelerator == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--accelerator cuda: torch finds no CUDA device here; use --accelerator cpu or check the driver")
+    return args.accelerator
+
+
+def check_shapes(args: RunArgs) -> int:
+    """World-size arithmetic, before any process starts. Returns the number of devices per node."""
+    kind = device_kind(args)
+    devices = args.devices if isinstance(args.devices, int) else max(1, torch.cuda.device_count()) if kind == "cuda" else 1
+    if kind == "cuda" and devices > torch.cuda.device_count():
+        raise ValueError(f"--devices {devices}: this machine has {torch.cuda.device_count()} GPUs")
+    if kind == "cpu" and args.precision == "fp16":
+        raise ValueError("--precision fp16 is not supported on a CPU; use bf16 or fp32")
+    world = devices * args.num_nodes
+    group = world * args.train.micro_batch_samples
+    batch = args.train.global_batch_samples
+    if batch % group:
+        below, above = batch // group * group, -(-batch // group) * group
+        near = " or ".join(str(b) for b in (below, above) if b)
+        raise ValueError(
+            f"--train.global_batch_samples {batch} is not a multiple of devices x micro-batch = {world} x "
+            f"{args.train.micro_batch_samples} = {group}; the nearest are {near}"
+        )
+    if args.sharding_strategy == "HYBRID_SHARD" and uses_fsdp(args) and args.num_nodes < 2 and devices % 2:
+        raise ValueError("--sharding_strategy HYBRID_SHARD needs several nodes, or an even number of devices on one")
+    return devices
+
+
+def build_fabric(args: RunArgs, devices: int) -> Fabric:
+    """Fabric with our strategies; `launch` starts or joins the processes."""
+    timeout = timedelta(seconds=args.timeout_s)
+    strategy: str | Strategy = "auto"
+    if uses_fsdp(args):
+        strategy = ModelParallelStrategy(
+            lambda model, mesh: parallelize(model, mesh, args, devices),
+            data_parallel_size=devices * args.num_nodes,
+            tensor_parallel_size=1,
+            timeout=timeout,
+        )
+    elif args.strategy in ("ddp", "fsdp") or devices * args.num_nodes > 1:
+        strategy = DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False, timeout=timeout)
+    fabric = Fabric(
+        accelerator=device_kind(args), devices=devices, num_nodes=args.num_nodes, strategy=strategy, precision="32-true"
+    )
+    if "OMP_NUM_THREADS" not in os.environ and device_kind(args) == "cpu":
+        torch.set_num_threads(max(1, affinity_count() // devices))
+    fabric.launch()
+    return fabric
+
+
+def affinity_count() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parallelize(model: GPT, mesh: DeviceMesh, args: RunArgs, devices: int) -> GPT:
+    """FSDP2: shard each block, then the root (embedding, last norm and head), then materialise and initialise."""
+    compile_blocks(model, args)
+    dtype = DTYPES[args.precision]
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the rotary tables stay float32; the embedding already gives param_dtype
+    )
+    if args.sharding_strategy == "HYBRID_SHARD":
+        inner = devices if args.num_nodes > 1 else devices // 2
+        shape = (args.num_nodes * devices // inner, inner)
+        data_mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
+    else:
+        data_mesh = mesh["data_parallel"]
+    reshard = args.sharding_strategy != "SHARD_GRAD_OP"
+    for block in model.blocks():
+        fully_shard(block, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard)
+    device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else "cpu"
+    model.to_empty(device=device)
+    initialise(model, model.config, args.seed)
+    return model
+
+
+def compile_blocks(model: GPT, args: RunArgs) -> None:
+    """torch.compile block by block: one graph for all of them, and sharding stays outside of it."""
+    if args.compile:
+        for block in model.blocks():
+            block.compile()
+
+
+def on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and give every rank its result, or its mistake (ValueError, FileNotFoundError)."""
+    outcome: tuple[str, Any] = ("", None)
+    if fabric.global_rank == 0:
+        try:
+            outcome = ("result", work())
+        except (ValueError, FileNotFoundError) as error:
+            outcome = (type(error).__name__, str(error))
+    kind, value = fabric.broadcast(outcome)
+    if kind == "result":
+        return value  # type: ignore[no-any-return]
+    raise (FileNotFoundError if kind == "FileNotFoundError" else ValueError)(value)
+
+
+def open_folder(fabric: Fabric, args: RunArgs) -> tuple[Path, Path | None, RunLock | None]:
+    """The run folder, the checkpoint to go on from (None: a fresh start), and rank 0's lock."""
+    lock: list[RunLock] = []
+
+    def work() -> tuple[Path, Path | None]:
+        name = args.model.name or "run"
+        folder = args.out_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if args.resume is None and ((folder / "config.yaml").exists() or list_checkpoints(folder)):
+            raise ValueError(
+                f"--out_dir {folder} holds a run already; go on with it by --resume latest, or choose another folder"
+            )
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out_dir {folder} is a file")
+        checkpoint = find_checkpoint(args.resume, folder) if args.resume is not None else None
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.append(RunLock(folder))
+        return folder, checkpoint
+
+    folder, checkpoint = on_rank_zero(fabric, work)
+    return folder, checkpoint, lock[0] if lock else None
+
+
+def open_data(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tuple[Data, ModelConfig]:
+    """Open the datasets, and see that they fit the model and the run."""
+    assert args.data.train is not None
+    train = PackedDataset(args.data.train)
+    val = PackedDataset(args.data.val) if args.data.val is not None else None
+    config = config_of(train.vocab_size)
+    for flag, dataset in (("--data.train", train), ("--data.val", val)):
+        if dataset is not None and dataset.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"{flag} {dataset.path} was tokenized with {dataset.vocab_size} ids, but the model has a vocabulary of "
+                f"{config.vocab_size}: leave --model.vocab_size out, or prepare the data with the model's tokenizer"
+            )
+    if val is not None and not args.data.allow_tokenizer_mismatch:
+        ours, theirs = (d.manifest.tokenizer["fingerprint"] for d in (train, val))
+        if ours != theirs:
+            raise ValueError(
+                f"--data.val {val.path} was made with another tokenizer than --data.train {train.path}: prepare both with "
+                "the same, or override with --data.allow_tokenizer_mismatch true"
+            )
+    block_size = args.train.block_size or config.block_size
+    if train.n_tokens < block_size:
+        raise ValueError(
+            f"--data.train {train.path} has {train.n_tokens} tokens, less than one row of {block_size}: use more text or a "
+            "smaller --train.block_size"
+        )
+    n_windows = count_windows(train.n_tokens, block_size)
+    batch, t = args.train.global_batch_samples, args.train
+    end_sample = None
+    if t.max_steps is not None:
+        max_steps = t.max_steps
+    elif t.max_tokens is not None:
+        max_steps = -(-t.max_tokens // (batch * block_size))
+    else:
+        assert t.max_epochs is not None
+        end_sample = max(1, round(n_windows * t.max_epochs))
+        max_steps = -(-end_sample // batch)
+    if args.optim.warmup_steps > max_steps:
+        raise ValueError(f"--optim.warmup_steps {args.optim.warmup_steps} exceeds the run's {max_steps} steps")
+    return Data(train, val, Order(n_windows, args.seed), block_size, max_steps, end_sample), config
+
+
+def check_resume(args: RunArgs, meta: dict[str, Any], data: Data, config: ModelConfig, path: Path) -> None:
+    """Refuse to go on with a run whose meaning would change, listing what differs."""
+    old, new = flat(meta["config"]), flat(plain(args))
+    keys = [
+        k
+        for k in sorted(set(old) | set(new))
+        if any(k == m or k.startswith(m + ".") for m in MEANING) and k not in MECHANICS
+    ]
+    differs = {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
+    if meta["data"]["train"] != data.train.fingerprint:
+        differs["data.train"] = (meta["data"]["train"][:12], data.train.fingerprint[:12])
+    if meta["model_config"] != config.to_dict():
+        other = ModelConfig.from_dict(meta["model_config"]).to_dict()
+        for k, v in config.to_dict().items():
+            if other[k] != v:
+                differs[f"model.{k}"] = (other[k], v)
+    refused = {k: v for k, v in differs.items() if not any(k == a or k.startswith(a + ".") for a in args.resume_allow)}
+    if refused:
+        listing = "; ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in refused.items())
+        raise ValueError(
+            f"{path} is a checkpoint of another run: {listing}. Give the same settings, or allow a change by name with "
+            f"--resume_allow='[{','.join(refused)}]'"
+        )
+
+
+def set_up(args: RunArgs) -> Run:
+    """Build the run. Raises ValueError or FileNotFoundError for a user's mistake, on every rank alike."""
+    devices = check_shapes(args)
+    if args.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device_kind(args) == "cuda" and args.precision != "fp32":
+        torch.set_float32_matmul_precision("high")
+    if args.data.train is not None:  # a mistake in what is there already is said before any process starts
+        open_data(args, lambda vocab_size: model_config(args, vocab_size))
+    fabric = build_fabric(args, devices)
+    folder, checkpoint_path, lock = open_folder(fabric, args)
+    if args.data.synthetic.tokens:
+        train, val = on_rank_zero(fabric, lambda: make_synthetic_data(args.data.synthetic, folder / "data", args.seed))
+        args = dataclasses.replace(args)
+        args.data = dataclasses.replace(args.data, train=train, val=val, synthetic=dataclasses.replace(args.data.synthetic, tokens=0))
+    data, config = open_data(args, lambda vocab_size: model_config(args, vocab_size))
+    args.out_dir, args.devices = folder, devices
+
+    step, segments = 0, [Segment(0, 0, args.train.global_batch_samples)]
+    meta: dict[str, Any] | None = None
+    if checkpoint_path is not None:
+        meta = Checkpoint(checkpoint_path).meta
+        check_resume(args, meta, data, config, checkpoint_path)
+        step = int(meta["step"])
+        segments = [Segment(**s) for s in meta["segments"]]
+        if segments[-1].global_batch != args.train.global_batch_samples:
+            s = segments[-1]
+            first = s.first_sample + (step - s.from_step) * s.global_batch
+            segments.append(Segment(step, first, args.train.global_batch_samples))
+        if step > data.max_steps:
+            raise ValueError(f"{checkpoint_path} is {step} steps old, beyond the run's {data.max_steps} steps")
+
+    with torch.device("meta"):
+        raw = GPT(
+            config, attention=args.train.attention, activation_checkpointing=args.train.activation_checkpointing == "full"
+        )
+    if not uses_fsdp(args):
+        raw.to_empty(device=fabric.device)
+        initialise(raw, config, args.seed)
+        compile_blocks(raw, args)
+    model = fabric.setup_module(raw, move_to_device=False)
+    if args.init_from is not None and checkpoint_path is None:
+        load_weights(raw, args.init_from)
+    optimizer = AdamW(raw.named_parameters(), args.optim)
+    loss_scale = LossScale.create(fabric.device) if args.precision == "fp16" else None
+
+    layout = Layout(
+        data.block_size, args.train.micro_batch_samples, fabric.global_rank, fabric.world_size, args.data.document_mask
+    )
+    pin = fabric.device.type == "cuda"
+    loader = Loader(
+        data.train,
+        data.order,
+        layout,
+        segments,
+        end_sample=data.end_sample,
+        prefetch_steps=args.data.prefetch_steps,
+        pin_memory=pin,
+    )
+    zero = torch.zeros((), device=fabric.device)
+    run = Run(
+        args=args,
+        fabric=fabric,
+        folder=folder,
+        config=config,
+        data=data,
+        raw_model=raw,
+        model=model,
+        optimizer=optimizer,
+        loss_scale=loss_scale,
+        loader=loader,
+        val_loader=validation_loader(args, data, layout, pin),
+        segments=segments,
+        recorder=None,
+        stop=StopRequest(fabric.device),
+        lock=lock,
+        step=step,
+        skipped=zero.clone(),
+        skipped_in_row=zero.clone(),
+    )
+    if checkpoint_path is not None and meta is not None:
+        run.finished = step == data.max_steps and checkpoint_step(list_checkpoints(folder)[-1]) == step
+        load_state(checkpoint_path, run.tensors())
+        run.skipped.fill_(meta["skipped"])
+        if loss_scale is not None and meta["loss_scale"] is not None:
+            loss_scale.load(meta["loss_scale"])
+    if run.finished:
+        return run
+    on_rank_zero(fabric, lambda: prepare_folder(run))
+    if args.data.datapoints:
+        run.recorder = DatapointRecorder(
+            folder / "datapoints", fabric.global_rank, fabric.world_size, args.train.micro_batch_samples, step
+        )
+    return run
+
+
+def model_config(args: RunArgs, vocab_size: int) -> ModelConfig:
+    """The model's config: of the registry and the flags, or of the weights to begin with."""
+    if args.init_from is None:
+        return args.model.config(vocab_size, args.train.block_size)
+    config, _ = load_tensors(args.init_from)
+    block_size = args.train.block_size
+    if block_size is not None and block_size > config.block_size:
+        raise ValueError(f"--train.block_size {block_size} exceeds the {config.block_size} of --init_from {args.init_from}")
+    given = {k: v for k, v in vars(args.model).items() if v is not None}
+    for key, value in given.items():
+        if key not in ("dropout",) and getattr(config, key) != value:
+            raise ValueError(f"--model.{key} {value} contradicts --init_from {args.init_from}, which has {getattr(config, key)}")
+    return dataclasses.replace(config, **given)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Copy the weights of a checkpoint or a Hugging Face folder into a model, sharded or not."""
+    _, tensors = load_tensors(path)
+    for name, parameter in model.named_parameters():
+        copy_slice(parameter, tensors[name])
+
+
+def validation_loader(args: RunArgs, data: Data, layout: Layout, pin: bool) -> Loader | None:
+    """Reads the validation split in its own order, dealt out to the ranks; the last rows may be without data."""
+    if data.val is None:
+        return None
+    rows = args.eval.micro_batch_samples or layout.micro_batch_samples
+    n_windows = count_windows(data.val.n_tokens, data.block_size)
+    layout = dataclasses.replace(layout, micro_batch_samples=rows)
+    return Loader(
+        data.val,
+        Order(n_windows, shuffle=False),
+        layout,
+        [Segment(0, 0, rows * layout.world_size)],
+        end_sample=min(n_windows, args.eval.max_samples or n_windows),
+        pin_memory=pin,
+    )
+
+
+def prepare_folder(run: Run) -> None:
+    """Rank 0: bring the run folder to the state of `run.step`, and write what describes the run."""
+    rewind(run.folder, run.step)
+    text = yaml.safe_dump(plain(dataclasses.replace(run.args, resume=None)), sort_keys=False, allow_unicode=True)
+    temporary = run.folder / ".config.yaml.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, run.folder / "config.yaml")
+    if run.args.data.datapoints:
+        facts = {
+            "fingerprint": run.data.train.fingerprint,
+            "seed": run.args.seed,
+            "block_size": run.data.block_size,
+            "document_mask": run.args.data.document_mask,
+            "end_sample": run.data.end_sample,
+            "segments": [s.to_dict() for s in run.segments],
+        }
+        layout = (run.step, run.world_size, run.args.train.micro_batch_samples)
+        write_order(run.folder / "datapoints", facts, layout)
+    source = run.data.train.tokenizer_folder
+    if source is not None and not (run.folder / "tokenizer").exists():
+        copy_tokenizer(source, run.folder / "tokenizer")
+
+

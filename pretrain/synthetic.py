@@ -1,0 +1,26 @@
+"""Data for a run without data: synthetic text, a tokenizer trained on it, and the packed splits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lit_data.corpus.synthetic import write_synthetic
+from lit_data.corpus.tokenizer_training import train_tokenizer
+from lit_data.packed import MANIFEST
+from lit_data.prepare import prepare
+from pretrain.args import SyntheticArgs
+
+
+def make_synthetic_data(args: SyntheticArgs, folder: Path, seed: int) -> tuple[Path, Path]:
+    """Make text, tokenizer and packed data in `folder`, what is there already excepted. Returns (train, val).
+
+    Each part appears as a whole, so that a killed run finds or remakes it.
+    """
+    text, tokenizer, packed = folder / "text", folder / "tokenizer", folder / "packed"
+    if not text.exists():
+        write_synthetic(text, tokens=args.tokens, level=args.level, seed=seed)
+    if not tokenizer.exists():
+        train_tokenizer([text / "train.jsonl"], vocab_size=args.vocab_size, kind="byte_bpe", output=tokenizer)
+    if not (packed / "train" / MANIFEST).exists():
+        prepare([text / "train.jsonl"], tokenizer, packed, val_inputs=[text / "val.jsonl"], workers=1)
+    return packed / "train", packed / "val"

@@ -1,0 +1,29 @@
+"""Write a Hugging Face folder as a checkpoint, to go on training from with --init_from."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pretrain.export import import_from_hf
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", type=Path, required=True, help="Hugging Face folder with safetensors")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint file to write; must not exist")
+    args = parser.parse_args()
+    try:
+        import_from_hf(args.input, args.output)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.input} -> {args.output}: train on with --init_from {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

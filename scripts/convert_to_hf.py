@@ -1,0 +1,32 @@
+"""Write a checkpoint as a Hugging Face folder: safetensors, configs, tokenizer, model card."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pretrain.export import export_to_hf
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="an iter-XXXXXXXX-ckpt.pth, or a run folder (its newest)"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or file (default: the run's)")
+    args = parser.parse_args()
+    try:
+        path = export_to_hf(args.checkpoint, args.output, args.tokenizer)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{path} -> {args.output}: open it with AutoModelForCausalLM.from_pretrained({str(args.output)!r})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

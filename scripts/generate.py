@@ -1,0 +1,86 @@
+"""Continue a prompt with a run folder's newest checkpoint, a checkpoint, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+from lit_data.tokenizer import Tokenizer, open_tokenizer
+from lit_model.generate import generate
+from lit_model.load import load_model
+from pretrain.export import find_tokenizer
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__)
+    top.add_argument("--model", type=Path, required=True, help="run folder, checkpoint or Hugging Face folder")
+    top.add_argument("--tokenizer", type=Path, help="tokenizer folder or file (default: the model's)")
+    prompt = top.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="text to continue; empty: begin a document")
+    prompt.add_argument("--prompt_ids", help="token ids to continue, as 5,6; needs no tokenizer")
+    top.add_argument("--max_new_tokens", type=int, default=100)
+    top.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    top.add_argument("--top_k", type=int)
+    top.add_argument("--top_p", type=float)
+    top.add_argument("--seed", type=int, default=0)
+    top.add_argument("--device", default="cpu", help="torch device, for example cuda")
+    top.add_argument("--json", action="store_true", help="print one JSON object")
+    return top
+
+
+def prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
+    if args.prompt_ids is not None:
+        try:
+            return [int(i) for i in args.prompt_ids.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"--prompt_ids {args.prompt_ids!r}: give whole numbers separated by commas, as 5,6"
+            ) from None
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer files: give --tokenizer, or --prompt_ids instead of --prompt")
+    ids: list[int] = [int(i) for i in tokenizer.encode(args.prompt)]
+    # The end of a document is what stands before the next one: the only token a document can be begun from.
+    return ids or [tokenizer.eos_id]
+
+
+def main() -> int:
+    args = parser().parse_args()
+    try:
+        tokenizer_path = args.tokenizer or find_tokenizer(args.model)
+        tokenizer = open_tokenizer(tokenizer_path) if tokenizer_path is not None else None
+        ids = prompt_ids(args, tokenizer)
+        model, _ = load_model(args.model)
+        model = model.to(args.device)
+        out = generate(
+            model,
+            torch.tensor(ids, dtype=torch.int64),
+            args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            eos_id=tokenizer.eos_id if tokenizer is not None else None,
+        ).tolist()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    new = out[len(ids) :]
+    stopped = tokenizer is not None and bool(new) and new[-1] == tokenizer.eos_id
+    text = tokenizer.decode(new[:-1] if stopped else new) if tokenizer is not None else None
+    if args.json:
+        print(
+            json.dumps({"prompt": args.prompt, "prompt_ids": ids, "ids": new, "text": text, "stopped_on_eos": stopped})
+        )
+    else:
+        print((args.prompt or "") + text if text is not None else ",".join(map(str, out)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

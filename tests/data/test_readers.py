@@ -1,0 +1,258 @@
+"""Readers: the right documents from each kind of file, and a fault that names its place."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_data.corpus.readers import ReadErrors, _lines_of, read_documents
+
+
+def read(*paths: Path, **kw) -> list[tuple[str, str, int]]:
+    return [(d.id, d.text, d.place) for d in read_documents(list(paths), **kw)]
+
+
+def json_lines(*records: object) -> bytes:
+    return b"".join(json.dumps(r).encode() + b"\n" for r in records)
+
+
+def test_text_files_are_one_document_unchanged(tmp_path):
+    text = "\ufeff Zeile\r\nmit \x00 und\x85 ä\n\n"
+    for name in ("a.txt", "b.train", "c.dev", "d.test", "E.TXT"):
+        (tmp_path / name).write_bytes(text.encode())
+        (document,) = read_documents([tmp_path / name])
+        assert (document.id, document.text, document.place) == (name, text, 0)
+        assert document.source == str(tmp_path / name)
+
+
+def test_folders_are_read_recursively_in_order(tmp_path):
+    for name in ("b.txt", "a/2.txt", "a/10.txt", "a/deep/1.txt", ".hidden/x.txt", ".x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "lines.jsonl").write_bytes(json_lines({"text": "one"}, {"text": "two", "id": "own"}))
+    (tmp_path / "README.md").write_text("not text to train on")
+    errors = ReadErrors()
+    found = read(tmp_path, errors=errors)
+    assert found == [
+        ("a/10.txt", "a/10.txt", 0),
+        ("a/2.txt", "a/2.txt", 0),
+        ("a/deep/1.txt", "a/deep/1.txt", 0),
+        ("b.txt", "b.txt", 0),
+        ("lines.jsonl:1", "one", 1),
+        ("own", "two", 2),
+    ]
+    assert errors.count == 0 and errors.ignored_files == 1 and "README.md" in errors.ignored_first[0]
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.txt").write_text("a")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "loop").symlink_to(tmp_path / "in")
+    assert read(tmp_path / "in") == [("link/a.txt", "a", 0)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst"])
+def test_json_lines(tmp_path, suffix):
+    data = (
+        b'\xef\xbb\xbf{"text": "first", "id": 7, "genre": "drama", "year": 1623}\n'
+        b"\n"
+        b'{"text": "a\\u2028b\\n", "id": null}\r\n' + '{"text": "roh \u2028 ä"}'.encode()
+    )
+    file = tmp_path / f"x{suffix}"
+    file.write_bytes(zstandard.compress(data) if suffix.endswith("zst") else data)
+    documents = list(read_documents([file], metadata=["genre", "year"]))
+    assert [(d.id, d.text, d.place) for d in documents] == [
+        ("7", "first", 1),
+        (f"x{suffix}:3", "a\u2028b\n", 3),
+        (f"x{suffix}:4", "roh \u2028 ä", 4),
+    ]
+    assert documents[0].meta == {"genre": "drama", "year": "1623"} and documents[1].meta == {}
+
+
+def test_other_field_names(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(json_lines({"body": "t", "key": "k", "text": 3}))
+    assert read(tmp_path / "x.jsonl", text_field="body", id_field="key") == [("k", "t", 1)]
+
+
+def test_parquet(tmp_path):
+    table = pa.table({"id": ["a", None, "c"], "text": ["x", "ä\n", ""], "n": [1, 2, None], "unread": [[1], [2], [3]]})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=2)
+    documents = list(read_documents([tmp_path / "x.parquet"], metadata=["n"]))
+    assert [(d.id, d.text, d.place) for d in documents] == [("a", "x", 1), ("x.parquet:2", "ä\n", 2), ("c", "", 3)]
+    assert [d.meta for d in documents] == [{"n": "1"}, {"n": "2"}, {}]
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_string_types(tmp_path, kind):
+    column = pa.array(["é", "é"], pa.string())
+    pq.write_table(pa.table({"text": column.cast(kind)}), tmp_path / "x.parquet")
+    assert read(tmp_path / "x.parquet") == [("x.parquet:1", "é", 1), ("x.parquet:2", "é", 2)]
+
+
+BAD_LINES = {
+    "json": (b'{"text": "x"', "line 2: invalid JSON"),
+    "utf8": (b'{"text": "\xff"}', r"line 2: not UTF-8 \(invalid start byte, byte 10 of the line\)"),
+    "array": (b'["text"]', "line 2: a JSON array where an object is needed"),
+    "missing": (b'{"body": "x"}', r"line 2: no field 'text' \(--text_field\); its fields: 'body'"),
+    "number": (b'{"text": 3}', "line 2: the field 'text' holds a JSON number"),
+    "null": (b'{"text": null}', "line 2: the field 'text' holds a JSON null"),
+    "surrogate": (b'{"text": "\\ud800"}', "line 2: the field 'text' holds half of a surrogate pair"),
+    "surrogate id": (b'{"text": "x", "id": "\\ud800"}', "line 2: the field 'id' holds half of a surrogate pair"),
+    "depth": (b'{"text": ' + b"[" * 100_000, "line 2: invalid JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_LINES)
+def test_a_bad_line_stops_or_is_skipped(tmp_path, fault):
+    line, message = BAD_LINES[fault]
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(json_lines({"text": "one"}) + line + b"\n" + json_lines({"text": "three"}))
+    documents = read_documents([file])
+    assert next(documents).text == "one"
+    with pytest.raises(ValueError, match=rf"x\.jsonl, {message}.*--on_error skip"):
+        next(documents)
+    errors = ReadErrors()
+    assert [t for _, t, _ in read(file, on_error="skip", errors=errors)] == ["one", "three"]
+    assert errors.count == 1 and f"{file}, line 2" in errors.first[0]
+
+
+def test_bad_text_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\nth\xe9ee")
+    (tmp_path / "b.txt").write_text("good")
+    with pytest.raises(ValueError, match=r"a\.txt, line 3: not UTF-8 .*byte 10 of the file"):
+        read(tmp_path)
+    errors = ReadErrors()
+    assert read(tmp_path, on_error="skip", errors=errors) == [("b.txt", "good", 0)] and errors.count == 1
+
+
+def test_only_the_first_faults_are_kept(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"{\n" * 50)
+    errors = ReadErrors()
+    assert read(tmp_path, on_error="skip", errors=errors) == []
+    assert errors.count == 50 and len(errors.first) == 5
+
+
+def big_lines() -> bytes:
+    return json_lines(*({"text": f"document {i} " + "x" * (i % 977)} for i in range(2000)))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "not zstd", "between frames"])
+def test_damaged_zstd_is_named(tmp_path, damage):
+    packed = zstandard.ZstdCompressor(write_checksum=True).compress(big_lines())
+    data = {
+        "truncated": packed[:-5],
+        "flipped": packed[:-1] + bytes([packed[-1] ^ 1]),
+        "empty": b"",
+        "not zstd": b'{"text": "x"}\n',
+        "between frames": packed + packed[:1000],
+    }[damage]
+    file = tmp_path / "x.jsonl.zst"
+    file.write_bytes(data)
+    (tmp_path / "y.txt").write_text("next file")
+    with pytest.raises(ValueError, match=r"x\.jsonl\.zst, after line \d+: .*(truncated|damaged)"):
+        read(file)
+    errors = ReadErrors()
+    found = read(tmp_path, on_error="skip", errors=errors)
+    assert found[-1] == ("y.txt", "next file", 0) and errors.count == 1
+
+
+def test_zstd_of_several_frames_and_long_windows(tmp_path):
+    one, two = json_lines({"text": "one"}), b'{"text": "cut '
+    long = zstandard.ZstdCompressionParameters.from_level(3, window_log=28, write_content_size=0)
+    frames = [
+        zstandard.compress(one + two),
+        b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc",  # a skippable frame
+        zstandard.ZstdCompressor(compression_params=long).compress(b'in two"}\n'),
+    ]
+    (tmp_path / "x.jsonl.zst").write_bytes(b"".join(frames))
+    assert [t for _, t, _ in read(tmp_path)] == ["one", "cut in two"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "not parquet", "page"])
+def test_damaged_parquet_is_named(tmp_path, damage):
+    file = tmp_path / "x.parquet"
+    table = pa.table({"text": [f"document {i}" for i in range(3000)]})
+    pq.write_table(table, file, compression="none", use_dictionary=False, write_page_checksum=True)
+    data = bytearray(file.read_bytes())
+    place = data.index(b"document 1500")
+    data[place + 3] ^= 1
+    damaged = {"truncated": data[:-100], "empty": b"", "not parquet": b"x" * 5000, "page": data}
+    file.write_bytes(damaged[damage])
+    (tmp_path / "y.txt").write_text("next file")
+    with pytest.raises(ValueError, match=r"x\.parquet, after row \d+: a damaged or truncated Parquet file"):
+        read(file)
+    errors = ReadErrors()
+    found = read(tmp_path, on_error="skip", errors=errors)
+    assert found[-1] == ("y.txt", "next file", 0) and errors.count == 1
+
+
+def test_parquet_faults(tmp_path):
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"body": ["a"], "other": [1]}), file)
+    for on_error in ("stop", "skip"):  # a wrong name is a mistake, not damage to be skipped
+        with pytest.raises(ValueError, match=r"no column 'text' \(--text_field\); its columns are body, other"):
+            read(file, on_error=on_error)
+    with pytest.raises(ValueError, match=r"no column 'genre' \(--metadata\)"):
+        read(file, text_field="body", metadata=["genre"])
+    bad = pa.StringArray.from_buffers(3, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffc"))
+    pq.write_table(pa.table({"text": bad}), file)
+    with pytest.raises(ValueError, match=r"x\.parquet, row 2: not UTF-8"):
+        read(file)
+    assert [t for _, t, _ in read(file, on_error="skip")] == ["a", "c"]
+    pq.write_table(pa.table({"text": ["a", None]}), file)
+    with pytest.raises(ValueError, match=r"x\.parquet, row 2: the field 'text' holds a JSON null"):
+        read(file)
+
+
+def test_paths_are_checked_at_once(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        read_documents([tmp_path / "nowhere"])
+    (tmp_path / "x.csv").write_text("a,b")
+    with pytest.raises(ValueError, match=r"x\.csv is of an unknown kind; text is read from \.txt.*\.parquet"):
+        read_documents([tmp_path / "x.csv"])
+    with pytest.raises(ValueError, match=r"holds no text: none of its files ends in \.txt.*\.jsonl\.zst"):
+        read_documents([tmp_path])
+    with pytest.raises(ValueError, match="choose stop or skip"):
+        read_documents([], on_error="ignore")  # type: ignore[arg-type]
+
+
+def test_a_file_that_cannot_be_read_is_an_error_even_with_skip(tmp_path):
+    (tmp_path / "a.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"a\.txt cannot be read: No such file"):
+        read(tmp_path, on_error="skip")
+
+
+@settings(deadline=None)
+@given(data=st.binary(max_size=60).map(lambda b: b.replace(b"a", b"\n")), cuts=st.lists(st.integers(0, 60), max_size=6))
+def test_lines_do_not_depend_on_chunks(data, cuts):
+    edges = [0, *sorted(min(c, len(data)) for c in cuts), len(data)]
+    chunks = [data[a:b] for a, b in pairwise(edges)]
+    expected = data.split(b"\n")
+    if not expected[-1]:
+        expected.pop()
+    assert list(_lines_of(iter(chunks))) == expected
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst"])
+def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
+    data = b'{"text": "' + b"word " * 2000 + b'"}\n'
+    file = tmp_path / f"x{suffix}"
+    with zstandard.open(file, "wb") if suffix.endswith("zst") else open(file, "wb") as f:
+        for _ in range(6000):  # 60 MB
+            f.write(data)
+    tracemalloc.start()
+    count = sum(1 for _ in read_documents([file]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 6000 and peak < 20e6

@@ -1,0 +1,121 @@
+"""Initialisation: the standard deviations asked for, and the same bits on one device and under FSDP2."""
+
+import math
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from lit_model.init import initialise
+from lit_model.model import GPT
+from lit_model.registry import get_config
+
+# Sizes that neither two nor four processes can share evenly (rows of 70, 90, 99; 500 padded to 512).
+SIZES = {"n_layer": 3, "n_embd": 70, "n_head": 7, "n_query_groups": 1, "intermediate_size": 99, "vocab_size": 500}
+
+
+def build(config, seed=0):
+    model = GPT(config)
+    initialise(model, config, seed)
+    return model
+
+
+def test_llammlein_standard_deviations():
+    config = get_config("debug", n_layer=4, n_embd=256, n_head=4, intermediate_size=512, vocab_size=2000)
+    for name, p in build(config).named_parameters():
+        if p.dim() == 1:
+            assert (p == 1).all(), name
+            continue
+        residual = name.endswith(("attn.proj.weight", "mlp.proj.weight"))
+        want = 1 / math.sqrt(256) / 4 if residual else math.sqrt(2 / (5 * 256))
+        check_normal(p[: config.vocab_size], want, name)
+
+
+def test_normal_standard_deviations_and_zero_biases():
+    config = get_config("debug", init="normal", init_std=0.03, attention_bias=True, mlp_bias=True)
+    for name, p in build(config).named_parameters():
+        if p.dim() == 2:
+            check_normal(p[: config.vocab_size], 0.03, name)
+        else:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+
+
+def check_normal(p, std, name):
+    n = p.numel()
+    assert abs(p.std().item() / std - 1) <= 5 / math.sqrt(2 * n), name  # the standard error of a standard deviation
+    assert abs(p.mean().item()) <= 5 * std / math.sqrt(n), name
+    assert 2.5 * std < p.abs().max() < 7 * std, name
+
+
+def test_a_tensor_depends_on_seed_and_name_only():
+    small, large = build(get_config("debug", n_layer=1)), build(get_config("debug", n_layer=1, intermediate_size=300))
+    key = "transformer.h.0.attn.qkv.weight"
+    assert torch.equal(small.state_dict()[key], large.state_dict()[key])
+    assert not torch.equal(build(get_config("debug"), 1).state_dict()[key], small.state_dict()[key])
+    state = build(get_config("debug")).state_dict()
+    assert not torch.equal(state["transformer.h.0.mlp.fc_1.weight"], state["transformer.h.0.mlp.fc_2.weight"])
+    torch.manual_seed(7)  # the global generator plays no part
+    assert all(torch.equal(v, state[k]) for k, v in build(get_config("debug")).state_dict().items())
+
+
+def test_padding_rows_are_zero():
+    state = build(get_config("debug", **SIZES)).state_dict()
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        assert (state[name][500:] == 0).all() and (state[name][:500] != 0).all()
+
+
+def shard(config, mesh, **kwargs):
+    """What a run does: build on meta, shard blocks and root, materialise, initialise."""
+    with torch.device("meta"):
+        model = GPT(config, **kwargs)
+    # cast_forward_inputs would turn cos and sin into bfloat16 at each block's door.
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks():
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device="cpu")
+    initialise(model, config, 0)
+    return model
+
+
+def worker(rank, world, store, changes):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    meshes = [init_device_mesh("cpu", (world,))]
+    if world == 4:
+        meshes.append(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    config = get_config("debug", **changes)
+    whole = build(config).state_dict()
+    for mesh in meshes:
+        sharded = shard(config, mesh, activation_checkpointing=True)
+        state = sharded.state_dict()
+        assert set(state) == set(whole)
+        assert all(torch.equal(state[k].full_tensor(), whole[k]) for k in whole)
+    # One step in bfloat16: every parameter gets a float32 gradient, recomputation and sharding together.
+    tokens = torch.randint(0, 500, (2, 16), generator=torch.Generator().manual_seed(rank))
+    cu = torch.tensor([0, 3, 16, 32, 32], dtype=torch.int32)
+    sharded(tokens, tokens, cu_seqlens=cu).loss_sum.backward()
+    plain = build(config)
+    with torch.autocast("cpu", torch.bfloat16):
+        for r in range(world):
+            other = torch.randint(0, 500, (2, 16), generator=torch.Generator().manual_seed(r))
+            (plain(other, other, cu_seqlens=cu).loss_sum / world).backward()
+    for (name, p), q in zip(sharded.named_parameters(), plain.parameters(), strict=True):
+        grad = p.grad.full_tensor()
+        assert grad.dtype == torch.float32
+        assert (grad - q.grad).norm() <= 0.05 * q.grad.norm(), name
+    dist.barrier()
+    dist.destroy_process_group()
+    # A gloo process now and then aborts while C++ tears down its threads ("terminate called without an active
+    # exception", once in about 60 exits with torch 2.13), after everything above has passed: leave without teardown.
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("world", "tied"), [(2, False), (2, True), (4, False)])
+def test_equal_under_fsdp2_from_meta(world, tied, tmp_path):
+    """Two processes sharded; four also as a mesh of two replicas of two shards."""
+    mp.spawn(worker, args=(world, str(tmp_path / "store"), {**SIZES, "tie_embeddings": tied}), nprocs=world)

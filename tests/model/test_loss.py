@@ -1,0 +1,157 @@
+"""The chunked cross-entropy against torch's, in float64 over full logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_model.loss import IGNORE_INDEX, chunked_cross_entropy
+
+
+def draw(N=37, C=24, V=96, vocab=90, ignore=0.3, seed=0, device="cpu"):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, C, generator=g)
+    weight = torch.randn(V, C, generator=g)
+    targets = torch.randint(0, vocab, (N,), generator=g)
+    targets[torch.rand(N, generator=g) < ignore] = IGNORE_INDEX
+    return hidden.to(device), weight.to(device), targets.to(device), vocab
+
+
+def reference(hidden, weight, targets, vocab, scale=1.0, dtype=torch.float64):
+    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
+    logits = (hidden @ weight.t())[:, :vocab]
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    (losses.sum() * scale).backward()
+    return losses.detach(), hidden.grad, weight.grad
+
+
+def ours(hidden, weight, targets, vocab, scale=1.0, chunk_tokens=None):
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    chunk_bytes = None if chunk_tokens is None else 4 * weight.shape[0] * chunk_tokens
+    out = chunked_cross_entropy(hidden, weight, targets, vocab, chunk_bytes=chunk_bytes)
+    (out.loss_sum * scale).backward()
+    return out, hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 36, 37, 100, None])
+def test_float64_equals_reference(chunk_tokens):
+    hidden, weight, targets, vocab = draw()
+    out, gh, gw = ours(hidden.double(), weight.double(), targets, vocab, 0.37, chunk_tokens)
+    losses, rh, rw = reference(hidden, weight, targets, vocab, 0.37)
+    for got, want in ((out.token_losses, losses), (out.loss_sum, losses.sum()), (gh, rh), (gw, rw)):
+        torch.testing.assert_close(got.detach(), want, rtol=1e-12, atol=1e-12)
+
+
+def test_float32_is_as_near_to_float64_as_torch():
+    hidden, weight, targets, vocab = draw(N=300, C=64)
+    exact = reference(hidden, weight, targets, vocab)
+    own = reference(hidden, weight, targets, vocab, dtype=torch.float32)
+    out, gh, gw = ours(hidden, weight, targets, vocab, chunk_tokens=64)
+    assert out.loss_sum.dtype == out.token_losses.dtype == gh.dtype == gw.dtype == torch.float32
+    for got, torchs, want in zip((out.token_losses, gh, gw), own, exact, strict=True):
+        bound = 2 * (torchs - want).abs().max() + 2 * torch.finfo(torch.float32).eps * want.abs().max()
+        assert (got - want).abs().max() <= bound
+
+
+def test_shapes_and_ignored_targets():
+    hidden, weight, targets, vocab = draw(N=36)
+    hidden, targets = hidden.view(3, 12, -1).requires_grad_(), targets.view(3, 12)
+    out = chunked_cross_entropy(hidden, weight, targets, vocab)
+    assert out.token_losses.shape == (3, 12) and out.loss_sum.shape == () and not out.token_losses.requires_grad
+    ignored = targets == IGNORE_INDEX
+    assert (out.token_losses[ignored] == 0).all() and (out.token_losses[~ignored] > 0).all()
+    out.loss_sum.backward()
+    assert (hidden.grad[ignored] == 0).all() and (hidden.grad[~ignored] != 0).any(-1).all()
+
+
+def test_padding_rows_get_no_probability_and_no_gradient():
+    hidden, weight, targets, vocab = draw()
+    weight[vocab:] = 1e3  # would win every softmax
+    out, _, gw = ours(hidden, weight, targets, vocab)
+    losses, _, _ = reference(hidden, weight, targets, vocab)
+    torch.testing.assert_close(out.token_losses.double(), losses, rtol=1e-5, atol=1e-5)
+    assert (gw[vocab:] == 0).all()
+
+
+def test_no_valid_target_gives_zero_loss_and_zero_gradients():
+    hidden, weight, targets, vocab = draw(ignore=2.0)
+    hidden[3] = torch.inf  # what an ignored row holds must not matter
+    out, gh, gw = ours(hidden, weight, targets, vocab)
+    assert out.loss_sum == 0 and (out.token_losses == 0).all() and (gh == 0).all() and (gw == 0).all()
+
+
+def test_without_gradients():
+    hidden, weight, targets, vocab = draw()
+    hidden.requires_grad_()
+    losses, _, _ = reference(hidden, weight, targets, vocab)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for _ in range(2):
+                out = chunked_cross_entropy(hidden, weight, targets, vocab, chunk_bytes=4 * 96 * 8)
+                assert not out.loss_sum.requires_grad
+                torch.testing.assert_close(out.token_losses.double(), losses, rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_head_or_frozen_hidden():
+    hidden, weight, targets, vocab = draw()
+    _, rh, rw = reference(hidden, weight, targets, vocab)
+    h = hidden.clone().requires_grad_()
+    chunked_cross_entropy(h, weight, targets, vocab).loss_sum.backward()
+    torch.testing.assert_close(h.grad.double(), rh, rtol=1e-4, atol=1e-5)
+    w = weight.clone().requires_grad_()
+    chunked_cross_entropy(hidden, w, targets, vocab).loss_sum.backward()
+    torch.testing.assert_close(w.grad.double(), rw, rtol=1e-4, atol=1e-5)
+
+
+def test_second_backward_is_refused_not_wrong():
+    hidden, weight, targets, vocab = draw()
+    out = chunked_cross_entropy(hidden, weight.requires_grad_(), targets, vocab)
+    (2 * out.loss_sum).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.loss_sum.backward()
+
+
+def bf16_bounded(hidden, weight, targets, vocab, device):
+    """Autocast: within the error of torch's own bfloat16 head with a float32 softmax."""
+    exact = reference(hidden, weight, targets, vocab)
+
+    def torchs():
+        h, w = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+        with torch.autocast(device, torch.bfloat16):
+            logits = F.linear(h, w)[:, :vocab]
+        losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
+        losses.sum().backward()
+        return losses.detach(), h.grad, w.grad
+
+    h, w = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    with torch.autocast(device, torch.bfloat16):
+        out = chunked_cross_entropy(h, w, targets, vocab, chunk_bytes=4 * w.shape[0] * 64)
+    out.loss_sum.backward()
+    assert h.grad.dtype == w.grad.dtype == torch.float32
+    for got, own, want in zip((out.token_losses, h.grad, w.grad), torchs(), exact, strict=True):
+        assert (got - want).norm() <= 1.5 * (own - want).norm() + 1e-6 * want.norm()
+
+
+def test_autocast_is_bounded_by_torchs_error():
+    bf16_bounded(*draw(N=300, C=64), "cpu")
+
+
+def test_bfloat16_tensors_keep_their_dtype():
+    hidden, weight, targets, vocab = draw()
+    out, gh, gw = ours(hidden.bfloat16(), weight.bfloat16(), targets, vocab)
+    assert gh.dtype == gw.dtype == torch.bfloat16 and out.loss_sum.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    bf16_bounded(*draw(N=2000, C=256, V=4096, vocab=4000, device="cuda"), "cuda")
+    hidden, weight, targets, vocab = draw(N=8192, C=512, V=32064, vocab=32000, device="cuda")
+    losses, rh, rw = reference(hidden, weight, targets, vocab)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, gh, gw = ours(hidden, weight, targets, vocab, chunk_tokens=512)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < hidden.shape[0] * weight.shape[0] * 4  # never the full float32 logits
+    torch.testing.assert_close(out.token_losses.double(), losses, rtol=1e-4, atol=1e-3)
+    assert (gh - rh).norm() < 1e-3 * rh.norm() and (gw - rw).norm() < 1e-3 * rw.norm()

@@ -1,0 +1,77 @@
+"""For tests of training: a small packed dataset of random ids, and runs of the trainer in processes of their own."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from lit_data.packed import PackedWriter
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB, EOS = 96, 1
+
+
+def write_dataset(folder: Path, lengths: list[int], seed: int = 0) -> Path:
+    """A packed dataset whose documents follow a noisy rule, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    facts = {"kind": "none", "fingerprint": "test", "vocab_size": VOCAB, "eos_id": EOS, "bos_id": None, "folder": None}
+    with PackedWriter(folder, tokenizer=facts, vocab_size=VOCAB, eos_id=EOS, shard_tokens=sum(lengths) // 2) as writer:
+        for i, length in enumerate(lengths):
+            ids = 2 + (np.cumsum(rng.integers(1, 4, size=length)) % (VOCAB - 2))
+            writer.add(np.append(ids, EOS), id=f"doc-{i}", source="random", place=i, n_bytes=3 * length)
+    return folder
+
+
+MODEL = {
+    "model.n_layer": 2,
+    "model.n_head": 4,
+    "model.n_query_groups": 2,
+    "model.n_embd": 32,
+    "model.intermediate_size": 48,
+}
+
+
+def flags(data: Path, out_dir: Path, **changes: object) -> list[str]:
+    """The command line of a small run; changes are settings with dots as double underscores."""
+    settings: dict[str, object] = {
+        "out_dir": out_dir,
+        "data.train": data / "train",
+        "data.val": data / "val",
+        "accelerator": "cpu",
+        "devices": 1,
+        **MODEL,
+        "train.max_steps": 12,
+        "train.global_batch_samples": 8,
+        "train.micro_batch_samples": 2,
+        "train.block_size": 32,
+        "optim.lr": 1e-2,
+        "optim.warmup_steps": 2,
+        "save.every_steps": 4,
+        "eval.every_steps": 6,
+        "log.every_steps": 1,
+    }
+    settings.update({k.replace("__", "."): v for k, v in changes.items()})
+    return [f"--{k}={v}" for k, v in settings.items() if v is not None]
+
+
+def train(
+    *arguments: str, env: dict[str, str] | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run `python pretrain/fabric_train.py` as a user does."""
+    command = [sys.executable, str(ROOT / "pretrain" / "fabric_train.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv."""
+    with open(run / "metrics.csv", newline="") as f:
+        return list(csv.DictReader(f))

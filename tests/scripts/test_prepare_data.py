@@ -1,0 +1,109 @@
+"""scripts/prepare_data.py as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from lit_data.packed import PackedDataset
+from lit_data.tokenizer import open_tokenizer
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory) -> Path:
+    """A tokenizer of single bytes whose end-of-document token has an unusual name."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["[ENDE]", *alphabet])}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe.add_special_tokens(["[ENDE]"])
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    bpe.save(str(path))
+    return path
+
+
+def call(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_prepare_with_two_workers(tmp_path, tokenizer_file):
+    lines = [{"body": f"Zeile {i} äö", "key": f"k{i}", "genre": "prose"} for i in range(50)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + "{bad\n")
+    done = call(
+        "--input", "x.jsonl", "--tokenizer", tokenizer_file, "--output", "new/out", "--val_fraction", "0.3",
+        "--workers", 2, "--on_error", "skip", "--text_field", "body", "--id_field", "key", "--metadata", "genre",
+        "--shard_tokens", 200, "--seed", 1, "--eos_token", "[ENDE]", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    train, val = (PackedDataset(tmp_path / "new" / "out" / side) for side in ("train", "val"))
+    assert train.n_documents + val.n_documents == 50 and len(train.manifest.shards) > 1
+    n_bytes = sum(len(r["body"].encode()) for r in lines)
+    assert train.manifest.bytes + val.manifest.bytes == n_bytes == train.n_tokens + val.n_tokens - 50
+    assert f"{train.n_documents} documents, {train.n_tokens:,} tokens" in done.stdout
+    assert "MB/s" in done.stdout and "bytes per token" in done.stdout
+    assert "skipped: 1 unreadable documents, 0 empty ones" in done.stdout and "x.jsonl, line 51" in done.stdout
+    assert train.document(0)["genre"] == "prose" and train.document(0)["id"].startswith("k")
+    assert train.document(0)["source"] == "x.jsonl"
+    # The copy of the tokenizer knows by itself what --eos_token said.
+    assert open_tokenizer(tmp_path / "new" / "out" / "tokenizer").eos_id == train.eos_id == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "gone.txt"], "gone.txt does not exist"),
+        (["--input", "bad.txt", "--workers", "2"], "bad.txt, line 2: not UTF-8"),
+        (["--input", "x.csv"], "x.csv is of an unknown kind"),
+        (["--input", "good.txt", "--val_fraction", "2"], "--val_fraction 2.0"),
+        (["--input", "good.txt", "--output", "there"], "exists already"),
+    ],
+)
+def test_mistakes_give_one_line_and_exit_2(tmp_path, tokenizer_file, arguments, message):
+    (tmp_path / "bad.txt").write_bytes(b"one\n\xff\n")
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "x.csv").write_text("a,b")
+    (tmp_path / "there").mkdir()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    done = call("--tokenizer", tokenizer_file, "--output", "out", "--eos_token", "[ENDE]", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_tokenizer_without_an_end_is_refused_with_the_remedy(tmp_path, tokenizer_file):
+    (tmp_path / "good.txt").write_text("good")
+    done = call("--input", "good.txt", "--tokenizer", tokenizer_file, "--output", "out", cwd=tmp_path)
+    assert done.returncode == 2 and "--eos_token" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing(tmp_path, tokenizer_file, number, code):
+    os.mkfifo(tmp_path / "endless.txt")  # reading waits here
+    command = [sys.executable, str(SCRIPT), "--input", "endless.txt", "--tokenizer", str(tokenizer_file)]
+    with subprocess.Popen(
+        [*command, "--output", "out", "--eos_token", "[ENDE]"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    ) as process:
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob(".out.tmp-*/.train*")) and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["endless.txt"]

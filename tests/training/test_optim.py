@@ -1,0 +1,99 @@
+"""AdamW, clipping, loss scale and schedule against torch's own and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pretrain.args import OptimArgs
+from pretrain.guards import skip_if_not_finite
+from pretrain.optim import AdamW, LossScale, clip_gradients
+from pretrain.schedule import learning_rate
+
+
+def parameters(seed: int = 0) -> dict[str, torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"matrix": (5, 7), "norm": (7,), "bias": (5,)}
+    return {n: torch.nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()}
+
+
+def test_adamw_equals_torch_with_decay_on_matrices_only() -> None:
+    args = OptimArgs(lr=1e-2, weight_decay=0.3)
+    ours, theirs = parameters(), parameters()
+    optimizer = AdamW(ours.items(), args)
+    groups = [
+        {"params": [theirs["matrix"]], "weight_decay": 0.3},
+        {"params": [theirs["norm"], theirs["bias"]], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(20):
+        gradients = parameters(step + 1)
+        for name in ours:
+            ours[name].grad = gradients[name].detach().clone()
+            theirs[name].grad = gradients[name].detach().clone()
+        optimizer.step(1e-2)
+        reference.step()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
+
+
+def test_skipped_step_changes_nothing() -> None:
+    ours = parameters()
+    optimizer = AdamW(ours.items(), OptimArgs())
+    before = {n: p.detach().clone() for n, p in ours.items()}
+    for p in ours.values():
+        p.grad = torch.full_like(p, float("nan"))
+    norm = clip_gradients(ours.values(), 1.0)
+    optimizer.step(1e-2, skip_if_not_finite(norm))
+    assert not torch.isfinite(norm)
+    assert all(torch.equal(ours[n], before[n]) for n in ours)
+    assert optimizer.step_count == 0
+    assert all(not state["exp_avg"].any() and not state["exp_avg_sq"].any() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 100.0])
+def test_clipping_equals_torch(max_norm: float) -> None:
+    ours, theirs = parameters(), parameters()
+    for name, gradient in parameters(3).items():
+        ours[name].grad, theirs[name].grad = gradient.detach().clone(), gradient.detach().clone()
+    norm = clip_gradients(ours.values(), max_norm)
+    expected = torch.nn.utils.clip_grad_norm_(theirs.values(), max_norm)
+    torch.testing.assert_close(norm, expected)
+    for name in ours:
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad)
+
+
+def test_clipping_divides_by_the_loss_scale() -> None:
+    ours, theirs = parameters(), parameters()
+    for name, gradient in parameters(3).items():
+        ours[name].grad, theirs[name].grad = gradient.detach() * 1024, gradient.detach().clone()
+    torch.testing.assert_close(
+        clip_gradients(ours.values(), 0.5, torch.tensor(1024.0)), torch.nn.utils.clip_grad_norm_(theirs.values(), 0.5)
+    )
+    for name in ours:
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad)
+
+
+def test_loss_scale_halves_on_overflow_and_doubles_after_the_interval() -> None:
+    scale = LossScale(torch.tensor(8.0), torch.tensor(0, dtype=torch.int32), interval=3)
+    for skip, expected in ((1, 4), (0, 4), (0, 4), (0, 8), (0, 8), (1, 4)):
+        scale.update(torch.tensor(float(skip)))
+        assert scale.scale == expected
+    restored = LossScale.create(torch.device("cpu"))
+    restored.load(scale.to_dict())
+    assert restored.scale == 4 and restored.good_steps == 0
+
+
+def test_schedules_at_their_ends() -> None:
+    args = OptimArgs(lr=1.0, lr_min=0.1, warmup_steps=10)
+    assert learning_rate(args, 0, 100) == pytest.approx(0.1)
+    assert learning_rate(args, 9, 100) == learning_rate(args, 10, 100) == pytest.approx(1.0)
+    assert learning_rate(args, 99, 100) == pytest.approx(0.1)
+    middle = 10 + 89 / 3
+    assert learning_rate(args, round(middle), 100) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 3)) / 2, rel=0.01)
+    linear = OptimArgs(lr=1.0, schedule="linear")
+    assert [learning_rate(linear, s, 5) for s in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert learning_rate(OptimArgs(lr=1.0, schedule="constant"), 99, 100) == 1.0
+    assert learning_rate(OptimArgs(lr=1.0), 0, 1) == 1.0

@@ -1,0 +1,127 @@
+"""The datapoint record: every span once, losses that add up, and planted faults that are reported."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from running import flags, metrics, train
+
+from lit_data.datapoints import SCHEMA, committed_parts, read_record
+from lit_data.loader import count_windows
+from lit_data.packed import PackedDataset
+from lit_data.trace import open_run, spans_of_document, spans_of_step, steps_of_document, verify
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two DDP ranks, two passes over the data and a little more, clipping of the last step."""
+    folder = tmp_path_factory.mktemp("record") / "run"
+    train(*flags(data, folder, devices=2, strategy="ddp", train__max_steps=None, train__max_epochs=2.1, save__every_steps=10))
+    return folder
+
+
+def test_every_token_is_seen_once_an_epoch(run: Path, data: Path) -> None:
+    dataset = PackedDataset(data / "train")
+    n_windows = count_windows(dataset.n_tokens, 32)
+    seen: Counter[tuple[int, int, int]] = Counter()
+    for row in read_record(run).to_pylist():
+        epoch = row["sample"] // n_windows
+        for token in range(row["start"], row["start"] + row["length"]):
+            seen[epoch, row["document"], token] += 1
+    starts = [dataset.document(n) for n in range(dataset.n_documents)]
+    everything = {(d["number"], t) for d in starts for t in range(d["tokens"])}
+    for epoch in (0, 1):
+        assert {(d, t) for e, d, t in seen if e == epoch} == everything
+    assert set(seen.values()) == {1}
+
+
+def test_span_losses_add_up_to_the_steps(run: Path) -> None:
+    table = read_record(run)
+    for row in metrics(run):
+        if row["train_loss"]:
+            spans = [s for s in table.to_pylist() if s["step"] == int(row["step"]) - 1]
+            mean = sum(s["loss"] for s in spans) / sum(s["targets"] for s in spans)
+            assert mean == pytest.approx(float(row["train_loss"]), rel=1e-6)
+
+
+def test_document_is_found_by_inverting_the_order(run: Path) -> None:
+    traced = open_run(run)
+    table = read_record(run).to_pylist()
+    for document in range(0, traced.dataset.n_documents, 7):
+        by_scan = sorted({(r["step"], r["row"]) for r in table if r["document"] == document})
+        assert steps_of_document(traced, document) == by_scan
+        assert spans_of_document(traced, document).num_rows == sum(r["document"] == document for r in table)
+    assert spans_of_step(traced, 3).to_pylist() == [r for r in table if r["step"] == 3]
+
+
+def test_verify_finds_nothing_in_a_sound_run(run: Path) -> None:
+    assert verify(open_run(run)) == []
+
+
+def change(rows: list[dict[str, Any]], **values: Any) -> None:
+    rows[len(rows) // 2].update(values)
+
+
+FAULTS = {
+    "duplicate span": lambda rows: rows.append(dict(rows[3])),
+    "wrong place": lambda rows: change(rows, start=rows[len(rows) // 2]["start"] + 1),
+    "wrong rank": lambda rows: change(rows, rank=1 - rows[len(rows) // 2]["rank"]),
+    "wrong tokens": lambda rows: change(rows, hash=rows[len(rows) // 2]["hash"] ^ 1),
+    "wrong sample": lambda rows: change(rows, sample=rows[len(rows) // 2]["sample"] + 1),
+    "wrong targets": lambda rows: change(rows, targets=rows[len(rows) // 2]["targets"] + 1),
+    "unknown row": lambda rows: change(rows, row=99),
+    "missing row": lambda rows: [rows.remove(r) for r in list(rows) if (r["step"], r["row"]) == (1, rows[0]["row"])],
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_planted_fault_is_reported(run: Path, tmp_path: Path, kind: str) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    part = committed_parts(copy)[0]
+    rows = pq.read_table(part.path).to_pylist()
+    FAULTS[kind](rows)
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), part.path)
+    faults = verify(open_run(copy))
+    assert any(f.startswith(kind) for f in faults), faults
+
+
+def test_missing_part_is_reported(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for part in committed_parts(copy):
+        if part.first_step == 10:
+            part.path.unlink()
+    assert any(f.startswith("missing part") for f in verify(open_run(copy)))
+
+
+def test_a_shift_by_one_of_everything_is_reported(run: Path, tmp_path: Path) -> None:
+    """What a loader that is off by one would write: each span one token late, hashes to match."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    dataset = open_run(copy).dataset
+    from lit_data.trace import naive_hash
+
+    for part in committed_parts(copy):
+        rows = pq.read_table(part.path).to_pylist()
+        for row in rows:
+            row["start"] += 1
+            begin = dataset.document(row["document"])["start"] + row["start"]
+            row["hash"] = naive_hash(dataset.tokens(begin, min(begin + row["length"], dataset.n_tokens)).tolist())
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), part.path)
+    assert any(f.startswith("wrong place") for f in verify(open_run(copy)))
+
+
+def test_uncommitted_part_is_ignored(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    part = committed_parts(copy)[0]
+    before = read_record(copy).num_rows
+    shutil.copy(part.path, part.path.with_name("part-00000500-00000510-rank00000.parquet"))
+    assert read_record(copy).num_rows == before

@@ -1,0 +1,130 @@
+"""A killed run goes on bit for bit: parameters, optimizer state, losses, record."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from running import ROOT, flags, metrics, train
+
+from lit_data.datapoints import read_record
+from lit_data.trace import open_run, verify
+from lit_model.load import Checkpoint, list_checkpoints
+
+STEPS = 120
+
+
+def kill_after(checkpoint: Path, arguments: list[str]) -> None:
+    """Start the trainer, and SIGKILL it and its children once a checkpoint exists."""
+    command = [sys.executable, str(ROOT / "pretrain" / "fabric_train.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def same_checkpoints(a: Path, b: Path) -> None:
+    one, two = Checkpoint(a), Checkpoint(b)
+    assert sorted(one.names()) == sorted(two.names())
+    for name in one.names():
+        assert torch.equal(one.tensor(name), two.tensor(name)), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__dropout": 0.1},
+        {"model__dropout": 0.1, "devices": 2, "strategy": "ddp"},
+        {"model__dropout": 0.1, "devices": 2, "strategy": "fsdp", "save__state_dict_type": "sharded"},
+    ],
+    ids=["one", "ddp", "fsdp-sharded"],
+)
+def test_killed_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    changes = {**changes, "train__max_steps": STEPS, "save__every_steps": 15, "eval__every_steps": 40}
+    train(*flags(data, tmp_path / "whole", **changes))
+    killed = tmp_path / "killed"
+    kill_after(killed / "iter-00000045-ckpt.pth", flags(data, killed, **changes))
+    assert len(metrics(killed)) < STEPS, "the run was not interrupted"
+    train(*flags(data, killed, resume="auto", **changes))
+
+    assert [p.name for p in list_checkpoints(killed)] == [p.name for p in list_checkpoints(tmp_path / "whole")]
+    last = f"iter-{STEPS:08d}-ckpt.pth"
+    same_checkpoints(tmp_path / "whole" / last, killed / last)
+    for a, b in zip(metrics(tmp_path / "whole"), metrics(killed), strict=True):
+        for column in ("step", "tokens", "train_loss", "val_loss", "lr", "grad_norm"):
+            assert a[column] == b[column], f"{column} at step {a['step']}"
+    assert read_record(killed).equals(read_record(tmp_path / "whole"))
+    assert verify(open_run(killed)) == []
+    assert not list(killed.glob("**/*.tmp"))
+
+
+def test_finished_run_is_left_alone(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(*flags(data, run))
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(run.rglob("*")) if p.name != ".lock"}
+    again = train(*flags(data, run, resume="latest"))
+    assert "nothing to do" in again.stdout
+    after = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(run.rglob("*")) if p.name != ".lock"}
+    assert {p: v for p, v in before.items() if p.is_file()} == {p: v for p, v in after.items() if p.is_file()}
+
+
+def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(*flags(data, run))
+    first = Checkpoint(run / "iter-00000012-ckpt.pth")
+    reference = {n: first.tensor(n).clone() for n in first.names()}
+    train(*flags(data, run, resume="iter-00000004-ckpt.pth"))
+    assert len(list((run / "abandoned").glob("*/iter-*"))) == 2
+    again = Checkpoint(run / "iter-00000012-ckpt.pth")
+    assert all(torch.equal(again.tensor(n), t) for n, t in reference.items())
+    assert verify(open_run(run)) == []
+    assert [int(r["step"]) for r in metrics(run)] == list(range(13))
+
+
+def test_sigterm_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
+    changes = {"train__max_steps": STEPS, "save__every_steps": 1000, "eval__every_steps": 1000}
+    train(*flags(data, tmp_path / "whole", **changes))
+    run = tmp_path / "stopped"
+    command = [sys.executable, str(ROOT / "pretrain" / "fabric_train.py"), *flags(data, run, **changes)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (run / "metrics.csv").exists() or len(metrics(run)) < 5:
+        time.sleep(0.002)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by SIGTERM" in output
+    assert 0 < len(list_checkpoints(run)) and len(metrics(run)) < STEPS
+    train(*flags(data, run, resume="latest", **changes))
+    last = f"iter-{STEPS:08d}-ckpt.pth"
+    same_checkpoints(tmp_path / "whole" / last, run / last)
+
+
+def test_resume_refuses_another_run(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(*flags(data, run))
+    refused = train(*flags(data, run, resume="latest", seed=5, optim__lr=0.5), check=False)
+    assert refused.returncode == 2
+    assert "seed: 1337 there, 5 here" in refused.stderr and "optim.lr" in refused.stderr
+    longer = train(*flags(data, run, resume="latest", train__max_steps=14), check=False)
+    assert longer.returncode == 2 and "--resume_allow" in longer.stderr
+    train(*flags(data, run, resume="latest", train__max_steps=14, resume_allow="[train.max_steps]"))
+    assert metrics(run)[-1]["step"] == "14"
+
+
+def test_retention_keeps_the_newest(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(*flags(data, run, save__every_steps=2, save__keep_last=2, save__keep_every=4))
+    assert [p.name for p in list_checkpoints(run)] == [f"iter-{s:08d}-ckpt.pth" for s in (4, 8, 10, 12)]

@@ -6,7 +6,7 @@ fused AdamW on fp32 weights. Printed are medians over the rounds and, per round,
 
     python benchmarks/train_step.py --model llama-10M --peer litgpt=PYTHON --json FILE
 
-Peers are looked for in this Python, or in the one given by --peer NAME=PYTHON; a missing one is a skipped row, and said so.
+Peers are looked for in this Python, or in the one given by --peer NAME=PYTHON; a missing one is skipped, and said so.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def worker(name: str, plan: dict[str, Any]) -> None:
         n = int(line)
         synchronize(torch)
         start = time.perf_counter()
-        loss = None
+        loss: Any = None
         for _ in range(n):
             loss = step()
         synchronize(torch)
@@ -76,7 +76,7 @@ def versions(name: str) -> dict[str, str]:
 
 
 def ours(name: str, plan: dict[str, Any]) -> Any:
-    """The trainer's own step: its loader, its loss per span, its clipping and optimizer. Only the record's file is left out."""
+    """The trainer's own step: its loader, its loss per span, its clipping and optimizer; only the record is off."""
     sys.path[0] = str(ROOT)
     from pretrain.fabric_train import parse
     from pretrain.loop import train_step
@@ -173,13 +173,15 @@ def peer(name: str, plan: dict[str, Any]) -> Any:
         at = state["at"]
         if at + B * T + 1 > len(stream):
             at = 0
-        rows = torch.from_numpy(np.stack([stream[at + i * T : at + (i + 1) * T + 1] for i in range(B)]).astype(np.int64))
+        rows = torch.from_numpy(
+            np.stack([stream[at + i * T : at + (i + 1) * T + 1] for i in range(B)]).astype(np.int64)
+        )
         state["at"] = at + B * T
         rows = rows.to(device, non_blocking=True)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             logits = forward(rows[:, :-1])
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -198,7 +200,9 @@ class Contender:
         self.name = name
         command = [python, str(Path(__file__).resolve()), "--worker", name, "--plan", str(plan_file)]
         self.log = open(log, "w", encoding="utf-8")  # noqa: SIM115 - closed by end
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
         self.seconds: list[float] = []
         self.last: dict[str, Any] = {}
 
@@ -352,8 +356,8 @@ def main() -> int:
     for r in rows:
         mfu = f"{r['mfu']:.1%}" if r["mfu"] else "-"
         print(
-            f"{r['name']:22s} {r['tokens_per_s']:10,.0f} {mfu:>7s} {r['memory_gib']:6.2f} GiB   {r['rate_to_ours']:.3f} "
-            f"({r['rate_to_ours_min']:.3f} .. {r['rate_to_ours_max']:.3f})"
+            f"{r['name']:22s} {r['tokens_per_s']:10,.0f} {mfu:>7s} {r['memory_gib']:6.2f} GiB   "
+            f"{r['rate_to_ours']:.3f} ({r['rate_to_ours_min']:.3f} .. {r['rate_to_ours_max']:.3f})"
         )
     for skipped_name, why in skipped.items():
         print(f"{skipped_name:22s} skipped: {why}")

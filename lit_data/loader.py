@@ -171,7 +171,7 @@ def bucketed_boundaries(offsets: IntArray, total: int) -> npt.NDArray[np.int32]:
 
     A few fixed sizes, so that a compiled kernel is not built anew for each batch; never cut.
     """
-    size = max(MIN_BUCKET, 1 << int(len(offsets)).bit_length())
+    size = max(MIN_BUCKET, 1 << len(offsets).bit_length())
     out = np.full(size, total, dtype=np.int32)
     out[: len(offsets)] = offsets
     return out

@@ -159,7 +159,7 @@ class Tokenizer(ABC):
             eos_id = self._find_special("eos_token", native, COMMON_EOS_TOKENS)
         if eos_id is None:
             raise ValueError(
-                f"{self.path} has no end-of-document token: the files beside it name no eos_token that it holds, and it "
+                f"{self.path} has no end-of-document token: the files beside it name no eos_token it holds, and it "
                 f"has none of {', '.join(COMMON_EOS_TOKENS)}; name one of its tokens with --eos_token"
             )
         self.eos_id, self.eos_token = eos_id, self.id_to_token(eos_id) or ""
@@ -198,29 +198,41 @@ class JsonTokenizer(Tokenizer):
     kind = "tokenizers"
 
     def __init__(self, path: Path, eos_token: str | None) -> None:
-        from tokenizers import Tokenizer as Backend  # here, so that a .model needs sentencepiece only
-
         self.path, self.files = path, _files_of(path)
         content = _read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             raise ValueError(f"{path} is no tokenizer.json: it has no model")
+        self.content = content
+        self._open_backend()
+        self._find_specials(eos_token, {})
+        if self._make_special({self.eos_id, self.bos_id, self.pad_id}):
+            self._open_backend()
+        self.fingerprint = _fingerprint_of_json(content)
+        self._byte_level = '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("normalizer")])
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.continuation = None if self._may_cross_a_cut(vocabulary) else self._find_continuation()
+
+    def _open_backend(self) -> None:
+        from tokenizers import Tokenizer as Backend  # here, so that a .model needs sentencepiece only
+
         try:
-            self.backend = Backend.from_str(json.dumps(content))
+            self.backend = Backend.from_str(json.dumps(self.content))
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path} is no tokenizer.json: {error}") from error
+            raise ValueError(f"{self.path} is no tokenizer.json: {error}") from error
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = True
         if getattr(self.backend.model, "dropout", None):
             self.backend.model.dropout = None
-        self.fingerprint = _fingerprint_of_json(content)
-        self._byte_level = '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("normalizer")])
-        vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        if not vocabulary:
-            raise ValueError(f"{path} has an empty vocabulary")
-        self.vocab_size = max(vocabulary.values()) + 1
-        self._find_specials(eos_token, {})
-        self.continuation = None if self._may_cross_a_cut(vocabulary) else self._find_continuation()
+
+    def _make_special(self, ids: set[int | None]) -> bool:
+        """Mark EOS, BOS and padding as special where the file has them as ordinary added tokens, else they would be
+        found in the text. Returns whether there were any."""
+        found = [t for t in self.content.get("added_tokens") or [] if t["id"] in ids and not t.get("special")]
+        for token in found:
+            token["special"] = True
+        return bool(found)
 
     def token_to_id(self, token: str) -> int | None:
         id: int | None = self.backend.token_to_id(token)
@@ -335,9 +347,8 @@ def _next_cut(text: str, position: int) -> int | None:
 
 def _cut_samples(added: Sequence[str]) -> list[str]:
     """Texts around spaces that are hard to cut: what could join, be stripped, or get a prefix at a piece's begin."""
-    ends = "a A ZZ Wort Straße 1 12345 3. x, (y) don't i’ll 's - _ % // é qü ﬁ ½ 日本 \U0001d54f <s> </s> <0x20>".split(
-        " "
-    )
+    ends = ["a", "A", "ZZ", "Wort", "Straße", "1", "12345", "3.", "x,", "(y)", "don't", "i’ll", "'s", "-", "_", "%"]
+    ends += ["//", "é", "qü", "ﬁ", "½", "日本", "\U0001d54f", "<s>", "</s>", "<0x20>"]
     ends += added[:64]
     words = [f"{before} {after}" for before in ends for after in ends]
     return [

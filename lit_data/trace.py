@@ -62,8 +62,8 @@ def open_run(folder: str | Path, data: str | Path | None = None) -> TracedRun:
     dataset = PackedDataset(data or config["data"]["train"])
     if dataset.fingerprint != facts["fingerprint"]:
         raise ValueError(
-            f"{dataset.path} is not the data that {folder} was trained on (its fingerprint is {dataset.fingerprint[:12]}, "
-            f"the run's {facts['fingerprint'][:12]}); give the right folder with --data"
+            f"{dataset.path} is not the data that {folder} was trained on (fingerprint {dataset.fingerprint[:12]} "
+            f"instead of {facts['fingerprint'][:12]}); give the right folder with --data"
         )
     block_size = int(facts["block_size"])
     return TracedRun(
@@ -159,7 +159,7 @@ class _Faults:
         self.found.setdefault(kind, []).append(text)
 
     def report(self) -> list[str]:
-        out = []
+        out: list[str] = []
         for kind, texts in self.found.items():
             out.extend(f"{kind}: {t}" for t in texts[:MAX_FAULTS])
             if len(texts) > MAX_FAULTS:

@@ -68,7 +68,9 @@ def transformers_span_losses(folder: Path, dataset: PackedDataset, spans: SpanLo
         stop = min(int(start + length) + 1, dataset.n_tokens)
         ids = torch.from_numpy(dataset.tokens(int(start), stop).astype(np.int64))
         logits = model(ids[:length].unsqueeze(0)).logits[0, : int(targets)].float()
-        losses[i] = torch.nn.functional.cross_entropy(logits, ids[1 : int(targets) + 1], reduction="none").double().sum()
+        losses[i] = (
+            torch.nn.functional.cross_entropy(logits, ids[1 : int(targets) + 1], reduction="none").double().sum()
+        )
     return SpanLosses(spans.start, spans.length, spans.targets, losses)
 
 

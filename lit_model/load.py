@@ -47,7 +47,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads DCP's `.metadata`: its own data classes, sizes, dtypes and containers, nothing that can be called freely."""
+    """Reads DCP's `.metadata`: its own data classes, sizes, dtypes and containers, nothing else."""
 
     ALLOWED = frozenset(
         {
@@ -68,7 +68,9 @@ class _MetadataUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if (module, name) in self.ALLOWED or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
 
@@ -84,7 +86,9 @@ class SafeReader(FileSystemReader):
             raise ValueError(f"{file} is no metadata of a checkpoint written here: {error}") from error
         foreign = [k for k, v in metadata.state_dict_metadata.items() if not isinstance(v, TensorStorageMetadata)]
         if foreign:
-            raise ValueError(f"{self.path} holds items that are not tensors ({foreign[0]}, ...); it was not written here")
+            raise ValueError(
+                f"{self.path} holds items that are not tensors ({foreign[0]}, ...); it was not written here"
+            )
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -136,7 +140,9 @@ class Checkpoint:
             item = self._sizes[name]
             whole = torch.empty(item.size, dtype=item.properties.dtype)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads, as meant
+                warnings.filterwarnings(
+                    "ignore", message="torch.distributed is disabled"
+                )  # one process reads, as meant
                 dcp_load({name: whole}, storage_reader=SafeReader(self.path), no_dist=True)
             return whole
         if name.startswith(MODEL_PREFIX):
@@ -176,7 +182,9 @@ def resolve(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no model at {path}: give a run folder, an iter-XXXXXXXX-ckpt.pth or a Hugging Face folder")
+        raise FileNotFoundError(
+            f"no model at {path}: give a run folder, an iter-XXXXXXXX-ckpt.pth or a Hugging Face folder"
+        )
     if path.is_file() or checkpoint_step(path) is not None or is_hf_folder(path) or (path / "meta.json").is_file():
         return path
     checkpoints = list_checkpoints(path)

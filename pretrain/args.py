@@ -55,7 +55,7 @@ class ModelArgs:
 
     def config(self, vocab_size: int, block_size: int | None) -> ModelConfig:
         """The model's config: the registry's entry with what is set here, and the data's vocabulary."""
-        given = {k: v for k, v in vars(self).items() if v is not None and k != "name"}
+        given: dict[str, Any] = {k: v for k, v in vars(self).items() if v is not None and k != "name"}
         given.setdefault("vocab_size", vocab_size)
         if self.name is not None:
             config = get_config(self.name, **given)
@@ -64,7 +64,9 @@ class ModelArgs:
             if missing:
                 flags = " ".join(f"--model.{f}" for f in missing)
                 raise ValueError(f"the model is not complete: give --model.name (a registered model) or {flags}")
-            config = ModelConfig(**given, **({"block_size": block_size} if block_size else {}))
+            if block_size is not None:
+                given["block_size"] = block_size
+            config = ModelConfig(**given)
         if block_size is not None and block_size > config.block_size:
             raise ValueError(
                 f"--train.block_size {block_size} exceeds the model's maximum context of {config.block_size} tokens "
@@ -75,7 +77,7 @@ class ModelArgs:
 
 @dataclass
 class SyntheticArgs:
-    """Text made by a grammar, for trials without data. The run writes it, a tokenizer and the packed data into OUT_DIR."""
+    """Text made by a grammar, for trials without data; it is written, tokenized and packed in OUT_DIR/data."""
 
     tokens: int = 0
     """About how many words to make; 0: none, `data.train` is read."""
@@ -143,7 +145,9 @@ class TrainArgs:
         given = {k: v for k, v in lengths.items() if v is not None}
         if len(given) != 1:
             got = ", ".join(f"--train.{k} {v}" for k, v in given.items()) or "none"
-            raise ValueError(f"give exactly one of --train.max_steps, --train.max_tokens, --train.max_epochs; got {got}")
+            raise ValueError(
+                f"give exactly one of --train.max_steps, --train.max_tokens, --train.max_epochs; got {got}"
+            )
         for name, value in given.items():
             if value <= 0:
                 raise ValueError(f"--train.{name} {value} must be positive")
@@ -294,7 +298,9 @@ class RunArgs:
         if (self.data.train is None) == (self.data.synthetic.tokens == 0):
             raise ValueError("give either --data.train (a packed dataset) or --data.synthetic.tokens (text to make)")
         if self.data.synthetic.tokens and self.data.val is not None:
-            raise ValueError("--data.val does not go with --data.synthetic.tokens, which makes its own validation split")
+            raise ValueError(
+                "--data.val does not go with --data.synthetic.tokens, which makes its own validation split"
+            )
         if self.init_from is not None and self.model.name is not None:
             raise ValueError("--init_from brings the model's sizes with it: leave out --model.name")
         if not 0 <= self.seed < 2**63:

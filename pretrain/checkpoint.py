@@ -91,7 +91,9 @@ def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         lacking, extra = sorted(want - have), sorted(have - want)
         raise ValueError(
             f"{path} is a checkpoint of another model or optimizer: "
-            + "; ".join(f"{what} {names[:3]}" for what, names in (("it lacks", lacking), ("unknown here", extra)) if names)
+            + "; ".join(
+                f"{what} {names[:3]}" for what, names in (("it lacks", lacking), ("unknown here", extra)) if names
+            )
         )
     if checkpoint.sharded:
         dcp_load(dict(tensors), storage_reader=SafeReader(path), no_dist=not dist.is_initialized())
@@ -115,7 +117,9 @@ def find_checkpoint(resume: str, run: Path) -> Path | None:
             return checkpoints[-1]
         if resume == "auto":
             return None
-        raise FileNotFoundError(f"--resume latest: {run} holds no checkpoint (use --resume auto to begin where there is none)")
+        raise FileNotFoundError(
+            f"--resume latest: {run} holds no checkpoint (use --resume auto to begin where there is none)"
+        )
     for path in (run / resume, Path(resume)):
         if path.exists() and checkpoint_step(path) is not None:
             return path
@@ -174,7 +178,9 @@ def retain(run: Path, args: SaveArgs) -> None:
         _remove(aside)
 
 
-def state_tensors(parameters: dict[str, torch.nn.Parameter], optimizer_state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+def state_tensors(
+    parameters: dict[str, torch.nn.Parameter], optimizer_state: dict[str, dict[str, Tensor]]
+) -> dict[str, Tensor]:
     """Model and optimizer as one flat dictionary, keyed as a checkpoint is."""
     tensors: dict[str, Tensor] = {MODEL_PREFIX + n: p.detach() for n, p in parameters.items()}
     for name, state in optimizer_state.items():

@@ -20,7 +20,7 @@ from lit_model.load import Checkpoint, checkpoint_step, is_hf_folder, resolve
 
 
 def find_tokenizer(path: Path) -> Path | None:
-    """The tokenizer that belongs to a run folder, a checkpoint in one, or a Hugging Face folder; None if there is none."""
+    """The tokenizer of a run folder, of a checkpoint in one, or of a Hugging Face folder; None if there is none."""
     path = Path(path)
     if is_hf_folder(path):
         has_files = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
@@ -47,8 +47,8 @@ def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> P
     facts: dict[str, Any] = (checkpoint.meta.get("data") or {}).get("tokenizer") or {}
     if opened is not None and opened.vocab_size > config.vocab_size:
         raise ValueError(
-            f"the tokenizer {tokenizer_path} has {opened.vocab_size} ids, the model {path} only {config.vocab_size}: give the "
-            "one the model was trained with by --tokenizer"
+            f"the tokenizer {tokenizer_path} has {opened.vocab_size} ids, the model {path} only {config.vocab_size}: "
+            "give the one the model was trained with by --tokenizer"
         )
     if opened is not None and facts and opened.fingerprint != facts["fingerprint"]:
         raise ValueError(f"{tokenizer_path} is not the tokenizer that {path} was trained with (fingerprints differ)")
@@ -108,7 +108,14 @@ def model_card(checkpoint: Checkpoint) -> str:
         "",
     ]
     if meta.get("config"):
-        lines += ["## Training", "", "```yaml", yaml.safe_dump(_portable(meta["config"]), sort_keys=False).strip(), "```", ""]
+        lines += [
+            "## Training",
+            "",
+            "```yaml",
+            yaml.safe_dump(_portable(meta["config"]), sort_keys=False).strip(),
+            "```",
+            "",
+        ]
     return "\n".join(lines)
 
 

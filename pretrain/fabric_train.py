@@ -66,10 +66,10 @@ def describe(run: Run) -> None:
     lines = [
         f"run      {run.folder}" + (f", resumed after step {run.step}" if run.step else ""),
         f"model    {config.name or 'custom'}: {count_parameters(config):,} parameters, vocabulary {config.vocab_size}",
-        f"data     {data.train.n_documents:,} documents, {data.train.n_tokens:,} tokens, {data.order.n_windows:,} rows of "
-        f"{data.block_size}",
+        f"data     {data.train.n_documents:,} documents, {data.train.n_tokens:,} tokens, "
+        f"{data.order.n_windows:,} rows of {data.block_size}",
         f"steps    {data.max_steps:,} of {args.train.global_batch_samples * data.block_size:,} tokens",
-        f"devices  {run.world_size} x {run.device.type} by {how}, {args.precision}, {torch.get_num_threads()} threads each",
+        f"devices  {run.world_size} x {run.device.type} by {how}, {args.precision}, {torch.get_num_threads()} threads",
         f"kernel   {kernel.name}: {kernel.reason}",
     ]
     run.fabric.print("\n".join(lines))

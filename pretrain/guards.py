@@ -59,7 +59,9 @@ class RunLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
             self._file.close()
-            raise ValueError(f"{run} is in use by another job ({holder}); wait for it, or choose another --out_dir") from error
+            raise ValueError(
+                f"{run} is in use by another job ({holder}); wait for it, or choose another --out_dir"
+            ) from error
         self._file.truncate(0)
         self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         self._file.flush()

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -132,7 +133,7 @@ def train_step(run: Run, data: StepData) -> StepResult:
     return StepResult(loss_sum, n_targets, norm, read_later(piece_losses, skip))
 
 
-def sync_gradients(run: Run, last: bool) -> nullcontext[None] | object:
+def sync_gradients(run: Run, last: bool) -> AbstractContextManager[Any]:
     """Say whether this micro-batch's backward reduces gradients over the ranks."""
     if uses_fsdp(run.args):
         run.raw_model.set_requires_gradient_sync(last or not run.args.train.defer_gradient_sync)  # type: ignore[operator]
@@ -226,7 +227,9 @@ def validate(run: Run, throughput: Throughput) -> dict[str, float]:
         for batch in data.micro_batches:
             tokens, targets, cu_seqlens = to_device(batch, run.device)
             with run.autocast():
-                out: LossOutput = run.model(tokens, targets, cu_seqlens=cu_seqlens if run.args.data.document_mask else None)
+                out: LossOutput = run.model(
+                    tokens, targets, cu_seqlens=cu_seqlens if run.args.data.document_mask else None
+                )
             total[0] += out.token_losses.double().sum()
             total[1] += batch.n_targets
     if run.world_size > 1:

@@ -106,7 +106,9 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError("--log.trackers tensorboard: install it with `pip install llammlein[tensorboard]`") from error
+            raise ValueError(
+                "--log.trackers tensorboard: install it with `pip install llammlein[tensorboard]`"
+            ) from error
         self._writer = SummaryWriter(str(run / "tensorboard"))
 
     def log(self, values: dict[str, float], step: int) -> None:

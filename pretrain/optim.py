@@ -49,7 +49,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, skip: Tensor | None = None) -> None:
-        """Update all parameters from their gradients; where `skip` (a float scalar on the device) is 1, nothing changes."""
+        """Update all parameters from their gradients; where `skip` (a float scalar on the device) is 1, none."""
         for matrices in (True, False):
             names = [n for n, p in self.parameters.items() if decays(p) == matrices and p.grad is not None]
             # Shards of small parameters may be empty on some ranks: the fused kernel does not take those.
@@ -116,7 +116,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: T
 
 @dataclass
 class LossScale:
-    """Dynamic loss scaling for fp16, on the device: halved when a gradient overflows, doubled after `interval` good steps.
+    """Dynamic loss scale for fp16, on the device: halved on an overflow, doubled after `interval` good steps.
 
     The rule and the constants of torch.amp.GradScaler; ours, since its bookkeeping reads the host each step.
     """

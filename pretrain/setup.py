@@ -129,14 +129,18 @@ def device_kind(args: RunArgs) -> str:
     if args.accelerator == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if args.accelerator == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--accelerator cuda: torch finds no CUDA device here; use --accelerator cpu or check the driver")
+        raise ValueError(
+            "--accelerator cuda: torch finds no CUDA device here; use --accelerator cpu or check the driver"
+        )
     return args.accelerator
 
 
 def check_shapes(args: RunArgs) -> int:
     """World-size arithmetic, before any process starts. Returns the number of devices per node."""
     kind = device_kind(args)
-    devices = args.devices if isinstance(args.devices, int) else max(1, torch.cuda.device_count()) if kind == "cuda" else 1
+    devices = (
+        args.devices if isinstance(args.devices, int) else max(1, torch.cuda.device_count()) if kind == "cuda" else 1
+    )
     if kind == "cuda" and devices > torch.cuda.device_count():
         raise ValueError(f"--devices {devices}: this machine has {torch.cuda.device_count()} GPUs")
     if kind == "cpu" and args.precision == "fp16":
@@ -267,14 +271,14 @@ def open_data(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tuple[D
         ours, theirs = (d.manifest.tokenizer["fingerprint"] for d in (train, val))
         if ours != theirs:
             raise ValueError(
-                f"--data.val {val.path} was made with another tokenizer than --data.train {train.path}: prepare both with "
-                "the same, or override with --data.allow_tokenizer_mismatch true"
+                f"--data.val {val.path} was made with another tokenizer than --data.train {train.path}: prepare both "
+                "with the same, or override with --data.allow_tokenizer_mismatch true"
             )
     block_size = args.train.block_size or config.block_size
     if train.n_tokens < block_size:
         raise ValueError(
-            f"--data.train {train.path} has {train.n_tokens} tokens, less than one row of {block_size}: use more text or a "
-            "smaller --train.block_size"
+            f"--data.train {train.path} has {train.n_tokens} tokens, less than one row of {block_size}: use more text "
+            "or a smaller --train.block_size"
         )
     n_windows = count_windows(train.n_tokens, block_size)
     batch, t = args.train.global_batch_samples, args.train
@@ -332,7 +336,9 @@ def set_up(args: RunArgs) -> Run:
     if args.data.synthetic.tokens:
         train, val = on_rank_zero(fabric, lambda: make_synthetic_data(args.data.synthetic, folder / "data", args.seed))
         args = dataclasses.replace(args)
-        args.data = dataclasses.replace(args.data, train=train, val=val, synthetic=dataclasses.replace(args.data.synthetic, tokens=0))
+        args.data = dataclasses.replace(
+            args.data, train=train, val=val, synthetic=dataclasses.replace(args.data.synthetic, tokens=0)
+        )
     data, config = open_data(args, lambda vocab_size: model_config(args, vocab_size))
     args.out_dir, args.devices = folder, devices
 
@@ -352,7 +358,9 @@ def set_up(args: RunArgs) -> Run:
 
     with torch.device("meta"):
         raw = GPT(
-            config, attention=args.train.attention, activation_checkpointing=args.train.activation_checkpointing == "full"
+            config,
+            attention=args.train.attention,
+            activation_checkpointing=args.train.activation_checkpointing == "full",
         )
     if not uses_fsdp(args):
         raw.to_empty(device=fabric.device)
@@ -421,11 +429,15 @@ def model_config(args: RunArgs, vocab_size: int) -> ModelConfig:
     config, _ = load_tensors(args.init_from)
     block_size = args.train.block_size
     if block_size is not None and block_size > config.block_size:
-        raise ValueError(f"--train.block_size {block_size} exceeds the {config.block_size} of --init_from {args.init_from}")
+        raise ValueError(
+            f"--train.block_size {block_size} exceeds the {config.block_size} of --init_from {args.init_from}"
+        )
     given = {k: v for k, v in vars(args.model).items() if v is not None}
     for key, value in given.items():
         if key not in ("dropout",) and getattr(config, key) != value:
-            raise ValueError(f"--model.{key} {value} contradicts --init_from {args.init_from}, which has {getattr(config, key)}")
+            raise ValueError(
+                f"--model.{key} {value} contradicts --init_from {args.init_from}, which has {getattr(config, key)}"
+            )
     return dataclasses.replace(config, **given)
 
 
@@ -474,5 +486,3 @@ def prepare_folder(run: Run) -> None:
     source = run.data.train.tokenizer_folder
     if source is not None and not (run.folder / "tokenizer").exists():
         copy_tokenizer(source, run.folder / "tokenizer")
-
-

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,12 +24,38 @@ sys.path[0] = str(ROOT)
 
 from lit_eval.overlap import longest_overlap
 
-HERE = Path("runs/quickstart")  # relative to ROOT, where every command runs
-TEXT, TOKENIZER, PACKED, RUN, HF = (HERE / p for p in ("data/text", "tokenizer", "data/packed", "run", "hf"))
+DEFAULT = Path("runs/quickstart")
 VOCAB_SIZE = 4096
 # (prompt, seed); an empty prompt begins a document.
 PROMPTS = (("", 1), ("", 2), ("[Enter HAMLET and a Ghost]", 3), ("ROMEO\nWhat light", 4))
 RESERVED_TOKENS = 24  # of the context, for the prompt
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where things are written, as commands name them that run in ROOT."""
+
+    top: Path
+
+    @property
+    def text(self) -> Path:
+        return self.top / "data" / "text"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.top / "tokenizer"
+
+    @property
+    def packed(self) -> Path:
+        return self.top / "data" / "packed"
+
+    @property
+    def run(self) -> Path:
+        return self.top / "run"
+
+    @property
+    def hf(self) -> Path:
+        return self.top / "hf"
 
 
 class StepFailed(Exception):
@@ -46,7 +73,7 @@ def call(*command: str | Path, capture: bool = False) -> str:
     env = {**os.environ, "PYTHON": sys.executable}  # for the shell scripts
     result = subprocess.run(words, cwd=ROOT, env=env, stdout=subprocess.PIPE if capture else None, text=True)
     if result.returncode:
-        raise StepFailed(shown(words))
+        raise StepFailed(f"exit code {result.returncode}: {shown(words)}")
     return result.stdout or ""
 
 
@@ -56,47 +83,52 @@ def begin(title: str, done: bool = False) -> bool:
     return not done
 
 
-def make_data(python: str) -> None:
-    if begin(f"corpus -> {TEXT}", (ROOT / TEXT / "val.jsonl").exists()):
-        call(python, "scripts/quickstart_corpus.py", "--output", TEXT)
-    if begin(f"tokenizer -> {TOKENIZER}", (ROOT / TOKENIZER / "tokenizer.json").exists()):
-        text = TEXT / "train.jsonl"
+def make_data(python: str, paths: Paths) -> None:
+    if begin(f"corpus -> {paths.text}", (ROOT / paths.text / "val.jsonl").exists()):
+        call(python, "scripts/quickstart_corpus.py", "--output", paths.text)
+    if begin(f"tokenizer -> {paths.tokenizer}", (ROOT / paths.tokenizer / "tokenizer.json").exists()):
+        text = paths.text / "train.jsonl"
         call(
             python, "scripts/train_tokenizer.py", "--input", text, "--vocab_size", str(VOCAB_SIZE),
-            "--output", TOKENIZER,
+            "--output", paths.tokenizer,
         )  # fmt: skip
-    if begin(f"packed data -> {PACKED}", (ROOT / PACKED / "val" / "manifest.json").exists()):
+    if begin(f"packed data -> {paths.packed}", (ROOT / paths.packed / "val" / "manifest.json").exists()):
         call(
-            python, "scripts/prepare_data.py", "--input", TEXT / "train.jsonl", "--val_input", TEXT / "val.jsonl",
-            "--tokenizer", TOKENIZER, "--output", PACKED,
+            python, "scripts/prepare_data.py", "--input", paths.text / "train.jsonl",
+            "--val_input", paths.text / "val.jsonl", "--tokenizer", paths.tokenizer, "--output", paths.packed,
         )  # fmt: skip
 
 
-def train(python: str) -> None:
-    begin(f"training -> {RUN} (about three minutes on two cores; it may be interrupted, a second call goes on)")
+def train(python: str, paths: Paths, steps: int | None) -> None:
+    length = f"{steps} steps" if steps else "about three minutes on two cores"
+    begin(f"training -> {paths.run} ({length}; it may be interrupted, a second call goes on)")
+    override = ["--train.max_steps", str(steps), "--optim.warmup_steps", str(steps // 10)] if steps else []
     call(
-        python, "pretrain/fabric_train.py", "--config", "configs/quickstart.yaml", "--out_dir", RUN,
-        "--data.train", PACKED / "train", "--data.val", PACKED / "val", "--resume", "auto",
+        python, "pretrain/fabric_train.py", "--config", "configs/quickstart.yaml", "--out_dir", paths.run,
+        "--data.train", paths.packed / "train", "--data.val", paths.packed / "val", "--resume", "auto",
+        *override,
     )  # fmt: skip
 
 
-def convert() -> None:
-    config = ROOT / HF / "config.json"
-    newest = max((p.stat().st_mtime for p in (ROOT / RUN).glob("iter-*-ckpt.pth")), default=math.inf)
-    if begin(f"Hugging Face folder -> {HF}", config.exists() and config.stat().st_mtime >= newest):
-        shutil.rmtree(ROOT / HF, ignore_errors=True)
-        call("scripts/convert_to_hf.sh", RUN, HF)
+def convert(python: str, paths: Paths) -> None:
+    config = ROOT / paths.hf / "config.json"
+    newest = max((p.stat().st_mtime for p in (ROOT / paths.run).glob("iter-*-ckpt.pth")), default=math.inf)
+    if begin(f"Hugging Face folder -> {paths.hf}", config.exists() and config.stat().st_mtime >= newest):
+        shutil.rmtree(ROOT / paths.hf, ignore_errors=True)
+        call("scripts/convert_to_hf.sh", paths.run, paths.hf)
+    begin("the validation loss of every document, here and in transformers")
+    call(python, "scripts/verify_hf.py", "--run", paths.run, "--hf", paths.hf)
 
 
-def show_samples(python: str) -> None:
-    begin(f"samples, written by {HF}")
-    lines = (ROOT / TEXT / "train.jsonl").read_text(encoding="utf-8").splitlines()
+def show_samples(python: str, paths: Paths) -> None:
+    begin(f"samples, written by {paths.hf}")
+    lines = (ROOT / paths.text / "train.jsonl").read_text(encoding="utf-8").splitlines()
     # Documents stay apart: nothing the model could have seen runs from one into the next.
     training_text = "\0".join(json.loads(line)["text"] for line in lines)
-    context = json.loads((ROOT / HF / "config.json").read_text())["max_position_embeddings"]
+    context = json.loads((ROOT / paths.hf / "config.json").read_text())["max_position_embeddings"]
     for prompt, seed in PROMPTS:
         output = call(
-            python, "scripts/generate.py", "--model", HF, "--prompt", prompt, "--seed", str(seed),
+            python, "scripts/generate.py", "--model", paths.hf, "--prompt", prompt, "--seed", str(seed),
             "--max_new_tokens", str(context - RESERVED_TOKENS), "--temperature", "0.8", "--json", capture=True,
         )  # fmt: skip
         sample = json.loads(output)
@@ -109,8 +141,8 @@ def show_samples(python: str) -> None:
         )
 
 
-def summarise() -> None:
-    with (ROOT / RUN / "metrics.csv").open(newline="") as file:
+def summarise(paths: Paths) -> None:
+    with (ROOT / paths.run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     measured = [row for row in rows if row["val_bits_per_byte"]]
     begin("done")
@@ -120,33 +152,47 @@ def summarise() -> None:
             f"{float(row['val_bits_per_byte']):.3f} bits a byte (two plays that were never trained on)"
         )
     python = ".venv/bin/python" if Path(sys.prefix) == ROOT / ".venv" else sys.executable
-    generate = f"{python} scripts/generate.py --model {HF} --prompt 'HAMLET' --max_new_tokens 200"
+    generate = f"{python} scripts/generate.py --model {paths.hf} --prompt 'HAMLET' --max_new_tokens 200"
+    contents = {
+        paths.text: "the corpus, one document a line",
+        paths.tokenizer: "the tokenizer",
+        paths.packed: "the tokens: train/, val/",
+        paths.run: "checkpoints, metrics.csv, config.yaml; datapoints/: which document was seen when, with its loss",
+        paths.hf: f'the model for transformers: AutoModelForCausalLM.from_pretrained("{paths.hf}")',
+    }
+    width = max(len(str(path)) for path in contents)
+    print("", *(f"{path!s:{width}}  {text}" for path, text in contents.items()), sep="\n")
     print(f"""
-{TEXT}     the corpus, one document a line
-{TOKENIZER}     the tokenizer
-{PACKED}   the tokens: train/, val/
-{RUN}           checkpoints, metrics.csv, config.yaml; datapoints/: which document was seen when, with its loss
-{HF}            the model for transformers: AutoModelForCausalLM.from_pretrained("{HF}")
-
 Try next:
   {generate}
-  {python} scripts/trace_data.py --help
+  {python} scripts/trace_data.py step {paths.run} {int(rows[-1]['step']) - 1}
+  {python} scripts/trace_data.py verify {paths.run}
   {python} scripts/quickstart.py --fresh
 Your own text: the commands above marked $, with other paths. More in README.md.""")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fresh", action="store_true", help=f"remove {HERE} first")
-    if parser.parse_args().fresh:
-        shutil.rmtree(ROOT / HERE, ignore_errors=True)
+    parser.add_argument("--fresh", action="store_true", help="remove what an earlier call wrote, and begin again")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="train N steps instead of those of configs/quickstart.yaml"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / DEFAULT, metavar="DIR", help=f"folder to work in (default: {DEFAULT})"
+    )
+    args = parser.parse_args()
+    top = Path(os.path.abspath(args.output))
+    paths = Paths(top.relative_to(ROOT) if top.is_relative_to(ROOT) else top)
+    if args.fresh:
+        for folder in ("data", "tokenizer", "run", "hf"):  # by name: DIR may hold other things
+            shutil.rmtree(top / folder, ignore_errors=True)
     start = time.monotonic()
     try:
-        make_data(sys.executable)
-        train(sys.executable)
-        convert()
-        show_samples(sys.executable)
-        summarise()
+        make_data(sys.executable, paths)
+        train(sys.executable, paths, args.steps)
+        convert(sys.executable, paths)
+        show_samples(sys.executable, paths)
+        summarise(paths)
     except StepFailed as failed:
         print(f"error: this step failed, its message stands above:\n  {failed}", file=sys.stderr)
         print("The next call goes on from here; `make quickstart ARGS=--fresh` begins again.", file=sys.stderr)

@@ -60,7 +60,8 @@ def print_document(run: TracedRun, args: argparse.Namespace) -> None:
         if not args.json:
             seen = sorted({r["step"] for r in rows})
             print(
-                f"document #{number} {facts['id']} ({facts['source']}): {facts['tokens']} tokens, seen in {len(seen)} steps"
+                f"document #{number} {facts['id']} ({facts['source']}): {facts['tokens']} tokens, "
+                f"seen in {len(seen)} steps"
             )
         for row in rows:
             if args.json:

@@ -46,7 +46,8 @@ def main() -> int:
         return 2
     worst, trainer = largest_difference(ours, theirs), last_validation(args.run)
     print(
-        f"{len(ours.loss)} spans, {ours.targets.sum()} targets: mean loss {ours.mean:.6f} here, {theirs.mean:.6f} in transformers"
+        f"{len(ours.loss)} spans, {ours.targets.sum()} targets: mean loss {ours.mean:.6f} here, "
+        f"{theirs.mean:.6f} in transformers"
     )
     if trainer is not None:
         print(f"the trainer's last validation: {trainer:.6f}, relative difference {abs(trainer / theirs.mean - 1):.2e}")

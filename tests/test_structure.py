@@ -92,14 +92,16 @@ def violations(root: Path) -> list[str]:
         if own in RUN_BY_PATH and len(relative.parts) == 2 and file.stem in sys.stdlib_module_names:
             found.append(f"{relative}: shadows the standard library's {file.stem}")
         package = names[file] if file.name == "__init__.py" else names[file].rpartition(".")[0]
+        previous = ""
         for module, line, inside in imports(ast.parse(file.read_text(encoding="utf-8")), package):
             top = module.split(".")[0]
             if top not in ALLOWED:
                 continue
             if top not in ALLOWED[own]:
                 found.append(f"{relative}:{line}: {own} imports {module}")
-            if inside:
+            if inside and not module.startswith(f"{previous}."):
                 found.append(f"{relative}:{line}: import of {module} inside a function")
+            previous = module  # of `from a import b`, a alone is reported
             if module in modules and module != names[file]:
                 edges[names[file]].add(module)
     cycle = find_cycle(edges)

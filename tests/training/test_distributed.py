@@ -64,7 +64,9 @@ def test_300_losses_and_norms_agree(runs: dict[str, Path], name: str) -> None:
         theirs = torch.tensor([float(r[column]) for r in other if r[column]], dtype=torch.float64)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     norms = [float(r["grad_norm"]) for r in one if r["grad_norm"]]
-    assert sum(n > 0.5 for n in norms) > STEPS // 3, "clipping must be active in many steps for this test to mean anything"
+    assert sum(n > 0.5 for n in norms) > STEPS // 3, (
+        "clipping must be active in many steps for this test to mean anything"
+    )
 
 
 def gradients(data: Path, folder: Path, step: int, **changes: object) -> dict[str, object]:
@@ -97,7 +99,9 @@ def test_every_gradient_agrees(data: Path, tmp_path: Path, step: int) -> None:
         torch.testing.assert_close(other["norm"], one["norm"], rtol=1e-5, atol=0)
         for key, gradient in one["gradients"].items():
             scale = gradient.abs().max().item()
-            torch.testing.assert_close(other["gradients"][key], gradient, rtol=1e-5, atol=1e-5 * scale, msg=f"{name} {key}")
+            torch.testing.assert_close(
+                other["gradients"][key], gradient, rtol=1e-5, atol=1e-5 * scale, msg=f"{name} {key}"
+            )
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -109,7 +113,9 @@ def test_sharded_and_full_checkpoints_hold_the_same(data: Path, tmp_path: Path, 
         path = run / "iter-00000004-ckpt.pth"
         assert path.is_dir() == (kind == "sharded")
         tensors[kind] = load_tensors(path)[1]
-        train_again = train(*flags(data, run, devices=1, resume="latest", train__max_steps=4, save__state_dict_type=kind))
+        train_again = train(
+            *flags(data, run, devices=1, resume="latest", train__max_steps=4, save__state_dict_type=kind)
+        )
         assert "finished" in train_again.stdout
     assert set(tensors["full"]) == set(tensors["sharded"])
     for name in tensors["full"]:

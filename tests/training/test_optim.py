@@ -92,7 +92,9 @@ def test_schedules_at_their_ends() -> None:
     assert learning_rate(args, 9, 100) == learning_rate(args, 10, 100) == pytest.approx(1.0)
     assert learning_rate(args, 99, 100) == pytest.approx(0.1)
     middle = 10 + 89 / 3
-    assert learning_rate(args, round(middle), 100) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 3)) / 2, rel=0.01)
+    assert learning_rate(args, round(middle), 100) == pytest.approx(
+        0.1 + 0.9 * (1 + math.cos(math.pi / 3)) / 2, rel=0.01
+    )
     linear = OptimArgs(lr=1.0, schedule="linear")
     assert [learning_rate(linear, s, 5) for s in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
     assert learning_rate(OptimArgs(lr=1.0, schedule="constant"), 99, 100) == 1.0

@@ -22,7 +22,11 @@ from lit_data.trace import open_run, spans_of_document, spans_of_step, steps_of_
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two DDP ranks, two passes over the data and a little more, clipping of the last step."""
     folder = tmp_path_factory.mktemp("record") / "run"
-    train(*flags(data, folder, devices=2, strategy="ddp", train__max_steps=None, train__max_epochs=2.1, save__every_steps=10))
+    train(
+        *flags(
+            data, folder, devices=2, strategy="ddp", train__max_steps=None, train__max_epochs=2.1, save__every_steps=10
+        )
+    )
     return folder
 
 

@@ -106,7 +106,7 @@ def test_sigterm_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped by SIGTERM" in output
-    assert 0 < len(list_checkpoints(run)) and len(metrics(run)) < STEPS
+    assert len(list_checkpoints(run)) > 0 and len(metrics(run)) < STEPS
     train(*flags(data, run, resume="latest", **changes))
     last = f"iter-{STEPS:08d}-ckpt.pth"
     same_checkpoints(tmp_path / "whole" / last, run / last)

@@ -1,0 +1,64 @@
+"""Train a tokenizer on text.
+
+    python scripts/train_tokenizer.py --input corpus/ --vocab_size 32000 --output tokenizer/
+
+Reads .txt (also .train, .dev, .test; one document a file), .jsonl, .jsonl.zst, .parquet, and folders of these. Writes
+OUTPUT/tokenizer.json (byte_bpe) or OUTPUT/tokenizer.model (sentencepiece), with the files that name its special tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from lit_data.corpus.tokenizer_training import KINDS, train_tokenizer
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="files and folders of text")
+    add("--vocab_size", type=int, required=True, metavar="N", help="ids in all, bytes and special tokens counted")
+    add("--output", required=True, metavar="DIR", help="folder to write; it must not exist")
+    add(
+        "--type",
+        choices=KINDS,
+        default="byte_bpe",
+        help="byte-level BPE, or sentencepiece BPE with byte fallback (default: %(default)s)",
+    )
+    add("--on_error", choices=("stop", "skip"), default="stop", help="at invalid text (default: %(default)s)")
+    add("--text_field", default="text", metavar="NAME", help="JSON key or column of the text (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace an OUTPUT that holds a tokenizer, once the new one is whole")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    try:
+        tokenizer = train_tokenizer(
+            args.input,
+            args.vocab_size,
+            args.type,
+            args.output,
+            overwrite=args.overwrite,
+            on_error=args.on_error,
+            text_field=args.text_field,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    print(f"{tokenizer.path}: {tokenizer.vocab_size} ids, end of document {tokenizer.eos_token} = {tokenizer.eos_id}")
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is removed
+    sys.exit(main())

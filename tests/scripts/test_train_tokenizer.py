@@ -1,0 +1,112 @@
+"""scripts/train_tokenizer.py as a user calls it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_data.corpus.tokenizer_training import train_on_texts, train_tokenizer
+from lit_data.tokenizer import open_tokenizer
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_tokenizer.py"
+LINES = [f"Zeile {i}: der Hund und die Katze </s> laufen {i * 37} Meter über die Straße.\n\n  Ende" for i in range(200)]
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
+    return path
+
+
+def call(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece"])
+def test_trains_and_prints_where(tmp_path, corpus, kind):
+    done = call("--input", corpus, "--vocab_size", 340, "--output", "new/tok", "--type", kind, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "340 ids" in done.stdout and done.stderr == ""
+    opened = open_tokenizer(tmp_path / "new" / "tok")
+    assert opened.vocab_size == 340 and opened.eos_token == "</s>" and opened.bos_id is not None
+    assert opened.pad_id is not None and opened.pad_id != opened.eos_id
+    for text in [LINES[0], "ÿ日本😀\r\n\t x", *map(chr, range(1, 256))]:
+        assert opened.decode(opened.encode(text)) == text
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["tok"]
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece"])
+def test_the_same_text_gives_the_same_tokenizer(tmp_path, corpus, kind):
+    first, second = (train_tokenizer([corpus], 340, kind, tmp_path / name) for name in ("a", "b"))
+    assert first.fingerprint == second.fingerprint
+
+
+def test_digits_are_grouped_and_spaces_belong_to_words(tmp_path):
+    opened = train_on_texts(["abc 1234567 abc 1234567 abc"] * 50, 266, "byte_bpe", tmp_path / "a")
+    pieces = [opened.decode([i]) for i in opened.encode("abc 1234567 abc")]
+    assert pieces == ["abc", " ", "123", "456", "7", " abc"]
+    opened = train_on_texts(["abc 1234567 abc 1234567 abc"] * 50, 271, "sentencepiece", tmp_path / "b")
+    ids = opened.encode("abc 123 abc")
+    assert [opened.decode([i]) for i in ids if opened.decode([i]).isdigit()] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece"])
+def test_mistakes_are_named_and_leave_nothing(tmp_path, corpus, kind):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": "  "}\n')
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(corpus.read_text() + "{bad\n")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    out = tmp_path / "out"
+    for paths, size, output, message in [
+        ([corpus], 259, out, r"--vocab_size 259 is too small: 256 bytes and \d special tokens .*; give 26\d or more"),
+        ([corpus], 90000, out, r"--vocab_size 90000 is more than --input .*corpus.jsonl gives: \d+ were reached"),
+        ([empty], 340, out, r"--input .*empty.jsonl holds no text to train"),
+        ([bad], 340, out, r"bad.jsonl.*201"),
+        ([corpus], 340, taken, r"--output .*taken exists already"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train_tokenizer(paths, size, kind, output)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        train_tokenizer([tmp_path / "missing.jsonl"], 340, kind, out)
+    with pytest.raises(ValueError, match="is no folder of a tokenizer"):
+        train_tokenizer([corpus], 340, kind, taken, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_the_number_reached_can_be_had(tmp_path, corpus):
+    for kind in ("byte_bpe", "sentencepiece"):
+        with pytest.raises(ValueError) as caught:
+            train_tokenizer([corpus], 90000, kind, tmp_path / kind)
+        reached = int(str(caught.value).split(" were reached")[0].split()[-1])
+        assert train_tokenizer([corpus], reached, kind, tmp_path / kind).vocab_size == reached
+
+
+def test_too_many_characters_for_the_vocabulary(tmp_path):
+    texts = ["".join(chr(0x4E00 + i) for i in range(500))] * 20
+    with pytest.raises(ValueError, match=r"--vocab_size 300 is too small: .*take \d+; give more"):
+        train_on_texts(texts, 300, "sentencepiece", tmp_path / "a")
+
+
+def test_overwrite_replaces_a_tokenizer(tmp_path, corpus):
+    train_tokenizer([corpus], 340, "byte_bpe", tmp_path / "tok")
+    train_tokenizer([corpus], 350, "sentencepiece", tmp_path / "tok", overwrite=True)
+    assert open_tokenizer(tmp_path / "tok").kind == "sentencepiece"
+    assert not (tmp_path / "tok" / "tokenizer.json").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "tok"]
+
+
+def test_the_script_reports_mistakes_without_a_traceback(tmp_path, corpus):
+    for arguments in (["--input", "missing", "--vocab_size", 340], ["--input", corpus, "--vocab_size", 100]):
+        done = call(*arguments, "--output", "out", cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,126 @@
+"""Checkpoint -> Hugging Face -> checkpoint, as a user does it, and training on from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from running import ROOT, flags, metrics, train
+
+from lit_data.tokenizer import open_tokenizer
+from lit_eval.agreement import largest_difference, our_span_losses, transformers_span_losses
+from lit_model.load import load_model, load_tensors
+from lit_data.packed import PackedDataset
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def script(name: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [str(ROOT / "scripts" / name), *map(str, arguments)]
+    if name.endswith(".py"):
+        command.insert(0, sys.executable)
+    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sharded run whose vocabulary needs padding."""
+    folder = tmp_path_factory.mktemp("conversion") / "run"
+    changes = {"model__padding_multiple": 64, "save__state_dict_type": "sharded", "train__max_steps": 8}
+    train(*flags(data, folder, **changes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hf(run: Path) -> Path:
+    output = run.parent / "hf"
+    script("convert_to_hf.sh", run / "iter-00000008-ckpt.pth", output)
+    return output
+
+
+def test_transformers_agrees_span_by_span(run: Path, hf: Path, data: Path) -> None:
+    dataset = PackedDataset(data / "val")
+    ours = our_span_losses(run, dataset, 32)
+    theirs = transformers_span_losses(hf, dataset, ours)
+    assert largest_difference(ours, theirs) < 1e-4
+    assert ours.mean == pytest.approx(float(metrics(run)[-1]["val_loss"]), rel=1e-6)
+    assert json.loads((hf / "config.json").read_text())["vocab_size"] == 96
+    assert "Data fingerprint" in (hf / "README.md").read_text()
+    assert str(run.parent) not in (hf / "README.md").read_text(), "the card must not name folders of this machine"
+    done = script("verify_hf.py", "--run", run, "--hf", hf)
+    assert "largest relative difference" in done.stdout
+
+
+def test_there_and_back_is_exact_and_trains_on(run: Path, hf: Path, data: Path, tmp_path: Path) -> None:
+    script("convert_from_hf.py", "--input", hf, "--output", tmp_path / "start.pth")
+    config, back = load_tensors(tmp_path / "start.pth")
+    _, original = load_tensors(run)
+    assert set(back) == set(original)
+    for name in original:
+        assert torch.equal(back[name][: config.vocab_size], original[name][: config.vocab_size]), name
+    sizes = {key: None for key in ("n_layer", "n_head", "n_query_groups", "n_embd", "intermediate_size")}
+    again = flags(data, tmp_path / "on", init_from=tmp_path / "start.pth", train__max_steps=4)
+    again = [f for f in again if not any(f.startswith(f"--model.{key}") for key in sizes)]
+    train(*again)
+    first = float(metrics(tmp_path / "on")[0]["val_loss"])
+    assert first == pytest.approx(float(metrics(run)[-1]["val_loss"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "hf"])
+def test_generate_opens_everything(run: Path, hf: Path, kind: str) -> None:
+    path = {"run": run, "checkpoint": run / "iter-00000008-ckpt.pth", "hf": hf}[kind]
+    arguments = ["--model", path, "--prompt_ids", "5,6", "--max_new_tokens", 5, "--temperature", 0, "--json"]
+    answer = json.loads(script("generate.py", *arguments).stdout)
+    model, _ = load_model(run)
+    expected = [5, 6]
+    for _ in range(5):
+        expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
+    assert answer["ids"] == expected[2:]
+
+
+def test_mistakes_are_named(run: Path, hf: Path, tmp_path: Path) -> None:
+    cases = [
+        (("convert_to_hf.py", "--checkpoint", tmp_path / "no", "--output", tmp_path / "x"), "no model at"),
+        (("convert_to_hf.py", "--checkpoint", run, "--output", hf), "exists"),
+        (("convert_to_hf.py", "--checkpoint", hf, "--output", tmp_path / "x"), "already"),
+        (("convert_from_hf.py", "--input", run, "--output", tmp_path / "x"), "config.json"),
+        (("generate.py", "--model", run, "--prompt", "a"), "no tokenizer"),
+        (("generate.py", "--model", run, "--prompt_ids", "5,a"), "whole numbers"),
+        (("generate.py", "--model", run, "--prompt_ids", "5,500"), "500"),
+        (("trace_data.py", "step", run, "99"), "steps 0 to 7"),
+        (("trace_data.py", "document", run, "nobody"), "no document"),
+        (("trace_data.py", "verify", tmp_path), "no run folder"),
+    ]
+    for arguments, message in cases:
+        done = script(*arguments, check=False)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, (arguments, done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_mode_makes_its_own_data(tmp_path: Path) -> None:
+    """Two runs of configs/debug.yaml end in the same weights; its export speaks the tokenizer that preparation used."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name in ("a", "b"):
+        train("--config", str(ROOT / "configs" / "debug.yaml"), "--out_dir", str(tmp_path / name))
+    one, two = load_tensors(tmp_path / "a")[1], load_tensors(tmp_path / "b")[1]
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    rows = metrics(tmp_path / "a")
+    assert float(rows[-1]["val_loss"]) < 0.6 * float(rows[0]["val_loss"])
+    script("convert_to_hf.sh", tmp_path / "a", tmp_path / "hf")
+    ours, theirs = open_tokenizer(tmp_path / "a" / "tokenizer"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in ("The cat sat. It slept!", "a </s> in the text", "  two  spaces\n\nand lines", "Größe, naïve, 日本"):
+        assert theirs(text)["input_ids"] == list(ours.encode(text)), text
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.eos_token_id == ours.eos_id
+    done = script("trace_data.py", "verify", tmp_path / "a")
+    assert "no fault" in done.stdout
+    assert "row    0" in script("trace_data.py", "step", tmp_path / "a", 3).stdout

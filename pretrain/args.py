@@ -83,7 +83,7 @@ class SyntheticArgs:
     """About how many words to make; 0: none, `data.train` is read."""
     level: Literal["simple", "medium", "complex"] = "simple"
     """Which grammar."""
-    vocab_size: int = 512
+    vocab_size: int = 400
     """Size of the tokenizer that is trained on the text."""
 
 

@@ -11,6 +11,7 @@ import csv
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -165,7 +166,7 @@ def summarise(paths: Paths) -> None:
     print(f"""
 Try next:
   {generate}
-  {python} scripts/trace_data.py step {paths.run} {int(rows[-1]['step']) - 1}
+  {python} scripts/trace_data.py step {paths.run} {int(rows[-1]["step"]) - 1}
   {python} scripts/trace_data.py verify {paths.run}
   {python} scripts/quickstart.py --fresh
 Your own text: the commands above marked $, with other paths. More in README.md.""")

@@ -181,7 +181,7 @@ def peer(name: str, plan: dict[str, Any]) -> Any:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             logits = forward(rows[:, :-1])
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
-        torch.autograd.backward(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

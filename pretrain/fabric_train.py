@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 if __name__ == "__main__":
     # The checkout in place of this folder: `import pretrain` finds it, and no module here can shadow another library's.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+import torch.distributed as dist
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from lit_model.cost import count_parameters
@@ -75,5 +77,20 @@ def describe(run: Run) -> None:
     run.fabric.print("\n".join(lines))
 
 
+def leave(status: int) -> NoReturn:
+    """End the process with `status`.
+
+    Several ranks end together and without the interpreter's tear-down: threads of gloo that are still alive there abort
+    the process now and then ("terminate called without an active exception"), after all work is done.
+    """
+    if status == 0 and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -109,6 +109,11 @@ def train(python: str, paths: Paths, steps: int | None) -> None:
         "--data.train", paths.packed / "train", "--data.val", paths.packed / "val", "--resume", "auto",
         *override,
     )  # fmt: skip
+    # A signal ends it without an error, after a save.
+    wanted = re.search(r"^  max_steps: (\d+)$", (ROOT / paths.run / "config.yaml").read_text(), re.MULTILINE)
+    newest = max((ROOT / paths.run).glob("iter-*-ckpt.pth")).name
+    if wanted is not None and int(newest.split("-")[1]) < int(wanted[1]):
+        raise StepFailed(f"training was stopped at {newest}, before its {wanted[1]} steps")
 
 
 def convert(python: str, paths: Paths) -> None:

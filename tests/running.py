@@ -59,7 +59,9 @@ def flags(data: Path, out_dir: Path, **changes: object) -> list[str]:
     return [f"--{k}={v}" for k, v in settings.items() if v is not None]
 
 
-def train(*arguments: str, env: dict[str, str] | None = None, check: bool = True, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def train(
+    *arguments: str, env: dict[str, str] | None = None, check: bool = True, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
     """Run `python pretrain/fabric_train.py` as a user does."""
     command = [sys.executable, str(ROOT / "pretrain" / "fabric_train.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}

@@ -1,16 +1,19 @@
 """Text drawn from a grammar whose probabilities are known, so that the best possible loss is known too.
 
-A training run on such text that ends clearly above the text's own negative log-likelihood has a defect; one that ends below it
-sees something it should not.
+A training run on such text that ends clearly above the text's own negative log-likelihood (NLL) has a defect; one that
+ends below it sees something it should not.
 
 Three levels. A document is one paragraph of 3 to 8 sentences (each number equally likely):
-- simple: every sentence is subject verb adverb place, each word equally likely; with probability 1/2 a second clause follows.
+- simple: every sentence is subject verb adverb place, each word equally likely; with probability 1/2 a second clause
+  follows.
 - medium: determiners, adjectives and objects; nouns and verbs agree in number; words follow Zipf's law (p ~ 1 / rank).
-- complex: also relative and reported clauses, nested up to two deep, and pronouns that agree with the last sentence's subject.
+- complex: also relative and reported clauses, nested up to two deep, and pronouns that agree with the last sentence's
+  subject.
 
-Form of the grammar: a derivation rewrites the leftmost symbol, and each option of a symbol begins with a text of its own (or is
-empty). Reading from left to right the next word always tells which option was taken, so a text has exactly one derivation and the
-NLL of the text is that of the derivation. `tests/data/test_synthetic.py` proves this property for every level (FIRST and FOLLOW sets).
+Form of the grammar: a derivation rewrites the leftmost symbol, and each option of a symbol begins with a text of its
+own (or is empty). Reading from left to right the next word always tells which option was taken, so a text has exactly
+one derivation and the NLL of the text is that of the derivation. `tests/data/test_synthetic.py` proves this property
+for every level (FIRST and FOLLOW sets).
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ START: Symbol = ("document",)
 
 
 class Option(NamedTuple):
-    """One way to rewrite a symbol: a text (it begins with a space or a mark, except at the document's start), then symbols."""
+    """One way to rewrite a symbol: a text (it begins with a space or a mark, except START's), then symbols."""
 
     probability: float
     text: str
@@ -55,16 +58,17 @@ class SyntheticDocument:
     nll: float
 
 
-SUBJECTS = "baker captain doctor farmer gardener hunter painter sailor teacher widow".split()
-INTRANSITIVE = (
-    "works waits sings dances laughs listens travels rests dreams whistles shivers prays stumbles argues".split()
-)  # 14
-ADVERBS = "quietly slowly gladly bravely nervously patiently clumsily proudly often alone".split()
+SUBJECTS = ["baker", "captain", "doctor", "farmer", "gardener", "hunter", "painter", "sailor", "teacher", "widow"]
+INTRANSITIVE = [
+    "works", "waits", "sings", "dances", "laughs", "listens", "travels", "rests", "dreams", "whistles", "shivers",
+    "prays", "stumbles", "argues",
+]  # fmt: skip
+ADVERBS = ["quietly", "slowly", "gladly", "bravely", "nervously", "patiently", "clumsily", "proudly", "often", "alone"]
 PLACES = [
     "in the harbour", "near the old mill", "behind the barn", "on the bridge", "under the oak", "at the market",
     "beside the river", "outside the church", "by the fire", "above the valley",
 ]  # fmt: skip
-CONNECTORS = "because while although until whenever since so but before after".split()
+CONNECTORS = ["because", "while", "although", "until", "whenever", "since", "so", "but", "before", "after"]
 
 NOUNS: list[tuple[str, str, str]] = [
     ("king", "kings", "he"), ("girl", "girls", "she"), ("dog", "dogs", "it"), ("woman", "women", "she"),
@@ -73,16 +77,21 @@ NOUNS: list[tuple[str, str, str]] = [
     ("wolf", "wolves", "it"), ("sister", "sisters", "she"), ("giant", "giants", "he"), ("goose", "geese", "it"),
     ("princess", "princesses", "she"), ("thief", "thieves", "he"), ("fox", "foxes", "it"), ("witch", "witches", "she"),
 ]  # fmt: skip
-"""Singular, plural, and the pronoun of the singular, the most frequent noun first. All begin with a consonant's sound ("a")."""
-ADJECTIVES = "little big tired clever hungry young lonely brave strange polite rich poor".split()
-TRANSITIVE = "sees likes follows finds helps fears greets remembers chases teaches admires forgives".split()
-REPORTING = "says thinks hopes knows".split()
+"""Singular, plural, pronoun of the singular; the most frequent noun first. Nouns and adjectives all take "a"."""
+ADJECTIVES = [
+    "little", "big", "tired", "clever", "hungry", "young", "lonely", "brave", "strange", "polite", "rich", "poor",
+]  # fmt: skip
+TRANSITIVE = [
+    "sees", "likes", "follows", "finds", "helps", "fears", "greets", "remembers", "chases", "teaches", "admires",
+    "forgives",
+]  # fmt: skip
+REPORTING = ["says", "thinks", "hopes", "knows"]
 PLURALS = {"teaches": "teach"}
 
 Number = Literal["singular", "plural"]
 NUMBERS: tuple[Number, ...] = get_args(Number)
 NUMBER_WEIGHTS: dict[str, float] = {"singular": 0.65, "plural": 0.35}
-# The first letters differ, so the first token of a document, whatever the tokenizer, tells no less than its first word does.
+# The first letters differ: the first token of a document, whatever the tokenizer, tells its whole first word.
 DETERMINERS: list[tuple[float, str, str]] = [
     (0.5, "the", "either"), (0.25, "a", "singular"), (0.1, "some", "plural"), (0.1, "every", "singular"),
     (0.05, "many", "plural"),
@@ -153,9 +162,10 @@ def _verb(verb: str, number: str | int) -> str:
 def _rich(symbol: Symbol, rich: _Richness) -> list[Option]:
     """Options of a symbol of the medium and complex grammars.
 
-    `d` is how many clauses enclose the symbol, `k` the number of sentences begun, `who` the pronoun of the sentence's subject.
-    A noun's role says what follows it: "main" a predicate and the end of sentence k, "clause" a predicate, "object" nothing, and
-    "relative" a transitive verb alone ("the dog that the king sees"); each after an optional relative clause.
+    `d` is how many clauses enclose the symbol, `k` the number of sentences begun, `who` the pronoun of the sentence's
+    subject. A noun's role says what follows it: "main" a predicate and the end of sentence k, "clause" a predicate,
+    "object" nothing, and "relative" a transitive verb alone ("the dog that the king sees"); each after an optional
+    relative clause.
     """
 
     def determiners(role: str, d: int, k: int = 0, *, capital: bool = False) -> list[Option]:
@@ -242,7 +252,10 @@ def options_of(symbol: Symbol, level: Level) -> tuple[Option, ...]:
 
 @cache
 def _expected(symbol: Symbol, level: Level) -> tuple[float, float]:
-    """Entropy (nats) and expected words of what a symbol is rewritten to: H(A) = sum_o p_o (-ln p_o + sum of H over o's symbols)."""
+    """Entropy (nats) and expected words of what a symbol is rewritten to.
+
+    H(A) = sum over options o of p_o (-ln p_o + sum of H over the symbols of o). Depth and k only grow, so this ends.
+    """
     nats, words = [], []
     for p, text, then in options_of(symbol, level):
         below = [_expected(s, level) for s in then]
@@ -252,7 +265,7 @@ def _expected(symbol: Symbol, level: Level) -> tuple[float, float]:
 
 
 def entropy_per_document(level: Level) -> float:
-    """Entropy of a document in nats, its end included: the expected value of `SyntheticDocument.nll`, computed without sampling."""
+    """Entropy of a document in nats, its end included: the exact expected value of `SyntheticDocument.nll`."""
     return _expected(START, level)[0]
 
 
@@ -318,12 +331,13 @@ def _taken(text: str, at: int, options: Sequence[Option]) -> Option | None:
 
 
 def document_nll(text: str, level: Level) -> float:
-    """-log p(text) in nats, from parsing the text alone. ValueError, naming the place, if the grammar cannot produce it."""
+    """-log p(text) in nats, from parsing the text alone; ValueError names the place that the grammar does not allow."""
     whole, at, stack, nats = text + END, 0, [START], []
     while stack:
         option = _taken(whole, at, options_of(stack.pop(), level))
         if option is None:
-            raise ValueError(f"not a {level} document: nothing in the grammar continues at character {at}: {text[at : at + 40]!r}")
+            here = repr(text[at : at + 40]) if at < len(text) else "the end of the text"
+            raise ValueError(f"not a {level} document: the grammar does not allow {here} at character {at}")
         at += len(option.text)
         nats.append(-math.log(option.probability))
         stack.extend(reversed(option.then))
@@ -335,8 +349,8 @@ def document_nll(text: str, level: Level) -> float:
 def prefix_nll(prefix: str, level: Level) -> float:
     """-log of the probability that a document's text begins with `prefix` (nats); ValueError if none does.
 
-    Whole words are parsed. Where only part of a word is left, the options that begin with that part are summed; an empty option
-    hands the part on to the next symbol.
+    Whole words are parsed. Where only part of a word is left, the options that begin with that part are summed; an
+    empty option hands the part on to the next symbol.
     """
     if END in prefix:
         raise ValueError(f"no {level} document contains the character NUL")
@@ -364,24 +378,27 @@ def prefix_nll(prefix: str, level: Level) -> float:
 
 
 def conditional_nll(text: str, prefix: str, level: Level) -> float:
-    """-log p(text | the document begins with prefix) in nats, exactly. ValueError if `text` does not begin with `prefix`.
+    """-log p(text | the document begins with prefix) in nats, exactly; ValueError if `text` does not begin so.
 
-    A language model is scored from a document's second token on. With the first token's characters as `prefix`, this is the NLL
-    of the rest, given a tokenizer in which every text that begins with those characters begins with that token. (Byte-level BPE
-    that splits at spaces first does so here: a document's first word is "The" at level simple, and no two first words share a
-    letter at the other levels.)
+    A language model is scored from a document's second token on. With the first token's characters as `prefix`, this
+    is the NLL of the rest, if every text that begins with those characters also begins with that token. That holds for
+    each tokenizer that splits at spaces first: a document's first word is "The" at level simple, and at the other
+    levels no two first words have the same first letter. For other tokenizers it is an upper bound.
     """
     if not text.startswith(prefix):
         raise ValueError(f"the text {text[:40]!r} does not begin with the prefix {prefix[:40]!r}")
-    return document_nll(text, level) - prefix_nll(prefix, level)
+    return max(document_nll(text, level) - prefix_nll(prefix, level), 0.0)
 
 
-def write_synthetic(output: Path, *, tokens: int, level: Level, seed: int, val_fraction: float = 0.1) -> tuple[Path, Path]:
+def write_synthetic(
+    output: Path, *, tokens: int, level: Level, seed: int, val_fraction: float = 0.1
+) -> tuple[Path, Path]:
     """Write OUTPUT/train.jsonl and OUTPUT/val.jsonl, lines {"id", "text", "nll"}; returns the two paths.
 
-    `tokens` is a number of words, so it is approximate: a subword tokenizer counts the marks too and may split words; and each
-    file ends with a whole document. The splits are drawn independently: by chance a text may occur in both, ids never do.
-    The folder is built under a temporary name and renamed when whole. ValueError for an existing output or a bad argument.
+    `tokens` is a number of words, so it is approximate: a subword tokenizer counts the marks too and may split words;
+    and each file ends with a whole document. The splits are drawn independently: by chance a text may occur in both,
+    ids never do. The folder is built under a temporary name and renamed when whole. ValueError for an existing output
+    or a bad argument.
     """
     output = Path(output)
     if output.exists():

@@ -9,7 +9,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 from torch.distributed.tensor import DTensor
 
-from pretrain.fabric_train import parse
+from pretrain.fabric_train import leave, parse
 from pretrain.loop import train_step
 from pretrain.setup import set_up
 
@@ -35,8 +35,8 @@ def main() -> None:
             {"gradients": gradients, "norm": result.grad_norm, "n_targets": result.n_targets, "counts": every_count},
             os.environ["GRADIENT_FILE"],
         )
-    run.fabric.barrier()
 
 
 if __name__ == "__main__":
     main()
+    leave(0)

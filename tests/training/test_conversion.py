@@ -12,10 +12,10 @@ import pytest
 import torch
 from running import ROOT, flags, metrics, train
 
+from lit_data.packed import PackedDataset
 from lit_data.tokenizer import open_tokenizer
 from lit_eval.agreement import largest_difference, our_span_losses, transformers_span_losses
 from lit_model.load import load_model, load_tensors
-from lit_data.packed import PackedDataset
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -102,7 +102,7 @@ def test_mistakes_are_named(run: Path, hf: Path, tmp_path: Path) -> None:
     ]
     for arguments, message in cases:
         done = script(*arguments, check=False)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, (arguments, done.stderr)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

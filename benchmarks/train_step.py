@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,65 +22,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+from benchmarks.peer_step import serve
+from lit_data.packed import PackedWriter
+from lit_model.cost import count_parameters, flops_per_token
+from lit_model.registry import get_config
+from pretrain.fabric_train import parse
+from pretrain.loop import train_step
+from pretrain.metrics import PEAK_FLOPS
+from pretrain.setup import set_up
+
 CONTENDERS = ("llammlein", "llammlein-documents", "transformers", "litgpt")
-
-
-# ---------------------------------------------------------------- workers: one contender, driven by lines on stdin
-
-
-def worker(name: str, plan: dict[str, Any]) -> None:
-    """Build a contender, then answer each line `N` on stdin with the seconds of N steps and the peak memory."""
-    import torch
-
-    if plan["threads"]:
-        torch.set_num_threads(plan["threads"])
-    step = (ours if name.startswith("llammlein") else peer)(name, plan)
-    print(json.dumps({"ready": name, "versions": versions(name)}), flush=True)
-    for line in sys.stdin:
-        n = int(line)
-        synchronize(torch)
-        start = time.perf_counter()
-        loss: Any = None
-        for _ in range(n):
-            loss = step()
-        synchronize(torch)
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "loss": float(loss), "memory_gib": memory(torch)}), flush=True)
-
-
-def synchronize(torch: Any) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def memory(torch: Any) -> float:
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated() / 2**30)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def versions(name: str) -> dict[str, str]:
-    from importlib import metadata
-
-    found = {"python": platform.python_version()}
-    for package in ("torch", "lightning", "transformers", "litgpt"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def ours(name: str, plan: dict[str, Any]) -> Any:
     """The trainer's own step: its loader, its loss per span, its clipping and optimizer; only the record is off."""
-    sys.path[0] = str(ROOT)
-    from pretrain.fabric_train import parse
-    from pretrain.loop import train_step
-    from pretrain.setup import set_up
-
     documents = name.endswith("documents")
     run = set_up(
         parse(
@@ -111,85 +71,6 @@ def ours(name: str, plan: dict[str, Any]) -> Any:
     return step
 
 
-def peer(name: str, plan: dict[str, Any]) -> Any:
-    """A peer's model under the usual loop: autocast, full logits, cross-entropy, clip_grad_norm_, fused AdamW."""
-    import numpy as np
-    import torch
-
-    c = plan["config"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    if name == "transformers":
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        config = LlamaConfig(
-            vocab_size=c["padded_vocab_size"],
-            hidden_size=c["n_embd"],
-            intermediate_size=c["intermediate_size"],
-            num_hidden_layers=c["n_layer"],
-            num_attention_heads=c["n_head"],
-            num_key_value_heads=c["n_query_groups"],
-            max_position_embeddings=c["block_size"],
-            rms_norm_eps=c["norm_eps"],
-            tie_word_embeddings=c["tie_embeddings"],
-            use_cache=False,
-        )
-        model: Any = LlamaForCausalLM(config)
-        forward = lambda tokens: model(tokens).logits  # noqa: E731
-    else:
-        from litgpt import GPT, Config
-
-        model = GPT(
-            Config(
-                block_size=c["block_size"],
-                vocab_size=c["vocab_size"],
-                padded_vocab_size=c["padded_vocab_size"],
-                n_layer=c["n_layer"],
-                n_head=c["n_head"],
-                n_query_groups=c["n_query_groups"],
-                n_embd=c["n_embd"],
-                intermediate_size=c["intermediate_size"],
-                rotary_percentage=1.0,
-                parallel_residual=False,
-                bias=False,
-                norm_class_name="RMSNorm",
-                mlp_class_name="LLaMAMLP",
-                norm_eps=c["norm_eps"],
-            )
-        )
-        forward = lambda tokens: model(tokens)  # noqa: E731
-    model.to(device)
-    if plan["compile"]:
-        model.compile()
-    if device == "cuda" and plan["precision"] != "fp32":
-        torch.set_float32_matmul_precision("high")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    dtype = torch.bfloat16 if plan["precision"] == "bf16" else torch.float32
-    stream = np.load(plan["folder"] + "/tokens.npy", mmap_mode="r")
-    B, T = plan["batch"], plan["block_size"]
-    state = {"at": 0}
-
-    def step() -> Any:
-        at = state["at"]
-        if at + B * T + 1 > len(stream):
-            at = 0
-        rows = torch.from_numpy(
-            np.stack([stream[at + i * T : at + (i + 1) * T + 1] for i in range(B)]).astype(np.int64)
-        )
-        state["at"] = at + B * T
-        rows = rows.to(device, non_blocking=True)
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            logits = forward(rows[:, :-1])
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
-
-
 # ---------------------------------------------------------------- the call that compares
 
 
@@ -198,7 +79,10 @@ class Contender:
 
     def __init__(self, name: str, python: str, plan_file: Path, log: Path) -> None:
         self.name = name
-        command = [python, str(Path(__file__).resolve()), "--worker", name, "--plan", str(plan_file)]
+        if name.startswith("llammlein"):
+            command = [python, str(ROOT / "benchmarks" / "train_step.py"), "--worker", name, "--plan", str(plan_file)]
+        else:
+            command = [python, str(ROOT / "benchmarks" / "peer_step.py"), name, str(plan_file)]
         self.log = open(log, "w", encoding="utf-8")  # noqa: SIM115 - closed by end
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
@@ -238,10 +122,6 @@ class Contender:
 
 def write_data(folder: Path, vocab_size: int, n_tokens: int, document_tokens: int) -> None:
     """The same random tokens as a packed dataset and as a flat file; documents of about `document_tokens`."""
-    import numpy as np
-
-    from lit_data.packed import PackedWriter
-
     rng = np.random.default_rng(0)
     # A skewed distribution, as words have; uniform ids would make the embedding's gradient denser than text does.
     ids = np.minimum(rng.zipf(1.2, size=n_tokens), vocab_size - 1).astype(np.int32)
@@ -274,15 +154,11 @@ def main() -> int:
     parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker, json.loads(args.plan.read_text()))
+        plan = json.loads(args.plan.read_text())
+        if plan["threads"]:
+            torch.set_num_threads(plan["threads"])
+        serve(args.worker, ours(args.worker, plan))
         return 0
-
-    sys.path[0] = str(ROOT)
-    import torch
-
-    from lit_model.cost import count_parameters, flops_per_token
-    from lit_model.registry import get_config
-    from pretrain.metrics import PEAK_FLOPS
 
     config = get_config(args.model)
     T = args.block_size or config.block_size

@@ -329,7 +329,8 @@ def set_up(args: RunArgs) -> Run:
         torch.use_deterministic_algorithms(True)
     if device_kind(args) == "cuda" and args.precision != "fp32":
         torch.set_float32_matmul_precision("high")
-    if args.data.train is not None:  # a mistake in what is there already is said before any process starts
+    if args.data.train is not None and args.resume is None:
+        # A mistake in what is there already is said before any process starts.
         open_data(args, lambda vocab_size: model_config(args, vocab_size))
     fabric = build_fabric(args, devices)
     folder, checkpoint_path, lock = open_folder(fabric, args)
@@ -339,7 +340,7 @@ def set_up(args: RunArgs) -> Run:
         args.data = dataclasses.replace(
             args.data, train=train, val=val, synthetic=dataclasses.replace(args.data.synthetic, tokens=0)
         )
-    data, config = open_data(args, lambda vocab_size: model_config(args, vocab_size))
+    data, config = open_data(args, lambda vocab_size: model_config(args, vocab_size, checkpoint_path))
     args.out_dir, args.devices = folder, devices
 
     step, segments = 0, [Segment(0, 0, args.train.global_batch_samples)]
@@ -422,11 +423,14 @@ def set_up(args: RunArgs) -> Run:
     return run
 
 
-def model_config(args: RunArgs, vocab_size: int) -> ModelConfig:
-    """The model's config: of the registry and the flags, or of the weights to begin with."""
+def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None) -> ModelConfig:
+    """The model's config: of the registry and the flags, or of the weights to begin with.
+
+    With a checkpoint to go on from, the weights that the run began with are no longer needed.
+    """
     if args.init_from is None:
         return args.model.config(vocab_size, args.train.block_size)
-    config, _ = load_tensors(args.init_from)
+    config = load_tensors(args.init_from)[0] if checkpoint is None else Checkpoint(checkpoint).model_config
     block_size = args.train.block_size
     if block_size is not None and block_size > config.block_size:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -76,3 +77,12 @@ def test_checkpoint_of_another_model_is_refused(data: Path, tmp_path: Path) -> N
     (tmp_path / "run" / "iter-00000004-ckpt.pth").write_bytes(b"not a checkpoint")
     done = train(*flags(data, tmp_path / "run", resume="latest", train__max_steps=4), check=False)
     assert done.returncode == 2 and "damaged" in done.stderr
+
+
+def test_run_folder_of_another_job_is_refused(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(*flags(data, run, train__max_steps=4))
+    with open(run / ".lock", "a+") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        done = train(*flags(data, run, train__max_steps=4, resume="latest"), check=False)
+    assert done.returncode == 2 and "in use by another job" in done.stderr

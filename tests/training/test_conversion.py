@@ -73,6 +73,8 @@ def test_there_and_back_is_exact_and_trains_on(run: Path, hf: Path, data: Path, 
     train(*again)
     first = float(metrics(tmp_path / "on")[0]["val_loss"])
     assert first == pytest.approx(float(metrics(run)[-1]["val_loss"]), rel=1e-6)
+    (tmp_path / "start.pth").unlink()
+    train(*again, "--resume=latest")
 
 
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "hf"])

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from running import ROOT, train
 
 from lit_data.corpus.synthetic import conditional_nll
 from lit_data.packed import PackedDataset
 from lit_data.tokenizer import open_tokenizer
-from lit_eval.agreement import our_span_losses
+from lit_model.load import load_model
+
+
+def whole_documents(dataset: PackedDataset) -> Iterator[torch.Tensor]:
+    """The documents' tokens, int64 [T], EOS included."""
+    for number in range(dataset.n_documents):
+        start, stop = dataset.document_start(np.asarray([number, number + 1])).tolist()
+        yield torch.from_numpy(dataset.tokens(start, stop).astype(np.int64))
 
 
 @pytest.mark.slow
 def test_validation_loss_reaches_the_generators_entropy(tmp_path: Path) -> None:
     """Within 1% of the text's own negative log-likelihood, and not below it by more than three standard errors.
 
-    Documents are scored one a row and never cut (rows as long as the longest), so that the model sees what the
-    generator knows; a document's first token is no target, so the generator's likelihood is that of the rest, given it.
+    Documents are scored whole, one at a time, so that the model sees what the generator knows; a document's first token
+    is no target, so the generator's likelihood is that of the rest, given it. The end of the document is a target.
     """
     run = tmp_path / "run"
     train("--config", str(ROOT / "configs" / "synthetic.yaml"), "--out_dir", str(run), timeout=3000)
@@ -30,14 +39,11 @@ def test_validation_loss_reaches_the_generators_entropy(tmp_path: Path) -> None:
     texts = [json.loads(line)["text"] for line in lines]
     assert len(texts) == dataset.n_documents
     floor = np.array([conditional_nll(t, tokenizer.decode(tokenizer.encode(t)[:1]), "simple") for t in texts])
-    spans = our_span_losses(run, dataset, 256)
-    documents = dataset.document_of(spans.start)
-    model = np.bincount(documents, weights=spans.loss, minlength=len(texts))
-    # A document that is cut by a row's end loses its context there: only whole ones are compared.
-    whole = np.bincount(documents, minlength=len(texts)) == 1
-    assert whole.sum() > 500
-    excess = (model - floor)[whole]
-    ratio = model[whole].sum() / floor[whole].sum()
+    model, _ = load_model(run)
+    with torch.no_grad():
+        losses = np.array([model(ids[None, :-1], ids[None, 1:]).loss_sum.item() for ids in whole_documents(dataset)])
+    excess = losses - floor
+    ratio = losses.sum() / floor.sum()
     standard_error = excess.std(ddof=1) / np.sqrt(len(excess))
     print(f"model / generator = {ratio:.5f}; mean excess {excess.mean():.4f} +- {standard_error:.4f} nats a document")
     assert ratio < 1.01

@@ -19,7 +19,7 @@ test: install
 	$(VENV_PYTHON) scripts/run_tests.py $(ARGS)
 
 slow: install
-	$(VENV_PYTHON) scripts/run_tests.py -m slow $(ARGS)
+	$(VENV_PYTHON) scripts/run_tests.py -m "slow or chaos" --timeout 5400 $(ARGS)
 
 check: install
 	$(VENV_PYTHON) scripts/run_checks.py
@@ -28,4 +28,4 @@ quickstart: install
 	$(VENV_PYTHON) scripts/quickstart.py $(ARGS)
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv.lock .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

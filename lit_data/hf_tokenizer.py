@@ -8,6 +8,9 @@ A sentencepiece model becomes a tokenizer.json. What it does to a text is expres
 whether they give the same ids is tried on hard strings and on its own pieces, and a difference is an error.
 One difference is known and not tried: the library applies a character map (nmt_nfkc and the like) grapheme by grapheme,
 sentencepiece by longest match, so that unusual sequences of combining marks can come out otherwise.
+Another one concerns Unigram models: where two segmentations have the same score (`**` `*` and `*` `**`), the rounding
+of sentencepiece's float32 sums over the text so far decides, which the library's float64 sums can't repeat. To have the
+same ids everywhere, prepare the data with the converted folder instead of the .model.
 """
 
 from __future__ import annotations

@@ -287,6 +287,9 @@ class SentencepieceTokenizer(Tokenizer):
         learned = (PieceType.NORMAL, PieceType.USER_DEFINED, PieceType.UNUSED)
         crosses = any(_joins(p.text) for p in self.content.pieces if p.type in learned)
         crosses = crosses or self.content.treat_whitespace_as_suffix
+        # Unigram scores are summed in float32 over the whole text: what was rounded before decides between
+        # segmentations of equal score, so that pieces can give other tokens wherever they are cut.
+        crosses = crosses or self.content.model_type == ModelType.UNIGRAM
         self.continuation = None if crosses else self._find_continuation()
 
     def token_to_id(self, token: str) -> int | None:

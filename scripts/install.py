@@ -98,6 +98,44 @@ def state(system_site_packages: bool) -> "dict[str, str]":
     }
 
 
+def torch_range() -> "list[tuple[str, tuple[int, ...]]]":
+    """The bounds of torch in constraints.txt: [(">=", (2, 11)), ("<", (2, 14))]. Empty where it is not bounded."""
+    found = re.search(r"^torch\s*([<>=!~][^;#\s]*)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    bounds = re.findall(r"(>=|<=|==|<|>)\s*([\d.]+)", found.group(1)) if found else []
+    return [(sign, version_numbers(version)) for sign, version in bounds]
+
+
+def version_numbers(version: str) -> "tuple[int, ...]":
+    """(2, 13, 0) of "2.13.0+cpu": the numbers before a local label or a pre-release."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(n) for n in numbers.group().split(".")) if numbers else ()
+
+
+def is_suitable_torch(version: str, bounds: "list[tuple[str, tuple[int, ...]]]") -> bool:
+    """Whether a torch of this version lies in the range. Compared to as many numbers as the bound has."""
+    own = version_numbers(version)
+    tests = {
+        ">=": lambda a, b: a >= b,
+        "<=": lambda a, b: a <= b,
+        "==": lambda a, b: a == b,
+        "<": lambda a, b: a < b,
+        ">": lambda a, b: a > b,
+    }
+    return bool(own) and all(tests[sign](own[: len(bound)], bound) for sign, bound in bounds)
+
+
+def system_torch() -> "str | None":
+    """The version of the calling Python's torch, None without one, or where a virtual environment hides it."""
+    if sys.prefix != sys.base_prefix:
+        return None
+    import importlib.metadata  # not in Python 3.7, which gets here never
+
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def venv_python(venv: Path) -> Path:
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
@@ -114,6 +152,29 @@ def is_current(stamp: "dict[str, str]", wanted: "dict[str, str]") -> bool:
     """Choices that were not repeated (the index, the reuse of packages) stay as they were."""
     unsaid = [k for k in ("torch_index_url", "system_site_packages") if wanted[k] in ("", "False")]
     return all(stamp.get(k) == v for k, v in wanted.items() if k not in unsaid)
+
+
+def version_in(venv: Path) -> str:
+    """Version of the environment's Python, "3.11"; empty where it does not start. About 20 ms."""
+    try:
+        return subprocess.check_output(
+            [str(venv_python(venv)), "-I", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
+            stderr=subprocess.DEVNULL,
+            universal_newlines=True,
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def remove(venv: Path) -> None:
+    """Delete an environment. The marker goes last: a killed removal is taken up again, not refused as foreign."""
+    (venv / MARKER).touch()
+    for child in venv.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(str(child))
+        elif child.name != MARKER:
+            child.unlink()
+    shutil.rmtree(str(venv))
 
 
 def clean_environment() -> "dict[str, str]":
@@ -174,6 +235,8 @@ def make_venv(venv: Path, system_site_packages: bool) -> None:
             for k, v in state(system_site_packages).items()
             if k == "root" or (k == "system_site_packages" and v == "True")
         )
+        # The Python under it was replaced by a newer one: its packages lie in a folder that nobody reads any more.
+        ours_but_other = ours_but_other or (bool(stamp) and stamp.get("python") != version_in(venv))
         if whole and not ours_but_other:
             try:
                 version = run(
@@ -189,7 +252,7 @@ def make_venv(venv: Path, system_site_packages: bool) -> None:
         if not marker.exists() and not stamp and any(venv.iterdir()):
             raise Refusal(f"{venv} does not work and was not made by this script. Remove it and call again.")
         print(f"{venv} is half made or from elsewhere: making it anew", flush=True)
-        shutil.rmtree(str(venv))
+        remove(venv)
     venv.mkdir()
     marker.touch()
     flags = ["--system-site-packages"] if system_site_packages else []
@@ -267,14 +330,24 @@ def size_of(url: str) -> "int | None":
     return int(length) if length else None
 
 
+def download_bytes(packages: "list[dict[str, str]]") -> "int | None":
+    """The packages' sizes added up, None as soon as a server does not tell one: no more of them are asked then."""
+    total = 0
+    for package in packages:
+        size = size_of(package["url"])
+        if size is None:
+            return None
+        total += size
+    return total
+
+
 def check_cuda(packages: "list[dict[str, str]]", driver: "int | None", force: bool) -> None:
     """Refuse gigabytes of CUDA packages that this machine can't use."""
     cuda = cuda_of(packages)
     if cuda is None or (driver is not None and driver >= cuda):
         return
-    sizes = [size_of(p["url"]) for p in packages]
-    total = sum(size for size in sizes if size) / 1e9
-    size_text = f"{total:.1f} GB to download" if all(sizes) else f"an estimated {ESTIMATE_GB} GB to download"
+    total = download_bytes(packages)
+    size_text = f"an estimated {ESTIMATE_GB} GB to download" if total is None else f"{total / 1e9:.1f} GB to download"
     release = f" {cuda}" if cuda else ""
     machine = "has no NVIDIA driver" if driver is None else f"has an NVIDIA driver that runs CUDA up to {driver} only"
     message = (
@@ -284,13 +357,19 @@ def check_cuda(packages: "list[dict[str, str]]", driver: "int | None", force: bo
     if force:
         print(f"note: {message} Going on (FORCE=1 or TORCH_INDEX_URL).", flush=True)
         return
+    version = system_torch()
+    reuse = version is not None and is_suitable_torch(version, torch_range())
     raise Refusal(
         f"{message}\nNothing of it was downloaded. Choose:\n"
         "  TORCH_INDEX_URL=... make install   another build: CPU, or an older CUDA. The address is what stands\n"
         '                                     after --index-url on PyTorch\'s "Start locally" page.\n'
         "  FORCE=1 make install               these packages all the same.\n"
-        "  SYSTEM_SITE_PACKAGES=1 make install   reuse the torch of the calling Python, where it has one.\n"
-        "(Without make: the same with `python3 scripts/install.py`.)"
+        + (
+            f"  SYSTEM_SITE_PACKAGES=1 make install   reuse the torch {version} that {sys.executable} has.\n"
+            if reuse
+            else ""
+        )
+        + "(Without make: the same with `python3 scripts/install.py`.)"
     )
 
 
@@ -300,8 +379,16 @@ def check_system_torch() -> None:
             f"--system-site-packages sees the packages of {sys.base_prefix}, not of the environment {sys.prefix}.\n"
             "Call it with a Python that is no virtual environment, or leave it out."
         )
-    if importlib.util.find_spec("torch") is None:
+    version = system_torch()
+    if version is None:
         raise Refusal(f"--system-site-packages: {sys.executable} has no torch that could be reused. Leave it out.")
+    bounds = torch_range()
+    if not is_suitable_torch(version, bounds):
+        wanted = ",".join(sign + ".".join(map(str, bound)) for sign, bound in bounds)
+        raise Refusal(
+            f"--system-site-packages: the torch {version} of {sys.executable} is not in the tested range ({wanted}).\n"
+            "Leave it out, or call this with a Python whose torch is."
+        )
 
 
 def install(venv: Path, system_site_packages: bool) -> None:
@@ -333,9 +420,13 @@ def main() -> int:
     wanted = state(system)
 
     def current() -> bool:
-        return is_current(read_stamp(venv), wanted) and venv_python(venv).exists()
+        stamp = read_stamp(venv)
+        return is_current(stamp, wanted) and bool(stamp.get("python")) and stamp["python"] == version_in(venv)
 
     if current():
+        own, calling = read_stamp(venv)["python"], "{}.{}".format(*sys.version_info[:2])
+        if own != calling:
+            print(f"note: .venv has Python {own}; {calling} called. To change it, remove .venv and call again.")
         return 0
     try:
         check_python()
@@ -346,7 +437,7 @@ def main() -> int:
                 return 0
             install(venv, system)
             temporary = venv / (STAMP + ".tmp")
-            temporary.write_text(json.dumps(wanted, indent=1))
+            temporary.write_text(json.dumps(dict(wanted, python=version_in(venv)), indent=1))
             os.replace(str(temporary), str(venv / STAMP))
             if (venv / MARKER).exists():
                 (venv / MARKER).unlink()

@@ -28,7 +28,7 @@ from lit_eval.overlap import longest_overlap
 DEFAULT = Path("runs/quickstart")
 VOCAB_SIZE = 4096
 # (prompt, seed); an empty prompt begins a document.
-PROMPTS = (("", 1), ("", 2), ("[Enter HAMLET and a Ghost]", 3), ("ROMEO\nWhat light", 4))
+PROMPTS = (("", 1), ("", 2), ("[Enter HAMLET and a Ghost]\n\nHAMLET\n", 3), ("ROMEO\nWhat light", 4))
 RESERVED_TOKENS = 24  # of the context, for the prompt
 
 
@@ -71,8 +71,8 @@ def shown(command: list[str]) -> str:
 def call(*command: str | Path, capture: bool = False) -> str:
     words = [str(c) for c in command]
     print(f"$ {shown(words)}", flush=True)
-    # PYTHON is for the shell scripts. Threads that wait for each other sleep instead of spinning: on two cores that other
-    # programs use too, spinning was measured to cost five sixths of the speed.
+    # PYTHON is for the shell scripts. Threads that wait for each other sleep instead of spinning: on two cores that
+    # other programs use too, spinning was seen to cost five sixths of the speed.
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHON": sys.executable}
     result = subprocess.run(words, cwd=ROOT, env=env, stdout=subprocess.PIPE if capture else None, text=True)
     if result.returncode:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from lit_data.corpus.readers import ReadErrors
 from lit_data.corpus.tokenizer_training import KINDS, train_tokenizer
 
 
@@ -39,6 +40,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    errors = ReadErrors()
     try:
         tokenizer = train_tokenizer(
             args.input,
@@ -48,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
             overwrite=args.overwrite,
             on_error=args.on_error,
             text_field=args.text_field,
+            errors=errors,
         )
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     print(f"{tokenizer.path}: {tokenizer.vocab_size} ids, end of document {tokenizer.eos_token} = {tokenizer.eos_id}")
+    if errors.count:
+        print(f"skipped: {errors.count:,} unreadable documents, the first of them:")
+        print("\n".join(f"  {message}" for message in errors.first))
     return 0
 
 

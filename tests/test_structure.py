@@ -4,11 +4,16 @@
   scripts and benchmarks anything; nobody imports scripts or benchmarks.
 - No import cycle; no import of an own package inside a function.
 - No file named utils, helpers, common or misc. No module beside a script that shadows the standard library.
+- At the top of its files lit_model imports torch, safetensors and the standard library only.
+- No __init__.py in tests. No tracked text file names a package registry's host or a folder of one machine.
 """
 
 from __future__ import annotations
 
 import ast
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +29,25 @@ ALLOWED = {
     "scripts": {"scripts", "pretrain", "lit_eval", "lit_model", "lit_data"},
     "benchmarks": {"benchmarks", "pretrain", "lit_eval", "lit_model", "lit_data"},
 }
+# What a package may take from others at the top of a file; optional packages are imported inside functions.
+FOREIGN = {"lit_model": {"torch", "safetensors"}}
+# In pieces, so that this file passes its own test.
+REGISTRY_HOSTS = (
+    r"pypi\." + "org",
+    "python" + "hosted",
+    r"download\.py" + r"torch\.org",
+    r"npm" + r"js\.(?:org|com)",
+    r"(?:conda\.)?ana" + r"conda\.(?:org|com)",
+    r"crates\." + "io",
+    r"deb\.deb" + r"ian\.org",
+    r"proxy\.golang\." + "org",
+)
+MACHINE_FOLDERS = ("work", "root")
+UNWANTED_TEXT = re.compile(
+    "|".join(REGISTRY_HOSTS) + "|" + "|".join(rf"(?<![\w.\-$}}/])/{folder}/" for folder in MACHINE_FOLDERS),
+    re.IGNORECASE,
+)
+NOT_TRACKED = {".git", ".venv", "runs", "build", "dist", "__pycache__", ".hypothesis"}
 NAMELESS = {"utils", "util", "helpers", "helper", "common", "misc"}
 RUN_BY_PATH = ("pretrain", "scripts", "benchmarks")
 
@@ -96,6 +120,10 @@ def violations(root: Path) -> list[str]:
         for module, line, inside in imports(ast.parse(file.read_text(encoding="utf-8")), package):
             top = module.split(".")[0]
             if top not in ALLOWED:
+                foreign = top not in sys.stdlib_module_names and top not in FOREIGN.get(own, {top})
+                if foreign and not inside and not module.startswith(f"{previous}."):
+                    found.append(f"{relative}:{line}: {own} imports {module} at its top")
+                previous = module
                 continue
             if top not in ALLOWED[own]:
                 found.append(f"{relative}:{line}: {own} imports {module}")
@@ -107,6 +135,36 @@ def violations(root: Path) -> list[str]:
     cycle = find_cycle(edges)
     if cycle:
         found.append(f"import cycle: {' -> '.join(cycle)}")
+    for file in sorted((root / "tests").rglob("__init__.py")):
+        found.append(f"{file.relative_to(root)}: hides the real package of that name")
+    return found
+
+
+def tracked_files(root: Path) -> list[Path]:
+    """Files git knows or would take up; outside a checkout, every file that is no build output or cache."""
+    if (root / ".git").exists():
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True, text=True).stdout
+        return [root / name for name in sorted(set(names.split("\0")) - {""}) if (root / name).is_file()]
+    files: list[Path] = []
+    for folder, below, names_here in os.walk(root):
+        below[:] = [b for b in below if b not in NOT_TRACKED and not b.endswith(("_cache", ".egg-info"))]
+        files += [Path(folder) / name for name in names_here]
+    return sorted(files)
+
+
+def unwanted_text(root: Path) -> list[str]:
+    """Lines of tracked text files that name a registry's host or a folder of one machine."""
+    found = []
+    for file in tracked_files(root):
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:  # not a text file
+            continue
+        for number, line in enumerate(lines, start=1):
+            match = UNWANTED_TEXT.search(line)
+            if match:
+                found.append(f"{file.relative_to(root)}:{number}: {match.group()}")
     return found
 
 
@@ -119,9 +177,14 @@ def test_the_tree_was_read() -> None:
         assert list((ROOT / package).rglob("*.py")), package
 
 
-def test_tests_do_not_shadow_packages() -> None:
-    """A tests/pretrain/__init__.py would hide the real package."""
-    assert not list((ROOT / "tests").rglob("__init__.py"))
+def test_no_registry_and_no_folder_of_one_machine_is_named() -> None:
+    assert unwanted_text(ROOT) == []
+
+
+def test_tracked_files_are_found() -> None:
+    names = {f.relative_to(ROOT).as_posix() for f in tracked_files(ROOT)}
+    assert {"pyproject.toml", "llammlein.def", ".gitignore", "cluster/train.sbatch"} <= names
+    assert not [n for n in names if n.startswith((".venv/", "runs/", ".git/"))]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +208,11 @@ def test_tests_do_not_shadow_packages() -> None:
         ),
         ({"lit_model/hf/utils.py": ""}, "does not say what it is for"),
         ({"lit_model/helpers/a.py": ""}, "does not say what it is for"),
+        ({"lit_model/a.py": "import numpy as np"}, "lit_model imports numpy at its top"),
+        ({"lit_model/a.py": "from flash_attn import f"}, "lit_model imports flash_attn at its top"),
+        ({"lit_eval/a.py": "import scripts"}, "lit_eval imports scripts"),
+        ({"lit_data/common.py": ""}, "does not say what it is for"),
+        ({"tests/pretrain/__init__.py": ""}, "hides the real package"),
         ({"pretrain/signal.py": ""}, "shadows the standard library's signal"),
         ({"scripts/statistics.py": ""}, "shadows the standard library's statistics"),
     ],
@@ -154,6 +222,34 @@ def test_planted_violation_is_found(tmp_path: Path, planted: dict[str, str], com
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(source)
     assert any(complaint in v for v in violations(tmp_path)), violations(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pip install --index-url https://" + "pypi" + ".org/simple torch",
+        "https://" + "download.py" + "torch.org/whl/cpu",
+        "cd /" + "work/main",
+        'PYTHON = "/' + 'root/python"',
+    ],
+)
+@pytest.mark.parametrize("in_git", [True, False])
+def test_planted_text_is_found(tmp_path: Path, line: str, in_git: bool) -> None:
+    if in_git:
+        subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+        (tmp_path / ".gitignore").write_text("runs/\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text(f"harmless\n{line}\n")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "log.txt").write_text(line)
+    (tmp_path / "weights.bin").write_bytes(b"\xff\xfe" + line.encode())
+    assert [f.rpartition(":")[0] for f in unwanted_text(tmp_path)] == ["docs/a.md:2"]
+
+
+def test_harmless_text_is_not_found(tmp_path: Path) -> None:
+    harmless = "at work/life\n$HOME/" + "work/data\nsee https://example.org/" + "root/page\nthe registry of models\n"
+    (tmp_path / "a.md").write_text(harmless)
+    assert unwanted_text(tmp_path) == []
 
 
 def test_what_is_allowed_is_not_reported(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_data.corpus.readers import OnError, read_documents
+from lit_data.corpus.readers import OnError, ReadErrors, read_documents
 from lit_data.hf_tokenizer import config_for_transformers
 from lit_data.tokenizer import Tokenizer, cut, open_tokenizer
 
@@ -54,6 +54,7 @@ def train_tokenizer(
     overwrite: bool = False,
     on_error: OnError = "stop",
     text_field: str = "text",
+    errors: ReadErrors | None = None,
 ) -> Tokenizer:
     """Train on the documents of files and folders and write the tokenizer to the folder `output`, whole or not at all.
 
@@ -62,14 +63,14 @@ def train_tokenizer(
         vocab_size: ids in all, bytes and special tokens counted.
         kind: "byte_bpe" writes tokenizer.json, "sentencepiece" tokenizer.model, each with the files that name EOS.
         overwrite: replace an `output` that holds a tokenizer.
-        on_error, text_field: see `read_documents`.
+        on_error, text_field, errors: see `read_documents`.
 
     Raises:
         FileNotFoundError: an input does not exist.
         ValueError: no text, a vocabulary too small or larger than the text gives, an `output` that exists.
     """
     check_arguments(vocab_size, kind, Path(output), overwrite)
-    texts = (d.text for d in read_documents(paths, on_error=on_error, text_field=text_field))
+    texts = (d.text for d in read_documents(paths, on_error=on_error, text_field=text_field, errors=errors))
     named = ", ".join(str(p) for p in paths)
     return train_on_texts(texts, vocab_size, kind, output, overwrite=overwrite, source=f"--input {named}")
 
@@ -247,7 +248,7 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 def _too_large(vocab_size: int, source: str, reached: int) -> ValueError:
     return ValueError(
-        f"--vocab_size {vocab_size} is more than {source} gives: {reached} were reached; give that or less, or more"
+        f"--vocab_size {vocab_size} is more than {source} gives: {reached} were reached; give fewer, or more text"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -65,6 +66,8 @@ def use(install: ModuleType, monkeypatch: pytest.MonkeyPatch, pip: Pip, driver: 
     monkeypatch.setattr(install, "run", pip)
     monkeypatch.setattr(install, "run_with_status", pip)
     monkeypatch.setattr(install, "driver_cuda", lambda: driver)
+    monkeypatch.setattr(install, "system_torch", lambda: None)
+    monkeypatch.setattr(install, "version_in", lambda venv: "3.11" if install.venv_python(venv).exists() else "")
     return pip
 
 
@@ -135,6 +138,61 @@ def test_a_moved_checkout_gets_its_own(install: ModuleType, monkeypatch: pytest.
     assert sum("-m venv" in c for c in pip.commands) == 1
 
 
+def test_a_replaced_python_is_noticed(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's 3.11 became 3.12 under .venv: it starts, and finds none of its packages."""
+    use(install, monkeypatch, Pip(CPU))
+    assert install.main() == 0
+    pip = use(install, monkeypatch, Pip(CPU))
+    monkeypatch.setattr(install, "version_in", lambda venv: "3.12")
+    assert install.main() == 0
+    assert sum("-m venv" in c for c in pip.commands) == 1
+    assert len(pip.installs) == 1
+    assert install.main() == 0
+    assert len(pip.installs) == 1
+
+
+def test_version_in_a_real_and_a_broken_environment(install: ModuleType, tmp_path: Path) -> None:
+    python = install.venv_python(tmp_path)
+    assert install.version_in(tmp_path) == ""
+    python.parent.mkdir(parents=True)
+    python.symlink_to(tmp_path / "no such python")
+    assert install.version_in(tmp_path) == ""
+    python.unlink()
+    python.symlink_to(sys.executable)
+    assert install.version_in(tmp_path) == "{}.{}".format(*sys.version_info[:2])
+
+
+def test_another_calling_python_gets_a_note(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pip = use(install, monkeypatch, Pip(CPU))
+    monkeypatch.setattr(install, "version_in", lambda venv: "3.99")
+    assert install.main() == 0
+    capsys.readouterr()
+    assert install.main() == 0
+    assert "remove .venv" in capsys.readouterr().out
+    assert len(pip.installs) == 1
+
+
+def test_a_killed_removal_is_taken_up_again(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(install, monkeypatch, Pip(CPU, fails=True))
+    with pytest.raises(KeyboardInterrupt):
+        install.main()
+    (install.ROOT / ".venv" / "a_folder").mkdir()
+
+    def killed(path: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(install.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            install.main()
+    assert (install.ROOT / ".venv" / install.MARKER).exists()
+    pip = use(install, monkeypatch, Pip(CPU))
+    assert install.main() == 0
+    assert len(pip.installs) == 1
+
+
 def test_foreign_broken_environment_is_left_alone(
     install: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +217,72 @@ def test_cuda_without_driver_stops_before_the_download(
     message = capsys.readouterr().err
     for part in ("2.5 GB", "3 packages", "CUDA 13", "no NVIDIA driver", "TORCH_INDEX_URL", "FORCE=1", "Start locally"):
         assert part in message
+
+
+def test_reuse_is_offered_only_where_it_works(
+    install: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    cuda_packages: list[Package],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (install.ROOT / "constraints.txt").write_text("torch>=2.11,<2.14\n")
+    for version, offered in ((None, False), ("2.10.1+cu128", False), ("2.12.0+cpu", True)):
+        use(install, monkeypatch, Pip(cuda_packages))
+        monkeypatch.setattr(install, "system_torch", lambda version=version: version)
+        assert install.main() == 2
+        assert ("SYSTEM_SITE_PACKAGES" in capsys.readouterr().err) == offered
+
+
+@pytest.mark.parametrize(
+    ("version", "suitable"),
+    [
+        ("2.10.2", False),
+        ("2.11.0", True),
+        ("2.11.0+cu128", True),
+        ("2.13.0+cpu", True),
+        ("2.13.0a0+git1234567", True),
+        ("2.14.0", False),
+        ("2.14.0.dev20261101+cu130", False),
+        ("3.0", False),
+        ("unknown", False),
+    ],
+)
+def test_range_of_a_reused_torch(install: ModuleType, version: str, suitable: bool) -> None:
+    (install.ROOT / "constraints.txt").write_text("# torch>=9\ntorchmetrics==1.9.0\ntorch>=2.11,<2.14  # tested\n")
+    assert install.torch_range() == [(">=", (2, 11)), ("<", (2, 14))]
+    assert install.is_suitable_torch(version, install.torch_range()) == suitable
+
+
+def test_reuse_of_an_unsuitable_torch_is_refused(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (install.ROOT / "constraints.txt").write_text("torch>=2.11,<2.14\n")
+    monkeypatch.setattr(install.sys, "prefix", install.sys.base_prefix)
+    monkeypatch.setenv("SYSTEM_SITE_PACKAGES", "1")
+    for version, said in (("2.9.1", ">=2.11,<2.14"), (None, "has no torch")):
+        pip = use(install, monkeypatch, Pip(CPU))
+        monkeypatch.setattr(install, "system_torch", lambda version=version: version)
+        assert install.main() == 2
+        assert said in capsys.readouterr().err
+        assert not pip.commands
+    pip = use(install, monkeypatch, Pip([]))
+    monkeypatch.setattr(install, "system_torch", lambda: "2.12.1+cu128")
+    assert install.main() == 0
+    assert any("-m venv --system-site-packages" in c for c in pip.commands)
+
+
+def test_sizes_are_asked_until_one_is_unknown(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def size_of(url: str) -> int | None:
+        asked.append(url)
+        return None if url == "b" else 7
+
+    monkeypatch.setattr(install, "size_of", size_of)
+    packages = [{"name": u, "version": "1", "url": u} for u in "abc"]
+    assert install.download_bytes(packages) is None
+    assert asked == ["a", "b"]
+    assert install.download_bytes([packages[0], packages[2]]) == 14
 
 
 def test_old_driver_stops(

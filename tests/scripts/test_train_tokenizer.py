@@ -110,3 +110,10 @@ def test_the_script_reports_mistakes_without_a_traceback(tmp_path, corpus):
         done = call(*arguments, "--output", "out", cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_skipped_documents_are_counted_and_named(tmp_path, corpus):
+    corpus.write_text('{"text": 1}\n' + corpus.read_text())
+    done = call("--input", corpus, "--vocab_size", 340, "--output", "tok", "--on_error", "skip", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "skipped: 1 unreadable documents" in done.stdout and "line 1" in done.stdout

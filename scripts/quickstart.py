@@ -27,8 +27,13 @@ from lit_eval.overlap import longest_overlap
 
 DEFAULT = Path("runs/quickstart")
 VOCAB_SIZE = 4096
-# (prompt, seed); an empty prompt begins a document.
-PROMPTS = (("", 1), ("", 2), ("[Enter HAMLET and a Ghost]\n\nHAMLET\n", 3), ("ROMEO\nWhat light", 4))
+# (prompt, seed), as documents begin. With the document mask nothing is trained to come first, so that none is empty.
+PROMPTS = (
+    ("SCENE I.", 1),
+    ("FIRST WITCH\n", 2),
+    ("[Enter HAMLET and a Ghost]\n\nHAMLET\n", 3),
+    ("ROMEO\nWhat light", 4),
+)
 RESERVED_TOKENS = 24  # of the context, for the prompt
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -87,6 +88,9 @@ def main() -> int:
             verdict = "no fault" if not faults else f"{len(faults)} faults"
             print(f"{run.folder}: {run.steps} steps checked against {run.dataset.path}, {verdict}")
             return 1 if faults else 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

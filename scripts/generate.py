@@ -22,9 +22,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--model", type=Path, required=True, help="run folder, checkpoint or Hugging Face folder")
     top.add_argument("--tokenizer", type=Path, help="tokenizer folder or file (default: the model's)")
     prompt = top.add_mutually_exclusive_group(required=True)
-    prompt.add_argument(
-        "--prompt", help="text to continue (empty: after an end of document)"
-    )
+    prompt.add_argument("--prompt", help="text to continue (empty: after an end of document)")
     prompt.add_argument("--prompt_ids", help="token ids to continue, as 5,6; needs no tokenizer")
     top.add_argument("--max_new_tokens", type=int, default=100)
     top.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")

@@ -13,7 +13,9 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +46,7 @@ UINT16_LIMIT = 65500  # Megatron's: vocabularies below it are stored as uint16
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # sequence lengths are int32
 DOCUMENTS_PER_GROUP = 4096
 MANIFEST = "manifest.json"
+MAX_MAPS = 512  # files mapped at once; 1024 open files are a common limit
 
 
 @dataclass(frozen=True)
@@ -100,66 +103,147 @@ def file_sha256(path: Path) -> str:
 
 
 class _ShardWriter:
-    """Writes one shard's files; hashes the tokens while they pass."""
+    """Writes one shard: tokens to `.bin`, each document's row to `.rows` (an Arrow stream), the rest when closed.
 
-    def __init__(self, folder: Path, name: str, dtype: type, metadata: Sequence[str]) -> None:
-        self.folder, self.name, self.dtype = folder, name, np.dtype(dtype)
-        self.lengths: list[int] = []
-        self.bytes = 0
-        self._bin: BinaryIO = open(folder / f"{name}.bin", "wb")  # noqa: SIM115 - closed by close
+    Both files only grow, so that a writer that was killed goes on from sizes that were synced before (`state`).
+    """
+
+    def __init__(
+        self, folder: Path, name: str, dtype: npt.DTypeLike, schema: pa.Schema, state: dict[str, int] | None = None
+    ) -> None:
+        self.folder, self.name, self.dtype, self.schema = folder, name, np.dtype(dtype), schema
+        self.documents = self.tokens = self.bytes = 0
         self._hash = hashlib.sha256()
-        self._schema = pa.schema(
-            [("id", pa.string()), ("source", pa.string()), ("place", pa.int64()), ("bytes", pa.int64())]
-            + [(m, pa.string()) for m in metadata]
-        )
-        self._docs = pq.ParquetWriter(folder / f"{name}.docs.parquet", self._schema, compression="zstd")
-        self._rows: list[dict[str, Any]] = []
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_rows = 0
+        if state is None:
+            self._bin: BinaryIO = open(self._path("bin"), "wb")  # noqa: SIM115 - closed by close
+            self._rows: BinaryIO = open(self._path("rows"), "wb")  # noqa: SIM115
+        else:
+            self.documents, self.tokens, self.bytes = state["documents"], state["tokens"], state["bytes"]
+            self._bin = _reopen(self._path("bin"), state["bin_size"])
+            self._rows = _reopen(self._path("rows"), state["rows_size"])
+            with open(self._path("bin"), "rb") as f:
+                while chunk := f.read(1 << 24):
+                    self._hash.update(chunk)
 
-    def add(self, ids: npt.NDArray[Any], row: dict[str, Any]) -> None:
-        data = np.ascontiguousarray(ids, dtype=self.dtype).data.cast("B")
+    def _path(self, kind: str) -> Path:
+        return self.folder / f"{self.name}.{kind}"
+
+    def add(self, tokens: npt.NDArray[Any], rows: pa.RecordBatch) -> None:
+        """Append whole documents: their tokens one after another, and a row of the schema for each."""
+        data = np.ascontiguousarray(tokens, dtype=self.dtype).data.cast("B")
         self._bin.write(data)
         self._hash.update(data)
-        self.lengths.append(len(ids))
-        self.bytes += row["bytes"]
-        self._rows.append(row)
-        if len(self._rows) >= DOCUMENTS_PER_GROUP:
+        self.documents += rows.num_rows
+        self.tokens += len(tokens)
+        self.bytes += pc.sum(rows["bytes"]).as_py()
+        self._pending.append(rows)
+        self._pending_rows += rows.num_rows
+        if self._pending_rows >= DOCUMENTS_PER_GROUP:
             self._flush()
 
     def _flush(self) -> None:
-        if self._rows:
-            self._docs.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-            self._rows = []
+        if self._pending:
+            # Each flush is a stream of its own, schema first: any prefix of whole flushes can be read back.
+            with pa.ipc.new_stream(self._rows, self.schema) as stream:
+                stream.write_table(pa.Table.from_batches(self._pending, self.schema).combine_chunks())
+            self._pending, self._pending_rows = [], 0
+
+    def state(self) -> dict[str, int]:
+        """Make what was added durable; a new writer goes on from the returned state."""
+        self._flush()
+        for file in (self._bin, self._rows):
+            file.flush()
+            os.fsync(file.fileno())
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "bin_size": self._bin.tell(),
+            "rows_size": self._rows.tell(),
+        }
 
     def close(self) -> Shard:
+        """Write index and documents' table, sync everything. `.rows` stays until the dataset is published."""
         self._flush()
-        self._docs.close()
+        self._rows.close()
         self._bin.close()
-        lengths = np.asarray(self.lengths, dtype=np.int32)
+        lengths = np.empty(self.documents, dtype=np.int32)
+        done = 0
+        with pq.ParquetWriter(self._path("docs.parquet"), _without_length(self.schema), compression="zstd") as docs:
+            for table in _regrouped(_read_rows(self._path("rows")), DOCUMENTS_PER_GROUP):
+                lengths[done : done + table.num_rows] = table["length"].to_numpy()
+                done += table.num_rows
+                docs.write_table(table.drop_columns(["length"]))
+        assert done == self.documents, f"{self._path('rows')} holds {done} rows instead of {self.documents}"
         ends = np.cumsum(lengths, dtype=np.int64)
         pointers = (ends - lengths) * self.dtype.itemsize
         code = next(c for c, d in DTYPE_CODES.items() if np.dtype(d) == self.dtype)
-        with open(self.folder / f"{self.name}.idx", "wb") as f:
+        with open(self._path("idx"), "wb") as f:
             f.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
             f.write(lengths.tobytes())
             f.write(pointers.tobytes())
             f.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
-        paths = {kind: self.folder / f"{self.name}.{kind}" for kind in ("bin", "idx", "docs.parquet")}
+        paths = {kind: self._path(kind) for kind in ("bin", "idx", "docs.parquet")}
         for path in paths.values():
             sync_file(path)
         sums = {kind: self._hash.hexdigest() if kind == "bin" else file_sha256(path) for kind, path in paths.items()}
         sizes = {kind: path.stat().st_size for kind, path in paths.items()}
-        return Shard(self.name, len(lengths), int(ends[-1]) if len(ends) else 0, self.bytes, sizes, sums)
+        return Shard(self.name, self.documents, self.tokens, self.bytes, sizes, sums)
 
     def abandon(self) -> None:
-        self._bin.close()
-        with contextlib.suppress(Exception):
-            self._docs.close()
+        """Close the files as they are."""
+        for file in (self._bin, self._rows):
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+def _reopen(path: Path, size: int) -> BinaryIO:
+    """Open for appending after the first `size` bytes; what a killed writer wrote beyond them is cut off."""
+    file = open(path, "r+b")  # noqa: SIM115 - the caller's
+    actual = file.seek(0, os.SEEK_END)
+    if actual < size:
+        file.close()
+        raise ValueError(f"{path} has {actual} bytes, {size} were synced before: it was damaged; begin again (--fresh)")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _read_rows(path: Path) -> Iterator[pa.Table]:
+    with pa.OSFile(str(path), "rb") as source:
+        while source.tell() < source.size():
+            yield pa.ipc.open_stream(source).read_all()
+
+
+def _regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of exactly `rows`, the last one aside: files then don't depend on how rows came."""
+    held: list[pa.Table] = []
+    n_held = 0
+    for table in tables:
+        held.append(table)
+        n_held += table.num_rows
+        if n_held >= rows:
+            whole = pa.concat_tables(held).combine_chunks()
+            cut = n_held // rows * rows
+            for start in range(0, cut, rows):
+                yield whole.slice(start, rows)
+            held, n_held = [whole.slice(cut)], n_held - cut
+    if n_held:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def _without_length(schema: pa.Schema) -> pa.Schema:
+    return schema.remove(schema.get_field_index("length"))
 
 
 class PackedWriter:
     """Writes a packed dataset. Use as a context manager: leaving it without an error publishes the folder.
 
-    The folder is built under a temporary name beside `folder` and renamed when whole; on an error nothing is left.
+    The folder is built under a temporary name and renamed when whole; on an error nothing is left. With `work`, a
+    folder of the caller's, nothing is removed on an error: `state` makes what was added durable, and a new writer of
+    the same `work` goes on from it.
 
     Args:
         folder: must not exist.
@@ -167,6 +251,9 @@ class PackedWriter:
         vocab_size: ids must lie below it; decides the dtype (uint16 below 65500, else int32).
         metadata: names of further columns of `docs.parquet`, stored as text.
         shard_tokens: a shard is closed when it holds this many.
+        work: the temporary folder, kept on errors.
+        state: where an earlier writer of `work` stood.
+        allow_empty: publish a dataset without documents too (a part of a larger one).
     """
 
     def __init__(
@@ -180,6 +267,9 @@ class PackedWriter:
         metadata: Sequence[str] = (),
         shard_tokens: int = 1 << 31,
         source: dict[str, Any] | None = None,
+        work: Path | None = None,
+        state: dict[str, Any] | None = None,
+        allow_empty: bool = False,
     ) -> None:
         self.folder = Path(folder)
         if self.folder.exists():
@@ -188,16 +278,32 @@ class PackedWriter:
             raise ValueError(f"the end-of-document id {eos_id} lies outside the vocabulary of {vocab_size}")
         self.tokenizer, self.vocab_size, self.eos_id = tokenizer, vocab_size, eos_id
         self.name, self.metadata, self.shard_tokens = name, tuple(metadata), shard_tokens
-        self.source = source or {}
-        self.dtype: type = np.uint16 if vocab_size < UINT16_LIMIT else np.int32
-        self.documents = self.tokens = 0
+        self.source, self.allow_empty = source or {}, allow_empty
+        self.dtype: np.dtype[Any] = np.dtype(np.uint16 if vocab_size < UINT16_LIMIT else np.int32)
+        columns = [("id", pa.string()), ("source", pa.string()), ("place", pa.int64()), ("bytes", pa.int64())]
+        self._schema = pa.schema([*columns, *((m, pa.string()) for m in self.metadata), ("length", pa.int32())])
         self._shards: list[Shard] = []
         self._shard: _ShardWriter | None = None
-        self._shard_tokens = 0
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self.folder.with_name(f".{self.folder.name}.tmp-{os.getpid()}")
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir()
+        self._keep = work is not None
+        self._temporary = work if work is not None else self.folder.with_name(f".{self.folder.name}.tmp-{os.getpid()}")
+        if state is None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.mkdir(parents=True)
+        else:
+            self._shards = [Shard(**s) for s in state["shards"]]
+            if state["open"] is not None:
+                self._shard = self._new_shard(state["open"])
+
+    @property
+    def documents(self) -> int:
+        """Documents added so far."""
+        return sum(s.documents for s in self._shards) + (self._shard.documents if self._shard else 0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens added so far."""
+        return sum(s.tokens for s in self._shards) + (self._shard.tokens if self._shard else 0)
 
     def __enter__(self) -> PackedWriter:
         return self
@@ -217,73 +323,143 @@ class PackedWriter:
     def add(
         self, ids: npt.ArrayLike, *, id: str, source: str = "", place: int = 0, n_bytes: int = 0, **metadata: str
     ) -> None:
-        """Append one document: its token ids, the closing EOS included.
+        """Append one document: its token ids, the closing EOS included, and its row of `docs.parquet`.
 
-        Raises ValueError for ids outside the vocabulary, an empty document, or one of 2^31 tokens or more.
+        Raises ValueError for ids outside the vocabulary, a document without the closing EOS or without tokens, one of
+        2^31 tokens or more, and metadata that was not declared.
         """
         array = np.asarray(ids)
-        where = f"document {id!r} ({source} {place})"
-        if array.ndim != 1 or not len(array):
-            raise ValueError(f"{where} has no tokens")
-        if len(array) > MAX_DOCUMENT_TOKENS:
-            raise ValueError(f"{where} has {len(array)} tokens; the format holds documents below 2^31, so split it")
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= self.vocab_size:
+        if array.ndim != 1:
+            raise ValueError(f"document {id!r} ({source} {place}): token ids must be a flat list, not {array.ndim}-D")
+        row = {"id": id, "source": source, "place": place, "bytes": n_bytes, **metadata}
+        self.add_batch(array, np.asarray([len(array)], dtype=np.int64), {k: [v] for k, v in row.items()})
+
+    def add_batch(self, tokens: npt.NDArray[Any], lengths: IntArray, rows: Mapping[str, Sequence[Any]]) -> None:
+        """Append documents: tokens [sum(lengths)], lengths [n], and columns of n values: id, source, place, bytes and
+        the declared metadata (missing ones are left empty). Raises as `add` does, before anything is written."""
+        unknown = rows.keys() - set(self._schema.names)
+        if unknown:
+            raise ValueError(f"metadata {', '.join(sorted(unknown))} was not declared to the writer")
+        n = len(lengths)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        self._check(tokens, lengths, ends, rows)
+        columns = {**rows, "length": lengths}
+        arrays = [pa.array(columns[f.name], f.type) if f.name in columns else pa.nulls(n, f.type) for f in self._schema]
+        table = pa.record_batch(arrays, schema=self._schema)
+        done = 0
+        while done < n:
+            if self._shard is None:
+                self._shard = self._new_shard(None)
+            before = int(ends[done - 1]) if done else 0
+            room = before + self.shard_tokens - self._shard.tokens
+            stop = int(np.searchsorted(ends, room, side="right"))
+            if stop <= done:
+                if self._shard.documents:
+                    self._close_shard()
+                    continue
+                stop = done + 1  # larger than a shard: it has one of its own
+            self._shard.add(tokens[before : ends[stop - 1]], table.slice(done, stop - done))
+            done = stop
+
+    def _check(
+        self, tokens: npt.NDArray[Any], lengths: IntArray, ends: IntArray, rows: Mapping[str, Sequence[Any]]
+    ) -> None:
+        if not len(lengths):
+            return
+
+        def name(document: int) -> str:
+            id, source, place = (rows.get(k) for k in ("id", "source", "place"))
+            at = f" ({source[document]} {place[document] if place else 0})" if source and source[document] else ""
+            return f"document {id[document] if id else document!r}{at}"
+
+        assert ends[-1] == len(tokens), f"{len(tokens)} tokens do not make documents of {ends[-1]}"
+        if lengths.min() < 1:
+            raise ValueError(f"{name(int(lengths.argmin()))} has no tokens")
+        if lengths.max() > MAX_DOCUMENT_TOKENS:
             raise ValueError(
-                f"{where} holds token id {high if high >= self.vocab_size else low}, outside the vocabulary of "
-                f"{self.vocab_size}; check that the tokenizer is the one the vocabulary size was taken from"
+                f"{name(int(lengths.argmax()))} has {lengths.max()} tokens; the format holds documents below 2^31, "
+                "so split it"
             )
-        if self._shard is not None and self._shard_tokens + len(array) > self.shard_tokens:
-            self._close_shard()
-        if self._shard is None:
-            shard_name = f"{self.name}-{len(self._shards):05d}"
-            self._shard = _ShardWriter(self._temporary, shard_name, self.dtype, self.metadata)
-            self._shard_tokens = 0
-        self._shard.add(array, {"id": id, "source": source, "place": place, "bytes": n_bytes, **metadata})
-        self._shard_tokens += len(array)
-        self.documents += 1
-        self.tokens += len(array)
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            bad = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
+            where = name(int(np.searchsorted(ends, bad, side="right")))
+            raise ValueError(
+                f"{where} holds token id {tokens[bad]}, outside the vocabulary of {self.vocab_size}; check that the "
+                "tokenizer is the one the vocabulary size was taken from"
+            )
+        unended = np.flatnonzero(tokens[ends - 1] != self.eos_id)
+        if len(unended):
+            raise ValueError(f"{name(int(unended[0]))} does not end with the end-of-document id {self.eos_id}")
+
+    def _new_shard(self, state: dict[str, int] | None) -> _ShardWriter:
+        return _ShardWriter(self._temporary, f"{self.name}-{len(self._shards):05d}", self.dtype, self._schema, state)
 
     def _close_shard(self) -> None:
         assert self._shard is not None
         self._shards.append(self._shard.close())
         self._shard = None
 
-    def close(self) -> Manifest:
-        """Write the manifest and publish the folder."""
-        if self.documents == 0:
-            self.abandon()
+    def state(self) -> dict[str, Any]:
+        """Make what was added durable, and say where this writer stands (JSON)."""
+        open_shard = self._shard.state() if self._shard is not None else None
+        sync_file(self._temporary)
+        return {"shards": [asdict(s) for s in self._shards], "open": open_shard}
+
+    def finish(self) -> Manifest:
+        """Close the last shard and write the manifest, all of it in the temporary folder."""
+        if self.documents == 0 and not self.allow_empty:
             raise ValueError(f"no documents for {self.folder}: the dataset would be empty")
         if self._shard is not None:
             self._close_shard()
+        shards = self._shards
         manifest = Manifest(
             FORMAT_VERSION,
             self.tokenizer,
             self.vocab_size,
             self.eos_id,
-            np.dtype(self.dtype).name,
-            self.documents,
-            self.tokens,
-            sum(s.bytes for s in self._shards),
-            self._shards,
+            self.dtype.name,
+            sum(s.documents for s in shards),
+            sum(s.tokens for s in shards),
+            sum(s.bytes for s in shards),
+            shards,
             self.source,
         )
-        path = self._temporary / MANIFEST
-        with open(path, "w", encoding="utf-8") as f:
-            json.dump(asdict(manifest), f, indent=1, ensure_ascii=False)
-            f.flush()
-            os.fsync(f.fileno())
+        write_json(self._temporary / MANIFEST, asdict(manifest))
+        for shard in shards:
+            (self._temporary / f"{shard.name}.rows").unlink(missing_ok=True)
         sync_file(self._temporary)
+        return manifest
+
+    def close(self) -> Manifest:
+        """Write the manifest and publish the folder."""
+        try:
+            manifest = self.finish()
+        except ValueError:
+            self.abandon()
+            raise
         os.rename(self._temporary, self.folder)
         sync_file(self.folder.parent)
         return manifest
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Close the files, and remove them unless they are the caller's to keep."""
         if self._shard is not None:
             self._shard.abandon()
             self._shard = None
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        if not self._keep:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file durably: under a temporary name, synced, then renamed over `path`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=1, ensure_ascii=False)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    sync_file(path.parent)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -334,35 +510,54 @@ class PackedDataset:
         self._open()
 
     def _open(self) -> None:
-        dtype = np.dtype(self.manifest.dtype)
-        self._tokens: list[npt.NDArray[Any]] = []
-        self._pointers: list[IntArray] = []
+        self.dtype = np.dtype(self.manifest.dtype)
         for shard in self.manifest.shards:
-            for kind, size in shard.sizes.items():
-                file = self.path / f"{shard.name}.{kind}"
-                actual = file.stat().st_size if file.is_file() else None
-                if actual != size:
-                    state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
-                    raise ValueError(
-                        f"{file} {state}: the shard is truncated or was replaced; prepare the dataset again"
-                    )
-            with open(self.path / f"{shard.name}.idx", "rb") as f:
-                magic, version, code, sequences, _ = HEADER.unpack(f.read(HEADER.size))
-            if magic != MAGIC or version != 1 or np.dtype(DTYPE_CODES.get(code, np.uint8)) != dtype:
-                raise ValueError(f"{self.path / shard.name}.idx is no MMIDIDX version 1 of {dtype}; prepare again")
-            if sequences != shard.documents:
-                raise ValueError(
-                    f"{self.path / shard.name}.idx holds {sequences} documents, the manifest says {shard.documents}: "
-                    "prepare the dataset again"
-                )
-            self._tokens.append(np.memmap(self.path / f"{shard.name}.bin", dtype=dtype, mode="r"))
-            offset = HEADER.size + 4 * sequences
-            self._pointers.append(
-                np.memmap(self.path / f"{shard.name}.idx", dtype=np.int64, mode="r", offset=offset, shape=(sequences,))
-            )
-        self._itemsize = dtype.itemsize
+            self._check_shard(shard)
         self._token_start = np.cumsum([0] + [s.tokens for s in self.manifest.shards], dtype=np.int64)
         self._document_start = np.cumsum([0] + [s.documents for s in self.manifest.shards], dtype=np.int64)
+        self._token_starts: list[int] = self._token_start.tolist()  # bisect is faster than numpy for one number
+        self._maps: OrderedDict[tuple[int, str], npt.NDArray[Any]] = OrderedDict()
+
+    def _check_shard(self, shard: Shard) -> None:
+        for kind, size in shard.sizes.items():
+            file = self.path / f"{shard.name}.{kind}"
+            try:
+                actual: int | None = file.stat().st_size
+            except FileNotFoundError:
+                actual = None
+            if actual != size:
+                state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+                raise ValueError(f"{file} {state}: the shard is truncated or was replaced; prepare the dataset again")
+        with open(self.path / f"{shard.name}.idx", "rb") as f:
+            magic, version, code, sequences, _ = HEADER.unpack(f.read(HEADER.size))
+        if magic != MAGIC or version != 1 or np.dtype(DTYPE_CODES.get(code, np.uint8)) != self.dtype:
+            raise ValueError(f"{self.path / shard.name}.idx is no MMIDIDX version 1 of {self.dtype}; prepare again")
+        if sequences != shard.documents:
+            raise ValueError(
+                f"{self.path / shard.name}.idx holds {sequences} documents, the manifest says {shard.documents}: "
+                "prepare the dataset again"
+            )
+
+    def _map(self, shard: int, kind: str) -> npt.NDArray[Any]:
+        """A shard's tokens (`bin`) or the byte offsets of its documents (`idx`), mapped when first asked for.
+
+        Each map holds a file descriptor, so that at most MAX_MAPS stay open.
+        """
+        key = (shard, kind)
+        found = self._maps.get(key)
+        if found is not None:
+            return found
+        facts = self.manifest.shards[shard]
+        path = self.path / f"{facts.name}.{kind}"
+        if kind == "bin":
+            mapped: npt.NDArray[Any] = np.memmap(path, dtype=self.dtype, mode="r", shape=(facts.tokens,))
+        else:
+            offset = HEADER.size + 4 * facts.documents
+            mapped = np.memmap(path, dtype=np.int64, mode="r", offset=offset, shape=(facts.documents,))
+        found = self._maps[key] = mapped.view(np.ndarray)  # slicing a plain array costs a tenth
+        while len(self._maps) > MAX_MAPS:
+            self._maps.popitem(last=False)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
@@ -401,35 +596,48 @@ class PackedDataset:
     def tokens(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Tokens [start, stop) of the stream, across shards, in the dataset's dtype; 0 <= start <= stop <= n_tokens."""
         assert 0 <= start <= stop <= self.n_tokens, f"[{start}, {stop}) lies outside the {self.n_tokens} tokens"
-        first = int(np.searchsorted(self._token_start, start, side="right")) - 1
-        parts = []
-        for shard in range(first, len(self._tokens)):
-            base = int(self._token_start[shard])
-            if base >= stop:
-                break
-            parts.append(self._tokens[shard][max(start - base, 0) : stop - base])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else self._tokens[0][:0]
+        parts = [self._map(shard, "bin")[a:b] for shard, a, b in self.shard_ranges(start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
+
+    def copy_tokens(self, out: IntArray, start: int, stop: int) -> None:
+        """Copy tokens [start, stop) of the stream to `out`, int64 [stop - start]."""
+        done = 0
+        for shard, a, b in self.shard_ranges(start, stop):
+            out[done : done + b - a] = self._map(shard, "bin")[a:b]
+            done += b - a
+
+    def shard_ranges(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Where tokens [start, stop) of the stream lie: (shard, first, end) counted in the shard."""
+        ranges = []
+        shard = bisect_right(self._token_starts, start) - 1
+        while start < stop:
+            base, end = self._token_starts[shard], min(stop, self._token_starts[shard + 1])
+            if end > start:
+                ranges.append((shard, start - base, end - base))
+                start = end
+            shard += 1
+        return ranges
 
     def document_of(self, positions: IntArray) -> IntArray:
-        """Stream positions -> numbers of the documents that hold them, int64 of the same shape."""
+        """Stream positions [n] -> numbers of the documents that hold them, int64 [n]."""
         shards = np.searchsorted(self._token_start, positions, side="right") - 1
         out = np.empty(len(positions), dtype=np.int64)
         for shard in np.unique(shards):
             here = shards == shard
-            pointer = (positions[here] - self._token_start[shard]) * self._itemsize
-            inside = _last_at_or_below(self._pointers[shard], pointer)
+            pointer = (positions[here] - self._token_start[shard]) * self.dtype.itemsize
+            inside = _last_at_or_below(self._map(int(shard), "idx"), pointer)
             out[here] = self._document_start[shard] + inside
         return out
 
     def document_start(self, documents: IntArray) -> IntArray:
-        """Document numbers -> stream position of their first token; `n_documents` gives `n_tokens`."""
+        """Document numbers [n] -> stream positions of their first tokens, int64 [n]; `n_documents` gives `n_tokens`."""
         shards = np.searchsorted(self._document_start, documents, side="right") - 1
         out = np.full(len(documents), self.n_tokens, dtype=np.int64)
         for shard in np.unique(shards):
-            if shard < len(self._pointers):
+            if shard < len(self.manifest.shards):
                 here = shards == shard
                 inside = documents[here] - self._document_start[shard]
-                out[here] = self._token_start[shard] + self._pointers[shard][inside] // self._itemsize
+                out[here] = self._token_start[shard] + self._map(int(shard), "idx")[inside] // self.dtype.itemsize
         return out
 
     def document(self, number: int) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def naive_read(folder: Path) -> list[list[int]]:
     return documents
 
 
-DOCUMENTS = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=12), min_size=1, max_size=20)
+DOCUMENT = st.lists(st.integers(0, 99), max_size=12).map(lambda ids: [*ids, 0])
+DOCUMENTS = st.lists(DOCUMENT, min_size=1, max_size=20)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -75,6 +76,65 @@ def test_round_trip_and_places(tmp_path_factory, documents, shard_tokens, wide):
     starts = [sum(map(len, documents[:i])) for i in range(len(documents) + 1)]
     assert dataset.document_start(np.arange(len(documents) + 1)).tolist() == starts
     assert dataset.verify() == []
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(documents=DOCUMENTS, shard_tokens=st.integers(1, 60), data=st.data())
+def test_going_on_after_a_kill_gives_the_same_files(tmp_path_factory, documents, shard_tokens, data):
+    """Documents come in batches of any size, the writer dies somewhere, a new one goes on from the last state."""
+    folder = tmp_path_factory.mktemp("packed")
+    whole = write(folder / "whole", documents, shard_tokens=shard_tokens)
+
+    synced = data.draw(st.integers(0, len(documents)), label="documents added before the state was taken")
+    lost = data.draw(st.integers(synced, len(documents)), label="documents added before the kill")
+    facts = {"tokenizer": FACTS, "vocab_size": 100, "eos_id": 0, "shard_tokens": shard_tokens}
+
+    def add(writer: PackedWriter, first: int, last: int) -> None:
+        while first < last:
+            stop = data.draw(st.integers(first + 1, last))
+            part = documents[first:stop]
+            rows = {
+                "id": [f"d{i}" for i in range(first, stop)],
+                "source": ["made"] * len(part),
+                "place": list(range(first, stop)),
+                "bytes": [3 * len(ids) for ids in part],
+            }
+            tokens = np.asarray([t for ids in part for t in ids])
+            writer.add_batch(tokens, np.asarray([len(ids) for ids in part]), rows)
+            first = stop
+
+    work = folder / "work"
+    killed = PackedWriter(folder / "again", work=work, **facts)
+    add(killed, 0, synced)
+    state = json.loads(json.dumps(killed.state()))
+    add(killed, synced, lost)
+    killed.abandon()  # closes the files as they are, as the kernel would
+
+    with PackedWriter(folder / "again", work=work, state=state, **facts) as writer:
+        add(writer, synced, len(documents))
+    assert not work.exists()
+    assert {f.name: f.read_bytes() for f in whole.iterdir()} == {
+        f.name: f.read_bytes() for f in (folder / "again").iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 2], "document 'x' (y.txt 3) does not end with the end-of-document id 0"),
+        ([], "document 'x' (y.txt 3) has no tokens"),
+        ([7, 100, 0], "document 'x' (y.txt 3) holds token id 100, outside the vocabulary of 100"),
+        ([-1, 0], "document 'x' (y.txt 3) holds token id -1, outside"),
+    ],
+)
+def test_bad_document_is_refused(tmp_path, ids, message):
+    with (
+        pytest.raises(ValueError) as error,
+        PackedWriter(tmp_path / "set", tokenizer=FACTS, vocab_size=100, eos_id=0) as writer,
+    ):
+        writer.add(np.asarray(ids, dtype=np.int64), id="x", source="y.txt", place=3)
+    assert message in str(error.value)
+    assert not any(tmp_path.iterdir())
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=40))

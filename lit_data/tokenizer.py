@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,10 +33,14 @@ LIMIT_CHARACTERS = 1 << 24
 BATCH_CHARACTERS = 1 << 22
 
 SPACE_MARK = "▁"
-# Cuts are made between characters whose role is the same in every normaliser: letters, digits, ASCII punctuation.
-_CUT = re.compile(r"(?<=[\w!-/:-@\[-`{-~]) (?=[\w!-/:-@\[-`{-~])")
+# Texts are cut between characters whose role is the same in every normaliser: letters and digits, but those that hold
+# a space once they are normalised (NFKC), ASCII punctuation, and some punctuation of European languages.
+_WITH_SPACE = "\u037a\ufc5e-\ufc63\ufdfa\ufdfb\ufe70\ufe72\ufe74\ufe76\ufe78\ufe7a\ufe7c\ufe7e"
+SAFE = rf"(?:[^\W{_WITH_SPACE}]|[!-/:-@\[-`{{-~„“”‚‘’–—…§€°«»·•])"
+_CUT = re.compile(rf"(?<={SAFE}) (?={SAFE})")
 _JOINED = re.compile(r"[^\s▁][ ▁]")
 _JOINED_BYTES = re.compile(r"[^ĠĊĉčċČ]Ġ")
+_BEFORE_NEWLINE = re.compile(r"\S\n")
 
 
 class Tokenizer(ABC):
@@ -54,6 +57,8 @@ class Tokenizer(ABC):
         bos_id, pad_id: None where the tokenizer has none.
         continuation: how a later piece of a long document is encoded so that the pieces give the tokens of the whole:
             "keep" the space it begins with, "drop" it, or None if neither does.
+        separators: characters (of space and newline) before which no token begins earlier, so that what lies between
+            them is encoded independently; empty if this can't be relied on. See `lit_data/units.py`.
     """
 
     kind: str
@@ -66,6 +71,7 @@ class Tokenizer(ABC):
     bos_id: int | None
     pad_id: int | None
     continuation: str | None
+    separators: str
 
     @abstractmethod
     def token_to_id(self, token: str) -> int | None:
@@ -80,8 +86,12 @@ class Tokenizer(ABC):
         """Text of ids. Special tokens are shown (tokenizers) or left out (sentencepiece)."""
 
     @abstractmethod
-    def _encode_whole(self, texts: list[str]) -> list[list[int]]:
+    def encode_plain(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, encoded at once."""
+
+    @abstractmethod
+    def vocabulary(self) -> Iterable[tuple[int, str]]:
+        """(id, text that the token stands for) of all learnt tokens; spaces and newlines as they are."""
 
     def encode(self, text: str) -> Ids:
         """Ids of a text, int32 [tokens]."""
@@ -107,7 +117,7 @@ class Tokenizer(ABC):
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in collected]
 
     def _encode_waiting(self, waiting: list[tuple[int, str]], collected: list[list[Ids]]) -> None:
-        for (number, _), ids in zip(waiting, self._encode_whole([piece for _, piece in waiting]), strict=True):
+        for (number, _), ids in zip(waiting, self.encode_plain([piece for _, piece in waiting]), strict=True):
             collected[number].append(np.asarray(ids, dtype=np.int32))
 
     def _pieces(self, text: str) -> list[str]:
@@ -123,10 +133,7 @@ class Tokenizer(ABC):
         pieces = cut(text, PIECE_CHARACTERS)
         longest = max(pieces, key=len)
         if len(longest) > LIMIT_CHARACTERS:
-            raise ValueError(
-                f"a document of {len(text)} characters has {len(longest)} in a row without a single space between two "
-                f"words, more than the limit of {LIMIT_CHARACTERS}; split the document{_beginning(text)}"
-            )
+            raise too_long(longest)
         return self._continued(pieces)
 
     def _continued(self, pieces: list[str]) -> list[str]:
@@ -177,17 +184,22 @@ class Tokenizer(ABC):
 
     def _find_continuation(self) -> str | None:
         """Try on hard samples, cut at each place where they can be cut, which way gives the tokens of the whole."""
-        samples = _cut_samples(self._added_texts())
-        wholes = self._encode_whole(samples)
+        samples = cut_samples(self.added_texts())
+        wholes = self.encode_plain(samples)
         for self.continuation in ("keep", "drop"):
             pieces = [self._continued(cut(sample, 1)) for sample in samples]
-            encoded = iter(self._encode_whole([p for parts in pieces for p in parts]))
+            encoded = iter(self.encode_plain([p for parts in pieces for p in parts]))
             joined = [[id for _ in parts for id in next(encoded)] for parts in pieces]
             if joined == wholes:
                 return self.continuation
         return None
 
-    def _added_texts(self) -> list[str]:
+    def _find_separators(self) -> str:
+        if self.continuation is None:
+            return ""
+        return " " if any(_BEFORE_NEWLINE.search(text) for _, text in self.vocabulary()) else " \n"
+
+    def added_texts(self) -> list[str]:
         """Tokens that are looked for in the text before the model sees it."""
         return []
 
@@ -212,6 +224,9 @@ class JsonTokenizer(Tokenizer):
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.continuation = None if self._may_cross_a_cut(vocabulary) else self._find_continuation()
+        # A unigram model weighs whole texts, and ties of its scores depend on what was before.
+        whole_text = content["model"].get("type", "BPE") == "Unigram"
+        self.separators = self._find_separators() if not whole_text else ""
 
     def _open_backend(self) -> None:
         from tokenizers import Tokenizer as Backend  # here, so that a .model needs sentencepiece only
@@ -246,15 +261,19 @@ class JsonTokenizer(Tokenizer):
         text: str = self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
 
-    def _encode_whole(self, texts: list[str]) -> list[list[int]]:
+    def encode_plain(self, texts: list[str]) -> list[list[int]]:
         if len(texts) == 1:  # without the thread pool
             return [self.backend.encode(texts[0], add_special_tokens=False).ids]
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def vocabulary(self) -> Iterable[tuple[int, str]]:
+        for token, id in self.backend.get_vocab(with_added_tokens=True).items():
+            yield id, token.replace("Ġ", " ").replace("Ċ", "\n") if self._byte_level else _as_text(token)
+
     def _matched(self) -> list[Any]:
         return [t for t in self.backend.get_added_tokens_decoder().values() if not t.special]
 
-    def _added_texts(self) -> list[str]:
+    def added_texts(self) -> list[str]:
         return [t.content for t in self._matched()]
 
     def _may_cross_a_cut(self, vocabulary: dict[str, int]) -> bool:
@@ -291,6 +310,7 @@ class SentencepieceTokenizer(Tokenizer):
         # segmentations of equal score, so that pieces can give other tokens wherever they are cut.
         crosses = crosses or self.content.model_type == ModelType.UNIGRAM
         self.continuation = None if crosses else self._find_continuation()
+        self.separators = self._find_separators()
 
     def token_to_id(self, token: str) -> int | None:
         return self._ids.get(token)
@@ -302,10 +322,13 @@ class SentencepieceTokenizer(Tokenizer):
         text: str = self.backend.decode([int(i) for i in ids])
         return text
 
-    def _encode_whole(self, texts: list[str]) -> list[list[int]]:
+    def encode_plain(self, texts: list[str]) -> list[list[int]]:
         return [self.backend.encode(text, out_type=int) for text in texts]
 
-    def _added_texts(self) -> list[str]:
+    def vocabulary(self) -> Iterable[tuple[int, str]]:
+        return ((id, _as_text(piece.text)) for id, piece in enumerate(self.content.pieces))
+
+    def added_texts(self) -> list[str]:
         return [p.text.replace(SPACE_MARK, " ") for p in self.content.pieces if p.type == PieceType.USER_DEFINED]
 
 
@@ -340,18 +363,15 @@ def cut(text: str, piece_characters: int) -> list[str]:
 
 
 def _next_cut(text: str, position: int) -> int | None:
-    for match in _CUT.finditer(text, position):
-        place = match.start()
-        # Some letters begin or end with a space once they are normalised (NFKC of U+037A).
-        if place and all(" " not in unicodedata.normalize("NFKC", text[p]) for p in (place - 1, place + 1)):
-            return place
-    return None
+    match = _CUT.search(text, position)
+    return match.start() if match else None
 
 
-def _cut_samples(added: Sequence[str]) -> list[str]:
+def cut_samples(added: Sequence[str]) -> list[str]:
     """Texts around spaces that are hard to cut: what could join, be stripped, or get a prefix at a piece's begin."""
     ends = ["a", "A", "ZZ", "Wort", "Straße", "1", "12345", "3.", "x,", "(y)", "don't", "i’ll", "'s", "-", "_", "%"]
     ends += ["//", "é", "qü", "ﬁ", "½", "日本", "\U0001d54f", "<s>", "</s>", "<0x20>"]
+    ends += ["„Wort“", "»x«", "–", "—x", "z…", "§", "12€", "°", "·", "•", "‚x‘", "”"]
     ends += added[:64]
     words = [f"{before} {after}" for before in ends for after in ends]
     return [
@@ -359,6 +379,7 @@ def _cut_samples(added: Sequence[str]) -> list[str]:
         " ".join(ends),
         "  ".join(ends) + " end here ",
         "\n".join(words[:40]) + "\n\n a b  c\td e\r\n f g",
+        *("\n".join(words[i : i + 60]) for i in range(40, len(words), 60)),
         " a b",
         "  a b  ",
         "die der das " * 20,
@@ -374,6 +395,19 @@ def _joins(token: str, byte_level: bool = False) -> bool:
     byte_level: the entry is written in the byte alphabet, where the bytes of " \\n\\t\\r\\v\\f" are "ĠĊĉčċČ".
     """
     return (_JOINED_BYTES if byte_level else _JOINED).search(token) is not None
+
+
+def _as_text(token: str) -> str:
+    """The text of a token of a vocabulary that writes spaces as SPACE_MARK and bytes as <0x0A>."""
+    return {"<0x0A>": "\n", "<0x20>": " "}.get(token) or token.replace(SPACE_MARK, " ")
+
+
+def too_long(stretch: str) -> ValueError:
+    """The error for a stretch of text in which there is no place to cut."""
+    return ValueError(
+        f"a document has {len(stretch)} characters in a row without a single space between two words, more than the "
+        f"limit of {LIMIT_CHARACTERS}; split the document{_beginning(stretch)}"
+    )
 
 
 def _beginning(text: str) -> str:

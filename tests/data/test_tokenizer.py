@@ -100,7 +100,7 @@ def test_unigram_models_are_not_given_pieces(tmp_path, monkeypatch):
     opened = open_tokenizer(train_sentencepiece(tmp_path / "m.model", more, **settings))
     text = " ".join(words)
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 1000)
-    assert opened.encode(text).tolist() == opened._encode_whole([text])[0]
+    assert opened.encode(text).tolist() == opened.encode_plain([text])[0]
     assert opened.continuation is None
 
 
@@ -113,7 +113,7 @@ def check_pieces(opened: Tokenizer, monkeypatch) -> None:
     texts = ["", *TEXTS, TEXT, " führt  ein </s> Wort", "a \u0301b c ͺd e"]
     assert opened.continuation in ("keep", "drop")
     whole = [ids.tolist() for ids in opened.encode_batch(texts)]
-    assert whole == opened._encode_whole(texts)
+    assert whole == opened.encode_plain(texts)
     for size in (1, 7, 50):
         monkeypatch.setattr(module, "PIECE_CHARACTERS", size)
         monkeypatch.setattr(module, "BATCH_CHARACTERS", 2 * size)
@@ -142,7 +142,7 @@ def test_a_token_across_a_space_forbids_cutting(tmp_path, monkeypatch):
     opened = open_tokenizer(bare_bpe(tmp_path / "a", vocabulary, [("b", "Ġ"), ("bĠ", "c")]))
     assert opened.continuation is None
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 4)
-    assert opened.encode("ab cd ab cd").tolist() == opened._encode_whole(["ab cd ab cd"])[0]
+    assert opened.encode("ab cd ab cd").tolist() == opened.encode_plain(["ab cd ab cd"])[0]
     monkeypatch.setattr(module, "LIMIT_CHARACTERS", 10)
     with pytest.raises(ValueError, match=r"11 characters is beyond the limit of 10.*split the document"):
         opened.encode("ab cd ab cd")

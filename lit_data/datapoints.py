@@ -1,28 +1,37 @@
 """The record of what was seen: one row a span, in Parquet parts that a checkpoint commits.
 
 A part `part-A-B-rankR.parquet` holds the record steps A to B - 1 of one rank. It counts once the checkpoint after
-step B exists; until then readers ignore it, and a resume removes it.
+step B exists; until then readers ignore it, and a resume removes it. `lit_data/compaction.py` merges committed parts
+into files `steps-A-B.parquet` of all ranks.
+
+Which file a step is read from follows from the names alone (`believe`), so that a merge may be killed at any moment:
+a merged file goes before the parts inside it, a longer one before a shorter one.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import os
 import queue
 import re
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lit_data.loader import PADDING, StepData
 from lit_data.order import row_of
+from lit_data.span_hash import hash_spans
+
+if TYPE_CHECKING:  # the loader imports torch, which a question to the record should not wait for
+    from lit_data.loader import Spans, StepData
 
 SCHEMA = pa.schema(
     [
@@ -41,52 +50,110 @@ SCHEMA = pa.schema(
         ("applied", pa.bool_()),  # False: the step's gradient was not finite and the update was skipped
     ]
 )
-PART_NAME = re.compile(r"part-(\d{8,})-(\d{8,})-rank(\d{5})\.parquet")
+SORT_KEYS = ("step", "row", "document", "start")
+PART_NAME = re.compile(r"part-(\d{8,})-(\d{8,})-rank(\d{5,})\.parquet")
+MERGED_NAME = re.compile(r"steps-(\d{8,})-(\d{8,})\.parquet")
 CHECKPOINT_NAME = re.compile(r"iter-(\d{8,})-ckpt\.pth")
-ROWS_PER_GROUP = 1 << 16
+ROWS_PER_GROUP = 1 << 16  # read as a whole to find one step: about 2 MB, 10 ms
+GROUPED_ROWS = 1 << 19  # in one row group of each rank: what a merge of all ranks holds in memory
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file of the record: steps `first_step` to `end_step - 1` of one rank."""
+    """Steps `first_step` to `end_step - 1` of one file of the record.
+
+    Attributes:
+        rank: whose rows it holds; None for a merged file, which holds all ranks'.
+    """
 
     path: Path
     first_step: int
     end_step: int
-    rank: int
+    rank: int | None
 
 
 def list_parts(folder: Path) -> list[Part]:
-    """All published parts of a record folder, by step and rank."""
+    """All published files of a record folder, with all steps they hold, by step and rank."""
     parts = []
-    for path in folder.glob("part-*.parquet"):
-        if match := PART_NAME.fullmatch(path.name):
-            parts.append(Part(path, int(match[1]), int(match[2]), int(match[3])))
-    return sorted(parts, key=lambda p: (p.first_step, p.rank))
+    for name in os.listdir(folder):
+        if match := PART_NAME.fullmatch(name):
+            parts.append(Part(folder / name, int(match[1]), int(match[2]), int(match[3])))
+        elif match := MERGED_NAME.fullmatch(name):
+            parts.append(Part(folder / name, int(match[1]), int(match[2]), None))
+    return sorted(parts, key=_by_step_and_rank)
+
+
+def _by_step_and_rank(part: Part) -> tuple[int, int, int]:
+    return part.first_step, part.end_step, -1 if part.rank is None else part.rank
+
+
+def believe(parts: Iterable[Part], steps: int) -> list[Part]:
+    """What of these files holds the first `steps` steps: each step in one merged file, or one part of each rank.
+
+    Returns parts cut to the steps that are to be read from them; those of the same steps follow each other.
+    """
+    groups: dict[tuple[bool, int, int], list[Part]] = {}
+    for part in parts:
+        merged = part.rank is None
+        if part.first_step < steps and (merged or part.end_step <= steps):
+            groups.setdefault((not merged, part.first_step - part.end_step, part.first_step), []).append(part)
+    covered: list[tuple[int, int]] = []  # apart from each other, ascending
+    found: list[Part] = []
+    for (_, minus_length, first), group in sorted(groups.items(), key=lambda item: item[0]):
+        at, end = first, min(first - minus_length, steps)
+        place = max(0, bisect.bisect_right(covered, (at, at)) - 1)
+        gaps = []
+        while at < end:
+            low, high = covered[place] if place < len(covered) else (end, end)
+            if min(low, end) > at:
+                gaps.append((at, min(low, end)))
+            at, place = max(at, high), place + 1
+        found.extend(replace(p, first_step=a, end_step=b) for a, b in gaps for p in group)
+        for gap in gaps:
+            bisect.insort(covered, gap)
+    return sorted(found, key=_by_step_and_rank)
 
 
 def newest_checkpoint_step(run: Path) -> int:
     """Steps done in the newest checkpoint of a run folder; 0 where there is none."""
-    return max((int(m[1]) for path in run.iterdir() if (m := CHECKPOINT_NAME.fullmatch(path.name))), default=0)
+    return max((int(m[1]) for name in os.listdir(run) if (m := CHECKPOINT_NAME.fullmatch(name))), default=0)
 
 
 def committed_parts(run: Path) -> list[Part]:
-    """The parts that a checkpoint has committed."""
-    newest = newest_checkpoint_step(run)
-    return [p for p in list_parts(run / "datapoints") if p.end_step <= newest]
+    """The parts of a run's record that a checkpoint has committed, as `believe` gives them."""
+    steps = newest_checkpoint_step(run)
+    return believe(list_parts(run / "datapoints"), steps)
 
 
 def read_record(run: Path, columns: list[str] | None = None) -> pa.Table:
-    """The committed record of a run as one table, sorted by step, row and start."""
-    tables = [pq.read_table(p.path, columns=columns, schema=SCHEMA) for p in committed_parts(run)]
+    """The committed record of a run as one table in memory, sorted by step, row, document and start."""
+    tables = []
+    for part in committed_parts(run):
+        steps = (pc.field("step") >= part.first_step) & (pc.field("step") < part.end_step)
+        tables.append(pq.read_table(part.path, columns=columns, schema=SCHEMA, filters=steps))
     table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-    keys = [k for k in ("step", "row", "document", "start") if columns is None or k in columns]
+    keys = [k for k in SORT_KEYS if columns is None or k in columns]
     return table.sort_by([(k, "ascending") for k in keys]) if keys else table
+
+
+def open_writer(file: BinaryIO) -> pq.ParquetWriter:
+    """A Parquet writer for rows of the record: what ascends as differences, bounds only for what is looked for."""
+    return pq.ParquetWriter(
+        file,
+        SCHEMA,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=["rank", "micro_batch", "dataset", "length", "targets"],
+        column_encoding={k: "DELTA_BINARY_PACKED" for k in ("step", "row", "sample", "document", "start")},
+        write_statistics=["step", "row", "sample", "dataset", "document"],
+        write_page_index=True,
+    )
 
 
 @dataclass
 class _Entry:
-    data: StepData
+    step: int
+    micro_batches: list[tuple[Spans, Any]]  # with their tokens
     losses: Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 
 
@@ -103,9 +170,11 @@ class DatapointRecorder:
         self.folder, self.rank = folder, rank
         self.world_size, self.micro_batch_samples = world_size, micro_batch_samples
         self._first_step = self._end_step = first_step
+        # A merge reads one row group of each rank at a time.
+        self._rows_per_group = min(ROWS_PER_GROUP, max(1024, GROUPED_ROWS // world_size))
         folder.mkdir(parents=True, exist_ok=True)
-        # Bounded: if the disk stalls, training waits here instead of filling the memory.
-        self._queue: queue.Queue[_Entry | threading.Event | None] = queue.Queue(maxsize=1024)
+        # Bounded: if the disk stalls, training waits here instead of filling the memory with the tokens of its steps.
+        self._queue: queue.Queue[_Entry | threading.Event | None] = queue.Queue(maxsize=64)
         self._writer: pq.ParquetWriter | None = None
         self._file: Any = None
         self._pending: list[pa.Table] = []
@@ -122,7 +191,7 @@ class DatapointRecorder:
         self._raise_if_failed()
         assert data.step == self._end_step, f"step {data.step} recorded after step {self._end_step - 1}"
         self._end_step += 1
-        self._queue.put(_Entry(data, losses))
+        self._queue.put(_Entry(data.step, [(b.spans, b.tokens) for b in data.micro_batches], losses))
 
     def publish(self) -> None:
         """Write, sync and name the part of all steps since the last one. The checkpoint that follows commits it."""
@@ -166,7 +235,7 @@ class DatapointRecorder:
                 if isinstance(item, _Entry):
                     if self._error is None:
                         self._pending.append(self._table(item))
-                        if sum(t.num_rows for t in self._pending) >= ROWS_PER_GROUP:
+                        if sum(t.num_rows for t in self._pending) >= self._rows_per_group:
                             self._flush()
                 elif self._error is None:
                     self._flush()
@@ -180,31 +249,33 @@ class DatapointRecorder:
             return
         if self._writer is None:
             self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by publish
-            self._writer = pq.ParquetWriter(self._file, SCHEMA, compression="zstd")
-        self._writer.write_table(pa.concat_tables(self._pending))
+            self._writer = open_writer(self._file)
+        table = pa.concat_tables(self._pending)
+        if table.num_rows:  # a row group without rows would have no bounds
+            self._writer.write_table(table)
         self._pending.clear()
 
     def _table(self, entry: _Entry) -> pa.Table:
         losses, applied = entry.losses()
         tables = []
-        for m, (batch, loss) in enumerate(zip(entry.data.micro_batches, losses, strict=True)):
-            s = batch.spans
-            keep = s.document != PADDING
+        for m, ((s, tokens), loss) in enumerate(zip(entry.micro_batches, losses, strict=True)):
+            hashes = hash_spans(np.asarray(tokens).reshape(-1), s.length)
+            keep = s.document >= 0  # a negative number is padding
             place = s.place[keep]
             n = len(place)
             first_row = row_of(m, self.rank, 0, self.world_size, self.micro_batch_samples)
             columns = {
-                "step": np.full(n, entry.data.step),
+                "step": np.full(n, entry.step),
                 "rank": np.full(n, self.rank, dtype=np.int32),
                 "micro_batch": np.full(n, m, dtype=np.int32),
                 "row": first_row + place,
                 "sample": s.sample[place],
-                "dataset": np.zeros(n, dtype=np.int32),
+                "dataset": s.dataset[keep].astype(np.int32),
                 "document": s.document[keep],
                 "start": s.start[keep],
                 "length": s.length[keep].astype(np.int32),
                 "targets": s.targets[keep].astype(np.int32),
-                "hash": s.hash[keep],
+                "hash": hashes[keep],
                 "loss": loss[: len(keep)][keep],
                 "applied": np.full(n, applied),
             }
@@ -223,8 +294,9 @@ def sync_folder(folder: Path) -> None:
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what writers that were killed left behind."""
-    for path in folder.glob(".part-*.tmp"):
-        path.unlink()
+    for pattern in (".part-*.tmp", ".steps-*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def rows_of(table: pa.Table) -> Iterable[dict[str, Any]]:

@@ -21,10 +21,14 @@ _UintArray = npt.NDArray[np.uint64]
 ROUNDS = 6  # even, so that the two halves of a Feistel network of unequal widths end where they began
 
 
-def round_keys(seed: int, dataset: int, epoch: int) -> _UintArray:
-    """The Feistel keys of one epoch of one dataset, (ROUNDS,) uint64, drawn from SHA-256."""
-    digest = hashlib.sha512(f"llammlein-order-1:{seed}:{dataset}:{epoch}".encode()).digest()
-    return np.frombuffer(digest, dtype="<u8")[:ROUNDS].astype(np.uint64)
+def round_keys(seed: int, *place: int | str) -> _UintArray:
+    """The Feistel keys of one permutation, (ROUNDS,) uint64, drawn from SHA-512.
+
+    Args:
+        place: which permutation of the run: (dataset, epoch) for the windows of an epoch, and longer ones.
+    """
+    text = ":".join(map(str, ("llammlein-order-1", seed, *place)))
+    return np.frombuffer(hashlib.sha512(text.encode()).digest(), dtype="<u8")[:ROUNDS].astype(np.uint64)
 
 
 def mix64(x: _UintArray) -> _UintArray:
@@ -60,8 +64,9 @@ def permute(index: IntArray, n: int, keys: _UintArray, inverse: bool = False) ->
     Args:
         index: int64, any shape, values in [0, n).
         n: size of the domain, up to 2^62.
-        keys: from `round_keys`.
+        keys: from `round_keys`; or (ROUNDS, ...) that broadcast against `index`, for n a power of two.
     """
+    assert keys.ndim == 1 or n & (n - 1) == 0
     bits = max(2, int(n - 1).bit_length())
     with np.errstate(over="ignore"):
         x = _feistel(index.astype(np.uint64), bits, keys, inverse)
@@ -76,21 +81,31 @@ def permute(index: IntArray, n: int, keys: _UintArray, inverse: bool = False) ->
 class Order:
     """The order of the windows of one dataset.
 
+    With `block_windows` the shuffle has two levels, which keeps reads local: blocks of so many contiguous windows are
+    permuted, `group_blocks` neighbours in that order make a group, and the windows of a group are permuted. A run is
+    then inside `group_blocks` stretches of the corpus at a time. The last block may be short; wherever it comes to
+    lie, the offsets behind it shift by what it lacks, so that nothing is padded or looked up.
+
     Attributes:
         n_windows: windows in the dataset.
         seed: of the run.
         dataset: number of the dataset in the run, part of the key.
         shuffle: False keeps the order of the corpus (validation).
+        block_windows: of a block; 0 shuffles all windows at once.
+        group_blocks: of a group.
     """
 
     n_windows: int
     seed: int = 0
     dataset: int = 0
     shuffle: bool = True
+    block_windows: int = 0
+    group_blocks: int = 64
 
     def __post_init__(self) -> None:
         if self.n_windows < 1:
             raise ValueError(f"the dataset has {self.n_windows} windows; at least one is needed")
+        assert self.block_windows >= 0 and self.group_blocks >= 1
 
     def place(self, samples: IntArray) -> tuple[IntArray, IntArray]:
         """Sample numbers -> (epoch, window), each int64 of the same shape."""
@@ -105,10 +120,68 @@ class Order:
         if not self.shuffle:
             return index
         out = np.empty_like(index)
-        for epoch in np.unique(epochs):
+        for epoch in _distinct(epochs):
             here = epochs == epoch
-            out[here] = permute(index[here], self.n_windows, round_keys(self.seed, self.dataset, int(epoch)), inverse)
+            if self.block_windows == 0:
+                keys = round_keys(self.seed, self.dataset, epoch)
+                out[here] = permute(index[here], self.n_windows, keys, inverse)
+            else:
+                levels = _TwoLevels(self, epoch)
+                out[here] = levels.place(index[here]) if inverse else levels.window(index[here])
         return out
+
+
+class _TwoLevels:
+    """One epoch of an order with blocks. A window's place in the order is its `rank`, a block's its `turn`."""
+
+    def __init__(self, order: Order, epoch: int) -> None:
+        self.order, self.epoch, self.size = order, epoch, order.block_windows
+        self.n_blocks = -(-order.n_windows // self.size)
+        self.lack = self.n_blocks * self.size - order.n_windows  # windows the last block lacks
+        self.keys = round_keys(order.seed, order.dataset, epoch)
+        last = np.asarray([self.n_blocks - 1], dtype=np.int64)
+        self.short = int(permute(last, self.n_blocks, self.keys, inverse=True)[0])  # the last block's turn
+
+    def first_of(self, turns: IntArray) -> IntArray:
+        """Windows before the blocks with these turns."""
+        return turns * self.size - np.where(turns > self.short, self.lack, 0)
+
+    def turn_of(self, offsets: IntArray) -> IntArray:
+        """The turns of the blocks that hold these offsets among the windows of the permuted blocks."""
+        behind = offsets >= (self.short + 1) * self.size - self.lack
+        return (offsets + np.where(behind, self.lack, 0)) // self.size
+
+    def shuffled(self, offsets: IntArray, inverse: bool) -> IntArray:
+        """Offsets -> offsets, permuted inside each group."""
+        groups = self.turn_of(offsets) // self.order.group_blocks
+        out = np.empty_like(offsets)
+        for group in _distinct(groups):
+            here = groups == group
+            turns = np.minimum(np.asarray([group, group + 1]) * self.order.group_blocks, self.n_blocks)
+            first, end = self.first_of(turns).tolist()
+            keys = round_keys(self.order.seed, self.order.dataset, self.epoch, group)
+            out[here] = first + permute(offsets[here] - first, end - first, keys, inverse)
+        return out
+
+    def window(self, ranks: IntArray) -> IntArray:
+        """Ranks in the epoch -> windows."""
+        offsets = self.shuffled(ranks, inverse=False)
+        turns = self.turn_of(offsets)
+        return permute(turns, self.n_blocks, self.keys) * self.size + offsets - self.first_of(turns)
+
+    def place(self, windows: IntArray) -> IntArray:
+        """Windows -> ranks in the epoch: the inverse of `window`."""
+        blocks, inside = np.divmod(windows, self.size)
+        turns = permute(blocks, self.n_blocks, self.keys, inverse=True)
+        return self.shuffled(self.first_of(turns) + inside, inverse=True)
+
+
+def _distinct(values: IntArray) -> list[int]:
+    """The distinct values; cheap where there is one, as usual."""
+    if not values.size:
+        return []
+    low, high = int(values.min()), int(values.max())
+    return [low] if low == high else list(np.unique(values).tolist())
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ UINT16_LIMIT = 65500  # Megatron's: vocabularies below it are stored as uint16
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # sequence lengths are int32
 DOCUMENTS_PER_GROUP = 4096
 MANIFEST = "manifest.json"
+COARSE_BITS = 10  # of a search in an index: so many bits of the place are found by one call
 MAX_MAPS = 512  # files mapped at once; 1024 open files are a common limit
 
 
@@ -85,6 +86,11 @@ class Manifest:
             "shards": [[s.documents, s.tokens, s.sha256["bin"], s.sha256["idx"]] for s in self.shards],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def dtype_of(vocab_size: int) -> np.dtype[Any]:
+    """The dtype that Megatron stores ids of a vocabulary in."""
+    return np.dtype(np.uint16 if vocab_size < UINT16_LIMIT else np.int32)
 
 
 def sync_file(path: Path) -> None:
@@ -199,6 +205,10 @@ class _ShardWriter:
                 file.close()
 
 
+def _column(values: Any, kind: pa.DataType) -> pa.Array:
+    return values if isinstance(values, pa.Array) else pa.array(values, kind)
+
+
 def _reopen(path: Path, size: int) -> BinaryIO:
     """Open for appending after the first `size` bytes; what a killed writer wrote beyond them is cut off."""
     file = open(path, "r+b")  # noqa: SIM115 - the caller's
@@ -279,7 +289,7 @@ class PackedWriter:
         self.tokenizer, self.vocab_size, self.eos_id = tokenizer, vocab_size, eos_id
         self.name, self.metadata, self.shard_tokens = name, tuple(metadata), shard_tokens
         self.source, self.allow_empty = source or {}, allow_empty
-        self.dtype: np.dtype[Any] = np.dtype(np.uint16 if vocab_size < UINT16_LIMIT else np.int32)
+        self.dtype = dtype_of(vocab_size)
         columns = [("id", pa.string()), ("source", pa.string()), ("place", pa.int64()), ("bytes", pa.int64())]
         self._schema = pa.schema([*columns, *((m, pa.string()) for m in self.metadata), ("length", pa.int32())])
         self._shards: list[Shard] = []
@@ -335,8 +345,11 @@ class PackedWriter:
         self.add_batch(array, np.asarray([len(array)], dtype=np.int64), {k: [v] for k, v in row.items()})
 
     def add_batch(self, tokens: npt.NDArray[Any], lengths: IntArray, rows: Mapping[str, Sequence[Any]]) -> None:
-        """Append documents: tokens [sum(lengths)], lengths [n], and columns of n values: id, source, place, bytes and
-        the declared metadata (missing ones are left empty). Raises as `add` does, before anything is written."""
+        """Append documents: tokens [sum(lengths)], lengths [n], and columns of n values (lists or Arrow arrays).
+
+        The columns are id, source, place, bytes and the declared metadata; missing ones are left empty. Raises as
+        `add` does, before anything is written.
+        """
         unknown = rows.keys() - set(self._schema.names)
         if unknown:
             raise ValueError(f"metadata {', '.join(sorted(unknown))} was not declared to the writer")
@@ -369,8 +382,9 @@ class PackedWriter:
 
         def name(document: int) -> str:
             id, source, place = (rows.get(k) for k in ("id", "source", "place"))
-            at = f" ({source[document]} {place[document] if place else 0})" if source and source[document] else ""
-            return f"document {id[document] if id else document!r}{at}"
+            where = str(source[document]) if source is not None else ""
+            at = f" ({where} {0 if place is None else place[document]})" if where else ""
+            return f"document {str(id[document]) if id is not None else document!r}{at}"
 
         assert ends[-1] == len(tokens), f"{len(tokens)} tokens do not make documents of {ends[-1]}"
         if lengths.min() < 1:
@@ -407,7 +421,7 @@ class PackedWriter:
         return {"shards": [asdict(s) for s in self._shards], "open": open_shard}
 
     def finish(self) -> Manifest:
-        """Close the last shard and write the manifest, all of it in the temporary folder."""
+        """Close the last shard and write the manifest, all of it in the temporary folder (see `remove_rows`)."""
         if self.documents == 0 and not self.allow_empty:
             raise ValueError(f"no documents for {self.folder}: the dataset would be empty")
         if self._shard is not None:
@@ -426,9 +440,6 @@ class PackedWriter:
             self.source,
         )
         write_json(self._temporary / MANIFEST, asdict(manifest))
-        for shard in shards:
-            (self._temporary / f"{shard.name}.rows").unlink(missing_ok=True)
-        sync_file(self._temporary)
         return manifest
 
     def close(self) -> Manifest:
@@ -438,6 +449,7 @@ class PackedWriter:
         except ValueError:
             self.abandon()
             raise
+        remove_rows(self._temporary)
         os.rename(self._temporary, self.folder)
         sync_file(self.folder.parent)
         return manifest
@@ -449,6 +461,13 @@ class PackedWriter:
             self._shard = None
         if not self._keep:
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def remove_rows(folder: Path) -> None:
+    """Remove what only a writer that goes on would need, once there is none."""
+    for path in folder.glob("*.rows"):
+        path.unlink()
+    sync_file(folder)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -483,13 +502,23 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def _distinct(values: IntArray) -> list[int]:
+    """The distinct values, and perhaps one between them; cheap where there are few, as usual."""
+    if not len(values):
+        return []
+    low, high = int(values.min()), int(values.max())
+    return list(range(low, high + 1)) if high - low < 3 else list(np.unique(values).tolist())
+
+
 def _last_at_or_below(ascending: IntArray, values: IntArray) -> IntArray:
     """Index of the last element <= each value; the first element is <= all of them.
 
     For memory-mapped arrays that are not aligned, as in an .idx: np.searchsorted would copy the whole array each time.
+    It finds the stretch between some elements, no more than there are values, and halving does the rest.
     """
-    found = np.zeros(len(values), dtype=np.int64)
-    step = 1 << max(0, len(ascending) - 1).bit_length()
+    coarse = min(COARSE_BITS, len(values).bit_length())
+    step = 1 << max(0, (len(ascending) - 1).bit_length() - coarse)
+    found = (np.searchsorted(ascending[::step], values, side="right") - 1) * step
     while step := step // 2:
         ahead = found + step
         inside = np.minimum(ahead, len(ascending) - 1)
@@ -622,7 +651,7 @@ class PackedDataset:
         """Stream positions [n] -> numbers of the documents that hold them, int64 [n]."""
         shards = np.searchsorted(self._token_start, positions, side="right") - 1
         out = np.empty(len(positions), dtype=np.int64)
-        for shard in np.unique(shards):
+        for shard in _distinct(shards):
             here = shards == shard
             pointer = (positions[here] - self._token_start[shard]) * self.dtype.itemsize
             inside = _last_at_or_below(self._map(int(shard), "idx"), pointer)
@@ -633,7 +662,7 @@ class PackedDataset:
         """Document numbers [n] -> stream positions of their first tokens, int64 [n]; `n_documents` gives `n_tokens`."""
         shards = np.searchsorted(self._document_start, documents, side="right") - 1
         out = np.full(len(documents), self.n_tokens, dtype=np.int64)
-        for shard in np.unique(shards):
+        for shard in _distinct(shards):
             if shard < len(self.manifest.shards):
                 here = shards == shard
                 inside = documents[here] - self._document_start[shard]

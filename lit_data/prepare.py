@@ -1,41 +1,38 @@
-"""Text -> packed datasets: documents are read, encoded in worker processes, written to DIR/train and DIR/val.
+"""Text -> packed datasets: OUTPUT/train, OUTPUT/val, OUTPUT/tokenizer and OUTPUT/report.json.
 
-What is written depends on the text, the tokenizer and the seed, never on the number of workers. DIR is built under
-a temporary name beside it and renamed when whole.
+What is written depends on the text, the tokenizer and the settings, never on workers, parts or interruptions. It is
+worked out in a folder beside OUTPUT, `.OUTPUT.preparing`, and renamed when whole; a preparation that was killed goes on
+from there when it is called again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
-import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
+import tempfile
 import time
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from lit_data.corpus.readers import Document, OnError, ReadErrors, list_files, read_documents
-from lit_data.packed import MANIFEST, PackedWriter, sync_file
+from lit_data.corpus.cleaners import open_cleaner
+from lit_data.corpus.filters import open_filter
+from lit_data.corpus.readers import OnError, ReadErrors
+from lit_data.packed import MANIFEST, remove_rows, sync_file, write_json
+from lit_data.plan import PLAN, FolderLock, Plan, Settings, open_work, strings
+from lit_data.preparation import Options, Preparation, in_validation
 from lit_data.tokenizer import Tokenizer, open_tokenizer
+from lit_data.treatment import Report
 
-BATCH_CHARACTERS = 1 << 18  # what a worker gets at once: enough to hide the cost of sending it
-BATCH_DOCUMENTS = 512
-BATCHES_PER_WORKER = 3  # in flight; bounds the memory
-RESERVED_COLUMNS = ("self", "ids", "id", "source", "place", "bytes", "n_bytes", "number", "start", "tokens")
+__all__ = ["PrepareReport", "available_cores", "copy_tokenizer", "in_validation", "prepare", "run_stage"]
+
+Stage = Literal["hash", "join", "encode", "merge"]
+
+ASSEMBLED = "assembled.json"  # written when the output is whole in the working folder and only to be renamed
 TOKENIZER_FILES = (
     "tokenizer.json",
     "*.model",
@@ -63,16 +60,24 @@ class PrepareReport:
 
     Attributes:
         sides: counts of `train` and, if there is one, `val`.
-        empty_documents: documents without a token, left out.
+        treatment: what each stage removed and why, and documents without a token, which are left out.
         errors: documents that could not be read (with on_error="skip"), and files of other kinds.
+        seconds: of this call.
+        resumed: whether an earlier call had done a part of it.
     """
 
     output: Path
     sides: dict[str, Counts]
-    empty_documents: int = 0
+    treatment: Report = field(default_factory=Report)
     errors: ReadErrors = field(default_factory=ReadErrors)
     workers: int = 1
     seconds: float = 0.0
+    dry_run: bool = False
+    resumed: bool = False
+
+    @property
+    def empty_documents(self) -> int:
+        return self.treatment.empty
 
     @property
     def total(self) -> Counts:
@@ -81,14 +86,16 @@ class PrepareReport:
 
     def summary(self) -> str:
         """Several lines of text for a person."""
-        lines = [f"wrote {self.output}"]
+        lines = ["dry run: nothing was written; it would hold" if self.dry_run else f"wrote {self.output}"]
         for name, side in self.sides.items():
+            per_token = f", {side.bytes / side.tokens:.3f} bytes per token" if side.tokens else ""
             lines.append(
-                f"  {name + ':':6} {side.documents:,} documents, {side.tokens:,} tokens, {side.bytes:,} bytes of text, "
-                f"{side.bytes / side.tokens:.3f} bytes per token"
+                f"  {name + ':':6} {side.documents:,} documents, {side.tokens:,} tokens, {side.bytes:,} bytes of text"
+                f"{per_token}"
             )
         rate = self.total.bytes / 1e6 / self.seconds if self.seconds else 0.0
-        lines.append(f"  {self.seconds:.1f} s with {self.workers} workers, {rate:.2f} MB/s")
+        speed = " (the rest was done before)" if self.resumed else f", {rate:.2f} MB/s"
+        lines.append(f"  {self.seconds:.1f} s with {self.workers} workers{speed}")
         lines.append(f"  skipped: {self.errors.count:,} unreadable documents, {self.empty_documents:,} empty ones")
         lines.extend(f"    {message}" for message in self.errors.first)
         if self.errors.count > len(self.errors.first):
@@ -97,7 +104,14 @@ class PrepareReport:
             names = ", ".join(self.errors.ignored_first)
             more = ", ..." if self.errors.ignored_files > len(self.errors.ignored_first) else ""
             lines.append(f"  files of other kinds, not read: {self.errors.ignored_files:,} ({names}{more})")
+        for stage in self.treatment.stages.values():
+            lines.extend(f"  {line}" for line in stage.summary().splitlines())
         return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What OUTPUT/report.json keeps."""
+        errors = {"count": self.errors.count, "first": self.errors.first, "ignored_files": self.errors.ignored_files}
+        return {"sides": {k: vars(c) for k, c in self.sides.items()}, "errors": errors, **self.treatment.to_dict()}
 
 
 def prepare(
@@ -105,30 +119,26 @@ def prepare(
     tokenizer_path: str | Path,
     output: str | Path,
     *,
-    val_fraction: float | None = None,
     val_inputs: Sequence[str | Path] | None = None,
     workers: int | None = None,
     on_error: OnError = "stop",
-    text_field: str = "text",
-    id_field: str = "id",
-    metadata: Sequence[str] = (),
-    shard_tokens: int = 1 << 31,
-    seed: int = 0,
-    eos_token: str | None = None,
     overwrite: bool = False,
-    name: str = "data",
+    fresh: bool = False,
+    dry_run: bool = False,
+    work: str | Path | None = None,
+    commit_seconds: float = 30.0,
+    **settings: Any,
 ) -> PrepareReport:
-    """Encode text and write OUTPUT/train, OUTPUT/val (if asked for) and OUTPUT/tokenizer, all of it or nothing.
+    """Encode text and write OUTPUT/train, OUTPUT/val (if asked for), OUTPUT/tokenizer and a report, all or nothing.
 
     Args:
-        inputs: files and folders, see `lit_data.corpus.readers`.
-        tokenizer_path: folder or file, see `lit_data.tokenizer.open_tokenizer`; `eos_token` names its end of document.
+        inputs, tokenizer_path, val_inputs, settings: see `lit_data.plan.Settings`.
         output: must not exist, unless `overwrite` and it is a prepared folder.
-        val_fraction: share of the documents (in the mean) that goes to val: those whose hash of (seed, id) says so.
-        val_inputs: files and folders that make up val instead. Without either there is only train.
-        workers: processes that encode; the default is the cores this process may use. 1 encodes in this process.
-        metadata: fields of the documents to keep in `docs.parquet`.
-        shard_tokens: size of a shard.
+        workers: processes; the default is the cores this process may use. 1 does all in this process.
+        fresh: discard what an interrupted call with other settings left.
+        dry_run: do everything but write; the report says what would be there.
+        work: the working folder; default `.OUTPUT.preparing` beside `output`. It must lie on the same file system.
+        commit_seconds: time between the moments from which a killed call goes on.
 
     Raises:
         FileNotFoundError: an input or the tokenizer does not exist.
@@ -137,67 +147,225 @@ def prepare(
     began = time.monotonic()
     output = Path(os.path.abspath(output))
     workers = workers if workers is not None else available_cores()
-    _check_arguments(val_fraction, val_inputs, workers, metadata, shard_tokens)
-    _check_output(output, overwrite)
-    _check_overlap(inputs, val_inputs)
-    tokenizer = open_tokenizer(tokenizer_path, eos_token)
-
-    errors = ReadErrors()
-
-    def read(paths: Sequence[str | Path]) -> Iterator[Document]:
-        return read_documents(
-            paths, on_error=on_error, text_field=text_field, id_field=id_field, metadata=metadata, errors=errors
-        )
-
-    def sided() -> Iterator[tuple[str, Document]]:
-        for document in read(inputs):
-            to_val = val_fraction is not None and in_validation(document.id, val_fraction, seed)
-            yield "val" if to_val else "train", document
-        if val_inputs is not None:
-            for document in read(val_inputs):
-                yield "val", document
-
-    sides = {
-        side: Counts() for side in (("train",) if val_fraction is None and val_inputs is None else ("train", "val"))
-    }
-    report = PrepareReport(output, sides, errors=errors, workers=workers)
-    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: at least 1 is needed")
+    plan = _plan(inputs, tokenizer_path, val_inputs, settings)
+    options = Options(workers, on_error, commit_seconds, dry_run)
+    if dry_run:
+        with tempfile.TemporaryDirectory(prefix="llammlein-dry-run-") as temporary:
+            return _report(_finished(Preparation(plan, Path(temporary), options)), output, began, resumed=False)
+    folder = Path(work) if work is not None else work_folder(output)
+    lock = FolderLock(folder) if folder.exists() else None
+    if lock is None or not _was_published(folder, plan, output):
+        _check_output(output, overwrite)
+    lock = lock or FolderLock(folder)
     try:
-        temporary.mkdir()
-        with ExitStack() as stack:
-            writers = {
-                side: stack.enter_context(
-                    PackedWriter(
-                        temporary / side,
-                        tokenizer={**tokenizer.facts(), "folder": "../tokenizer"},
-                        vocab_size=tokenizer.vocab_size,
-                        eos_id=tokenizer.eos_id,
-                        name=name,
-                        metadata=metadata,
-                        shard_tokens=shard_tokens,
-                        source=_provenance(side, inputs, val_inputs, val_fraction, seed),
-                    )
-                )
-                for side in sides
-            }
-            encoded = stack.enter_context(contextlib.closing(_encode_all(sided(), tokenizer, workers)))
-            _write_all(encoded, tokenizer.eos_id, writers, metadata, report)
-            _check_sides(report, inputs, val_inputs, val_fraction)
-        _copy_files(tokenizer.files, temporary / "tokenizer")
-        _name_eos(temporary / "tokenizer", tokenizer)
-        _publish(temporary, output)
+        if _was_published(folder, plan, output):
+            shutil.rmtree(folder)
+            return _read_report(output, began)
+        resumed = open_work(folder, plan, fresh)
+        if resumed and fresh:
+            _empty(folder)
+            resumed = open_work(folder, plan, fresh)
+        preparation = Preparation(plan, folder, options)
+        keep = False
+        try:
+            preparation.run()
+            report = _report(preparation, output, began, resumed)
+            _publish(_assemble(preparation, report), output)
+        except BaseException as error:
+            keep = preparation.committed() and not isinstance(error, _EmptyError)
+            if keep:
+                error.add_note(f"what was done is kept in {folder}: the same command goes on with it")
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    report.seconds = time.monotonic() - began
+        lock.close()
     return report
 
 
-def in_validation(id: str, fraction: float, seed: int) -> bool:
-    """Whether the document belongs to val: SHA-256 of (seed, id) read as a number in [0, 1) lies below `fraction`."""
-    digest = hashlib.sha256(f"{seed}\n{id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
+def run_stage(
+    stage: Stage,
+    part: int,
+    inputs: Sequence[str | Path],
+    tokenizer_path: str | Path,
+    output: str | Path,
+    *,
+    val_inputs: Sequence[str | Path] | None = None,
+    workers: int | None = None,
+    on_error: OnError = "stop",
+    overwrite: bool = False,
+    work: str | Path | None = None,
+    commit_seconds: float = 30.0,
+    **settings: Any,
+) -> PrepareReport | None:
+    """One stage of one part, for schedulers that call each on a machine of its own; the folders must be shared.
+
+    The order is: `hash` of each part and `join` (only with --dedup exact or --near_dedup), `encode` of each part,
+    `merge`, which publishes the output and returns the report. All calls take the same settings.
+    """
+    began = time.monotonic()
+    output = Path(os.path.abspath(output))
+    plan = _plan(inputs, tokenizer_path, val_inputs, settings)
+    folder = Path(work) if work is not None else work_folder(output)
+    _check_output(output, overwrite)
+    workers = workers if workers is not None else available_cores()
+    preparation = Preparation(plan, folder, Options(workers, on_error, commit_seconds))
+    one_part = stage in ("hash", "encode")
+    lock = FolderLock(preparation.part_folder(part) if one_part else folder)
+    try:
+        open_work(folder, plan, fresh=False)
+        if stage == "hash":
+            preparation.hash_part(part)
+        elif stage == "join":
+            preparation.join()
+        elif stage == "encode":
+            preparation.encode_part(part)
+        else:
+            preparation.merge()
+            report = _report(preparation, output, began, resumed=True)
+            _publish(_assemble(preparation, report), output)
+            shutil.rmtree(folder, ignore_errors=True)
+            return report
+    finally:
+        lock.close()
+    return None
+
+
+def work_folder(output: Path) -> Path:
+    """Where an output is worked out by default."""
+    return output.with_name(f".{output.name}.preparing")
+
+
+def _plan(
+    inputs: Sequence[str | Path],
+    tokenizer_path: str | Path,
+    val_inputs: Sequence[str | Path] | None,
+    settings: dict[str, Any],
+) -> Plan:
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    made = Settings(strings(inputs) or (), str(tokenizer_path), val_input=strings(val_inputs), **given)
+    if made.cleaner:
+        open_cleaner(made.cleaner)
+    for function in made.filter:
+        open_filter(function)
+    return Plan.make(made)
+
+
+def _finished(preparation: Preparation) -> Preparation:
+    preparation.run()
+    return preparation
+
+
+def _report(preparation: Preparation, output: Path, began: float, resumed: bool) -> PrepareReport:
+    """Raises _EmptyError for a side without documents and for metadata that no document has."""
+    sides = {side: Counts(**counts) for side, counts in preparation.counts().items()}
+    treatment, errors = preparation.report()
+    options = preparation.options
+    seconds = time.monotonic() - began
+    report = PrepareReport(output, sides, treatment, errors, options.workers, seconds, options.dry_run, resumed)
+    _check_sides(report, preparation.settings)
+    never_seen = [m for m in preparation.settings.metadata if m not in treatment.fields]
+    if never_seen:
+        raise _EmptyError(f"--metadata {' '.join(never_seen)}: no document has such a field")
+    return report
+
+
+class _EmptyError(ValueError):
+    """All was done, and the result is not what was meant: there is nothing to go on with."""
+
+
+def _check_sides(report: PrepareReport, s: Settings) -> None:
+    total = report.total.documents
+    left_out = f" ({report.empty_documents} empty and {report.errors.count} unreadable ones were left out)"
+    why = left_out if report.empty_documents or report.errors.count else ""
+    removed = sum(stage.documents_in - stage.documents_kept for stage in report.treatment.stages.values())
+    why += f" ({removed} were removed by cleaner, filters and deduplication)" if removed else ""
+    if total == 0:
+        raise _EmptyError(f"--input {' '.join(s.input)} holds no documents{why}: the dataset would be empty")
+    for side, counts in report.sides.items():
+        if counts.documents:
+            continue
+        if s.val_input is not None:
+            flag, paths = ("--val_input", s.val_input) if side == "val" else ("--input", s.input)
+            raise _EmptyError(f"{flag} {' '.join(paths)} holds no documents{why}: {side} would be empty")
+        raise _EmptyError(
+            f"--val_fraction {s.val_fraction} leaves no document for {side} out of {total}{why}: give "
+            f"{'a larger' if side == 'val' else 'a smaller'} fraction, another --seed, more documents, or --val_input"
+        )
+
+
+def _was_published(folder: Path, plan: Plan, output: Path) -> bool:
+    """Whether an earlier call of the same was killed after it had published the output."""
+    marker = folder / ASSEMBLED
+    there = json.loads((folder / PLAN).read_text(encoding="utf-8")) if marker.is_file() else None
+    return there == plan.to_dict() and output.is_dir() and not (folder / "output").exists()
+
+
+def _read_report(output: Path, began: float) -> PrepareReport:
+    content = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    sides = {side: Counts(**counts) for side, counts in content["sides"].items()}
+    errors = ReadErrors(content["errors"]["count"], content["errors"]["first"])
+    return PrepareReport(
+        output, sides, Report.from_dict(content), errors, seconds=time.monotonic() - began, resumed=True
+    )
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise ValueError(f"--output {output} exists already; choose another folder, remove it, or give --overwrite")
+    if output.is_symlink() or not (output / "train" / MANIFEST).is_file():
+        raise ValueError(f"--output {output} is no folder that this program wrote; --overwrite does not remove it")
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a working folder, the lock aside."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+def _assemble(preparation: Preparation, report: PrepareReport) -> Path:
+    """Put the output together in the working folder; what an interrupted call had done stays."""
+    target = preparation.assembled
+    target.mkdir(exist_ok=True)
+    for side, folder in preparation.datasets().items():
+        if folder.parent != target:
+            remove_rows(folder)
+            os.rename(folder, target / side)
+    tokenizer = preparation.plan.tokenizer
+    for path in (target / "tokenizer", *target.glob(".*")):  # hidden: what a killed call was writing
+        if path.is_dir():
+            shutil.rmtree(path)
+    _copy_files(tokenizer.files, target / "tokenizer")
+    _name_eos(target / "tokenizer", tokenizer)
+    write_json(target / "report.json", report.to_dict())
+    sync_file(target)
+    write_json(preparation.work / ASSEMBLED, {})
+    return target
+
+
+def _publish(target: Path, output: Path) -> None:
+    """Rename the finished folder to its name; one that is there is moved aside first and removed last."""
+    aside = output.with_name(f".{output.name}.replaced")
+    if output.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(output, aside)
+    try:
+        os.rename(target, output)
+    except BaseException:
+        if aside.exists():
+            with contextlib.suppress(OSError):
+                os.rename(aside, output)
+        raise
+    sync_file(output.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def available_cores() -> int:
@@ -250,214 +418,3 @@ def _name_eos(folder: Path, tokenizer: Tokenizer) -> None:
     sync_file(path)
     copied = open_tokenizer(folder)
     assert (copied.eos_id, copied.fingerprint) == (tokenizer.eos_id, tokenizer.fingerprint), f"{folder} is no true copy"
-
-
-def _check_arguments(
-    val_fraction: float | None,
-    val_inputs: Sequence[str | Path] | None,
-    workers: int,
-    metadata: Sequence[str],
-    shard_tokens: int,
-) -> None:
-    if val_fraction is not None and val_inputs is not None:
-        raise ValueError("--val_fraction and --val_input exclude each other; give one of them")
-    if val_fraction is not None and not 0 < val_fraction < 1:
-        raise ValueError(f"--val_fraction {val_fraction}: give a share between 0 and 1, such as 0.01")
-    if workers < 1:
-        raise ValueError(f"--workers {workers}: at least 1 is needed")
-    if shard_tokens < 1:
-        raise ValueError(f"--shard_tokens {shard_tokens}: at least 1 is needed")
-    for column in metadata:
-        if column in RESERVED_COLUMNS:
-            raise ValueError(f"--metadata {column}: the name is taken; these are: {', '.join(RESERVED_COLUMNS)}")
-    if len(set(metadata)) != len(metadata):
-        raise ValueError(f"--metadata {' '.join(metadata)}: a name is given twice")
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if not os.path.lexists(output):
-        return
-    if not overwrite:
-        raise ValueError(f"--output {output} exists already; choose another folder, remove it, or give --overwrite")
-    if output.is_symlink() or not (output / "train" / MANIFEST).is_file():
-        raise ValueError(f"--output {output} is no folder that this program wrote; --overwrite does not remove it")
-
-
-def _check_overlap(inputs: Sequence[str | Path], val_inputs: Sequence[str | Path] | None) -> None:
-    """No file may be training and validation text at once. Also finds missing paths before any work."""
-    train = {os.path.realpath(f.path) for f in list_files(inputs)}
-    for file in list_files(val_inputs) if val_inputs is not None else ():
-        if os.path.realpath(file.path) in train:
-            raise ValueError(
-                f"{file.path} is given by --input and by --val_input; validation text must not be trained on"
-            )
-
-
-def _check_sides(
-    report: PrepareReport,
-    inputs: Sequence[str | Path],
-    val_inputs: Sequence[str | Path] | None,
-    val_fraction: float | None,
-) -> None:
-    total = report.total.documents
-    left_out = f" ({report.empty_documents} empty and {report.errors.count} unreadable ones were left out)"
-    why = left_out if report.empty_documents or report.errors.count else ""
-    if total == 0:
-        raise ValueError(f"--input {' '.join(map(str, inputs))} holds no documents{why}: the dataset would be empty")
-    for side, counts in report.sides.items():
-        if counts.documents:
-            continue
-        if val_inputs is not None:
-            flag, paths = ("--val_input", val_inputs) if side == "val" else ("--input", inputs)
-            raise ValueError(f"{flag} {' '.join(map(str, paths))} holds no documents{why}: {side} would be empty")
-        raise ValueError(
-            f"--val_fraction {val_fraction} leaves no document for {side} out of {total}{why}: give "
-            f"{'a larger' if side == 'val' else 'a smaller'} fraction, another --seed, more documents, or --val_input"
-        )
-
-
-def _provenance(
-    side: str,
-    inputs: Sequence[str | Path],
-    val_inputs: Sequence[str | Path] | None,
-    val_fraction: float | None,
-    seed: int,
-) -> dict[str, Any]:
-    """What the manifest says of where the text came from."""
-    paths = val_inputs if side == "val" and val_inputs is not None else inputs
-    facts: dict[str, Any] = {"inputs": [str(p) for p in paths]}
-    if val_fraction is not None:
-        facts |= {"split": side, "val_fraction": val_fraction, "seed": seed}
-    return facts
-
-
-def _write_all(
-    encoded: Iterable[tuple[str, Document, npt.NDArray[Any]]],
-    eos_id: int,
-    writers: dict[str, PackedWriter],
-    metadata: Sequence[str],
-    report: PrepareReport,
-) -> None:
-    never_seen = set(metadata)
-    for side, document, ids in encoded:
-        if not len(ids):
-            report.empty_documents += 1
-            continue
-        never_seen -= document.meta.keys()
-        n_bytes = len(document.text.encode())
-        columns = {m: document.meta.get(m, "") for m in metadata}
-        writers[side].add(
-            np.append(ids, eos_id),
-            id=document.id,
-            source=document.source,
-            place=document.place,
-            n_bytes=n_bytes,
-            **columns,
-        )
-        counts = report.sides[side]
-        counts.documents += 1
-        counts.tokens += len(ids) + 1
-        counts.bytes += n_bytes
-    if never_seen and report.total.documents:
-        raise ValueError(f"--metadata {' '.join(sorted(never_seen))}: no document has such a field")
-
-
-_Item = tuple[str, Document]
-
-
-def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
-    batch: list[_Item] = []
-    characters = 0
-    for item in items:
-        batch.append(item)
-        characters += len(item[1].text)
-        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _encode_all(
-    items: Iterator[_Item], tokenizer: Tokenizer, workers: int
-) -> Generator[tuple[str, Document, npt.NDArray[Any]], None, None]:
-    """Encode documents, in their order; at most BATCHES_PER_WORKER batches a worker are in memory."""
-    if workers == 1:
-        for batch in _batches(items):
-            for (side, document), ids in zip(batch, tokenizer.encode_batch([d.text for _, d in batch]), strict=True):
-                yield side, document, ids
-        return
-
-    # spawn: a forked process would inherit threads that tokenizers and Arrow have started here.
-    executor = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,)
-    )
-    waiting: deque[tuple[list[_Item], Future[_Encoded]]] = deque()
-    try:
-        for batch in _batches(items):
-            waiting.append((batch, executor.submit(_encode_in_worker, [d.text for _, d in batch])))
-            if len(waiting) >= workers * BATCHES_PER_WORKER:
-                yield from _unpack(*waiting.popleft())
-        while waiting:
-            yield from _unpack(*waiting.popleft())
-    except BrokenProcessPool as error:
-        raise ValueError(
-            f"a worker process ended unexpectedly, perhaps for lack of memory; try fewer than --workers {workers}"
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-_Encoded = tuple[npt.NDArray[Any], list[int]]  # the ids of a batch in one array, and the lengths of its documents
-
-
-def _unpack(batch: list[_Item], future: Future[_Encoded]) -> Iterator[tuple[str, Document, npt.NDArray[Any]]]:
-    ids, lengths = future.result()
-    stop = 0
-    for (side, document), length in zip(batch, lengths, strict=True):
-        start, stop = stop, stop + length
-        yield side, document, ids[start:stop]
-
-
-_worker_tokenizer: Tokenizer | None = None  # of this worker process; sent once, not with every batch
-
-
-def _start_worker(tokenizer: Tokenizer) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent tidies up
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed outright can't end its workers."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(texts: list[str]) -> _Encoded:
-    assert _worker_tokenizer is not None
-    arrays = [np.asarray(a) for a in _worker_tokenizer.encode_batch(texts)]
-    return np.concatenate(arrays), [len(a) for a in arrays]
-
-
-def _publish(temporary: Path, output: Path) -> None:
-    """Rename the finished folder to its name; one that is there is moved aside first and removed last."""
-    sync_file(temporary)
-    aside = output.with_name(f".{output.name}.old-{os.getpid()}")
-    replaced = output.exists()
-    if replaced:
-        os.rename(output, aside)
-    try:
-        os.rename(temporary, output)
-    except BaseException:
-        if replaced:
-            with contextlib.suppress(OSError):
-                os.rename(aside, output)
-        raise
-    sync_file(output.parent)
-    if replaced:
-        shutil.rmtree(aside, ignore_errors=True)

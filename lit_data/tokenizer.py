@@ -11,6 +11,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,6 @@ class Tokenizer(ABC):
     kind: str
     path: Path
     files: list[Path]
-    fingerprint: str
     vocab_size: int
     eos_id: int
     eos_token: str
@@ -72,6 +72,11 @@ class Tokenizer(ABC):
     pad_id: int | None
     continuation: str | None
     separators: str
+
+    @cached_property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """See above."""
 
     @abstractmethod
     def token_to_id(self, token: str) -> int | None:
@@ -219,7 +224,6 @@ class JsonTokenizer(Tokenizer):
         self._find_specials(eos_token, {})
         if self._make_special({self.eos_id, self.bos_id, self.pad_id}):
             self._open_backend()
-        self.fingerprint = _fingerprint_of_json(content)
         self._byte_level = '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("normalizer")])
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
@@ -248,6 +252,10 @@ class JsonTokenizer(Tokenizer):
         for token in found:
             token["special"] = True
         return bool(found)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _fingerprint_of_json(self.content)
 
     def token_to_id(self, token: str) -> int | None:
         id: int | None = self.backend.token_to_id(token)
@@ -298,7 +306,6 @@ class SentencepieceTokenizer(Tokenizer):
             self.backend = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is no sentencepiece model: {error}") from error
-        self.fingerprint = _fingerprint_of_sentencepiece(self.content)
         self.vocab_size = len(self.content.pieces)
         self._ids = {piece.text: id for id, piece in enumerate(self.content.pieces)}
         ids = {f"{role}_token": int(getattr(self.backend, f"{role}_id")()) for role in ("eos", "bos", "pad")}
@@ -311,6 +318,10 @@ class SentencepieceTokenizer(Tokenizer):
         crosses = crosses or self.content.model_type == ModelType.UNIGRAM
         self.continuation = None if crosses else self._find_continuation()
         self.separators = self._find_separators()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _fingerprint_of_sentencepiece(self.content)
 
     def token_to_id(self, token: str) -> int | None:
         return self._ids.get(token)
@@ -467,7 +478,9 @@ def _without_defaults(value: Any) -> Any:
     """Leave out keys that are null or false, which some writers spell out and others don't."""
     if isinstance(value, dict):
         return {k: _without_defaults(v) for k, v in value.items() if v is not None and v is not False}
-    return [_without_defaults(v) for v in value] if isinstance(value, list) else value
+    if isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value):
+        return [_without_defaults(v) for v in value]
+    return value
 
 
 def _fingerprint_of_sentencepiece(content: SentencepieceFile) -> str:

@@ -1,9 +1,9 @@
-"""Questions to a run's datapoint record: what a step saw, who saw a document, and whether it is all true."""
+"""Questions to a run's datapoint record: what a step saw, and who saw a document. `verify` is in verify.py."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,29 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-import yaml
 
-from lit_data.datapoints import SCHEMA, committed_parts, newest_checkpoint_step, rows_of
-from lit_data.loader import count_windows
+from lit_data.datapoints import newest_checkpoint_step
+from lit_data.mixture import Mixture, Phase
 from lit_data.order import Order, Segment, first_sample_of_step, steps_of_sample
 from lit_data.packed import PackedDataset
-
-MAX_FAULTS = 20  # of a kind, in a report
+from lit_data.packing import Rows, open_rows
+from lit_data.record import read_steps
 
 
 @dataclass
 class TracedRun:
     """A run folder opened for questions.
 
-    `layouts` are (from_step, world_size, micro_batch_samples); `steps` are those of the newest checkpoint.
+    Attributes:
+        datasets, rows: by their number in the record, and how they fill rows.
+        layouts: (from_step, world_size, micro_batch_samples).
+        steps: of the newest checkpoint.
     """
 
     folder: Path
-    dataset: PackedDataset
-    order: Order
+    datasets: list[PackedDataset]
+    rows: list[Rows]
+    mixture: Mixture
     segments: list[Segment]
     block_size: int
     document_mask: bool
@@ -40,18 +42,16 @@ class TracedRun:
     end_sample: int | None
 
 
-def open_run(folder: str | Path, data: str | Path | None = None) -> TracedRun:
-    """Open a run folder. `data` is where the packed dataset lies now, if it was moved since.
+def open_run(folder: str | Path, data: str | Path | Sequence[str | Path] | None = None) -> TracedRun:
+    """Open a run folder. `data` is where its packed datasets lie now, if they were moved since.
 
     Raises FileNotFoundError or ValueError that say what is missing.
     """
     folder = Path(folder)
-    config_file = folder / "config.yaml"
-    if not config_file.is_file():
+    if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
     if not (folder / "datapoints").is_dir():
         raise FileNotFoundError(f"{folder} has no datapoint record (it ran with --data.datapoints false)")
-    config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     steps = newest_checkpoint_step(folder)
     if steps == 0:
         raise ValueError(f"{folder} has no checkpoint yet: nothing of its record is committed")
@@ -59,17 +59,26 @@ def open_run(folder: str | Path, data: str | Path | None = None) -> TracedRun:
     if not facts_file.is_file():
         raise FileNotFoundError(f"{facts_file} is missing: the order of the data cannot be known without it")
     facts = json.loads(facts_file.read_text())
-    dataset = PackedDataset(data or config["data"]["train"])
-    if dataset.fingerprint != facts["fingerprint"]:
-        raise ValueError(
-            f"{dataset.path} is not the data that {folder} was trained on (fingerprint {dataset.fingerprint[:12]} "
-            f"instead of {facts['fingerprint'][:12]}); give the right folder with --data"
-        )
-    block_size = int(facts["block_size"])
+    paths = [data] if isinstance(data, (str, Path)) else list(data or [d["path"] for d in facts["datasets"]])
+    if len(paths) != len(facts["datasets"]):
+        raise ValueError(f"{folder} was trained on {len(facts['datasets'])} datasets; --data names {len(paths)}")
+    datasets = [PackedDataset(path) for path in paths]
+    for dataset, fact in zip(datasets, facts["datasets"], strict=True):
+        if dataset.fingerprint != fact["fingerprint"]:
+            raise ValueError(
+                f"{dataset.path} is not the data that {folder} was trained on (fingerprint {dataset.fingerprint[:12]} "
+                f"instead of {fact['fingerprint'][:12]}); give the right folder with --data"
+            )
+    block_size, seed = int(facts["block_size"]), int(facts["seed"])
+    plan_dir = Path(facts["plan_dir"]) if facts["plan_dir"] is not None else None
+    rows = [open_rows(dataset, facts["packing"], block_size, plan_dir) for dataset in datasets]
+    orders = (Order(r.n_windows, seed, d, **facts["shuffle"]) for d, r in enumerate(rows))
+    phases = (Phase(int(p["first_sample"]), tuple(map(int, p["quotas"]))) for p in facts["phases"])
     return TracedRun(
         folder,
-        dataset,
-        Order(count_windows(dataset.n_tokens, block_size), int(facts["seed"])),
+        datasets,
+        rows,
+        Mixture(tuple(orders), tuple(phases), seed),
         [Segment(**s) for s in facts["segments"]],
         block_size,
         bool(facts["document_mask"]),
@@ -79,11 +88,36 @@ def open_run(folder: str | Path, data: str | Path | None = None) -> TracedRun:
     )
 
 
+def describe_order(
+    rows: Sequence[Rows],
+    mixture: Mixture,
+    segments: Sequence[Segment],
+    *,
+    document_mask: bool = True,
+    end_sample: int | None = None,
+    plan_dir: Path | None = None,
+) -> dict[str, Any]:
+    """What the order of a run follows from, as JSON."""
+    order = mixture.orders[0]
+    return {
+        "datasets": [{"path": str(r.dataset.path), "fingerprint": r.dataset.fingerprint} for r in rows],
+        "packing": rows[0].packing,
+        "plan_dir": str(plan_dir) if plan_dir is not None else None,
+        "seed": mixture.seed,
+        "shuffle": {"block_windows": order.block_windows, "group_blocks": order.group_blocks},
+        "phases": [p.to_dict() for p in mixture.phases],
+        "block_size": rows[0].block_size,
+        "document_mask": document_mask,
+        "end_sample": end_sample,
+        "segments": [s.to_dict() for s in segments],
+    }
+
+
 def write_order(folder: Path, facts: dict[str, Any], layout: tuple[int, int, int]) -> None:
     """Write what the order of a run follows from beside its record (RUN/datapoints/order.json). Atomic.
 
     Args:
-        facts: fingerprint, seed, block_size, document_mask, end_sample and segments, as `open_run` reads them.
+        facts: of `describe_order`.
         layout: (from_step, world_size, micro_batch_samples) from now on; earlier ones are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,167 +135,36 @@ def spans_of_step(run: TracedRun, step: int) -> pa.Table:
     return _read(run, {step})
 
 
-def steps_of_document(run: TracedRun, document: int) -> list[tuple[int, int]]:
+def steps_of_document(run: TracedRun, document: int, dataset: int = 0) -> list[tuple[int, int]]:
     """All (step, row) that saw a part of a document, by inverting the order: no scan of the record."""
-    start, stop = run.dataset.document_start(np.asarray([document, document + 1], dtype=np.int64)).tolist()
-    windows = np.arange(start // run.block_size, (stop - 1) // run.block_size + 1, dtype=np.int64)
-    first, count = first_sample_of_step(run.segments, run.steps - 1)
-    last_sample = first + count if run.end_sample is None else min(first + count, run.end_sample)
+    windows = run.rows[dataset].windows_of_document(document)
+    ends = [first_sample_of_step(run.segments, step) for step in _last_steps(run)]
+    end_sample = max(first + count for first, count in ends)
+    if run.end_sample is not None:
+        end_sample = min(end_sample, run.end_sample)
+    epochs = -(-int(run.mixture.counts(end_sample)[dataset]) // run.rows[dataset].n_windows)
+    epoch, window = (x.reshape(-1) for x in np.meshgrid(np.arange(epochs), windows, indexing="ij"))
+    samples = run.mixture.sample(dataset, epoch, window)
     found = []
-    for epoch in range(-(-last_sample // run.order.n_windows)):
-        for sample in run.order.sample(np.full_like(windows, epoch), windows).tolist():
-            if sample < last_sample:
-                found.extend(steps_of_sample(run.segments, sample, run.steps))
+    for sample in samples[(samples >= 0) & (samples < end_sample)].tolist():
+        found.extend(steps_of_sample(run.segments, sample, run.steps))
     return sorted(found)
 
 
-def spans_of_document(run: TracedRun, document: int) -> pa.Table:
+def _last_steps(run: TracedRun) -> list[int]:
+    """The last step of each segment that the record holds."""
+    begins = sorted(s.from_step for s in run.segments if s.from_step < run.steps)
+    return [end - 1 for end in [*begins[1:], run.steps]]
+
+
+def spans_of_document(run: TracedRun, document: int, dataset: int = 0) -> pa.Table:
     """The record's rows of one document (its number in the dataset): every step that saw it, and its loss there."""
-    if not 0 <= document < run.dataset.n_documents:
-        raise ValueError(f"document {document} is not in {run.dataset.path}, which has {run.dataset.n_documents}")
-    table = _read(run, {step for step, _ in steps_of_document(run, document)})
-    return table.filter(pc.equal(table["document"], document))
+    data = run.datasets[dataset]
+    if not 0 <= document < data.n_documents:
+        raise ValueError(f"document {document} is not in {data.path}, which has {data.n_documents}")
+    table = _read(run, {step for step, _ in steps_of_document(run, document, dataset)}, document)
+    return table.filter(pc.equal(table["dataset"], dataset))
 
 
-def _read(run: TracedRun, steps: set[int]) -> pa.Table:
-    tables = [SCHEMA.empty_table()]
-    for part in committed_parts(run.folder):
-        inside = [s for s in steps if part.first_step <= s < part.end_step]
-        if inside:
-            tables.append(pq.read_table(part.path, schema=SCHEMA, filters=[("step", "in", inside)]))
-    keys = ["step", "row", "document", "start"]
-    return pa.concat_tables(tables).sort_by([(k, "ascending") for k in keys])
-
-
-def verify(run: TracedRun) -> list[str]:
-    """Re-read every span naively from the shards and compare; a list of faults, empty if there is none.
-
-    Checked: each step is covered by its rows, once, on the rank and micro-batch of the rule; each row holds the
-    window that the order gives; its spans are the documents of that window without gap or overlap; the tokens' hashes;
-    the numbers of targets; and that no window is seen twice in an epoch. The code shares only the order's formula and
-    the shards' reader with what wrote the record.
-    """
-    faults = _Faults()
-    if not committed_parts(run.folder):
-        return [f"{run.folder} has checkpoints but no committed part of a record"]
-    _check_parts(run, faults)
-    seen_windows: set[tuple[int, int]] = set()
-    for step, rows in _by_step(run):
-        _check_step(run, step, rows, seen_windows, faults)
-    return faults.report()
-
-
-class _Faults:
-    def __init__(self) -> None:
-        self.found: dict[str, list[str]] = {}
-
-    def add(self, kind: str, text: str) -> None:
-        self.found.setdefault(kind, []).append(text)
-
-    def report(self) -> list[str]:
-        out: list[str] = []
-        for kind, texts in self.found.items():
-            out.extend(f"{kind}: {t}" for t in texts[:MAX_FAULTS])
-            if len(texts) > MAX_FAULTS:
-                out.append(f"{kind}: and {len(texts) - MAX_FAULTS} more")
-        return out
-
-
-def _check_parts(run: TracedRun, faults: _Faults) -> None:
-    """Each rank's parts follow each other without gap; a checkpoint stands at their ends."""
-    ends: dict[tuple[int, int], int] = {}
-    for part in committed_parts(run.folder):
-        ends[part.first_step, part.end_step] = ends.get((part.first_step, part.end_step), 0) + 1
-    expected = 0
-    for first, end in sorted(ends):
-        if first != expected:
-            faults.add("missing part", f"no part begins at step {expected}; the next begins at {first}")
-        expected = end
-    if expected != run.steps:
-        faults.add("missing part", f"the parts end at step {expected}, the newest checkpoint is at {run.steps}")
-
-
-def _by_step(run: TracedRun) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """The record step by step; holds one group of parts in memory at a time."""
-    parts = committed_parts(run.folder)
-    for first, end in sorted({(p.first_step, p.end_step) for p in parts}):
-        tables = [pq.read_table(p.path, schema=SCHEMA) for p in parts if (p.first_step, p.end_step) == (first, end)]
-        table = pa.concat_tables(tables).sort_by([(k, "ascending") for k in ("step", "row", "document", "start")])
-        by_step: dict[int, list[dict[str, Any]]] = {step: [] for step in range(first, end)}
-        for row in rows_of(table):
-            by_step.setdefault(row["step"], []).append(row)
-        yield from sorted(by_step.items())
-
-
-def _check_step(
-    run: TracedRun, step: int, spans: list[dict[str, Any]], seen: set[tuple[int, int]], faults: _Faults
-) -> None:
-    first_sample, n_rows = first_sample_of_step(run.segments, step)
-    rows: dict[int, list[dict[str, Any]]] = {}
-    for span in spans:
-        rows.setdefault(span["row"], []).append(span)
-    n_real = n_rows if run.end_sample is None else max(0, min(n_rows, run.end_sample - first_sample))
-    for row in sorted(set(rows) - set(range(n_real))):
-        faults.add("unknown row", f"step {step} row {row}: the step has {n_real} rows")
-    _, world_size, micro_batch_samples = max(layout for layout in run.layouts if layout[0] <= step)
-    for row in range(n_real):
-        where = f"step {step} row {row}"
-        if row not in rows:
-            faults.add("missing row", where)
-            continue
-        sample = first_sample + row
-        epochs, windows = run.order.place(np.asarray([sample], dtype=np.int64))
-        epoch, window = int(epochs[0]), int(windows[0])
-        mine = rows[row]
-        if any(s["sample"] != sample for s in mine):
-            faults.add("wrong sample", f"{where}: {sorted({s['sample'] for s in mine})} instead of {sample}")
-        group = row // micro_batch_samples
-        place = {(s["rank"], s["micro_batch"]) for s in mine}
-        if place != {(group % world_size, group // world_size)}:
-            expected = (group % world_size, group // world_size)
-            faults.add("wrong rank", f"{where}: (rank, micro-batch) {sorted(place)} instead of {expected}")
-        if (epoch, window) in seen:
-            faults.add("seen twice", f"{where}: window {window} of epoch {epoch}")
-        seen.add((epoch, window))
-        _check_row(run, where, window, mine, faults)
-
-
-def _check_row(run: TracedRun, where: str, window: int, spans: list[dict[str, Any]], faults: _Faults) -> None:
-    """The spans of a row are exactly the documents of its window, with the tokens that lie there."""
-    position = window * run.block_size
-    end = min(position + run.block_size, run.dataset.n_tokens)
-    keys = [(s["document"], s["start"]) for s in spans]
-    for key in sorted({k for k in keys if keys.count(k) > 1}):
-        faults.add("duplicate span", f"{where}: document {key[0]} from token {key[1]}, {keys.count(key)} times")
-    for span in spans:
-        number = span["document"]
-        if not 0 <= number < run.dataset.n_documents:
-            faults.add("unknown document", f"{where}: {number}")
-            return
-        begin, after = run.dataset.document_start(np.asarray([number, number + 1], dtype=np.int64)).tolist()
-        what = f"{where}: document {number} tokens {span['start']}..{span['start'] + span['length']}"
-        if begin + span["start"] != position or span["length"] < 1:
-            faults.add("wrong place", f"{what} begins at {begin + span['start']} of the stream instead of {position}")
-        position = begin + span["start"] + span["length"]
-        if position > min(after, end):
-            faults.add("wrong length", f"{what} reaches beyond its document or window")
-            continue
-        tokens = run.dataset.tokens(begin + span["start"], position)
-        if naive_hash(tokens.tolist()) != span["hash"]:
-            faults.add("wrong tokens", f"{what}: what went into the model is not what the shard holds")
-        ends = position == after if run.document_mask else position == run.dataset.n_tokens
-        if span["targets"] != span["length"] - int(ends):
-            faults.add("wrong targets", f"{what}: {span['targets']} instead of {span['length'] - int(ends)}")
-    if position != end:
-        faults.add("gap", f"{where}: its spans end at {position} of the stream instead of {end}")
-
-
-def naive_hash(tokens: list[int]) -> int:
-    """The hash of a span, token by token; see `hash_spans` for the formula."""
-    total = 0
-    for place, token in enumerate(tokens):
-        x = (token + place * 0x9E3779B97F4A7C15 + 1) % 2**64
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
-        total += x ^ (x >> 31)
-    return total % 2**64
+def _read(run: TracedRun, steps: set[int], document: int | None = None) -> pa.Table:
+    return read_steps(run.folder, steps, None if document is None else lambda t: pc.equal(t["document"], document))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -77,24 +78,39 @@ class UnitEncoder:
         eos = np.asarray([self.tokenizer.eos_id], dtype=self.dtype)
         encoded = self.tokenizer.encode_batch(texts)
         parts = [part for ids in encoded for part in (ids.astype(self.dtype), eos)]
-        return np.concatenate(parts), np.asarray([len(ids) + 1 for ids in encoded], dtype=np.int64)
+        return np.concatenate([*parts, eos[:0]]), np.asarray([len(ids) + 1 for ids in encoded], dtype=np.int64)
 
     def _encode_by_units(self, texts: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         eos = np.asarray([self.tokenizer.eos_id], dtype=self.dtype).tobytes()
-        lengths = np.empty(len(texts), dtype=np.int64)
+        sizes = np.full(len(texts), len(eos), dtype=np.int64)
         parts: list[bytes] = []
-        for number, text in enumerate(texts):
-            size = len(eos)
-            for units in self._split(text):
-                data = self._look_up(units)
+        last = 0
+        for numbers, slices in self._together(texts):
+            for number, data in zip(numbers, self._look_up(slices), strict=True):
+                parts.extend(repeat(eos, number - last))  # of the texts before, which are whole
                 parts.append(data)
-                size += len(data)
-            parts.append(eos)
-            lengths[number] = size // self.dtype.itemsize
-        return np.frombuffer(b"".join(parts), dtype=self.dtype), lengths
+                sizes[number] += len(data)
+                last = number
+        parts.extend(repeat(eos, len(texts) - last))
+        return np.frombuffer(b"".join(parts), dtype=self.dtype), sizes // self.dtype.itemsize
 
-    def _split(self, text: str) -> Iterator[list[str]]:
-        """The units of a text, in lists of some hundred thousand at most."""
+    def _together(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[list[str]]]]:
+        """The units of texts, in lists of SLICE_CHARACTERS or so: (number of the text, its units) for each slice."""
+        numbers: list[int] = []
+        slices: list[list[str]] = []
+        n_characters = 0
+        for number, text in enumerate(texts):
+            for units, size in self._split(text):
+                numbers.append(number)
+                slices.append(units)
+                n_characters += size
+                if n_characters >= SLICE_CHARACTERS:
+                    yield numbers, slices
+                    numbers, slices, n_characters = [], [], 0
+        yield numbers, slices
+
+    def _split(self, text: str) -> Iterator[tuple[list[str], int]]:
+        """The units of a text in slices, with the characters of each."""
         start = 0
         while start < len(text):
             stop = len(text)
@@ -106,24 +122,35 @@ class UnitEncoder:
                 units.pop()
             if start == 0:
                 units[0] = FIRST + units[0]
-            yield units
+            yield units, stop - start
             start = stop
 
-    def _look_up(self, units: list[str]) -> bytes:
+    def _look_up(self, slices: list[list[str]]) -> list[bytes]:
+        """The ids of each slice, as bytes."""
         known = self._units
-        data = b"".join(map(known.__getitem__, units))
-        if known.missing:
-            new = list(dict.fromkeys(known.missing))
-            known.missing = []
-            if len(known) + len(new) > self.max_units:
-                known.clear()
-                new = list(dict.fromkeys(units))
-            self._learn(new)
+        found = []
+        for units in slices:
+            before = len(known.missing)
             data = b"".join(map(known.__getitem__, units))
-            for unit in new:
-                if len(unit) > LONG_UNIT:
-                    del known[unit]
-        return data
+            found.append(data if len(known.missing) == before else None)
+        if not known.missing:
+            return found  # type: ignore[return-value]
+        new = list(dict.fromkeys(known.missing))
+        known.missing = []
+        if len(known) + len(new) > self.max_units:
+            known.clear()
+            new = list(
+                dict.fromkeys(unit for units, data in zip(slices, found, strict=True) if data is None for unit in units)
+            )
+        self._learn(new)
+        whole = [
+            b"".join(map(known.__getitem__, units)) if data is None else data
+            for units, data in zip(slices, found, strict=True)
+        ]
+        for unit in new:
+            if len(unit) > LONG_UNIT:
+                del known[unit]
+        return whole
 
     def _learn(self, units: list[str]) -> None:
         """Encode units and remember them."""

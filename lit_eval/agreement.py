@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lit_data.loader import PADDING, count_windows, read_rows
+from lit_data.loader import PADDING, read_rows
 from lit_data.packed import PackedDataset
+from lit_data.packing import ConcatRows
 from lit_model.load import load_model
 from lit_model.loss import LossOutput
 
@@ -39,11 +40,11 @@ class SpanLosses:
 def our_span_losses(model_path: Path, dataset: PackedDataset, block_size: int, batch: int = 16) -> SpanLosses:
     """Rows of a packed dataset through our model with the document mask, as the trainer's validation does."""
     model, _ = load_model(model_path)
-    n_windows = count_windows(dataset.n_tokens, block_size)
+    windows_of = ConcatRows(dataset, block_size)
     parts: list[tuple[Any, ...]] = []
-    for first in range(0, n_windows, batch):
-        windows = np.arange(first, min(first + batch, n_windows), dtype=np.int64)
-        rows = read_rows(dataset, windows, windows, block_size, document_mask=True)
+    for first in range(0, windows_of.n_windows, batch):
+        windows = np.arange(first, min(first + batch, windows_of.n_windows), dtype=np.int64)
+        rows = read_rows(windows_of, windows, windows, document_mask=True)
         out = model(rows.tokens, rows.targets, cu_seqlens=rows.cu_seqlens)
         assert isinstance(out, LossOutput)
         spans = rows.spans

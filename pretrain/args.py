@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,19 +89,56 @@ class SyntheticArgs:
 
 
 @dataclass
+class MixtureEntry:
+    """One dataset of a mixture."""
+
+    path: Path
+    """Folder of a packed dataset."""
+    weight: float
+    """Its share of the rows, relative to the others'; 0: none until a phase says otherwise."""
+
+
+@dataclass
+class PhaseArgs:
+    """Other weights from a step on."""
+
+    from_step: int
+    """The first step (0-based) with these weights."""
+    weights: list[float]
+    """One for each dataset of the mixture, in its order."""
+
+
+@dataclass
 class DataArgs:
     """What is read."""
 
     train: Path | None = None
     """Folder of a packed dataset (scripts/prepare_data.py writes DIR/train)."""
+    mixture: list[MixtureEntry] = field(default_factory=list)
+    """Several packed datasets instead of `train`, as a list of {path, weight}."""
+    phases: list[PhaseArgs] = field(default_factory=list)
+    """Changes of the mixture's weights, as a list of {from_step, weights}, for example to anneal."""
     val: Path | None = None
     """Folder of a packed dataset for validation; without it there is none."""
-    packing: Literal["concat"] = "concat"
-    """How documents fill rows: `concat` cuts the stream of documents into windows."""
+    packing: Literal["concat", "best_fit", "pad"] = "concat"
+    """How documents fill rows: `concat` cuts the stream of documents into windows; `best_fit` cuts only documents that
+    are longer than a row, and puts the rest where it leaves the least room; `pad` gives each document its own row."""
+    plan_dir: Path | None = None
+    """Where the plans of best_fit and pad lie, which are made when first needed. Default: `plans` in each dataset."""
+    shuffle_block_rows: int = 0
+    """Shuffle blocks of so many neighbouring rows, then rows inside groups of blocks: reads stay local. 0: all rows."""
+    shuffle_group_blocks: int = 64
+    """Blocks in a group."""
     document_mask: bool = True
     """Keep the documents of a row apart: no attention and no target across a document's end."""
     prefetch_steps: int = 2
     """Steps read ahead by the loader's thread."""
+    cache_dir: Path | None = None
+    """Folder on the node (/dev/shm or a local disk) to which data is copied ahead of its use. Default: no copies."""
+    cache_gb: float = 16.0
+    """Budget of cache_dir for all processes of the node together, GB (10^9 bytes)."""
+    mock: bool = False
+    """Give the first step again and again, to measure training without a loader. Nothing is recorded."""
     datapoints: bool = True
     """Write the record of every span seen (RUN/datapoints)."""
     synthetic: SyntheticArgs = field(default_factory=SyntheticArgs)
@@ -111,6 +149,24 @@ class DataArgs:
     def __post_init__(self) -> None:
         if self.prefetch_steps < 1:
             raise ValueError(f"--data.prefetch_steps {self.prefetch_steps}: at least 1 is needed")
+        if self.shuffle_block_rows < 0 or self.shuffle_group_blocks < 1:
+            raise ValueError(
+                f"--data.shuffle_block_rows {self.shuffle_block_rows} must not be negative, "
+                f"--data.shuffle_group_blocks {self.shuffle_group_blocks} must be at least 1"
+            )
+        if not 0.1 <= self.cache_gb < float("inf"):
+            raise ValueError(f"--data.cache_gb {self.cache_gb}: at least 0.1 GB, some chunks of 16 MB, is needed")
+        if self.phases and not self.mixture:
+            raise ValueError("--data.phases changes the weights of --data.mixture, which is not given")
+        steps = [0, *(phase.from_step for phase in self.phases)]
+        if any(a >= b for a, b in pairwise(steps)):
+            raise ValueError(f"--data.phases begin at steps {steps[1:]}; they must ascend, from 1 on")
+        for phase in self.phases:
+            if len(phase.weights) != len(self.mixture):
+                raise ValueError(
+                    f"--data.phases: from step {phase.from_step} on there are {len(phase.weights)} weights for the "
+                    f"{len(self.mixture)} datasets of --data.mixture"
+                )
 
 
 @dataclass
@@ -295,8 +351,16 @@ class RunArgs:
             raise ValueError(f"--devices {self.devices} must be at least 1")
         if self.num_nodes < 1:
             raise ValueError(f"--num_nodes {self.num_nodes} must be at least 1")
-        if (self.data.train is None) == (self.data.synthetic.tokens == 0):
-            raise ValueError("give either --data.train (a packed dataset) or --data.synthetic.tokens (text to make)")
+        if (self.data.train is not None) + bool(self.data.mixture) + bool(self.data.synthetic.tokens) != 1:
+            raise ValueError(
+                "give one of --data.train (a packed dataset), --data.mixture (several) and --data.synthetic.tokens "
+                "(text to make)"
+            )
+        if self.data.mixture and self.train.max_epochs is not None:
+            raise ValueError(
+                f"--train.max_epochs {self.train.max_epochs}: the datasets of --data.mixture come to their ends at "
+                "different times; give --train.max_steps or --train.max_tokens"
+            )
         if self.data.synthetic.tokens and self.data.val is not None:
             raise ValueError(
                 "--data.val does not go with --data.synthetic.tokens, which makes its own validation split"

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint import load as dcp_load
 from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.tensor import DTensor
 
-from lit_data.datapoints import list_parts, remove_temporaries, sync_folder
+from lit_data.compaction import copy_record, cut_record
+from lit_data.datapoints import remove_temporaries, sync_folder
 from lit_model.init import copy_slice
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint, SafeReader, checkpoint_step, list_checkpoints
 from pretrain.args import SaveArgs
@@ -133,19 +134,15 @@ def find_checkpoint(resume: str, run: Path) -> Path | None:
 def rewind(run: Path, step: int) -> None:
     """Make a run folder what it was after `step` steps. Rank 0 calls this before anyone writes.
 
-    Later checkpoints and their parts of the record move to abandoned/; parts that no checkpoint had committed, which
-    a killed run leaves, are removed; metrics.csv is cut.
+    Later checkpoints and their part of the record move to abandoned/; parts that no checkpoint had committed, which
+    a killed run leaves, are removed; metrics.csv is cut. Killed on the way, the run can go on from any checkpoint that
+    is still in its place.
     """
     datapoints = run / "datapoints"
-    checkpoints = list_checkpoints(run)
-    newest = checkpoint_step(checkpoints[-1]) if checkpoints else 0
-    for leftover in run.glob(".iter-*.tmp"):
-        _remove(leftover)
-    for leftover in run.glob(".deleting-*"):
+    for leftover in [*run.glob(".iter-*.tmp"), *run.glob(".deleting-*")]:
         _remove(leftover)
     remove_temporaries(datapoints)
-    later = [p for p in checkpoints if (checkpoint_step(p) or 0) > step]
-    parts = [p for p in list_parts(datapoints) if p.end_step > step] if datapoints.is_dir() else []
+    later = [p for p in list_checkpoints(run) if (checkpoint_step(p) or 0) > step]
     if later:
         abandoned = run / "abandoned"
         number = sum(1 for _ in abandoned.iterdir()) if abandoned.is_dir() else 0
@@ -153,15 +150,14 @@ def rewind(run: Path, step: int) -> None:
         (grave / "datapoints").mkdir(parents=True)
         if (run / "metrics.csv").exists():
             shutil.copy2(run / "metrics.csv", grave / "metrics.csv")
-        # Parts first: a part without its checkpoint is ignored, a checkpoint without its parts would be a gap.
-        for part in parts:
-            if part.end_step <= (newest or 0):
-                os.rename(part.path, grave / "datapoints" / part.path.name)
+        # Copied, not moved: as long as a later checkpoint is in its place, the record must reach up to it.
+        if datapoints.is_dir():
+            copy_record(run, step, grave / "datapoints")
         for path in reversed(later):
             os.rename(path, grave / path.name)
         sync_folder(run)
-    for part in parts:
-        part.path.unlink(missing_ok=True)
+    if datapoints.is_dir():
+        cut_record(datapoints, step)
     cut_metrics(run / "metrics.csv", step)
 
 

@@ -83,7 +83,7 @@ def model_card(checkpoint: Checkpoint) -> str:
         ("Optimizer steps", f"{meta['step']:,}" + (f" of {meta['max_steps']:,}" if meta.get("max_steps") else "")),
         ("Tokens seen", f"{meta['tokens']:,}" if meta.get("tokens") is not None else "unknown"),
         ("Training data", f"{data['n_documents']:,} documents, {data['n_tokens']:,} tokens" if data else "unknown"),
-        ("Data fingerprint", f"`{data['train']}`" if data else "unknown"),
+        ("Data fingerprint", ", ".join(f"`{name}`" for name in data["train"]) if data else "unknown"),
         ("Tokenizer fingerprint", f"`{data['tokenizer']['fingerprint']}`" if data else "unknown"),
         ("Checkpoint", f"`{checkpoint.path.name}`"),
     ]

@@ -65,15 +65,18 @@ def describe(run: Run) -> None:
         run.device, dtype, config.head_size, args.train.attention, documents=args.data.document_mask
     )
     how = type(run.fabric.strategy).__name__.removesuffix("Strategy")
+    documents, tokens = sum(d.n_documents for d in data.train), sum(d.n_tokens for d in data.train)
+    rows = sum(r.n_windows for r in data.rows)
     lines = [
         f"run      {run.folder}" + (f", resumed after step {run.step}" if run.step else ""),
         f"model    {config.name or 'custom'}: {count_parameters(config):,} parameters, vocabulary {config.vocab_size}",
-        f"data     {data.train.n_documents:,} documents, {data.train.n_tokens:,} tokens, "
-        f"{data.order.n_windows:,} rows of {data.block_size}",
+        f"data     {documents:,} documents, {tokens:,} tokens, {rows:,} rows of {data.block_size}, {args.data.packing}",
         f"steps    {data.max_steps:,} of {args.train.global_batch_samples * data.block_size:,} tokens",
         f"devices  {run.world_size} x {run.device.type} by {how}, {args.precision}, {torch.get_num_threads()} threads",
         f"kernel   {kernel.name}: {kernel.reason}",
     ]
+    if args.data.mock:
+        lines.append("mock     the first step's data again and again (--data.mock); nothing is recorded")
     run.fabric.print("\n".join(lines))
 
 

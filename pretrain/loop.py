@@ -53,7 +53,8 @@ def fit(run: Run) -> str | None:
     """Train to the end of the run. Returns the signal that stopped it early, if one did."""
     args, max_steps = run.args, run.data.max_steps
     rank_zero = run.fabric.global_rank == 0
-    metrics = MetricsWriter(run.folder, args.log, plain(args)) if rank_zero else None
+    columns = [name for name, _ in epoch_columns(run, [0.0] * len(run.data.rows))]
+    metrics = MetricsWriter(run.folder, args.log, plain(args), columns) if rank_zero else None
     bar = ProgressBar(run.step, max_steps, show=rank_zero)
     throughput = Throughput(run.config, run.data.block_size, run.device, run.world_size)
     slots = args.train.global_batch_samples * run.data.block_size
@@ -83,11 +84,14 @@ def fit(run: Run) -> str | None:
                 break
     finally:
         steps.close()  # type: ignore[attr-defined]
+        run.loader.close()
         bar.close()
         if metrics is not None:
             metrics.close()
         if run.recorder is not None:
             run.recorder.close()
+        if run.compactor is not None:
+            run.compactor.close(finish=run.step == max_steps)
         run.stop.close()
     return None if run.step == max_steps else stopped
 
@@ -102,9 +106,12 @@ def train_step(run: Run, data: StepData) -> StepResult:
     run.model.train()
     if run.config.dropout:
         seed_step(args.seed, data.step, run.fabric.global_rank)
-    n_targets = torch.full((), float(data.n_targets), dtype=torch.float64, device=run.device)
+    numbers = (float(data.n_targets), float(data.n_inputs))
+    counts = torch.stack([torch.full((), n, dtype=torch.float64, device=run.device) for n in numbers])
     if run.world_size > 1:
-        dist.all_reduce(n_targets)
+        dist.all_reduce(counts)
+    n_targets = counts[0]
+    run.tokens += counts[1]
     factor = (run.world_size / n_targets.clamp(min=1)).float()
     if run.loss_scale is not None:
         factor = factor * run.loss_scale.scale
@@ -192,13 +199,13 @@ def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, f
     if run.world_size > 1:
         dist.all_reduce(total)
     loss = total / result.n_targets.clamp(min=1)
-    values = torch.stack([loss, result.grad_norm.double(), run.skipped.double(), run.skipped_in_row.double()]).tolist()
-    train_loss, grad_norm, skipped, in_row = values
+    values = [loss, result.grad_norm, run.skipped, run.skipped_in_row, run.tokens]
+    train_loss, grad_norm, skipped, in_row, tokens = torch.stack([v.double() for v in values]).tolist()
     check_progress(int(in_row), run.step, last_checkpoint_name(run))
     first, _ = first_sample_of_step(run.segments, run.step)
     row: dict[str, float] = {
-        "tokens": run.data.tokens_in(first),
-        "epoch": first / run.data.order.n_windows,
+        "tokens": int(tokens),
+        **dict(epoch_columns(run, run.data.epochs(first))),
         "train_loss": train_loss,
         "lr": learning_rate(run.args.optim, run.step - 1, run.data.max_steps),
         "grad_norm": grad_norm,
@@ -207,6 +214,13 @@ def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, f
     if run.loss_scale is not None:
         row["loss_scale"] = run.loss_scale.scale.item()
     return row | throughput.read()
+
+
+def epoch_columns(run: Run, epochs: list[float]) -> list[tuple[str, float]]:
+    """Passes over the data as columns of metrics: `epoch`, and for a mixture `epoch_0`, ... by the dataset's number."""
+    if len(epochs) == 1:
+        return [("epoch", epochs[0])]
+    return [(f"epoch_{d}", epoch) for d, epoch in enumerate(epochs)]
 
 
 @torch.no_grad()
@@ -240,8 +254,9 @@ def validate(run: Run, throughput: Throughput) -> dict[str, float]:
         return {}
     loss = loss_sum / n_targets
     row = {"val_loss": loss}
-    if run.data.val.manifest.bytes:
-        row["val_bits_per_byte"] = loss / math.log(2) * run.data.val.n_tokens / run.data.val.manifest.bytes
+    val = run.data.val.dataset
+    if val.manifest.bytes:
+        row["val_bits_per_byte"] = loss / math.log(2) * val.n_tokens / val.manifest.bytes
     return row
 
 
@@ -258,7 +273,7 @@ def publish_row(run: Run, metrics: MetricsWriter | None, bar: ProgressBar, row: 
 
 
 def save(run: Run, throughput: Throughput) -> None:
-    """Publish the record's part, then the checkpoint that commits it, then delete what is no longer kept."""
+    """Publish the record's part, then the checkpoint that commits it; then delete what is no longer kept, and merge."""
     paused = throughput.pause()
     if run.recorder is not None:
         run.recorder.publish()
@@ -273,27 +288,30 @@ def save(run: Run, throughput: Throughput) -> None:
     )
     if run.fabric.global_rank == 0:
         retain(run.folder, run.args.save)
+    if run.compactor is not None:
+        run.compactor.start()
     run.fabric.print(f"step {run.step}: saved {path}")
     throughput.go_on(paused)
 
 
 def checkpoint_meta(run: Run) -> dict[str, object]:
     """What a checkpoint says besides its tensors; all of it JSON."""
-    first, _ = first_sample_of_step(run.segments, run.step)
+    datasets = run.data.train
     return {
         "step": run.step,
         "max_steps": run.data.max_steps,
-        "tokens": run.data.tokens_in(first),
+        "tokens": int(run.tokens.item()),
         "segments": [s.to_dict() for s in run.segments],
         "config": plain(run.args),
         "model_config": run.config.to_dict(),
         "data": {
-            "train": run.data.train.fingerprint,
-            "val": run.data.val.fingerprint if run.data.val is not None else None,
-            "tokenizer": run.data.train.manifest.tokenizer,
-            "n_tokens": run.data.train.n_tokens,
-            "n_documents": run.data.train.n_documents,
-            "eos_id": run.data.train.eos_id,
+            "train": [dataset.fingerprint for dataset in datasets],
+            "phases": [phase.to_dict() for phase in run.data.mixture.phases],
+            "val": run.data.val.dataset.fingerprint if run.data.val is not None else None,
+            "tokenizer": datasets[0].manifest.tokenizer,
+            "n_tokens": sum(dataset.n_tokens for dataset in datasets),
+            "n_documents": sum(dataset.n_documents for dataset in datasets),
+            "eos_id": datasets[0].eos_id,
         },
         "skipped": int(run.skipped.item()),
         "loss_scale": run.loss_scale.to_dict() if run.loss_scale is not None else None,

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,33 @@ def cut_metrics(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
+def add_columns(path: Path, columns: Sequence[str]) -> list[str]:
+    """Give metrics.csv the columns it lacks, empty so far; returns all of them. Atomic."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    there = lines[0].split(",")
+    more = [name for name in columns if name not in there]
+    if more:
+        temporary = path.with_name(".metrics.csv.tmp")
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(f"{lines[0]},{','.join(more)}\n")
+            f.writelines(f"{line}{',' * len(more)}\n" for line in lines[1:])
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    return [*there, *more]
+
+
 class MetricsWriter:
     """Rank 0's metrics.csv and trackers. Rows are appended and flushed one by one."""
 
-    def __init__(self, run: Path, args: LogArgs, config: dict[str, Any]) -> None:
+    def __init__(self, run: Path, args: LogArgs, config: dict[str, Any], more: Sequence[str] = ()) -> None:
         path = run / "metrics.csv"
+        columns = [*COLUMNS, *(name for name in more if name not in COLUMNS)]
         new = not path.exists()
+        if not new:
+            columns = add_columns(path, columns)
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - closed by close
-        self._csv = csv.DictWriter(self._file, COLUMNS, restval="")
+        self._csv = csv.DictWriter(self._file, columns, restval="")
         if new:
             self._csv.writeheader()
             self._file.flush()

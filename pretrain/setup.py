@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import yaml
 from lightning.fabric import Fabric
@@ -21,12 +20,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from lit_data.cache import ShardCache
+from lit_data.compaction import Compactor
 from lit_data.datapoints import DatapointRecorder
-from lit_data.loader import Layout, Loader, count_windows
-from lit_data.order import Order, Segment
+from lit_data.loader import Layout, Loader
+from lit_data.mixture import Mixture, phase_list
+from lit_data.order import Order, Segment, first_sample_of_step
 from lit_data.packed import PackedDataset
+from lit_data.packing import Rows, open_rows
 from lit_data.prepare import copy_tokenizer
-from lit_data.trace import write_order
+from lit_data.trace import describe_order, write_order
 from lit_model.config import ModelConfig
 from lit_model.init import copy_slice, initialise
 from lit_model.load import Checkpoint, checkpoint_step, list_checkpoints, load_tensors
@@ -40,7 +43,17 @@ from pretrain.synthetic import make_synthetic_data
 T = TypeVar("T")
 
 # Settings that decide what a run means: a resume with another value is refused unless --resume_allow names it.
-MEANING = ("seed", "model", "train", "optim", "data.packing", "data.document_mask")
+MEANING = (
+    "seed",
+    "model",
+    "train",
+    "optim",
+    "data.packing",
+    "data.document_mask",
+    "data.phases",
+    "data.shuffle_block_rows",
+    "data.shuffle_group_blocks",
+)
 # Parts of these that only decide how it is computed.
 MECHANICS = (
     "train.micro_batch_samples",
@@ -53,24 +66,23 @@ MECHANICS = (
 
 @dataclass
 class Data:
-    """The opened data and what follows from it."""
+    """The opened data and what follows from it. `rows` are those of each dataset of the mixture."""
 
-    train: PackedDataset
-    val: PackedDataset | None
-    order: Order
+    rows: list[Rows]
+    val: Rows | None
+    mixture: Mixture
     block_size: int
     max_steps: int
     end_sample: int | None
 
-    def tokens_in(self, samples: int) -> int:
-        """Input tokens in the first `samples` samples of the run, padding not counted."""
-        if self.end_sample is not None:
-            samples = min(samples, self.end_sample)
-        n = self.order.n_windows
-        epoch, rest = divmod(samples, n)
-        tail = self.order.sample(np.asarray([epoch]), np.asarray([n - 1]))[0] - epoch * n
-        tails = epoch + int(tail < rest)
-        return samples * self.block_size - tails * (n * self.block_size - self.train.n_tokens)
+    @property
+    def train(self) -> list[PackedDataset]:
+        return [r.dataset for r in self.rows]
+
+    def epochs(self, samples: int) -> list[float]:
+        """How often the rows of each dataset were seen in the first `samples` samples, in the mean."""
+        counts = self.mixture.counts(samples).tolist()
+        return [count / r.n_windows for count, r in zip(counts, self.rows, strict=True)]
 
 
 @dataclass
@@ -90,10 +102,12 @@ class Run:
     val_loader: Loader | None
     segments: list[Segment]
     recorder: DatapointRecorder | None
+    compactor: Compactor | None
     stop: StopRequest
     lock: RunLock | None
     step: int = 0
     finished: bool = False
+    tokens: Tensor = dataclasses.field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # inputs seen
     skipped: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
     skipped_in_row: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
 
@@ -255,45 +269,98 @@ def open_folder(fabric: Fabric, args: RunArgs) -> tuple[Path, Path | None, RunLo
     return folder, checkpoint, lock[0] if lock else None
 
 
-def open_data(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tuple[Data, ModelConfig]:
+@dataclass
+class Datasets:
+    """Packed datasets that fit the model and each other."""
+
+    train: list[PackedDataset]
+    val: PackedDataset | None
+    block_size: int
+
+
+def open_datasets(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tuple[Datasets, ModelConfig]:
     """Open the datasets, and see that they fit the model and the run."""
-    assert args.data.train is not None
-    train = PackedDataset(args.data.train)
+    if args.data.train is not None:
+        train = [PackedDataset(args.data.train)]
+    else:
+        train = [PackedDataset(entry.path) for entry in args.data.mixture]
+    named = [("--data.train" if args.data.train is not None else "--data.mixture", dataset) for dataset in train]
     val = PackedDataset(args.data.val) if args.data.val is not None else None
-    config = config_of(train.vocab_size)
-    for flag, dataset in (("--data.train", train), ("--data.val", val)):
-        if dataset is not None and dataset.vocab_size > config.vocab_size:
+    if val is not None:
+        named.append(("--data.val", val))
+    config = config_of(train[0].vocab_size)
+    block_size = args.train.block_size or config.block_size
+    for flag, dataset in named:
+        if dataset.vocab_size > config.vocab_size:
             raise ValueError(
                 f"{flag} {dataset.path} was tokenized with {dataset.vocab_size} ids, but the model has a vocabulary of "
                 f"{config.vocab_size}: leave --model.vocab_size out, or prepare the data with the model's tokenizer"
             )
-    if val is not None and not args.data.allow_tokenizer_mismatch:
-        ours, theirs = (d.manifest.tokenizer["fingerprint"] for d in (train, val))
-        if ours != theirs:
+        ours, theirs = (d.manifest.tokenizer["fingerprint"] for d in (train[0], dataset))
+        if ours != theirs and not args.data.allow_tokenizer_mismatch:
             raise ValueError(
-                f"--data.val {val.path} was made with another tokenizer than --data.train {train.path}: prepare both "
-                "with the same, or override with --data.allow_tokenizer_mismatch true"
+                f"{flag} {dataset.path} was made with another tokenizer than {named[0][0]} {train[0].path}: prepare "
+                "both with the same, or override with --data.allow_tokenizer_mismatch true"
             )
-    block_size = args.train.block_size or config.block_size
-    if train.n_tokens < block_size:
-        raise ValueError(
-            f"--data.train {train.path} has {train.n_tokens} tokens, less than one row of {block_size}: use more text "
-            "or a smaller --train.block_size"
-        )
-    n_windows = count_windows(train.n_tokens, block_size)
+        if flag != "--data.val" and dataset.n_tokens < block_size:
+            raise ValueError(
+                f"{flag} {dataset.path} has {dataset.n_tokens} tokens, less than one row of {block_size}: use more "
+                "text or a smaller --train.block_size"
+            )
+    weights_of(args)
+    return Datasets(train, val, block_size), config
+
+
+def weights_of(args: RunArgs) -> list[tuple[int, list[float]]]:
+    """(first step, weights) of each phase. Raises ValueError for weights that cannot be kept."""
+    if args.data.train is not None:
+        return [(0, [1.0])]
+    weights = [(0, [entry.weight for entry in args.data.mixture])]
+    weights += [(phase.from_step, phase.weights) for phase in args.data.phases]
+    for step, some in weights:
+        try:
+            phase_list([(0, some)])
+        except ValueError as error:
+            flag = f"--data.phases from step {step}" if step else "--data.mixture"
+            raise ValueError(f"{flag}: {error}") from error
+    return weights
+
+
+def open_data(args: RunArgs, fabric: Fabric, datasets: Datasets, segments: list[Segment]) -> Data:
+    """The rows of the datasets, of which rank 0 makes the plans, their order, and the length of the run."""
+
+    def rows_of(dataset: PackedDataset) -> Rows:
+        return open_rows(dataset, args.data.packing, datasets.block_size, args.data.plan_dir)
+
+    def make_plans() -> None:
+        for dataset in [*datasets.train, *([datasets.val] if datasets.val is not None else [])]:
+            rows_of(dataset)
+
+    on_rank_zero(fabric, make_plans)
+    rows = [rows_of(dataset) for dataset in datasets.train]
     batch, t = args.train.global_batch_samples, args.train
     end_sample = None
     if t.max_steps is not None:
         max_steps = t.max_steps
     elif t.max_tokens is not None:
-        max_steps = -(-t.max_tokens // (batch * block_size))
+        max_steps = -(-t.max_tokens // (batch * datasets.block_size))
     else:
         assert t.max_epochs is not None
-        end_sample = max(1, round(n_windows * t.max_epochs))
+        end_sample = max(1, round(rows[0].n_windows * t.max_epochs))
         max_steps = -(-end_sample // batch)
     if args.optim.warmup_steps > max_steps:
         raise ValueError(f"--optim.warmup_steps {args.optim.warmup_steps} exceeds the run's {max_steps} steps")
-    return Data(train, val, Order(n_windows, args.seed), block_size, max_steps, end_sample), config
+    block, group = args.data.shuffle_block_rows, args.data.shuffle_group_blocks
+    orders = (Order(r.n_windows, args.seed, d, block_windows=block, group_blocks=group) for d, r in enumerate(rows))
+    phases = phase_list([(first_sample_of_step(segments, step)[0], w) for step, w in weights_of(args)])
+    return Data(
+        rows,
+        rows_of(datasets.val) if datasets.val is not None else None,
+        Mixture(tuple(orders), phases, args.seed),
+        datasets.block_size,
+        max_steps,
+        end_sample,
+    )
 
 
 def check_resume(args: RunArgs, meta: dict[str, Any], data: Data, config: ModelConfig, path: Path) -> None:
@@ -305,8 +372,14 @@ def check_resume(args: RunArgs, meta: dict[str, Any], data: Data, config: ModelC
         if any(k == m or k.startswith(m + ".") for m in MEANING) and k not in MECHANICS
     ]
     differs = {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
-    if meta["data"]["train"] != data.train.fingerprint:
-        differs["data.train"] = (meta["data"]["train"][:12], data.train.fingerprint[:12])
+    flag = "data.train" if args.data.train is not None else "data.mixture"
+    there, here = meta["data"]["train"], [dataset.fingerprint for dataset in data.train]
+    if there != here:
+        differs[flag] = ([f[:12] for f in there], [f[:12] for f in here])
+    weights = [[entry["weight"] for entry in config["data"]["mixture"]] for config in (meta["config"], plain(args))]
+    if weights[0] != weights[1] and flag not in differs:
+        differs["data.mixture"] = (weights[0], weights[1])
+    check_history(meta, data, path)
     if meta["model_config"] != config.to_dict():
         other = ModelConfig.from_dict(meta["model_config"]).to_dict()
         for k, v in config.to_dict().items():
@@ -321,6 +394,28 @@ def check_resume(args: RunArgs, meta: dict[str, Any], data: Data, config: ModelC
         )
 
 
+def check_history(meta: dict[str, Any], data: Data, path: Path) -> None:
+    """Refuse other weights for samples that were seen: the record would no longer be true."""
+    step = int(meta["step"])
+    seen, _ = first_sample_of_step([Segment(**s) for s in meta["segments"]], step)
+    width = max(len(meta["data"]["phases"][0]["quotas"]), len(data.rows))
+
+    def begun(phases: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
+        """The phases before `seen`; a dataset that was not there yet had no row."""
+        return [
+            (p["first_sample"], [*p["quotas"], *[0] * (width - len(p["quotas"]))])
+            for p in phases
+            if p["first_sample"] < seen
+        ]
+
+    if begun(meta["data"]["phases"]) != begun([p.to_dict() for p in data.mixture.phases]):
+        raise ValueError(
+            f"{path}: --data.mixture and --data.phases give other weights than the {step} steps that are done had; "
+            f"keep those, and let what is new begin by --data.phases from step {step} on (a new dataset has weight 0 "
+            "before)"
+        )
+
+
 def set_up(args: RunArgs) -> Run:
     """Build the run. Raises ValueError or FileNotFoundError for a user's mistake, on every rank alike."""
     devices = check_shapes(args)
@@ -329,9 +424,9 @@ def set_up(args: RunArgs) -> Run:
         torch.use_deterministic_algorithms(True)
     if device_kind(args) == "cuda" and args.precision != "fp32":
         torch.set_float32_matmul_precision("high")
-    if args.data.train is not None and args.resume is None:
+    if not args.data.synthetic.tokens and args.resume is None:
         # A mistake in what is there already is said before any process starts.
-        open_data(args, lambda vocab_size: model_config(args, vocab_size))
+        open_datasets(args, lambda vocab_size: model_config(args, vocab_size))
     fabric = build_fabric(args, devices)
     folder, checkpoint_path, lock = open_folder(fabric, args)
     if args.data.synthetic.tokens:
@@ -340,20 +435,22 @@ def set_up(args: RunArgs) -> Run:
         args.data = dataclasses.replace(
             args.data, train=train, val=val, synthetic=dataclasses.replace(args.data.synthetic, tokens=0)
         )
-    data, config = open_data(args, lambda vocab_size: model_config(args, vocab_size, checkpoint_path))
+    datasets, config = open_datasets(args, lambda vocab_size: model_config(args, vocab_size, checkpoint_path))
     args.out_dir, args.devices = folder, devices
 
     step, segments = 0, [Segment(0, 0, args.train.global_batch_samples)]
     meta: dict[str, Any] | None = None
     if checkpoint_path is not None:
         meta = Checkpoint(checkpoint_path).meta
-        check_resume(args, meta, data, config, checkpoint_path)
         step = int(meta["step"])
         segments = [Segment(**s) for s in meta["segments"]]
         if segments[-1].global_batch != args.train.global_batch_samples:
             s = segments[-1]
             first = s.first_sample + (step - s.from_step) * s.global_batch
             segments.append(Segment(step, first, args.train.global_batch_samples))
+    data = open_data(args, fabric, datasets, segments)
+    if checkpoint_path is not None and meta is not None:
+        check_resume(args, meta, data, config, checkpoint_path)
         if step > data.max_steps:
             raise ValueError(f"{checkpoint_path} is {step} steps old, beyond the run's {data.max_steps} steps")
 
@@ -378,13 +475,15 @@ def set_up(args: RunArgs) -> Run:
     )
     pin = fabric.device.type == "cuda"
     loader = Loader(
-        data.train,
-        data.order,
+        data.rows,
+        data.mixture,
         layout,
         segments,
         end_sample=data.end_sample,
         prefetch_steps=args.data.prefetch_steps,
         pin_memory=pin,
+        caches=open_caches(args, data),
+        mock=args.data.mock,
     )
     zero = torch.zeros((), device=fabric.device)
     run = Run(
@@ -401,25 +500,29 @@ def set_up(args: RunArgs) -> Run:
         val_loader=validation_loader(args, data, layout, pin),
         segments=segments,
         recorder=None,
+        compactor=None,
         stop=StopRequest(fabric.device),
         lock=lock,
         step=step,
         skipped=zero.clone(),
         skipped_in_row=zero.clone(),
+        tokens=zero.double(),
     )
     if checkpoint_path is not None and meta is not None:
         run.finished = step == data.max_steps and checkpoint_step(list_checkpoints(folder)[-1]) == step
         load_state(checkpoint_path, run.tensors())
         run.skipped.fill_(meta["skipped"])
+        run.tokens.fill_(meta["tokens"])
         if loss_scale is not None and meta["loss_scale"] is not None:
             loss_scale.load(meta["loss_scale"])
     if run.finished:
         return run
     on_rank_zero(fabric, lambda: prepare_folder(run))
-    if args.data.datapoints:
+    if args.data.datapoints and not args.data.mock:
         run.recorder = DatapointRecorder(
             folder / "datapoints", fabric.global_rank, fabric.world_size, args.train.micro_batch_samples, step
         )
+        run.compactor = Compactor(folder) if fabric.global_rank == 0 else None
     return run
 
 
@@ -456,17 +559,24 @@ def validation_loader(args: RunArgs, data: Data, layout: Layout, pin: bool) -> L
     """Reads the validation split in its own order, dealt out to the ranks; the last rows may be without data."""
     if data.val is None:
         return None
-    rows = args.eval.micro_batch_samples or layout.micro_batch_samples
-    n_windows = count_windows(data.val.n_tokens, data.block_size)
-    layout = dataclasses.replace(layout, micro_batch_samples=rows)
+    micro_batch = args.eval.micro_batch_samples or layout.micro_batch_samples
+    n_windows = data.val.n_windows
+    layout = dataclasses.replace(layout, micro_batch_samples=micro_batch)
     return Loader(
-        data.val,
-        Order(n_windows, shuffle=False),
+        [data.val],
+        Mixture.single(Order(n_windows, shuffle=False)),
         layout,
-        [Segment(0, 0, rows * layout.world_size)],
+        [Segment(0, 0, micro_batch * layout.world_size)],
         end_sample=min(n_windows, args.eval.max_samples or n_windows),
         pin_memory=pin,
     )
+
+
+def open_caches(args: RunArgs, data: Data) -> list[ShardCache] | None:
+    """A cache before each dataset, in one folder with one budget; None without --data.cache_dir."""
+    if args.data.cache_dir is None:
+        return None
+    return [ShardCache(d, args.data.cache_dir, int(args.data.cache_gb * 1e9)) for d in data.train]
 
 
 def prepare_folder(run: Run) -> None:
@@ -476,17 +586,17 @@ def prepare_folder(run: Run) -> None:
     temporary = run.folder / ".config.yaml.tmp"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, run.folder / "config.yaml")
-    if run.args.data.datapoints:
-        facts = {
-            "fingerprint": run.data.train.fingerprint,
-            "seed": run.args.seed,
-            "block_size": run.data.block_size,
-            "document_mask": run.args.data.document_mask,
-            "end_sample": run.data.end_sample,
-            "segments": [s.to_dict() for s in run.segments],
-        }
+    if run.args.data.datapoints and not run.args.data.mock:
+        facts = describe_order(
+            run.data.rows,
+            run.data.mixture,
+            run.segments,
+            document_mask=run.args.data.document_mask,
+            end_sample=run.data.end_sample,
+            plan_dir=run.args.data.plan_dir,
+        )
         layout = (run.step, run.world_size, run.args.train.micro_batch_samples)
         write_order(run.folder / "datapoints", facts, layout)
-    source = run.data.train.tokenizer_folder
+    source = run.data.train[0].tokenizer_folder
     if source is not None and not (run.folder / "tokenizer").exists():
         copy_tokenizer(source, run.folder / "tokenizer")

@@ -1,76 +1,176 @@
-"""Questions to a run's datapoint record: `step RUN N`, `document RUN ID`, `verify RUN`."""
+"""Questions to a run's datapoint record: what a step saw, who saw a document, what was seen between two checkpoints."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from lit_data.datapoints import rows_of
+from lit_data.datapoints import CHECKPOINT_NAME, rows_of
+from lit_data.documents import Documents
+from lit_data.exposures import count_exposures, draw_exposures
+from lit_data.record_sql import SORTS, difference, export
 from lit_data.tokenizer import open_tokenizer
-from lit_data.trace import TracedRun, open_run, spans_of_document, spans_of_step, verify
+from lit_data.trace import TracedRun, open_run, spans_of_document, spans_of_step
+from lit_data.verify import verify
+
+NUMBER = re.compile(r"#(?:(\d+):)?(\d+)")
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    step = commands.add_parser("step", help="the documents and token spans of a step (0-based), with their text")
-    step.add_argument("run", type=Path)
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help)
+        made.add_argument("run", type=Path)
+        return made
+
+    step = command("step", "the documents and token spans of a step (0-based), with their text")
     step.add_argument("step", type=int)
     step.add_argument("--max_chars", type=int, default=80, help="characters of text shown of a span (default 80)")
-    document = commands.add_parser("document", help="every step that saw a document, and its loss there")
-    document.add_argument("run", type=Path)
-    document.add_argument("document", help="its id, or #N for the N-th document of the dataset")
-    check = commands.add_parser("verify", help="re-read the tokens from the shards and compare with the record")
-    check.add_argument("run", type=Path)
-    for command in (step, document, check):
-        command.add_argument("--data", type=Path, help="where the packed training data lies now, if it was moved")
-        command.add_argument("--json", action="store_true", help="print one JSON object a line")
+    document = command("document", "every step that saw a document, and its loss there")
+    document.add_argument("document", help="its id, or #N for the N-th document of the dataset, #D:N of dataset D")
+    between = command("diff", "the documents seen between two checkpoints (needs duckdb)")
+    between.add_argument(
+        "first", metavar="A", help="a checkpoint's name, or a number of steps done; 0 is the beginning"
+    )
+    between.add_argument("last", metavar="B", help="likewise, later")
+    between.add_argument("--new", action="store_true", help="only documents of which nothing was seen before A")
+    between.add_argument(
+        "--sort", choices=list(SORTS), default="tokens", help="order of the documents (default tokens)"
+    )
+    between.add_argument("--limit", type=int, default=20, help="documents shown, 0 for all (default 20)")
+    command("verify", "re-read the tokens from the shards and compare with the record")
+    out = command("export", "write the record for users of SQL or tables (needs duckdb)")
+    out.add_argument("file", type=Path, help=".duckdb (tables spans, documents, steps; view seen), .parquet or .csv")
+    exposures = command("exposures", "how often the tokens were seen, over the steps")
+    exposures.add_argument("--picture", type=Path, help="a .png, .pdf or .svg to draw it to (needs matplotlib)")
+    for made in commands.choices.values():
+        made.add_argument("--data", type=Path, help="where the packed training data lies now, if it was moved")
+        made.add_argument("--json", action="store_true", help="print one JSON object a line")
     return top
+
+
+def say(record: dict[str, Any]) -> None:
+    print(json.dumps(record, ensure_ascii=False))
+
+
+def mean(row: dict[str, Any]) -> str:
+    return f"{row['loss'] / row['targets']:.4f}" if row["targets"] else "-"
 
 
 def print_step(run: TracedRun, args: argparse.Namespace) -> None:
     folder = run.folder / "tokenizer"
     tokenizer = open_tokenizer(folder) if folder.is_dir() else None
-    for row in rows_of(spans_of_step(run, args.step)):
-        facts = run.dataset.document(row["document"])
-        start = facts["start"] + row["start"]
-        tokens = run.dataset.tokens(start, start + row["length"]).tolist()
+    rows = list(rows_of(spans_of_step(run, args.step)))
+    documents = [Documents(dataset) for dataset in run.datasets]
+    facts = []
+    for number, dataset in enumerate(documents):
+        mine = [row["document"] for row in rows if row["dataset"] == number]
+        facts.append(dataset.facts(mine, ["id", "source"]))
+    for row in rows:
+        about = facts[row["dataset"]][row["document"]]
+        dataset = documents[row["dataset"]]
+        start = dataset.start(row["document"]) + row["start"]
+        # A token may be no more than a byte of a character.
+        shown = row["length"] if args.json else min(row["length"], 4 * args.max_chars)
+        tokens = dataset.tokens(start, start + shown).tolist()
         text = tokenizer.decode(tokens) if tokenizer is not None else " ".join(map(str, tokens))
         if args.json:
-            print(json.dumps({**row, "id": facts["id"], "source": facts["source"], "text": text}, ensure_ascii=False))
+            say({**row, **about, "text": text})
         else:
-            loss = f"loss {row['loss'] / row['targets']:.4f}" if row["targets"] else "no target"
             span = f"{row['start']}..{row['start'] + row['length']}"
-            print(f"row {row['row']:4d}  rank {row['rank']}  {facts['id']}  tokens {span}  {loss}")
+            print(f"row {row['row']:4d}  rank {row['rank']}  {about['id']}  tokens {span}  loss {mean(row)}")
             print(f"          {' '.join(text[: args.max_chars].split())}")
 
 
-def print_document(run: TracedRun, args: argparse.Namespace) -> None:
-    name: str = args.document
-    numbers = [int(name[1:])] if name.startswith("#") and name[1:].isdigit() else run.dataset.find(name)
-    if not numbers:
-        raise ValueError(f"no document has the id {name!r} in {run.dataset.path} (give #N for the N-th document)")
-    for number in numbers:
-        facts = run.dataset.document(number)
-        rows = list(rows_of(spans_of_document(run, number)))
-        if not args.json:
-            seen = sorted({r["step"] for r in rows})
-            print(
-                f"document #{number} {facts['id']} ({facts['source']}): {facts['tokens']} tokens, "
-                f"seen in {len(seen)} steps"
+def find_documents(run: TracedRun, name: str) -> list[tuple[int, int]]:
+    """(dataset, document) of all documents with an id, or of the one that `#N` or `#D:N` means."""
+    if match := NUMBER.fullmatch(name):
+        if match[1] is None and len(run.datasets) > 1:
+            raise ValueError(f"{name}: the run has {len(run.datasets)} datasets; give #D:N for document N of dataset D")
+        dataset, number = int(match[1] or 0), int(match[2])
+        if dataset >= len(run.datasets):
+            raise ValueError(f"{name}: the run has {len(run.datasets)} datasets, numbered from 0")
+        if number >= run.datasets[dataset].n_documents:
+            raise ValueError(
+                f"{name}: {run.datasets[dataset].path} has {run.datasets[dataset].n_documents} documents, from 0 on"
             )
+        return [(dataset, number)]
+    found = [(d, n) for d, dataset in enumerate(run.datasets) for n in Documents(dataset).find(name)]
+    if not found:
+        places = ", ".join(str(d.path) for d in run.datasets)
+        raise ValueError(f"no document has the id {name!r} in {places} (give #N for the N-th document)")
+    return found
+
+
+def print_document(run: TracedRun, args: argparse.Namespace) -> None:
+    for number, document in find_documents(run, args.document):
+        dataset = Documents(run.datasets[number])
+        about = dataset.facts([document], ["id", "source"])[document]
+        rows = list(rows_of(spans_of_document(run, document, number)))
+        if not args.json:
+            name = f"#{number}:{document}" if len(run.datasets) > 1 else f"#{document}"
+            length = dataset.start(document + 1) - dataset.start(document)
+            steps = len({r["step"] for r in rows})
+            print(f"document {name} {about['id']} ({about['source']}): {length} tokens, seen in {steps} steps")
         for row in rows:
             if args.json:
-                print(json.dumps({**row, "id": facts["id"]}, ensure_ascii=False))
+                say({**row, "id": about["id"]})
             else:
-                loss = f"{row['loss'] / row['targets']:.4f}" if row["targets"] else "-"
                 span = f"{row['start']}..{row['start'] + row['length']}"
-                print(f"  step {row['step']:8d}  row {row['row']:4d}  tokens {span}  mean loss {loss}")
+                print(f"  step {row['step']:8d}  row {row['row']:4d}  tokens {span}  mean loss {mean(row)}")
+
+
+def steps_done(run: TracedRun, name: str) -> int:
+    """What a checkpoint's name, a path to it or a number says: steps done."""
+    match = CHECKPOINT_NAME.fullmatch(Path(name).name)
+    if match is None and not name.isdigit():
+        raise ValueError(f"{name!r} is neither a number of steps nor a checkpoint's name (iter-XXXXXXXX-ckpt.pth)")
+    steps = int(match[1] if match else name)
+    if steps > run.steps:
+        raise ValueError(f"{name}: the record of {run.folder} ends with the checkpoint after {run.steps} steps")
+    return steps
+
+
+def print_difference(run: TracedRun, args: argparse.Namespace) -> None:
+    first, last = steps_done(run, args.first), steps_done(run, args.last)
+    if first >= last:
+        raise ValueError(f"diff {args.first} {args.last}: the first must lie before the second")
+    found = difference(run.folder, run.datasets, first, last, new=args.new, sort=args.sort, limit=args.limit)
+    if args.json:
+        for row in found.rows:
+            say(row)
+        return
+    loss = "-" if found.mean_loss is None else f"{found.mean_loss:.4f}"
+    kind = "new documents" if args.new else "documents"
+    print(f"steps {first} to {last - 1}: {found.documents} {kind}, {found.tokens} tokens, mean loss {loss}")
+    for row in found.rows:
+        loss = "     -" if row["mean_loss"] is None else f"{row['mean_loss']:6.4f}"
+        name = f"#{row['dataset']}:{row['document']}" if len(run.datasets) > 1 else f"#{row['document']}"
+        print(f"  {row['tokens']:8d} tokens  {row['exposures']:7.3f} times  mean loss {loss}  {name} {row['id']}")
+    if len(found.rows) < found.documents:
+        print(f"  and {found.documents - len(found.rows)} more (--limit 0 shows all)")
+
+
+def print_exposures(run: TracedRun, args: argparse.Namespace) -> None:
+    counted = count_exposures(run)
+    if args.picture is not None:
+        draw_exposures(counted, args.picture)
+    for number, seen in enumerate(counted):
+        if args.json:
+            for step, shares in zip(seen.steps.tolist(), seen.shares.tolist(), strict=True):
+                say({"dataset": number, "path": str(seen.path), "steps": step, "shares": shares})
+        else:
+            shares = ", ".join(f"{n} times {share:.4f}" for n, share in enumerate(seen.shares[-1].tolist()))
+            print(f"{seen.path} after {run.steps} steps, share of the tokens seen: {shares}")
 
 
 def main() -> int:
@@ -81,12 +181,20 @@ def main() -> int:
             print_step(run, args)
         elif args.command == "document":
             print_document(run, args)
+        elif args.command == "diff":
+            print_difference(run, args)
+        elif args.command == "export":
+            export(run.folder, run.datasets, run.steps, args.file)
+            print(f"{args.file}: {run.steps} steps")
+        elif args.command == "exposures":
+            print_exposures(run, args)
         else:
             faults = verify(run)
             for fault in faults:
                 print(fault)
             verdict = "no fault" if not faults else f"{len(faults)} faults"
-            print(f"{run.folder}: {run.steps} steps checked against {run.dataset.path}, {verdict}")
+            data = ", ".join(str(d.path) for d in run.datasets)
+            print(f"{run.folder}: {run.steps} steps checked against {data}, {verdict}")
             return 1 if faults else 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` say, has seen enough

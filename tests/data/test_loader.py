@@ -11,25 +11,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_data.loader import (
-    IGNORE_TARGET,
-    PADDING,
-    Layout,
-    Loader,
-    bucketed_boundaries,
-    count_windows,
-    hash_spans,
-    read_rows,
-)
+from lit_data.cache import ShardCache
+from lit_data.loader import IGNORE_TARGET, PADDING, Layout, Loader, bucket, read_rows
+from lit_data.mixture import Mixture, phase_list
 from lit_data.order import Order, Segment
 from lit_data.packed import PackedDataset, PackedWriter
+from lit_data.packing import ConcatRows, Rows, count_windows, open_rows
+from lit_data.span_hash import hash_spans
+from lit_data.verify import naive_hash
 
-MASK64 = (1 << 64) - 1
 
-
-def make_dataset(folder: Path, lengths: list[int], shard_tokens: int = 50) -> tuple[PackedDataset, list[list[int]]]:
+def make_dataset(
+    folder: Path, lengths: list[int], shard_tokens: int = 50, first_id: int = 1
+) -> tuple[PackedDataset, list[list[int]]]:
     """Documents of given lengths. Ids count up, so that each token says where it is (up to a vocabulary of 60 000)."""
-    documents, next_id = [], 1
+    documents, next_id = [], first_id
     with PackedWriter(
         folder, tokenizer={"fingerprint": "t"}, vocab_size=60_000, eos_id=0, shard_tokens=shard_tokens
     ) as writer:
@@ -49,84 +45,100 @@ class NaiveRow:
 
 
 def naive_row(documents: list[list[int]], window: int, block_size: int, document_mask: bool) -> NaiveRow:
-    """One row, token by token."""
+    """One row of windows over the stream, token by token."""
     flat = [(number, place, token) for number, d in enumerate(documents) for place, token in enumerate(d)]
+    inside = [] if window < 0 else flat[window * block_size : (window + 1) * block_size + 1]
+    return fill(inside, documents, block_size, document_mask)
+
+
+def naive_planned_row(
+    documents: list[list[int]], pieces: list[tuple[int, int, int]], block_size: int, document_mask: bool
+) -> NaiveRow:
+    """One row of pieces (document, start, length), token by token; then the token that follows the last one."""
+    inside = [(d, p, documents[d][p]) for d, start, length in pieces for p in range(start, start + length)]
+    document, place, _ = inside[-1]
+    if place + 1 < len(documents[document]):
+        assert len(inside) == block_size  # nothing that fits in a row is cut
+        inside.append((document, place + 1, documents[document][place + 1]))
+    return fill(inside, documents, block_size, document_mask)
+
+
+def fill(
+    inside: list[tuple[int, int, int]], documents: list[list[int]], block_size: int, document_mask: bool
+) -> NaiveRow:
+    """(document, place, token) of a row and perhaps of one target more -> the row."""
     tokens, targets, spans = [], [], []
     for column in range(block_size):
-        at = window * block_size + column
-        if window < 0 or at >= len(flat):
-            number, place, token, target = PADDING, None, 0, IGNORE_TARGET
-        else:
-            number, place, token = flat[at]
-            target = IGNORE_TARGET
-            if at + 1 < len(flat) and (not document_mask or flat[at + 1][0] == number):
-                target = flat[at + 1][2]
+        number, place, token = inside[column] if column < len(inside) else (PADDING, 0, 0)
+        target = IGNORE_TARGET
+        if column + 1 < len(inside) and not (document_mask and place + 1 == len(documents[number])):
+            target = inside[column + 1][2]
         tokens.append(token)
         targets.append(target)
         if not spans or spans[-1][0] != number:
-            spans.append([number, place or 0, 0, 0])
+            spans.append([number, place, 0, 0])
         spans[-1][2] += 1
         spans[-1][3] += target != IGNORE_TARGET
     return NaiveRow(tokens, targets, [tuple(s) for s in spans])
 
 
-def naive_hash(tokens: list[int]) -> int:
-    total = 0
-    for place, token in enumerate(tokens):
-        x = (token + place * 0x9E3779B97F4A7C15 + 1) & MASK64
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
-        total += x ^ (x >> 31)
-    return total & MASK64
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=25),
     block_size=st.integers(1, 40),
     document_mask=st.booleans(),
+    packing=st.sampled_from(["concat", "best_fit", "pad"]),
     data=st.data(),
 )
-def test_read_rows_equals_naive_slices(tmp_path_factory, lengths, block_size, document_mask, data):
-    dataset, documents = make_dataset(tmp_path_factory.mktemp("d") / "set", lengths)
-    n_windows = count_windows(dataset.n_tokens, block_size)
-    windows = data.draw(st.lists(st.integers(-1, n_windows - 1), min_size=1, max_size=5))
+def test_read_rows_equals_naive_slices(tmp_path_factory, lengths, block_size, document_mask, packing, data):
+    shard_tokens = data.draw(st.sampled_from([50, 10**6]))
+    dataset, documents = make_dataset(tmp_path_factory.mktemp("d") / "set", lengths, shard_tokens)
+    rows_of = open_rows(dataset, packing, block_size)
+    windows = data.draw(st.lists(st.integers(-1, rows_of.n_windows - 1), min_size=1, max_size=5))
     samples = np.arange(len(windows)) + 100
-    batch = read_rows(dataset, np.asarray(windows), samples, block_size, document_mask)
-    rows = [naive_row(documents, w, block_size, document_mask) for w in windows]
+    batch = read_rows(rows_of, np.asarray(windows), samples, document_mask)
+    if packing == "concat":
+        rows = [naive_row(documents, w, block_size, document_mask) for w in windows]
+    else:
+        rows = [
+            naive_planned_row(documents, rows_of.plan.pieces_of_row(w), block_size, document_mask)
+            if w >= 0
+            else naive_row(documents, w, block_size, document_mask)
+            for w in windows
+        ]
+    compare(batch, rows, block_size)
+    assert batch.spans.window.tolist() == windows and batch.spans.sample.tolist() == samples.tolist()
 
+
+def compare(batch, rows: list[NaiveRow], block_size: int) -> None:
     assert batch.tokens.tolist() == [r.tokens for r in rows]
     assert batch.targets.tolist() == [r.targets for r in rows]
     assert batch.tokens.is_contiguous() and batch.targets.is_contiguous()
     s = batch.spans
     got = list(zip(s.place, s.document, s.start, s.length, s.targets, strict=True))
     assert got == [(place, *span) for place, row in enumerate(rows) for span in row.spans]
-    assert s.window.tolist() == windows and s.sample.tolist() == samples.tolist()
     assert batch.n_targets == int((batch.targets != IGNORE_TARGET).sum())
-
+    assert batch.n_inputs == int(s.length[s.document >= 0].sum())
     ends = np.cumsum(s.length)
     boundaries = batch.cu_seqlens.tolist()
-    total = len(windows) * block_size
-    assert boundaries[: len(ends) + 1] == [0, *ends.tolist()] and set(boundaries[len(ends) :]) == {total}
-    flat = [t for r in rows for t in r.tokens]
-    expected = [naive_hash(flat[end - length : end]) for end, length in zip(ends, s.length, strict=True)]
-    assert s.hash.tolist() == expected
+    assert boundaries[: len(ends) + 1] == [0, *ends.tolist()] and set(boundaries[len(ends) :]) == {batch.tokens.numel()}
+    assert len(boundaries) == max(16, 1 << len(ends).bit_length())
 
 
 def test_a_document_that_ends_with_the_row_has_no_target_there(tmp_path):
     dataset, _ = make_dataset(tmp_path / "set", [4, 4, 3])
-    batch = read_rows(dataset, np.asarray([0, 1, 2]), np.arange(3), 4, document_mask=True)
+    batch = read_rows(ConcatRows(dataset, 4), np.asarray([0, 1, 2]), np.arange(3), document_mask=True)
     assert batch.targets[0].tolist() == [2, 3, 0, IGNORE_TARGET]
     assert batch.targets[2].tolist() == [8, 0, IGNORE_TARGET, IGNORE_TARGET]  # the tail: 3 tokens and padding
     assert batch.spans.document.tolist() == [0, 1, 2, PADDING]
-    open_rows = read_rows(dataset, np.asarray([0, 1, 2]), np.arange(3), 4, document_mask=False)
+    open_rows = read_rows(ConcatRows(dataset, 4), np.asarray([0, 1, 2]), np.arange(3), document_mask=False)
     assert open_rows.targets[0].tolist() == [2, 3, 0, 4]
     assert open_rows.targets[2].tolist() == [8, 0, IGNORE_TARGET, IGNORE_TARGET]
 
 
 def test_rows_without_data(tmp_path):
     dataset, _ = make_dataset(tmp_path / "set", [4])
-    batch = read_rows(dataset, np.asarray([-1, -1]), np.asarray([-1, -1]), 8, True)
+    batch = read_rows(ConcatRows(dataset, 8), np.asarray([-1, -1]), np.asarray([-1, -1]), True)
     assert not batch.tokens.any() and (batch.targets == IGNORE_TARGET).all() and batch.n_targets == 0
     assert batch.cu_seqlens.tolist()[:3] == [0, 8, 16]
 
@@ -136,12 +148,12 @@ def test_hash_spans_equals_python(lengths, seed):
     tokens = np.random.default_rng(seed).integers(0, 2**31, sum(lengths))
     offsets = np.cumsum([0, *lengths[:-1]])
     expected = [naive_hash(tokens[o : o + n].tolist()) for o, n in zip(offsets, lengths, strict=True)]
-    assert hash_spans(tokens, offsets).tolist() == expected
+    assert hash_spans(tokens, np.asarray(lengths)).tolist() == expected
 
 
 def test_hash_sees_order_and_shift():
     def one(ids: list[int]) -> int:
-        return int(hash_spans(np.asarray(ids), np.asarray([0]))[0])
+        return int(hash_spans(np.asarray(ids), np.asarray([len(ids)]))[0])
 
     assert len({one([1, 2, 3]), one([1, 3, 2]), one([2, 3, 4]), one([0, 1, 2, 3]), one([1, 2]), one([1, 2, 3, 0])}) == 6
 
@@ -149,30 +161,30 @@ def test_hash_sees_order_and_shift():
 @pytest.mark.parametrize(
     ("pieces", "size"), [(1, 16), (15, 16), (16, 32), (31, 32), (32, 64), (1000, 1024), (1024, 2048)]
 )
-def test_boundaries_fill_buckets_and_are_never_cut(pieces, size):
-    out = bucketed_boundaries(np.arange(pieces), pieces)
-    assert out.dtype == np.int32 and len(out) == size
-    assert out.tolist() == [*range(pieces), *[pieces] * (size - pieces)]
+def test_sizes_of_boundaries(pieces, size):
+    assert bucket(np.asarray([pieces])).tolist() == [size]
 
 
-def loaders(dataset, block_size, world, micro, batch, **kw):
-    order = Order(count_windows(dataset.n_tokens, block_size), seed=11)
+def loaders(dataset, block_size, world, micro, batch, packing="concat", order=None, **kw):
+    rows = open_rows(dataset, packing, block_size)
+    mixture = Mixture.single(order or Order(rows.n_windows, seed=11))
     layouts = [Layout(block_size, micro, rank, world) for rank in range(world)]
-    return [Loader(dataset, order, layout, [Segment(0, 0, batch)], **kw) for layout in layouts]
+    return [Loader([rows], mixture, layout, [Segment(0, 0, batch)], **kw) for layout in layouts]
 
 
+@pytest.mark.parametrize("packing", ["concat", "best_fit", "pad"])
 @pytest.mark.parametrize(
     ("world", "micro", "batch"), [(1, 1, 1), (1, 3, 6), (2, 1, 4), (2, 2, 12), (4, 2, 8), (3, 5, 15)]
 )
-def test_each_token_is_an_input_exactly_once_an_epoch(tmp_path, world, micro, batch):
+def test_each_token_is_an_input_exactly_once_an_epoch(tmp_path, world, micro, batch, packing):
     lengths = np.random.default_rng(1).integers(1, 30, 60).tolist()
     dataset, documents = make_dataset(tmp_path / "set", lengths)
-    n_windows = count_windows(dataset.n_tokens, 16)
+    n_windows = open_rows(dataset, packing, 16).n_windows
     steps = -(-n_windows // batch)
     seen = np.zeros(dataset.n_tokens, dtype=np.int64)
     targets = 0
     starts = np.cumsum([0, *map(len, documents)])
-    for loader in loaders(dataset, 16, world, micro, batch, end_sample=n_windows):
+    for loader in loaders(dataset, 16, world, micro, batch, packing, end_sample=n_windows):
         for step in loader.steps(0, steps):
             assert len(step.micro_batches) == batch // (world * micro)
             targets += step.n_targets
@@ -202,14 +214,72 @@ def test_a_step_holds_the_same_samples_for_every_world_size(tmp_path):
     assert all(t == tables[0] for t in tables)
 
 
-def test_prefetched_steps_equal_steps_read_alone(tmp_path):
+def same(a, b) -> bool:
+    tensors = all(x.equal(y) for x, y in zip((a.tokens, a.targets, a.cu_seqlens), (b.tokens, b.targets, b.cu_seqlens)))
+    spans = all(np.array_equal(x, y) for x, y in zip(vars(a.spans).values(), vars(b.spans).values(), strict=True))
+    return tensors and spans and (a.n_targets, a.n_inputs) == (b.n_targets, b.n_inputs)
+
+
+def mixed(folder: Path, packing: str) -> tuple[list[Rows], Mixture]:
+    """Three datasets and two phases."""
+    rng = np.random.default_rng(5)
+    rows: list[Rows] = []
+    for d in range(3):
+        dataset, _ = make_dataset(folder / str(d), rng.integers(1, 40, 100 + 50 * d).tolist(), 700, 1 + 15000 * d)
+        rows.append(open_rows(dataset, packing, 16))
+    orders = tuple(Order(r.n_windows, 3, d, block_windows=8, group_blocks=3) for d, r in enumerate(rows))
+    return rows, Mixture(orders, phase_list([(0, (1, 2, 0)), (40, (1, 1, 1))]), 3)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit", "pad"])
+@pytest.mark.parametrize("prefetch", [0, 1, 2, 16])
+def test_resume_at_any_step_equals_steps_read_alone(tmp_path, packing, prefetch):
+    """Several datasets, and a segment with another batch; also what a cache gives."""
+    rows, mixture = mixed(tmp_path, packing)
+    segments = [Segment(0, 0, 4), Segment(10, 40, 8)]
+    for rank in range(2):
+        loader = Loader(rows, mixture, Layout(16, 2, rank, 2), segments, prefetch_steps=prefetch)
+        alone = [loader.read_step(step) for step in range(40)]
+        assert len({d for step in alone for m in step.micro_batches for d in m.spans.dataset.tolist()} - {-1}) == 3
+        for first in (0, 1, 9, 10, 33):
+            steps = list(loader.steps(first, 40))
+            assert [s.step for s in steps] == list(range(first, 40))
+            for a, b in zip(steps, alone[first:], strict=True):
+                assert all(map(same, a.micro_batches, b.micro_batches)) and len(a.micro_batches) == len(b.micro_batches)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit", "pad"])
+def test_through_a_cache_all_is_the_same(tmp_path, packing):
+    rows, mixture = mixed(tmp_path, packing)
+    segments = [Segment(0, 0, 4)]
+    plain = Loader(rows, mixture, Layout(16, 2), segments)
+    caches = [ShardCache(r.dataset, tmp_path / "cache", 100_000, chunk_bytes=1000) for r in rows]
+    cached = Loader(rows, mixture, Layout(16, 2), segments, caches=caches)
+    for a, b in zip(plain.steps(3, 200), cached.steps(3, 200), strict=True):
+        assert all(map(same, a.micro_batches, b.micro_batches))
+    cached.close()
+
+
+def test_a_mixture_reads_each_row_from_its_dataset(tmp_path):
+    """Tokens of dataset d begin at 15 000 d: none comes from elsewhere, and rows are those of the place."""
+    rows, mixture = mixed(tmp_path, "concat")
+    loader = Loader(rows, mixture, Layout(16, 8), [Segment(0, 0, 8)])
+    for step in loader.steps(0, 100):
+        (batch,) = step.micro_batches
+        dataset, _, window = mixture.place(batch.spans.sample)
+        assert batch.spans.window.tolist() == window.tolist()
+        for row, d, w in zip(batch.tokens.numpy(), dataset.tolist(), window.tolist(), strict=True):
+            alone = read_rows(rows[d], np.asarray([w]), np.asarray([0]), True)
+            assert row.tolist() == alone.tokens[0].tolist()
+            assert ((row == 0) | (row // 15000 == d)).all()
+
+
+def test_mock_gives_the_first_step_again_and_again(tmp_path):
     dataset, _ = make_dataset(tmp_path / "set", [9] * 30)
-    (loader,) = loaders(dataset, 8, 1, 2, 4)
-    for step, data in zip(range(5, 12), loader.steps(5, 12), strict=True):
-        alone = loader.read_step(step)
-        assert data.step == step
-        for a, b in zip(data.micro_batches, alone.micro_batches, strict=True):
-            assert a.tokens.equal(b.tokens) and a.targets.equal(b.targets) and a.cu_seqlens.equal(b.cu_seqlens)
+    (loader,) = loaders(dataset, 8, 1, 2, 4, mock=True)
+    steps = list(loader.steps(2, 6))
+    assert [s.step for s in steps] == [2, 3, 4, 5]
+    assert all(s.micro_batches[0].tokens is steps[0].micro_batches[0].tokens for s in steps)
 
 
 def test_samples_beyond_the_end_are_rows_without_data(tmp_path):
@@ -227,14 +297,14 @@ def loader_threads() -> list[threading.Thread]:
 def test_an_error_in_the_thread_is_raised_where_it_is_read(tmp_path, monkeypatch):
     dataset, _ = make_dataset(tmp_path / "set", [10] * 10)
     (loader,) = loaders(dataset, 8, 1, 1, 1)
-    good = loader.read_step
+    good = loader._read
 
-    def read(step: int):
+    def read(plan, step, *of):
         if step == 2:
             raise OSError("the disk is gone")
-        return good(step)
+        return good(plan, step, *of)
 
-    monkeypatch.setattr(loader, "read_step", read)
+    monkeypatch.setattr(loader, "_read", read)
     steps = loader.steps(0, 5)
     assert [next(steps).step, next(steps).step] == [0, 1]
     with pytest.raises(OSError, match="the disk is gone"):
@@ -256,3 +326,22 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     dataset, _ = make_dataset(tmp_path / "set", [10] * 10)
     with pytest.raises(AssertionError, match="no multiple of 4"):
         loaders(dataset, 8, 2, 2, 6)
+
+
+def test_1024_ranks_over_ten_trillion_tokens_draw_no_row_twice():
+    """Positions only: the rows of some steps of all ranks, all different; each step is the union of its ranks' rows."""
+    n_windows, world, micro, batch = count_windows(10**13, 2048), 1024, 8, 16384
+    for order in (Order(n_windows, 9), Order(n_windows, 9, block_windows=512)):
+        seen = []
+        for step in (0, 1, 2, 1000, 298_022, 298_023):
+            parts = [
+                np.arange(micro) + step * batch + (m * world + rank) * micro
+                for rank in range(world)
+                for m in range(batch // (world * micro))
+            ]
+            samples = np.concatenate(parts)
+            assert np.array_equal(np.sort(samples), np.arange(step * batch, (step + 1) * batch))
+            epoch, window = order.place(samples)
+            seen.append(epoch * n_windows + window)
+        drawn = np.concatenate(seen)
+        assert len(np.unique(drawn)) == len(drawn) and drawn.min() >= 0

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
-from lit_data import prepare as module
-from lit_data.corpus.readers import ReadErrors
+from lit_data import preparation as module
+from lit_data import prepare as prepare_module
+from lit_data.executors import run_on_executors
 from lit_data.packed import PackedDataset
-from lit_data.prepare import copy_tokenizer, in_validation, prepare
+from lit_data.plan import FolderLock
+from lit_data.prepare import copy_tokenizer, in_validation, prepare, run_stage, work_folder
 from lit_data.tokenizer import open_tokenizer
 
 TEXT = "der die das Haus und ein Garten mit vielen Bäumen steht am Fluss wo die Vögel singen"
@@ -81,7 +84,7 @@ def texts(folder: Path, tokenizer) -> list[str]:
 
 def test_the_result_is_the_text(corpus, tokenizer_folder, tmp_path):
     report = prepare([corpus], tokenizer_folder, tmp_path / "out", workers=1, metadata=["genre"])
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tokenizer", "train"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.json", "tokenizer", "train"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "out"]
     tokenizer = open_tokenizer(tmp_path / "out" / "tokenizer")
     expected = [json.loads(line)["text"] for line in (corpus / "a.jsonl").read_text().splitlines()]
@@ -234,47 +237,226 @@ def test_a_replacement_that_fails_puts_the_old_folder_back(corpus, tokenizer_fol
     rename = os.rename
 
     def fail(source: Path, target: Path) -> None:
-        if target == out and ".tmp-" in str(source):
+        if target == out and ".replaced" not in str(source):
             raise OSError("no rename")
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", fail)
-    with pytest.raises(OSError, match="no rename"):
-        prepare([corpus], tokenizer_folder, out, workers=1, val_fraction=0.2, overwrite=True)
-    assert content(out) == before and sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "out"]
+    again = {"workers": 1, "val_fraction": 0.2, "overwrite": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        with pytest.raises(OSError, match="no rename") as error:
+            prepare([corpus], tokenizer_folder, out, **again)
+    assert "kept in" in error.value.__notes__[0] and "the same command goes on" in error.value.__notes__[0]
+    assert content(out) == before
+    report = prepare([corpus], tokenizer_folder, out, **again)
+    assert report.resumed and report.sides["val"].documents > 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "out"] and (out / "val").is_dir()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError])
-def test_an_interruption_leaves_nothing(corpus, tokenizer_folder, tmp_path, monkeypatch, workers, error):
-    def documents(*_: object, errors: ReadErrors, **__: object):
-        yield from list(module_read([corpus]))[:100]
-        raise error("stop here")
-
-    module_read = module.read_documents
-    monkeypatch.setattr(module, "read_documents", documents)
-    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 10)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interruption_before_the_first_commit_leaves_nothing(
+    corpus, tokenizer_folder, tmp_path, monkeypatch, workers, error
+):
+    interrupt(monkeypatch, error, after=100)
     with pytest.raises(error):
         prepare([corpus], tokenizer_folder, tmp_path / "out", workers=workers, shard_tokens=50)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus"]
 
 
+def interrupt(monkeypatch: pytest.MonkeyPatch, error: type[BaseException], after: int) -> None:
+    """Reading fails after so many documents of this call."""
+    read = module.read_documents
+
+    def documents(*args: object, **kw: object):
+        for count, document in enumerate(read(*args, **kw)):
+            if count == after:
+                raise error("stop here")
+            yield document
+
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 10)
+    monkeypatch.setattr(module, "read_documents", documents)
+
+
+REPEATED = {"dedup": "exact", "dedup_min_characters": 5, "near_dedup": 0.6}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, REPEATED, {"dedup": "bloom", "dedup_min_characters": 5, "bloom_paragraphs": 1000}, {"parts": 3, **REPEATED}],
+    ids=["plain", "exact", "bloom", "parts"],
+)
+def test_interrupted_again_and_again_the_result_is_the_same(
+    repetitive, tokenizer_folder, tmp_path, monkeypatch, settings
+):
+    call = {"val_fraction": 0.2, "shard_tokens": 600, "workers": 1, **settings}
+    prepare([repetitive], tokenizer_folder, tmp_path / "whole", **call)
+    expected = content(tmp_path / "whole")
+    interruptions = 0
+    for after in range(20, 400, 20):
+        with monkeypatch.context() as patch:
+            interrupt(patch, KeyboardInterrupt, after)
+            try:
+                report = prepare([repetitive], tokenizer_folder, tmp_path / "out", commit_seconds=0, **call)
+                break
+            except KeyboardInterrupt:
+                interruptions += 1
+                assert not (tmp_path / "out").exists() and (tmp_path / ".out.preparing" / "plan.json").exists()
+    assert interruptions >= 3 and report.resumed
+    assert content(tmp_path / "out") == expected
+    assert not (tmp_path / ".out.preparing").exists()
+
+
+@pytest.fixture
+def repetitive(tmp_path) -> Path:
+    """Five files of documents with paragraphs that come again, and documents that nearly come again."""
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices(WORDS, k=9)) for _ in range(120)]
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(5):
+        documents = ["\n".join(draw.choices(lines, k=draw.randint(1, 6))) for _ in range(60)]
+        documents[7] = f"{documents[6]} Garten"
+        records = [json.dumps({"id": f"{number}.{i}", "text": text}) for i, text in enumerate(documents)]
+        (folder / f"{number}.jsonl").write_text("\n".join(records) + "\n")
+    return folder
+
+
+def test_settings_that_changed_are_named(corpus, tokenizer_folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt(patch, KeyboardInterrupt, after=60)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([corpus], tokenizer_folder, out, workers=1, commit_seconds=0, seed=1)
+    with pytest.raises(ValueError, match=r"other settings: --seed 1, now 2. Give the same .* or --fresh"):
+        prepare([corpus], tokenizer_folder, out, workers=1, seed=2)
+    text = (corpus / "b.txt").read_text()
+    (corpus / "b.txt").write_text(text + "!")
+    with pytest.raises(ValueError, match=r"files have changed, such as .*b\.txt"):
+        prepare([corpus], tokenizer_folder, out, workers=1, seed=1)
+    report = prepare([corpus], tokenizer_folder, out, workers=1, seed=2, fresh=True)
+    assert not report.resumed and report.total.documents == 201
+
+
+def test_two_at_once_are_refused(corpus, tokenizer_folder, tmp_path):
+    lock = FolderLock(work_folder(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"another process is at work in .*\.out\.preparing"):
+        prepare([corpus], tokenizer_folder, tmp_path / "out", workers=1)
+    lock.close()
+
+
+def test_killed_after_the_output_was_published(corpus, tokenizer_folder, tmp_path, monkeypatch):
+    """What is left to do then is to remove the working folder, not to refuse because the output exists."""
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module.shutil, "rmtree", lambda *_, **__: None)
+        prepare([corpus], tokenizer_folder, tmp_path / "out", workers=1)
+    assert (tmp_path / ".out.preparing").exists()
+    report = prepare([corpus], tokenizer_folder, tmp_path / "out", workers=1)
+    assert report.total.documents == 201 and not (tmp_path / ".out.preparing").exists()
+
+
+def test_parts_give_what_one_machine_gives(repetitive, tokenizer_folder, tmp_path):
+    val = tmp_path / "val.jsonl"
+    val.write_text((repetitive / "3.jsonl").read_text() + '{"id": "own", "text": "ein eigener langer Absatz"}\n')
+    call = {"shard_tokens": 700, "workers": 1, "val_inputs": [val], **REPEATED}
+    prepare([repetitive], tokenizer_folder, tmp_path / "one", **call)
+    expected = content(tmp_path / "one")
+    assert json.loads((tmp_path / "one" / "report.json").read_text())["sides"]["val"]["documents"] == 1
+
+    prepare([repetitive], tokenizer_folder, tmp_path / "parts", parts=4, **call)
+    assert content(tmp_path / "parts") == expected
+
+    def stage(name: str, part: int = 0) -> object:
+        return run_stage(name, part, [repetitive], tokenizer_folder, tmp_path / "staged", parts=3, **call)
+
+    for part in (2, 0, 1):
+        stage("hash", part)
+    with pytest.raises(ValueError, match="--stage encode --part 1: the duplicates are not known yet"):
+        stage("encode", 1)
+    stage("join")
+    stage("encode", 1)
+    with pytest.raises(ValueError, match="--stage merge: part 0 is not encoded yet"):
+        stage("merge")
+    stage("encode", 0)
+    stage("encode", 2)
+    assert stage("merge") is not None
+    assert content(tmp_path / "staged") == expected
+    with pytest.raises(ValueError, match="6 files cannot be cut into 7 parts"):
+        prepare([repetitive], tokenizer_folder, tmp_path / "no", parts=7, **call)
+
+
+def test_executors_of_datatrove_give_the_same(repetitive, tokenizer_folder, tmp_path):
+    pytest.importorskip("datatrove")
+    call = {"shard_tokens": 700, "workers": 1, "val_fraction": 0.2, **REPEATED}
+    prepare([repetitive], tokenizer_folder, tmp_path / "one", **call)
+    run_on_executors(
+        "local", [repetitive], tokenizer_folder, tmp_path / "out", tasks_at_once=2, parts=3,
+        val_inputs=None, on_error="stop", overwrite=False, work=None, **call,
+    )  # fmt: skip
+    assert content(tmp_path / "out") == content(tmp_path / "one")
+    with pytest.raises(ValueError, match="needs time and partition in --executor_args"):
+        run_on_executors("slurm", [repetitive], tokenizer_folder, tmp_path / "no", tasks_at_once=2)
+
+
+def test_first_paragraphs_stay(repetitive, tokenizer_folder, tmp_path):
+    """Against a naive pass with a set."""
+    tokenizer = open_tokenizer(tokenizer_folder)
+    seen: set[str] = set()
+    expected = []
+    for file in sorted(repetitive.iterdir()):
+        for record in map(json.loads, file.read_text().splitlines()):
+            kept = []
+            for paragraph in record["text"].splitlines(keepends=True):
+                key = " ".join(paragraph.split())
+                if len(key) < 40 or key not in seen:
+                    kept.append(paragraph)
+                if len(key) >= 40:
+                    seen.add(key)
+            if "".join(kept).strip():
+                expected.append("".join(kept))
+    call = {"workers": 1, "dedup_min_characters": 40}
+    report = prepare([repetitive], tokenizer_folder, tmp_path / "exact", dedup="exact", **call)
+    assert texts(tmp_path / "exact" / "train", tokenizer) == expected
+    stage = report.treatment.stages["paragraphs"]
+    assert stage.documents_kept == len(expected) < stage.documents_in == 300
+    assert stage.removed["seen before"].pieces > 500 and "seen before" in report.summary()
+    prepare([repetitive], tokenizer_folder, tmp_path / "bloom", dedup="bloom", bloom_paragraphs=10_000, **call)
+    assert texts(tmp_path / "bloom" / "train", tokenizer) == expected
+
+
+def test_cleaner_and_filters_report_what_they_remove(tokenizer_folder, tmp_path, monkeypatch):
+    (tmp_path / "own_rules.py").write_text(
+        "def shout(text):\n    return text.upper() if text != 'weg' else None\n\n"
+        "def no_numbers(text):\n    return not any(c.isdigit() for c in text)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    kept = ["das haus und der garten", "ein fluss"]
+    dropped = ["weg", "haus 7", "x" * 900, "qqqqqqqqqqqqqqqq"]
+    lines = [json.dumps({"id": str(i), "text": text}) for i, text in enumerate([*kept, *dropped])]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines) + "\n")
+    call = {
+        "cleaner": "own_rules:shout", "filter": ["own_rules:no_numbers"], "max_characters": 100, "workers": 2,
+        "max_token_word_ratio": 10,
+    }  # fmt: skip
+    dry = prepare([tmp_path / "x.jsonl"], tokenizer_folder, tmp_path / "out", dry_run=True, **call)
+    assert not (tmp_path / "out").exists() and "dry run: nothing was written" in dry.summary()
+    report = prepare([tmp_path / "x.jsonl"], tokenizer_folder, tmp_path / "out", **call)
+    assert texts(tmp_path / "out" / "train", open_tokenizer(tokenizer_folder)) == [t.upper() for t in kept]
+    assert vars(dry.sides["train"]) == vars(report.sides["train"])
+    assert dry.to_dict() == report.to_dict()
+    stages = {name: (s.documents_in, s.documents_kept) for name, s in report.treatment.stages.items()}
+    assert list(stages.values()) == [(6, 5), (5, 4), (4, 3), (3, 2)]
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report.to_dict()
+    manifest = PackedDataset(tmp_path / "out" / "train").manifest
+    assert manifest.source["cleaner"] == "own_rules:shout" and manifest.source["max_token_word_ratio"] == 10
+
+
 def test_a_worker_that_dies_is_an_error(corpus, tokenizer_folder, tmp_path, monkeypatch):
-    class Deadly:
-        """Ends the process that unpickles it."""
-
-        def __init__(self) -> None:
-            self.opened = open_tokenizer(tokenizer_folder)
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.opened, name)
-
-        def __reduce__(self) -> tuple[object, ...]:
-            return os._exit, (1,)
-
-    monkeypatch.setattr(module, "open_tokenizer", lambda *_: Deadly())
+    (tmp_path / "deadly.py").write_text("import os\n\ndef kill(text):\n    os._exit(1)\n")
+    monkeypatch.syspath_prepend(tmp_path)
     match = "a worker process ended unexpectedly.*--workers 2"
-    assert_refused(tmp_path, match, [corpus], tokenizer_folder, tmp_path / "out", workers=2)
+    call = {"cleaner": "deadly:kill", "workers": 2}
+    assert_refused(tmp_path, match, [corpus], tokenizer_folder, tmp_path / "out", **call)
 
 
 def test_a_tokenizer_file_of_any_name_is_found_again(corpus, tokenizer_folder, tmp_path):

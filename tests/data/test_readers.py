@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tracemalloc
 from itertools import pairwise
@@ -14,11 +15,17 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_data.corpus.readers import ReadErrors, _lines_of, read_documents
+from lit_data.corpus.readers import Place, ReadErrors, list_files, part_of_files, read_documents
+from lit_data.corpus.streams import after_lines, lines_of
 
 
 def read(*paths: Path, **kw) -> list[tuple[str, str, int]]:
     return [(d.id, d.text, d.place) for d in read_documents(list(paths), **kw)]
+
+
+def pack(data: bytes, name: str) -> bytes:
+    """Compressed as the name says."""
+    return gzip.compress(data) if name.endswith("gz") else zstandard.compress(data) if "zst" in name else data
 
 
 def json_lines(*records: object) -> bytes:
@@ -27,8 +34,8 @@ def json_lines(*records: object) -> bytes:
 
 def test_text_files_are_one_document_unchanged(tmp_path):
     text = "\ufeff Zeile\r\nmit \x00 und\x85 ä\n\n"
-    for name in ("a.txt", "b.train", "c.dev", "d.test", "E.TXT"):
-        (tmp_path / name).write_bytes(text.encode())
+    for name in ("a.txt", "b.train", "c.dev", "d.test", "E.TXT", "f.txt.gz", "g.train.zst", "h.txt.zstd"):
+        (tmp_path / name).write_bytes(pack(text.encode(), name))
         (document,) = read_documents([tmp_path / name])
         assert (document.id, document.text, document.place) == (name, text, 0)
         assert document.source == str(tmp_path / name)
@@ -62,7 +69,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
     assert read(tmp_path / "in") == [("link/a.txt", "a", 0)]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".json.gz", ".jsonlines.zstd"])
 def test_json_lines(tmp_path, suffix):
     data = (
         b'\xef\xbb\xbf{"text": "first", "id": 7, "genre": "drama", "year": 1623}\n'
@@ -70,7 +77,7 @@ def test_json_lines(tmp_path, suffix):
         b'{"text": "a\\u2028b\\n", "id": null}\r\n' + '{"text": "roh \u2028 ä"}'.encode()
     )
     file = tmp_path / f"x{suffix}"
-    file.write_bytes(zstandard.compress(data) if suffix.endswith("zst") else data)
+    file.write_bytes(pack(data, suffix))
     documents = list(read_documents([file], metadata=["genre", "year"]))
     assert [(d.id, d.text, d.place) for d in documents] == [
         ("7", "first", 1),
@@ -167,6 +174,32 @@ def test_damaged_zstd_is_named(tmp_path, damage):
     assert found[-1] == ("y.txt", "next file", 0) and errors.count == 1
 
 
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "not gzip", "between members"])
+@pytest.mark.parametrize("kind", [".jsonl.gz", ".txt.gz"])
+def test_damaged_gzip_is_named(tmp_path, damage, kind):
+    packed = gzip.compress(big_lines())
+    data = {
+        "truncated": packed[:-5],
+        "flipped": packed[:-8] + bytes([packed[-8] ^ 1]) + packed[-7:],
+        "empty": b"",
+        "not gzip": b'{"text": "x"}\n',
+        "between members": packed + packed[:1000],
+    }[damage]
+    (tmp_path / f"x{kind}").write_bytes(data)
+    (tmp_path / "y.txt").write_text("next file")
+    with pytest.raises(ValueError, match=r"x\.(jsonl|txt)\.gz, .*(truncated|damaged)"):
+        read(tmp_path / f"x{kind}")
+    errors = ReadErrors()
+    found = read(tmp_path, on_error="skip", errors=errors)
+    assert found[-1] == ("y.txt", "next file", 0) and errors.count == 1
+
+
+def test_gzip_of_several_members_and_padding(tmp_path):
+    data = gzip.compress(b'{"text": "cut ') + gzip.compress(b"") + gzip.compress(b'in two"}\n') + bytes(700)
+    (tmp_path / "x.jsonl.gz").write_bytes(data)
+    assert [t for _, t, _ in read(tmp_path)] == ["cut in two"]
+
+
 def test_zstd_of_several_frames_and_long_windows(tmp_path):
     one, two = json_lines({"text": "one"}), b'{"text": "cut '
     long = zstandard.ZstdCompressionParameters.from_level(3, window_log=28, write_content_size=0)
@@ -221,7 +254,7 @@ def test_paths_are_checked_at_once(tmp_path):
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(ValueError, match=r"x\.csv is of an unknown kind; text is read from \.txt.*\.parquet"):
         read_documents([tmp_path / "x.csv"])
-    with pytest.raises(ValueError, match=r"holds no text: none of its files ends in \.txt.*\.jsonl\.zst"):
+    with pytest.raises(ValueError, match=r"holds no text: none of its files ends in \.txt.*\.zst"):
         read_documents([tmp_path])
     with pytest.raises(ValueError, match="choose stop or skip"):
         read_documents([], on_error="ignore")  # type: ignore[arg-type]
@@ -241,14 +274,15 @@ def test_lines_do_not_depend_on_chunks(data, cuts):
     expected = data.split(b"\n")
     if not expected[-1]:
         expected.pop()
-    assert list(_lines_of(iter(chunks))) == expected
+    assert list(lines_of(iter(chunks))) == expected
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".jsonl.gz"])
 def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
     data = b'{"text": "' + b"word " * 2000 + b'"}\n'
     file = tmp_path / f"x{suffix}"
-    with zstandard.open(file, "wb") if suffix.endswith("zst") else open(file, "wb") as f:
+    openers = {".jsonl": open, ".jsonl.zst": zstandard.open, ".jsonl.gz": gzip.open}
+    with openers[suffix](file, "wb") as f:
         for _ in range(6000):  # 60 MB
             f.write(data)
     tracemalloc.start()
@@ -256,3 +290,147 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert count == 6000 and peak < 20e6
+
+
+def corpus_of_all_kinds(folder: Path) -> None:
+    (folder / "b").mkdir()
+    lines = big_lines()[: 1 << 16] + b'\n\n{"text": 3}\n{"text": "last, without a newline"}'
+    for name in ("a.jsonl", "b/c.jsonl.zst", "d.json.gz"):
+        (folder / name).write_bytes(pack(lines, name))
+    (folder / "b" / "e.txt").write_text("whole")
+    (folder / "f.txt.gz").write_bytes(pack(b"packed", "f.txt.gz"))
+    table = pa.table({"text": [None if i == 100 else f"row {i}" for i in range(500)], "id": range(500)})
+    pq.write_table(table, folder / "g.parquet", row_group_size=130)
+
+
+def test_reading_goes_on_after_any_document(tmp_path):
+    corpus_of_all_kinds(tmp_path)
+    errors = ReadErrors()
+    documents = list(read_documents([tmp_path], on_error="skip", errors=errors))
+    assert [f.relative for f in list_files([tmp_path])] == [
+        "a.jsonl", "b/c.jsonl.zst", "b/e.txt", "d.json.gz", "f.txt.gz", "g.parquet"
+    ]  # fmt: skip
+    assert errors.count == 4 + 3 and sorted({d.file for d in documents}) == list(range(6))
+    ends = [i for i, (a, b) in enumerate(pairwise(documents)) if a.file != b.file]
+    for last in {*range(0, len(documents), 23), *ends, *(e + 1 for e in ends), *(e - 1 for e in ends)}:
+        place = Place(documents[last].file, documents[last].place)
+        rest_errors = ReadErrors()
+        rest = list(read_documents([tmp_path], on_error="skip", errors=rest_errors, start=place))
+        assert [(d.id, d.text, d.place, d.file) for d in rest] == [
+            (d.id, d.text, d.place, d.file) for d in documents[last + 1 :]
+        ]
+        # What was left out before the place and after it adds up, document by document.
+        before = documents[last].faults
+        assert [before + d.faults for d in rest] == [d.faults for d in documents[last + 1 :]]
+        assert before + rest_errors.count == errors.count
+
+
+def test_what_lies_before_a_place_is_not_parsed(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"no JSON\n" * 70_000 + json_lines({"text": "one"}, {"text": "two"}))
+    (tmp_path / "b.txt.gz").write_bytes(b"no gzip file")
+    (tmp_path / "c.txt").write_text("c")
+    assert read(tmp_path / "a.jsonl", start=Place(0, 70_001)) == [("a.jsonl:70002", "two", 70_002)]
+    assert read(tmp_path, start=Place(1, 0)) == [("c.txt", "c", 0)]
+    assert read(tmp_path, start=Place(2, 0)) == []
+
+
+def test_a_place_that_is_not_there_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json_lines({"text": "one"}))
+    with pytest.raises(ValueError, match="file number 1 of 1: the inputs have changed"):
+        read(tmp_path, start=Place(1, 0))
+    with pytest.raises(ValueError, match=r"a\.jsonl.* ends 4 lines before the place"):
+        read(tmp_path, start=Place(0, 5))
+
+
+@given(
+    data=st.binary(max_size=40).map(lambda b: b.replace(b"a", b"\n")),
+    cuts=st.lists(st.integers(0, 40), max_size=6),
+    skipped=st.integers(0, 5),
+)
+def test_lines_are_skipped_as_if_they_were_read(data, cuts, skipped):
+    edges = [0, *sorted(min(c, len(data)) for c in cuts), len(data)]
+    chunks = [data[a:b] for a, b in pairwise(edges) if b > a]
+    lines = list(lines_of(iter(chunks)))
+    if skipped > len(lines):
+        with pytest.raises(ValueError, match="before the place"):
+            list(after_lines(iter(chunks), skipped, "x"))
+    else:
+        assert list(lines_of(after_lines(iter(chunks), skipped, "x"))) == lines[skipped:]
+
+
+def test_patterns(tmp_path):
+    for name in ("c/a/1.jsonl", "c/a/deep/2.jsonl", "c/b/3.jsonl", "c/b/4.txt", "c/b/5.md", "c/.h/6.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(json_lines({"text": name}))
+    (tmp_path / "c" / "again").symlink_to(tmp_path / "c" / "a")
+
+    def found(pattern: str) -> list[str]:
+        return [f.relative for f in list_files([f"{tmp_path}/{pattern}"])]
+
+    assert found("c/**/*.jsonl") == ["a/1.jsonl", "a/deep/2.jsonl", "b/3.jsonl"]
+    assert found("c/**") == ["a/1.jsonl", "a/deep/2.jsonl", "b/3.jsonl", "b/4.txt"]
+    assert found("c/[ab]/*.jsonl") == ["a/1.jsonl", "b/3.jsonl"]
+    assert found("c/b/[34].*") == ["3.jsonl", "4.txt"]
+    errors = ReadErrors()
+    list_files([tmp_path / "c" / "b" / "*"], errors)
+    assert errors.ignored_files == 1 and "5.md" in errors.ignored_first[0]
+    with pytest.raises(FileNotFoundError, match=r"no file fits .*c/\*/none\*"):
+        found("c/*/none*")
+    with pytest.raises(ValueError, match=r"\*\.md holds no text"):
+        found("c/b/*.md")
+
+
+def test_a_path_that_exists_is_no_pattern(tmp_path):
+    (tmp_path / "x[12].txt").write_text("itself")
+    (tmp_path / "x1.txt").write_text("matched")
+    assert read(tmp_path / "x[12].txt") == [("x[12].txt", "itself", 0)]
+    (tmp_path / "x[12].txt").unlink()
+    assert read(tmp_path / "x[12].txt") == [("x1.txt", "matched", 0)]
+
+
+def test_an_id_can_be_required(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(json_lines({"text": "a", "key": 1}, {"text": "b"}, {"text": "c", "key": None}))
+    assert len(read(tmp_path, id_field="key")) == 3
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: no field 'key' \(--id_field\)"):
+        read(tmp_path, id_field="key", require_id=True)
+    errors = ReadErrors()
+    assert read(tmp_path, id_field="key", require_id=True, on_error="skip", errors=errors) == [("1", "a", 1)]
+    assert errors.count == 2
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "y.parquet")
+    with pytest.raises(ValueError, match=r"y\.parquet has no column 'id' \(--id_field\)"):
+        read(tmp_path / "y.parquet", require_id=True, on_error="skip")
+
+
+def test_a_json_file_that_is_no_json_lines_is_explained(tmp_path):
+    (tmp_path / "x.json").write_text('[\n{"text": "a"}\n]')
+    with pytest.raises(ValueError, match=r"line 1: invalid JSON.*; a \.json file is read as JSON lines"):
+        read(tmp_path)
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=12), n_parts=st.integers(1, 12))
+def test_parts_are_contiguous_whole_and_balanced(tmp_path_factory, sizes, n_parts):
+    folder = tmp_path_factory.mktemp("parts")
+    for i, size in enumerate(sizes):
+        (folder / f"{i:02d}.txt").write_bytes(bytes(size))
+    files = list_files([folder])
+    if n_parts > len(files):
+        with pytest.raises(ValueError, match=f"{len(files)} files cannot be cut into {n_parts} parts"):
+            part_of_files(files, 0, n_parts)
+        return
+    parts = [part_of_files(files, part, n_parts) for part in range(n_parts)]
+    assert [f for part in parts for f in part] == files and all(parts)
+    # A part is never further from its share than one file at each of its ends, and a file of its own.
+    for part in parts:
+        total = sum(f.path.stat().st_size for f in part)
+        assert len(part) == 1 or total <= sum(sizes) / n_parts + max(sizes)
+    with pytest.raises(ValueError, match="numbered from 0"):
+        part_of_files(files, n_parts, n_parts)
+
+
+def test_parts_of_equal_files_are_equal(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i:02d}.txt").write_bytes(bytes(100))
+    files = list_files([tmp_path])
+    assert [len(part_of_files(files, part, 4)) for part in range(4)] == [3, 3, 3, 3]
+    assert read(*part_of_files(files, 2, 4))[0][0] == "06.txt"

@@ -28,7 +28,7 @@ TEXTS = [
 
 
 def metaspace(path: Path, split: bool, newline: bool) -> Path:
-    """As converted from sentencepiece: the text is one word, or words are split; newlines may be tokens of their own."""
+    """As converted from sentencepiece: the text is one word, or words are split; newlines may be tokens."""
     bpe = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     bpe.decoder = decoders.Metaspace()
@@ -94,6 +94,15 @@ PIECES = st.sampled_from(
      "\u0301", "\u200b", "日本", "😀", "ﬁ", "\x00", "\r\n", "\u037a", "'s", "don't"]
 )  # fmt: skip
 TEXT = st.one_of(st.lists(PIECES, max_size=40).map("".join), st.text(max_size=30))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing(opened, kind):
+    """No text, and texts without a token."""
+    encoder = UnitEncoder(opened[kind], np.uint16)
+    ids, lengths = encoder.encode([])
+    assert ids.dtype == np.uint16 and len(ids) == len(lengths) == 0
+    assert_same(opened[kind], encoder, ["", ""])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from running import flags, metrics, train
 
-from lit_data.loader import count_windows
 from lit_data.packed import PackedDataset
+from lit_data.packing import count_windows
 from lit_model.load import load_tensors
 
 STRATEGIES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,49 @@ import pyarrow.parquet as pq
 import pytest
 from running import flags, metrics, train
 
-from lit_data.datapoints import SCHEMA, committed_parts, read_record
-from lit_data.loader import count_windows
+from lit_data.compaction import compact
+from lit_data.datapoints import SCHEMA, committed_parts, list_parts, read_record
 from lit_data.packed import PackedDataset
-from lit_data.trace import open_run, spans_of_document, spans_of_step, steps_of_document, verify
+from lit_data.packing import count_windows
+from lit_data.trace import open_run, spans_of_document, spans_of_step, steps_of_document
+from lit_data.verify import naive_hash, verify
 
 
 @pytest.fixture(scope="module")
-def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two DDP ranks, two passes over the data and a little more, clipping of the last step."""
+def merged(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two DDP ranks, two passes over the data and a little more, clipping of the last step; as the run leaves it."""
     folder = tmp_path_factory.mktemp("record") / "run"
     train(
         *flags(
             data, folder, devices=2, strategy="ddp", train__max_steps=None, train__max_epochs=2.1, save__every_steps=10
         )
     )
+    assert {p.rank for p in list_parts(folder / "datapoints")} == {None}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def split(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run with the parts of each rank and checkpoint, as it was before they were merged."""
+    folder = tmp_path_factory.mktemp("split") / "run"
+    shutil.copytree(merged, folder)
+    table = read_record(folder)
+    for part in list_parts(folder / "datapoints"):
+        part.path.unlink()
+    ends = [int(p.name[5:13]) for p in sorted(folder.glob("iter-*-ckpt.pth"))]
+    for first, end in pairwise([0, *ends]):
+        for rank in (0, 1):
+            steps, ranks = table["step"].to_numpy(), table["rank"].to_numpy()
+            name = f"part-{first:08d}-{end:08d}-rank{rank:05d}.parquet"
+            mine = (steps >= first) & (steps < end) & (ranks == rank)
+            pq.write_table(table.filter(mine), folder / "datapoints" / name)
+    return folder
+
+
+@pytest.fixture(params=["merged", "split"])
+def run(request: pytest.FixtureRequest) -> Path:
+    """A sound run, in both shapes of its record."""
+    folder: Path = request.getfixturevalue(request.param)
     return folder
 
 
@@ -57,7 +86,7 @@ def test_span_losses_add_up_to_the_steps(run: Path) -> None:
 def test_document_is_found_by_inverting_the_order(run: Path) -> None:
     traced = open_run(run)
     table = read_record(run).to_pylist()
-    for document in range(0, traced.dataset.n_documents, 7):
+    for document in range(0, traced.datasets[0].n_documents, 7):
         by_scan = sorted({(r["step"], r["row"]) for r in table if r["document"] == document})
         assert steps_of_document(traced, document) == by_scan
         assert spans_of_document(traced, document).num_rows == sum(r["document"] == document for r in table)
@@ -96,22 +125,38 @@ def test_planted_fault_is_reported(run: Path, tmp_path: Path, kind: str) -> None
     assert any(f.startswith(kind) for f in faults), faults
 
 
-def test_missing_part_is_reported(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [{0}, {0, 1}])
+def test_missing_part_is_reported(split: Path, tmp_path: Path, ranks: set[int]) -> None:
     copy = tmp_path / "run"
-    shutil.copytree(run, copy)
+    shutil.copytree(split, copy)
     for part in committed_parts(copy):
-        if part.first_step == 10:
+        if part.first_step == 10 and part.rank in ranks:
             part.path.unlink()
     assert any(f.startswith("missing part") for f in verify(open_run(copy)))
+
+
+def test_missing_merged_file_is_reported(merged: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(merged, copy)
+    (part,) = committed_parts(copy)
+    part.path.rename(part.path.with_name(f"steps-00000002-{part.end_step:08d}.parquet"))
+    assert any(f.startswith("missing part") for f in verify(open_run(copy)))
+
+
+def test_parts_of_the_ranks_merge_to_the_same_record(split: Path, merged: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(split, copy)
+    before = read_record(copy)
+    assert compact(copy) > 0
+    assert {p.rank for p in list_parts(copy / "datapoints")} == {None}
+    assert read_record(copy).equals(before) and before.equals(read_record(merged))
 
 
 def test_a_shift_by_one_of_everything_is_reported(run: Path, tmp_path: Path) -> None:
     """What a loader that is off by one would write: each span one token late, hashes to match."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    dataset = open_run(copy).dataset
-    from lit_data.trace import naive_hash
-
+    dataset = open_run(copy).datasets[0]
     for part in committed_parts(copy):
         rows = pq.read_table(part.path).to_pylist()
         for row in rows:

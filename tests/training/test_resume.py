@@ -14,7 +14,8 @@ import torch
 from running import ROOT, flags, metrics, train
 
 from lit_data.datapoints import read_record
-from lit_data.trace import open_run, verify
+from lit_data.trace import open_run
+from lit_data.verify import verify
 from lit_model.load import Checkpoint, list_checkpoints
 
 STEPS = 120

@@ -1,0 +1,285 @@
+"""A cache folder of a node, shared by processes that may be killed at any moment, under one budget in bytes.
+
+    CACHE/0123456789abcdef-16777216/00000-000003.bin           chunk 3 of shard 0: 16 MiB of its .bin
+    CACHE/0123456789abcdef-16777216/00000-000004.bin.ID.part   a chunk that holder ID is copying
+    CACHE/holder-BUDGET-ID/00000-000003.bin                    a second link: holder ID needs the chunk
+
+A holder is one open `ShardCache` of any process; those of all ranks and jobs of a node share the folder. What makes
+that safe, also against SIGKILL at any moment:
+
+- A chunk's name appears when its bytes are complete and synced, so that a name that exists is whole, after a power
+  loss too. (A checksum would cost each reader a pass over the chunk; syncing is free in /dev/shm, and elsewhere only
+  writes earlier what is written anyway.)
+- A holder's folder is locked (flock) as long as its process lives. One that can be locked belongs to a dead process:
+  its links and unfinished copies are removed by the next holder that looks. (A process forked from a holder's keeps
+  the lock too, until it ends.)
+- Everything a holder reads it has linked before: a chunk with one link only is needed by nobody and may be evicted,
+  the one released longest ago first (linking and unlinking set the file's ctime). Mapped chunks are always linked.
+- Files are counted, claimed, named and evicted under one lock, of the folder itself. A claimed copy has its full size
+  before a byte is written, so that the sum of sizes never exceeds the budget.
+- Each holder states a budget for the whole folder; the smallest of the living ones holds for all. When a smaller one
+  comes, what nobody needs goes at once, chunks in use stay until they are released; nothing is added before all fit.
+- Who finds no room says so, and nobody takes more than an equal share with those who did, a chunk of n holders
+  counting 1/n for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HUNGRY_SECONDS = 2.0
+FILES_A_CLAIM = 256  # a look costs about 3 us a file: one more file is claimed per so many that are there
+
+_SHARED = re.compile(r"[0-9a-f]{16}-\d+")
+_HOLDER = re.compile(r"holder-(\d+)-([0-9a-f]{32})")
+_PART = re.compile(r"(.+)\.([0-9a-f]{32})\.part")
+
+
+@dataclass
+class _Look:
+    """What a holder sees in the folder, under its lock."""
+
+    limit: int  # bytes: the smallest budget of the living
+    holders: int = 1
+    hungry: int = 0  # other holders that find no room
+    total: int = 0  # bytes of all files
+    files: int = 0
+    chunks: dict[str, os.stat_result] = field(default_factory=dict)  # of this dataset
+    claimed: set[str] = field(default_factory=set)  # of this dataset, being copied
+    idle: dict[str, tuple[int, int]] = field(default_factory=dict)  # path -> (ctime, bytes) of what nobody needs
+
+
+class CacheFolder:
+    """A holder's view of a cache folder: which files it needs, and the budget it shares with the others.
+
+    Args:
+        kind: name of the sub-folder of files that are the same for all who use the name.
+        budget_bytes: for everything in the folder.
+
+    Raises ValueError where the folder cannot be used or is smaller than the budget.
+    """
+
+    def __init__(self, folder: str | Path, kind: str, budget_bytes: int) -> None:
+        self.folder, self.budget_bytes = Path(folder), budget_bytes
+        self.shared = self.folder / kind
+        self.id = uuid.uuid4().hex
+        self.own = self.folder / f"holder-{budget_bytes}-{self.id}"
+        self.held: set[str] = set()
+        self._descriptors: list[int] = []
+        try:
+            self.shared.mkdir(parents=True, exist_ok=True)
+            facts = os.statvfs(self.folder)
+            self._folder_lock = self._open(self.folder)
+            with self._locked():
+                self.own.mkdir()
+                fcntl.flock(self._open(self.own), fcntl.LOCK_EX)  # for as long as the process lives
+        except OSError as error:
+            self._close_descriptors()
+            raise ValueError(
+                f"--data.cache_dir {self.folder}: {error.strerror} ({error.filename or self.folder}); name a folder in "
+                "the memory (/dev/shm) or on a disk of the node, that this user may write to"
+            ) from error
+        if facts.f_blocks * facts.f_frsize < budget_bytes:
+            self.close()
+            raise ValueError(
+                f"--data.cache_gb {budget_bytes / 1e9:g} is more than the file system of --data.cache_dir "
+                f"{self.folder} has, {facts.f_blocks * facts.f_frsize / 1e9:.3f} GB"
+            )
+        self.hold(())
+
+    def _open(self, folder: Path) -> int:
+        self._descriptors.append(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+        return self._descriptors[-1]
+
+    def _close_descriptors(self) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors = []
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        fcntl.flock(self._folder_lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._folder_lock, fcntl.LOCK_UN)
+
+    def hold(self, wanted: Sequence[tuple[str, int]]) -> tuple[list[str], list[str]]:
+        """Link the wanted files that are there, and claim room for some that are not, the most urgent first.
+
+        It ends at the first file that finds no room, and when enough is claimed: what is needed later shall not take
+        the place of what is needed before. Files that others are copying are passed over. What exceeds the budget is
+        evicted first, as far as nobody needs it.
+
+        Args:
+            wanted: names and sizes in bytes, none of them held.
+
+        Returns:
+            The names now held, and the names claimed: the caller has to `write` and then `publish` or `drop` them.
+        """
+        held: list[str] = []
+        claimed: list[str] = []
+        with self._locked():
+            look = self._look()
+            self._sort_idle(look, [name for name, _ in wanted])
+            self._make_room(look, 0)
+            share = self._free_share(look)
+            for name, size in wanted:
+                facts = look.chunks.get(name)
+                if facts is not None and facts.st_size != size:
+                    self._evict(look, str(self.shared / name), facts.st_size)  # cut by someone: it is not believed
+                    facts = None
+                if facts is None and name in look.claimed:
+                    continue
+                if facts is None or facts.st_nlink == 1:  # else it costs no room: another holder needs it too
+                    if share < size and (self.held or held or claimed):
+                        break
+                    share -= size
+                if facts is not None:
+                    os.link(self.shared / name, self.own / name)
+                    look.idle.pop(str(self.shared / name), None)
+                    held.append(name)
+                    continue
+                if len(claimed) > look.files // FILES_A_CLAIM:
+                    break
+                if not self._make_room(look, size):
+                    (self.own / "hungry").touch()
+                    break
+                with open(self._part(name), "wb") as f:
+                    f.truncate(size)
+                look.total += size
+                claimed.append(name)
+            self.held.update(held)
+        return held, claimed
+
+    def _sort_idle(self, look: _Look, wanted: list[str]) -> None:
+        """Bring what may be evicted into the order of going: released long ago; then, of the wanted, needed late."""
+        place = {str(self.shared / name): -i for i, name in enumerate(wanted)}
+        order = sorted(look.idle, key=lambda path: (path in place, place.get(path, look.idle[path][0])))
+        look.idle = {path: look.idle[path] for path in order}
+
+    def _make_room(self, look: _Look, size: int) -> bool:
+        """Evict what nobody needs until `size` more bytes fit; False if they cannot."""
+        while look.total + size > look.limit and look.idle:
+            path = next(iter(look.idle))
+            self._evict(look, path, look.idle[path][1])
+        return look.total + size <= look.limit
+
+    def _evict(self, look: _Look, path: str, size: int) -> None:
+        os.unlink(path)
+        look.idle.pop(path, None)
+        if os.path.dirname(path) == str(self.shared):
+            del look.chunks[os.path.basename(path)]
+        look.total -= size
+
+    def _free_share(self, look: _Look) -> float:
+        """Bytes that this holder may still take: without bound, unless another finds no room."""
+        if not look.hungry:
+            return math.inf
+        mine = [look.chunks[name] for name in self.held if name in look.chunks]
+        return look.limit / (1 + look.hungry) - sum(f.st_size / max(1, f.st_nlink - 1) for f in mine)
+
+    def _look(self) -> _Look:
+        """Count everything, and remove what dead holders left."""
+        look = _Look(self.budget_bytes)
+        living = {self.id}
+        with os.scandir(self.folder) as entries:
+            folders = list(entries)
+        for entry in folders:
+            if (match := _HOLDER.fullmatch(entry.name)) is None or match[2] == self.id:
+                continue
+            if _is_dead(entry.path):
+                shutil.rmtree(entry.path)
+                continue
+            living.add(match[2])
+            look.limit = min(look.limit, int(match[1]))
+            with contextlib.suppress(FileNotFoundError):
+                look.hungry += time.time() - os.stat(f"{entry.path}/hungry").st_mtime < HUNGRY_SECONDS
+        look.holders = len(living)
+        for folder in folders:
+            if _SHARED.fullmatch(folder.name) is None:
+                continue
+            same = folder.name == self.shared.name
+            with os.scandir(folder.path) as entries:
+                for entry in entries:
+                    match = _PART.fullmatch(entry.name)
+                    if match is not None and match[2] not in living:
+                        os.unlink(entry.path)
+                        continue
+                    facts = entry.stat(follow_symlinks=False)
+                    look.total += facts.st_size
+                    look.files += 1
+                    if match is not None:
+                        if same:
+                            look.claimed.add(match[1])
+                        continue
+                    if facts.st_nlink == 1:
+                        look.idle[entry.path] = facts.st_ctime_ns, facts.st_size
+                    if same:
+                        look.chunks[entry.name] = facts
+        return look
+
+    def _part(self, name: str) -> Path:
+        return self.shared / f"{name}.{self.id}.part"
+
+    def write(self, name: str, offset: int, data: bytes) -> None:
+        """Write bytes of a claimed file."""
+        with open(self._part(name), "r+b", buffering=0) as f:
+            done = 0
+            while done < len(data):
+                done += os.pwrite(f.fileno(), data[done:], offset + done)
+
+    def publish(self, name: str) -> None:
+        """Give a claimed file, now complete, its name; it is held from then on."""
+        part = self._part(name)
+        with open(part, "rb") as f:
+            os.fsync(f.fileno())
+        with self._locked():
+            os.link(part, self.own / name)
+            os.rename(part, self.shared / name)
+        self.held.add(name)
+
+    def drop(self, name: str) -> None:
+        """Give up a claimed file."""
+        self._part(name).unlink(missing_ok=True)
+
+    def release(self, name: str) -> None:
+        """Need a file no longer: it stays until its room is needed."""
+        self.held.discard(name)
+        (self.own / name).unlink()
+
+    def close(self, keep: bool = True) -> None:
+        """Release everything; without `keep` the last holder to leave removes all files."""
+        if not self._descriptors:
+            return
+        with contextlib.suppress(FileNotFoundError), self._locked():  # the folder may have been removed
+            for part in self.shared.glob(f"*.{self.id}.part"):
+                part.unlink()
+            shutil.rmtree(self.own)
+            if not keep and (look := self._look()).holders == 1:
+                for path in look.idle:
+                    os.unlink(path)
+        self.held.clear()
+        self._close_descriptors()
+
+
+def _is_dead(holder: str) -> bool:
+    descriptor = os.open(holder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(descriptor)

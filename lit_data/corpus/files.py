@@ -1,0 +1,196 @@
+"""Inputs -> the files they stand for, in a fixed order; and the cut of a list of files into parts."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from lit_data.corpus.hf_source import HubShard, parse_hub_dataset
+
+TEXT_SUFFIXES = (".txt", ".train", ".dev", ".test")  # a file is one document
+LINE_SUFFIXES = (".jsonl", ".json", ".jsonlines")  # a line is one document
+COMPRESSED = (".gz", ".zst", ".zstd")
+PARQUET = ".parquet"
+SUFFIXES = (*(s + c for s in (*TEXT_SUFFIXES, *LINE_SUFFIXES) for c in ("", *COMPRESSED)), PARQUET)
+SUPPORTED = f"{', '.join((*TEXT_SUFFIXES, *LINE_SUFFIXES))} (each also with {', '.join(COMPRESSED)}), {PARQUET}"
+
+
+@dataclass
+class ReadErrors:
+    """What was left out on the way: the number of faults and the first few, and files of other kinds in folders."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+    ignored_files: int = 0
+    ignored_first: list[str] = field(default_factory=list)
+    keep: int = 5
+
+    def add(self, message: str) -> None:
+        self.count += 1
+        if len(self.first) < self.keep:
+            self.first.append(message)
+
+    def ignore(self, file: Path) -> None:
+        self.ignored_files += 1
+        if len(self.ignored_first) < self.keep:
+            self.ignored_first.append(str(file))
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file to read, or a shard of a dataset of Hugging Face.
+
+    Attributes:
+        path: of the file; `hf:NAME@CONFIG:SPLIT` of a dataset, with `#SHARD` where it has several.
+        relative: its name relative to the input it was found under; what documents without an id are named by.
+        suffix: as written above, compression included; empty for a dataset.
+        hub: the shard, if it is one.
+    """
+
+    path: Path
+    relative: str
+    suffix: str
+    hub: HubShard | None = None
+
+    @property
+    def compression(self) -> str:
+        """`gz`, `zst`, `zstd`, or nothing."""
+        return next((c[1:] for c in COMPRESSED if self.suffix.endswith(c)), "")
+
+    @property
+    def kind(self) -> str:
+        """The suffix without the compression's."""
+        return self.suffix.removesuffix(f".{self.compression}")
+
+
+def suffix_of(path: Path) -> str | None:
+    """The supported suffix a file name ends with, or None."""
+    name = path.name.lower()
+    return next((s for s in SUFFIXES if name.endswith(s)), None)
+
+
+def list_files(inputs: Iterable[str | Path | TextFile], errors: ReadErrors | None = None) -> list[TextFile]:
+    """The files that inputs stand for, in the order given; what a folder or a pattern holds, in sorted order.
+
+    An input is a file, a folder, a pattern such as `corpus/**/*.jsonl.zst` (a path that exists is never taken for
+    one), `hf:NAME[@CONFIG][:SPLIT]`, or a TextFile, which stays as it is. Links are followed, each folder once; hidden
+    files are left out; files of other kinds in a folder are noted in `errors`.
+
+    Raises:
+        FileNotFoundError: no such path, or nothing fits a pattern.
+        ValueError: an unknown suffix, a folder without text, a dataset that can't be opened.
+    """
+    errors = errors if errors is not None else ReadErrors()
+    files: list[TextFile] = []
+    for given in inputs:
+        if isinstance(given, TextFile):
+            files.append(given)
+            continue
+        dataset = parse_hub_dataset(str(given))
+        path = Path(given)
+        if dataset is not None:
+            files.extend(TextFile(Path(s.name), s.name.removeprefix("hf:"), "", s) for s in dataset.shards())
+        elif path.is_dir():
+            files.extend(_some(_files_below(path, errors), f"{path}"))
+        elif path.exists():
+            suffix = suffix_of(path)
+            if suffix is None:
+                raise ValueError(f"{path} is of an unknown kind; text is read from {SUPPORTED}, and folders of these")
+            files.append(TextFile(path, path.name, suffix))
+        elif glob.has_magic(str(given)):
+            files.extend(_some(_files_like(str(given), errors), f"{given}"))
+        else:
+            raise FileNotFoundError(f"{path} does not exist")
+    for file in files:
+        try:
+            str(file.path).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"the file name {str(file.path)!r} is not valid UTF-8; rename the file") from None
+    return files
+
+
+def part_of_files(files: Sequence[TextFile], part: int, n_parts: int) -> list[TextFile]:
+    """The `part`-th (0-based) of `n_parts` contiguous ranges of files, of about equal size in bytes.
+
+    Depends on the files' order and sizes only; the parts in order are all the files, and none is empty. A shard of a
+    dataset, whose size is not known, counts as much as a file does in the mean.
+
+    Raises:
+        ValueError: no such part, or fewer files than parts.
+    """
+    if not 0 <= part < n_parts:
+        raise ValueError(f"part {part} of {n_parts}: parts are numbered from 0 to {n_parts - 1}")
+    if len(files) < n_parts:
+        raise ValueError(
+            f"{len(files)} files cannot be cut into {n_parts} parts; take fewer parts or cut the text into more files"
+        )
+    known = [None if file.hub else file.path.stat().st_size for file in files]
+    measured = [size for size in known if size is not None]
+    mean = max(1, sum(measured) // len(measured)) if measured else 1
+    ends = list(itertools.accumulate(mean if size is None else size for size in known))
+    cuts = [0]
+    for number in range(1, n_parts):
+        wanted = ends[-1] * number / n_parts
+        after = bisect_left(ends, wanted)  # the file in which the cut would lie; the nearer of its two ends is taken
+        before_it = ends[after - 1] if after else 0
+        nearest = after if wanted - before_it < ends[after] - wanted else after + 1
+        cuts.append(min(max(nearest, cuts[-1] + 1), len(files) - (n_parts - number)))
+    cuts.append(len(files))
+    return list(files[cuts[part] : cuts[part + 1]])
+
+
+def _some(found: list[TextFile], where: str) -> list[TextFile]:
+    if not found:
+        raise ValueError(f"{where} holds no text: none of its files ends in {SUPPORTED}")
+    return found
+
+
+def _files_below(folder: Path, errors: ReadErrors) -> list[TextFile]:
+    found: list[TextFile] = []
+    seen = {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        kept = []
+        for name in sorted(folders):  # so that of two ways to a folder always the same one is taken
+            real = os.path.realpath(os.path.join(root, name))
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                kept.append(name)
+        folders[:] = kept
+        for name in names:
+            path = Path(root, name)
+            if name.startswith("."):
+                continue
+            suffix = suffix_of(path)
+            if suffix is None:
+                errors.ignore(path)
+            else:
+                found.append(TextFile(path, path.relative_to(folder).as_posix(), suffix))
+    return sorted(found, key=lambda f: f.relative)
+
+
+def _files_like(pattern: str, errors: ReadErrors) -> list[TextFile]:
+    """What fits a pattern, each file once, named from the last folder that the pattern names in full."""
+    matches = sorted(glob.glob(pattern, recursive=True))
+    if not matches:
+        raise FileNotFoundError(f"no file fits {pattern}")
+    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), PurePosixPath(pattern).parts)
+    root = Path(*fixed)
+    found: dict[str, TextFile] = {}  # by the file that links lead to
+    for match in map(Path, matches):
+        suffix = suffix_of(match)
+        if match.is_dir():
+            below = _files_below(match, errors)
+        elif suffix is None:
+            errors.ignore(match)
+            continue
+        else:
+            below = [TextFile(match, match.name, suffix)]
+        for file in below:
+            named = TextFile(file.path, os.path.relpath(file.path, root), file.suffix)
+            found.setdefault(os.path.realpath(file.path), named)
+    return sorted(found.values(), key=lambda f: f.relative)

@@ -1,0 +1,125 @@
+"""Bytes and lines of files that may be compressed, in constant memory; a stream that was cut off is found."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+# A zstd block of 4 bytes can hold 128 KiB: what one step can give is 8 MiB. Larger saves no more than 3% of reading.
+ZSTD_CHUNK_BYTES = 256
+GZIP_CHUNK_BYTES = 1 << 16
+PIECE_BYTES = 1 << 18  # of decompressed data, from gzip
+FILE_CHUNK_BYTES = 1 << 20
+MAX_WINDOW_BYTES = 1 << 31  # archives made with `zstd --long=31` are common; the default of 2^27 refuses them
+GZIP_WINDOW_BITS = 31  # 15, and 16 more for a gzip header
+
+
+class DamagedError(Exception):
+    """A compressed stream that ends early or does not decode."""
+
+
+def chunks_of(path: Path, compression: str = "") -> Iterator[bytes]:
+    """The content of a file, decompressed (`compression`: "gz", "zst", "zstd", or "" for none).
+
+    Raises:
+        DamagedError: while iterating, after all that could be read.
+    """
+    if compression == "":
+        return _raw_chunks(path, FILE_CHUNK_BYTES)
+    return _gunzipped(path) if compression == "gz" else _unzstded(path)
+
+
+def lines_of(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Split at newlines only: a JSON string may hold other line separators of Unicode. The last may lack its own."""
+    parts: list[bytes] = []  # of the line that is not whole yet; joined once, so that long lines cost linear time
+    for chunk in chunks:
+        first, *rest = chunk.split(b"\n")
+        parts.append(first)
+        for line in rest:
+            yield b"".join(parts)
+            parts = [line]
+    last = b"".join(parts)
+    if last:
+        yield last
+
+
+def after_lines(chunks: Iterator[bytes], lines: int, name: str) -> Iterator[bytes]:
+    """What follows the first `lines` lines of the file `name`; they are counted, not parsed.
+
+    Raises:
+        ValueError: there are fewer lines than that.
+    """
+    unfinished = False
+    for chunk in chunks:
+        if lines:
+            count = chunk.count(b"\n")
+            unfinished = not chunk.endswith(b"\n")
+            if count < lines:
+                lines -= count
+                continue
+            end = -1
+            for _ in range(lines):
+                end = chunk.index(b"\n", end + 1)
+            chunk, lines = chunk[end + 1 :], 0
+        if chunk:
+            yield chunk
+    if lines > unfinished:
+        missing = lines - unfinished
+        raise ValueError(f"{name} ends {missing} lines before the place where reading was to go on: it has changed")
+
+
+def _raw_chunks(path: Path, chunk_bytes: int) -> Iterator[bytes]:
+    with open(path, "rb") as f:
+        while chunk := f.read(chunk_bytes):
+            yield chunk
+
+
+def _unzstded(path: Path) -> Iterator[bytes]:
+    """The content of a zstd file of one frame or several.
+
+    zstandard's own stream reader takes a truncated file for a short one; here the end of each frame is looked at.
+    """
+    import zstandard  # only here: training, which needs the tokenizer copy of prepare.py, reads no text
+
+    make = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj
+    frame = make()
+    started, any_frame = False, False
+    for chunk in _raw_chunks(path, ZSTD_CHUNK_BYTES):
+        while chunk:
+            started = any_frame = True
+            try:
+                data = frame.decompress(chunk)
+            except zstandard.ZstdError as error:
+                raise DamagedError(f"damaged, or no zstd file: {error}") from error
+            if data:
+                yield data
+            chunk = b""
+            if frame.eof:
+                chunk, frame, started = frame.unused_data, make(), False
+    if started or not any_frame:
+        raise DamagedError("the zstd file is truncated; copy or download it again")
+
+
+def _gunzipped(path: Path) -> Iterator[bytes]:
+    """The content of a gzip file of one member or several; zeros after the last are padding, as gzip has it."""
+    member = zlib.decompressobj(GZIP_WINDOW_BITS)
+    started, any_member = False, False
+    for chunk in _raw_chunks(path, GZIP_CHUNK_BYTES):
+        while chunk:
+            if any_member and not started:
+                chunk = chunk.lstrip(b"\0")
+                if not chunk:
+                    break
+            started = any_member = True
+            try:
+                data = member.decompress(chunk, PIECE_BYTES)
+            except zlib.error as error:
+                raise DamagedError(f"damaged, or no gzip file: {error}") from error
+            if data:
+                yield data
+            chunk = member.unconsumed_tail
+            if member.eof:
+                chunk, member, started = member.unused_data, zlib.decompressobj(GZIP_WINDOW_BITS), False
+    if started or not any_member:
+        raise DamagedError("the gzip file is truncated; copy or download it again")

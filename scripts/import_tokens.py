@@ -1,0 +1,80 @@
+"""Make a packed dataset of token files that other programs wrote.
+
+    python scripts/import_tokens.py --input megatron/corpus_text_document --tokenizer tokenizer/ --output data/train
+
+Reads Megatron's .bin/.idx (linked, not copied, where the .bin fits as it is), chunks of lit-gpt and TinyLlama
+(LITPKDS), flat .npy and .bin (with --dtype), and folders of these. Each id is checked against the vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from lit_data.foreign import FLAT_DTYPES
+from lit_data.token_import import Cutting, import_tokens
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    assert __doc__ is not None
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="files, Megatron's common prefix, folders")
+    add("--output", required=True, metavar="DIR", help="folder of the dataset; it must not exist")
+    add("--tokenizer", metavar="PATH", help="the tokenizer that made the ids: a folder or file; copied to OUTPUT")
+    add("--eos_token", metavar="TOKEN", help="the token that ends a document, where the tokenizer does not say")
+    add("--vocab_size", type=int, metavar="N", help="without --tokenizer: ids lie below it")
+    add("--eos_id", type=int, metavar="ID", help="without --tokenizer: the id that ends a document")
+    add("--dtype", choices=FLAT_DTYPES, help="of flat .bin files")
+    add(
+        "--split_at",
+        type=int,
+        metavar="ID",
+        help="the id that stands between documents in files without an index; where it is not EOS (BOS, say), it is "
+        "left out",
+    )
+    add("--document_tokens", type=int, metavar="N", help="instead, cut such files into documents of N tokens")
+    add(
+        "--across_files",
+        action="store_true",
+        help="with --split_at: a document may begin in one file and end in the next, as in legacy chunks",
+    )
+    add("--append_eos", action="store_true", help="append EOS where a document lacks it; without this, it is an error")
+    add("--copy", action="store_true", help="never link the source's files")
+    add("--shard_tokens", type=int, default=1 << 31, metavar="N", help="tokens a shard (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    try:
+        report = import_tokens(
+            args.input,
+            args.output,
+            tokenizer_path=args.tokenizer,
+            eos_token=args.eos_token,
+            vocab_size=args.vocab_size,
+            eos_id=args.eos_id,
+            dtype=args.dtype,
+            cutting=Cutting(args.split_at, args.document_tokens, args.across_files, args.append_eos),
+            copy=args.copy,
+            shard_tokens=args.shard_tokens,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    print(report.summary())
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is removed
+    sys.exit(main())

@@ -1,9 +1,9 @@
-"""Deduplication: the Bloom filter against exact hashing, the join of all hashes, the hashing of paragraphs.
+"""Deduplication measured: a Bloom filter against exact hashing, the joins of both kinds, and hashing text.
 
     python benchmarks/dedup.py --corpus PATH --paragraphs 10000000 --json FILE
 
-Each measurement runs in a process of its own, so that its peak memory is its own. The synthetic stream has one repeated
-paragraph in four, at random places before; paragraphs stand there as their hashes.
+A synthetic stream stands in for a large corpus: hashes of paragraphs of which one in four occurred before, at a random
+place. Each measurement runs in a process of its own, so that its peak of memory is its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
 import resource
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
@@ -34,79 +34,181 @@ from lit_data.corpus.paragraphs import hash_paragraphs
 from lit_data.corpus.readers import read_documents
 
 BLOCK = 1 << 16
-PARAGRAPHS_PER_DOCUMENT = 20
+DOCUMENT = 20  # paragraphs
 PARTS = 4
 
 
-def stream(paragraphs: int, seed: int = 0) -> Iterator[list[bytes]]:
-    """Hashes of 16 bytes in blocks; a quarter of them occurred before."""
-    rng = np.random.default_rng(seed)
-    made = 0  # different ones
+def stream(paragraphs: int) -> Iterator[tuple[list[bytes], npt.NDArray[np.bool_]]]:
+    """Hashes in blocks, and which of them occurred before."""
+    rng = np.random.default_rng(0)
+    different = 0
     for start in range(0, paragraphs, BLOCK):
         n = min(BLOCK, paragraphs - start)
-        repeated = (rng.random(n) < 0.25) & (made > 0)
-        numbers = np.where(repeated, rng.integers(0, max(made, 1), n), made + np.cumsum(~repeated) - 1)
-        made += int((~repeated).sum())
-        yield scramble(numbers)
+        repeated = (rng.random(n) < 0.25) & (different > 0)
+        old = rng.integers(0, max(different, 1), n)
+        numbers = np.where(repeated, old, different + np.cumsum(~repeated) - 1)
+        different += int((~repeated).sum())
+        yield hashes_of(numbers), repeated
 
 
-def scramble(numbers: np.ndarray[Any, Any]) -> list[bytes]:
-    """Different hashes for different numbers: two rounds of splitmix64's finaliser."""
+def hashes_of(numbers: npt.NDArray[np.int64]) -> list[bytes]:
+    """16 bytes each, different for different numbers: splitmix64 (Steele et al., 2014) from two starting points."""
     words = np.empty((len(numbers), 2), np.uint64)
-    for column, salt in enumerate((0x9E3779B97F4A7C15, 0xD1B54A32D192ED03)):
-        x = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(salt)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    for column, begin in enumerate((1, 1 << 62)):
+        x = (numbers.astype(np.uint64) + np.uint64(begin)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         words[:, column] = x ^ (x >> np.uint64(31))
     data = words.tobytes()
     return [data[i : i + 16] for i in range(0, len(data), 16)]
 
 
+def peak_bytes() -> int:
+    """Of this process's resident memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def measure_bloom(paragraphs: int, rate: float) -> dict[str, Any]:
-    """The filter over the stream, beside a set of all hashes that knows the truth."""
-    different = sum(len(block) for block in stream(paragraphs)) - count_repeated(paragraphs)
-    before = resident_bytes()
+    """A filter made for what the stream holds."""
+    different = sum(int((~repeated).sum()) for _, repeated in stream(paragraphs))
+    before = peak_bytes()
     bloom = BloomDedup(different, rate)
-    seconds = 0.0
-    truth: set[bytes] = set()
-    wrong = missed = new = 0
-    for block in stream(paragraphs):
+    seconds, wrong, missed = 0.0, 0, 0
+    for hashes, repeated in stream(paragraphs):
         began = time.perf_counter()
-        answers = [bloom.seen(h) for h in block]
+        answers = np.array([bloom.seen(h) for h in hashes])
         seconds += time.perf_counter() - began
-        for h, seen in zip(block, answers, strict=True):
-            known = h in truth
-            new += not known
-            wrong += seen and not known
-            missed += known and not seen
-            truth.add(h)
-    # Paragraphs that never came, asked of the full filter: each added one fills it by less than a part in a million.
-    trials = 100_000
-    fresh = scramble(np.arange(trials) + 2**40)
-    wrong_when_full = sum(bloom.seen(h) for h in fresh)
-    k, n = bloom.n_hashes, different
-    steps = np.linspace(0, n, 1001)[:-1] + n / 2000
+        wrong += int((answers & ~repeated).sum())
+        missed += int((repeated & ~answers).sum())
+    trials = min(100_000, max(1, different // 50))  # what is asked is added: few, so as not to fill it further
+    wrong_when_full = sum(bloom.seen(h) for h in hashes_of(np.arange(trials) + (1 << 40)))
+    middles = (np.arange(1000) + 0.5) / 1000 * different
+    full = bloom_rate(different, bloom.size_bytes, bloom.n_hashes)
     return {
-        "paragraphs": paragraphs,
-        "different": different,
+        "different_paragraphs": different,
         "missed": missed,
-        "false_positives": wrong / new,
-        "false_positives_computed": float(np.mean([bloom_rate(s, bloom.size_bytes, k) for s in steps])),
-        "false_positives_full": wrong_when_full / trials,
-        "false_positives_full_computed": bloom_rate(n, bloom.size_bytes, k),
-        "standard_error_full": math.sqrt(rate / trials),
-        "bytes_computed": bloom_bytes(different, rate),
-        "bytes_grown": resident_bytes() - before - sys.getsizeof(truth) - len(truth) * sys.getsizeof(bytes(16)),
+        "false_positive_rate_over_the_pass": wrong / different,
+        "computed_over_the_pass": float(np.mean([bloom_rate(m, bloom.size_bytes, bloom.n_hashes) for m in middles])),
+        "false_positive_rate_when_full": wrong_when_full / trials,
+        "computed_when_full": full,
+        "standard_error_when_full": math.sqrt(full / trials),
+        "memory_mb": (peak_bytes() - before) / 1e6,
+        "computed_memory_mb": bloom_bytes(different, rate) / 1e6,
         "million_paragraphs_per_s": paragraphs / seconds / 1e6,
     }
 
 
-def count_repeated(paragraphs: int) -> int:
-    """Paragraphs of the stream that occurred before."""
-    truth: set[bytes] = set()
-    repeated = 0
-    for block in stream(paragraphs):
-        for h in block:
-            repeated += h in truth
-            truth.add(h)
-    return repeated
+def measure_exact(paragraphs: int, memory_bytes: int) -> dict[str, Any]:
+    """The join of all hashes, in parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        hash_files, outputs = ([Path(folder, f"{kind}-{p}.parquet") for p in range(PARTS)] for kind in ("in", "out"))
+        began = time.perf_counter()
+        writers = [HashWriter(path) for path in hash_files]
+        place, expected = 0, 0
+        for hashes, repeated in stream(paragraphs):
+            expected += int(repeated.sum())
+            for i in range(0, len(hashes), DOCUMENT):
+                writers[place * PARTS // paragraphs].add(place // DOCUMENT, hashes[i : i + DOCUMENT])
+                place += len(hashes[i : i + DOCUMENT])
+        for writer in writers:
+            writer.close()
+        written, before = time.perf_counter(), peak_bytes()
+        counts = find_duplicates(hash_files, outputs, memory_bytes=memory_bytes, temporary=Path(folder))
+        seconds = time.perf_counter() - written
+        assert (counts.paragraphs, counts.duplicates) == (paragraphs, expected)
+        return {
+            "duplicates": counts.duplicates,
+            "write_s": written - began,
+            "bytes_a_paragraph_on_disk": sum(p.stat().st_size for p in hash_files) / paragraphs,
+            "join_s": seconds,
+            "memory_limit_mb": memory_bytes / 1e6,
+            "peak_memory_mb": peak_bytes() / 1e6,
+            "peak_memory_before_the_join_mb": before / 1e6,
+        }
+
+
+def measure_near(documents: int, memory_bytes: int) -> dict[str, Any]:
+    """The join and pass over random signatures, one in four a near copy of an earlier one (115 of 128 values)."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        made = rng.integers(0, 1 << 32, (documents, 128), dtype=np.uint32)
+        copies = np.flatnonzero(rng.random(documents) < 0.25)[1:]
+        for copy in copies:
+            made[copy] = made[rng.integers(0, copy)]
+            made[copy, rng.choice(128, 13, replace=False)] += np.uint32(1)
+        writer = SignatureWriter(Path(folder, "in.parquet"))
+        for number, signature in enumerate(made):
+            writer.add(number, signature)
+        writer.close()
+        began = time.perf_counter()
+        counts = find_near_duplicates(
+            [Path(folder, "in.parquet")],
+            [Path(folder, "out.parquet")],
+            threshold=0.8,
+            memory_bytes=memory_bytes,
+            temporary=Path(folder),
+        )
+        return {
+            "documents": documents,
+            "copies": len(copies),
+            "candidates": counts.candidates,
+            "duplicates": counts.duplicates,
+            "join_s": time.perf_counter() - began,
+            "memory_limit_mb": memory_bytes / 1e6,
+            "peak_memory_mb": peak_bytes() / 1e6,
+            "of_which_signatures_mb": made.nbytes / 1e6,
+        }
+
+
+def measure_text(corpus: str, documents: int, min_characters: int) -> dict[str, Any]:
+    """Hashing the paragraphs of text, and its MinHash signatures, in one thread."""
+    texts = [document.text for document in islice(read_documents([corpus]), documents)]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    facts: dict[str, Any] = {"documents": len(texts), "megabytes": megabytes}
+    work: dict[str, Callable[[str], object]] = {
+        "hash_paragraphs": lambda text: hash_paragraphs(text, min_characters),
+        "signatures": signatures,
+    }
+    for name, function in work.items():
+        seconds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            for text in texts:
+                function(text)
+            seconds.append(time.perf_counter() - began)
+        facts[f"{name}_mb_per_s"] = megabytes / min(seconds)
+    return facts
+
+
+def main() -> None:
+    """Run all, print and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--corpus", help="text to hash, as scripts/prepare_data.py reads it; left out without it")
+    parser.add_argument("--documents", type=int, default=500, help="of the corpus")
+    parser.add_argument("--paragraphs", type=int, default=10_000_000, help="of the synthetic stream")
+    parser.add_argument("--signatures", type=int, default=200_000, help="of the synthetic documents")
+    parser.add_argument("--false_positives", type=float, default=0.001)
+    parser.add_argument("--memory_mb", type=int, default=512, help="DuckDB's limit in the joins")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    args = parser.parse_args()
+    memory_bytes = args.memory_mb * 1_000_000
+    tasks: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
+        "bloom": (measure_bloom, (args.paragraphs, args.false_positives)),
+        "exact": (measure_exact, (args.paragraphs, memory_bytes)),
+        "near": (measure_near, (args.signatures, memory_bytes)),
+    }
+    if args.corpus:
+        tasks["text"] = (measure_text, (args.corpus, args.documents, 50))
+    results = {}
+    for name, (function, arguments) in tasks.items():
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            results[name] = process.apply(function, arguments)
+        print(name)
+        for key, value in results[name].items():
+            print(f"  {key.replace('_', ' ')}: {value if isinstance(value, int) else f'{value:.6g}'}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"arguments": vars(args) | {"json": str(args.json)}} | results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

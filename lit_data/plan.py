@@ -115,8 +115,8 @@ def _check(s: Settings) -> None:
             raise ValueError(f"--dedup bloom needs one ordered pass; --parts {s.parts} needs --dedup exact")
         if s.bloom_paragraphs < 1:
             raise ValueError("--dedup bloom needs --bloom_paragraphs N, the number of paragraphs expected")
-        if not 0 < s.bloom_false_positives < 1:
-            raise ValueError(f"--bloom_false_positives {s.bloom_false_positives}: give a share between 0 and 1")
+        if not 0 < s.bloom_false_positives < 0.5:
+            raise ValueError(f"--bloom_false_positives {s.bloom_false_positives}: give a share between 0 and 0.5")
 
 
 @dataclass

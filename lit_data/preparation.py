@@ -335,6 +335,13 @@ class Preparation:
             errors.count += progress.errors.count - len(progress.errors.first)
         return report, errors
 
+    def bloom_rate(self) -> float | None:
+        """The share of new paragraphs that looked old to the Bloom filter at the end; None without one."""
+        state = _Progress.read(self.part_folder(0) / "encode.json").state
+        assert state is not None
+        rate: float | None = state.get("bloom_rate")
+        return rate
+
     def counts(self) -> dict[str, dict[str, int]]:
         """Documents, tokens and bytes of each side."""
         if not self.options.dry_run:
@@ -477,6 +484,8 @@ class _EncodeSink:
         if done:
             for writer in self.writers.values():
                 writer.finish()
+            if self.bloom is not None:
+                state["bloom_rate"] = self.bloom.rate()
             return state
         state["sides"] = {side: writer.state() for side, writer in self.writers.items()}
         if self.bloom is not None:

@@ -8,7 +8,6 @@ from there when it is called again.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import os
 import shutil
@@ -25,24 +24,14 @@ from lit_data.corpus.readers import OnError, ReadErrors
 from lit_data.packed import MANIFEST, remove_rows, sync_file, write_json
 from lit_data.plan import PLAN, FolderLock, Plan, Settings, open_work, strings
 from lit_data.preparation import Options, Preparation, in_validation
-from lit_data.tokenizer import Tokenizer, open_tokenizer
+from lit_data.tokenizer_files import save_tokenizer
 from lit_data.treatment import Report
 
-__all__ = ["PrepareReport", "available_cores", "copy_tokenizer", "in_validation", "prepare", "run_stage"]
+__all__ = ["PrepareReport", "available_cores", "in_validation", "prepare", "run_stage"]
 
 Stage = Literal["hash", "join", "encode", "merge"]
 
 ASSEMBLED = "assembled.json"  # written when the output is whole in the working folder and only to be renamed
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "*.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.*",
-)
 
 
 @dataclass
@@ -64,6 +53,7 @@ class PrepareReport:
         errors: documents that could not be read (with on_error="skip"), and files of other kinds.
         seconds: of this call.
         resumed: whether an earlier call had done a part of it.
+        bloom_rate: share of new paragraphs that looked old to the Bloom filter at the end.
     """
 
     output: Path
@@ -74,6 +64,7 @@ class PrepareReport:
     seconds: float = 0.0
     dry_run: bool = False
     resumed: bool = False
+    bloom_rate: float | None = None
 
     @property
     def empty_documents(self) -> int:
@@ -106,6 +97,10 @@ class PrepareReport:
             lines.append(f"  files of other kinds, not read: {self.errors.ignored_files:,} ({names}{more})")
         for stage in self.treatment.stages.values():
             lines.extend(f"  {line}" for line in stage.summary().splitlines())
+        if self.bloom_rate is not None:
+            lines.append(
+                f"  Bloom filter: at the end it took about {self.bloom_rate:.2e} of new paragraphs for old ones"
+            )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -266,6 +261,7 @@ def _report(preparation: Preparation, output: Path, began: float, resumed: bool)
     options = preparation.options
     seconds = time.monotonic() - began
     report = PrepareReport(output, sides, treatment, errors, options.workers, seconds, options.dry_run, resumed)
+    report.bloom_rate = preparation.bloom_rate()
     _check_sides(report, preparation.settings)
     never_seen = [m for m in preparation.settings.metadata if m not in treatment.fields]
     if never_seen:
@@ -339,12 +335,10 @@ def _assemble(preparation: Preparation, report: PrepareReport) -> Path:
         if folder.parent != target:
             remove_rows(folder)
             os.rename(folder, target / side)
-    tokenizer = preparation.plan.tokenizer
     for path in (target / "tokenizer", *target.glob(".*")):  # hidden: what a killed call was writing
         if path.is_dir():
             shutil.rmtree(path)
-    _copy_files(tokenizer.files, target / "tokenizer")
-    _name_eos(target / "tokenizer", tokenizer)
+    save_tokenizer(preparation.plan.tokenizer, target / "tokenizer")
     write_json(target / "report.json", report.to_dict())
     sync_file(target)
     write_json(preparation.work / ASSEMBLED, {})
@@ -371,50 +365,3 @@ def _publish(target: Path, output: Path) -> None:
 def available_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def copy_tokenizer(source_folder: str | Path, target_folder: str | Path) -> None:
-    """Copy a tokenizer's files (and no others, such as weights) to a new folder, which appears whole or not at all."""
-    source = Path(source_folder)
-    if not source.is_dir():
-        raise FileNotFoundError(f"{source} is no folder of a tokenizer")
-    files = [f for f in sorted(source.iterdir()) if f.is_file() and _is_tokenizer_file(f)]
-    if not files:
-        raise ValueError(f"{source} holds no tokenizer: none of its files is named like {', '.join(TOKENIZER_FILES)}")
-    _copy_files(files, Path(target_folder))
-
-
-def _is_tokenizer_file(file: Path) -> bool:
-    return any(fnmatch.fnmatch(file.name, pattern) for pattern in TOKENIZER_FILES)
-
-
-def _copy_files(files: Sequence[Path], target: Path) -> None:
-    if target.exists():
-        raise ValueError(f"{target} exists already; remove it or choose another folder")
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        for file in files:
-            # A tokenizer.json that was given under another name would not be found in a folder.
-            name = "tokenizer.json" if file.suffix == ".json" and not _is_tokenizer_file(file) else file.name
-            shutil.copyfile(file, temporary / name)
-            sync_file(temporary / name)
-        sync_file(temporary)
-        os.rename(temporary, target)
-        sync_file(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _name_eos(folder: Path, tokenizer: Tokenizer) -> None:
-    """Have a copied tokenizer say by itself which token ends a document, where it did not (--eos_token)."""
-    with contextlib.suppress(ValueError):
-        if open_tokenizer(folder).eos_id == tokenizer.eos_id:
-            return
-    path = folder / "tokenizer_config.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps(content | {"eos_token": tokenizer.eos_token}, indent=1, ensure_ascii=False), "utf-8")
-    sync_file(path)
-    copied = open_tokenizer(folder)
-    assert (copied.eos_id, copied.fingerprint) == (tokenizer.eos_id, tokenizer.fingerprint), f"{folder} is no true copy"

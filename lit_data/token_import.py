@@ -5,7 +5,6 @@ are. The folder is built under a temporary name and appears when it is whole.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -48,6 +47,7 @@ from lit_data.packed import (
     write_json,
 )
 from lit_data.tokenizer import Tokenizer, open_tokenizer
+from lit_data.tokenizer_files import save_tokenizer
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def import_tokens(
         else:
             manifest = importer.convert(temporary, output, source, shard_tokens)
         if target.tokenizer is not None:
-            _copy_tokenizer(target.tokenizer, temporary / "tokenizer", eos_token)
+            save_tokenizer(target.tokenizer, temporary / "tokenizer")
         sync_file(temporary)
         os.rename(temporary, output)
         sync_file(output.parent)
@@ -364,18 +364,3 @@ def _write_index(path: Path, lengths: npt.NDArray[np.int32], dtype: np.dtype[Any
         f.write(lengths.tobytes())
         f.write(((ends - lengths) * dtype.itemsize).tobytes())
         f.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
-
-
-def _copy_tokenizer(tokenizer: Tokenizer, folder: Path, eos_token: str | None) -> None:
-    """A copy beside the tokens, which says by itself which token ends a document."""
-    folder.mkdir()
-    for file in tokenizer.files:
-        # A tokenizer.json that was given under another name would not be found in a folder.
-        copied = folder / ("tokenizer.json" if file == tokenizer.path and file.suffix == ".json" else file.name)
-        shutil.copyfile(file, copied)
-        sync_file(copied)
-    if eos_token is not None:
-        path = folder / "tokenizer_config.json"
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        write_json(path, content | {"eos_token": eos_token})
-    sync_file(folder)

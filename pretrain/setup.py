@@ -28,7 +28,7 @@ from lit_data.mixture import Mixture, phase_list
 from lit_data.order import Order, Segment, first_sample_of_step
 from lit_data.packed import PackedDataset
 from lit_data.packing import Rows, open_rows
-from lit_data.prepare import copy_tokenizer
+from lit_data.tokenizer_files import copy_tokenizer
 from lit_data.trace import describe_order, write_order
 from lit_model.config import ModelConfig
 from lit_model.init import copy_slice, initialise

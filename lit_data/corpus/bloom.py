@@ -35,8 +35,8 @@ class BloomDedup:
 
     Args:
         expected_paragraphs: different ones, that is.
-        false_positive_rate: at that number, below 0.5. The number of hash functions is rounded down, so that it is up to a tenth
-            higher (0.00102 for 0.001).
+        false_positive_rate: at that number, below 0.5. The number of hash functions is rounded down, which makes the
+            rate a little higher (0.00102 for 0.001, 0.33 for 0.3).
         path: a filter saved before, to go on with.
 
     Raises:

@@ -136,15 +136,16 @@ def find_near_duplicates(
     outputs: Sequence[Path],
     *,
     threshold: float,
-    memory_bytes: int = 1 << 30,
-    temporary: Path | None = None,
+    memory_bytes: int,
+    temporary: Path,
     bands: int | None = None,
 ) -> NearDuplicateCounts:
     """Go through the corpus and drop each document that is nearly the same as an earlier kept one.
 
     Only documents that share a band with another are looked at; DuckDB finds them out of core, band by band, in
-    a folder of `temporary`, which is removed at the end (8 bytes a document and band). The pass itself holds
-    those kept documents that share a band with a later one, about 1 KB each, from the first to the last of the band.
+    `temporary`/find-near-duplicates, which is removed at the end (8 bytes a document and band). The pass itself holds
+    those kept documents that share a band with a later one, from the first to the last of the band: about 1 KB each and
+    150 bytes more for each such band. That is the one thing here that grows with the corpus.
 
     Args:
         signature_files: of the whole corpus, in its order.
@@ -153,7 +154,7 @@ def find_near_duplicates(
             file in `signature_files`.
         threshold: of the estimated similarity, above 0, at most 1.
         memory_bytes: DuckDB's limit.
-        temporary: an existing folder, by default that of the first output; one join at a time may use it.
+        temporary: an existing folder; one join at a time may use it.
         bands: a divisor of the number of permutations; see `choose_bands`. More find more and cost more.
 
     Raises:
@@ -167,7 +168,7 @@ def find_near_duplicates(
     bands = choose_bands(permutations, threshold) if bands is None else bands
     if bands < 1 or permutations % bands:
         raise ValueError(f"{bands} bands: the {permutations} values of a signature can't be cut into so many")
-    scratch = (temporary or outputs[0].parent) / "find-near-duplicates"
+    scratch = temporary / "find-near-duplicates"
     with open_duckdb(scratch, memory_bytes) as database:
         documents = _write_bands(signature_files, bands, scratch / "bands.parquet")
         table = f"read_parquet({quoted(scratch / 'bands.parquet')})"

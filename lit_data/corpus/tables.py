@@ -67,7 +67,7 @@ def open_duckdb(scratch: Path, memory_bytes: int) -> Iterator[Any]:
 
     Args:
         scratch: what a killed run left there is removed first.
-        memory_bytes: DuckDB's limit; the process needs about 100 MB besides.
+        memory_bytes: DuckDB's limit; the process needs about 200 MB besides.
 
     Raises:
         ValueError: too little memory, duckdb is not installed, or DuckDB ran out of memory or disk.

@@ -292,7 +292,7 @@ def test_what_a_holder_needs_is_not_evicted(
     per_chunk = CHUNK // 2
     two = np.asarray([0, per_chunk], dtype=np.int64)
     first.follow(iter([(two, two + ROW)]))
-    until(lambda: first.staged_rows)
+    until(lambda: first.staged_rows == 2)
     read(first, 0, ROW)  # mapped; the other one is only held
     mine = {p.name: p.stat().st_ino for p in shared_chunks(tmp_path)}
     assert len(mine) == 2

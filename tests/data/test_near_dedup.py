@@ -188,11 +188,11 @@ def test_the_bands_are_the_fewest_that_find_the_threshold(threshold: float) -> N
 def test_documents_are_looked_up_in_order(tmp_path: Path) -> None:
     path, output = tmp_path / "s.parquet", tmp_path / "n.parquet"
     writer = SignatureWriter(path)
-    for number, text in [(0, "a"), (4, "b"), (5, "a"), (9, "b"), (11, "c")]:
+    for number, text in [(0, "a"), (4, "b"), (5, "b"), (9, "a"), (11, "c")]:
         writer.add(number, signatures(text))
     writer.close()
     writer.abandon()  # does nothing now
-    find_near_duplicates([path], [output], threshold=0.9)
+    find_near_duplicates([path], [output], threshold=0.9, memory_bytes=MEMORY, temporary=tmp_path)
     for asked in (range(13), [5, 9], [9], [12]):
         near = NearDuplicates(output)
         assert [near.of(n) for n in asked] == [1.0 if n in (5, 9) else None for n in asked]
@@ -203,14 +203,25 @@ def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for path, permutations in zip(files, (128, 64), strict=True):
         SignatureWriter(path, permutations).close()
     outputs = [tmp_path / "c", tmp_path / "d"]
+
+    def find(n_files: int, threshold: float, bands: int | None = None) -> NearDuplicateCounts:
+        return find_near_duplicates(
+            files[:n_files],
+            outputs[:n_files],
+            threshold=threshold,
+            bands=bands,
+            memory_bytes=MEMORY,
+            temporary=tmp_path,
+        )
+
     for threshold in (0.0, 1.1):
         with pytest.raises(ValueError, match=f"--near_dedup {threshold}"):
-            find_near_duplicates(files, outputs, threshold=threshold)
+            find(2, threshold)
     with pytest.raises(ValueError, match="b.parquet.*another number of permutations.*a.parquet"):
-        find_near_duplicates(files, outputs, threshold=0.8)
+        find(2, 0.8)
     with pytest.raises(ValueError, match="7 bands: the 128 values"):
-        find_near_duplicates(files[:1], outputs[:1], threshold=0.8, bands=7)
-    assert find_near_duplicates(files[:1], outputs[:1], threshold=0.8) == NearDuplicateCounts(0, 0, 0)
+        find(1, 0.8, bands=7)
+    assert find(1, 0.8) == NearDuplicateCounts(0, 0, 0)
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(ValueError, match=r"rensa: pip install 'llammlein\[data\]'"):
         signatures("text")

@@ -17,8 +17,9 @@ from lit_data import prepare as prepare_module
 from lit_data.executors import run_on_executors
 from lit_data.packed import PackedDataset
 from lit_data.plan import FolderLock
-from lit_data.prepare import copy_tokenizer, in_validation, prepare, run_stage, work_folder
+from lit_data.prepare import in_validation, prepare, run_stage, work_folder
 from lit_data.tokenizer import open_tokenizer
+from lit_data.tokenizer_files import copy_tokenizer
 
 TEXT = "der die das Haus und ein Garten mit vielen Bäumen steht am Fluss wo die Vögel singen"
 WORDS = TEXT.split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,3 +108,46 @@ def test_a_signal_leaves_nothing(tmp_path, tokenizer_file, number, code):
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in stderr
     assert [p.name for p in tmp_path.iterdir()] == ["endless.txt"]
+
+
+def test_a_full_disk_is_named_and_the_preparation_goes_on(tmp_path, tokenizer_file):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(small)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        lines = [json.dumps({"id": f"{i}", "text": f"Zeile {i} " * 50}) for i in range(600)]
+        (tmp_path / "x.jsonl").write_text("\n".join(lines) + "\n")
+        command = ["--input", "x.jsonl", "--tokenizer", tokenizer_file, "--eos_token", "[ENDE]", "--workers", 1,
+                   "--commit_seconds", 0]  # fmt: skip
+        done = call(*command, "--output", "small/out", cwd=tmp_path)
+        assert done.returncode == 2 and "No space left on device" in done.stderr, done.stderr
+        assert "the same command goes on with it" in done.stderr and not (small / "out").exists()
+        subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
+        done = call(*command, "--output", "small/out", cwd=tmp_path)
+        assert done.returncode == 0 and "the rest was done before" in done.stdout, done.stderr
+        assert call(*command, "--output", "whole", cwd=tmp_path).returncode == 0
+        for name in ("data-00000.bin", "data-00000.idx", "data-00000.docs.parquet", "manifest.json"):
+            assert (small / "out" / "train" / name).read_bytes() == (tmp_path / "whole" / "train" / name).read_bytes()
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_stages_by_hand(tmp_path, tokenizer_file):
+    """A scheduler of one's own calls each stage; the flags are the same in all calls."""
+    for number in range(3):
+        lines = [json.dumps({"text": f"Absatz {i % 7} der Datei\nZeile {number} {i}"}) for i in range(20)]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
+    common = ["--input", "*.jsonl", "--tokenizer", tokenizer_file, "--eos_token", "[ENDE]", "--workers", 1,
+              "--dedup", "exact", "--dedup_min_characters", 3]  # fmt: skip
+    for stage, part in (("hash", 0), ("hash", 1), ("join", 0), ("encode", 0), ("encode", 1), ("merge", 0)):
+        flags = ["--stage", stage, "--part", part, "--parts", 2, "--output", "parts"]
+        done = call(*common, *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "60 documents" in done.stdout and "seen before" in done.stdout
+    assert call(*common, "--output", "one", cwd=tmp_path).returncode == 0
+    for name in ("data-00000.bin", "manifest.json"):
+        assert (tmp_path / "parts" / "train" / name).read_bytes() == (tmp_path / "one" / "train" / name).read_bytes()
+    refused = call(*common, "--output", "two", "--stage", "join", "--executor", "local", cwd=tmp_path)
+    assert refused.returncode == 2 and "exclude each other" in refused.stderr

@@ -1,0 +1,77 @@
+"""Copies of a tokenizer's files: beside the data made with it, beside a run, beside an exported model."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_data.packed import sync_file, write_json
+from lit_data.tokenizer import Tokenizer, open_tokenizer
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "*.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.*",
+)
+
+
+def copy_tokenizer(source_folder: str | Path, target_folder: str | Path) -> None:
+    """Copy a tokenizer's files (and no others, such as weights) to a new folder, which appears whole or not at all."""
+    source = Path(source_folder)
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is no folder of a tokenizer")
+    files = [f for f in sorted(source.iterdir()) if f.is_file() and _is_tokenizer_file(f)]
+    if not files:
+        raise ValueError(f"{source} holds no tokenizer: none of its files is named like {', '.join(TOKENIZER_FILES)}")
+    _copy_files(files, Path(target_folder))
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Copy an opened tokenizer's files to a new folder; the copy says by itself which token ends a document."""
+    _copy_files(tokenizer.files, folder)
+    _name_eos(folder, tokenizer)
+
+
+def _is_tokenizer_file(file: Path) -> bool:
+    return any(fnmatch.fnmatch(file.name, pattern) for pattern in TOKENIZER_FILES)
+
+
+def _copy_files(files: Sequence[Path], target: Path) -> None:
+    if target.exists():
+        raise ValueError(f"{target} exists already; remove it or choose another folder")
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        for file in files:
+            # A tokenizer.json that was given under another name would not be found in a folder.
+            name = "tokenizer.json" if file.suffix == ".json" and not _is_tokenizer_file(file) else file.name
+            shutil.copyfile(file, temporary / name)
+            sync_file(temporary / name)
+        sync_file(temporary)
+        os.rename(temporary, target)
+        sync_file(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _name_eos(folder: Path, tokenizer: Tokenizer) -> None:
+    """Have a copied tokenizer say by itself which token ends a document, where it did not (--eos_token)."""
+    with contextlib.suppress(ValueError):
+        if open_tokenizer(folder).eos_id == tokenizer.eos_id:
+            return
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, content | {"eos_token": tokenizer.eos_token})
+    copied = open_tokenizer(folder)
+    assert (copied.eos_id, copied.fingerprint) == (tokenizer.eos_id, tokenizer.fingerprint), f"{folder} is no true copy"

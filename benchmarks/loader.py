@@ -5,8 +5,9 @@
 The corpus is prepared once; all read the same tokens, in rows of 2048, 8 rows a batch, each in a process of its own
 with one thread of torch; the rounds alternate. `gather` copies rows from random places of the map into a new int64
 tensor: inputs only, no documents; `gather-targets` the targets too, into a second one. Ours delivers inputs, targets,
-document boundaries and the record's spans, all shuffled. It is measured reading in the caller's thread, with a thread of its own (which a training step hides), and
-with the record's hashes, which the record's thread computes. Ratios are medians over the rounds.
+document boundaries and the record's spans, all shuffled. It is measured reading in the caller's thread, with a thread
+of its own (which a training step hides), and with the record's hashes, which the record's thread computes. Ratios are
+medians over the rounds.
 
 Peers are looked for in the Python given by --peer NAME=PYTHON: NAME is one of them, or anything for all; a missing one
 is a skipped row. Also: milliseconds from an opened dataset to its first batch, and to a batch in the middle of a run,

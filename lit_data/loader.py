@@ -13,7 +13,6 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -384,6 +383,7 @@ class Loader:
         self.rows, self.mixture, self.layout, self.segments = list(rows), mixture, layout, tuple(segments)
         self.end_sample, self.prefetch_steps, self.caches, self.mock = end_sample, prefetch_steps, caches, mock
         self._reader = _Reader(self.rows, caches, pin_memory)
+        self._done = 0  # steps before this one were read
 
     def read_step(self, step: int) -> StepData:
         """Read one step now: a pure function of its number."""
@@ -416,12 +416,19 @@ class Loader:
                     continue
 
         def read() -> None:
+            some: list[StepData] = []
+            size = 1  # the first step comes at once
             try:
-                size = 1  # the first step comes at once
-                while (some := list(islice(steps, size))) and not stop.is_set():
-                    put(some)
-                    size = min(2 * size, group)
-            except BaseException as error:  # handed to the consumer, which raises it
+                for data in steps:
+                    some.append(data)
+                    if len(some) >= size:
+                        put(some)
+                        some, size = [], min(2 * size, group)
+                    if stop.is_set():
+                        return
+                put(some)
+            except BaseException as error:  # handed to the consumer, which raises it after the steps before
+                put(some)
                 put(error)
 
         thread = threading.Thread(target=read, name="llammlein-loader", daemon=True)
@@ -440,11 +447,13 @@ class Loader:
 
     def _read_steps(self, first_step: int, last_step: int) -> Iterator[StepData]:
         """Steps in order; planned together, and announced to the caches."""
+        self._done = first_step
         counts = self._follow(first_step, last_step)
         for begin, end in self._stretches(first_step, last_step):
             plan = self._plan(begin, end)
             for step in range(begin, end):
                 yield self._read(plan, step, step - begin, end - begin)
+                self._done = step + 1
                 for cache, count in zip(self.caches or (), counts, strict=True):
                     if (rows := count.pop(step, None)) is not None:
                         cache.used(rows)
@@ -516,4 +525,7 @@ class Loader:
             ends = total + np.cumsum(np.bincount(step, minlength=end - begin))
             total = int(ends[-1])
             counts.update(zip(range(begin, end), ends.tolist(), strict=True))
+            done = min(self._done, end)
+            if done > begin and self.caches is not None:  # the reader was faster: what it needed is over
+                self.caches[dataset].used(int(ends[done - begin - 1]))
             yield starts, stops

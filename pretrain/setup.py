@@ -576,7 +576,13 @@ def open_caches(args: RunArgs, data: Data) -> list[ShardCache] | None:
     """A cache before each dataset, in one folder with one budget; None without --data.cache_dir."""
     if args.data.cache_dir is None:
         return None
-    return [ShardCache(d, args.data.cache_dir, int(args.data.cache_gb * 1e9)) for d in data.train]
+    budget, chunks = int(args.data.cache_gb * 1e9), []
+    for dataset in data.train:
+        # A block that spans several chunks is read without much of its neighbours.
+        block_bytes = args.data.shuffle_block_rows * data.block_size * dataset.dtype.itemsize
+        chunks.append(min(16 << 20, max(1 << 20, block_bytes // 4)) if block_bytes else 16 << 20)
+    folder = args.data.cache_dir
+    return [ShardCache(d, folder, budget, chunk_bytes=c) for d, c in zip(data.train, chunks, strict=True)]
 
 
 def prepare_folder(run: Run) -> None:

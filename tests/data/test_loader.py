@@ -215,7 +215,7 @@ def test_a_step_holds_the_same_samples_for_every_world_size(tmp_path):
 
 
 def same(a, b) -> bool:
-    tensors = all(x.equal(y) for x, y in zip((a.tokens, a.targets, a.cu_seqlens), (b.tokens, b.targets, b.cu_seqlens)))
+    tensors = all(getattr(a, name).equal(getattr(b, name)) for name in ("tokens", "targets", "cu_seqlens"))
     spans = all(np.array_equal(x, y) for x, y in zip(vars(a.spans).values(), vars(b.spans).values(), strict=True))
     return tensors and spans and (a.n_targets, a.n_inputs) == (b.n_targets, b.n_inputs)
 

@@ -10,8 +10,11 @@ hard to compress as real ones. Before each command the files are dropped from th
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.metadata
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -304,7 +307,13 @@ def main() -> int:
             flush=True,
         )
     if args.json is not None:
-        args.json.write_text(json.dumps({"made": facts, "answers": answers}, indent=1))
+        about = {
+            "date": datetime.date.today().isoformat(),
+            "command": f"python benchmarks/record.py --rows {args.rows} --dir DIR",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "versions": {p: importlib.metadata.version(p) for p in ("pyarrow", "duckdb", "numpy")},
+        }
+        args.json.write_text(json.dumps({**about, "made": facts, "answers": answers}, indent=1) + "\n")
     return 0
 
 

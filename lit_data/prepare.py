@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_data.corpus.cleaners import open_cleaner
-from lit_data.corpus.filters import open_filter
 from lit_data.corpus.readers import OnError, ReadErrors
 from lit_data.packed import MANIFEST, remove_rows, sync_file, write_json
 from lit_data.plan import PLAN, FolderLock, Plan, Settings, open_work, strings
 from lit_data.preparation import Options, Preparation, in_validation
 from lit_data.tokenizer_files import save_tokenizer
-from lit_data.treatment import Report
+from lit_data.treatment import Report, open_filters
 
 __all__ = ["PrepareReport", "available_cores", "in_validation", "prepare", "run_stage"]
 
@@ -244,8 +243,7 @@ def _plan(
     made = Settings(strings(inputs) or (), str(tokenizer_path), val_input=strings(val_inputs), **given)
     if made.cleaner:
         open_cleaner(made.cleaner)
-    for function in made.filter:
-        open_filter(function)
+    open_filters(made)
     return Plan.make(made)
 
 

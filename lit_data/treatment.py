@@ -93,6 +93,16 @@ class Encoded:
     report: Report
 
 
+def open_filters(settings: Settings) -> list[Filter]:
+    """The filters of text that settings ask for. Raises ValueError for what can't be had."""
+    filters = [open_filter(f) for f in settings.filter]
+    if settings.min_characters or settings.max_characters:
+        filters.append(length_filter(settings.min_characters, settings.max_characters or None))
+    if settings.language:
+        filters.append(language_filter(settings.language, settings.min_language_probability))
+    return filters
+
+
 class Treatment:
     """Made once in each worker; treats batches.
 
@@ -104,11 +114,7 @@ class Treatment:
     def __init__(self, settings: Settings, with_tokenizer: bool) -> None:
         self.settings = settings
         self.cleaner: Cleaner | None = open_cleaner(settings.cleaner) if settings.cleaner else None
-        self.filters: list[Filter] = [open_filter(f) for f in settings.filter]
-        if settings.min_characters or settings.max_characters:
-            self.filters.append(length_filter(settings.min_characters, settings.max_characters))
-        if settings.language:
-            self.filters.append(language_filter(settings.language, settings.min_language_probability))
+        self.filters = open_filters(settings)
         if with_tokenizer:
             self.tokenizer: Tokenizer = open_tokenizer(settings.tokenizer, settings.eos_token)
             self.encoder = UnitEncoder(self.tokenizer, dtype_of(self.tokenizer.vocab_size))

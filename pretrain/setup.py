@@ -338,6 +338,12 @@ def open_data(args: RunArgs, fabric: Fabric, datasets: Datasets, segments: list[
 
     on_rank_zero(fabric, make_plans)
     rows = [rows_of(dataset) for dataset in datasets.train]
+    n_rows = sum(r.n_windows for r in rows)
+    if n_rows < args.train.global_batch_samples:
+        fabric.print(
+            f"warning: the data has {n_rows} rows of {datasets.block_size} tokens, fewer than the "
+            f"{args.train.global_batch_samples} of a step (--train.global_batch_samples): rows come several times in it"
+        )
     batch, t = args.train.global_batch_samples, args.train
     end_sample = None
     if t.max_steps is not None:

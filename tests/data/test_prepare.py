@@ -452,6 +452,23 @@ def test_cleaner_and_filters_report_what_they_remove(tokenizer_folder, tmp_path,
     assert manifest.source["cleaner"] == "own_rules:shout" and manifest.source["max_token_word_ratio"] == 10
 
 
+def test_length_and_language(tokenizer_folder, tmp_path):
+    pytest.importorskip("py3langid")
+    german = "Das Haus steht am Fluss, und die Vögel singen in den Bäumen des Gartens."
+    english = "The house stands by the river, and the birds are singing in the trees of the garden."
+    lines = [json.dumps({"id": name, "text": t}) for name, t in (("de", german), ("en", english), ("kurz", "Haus"))]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines) + "\n")
+    call = {"min_characters": 10, "language": ["de"], "workers": 2}
+    report = prepare([tmp_path / "x.jsonl"], tokenizer_folder, tmp_path / "out", **call)
+    assert texts(tmp_path / "out" / "train", open_tokenizer(tokenizer_folder)) == [german]
+    assert [s.documents_kept for s in report.treatment.stages.values()] == [2, 1]
+    assert_refused(
+        tmp_path, "--language xx", [tmp_path / "x.jsonl"], tokenizer_folder, tmp_path / "no", language=["xx"]
+    )
+    assert_refused(tmp_path, "--min_characters 9, --max_characters 5", [tmp_path / "x.jsonl"], tokenizer_folder,
+                   tmp_path / "no", min_characters=9, max_characters=5)  # fmt: skip
+
+
 def test_a_worker_that_dies_is_an_error(corpus, tokenizer_folder, tmp_path, monkeypatch):
     (tmp_path / "deadly.py").write_text("import os\n\ndef kill(text):\n    os._exit(1)\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -102,3 +102,15 @@ def test_the_mock_loader_trains_and_records_nothing(data, tmp_path):
     assert not (tmp_path / "run" / "datapoints" / "order.json").exists()
     losses = [float(r["train_loss"]) for r in metrics(tmp_path / "run") if r.get("train_loss")]
     assert losses[-1] < losses[0] and done.returncode == 0
+
+
+def test_fewer_rows_than_a_step_are_said_and_recorded(tmp_path):
+    """Rows then come several times in one step, in the order of the epochs."""
+    data = tmp_path / "data"
+    write_dataset(data / "train", [30, 50, 9], seed=1)
+    changes = {"data__val": None, "train__block_size": 32, "train__max_steps": 3}
+    done = train(*flags(data, tmp_path / "run", **changes))
+    assert "warning: the data has 3 rows of 32 tokens, fewer than the 8 of a step" in done.stdout + done.stderr
+    run = open_run(tmp_path / "run")
+    assert verify(run) == []
+    assert set(Counter(read_steps(run.folder, {0})["row"].to_pylist())) == set(range(8))

@@ -27,7 +27,7 @@ from lit_data.loader import Layout, Loader
 from lit_data.mixture import Mixture, phase_list
 from lit_data.order import Order, Segment, first_sample_of_step
 from lit_data.packed import PackedDataset
-from lit_data.packing import Rows, open_rows
+from lit_data.packing import Rows, count_windows, open_rows
 from lit_data.tokenizer_files import copy_tokenizer
 from lit_data.trace import describe_order, write_order
 from lit_model.config import ModelConfig
@@ -308,7 +308,26 @@ def open_datasets(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tup
                 "text or a smaller --train.block_size"
             )
     weights_of(args)
+    if args.train.max_epochs is None or args.data.packing == "concat":  # else it takes a plan, and is seen later
+        length_of(args, block_size, count_windows(train[0].n_tokens, block_size))
     return Datasets(train, val, block_size), config
+
+
+def length_of(args: RunArgs, block_size: int, n_windows: int) -> tuple[int, int | None]:
+    """The run's steps, and the sample it ends before (None: the last step is full)."""
+    batch, t = args.train.global_batch_samples, args.train
+    end_sample = None
+    if t.max_steps is not None:
+        max_steps = t.max_steps
+    elif t.max_tokens is not None:
+        max_steps = -(-t.max_tokens // (batch * block_size))
+    else:
+        assert t.max_epochs is not None
+        end_sample = max(1, round(n_windows * t.max_epochs))
+        max_steps = -(-end_sample // batch)
+    if args.optim.warmup_steps > max_steps:
+        raise ValueError(f"--optim.warmup_steps {args.optim.warmup_steps} exceeds the run's {max_steps} steps")
+    return max_steps, end_sample
 
 
 def weights_of(args: RunArgs) -> list[tuple[int, list[float]]]:
@@ -344,18 +363,7 @@ def open_data(args: RunArgs, fabric: Fabric, datasets: Datasets, segments: list[
             f"warning: the data has {n_rows} rows of {datasets.block_size} tokens, fewer than the "
             f"{args.train.global_batch_samples} of a step (--train.global_batch_samples): rows come several times in it"
         )
-    batch, t = args.train.global_batch_samples, args.train
-    end_sample = None
-    if t.max_steps is not None:
-        max_steps = t.max_steps
-    elif t.max_tokens is not None:
-        max_steps = -(-t.max_tokens // (batch * datasets.block_size))
-    else:
-        assert t.max_epochs is not None
-        end_sample = max(1, round(rows[0].n_windows * t.max_epochs))
-        max_steps = -(-end_sample // batch)
-    if args.optim.warmup_steps > max_steps:
-        raise ValueError(f"--optim.warmup_steps {args.optim.warmup_steps} exceeds the run's {max_steps} steps")
+    max_steps, end_sample = length_of(args, datasets.block_size, rows[0].n_windows)
     block, group = args.data.shuffle_block_rows, args.data.shuffle_group_blocks
     orders = (Order(r.n_windows, args.seed, d, block_windows=block, group_blocks=group) for d, r in enumerate(rows))
     phases = phase_list([(first_sample_of_step(segments, step)[0], w) for step, w in weights_of(args)])

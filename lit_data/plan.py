@@ -6,13 +6,14 @@ import dataclasses
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lit_data.corpus.files import ReadErrors, TextFile, list_files, part_of_files
-from lit_data.packed import write_json
+from lit_data.packed import sync_file, write_json
 from lit_data.tokenizer import Tokenizer, open_tokenizer
 
 PLAN = "plan.json"
@@ -185,8 +186,17 @@ def open_work(work: Path, plan: Plan, fresh: bool) -> bool:
     wanted = plan.to_dict()
     if not path.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        write_json(path, wanted)
-        return False
+        # Tasks of several parts begin at once, on several machines: a link is made by one of them, whole.
+        mine = work / f".plan-{socket.gethostname()}-{os.getpid()}.json"
+        write_json(mine, wanted)
+        try:
+            os.link(mine, path)
+            sync_file(work)
+            return False
+        except FileExistsError:
+            pass
+        finally:
+            mine.unlink()
     there = json.loads(path.read_text(encoding="utf-8"))
     differs = _differences(there, wanted)
     if differs and not fresh:

@@ -155,7 +155,7 @@ def prepare(
     lock = lock or FolderLock(folder)
     try:
         if _was_published(folder, plan, output):
-            shutil.rmtree(folder)
+            _remove_work(folder)
             return _read_report(output, began)
         resumed = open_work(folder, plan, fresh)
         if resumed and fresh:
@@ -167,6 +167,7 @@ def prepare(
             preparation.run()
             report = _report(preparation, output, began, resumed)
             _publish(_assemble(preparation, report), output)
+            _remove_work(folder)
         except BaseException as error:
             keep = preparation.committed() and not isinstance(error, _EmptyError)
             if keep:
@@ -221,7 +222,7 @@ def run_stage(
             preparation.merge()
             report = _report(preparation, output, began, resumed=True)
             _publish(_assemble(preparation, report), output)
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove_work(folder)
             return report
     finally:
         lock.close()
@@ -293,9 +294,20 @@ def _check_sides(report: PrepareReport, s: Settings) -> None:
 
 def _was_published(folder: Path, plan: Plan, output: Path) -> bool:
     """Whether an earlier call of the same was killed after it had published the output."""
-    marker = folder / ASSEMBLED
-    there = json.loads((folder / PLAN).read_text(encoding="utf-8")) if marker.is_file() else None
-    return there == plan.to_dict() and output.is_dir() and not (folder / "output").exists()
+    if not (folder / ASSEMBLED).is_file() or (folder / "output").exists() or not (output / "report.json").is_file():
+        return False
+    path = folder / PLAN  # removed before the marker is
+    return not path.is_file() or json.loads(path.read_text(encoding="utf-8")) == plan.to_dict()
+
+
+def _remove_work(folder: Path) -> None:
+    """Remove the working folder of a published output; the marker goes last, so that a kill is understood."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (ASSEMBLED, ".lock"):
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def _read_report(output: Path, began: float) -> PrepareReport:

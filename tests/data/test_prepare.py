@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -348,12 +349,19 @@ def test_two_at_once_are_refused(corpus, tokenizer_folder, tmp_path):
 
 def test_killed_after_the_output_was_published(corpus, tokenizer_folder, tmp_path, monkeypatch):
     """What is left to do then is to remove the working folder, not to refuse because the output exists."""
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare_module.shutil, "rmtree", lambda *_, **__: None)
-        prepare([corpus], tokenizer_folder, tmp_path / "out", workers=1)
-    assert (tmp_path / ".out.preparing").exists()
-    report = prepare([corpus], tokenizer_folder, tmp_path / "out", workers=1)
-    assert report.total.documents == 201 and not (tmp_path / ".out.preparing").exists()
+    for removed in (0, 1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_module, "_remove_work", lambda folder: None)
+            patch.setattr(prepare_module.shutil, "rmtree", lambda *_, **__: None)
+            prepare([corpus], tokenizer_folder, tmp_path / f"out{removed}", workers=1)
+        work = tmp_path / f".out{removed}.preparing"
+        assert (work / "plan.json").exists() and (work / "part-00000").exists()
+        if removed:
+            shutil.rmtree(work / "part-00000")
+        if removed == 2:
+            (work / "plan.json").unlink()
+        report = prepare([corpus], tokenizer_folder, tmp_path / f"out{removed}", workers=1)
+        assert report.total.documents == 201 and not work.exists()
 
 
 def test_parts_give_what_one_machine_gives(repetitive, tokenizer_folder, tmp_path):

@@ -35,8 +35,8 @@ from lit_data.datapoints import (
     list_parts,
     newest_checkpoint_step,
     open_writer,
-    sync_folder,
 )
+from lit_data.packed import sync_file
 from lit_data.record import stream, stretches
 
 MAX_ROWS = 1 << 26  # of a merged file: about 2 GB
@@ -74,7 +74,7 @@ class MergedFile:
         os.fsync(self._file.fileno())
         self._file.close()
         os.rename(self._temporary, self.folder / f"steps-{self.first_step:08d}-{end_step:08d}.parquet")
-        sync_folder(self.folder)
+        sync_file(self.folder)
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # the disk may be full
@@ -196,7 +196,7 @@ def cut_record(folder: Path, steps: int) -> None:
             merge([part], folder)
     for path in later:
         path.unlink()
-    sync_folder(folder)  # before anyone writes other rows for the same steps
+    sync_file(folder)  # before anyone writes other rows for the same steps
 
 
 def copy_record(run: Path, first_step: int, folder: Path) -> None:
@@ -211,7 +211,7 @@ def copy_record(run: Path, first_step: int, folder: Path) -> None:
                     shutil.copy2(part.path, folder / part.path.name)
         elif stretch[0].end_step > first_step:
             merge([replace(part, first_step=max(part.first_step, first_step)) for part in stretch], folder)
-    sync_folder(folder)
+    sync_file(folder)
 
 
 class Compactor:

@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lit_data.order import row_of
+from lit_data.packed import sync_file
 from lit_data.span_hash import hash_spans
 
 if TYPE_CHECKING:  # the loader imports torch, which a question to the record should not wait for
@@ -208,7 +209,7 @@ class DatapointRecorder:
         self._writer = self._file = None
         name = f"part-{self._first_step:08d}-{self._end_step:08d}-rank{self.rank:05d}.parquet"
         os.rename(self._temporary, self.folder / name)
-        sync_folder(self.folder)
+        sync_file(self.folder)
         self._first_step = self._end_step
 
     def close(self) -> None:
@@ -281,15 +282,6 @@ class DatapointRecorder:
             }
             tables.append(pa.table(columns, schema=SCHEMA))
         return pa.concat_tables(tables)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_data.order import IntArray
-from lit_data.packed import PackedDataset, write_json
+from lit_data.packed import PackedDataset, sync_file, write_json
 
 VERSION = 1
 GROUP_DOCUMENTS = 1 << 18
@@ -108,7 +108,7 @@ def build_plan(dataset: PackedDataset, packing: str, block_size: int, folder: Pa
             if not folder.exists():
                 raise
             shutil.rmtree(temporary)
-        _sync(folder.parent)
+        sync_file(folder.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise ValueError(
@@ -268,11 +268,3 @@ def best_fit_decreasing(lengths: IntArray, capacity: int) -> IntArray:
                     room.setdefault(r, []).append(some)
                     rooms |= 1 << r
     return bin_of
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -205,6 +205,9 @@ def run_stage(
     output = Path(os.path.abspath(output))
     plan = _plan(inputs, tokenizer_path, val_inputs, settings)
     folder = Path(work) if work is not None else work_folder(output)
+    if stage == "merge" and _was_published(folder, plan, output):
+        _remove_work(folder)
+        return _read_report(output, began)
     _check_output(output, overwrite)
     workers = workers if workers is not None else available_cores()
     preparation = Preparation(plan, folder, Options(workers, on_error, commit_seconds))
@@ -302,11 +305,7 @@ def _was_published(folder: Path, plan: Plan, output: Path) -> bool:
 
 def _remove_work(folder: Path) -> None:
     """Remove the working folder of a published output; the marker goes last, so that a kill is understood."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in (ASSEMBLED, ".lock"):
-            path.unlink()
+    _empty(folder, keep=[ASSEMBLED])
     shutil.rmtree(folder)
 
 
@@ -328,12 +327,12 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise ValueError(f"--output {output} is no folder that this program wrote; --overwrite does not remove it")
 
 
-def _empty(folder: Path) -> None:
-    """Remove what is in a working folder, the lock aside."""
+def _empty(folder: Path, keep: Sequence[str] = ()) -> None:
+    """Remove what is in a working folder, the lock and files to keep aside."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != ".lock":
+        elif path.name not in (".lock", *keep):
             path.unlink()
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lit_data.datapoints import Part, committed_parts, list_parts, sync_folder
+from lit_data.datapoints import Part, committed_parts, list_parts
 from lit_data.documents import Documents
-from lit_data.packed import PackedDataset
+from lit_data.packed import PackedDataset, sync_file
 
 MEMORY = "1GB"  # of DuckDB's own; what exceeds it goes to a temporary folder
 EXPORTS = (".duckdb", ".parquet", ".csv")
@@ -173,7 +173,7 @@ def export(run: Path, datasets: Sequence[PackedDataset], end_step: int, file: Pa
         with open(made, "rb") as f:
             os.fsync(f.fileno())
         os.rename(made, file)
-        sync_folder(file.parent)
+        sync_file(file.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from lit_data.compaction import copy_record, cut_record
-from lit_data.datapoints import remove_temporaries, sync_folder
+from lit_data.datapoints import remove_temporaries
+from lit_data.packed import sync_file
 from lit_model.init import copy_slice
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint, SafeReader, checkpoint_step, list_checkpoints
 from pretrain.args import SaveArgs
@@ -66,7 +67,7 @@ def save_checkpoint(
         )
         if rank == 0:
             _write_synced(temporary / "meta.json", json.dumps(meta, indent=1).encode())
-            sync_folder(temporary)
+            sync_file(temporary)
     else:
         whole = _gather(tensors, rank)
         if rank == 0:
@@ -77,7 +78,7 @@ def save_checkpoint(
     barrier()
     if rank == 0:
         os.rename(temporary, path)
-        sync_folder(path.parent)
+        sync_file(path.parent)
     barrier()
 
 
@@ -155,7 +156,7 @@ def rewind(run: Path, step: int) -> None:
             copy_record(run, step, grave / "datapoints")
         for path in reversed(later):
             os.rename(path, grave / path.name)
-        sync_folder(run)
+        sync_file(run)
     if datapoints.is_dir():
         cut_record(datapoints, step)
     cut_metrics(run / "metrics.csv", step)

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lit_data.compaction import compact, cut_record  # noqa: E402
-from lit_data.datapoints import DatapointRecorder, newest_checkpoint_step, remove_temporaries, sync_folder  # noqa: E402
+from lit_data.datapoints import DatapointRecorder, newest_checkpoint_step, remove_temporaries  # noqa: E402
+from lit_data.packed import sync_file  # noqa: E402
 
 RANKS, ROWS, STEPS, EVERY = 2, 4, 24, 2  # ranks, rows of a micro-batch, steps, steps between checkpoints
 MAX_ROWS = 150  # of a merged file: a few steps
@@ -66,7 +67,7 @@ def write(run: Path) -> None:
             with open(temporary, "wb") as f:
                 os.fsync(f.fileno())
             os.rename(temporary, run / f"iter-{step + 1:08d}-ckpt.pth")
-            sync_folder(run)
+            sync_file(run)
             enter(run, "compaction")
             if (step + 1) % (2 * EVERY) == 0:
                 compact(run, MAX_ROWS)

@@ -364,7 +364,7 @@ def test_killed_after_the_output_was_published(corpus, tokenizer_folder, tmp_pat
         assert report.total.documents == 201 and not work.exists()
 
 
-def test_parts_give_what_one_machine_gives(repetitive, tokenizer_folder, tmp_path):
+def test_parts_give_what_one_machine_gives(repetitive, tokenizer_folder, tmp_path, monkeypatch):
     val = tmp_path / "val.jsonl"
     val.write_text((repetitive / "3.jsonl").read_text() + '{"id": "own", "text": "ein eigener langer Absatz"}\n')
     call = {"shard_tokens": 700, "workers": 1, "val_inputs": [val], **REPEATED}
@@ -388,8 +388,11 @@ def test_parts_give_what_one_machine_gives(repetitive, tokenizer_folder, tmp_pat
         stage("merge")
     stage("encode", 0)
     stage("encode", 2)
-    assert stage("merge") is not None
+    with monkeypatch.context() as patch:  # killed after it published
+        patch.setattr(prepare_module, "_remove_work", lambda folder: None)
+        assert stage("merge") is not None
     assert content(tmp_path / "staged") == expected
+    assert stage("merge") is not None and not (tmp_path / ".staged.preparing").exists()
     with pytest.raises(ValueError, match="6 files cannot be cut into 7 parts"):
         prepare([repetitive], tokenizer_folder, tmp_path / "no", parts=7, **call)
 

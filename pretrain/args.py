@@ -187,8 +187,19 @@ class TrainArgs:
     """Tokens in a row. Default: the model's maximum."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0: never."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """`full` recomputes each block in the backward: less memory, about a third more work."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's normaliser, which keeps logits from drifting (PaLM: 1e-4); 0: none."""
+    activation_checkpointing: Literal["none", "full", "block", "op"] = "none"
+    """What is recomputed in the backward to save memory: `full` each block (about a third more work), `block` every
+    n-th block, `op` each block but for its matrix products and its attention."""
+    activation_checkpointing_every: int = 2
+    """The n of `block`."""
+    cpu_offload: bool = False
+    """FSDP: parameters, gradients and optimizer state lie in host memory; slow."""
+    prefetch_blocks: int = 0
+    """FSDP: gather the parameters of so many blocks ahead explicitly; 0: as FSDP does by itself, one ahead."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """FSDP: precision in which gradients are reduced over the ranks."""
     defer_gradient_sync: bool = False
     """FSDP: reduce gradients once a step instead of with each micro-batch; costs memory for whole gradients."""
     deterministic: bool = False
@@ -211,8 +222,13 @@ class TrainArgs:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--train.{name} {value} must be at least 1")
-        if self.clip_norm < 0:
-            raise ValueError(f"--train.clip_norm {self.clip_norm} must not be negative; 0 turns clipping off")
+        for name in ("clip_norm", "z_loss", "prefetch_blocks"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"--train.{name} {getattr(self, name)} must not be negative; 0 turns it off")
+        if self.activation_checkpointing_every < 1:
+            raise ValueError(
+                f"--train.activation_checkpointing_every {self.activation_checkpointing_every} must be at least 1"
+            )
 
 
 @dataclass
@@ -258,6 +274,10 @@ class SaveArgs:
     """How many of the newest checkpoints to keep; 0: all."""
     keep_every: int = 0
     """Checkpoints at multiples of this many steps are kept for ever; 0: none is protected."""
+    asynchronous: bool = False
+    """Copy the state to host memory, and write it while training goes on; costs that memory."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do when a checkpoint cannot be written (a full disk): `stop` the run, or `skip` this one and say so."""
 
     def __post_init__(self) -> None:
         for name, least in (("every_steps", 1), ("keep_last", 0), ("keep_every", 0)):
@@ -302,6 +322,49 @@ class LogArgs:
 
 
 @dataclass
+class GuardArgs:
+    """What is watched while training."""
+
+    max_skipped_steps: int = 100
+    """Steps in a row that may be skipped for gradients that are not finite; the run ends after them."""
+    spike_action: Literal["none", "warn", "rollback"] = "warn"
+    """On a loss spike: nothing, a warning, or going back to the last checkpoint before it and leaving out the samples
+    since then."""
+    spike_sigmas: float = 6.0
+    """A logged loss counts as high if it lies so many standard deviations above the mean of those before it."""
+    spike_window: int = 64
+    """Logged losses that the mean is taken of; half of them must be there."""
+    spike_rows: int = 3
+    """High losses in a row that are a spike."""
+    max_rollbacks: int = 3
+    """The run ends at the spike after so many rollbacks."""
+    hang_timeout_s: int = 900
+    """Seconds without progress after which every rank writes its stacks to its log and the run ends; 0: never."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_skipped_steps", 1), ("spike_rows", 1), ("spike_window", 4)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--guard.{name} {getattr(self, name)} must be at least {least}")
+        for name in ("spike_sigmas", "max_rollbacks", "hang_timeout_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"--guard.{name} {getattr(self, name)} must not be negative")
+
+
+@dataclass
+class StopArgs:
+    """What happens after SIGTERM or SIGUSR1: the run saves a checkpoint and ends."""
+
+    exit_code: int = 0
+    """Exit status of a run that was stopped by a signal and saved."""
+    requeue: bool = False
+    """Call `scontrol requeue` for this SLURM job after saving, where the process can reach it (not from an image)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.exit_code <= 255:
+            raise ValueError(f"--stop.exit_code {self.exit_code} must lie in 0 to 255")
+
+
+@dataclass
 class RunArgs:
     """One pretraining run."""
 
@@ -325,8 +388,10 @@ class RunArgs:
     """Compile each block with torch.compile."""
     resume: str | None = None
     """Go on with a run: latest, auto (latest or a fresh start), iter-XXXXXXXX-ckpt.pth in out_dir, or a path."""
-    resume_allow: list[str] = field(default_factory=list)
-    """Settings that may differ from the checkpoint's when resuming, for example train.max_steps."""
+    resume_allow: str | list[str] = field(default_factory=list)
+    """Settings that may differ from the checkpoint's when resuming, for example train.max_steps,data."""
+    preflight: bool = False
+    """Check devices, network, disk, data, memory and one step with the real shapes, say what was found, and end."""
     init_from: Path | None = None
     """Begin with the weights of a checkpoint or a Hugging Face folder instead of a random initialisation."""
     seed: int = 1337
@@ -345,8 +410,17 @@ class RunArgs:
     """Validation."""
     log: LogArgs = field(default_factory=LogArgs)
     """What is written while training."""
+    guard: GuardArgs = field(default_factory=GuardArgs)
+    """What is watched while training."""
+    stop: StopArgs = field(default_factory=StopArgs)
+    """What happens after a signal."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.resume_allow, str):
+            self.resume_allow = [name.strip() for name in self.resume_allow.split(",") if name.strip()]
+        for flag in ("cpu_offload", "prefetch_blocks", "defer_gradient_sync"):
+            if getattr(self.train, flag) and (self.strategy != "fsdp" or self.sharding_strategy == "NO_SHARD"):
+                raise ValueError(f"--train.{flag} {getattr(self.train, flag)} is for --strategy fsdp that shards")
         if isinstance(self.devices, int) and self.devices < 1:
             raise ValueError(f"--devices {self.devices} must be at least 1")
         if self.num_nodes < 1:

@@ -19,7 +19,8 @@ from lit_model.cost import count_parameters
 from lit_model.kernels import choose_attention
 from pretrain.args import RunArgs
 from pretrain.loop import fit
-from pretrain.setup import DTYPES, Run, set_up
+from pretrain.parallel import DTYPES
+from pretrain.setup import Run, set_up
 
 
 def parse(argv: list[str] | None = None) -> RunArgs:
@@ -28,7 +29,8 @@ def parse(argv: list[str] | None = None) -> RunArgs:
     parser = ArgumentParser(prog="fabric_train.py", description="Pretrain a decoder-only language model.")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these settings; flags override it.")
     parser.add_class_arguments(RunArgs)
-    namespace: Namespace = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    namespace: Namespace = parser.parse_args(["--preflight=true" if a == "--preflight" else a for a in given])
     namespace.pop("config", None)
     instance = parser.instantiate(namespace)
     return RunArgs(**{k: v for k, v in vars(instance).items() if k != "config"})

@@ -26,8 +26,9 @@ from pretrain.checkpoint import checkpoint_name, retain, save_checkpoint
 from pretrain.guards import check_progress, skip_if_not_finite
 from pretrain.metrics import MetricsWriter, ProgressBar, Throughput
 from pretrain.optim import clip_gradients
+from pretrain.parallel import uses_fsdp
 from pretrain.schedule import learning_rate
-from pretrain.setup import Run, uses_fsdp
+from pretrain.setup import Run
 
 SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 

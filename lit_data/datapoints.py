@@ -17,7 +17,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -158,6 +158,12 @@ class _Entry:
     losses: Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 
 
+@dataclass
+class _Publication:
+    end_step: int
+    done: threading.Event = field(default_factory=threading.Event)
+
+
 class DatapointRecorder:
     """Writes one rank's record in a thread of its own.
 
@@ -170,12 +176,13 @@ class DatapointRecorder:
     def __init__(self, folder: Path, rank: int, world_size: int, micro_batch_samples: int, first_step: int) -> None:
         self.folder, self.rank = folder, rank
         self.world_size, self.micro_batch_samples = world_size, micro_batch_samples
-        self._first_step = self._end_step = first_step
+        self._first_step = first_step  # of the part that is being written; the thread's
+        self._end_step = first_step
         # A merge reads one row group of each rank at a time.
         self._rows_per_group = min(ROWS_PER_GROUP, max(1024, GROUPED_ROWS // world_size))
         folder.mkdir(parents=True, exist_ok=True)
         # Bounded: if the disk stalls, training waits here instead of filling the memory with the tokens of its steps.
-        self._queue: queue.Queue[_Entry | threading.Event | None] = queue.Queue(maxsize=64)
+        self._queue: queue.Queue[_Entry | _Publication | None] = queue.Queue(maxsize=64)
         self._writer: pq.ParquetWriter | None = None
         self._file: Any = None
         self._pending: list[pa.Table] = []
@@ -196,21 +203,23 @@ class DatapointRecorder:
 
     def publish(self) -> None:
         """Write, sync and name the part of all steps since the last one. The checkpoint that follows commits it."""
-        done = threading.Event()
-        self._queue.put(done)
-        done.wait()
-        self._raise_if_failed()
-        if self._writer is None:
-            return
-        self._writer.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._writer = self._file = None
-        name = f"part-{self._first_step:08d}-{self._end_step:08d}-rank{self.rank:05d}.parquet"
-        os.rename(self._temporary, self.folder / name)
-        sync_file(self.folder)
-        self._first_step = self._end_step
+        self.publish_later()()
+
+    def publish_later(self) -> Callable[[], None]:
+        """Publish the part of all steps up to now in the thread. The returned function waits for it, or raises."""
+        request = _Publication(self._end_step)
+        self._queue.put(request)
+
+        def finish() -> None:
+            request.done.wait()
+            self._raise_if_failed()
+
+        return finish
+
+    @property
+    def failed(self) -> bool:
+        """Whether a step could not be recorded; the next call raises it."""
+        return self._error is not None
 
     def close(self) -> None:
         """End the thread; what was not published is discarded."""
@@ -239,11 +248,25 @@ class DatapointRecorder:
                         if sum(t.num_rows for t in self._pending) >= self._rows_per_group:
                             self._flush()
                 elif self._error is None:
-                    self._flush()
+                    self._publish(item.end_step)
             except BaseException as error:  # raised again by the next add or publish
                 self._error = error
-            if isinstance(item, threading.Event):
-                item.set()
+            if isinstance(item, _Publication):
+                item.done.set()
+
+    def _publish(self, end_step: int) -> None:
+        self._flush()
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._writer = self._file = None
+        name = f"part-{self._first_step:08d}-{end_step:08d}-rank{self.rank:05d}.parquet"
+        os.rename(self._temporary, self.folder / name)
+        sync_file(self.folder)
+        self._first_step = end_step
 
     def _flush(self) -> None:
         if not self._pending:

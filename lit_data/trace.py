@@ -96,8 +96,12 @@ def describe_order(
     document_mask: bool = True,
     end_sample: int | None = None,
     plan_dir: Path | None = None,
+    skips: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What the order of a run follows from, as JSON."""
+    """What the order of a run follows from, as JSON.
+
+    `skips` are samples that were left out on purpose: {"step", "first_sample", "end_sample", "reason"}.
+    """
     order = mixture.orders[0]
     return {
         "datasets": [{"path": str(r.dataset.path), "fingerprint": r.dataset.fingerprint} for r in rows],
@@ -110,6 +114,7 @@ def describe_order(
         "document_mask": document_mask,
         "end_sample": end_sample,
         "segments": [s.to_dict() for s in segments],
+        "skips": list(skips),
     }
 
 

@@ -10,6 +10,7 @@ unpickler that knows only DCP's own classes.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -168,6 +169,18 @@ class _ModelTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.keys_)
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_checksum(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's elements in order, as bytes of this machine, hexadecimal."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
 
 
 def is_hf_folder(path: Path) -> bool:

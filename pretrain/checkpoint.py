@@ -1,25 +1,17 @@
-"""Training state on disk: save, publish, find, resume, retain. The layout is described in `lit_model/load.py`.
-
-Publishing: everything is written under a temporary name, each rank syncs its own files, then one rename of rank 0.
-A checkpoint whose name exists is whole, and it commits the parts of the datapoint record up to its step.
-"""
+"""Training state on disk: find, load, rewind, retain. `pretrain/saving.py` writes it; the layout is described in
+`lit_model/load.py`."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import load as dcp_load
-from torch.distributed.checkpoint import save as dcp_save
-from torch.distributed.tensor import DTensor
 
 from lit_data.compaction import copy_record, cut_record
 from lit_data.datapoints import remove_temporaries
@@ -34,52 +26,6 @@ FORMAT_VERSION = 1
 
 def checkpoint_name(step: int) -> str:
     return f"iter-{step:08d}-ckpt.pth"
-
-
-def save_checkpoint(
-    path: Path,
-    tensors: dict[str, Tensor],
-    meta: dict[str, Any],
-    *,
-    sharded: bool,
-    rank: int,
-    barrier: Callable[[], None],
-) -> None:
-    """Write a checkpoint and publish it under `path`. Every rank calls this; it returns when the name exists.
-
-    Args:
-        tensors: keys as in `Checkpoint.names`; plain tensors (the same on every rank) or DTensors.
-        meta: JSON-able; its key `step` must agree with the path's name.
-    """
-    meta = {"format_version": FORMAT_VERSION, **meta}
-    temporary = path.with_name(f".{path.name}.tmp")
-    if rank == 0:
-        _remove(temporary)
-    barrier()
-    if sharded:
-        if rank == 0:
-            temporary.mkdir()
-        barrier()
-        dcp_save(
-            dict(tensors),
-            storage_writer=FileSystemWriter(temporary, sync_files=True),
-            no_dist=not dist.is_initialized(),
-        )
-        if rank == 0:
-            _write_synced(temporary / "meta.json", json.dumps(meta, indent=1).encode())
-            sync_file(temporary)
-    else:
-        whole = _gather(tensors, rank)
-        if rank == 0:
-            with open(temporary, "wb") as f:
-                torch.save({**whole, "meta": json.dumps(meta)}, f)
-                f.flush()
-                os.fsync(f.fileno())
-    barrier()
-    if rank == 0:
-        os.rename(temporary, path)
-        sync_file(path.parent)
-    barrier()
 
 
 def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -141,7 +87,7 @@ def rewind(run: Path, step: int) -> None:
     """
     datapoints = run / "datapoints"
     for leftover in [*run.glob(".iter-*.tmp"), *run.glob(".deleting-*")]:
-        _remove(leftover)
+        remove(leftover)
     remove_temporaries(datapoints)
     later = [p for p in list_checkpoints(run) if (checkpoint_step(p) or 0) > step]
     if later:
@@ -172,7 +118,7 @@ def retain(run: Path, args: SaveArgs) -> None:
             continue
         aside = path.with_name(f".deleting-{path.name}")
         os.rename(path, aside)  # a name that exists is whole, also while it is being deleted
-        _remove(aside)
+        remove(aside)
 
 
 def state_tensors(
@@ -185,31 +131,8 @@ def state_tensors(
     return tensors
 
 
-def _gather(tensors: dict[str, Tensor], rank: int) -> dict[str, Any]:
-    """The contents of a `full` checkpoint, on rank 0; shards are gathered one tensor at a time."""
-    model: dict[str, Tensor] = {}
-    optimizer: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if rank != 0:
-            continue
-        whole = whole.detach().cpu()
-        if name.startswith(MODEL_PREFIX):
-            model[name.removeprefix(MODEL_PREFIX)] = whole
-        else:
-            parameter, key = name.removeprefix(OPTIMIZER_PREFIX).rsplit("/", 1)
-            optimizer.setdefault(parameter, {})[key] = whole
-    return {"model": model, "optimizer": optimizer}
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,12 +17,17 @@ import torch
 import torch.distributed as dist
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
+from lit_data.packed import write_json
 from lit_model.cost import count_parameters
 from lit_model.kernels import choose_attention
+from lit_model.load import list_checkpoints
 from pretrain.args import RunArgs
+from pretrain.checkpoint import checkpoint_name
+from pretrain.guards import AgreedError
 from pretrain.loop import fit
 from pretrain.parallel import DTYPES
-from pretrain.setup import Run, set_up
+from pretrain.saving import SaveError
+from pretrain.setup import STOPPED, Run, set_up
 
 
 def parse(argv: list[str] | None = None) -> RunArgs:
@@ -37,7 +44,8 @@ def parse(argv: list[str] | None = None) -> RunArgs:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run. Returns the exit status: 0 when the run is done or was stopped by a signal after saving, 2 on a mistake."""
+    """Run. Returns the exit status: 0 when the run is done, `stop.exit_code` when a signal stopped it after saving, 1
+    when all ranks agreed that it cannot go on, 2 on a mistake. An exception of one rank alone is raised."""
     rank_zero = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     try:
         args = parse(argv)
@@ -51,12 +59,36 @@ def main(argv: list[str] | None = None) -> int:
         say(f"{run.folder} is finished: {run.step} of {run.data.max_steps} steps are done; nothing to do")
         return 0
     describe(run)
-    stopped = fit(run)
-    if stopped is not None:
-        say(f"stopped by {stopped} after step {run.step}; go on with --resume latest")
-    else:
+    try:
+        stopped = fit(run)
+    except (AgreedError, SaveError) as error:
+        if rank_zero:
+            newest = list_checkpoints(run.folder)
+            print(f"error: {error}\nthe newest checkpoint is {newest[-1] if newest else 'none'}", file=sys.stderr)
+        return 1
+    if stopped is None:
         say(f"done: {run.step} steps; the run is in {run.folder}")
-    return 0
+        return 0
+    if run.fabric.global_rank == 0:
+        mark_stopped(run, stopped)
+    say(f"stopped by {stopped} after step {run.step}; go on with --resume latest")
+    return args.stop.exit_code
+
+
+def mark_stopped(run: Run, by: str) -> None:
+    """Leave RUN/stopped.json, and queue the job again if that was asked for."""
+    facts = {"signal": by, "step": run.step, "checkpoint": checkpoint_name(run.step), "time": time.time()}
+    write_json(run.folder / STOPPED, facts)
+    job = os.environ.get("SLURM_JOB_ID")
+    if not run.args.stop.requeue or run.step == run.data.max_steps:
+        return
+    if job is None:
+        print("warning: --stop.requeue: this is no SLURM job (SLURM_JOB_ID is not set)", file=sys.stderr)
+        return
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"warning: --stop.requeue: job {job} could not be queued again: {error}", file=sys.stderr)
 
 
 def describe(run: Run) -> None:
@@ -88,12 +120,13 @@ def leave(status: int) -> NoReturn:
     Several ranks end together and without the interpreter's tear-down: threads of gloo that are still alive there abort
     the process now and then ("terminate called without an active exception"), after all work is done.
     """
-    if status == 0 and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    if dist.is_initialized():
+        if status != 2:  # a mistake may be seen before all ranks have met
+            dist.barrier()
+            dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
     sys.exit(status)
 
 

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +21,15 @@ from torch import Tensor
 
 from lit_data.loader import MicroBatch, StepData
 from lit_data.order import first_sample_of_step
+from lit_model.load import checkpoint_step, list_checkpoints
 from lit_model.loss import LossOutput
 from pretrain.args import plain
-from pretrain.checkpoint import checkpoint_name, retain, save_checkpoint
-from pretrain.guards import check_progress, skip_if_not_finite
+from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
 from pretrain.metrics import MetricsWriter, ProgressBar, Throughput
 from pretrain.optim import clip_gradients
-from pretrain.parallel import uses_fsdp
+from pretrain.parallel import on_rank_zero, uses_fsdp
 from pretrain.schedule import learning_rate
-from pretrain.setup import Run
+from pretrain.setup import Run, go_back
 
 SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 
@@ -50,8 +51,34 @@ class StepResult:
     span_losses: SpanLosses
 
 
+class RollBack(Exception):
+    """A loss spike is answered by going back: to a checkpoint, for a reason. Every rank raises it at the same step."""
+
+    def __init__(self, checkpoint: Path, reason: str) -> None:
+        super().__init__(reason)
+        self.checkpoint, self.reason = checkpoint, reason
+
+
 def fit(run: Run) -> str | None:
-    """Train to the end of the run. Returns the signal that stopped it early, if one did."""
+    """Train to the end of the run. Returns the signal that stopped it early, if one did.
+
+    Raises AgreedError or SaveError, on every rank at the same step, when the run cannot go on; anything else is the
+    exception of one rank alone.
+    """
+    try:
+        while True:
+            try:
+                return run_steps(run)
+            except RollBack as back:
+                run.fabric.print(f"{back.reason}: going back to {back.checkpoint.name}, leaving out the samples since")
+                go_back(run, back.checkpoint, back.reason)
+    finally:
+        run.stop.close()
+        run.saver.close()
+
+
+def run_steps(run: Run) -> str | None:
+    """The steps from `run.step` to the end, or to a signal, a fault or a loss spike."""
     args, max_steps = run.args, run.data.max_steps
     rank_zero = run.fabric.global_rank == 0
     columns = [name for name, _ in epoch_columns(run, [0.0] * len(run.data.rows))]
@@ -77,12 +104,22 @@ def fit(run: Run) -> str | None:
                 row |= validate(run, throughput)
             if row:
                 publish_row(run, metrics, bar, {"step": run.step} | row)
-            stopped = run.stop.agreed(log_step)
+            stopped, failed = run.stop.agreed()
+            if failed:
+                raise_fault(run)
+            if log_step:
+                check_losses(run, row)
             if last or stopped or run.step % args.save.every_steps == 0:
                 save(run, throughput)
             bar.advance()
             if stopped:
                 break
+        run.saver.wait()
+    except AgreedError as error:
+        if error.sound:
+            save(run, throughput)
+            run.saver.wait()
+        raise
     finally:
         steps.close()  # type: ignore[attr-defined]
         run.loader.close()
@@ -93,7 +130,6 @@ def fit(run: Run) -> str | None:
             run.recorder.close()
         if run.compactor is not None:
             run.compactor.close(finish=run.step == max_steps)
-        run.stop.close()
     return None if run.step == max_steps else stopped
 
 
@@ -107,10 +143,11 @@ def train_step(run: Run, data: StepData) -> StepResult:
     run.model.train()
     if run.config.dropout:
         seed_step(args.seed, data.step, run.fabric.global_rank)
-    numbers = (float(data.n_targets), float(data.n_inputs))
+    numbers = (float(data.n_targets), float(data.n_inputs), *run.stop.flags())
     counts = torch.stack([torch.full((), n, dtype=torch.float64, device=run.device) for n in numbers])
     if run.world_size > 1:
         dist.all_reduce(counts)
+    run.stop.summed(counts[2:])
     n_targets = counts[0]
     run.tokens += counts[1]
     factor = (run.world_size / n_targets.clamp(min=1)).float()
@@ -125,7 +162,8 @@ def train_step(run: Run, data: StepData) -> StepResult:
             tokens, targets, cu_seqlens = to_device(batch, run.device)
             with run.autocast():
                 out: LossOutput = run.model(tokens, targets, cu_seqlens=cu_seqlens if args.data.document_mask else None)
-            run.fabric.backward(out.loss_sum * factor)
+            # A loss that is not finite makes every gradient so, on every rank: the step is skipped.
+            run.fabric.backward(out.loss_sum * (factor + 0 * out.loss_sum.detach()))
         loss_sum += out.loss_sum.detach()
         piece_losses.append(sum_over_pieces(out.token_losses, cu_seqlens))
 
@@ -202,7 +240,7 @@ def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, f
     loss = total / result.n_targets.clamp(min=1)
     values = [loss, result.grad_norm, run.skipped, run.skipped_in_row, run.tokens]
     train_loss, grad_norm, skipped, in_row, tokens = torch.stack([v.double() for v in values]).tolist()
-    check_progress(int(in_row), run.step, last_checkpoint_name(run))
+    check_progress(int(in_row), run.args.guard.max_skipped_steps, run.step, last_checkpoint_name(run, int(in_row)))
     first, _ = first_sample_of_step(run.segments, run.step)
     row: dict[str, float] = {
         "tokens": int(tokens),
@@ -273,25 +311,44 @@ def publish_row(run: Run, metrics: MetricsWriter | None, bar: ProgressBar, row: 
         run.fabric.print(f"step {int(row['step'])}: {train}validation loss {row['val_loss']:.4f}{bits}")
 
 
-def save(run: Run, throughput: Throughput) -> None:
-    """Publish the record's part, then the checkpoint that commits it; then delete what is no longer kept, and merge."""
-    paused = throughput.pause()
-    if run.recorder is not None:
-        run.recorder.publish()
-    path = run.folder / checkpoint_name(run.step)
-    save_checkpoint(
-        path,
-        run.tensors(),
-        checkpoint_meta(run),
-        sharded=run.args.save.state_dict_type == "sharded",
-        rank=run.fabric.global_rank,
-        barrier=run.fabric.barrier,
+def check_losses(run: Run, row: dict[str, float]) -> None:
+    """Look for a loss spike; warn, or raise RollBack, or AgreedError where there is no way back."""
+    guard = run.args.guard
+    spike = run.spikes.add(run.step, row["train_loss"])
+    if spike is None:
+        return
+    if guard.spike_action == "warn":
+        run.fabric.print(f"warning: loss spike: {spike}")
+        return
+    if len(run.skips) >= guard.max_rollbacks:
+        raise AgreedError(
+            f"loss spike: {spike}; {len(run.skips)} rollbacks did not help (--guard.max_rollbacks)", sound=False
+        )
+    run.saver.wait()
+    before = on_rank_zero(
+        run.fabric, lambda: [p for p in list_checkpoints(run.folder) if (checkpoint_step(p) or 0) <= spike.good_step]
     )
-    if run.fabric.global_rank == 0:
-        retain(run.folder, run.args.save)
-    if run.compactor is not None:
-        run.compactor.start()
-    run.fabric.print(f"step {run.step}: saved {path}")
+    if not before:
+        raise AgreedError(f"loss spike: {spike}; there is no checkpoint from before it to go back to", sound=False)
+    raise RollBack(before[-1], f"loss spike: {spike}")
+
+
+def raise_fault(run: Run) -> NoReturn:
+    """End the run for a fault that some ranks have: the same error on all of them."""
+    faults = [run.fault()]
+    if run.world_size > 1:
+        faults = [None] * run.world_size
+        dist.all_gather_object(faults, run.fault())
+    run.saver.wait()  # raises the saver's own error, on every rank
+    told = "; ".join(f"rank {rank}: {fault}" for rank, fault in enumerate(faults) if fault is not None)
+    raise AgreedError(told, sound=False)
+
+
+def save(run: Run, throughput: Throughput) -> None:
+    """Save the state, and with it the part of the record since the last time."""
+    paused = throughput.pause()
+    finish_part = run.recorder.publish_later() if run.recorder is not None else lambda: None
+    run.saver.save(run.step, run.tensors(), checkpoint_meta(run), finish_part)
     throughput.go_on(paused)
 
 
@@ -315,6 +372,10 @@ def checkpoint_meta(run: Run) -> dict[str, object]:
             "eos_id": datasets[0].eos_id,
         },
         "skipped": int(run.skipped.item()),
+        "skipped_in_row": int(run.skipped_in_row.item()),
+        "spikes": run.spikes.state(),
+        "skips": run.skips,
+        "changes": run.changes,
         "loss_scale": run.loss_scale.to_dict() if run.loss_scale is not None else None,
         "world_size": run.world_size,
         "threads": torch.get_num_threads(),
@@ -322,7 +383,7 @@ def checkpoint_meta(run: Run) -> dict[str, object]:
     }
 
 
-def last_checkpoint_name(run: Run) -> str:
-    """The newest checkpoint's name, for an error message."""
-    done = (run.step - 1) // run.args.save.every_steps * run.args.save.every_steps
-    return checkpoint_name(done) if done else "none"
+def last_checkpoint_name(run: Run, steps: int) -> str:
+    """The newest checkpoint from before the last `steps` steps, for an error message."""
+    names = [p.name for p in list_checkpoints(run.folder) if (checkpoint_step(p) or 0) <= run.step - steps]
+    return names[-1] if names else "none"

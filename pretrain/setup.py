@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from lit_model.load import Checkpoint, checkpoint_step, list_checkpoints, load_t
 from lit_model.model import GPT
 from pretrain.args import RunArgs, flat, plain
 from pretrain.checkpoint import find_checkpoint, load_state, rewind, state_tensors
-from pretrain.guards import RunLock, StopRequest
+from pretrain.guards import RunLock, SpikeDetector, StopRequest
 from pretrain.optim import AdamW, LossScale
 from pretrain.parallel import (
     DTYPES,
@@ -43,6 +45,7 @@ from pretrain.parallel import (
     on_rank_zero,
     uses_fsdp,
 )
+from pretrain.saving import Saver
 from pretrain.synthetic import make_synthetic_data
 
 # Settings that decide what a run means: a resume with another value is refused unless --resume_allow names it.
@@ -61,10 +64,16 @@ MEANING = (
 MECHANICS = (
     "train.micro_batch_samples",
     "train.activation_checkpointing",
+    "train.activation_checkpointing_every",
+    "train.cpu_offload",
+    "train.prefetch_blocks",
+    "train.reduce_dtype",
     "train.defer_gradient_sync",
     "train.deterministic",
     "train.attention",
 )
+
+STOPPED = "stopped.json"  # in the run folder: what a signal has ended
 
 
 @dataclass
@@ -106,13 +115,28 @@ class Run:
     segments: list[Segment]
     recorder: DatapointRecorder | None
     compactor: Compactor | None
-    stop: StopRequest
+    saver: Saver
+    spikes: SpikeDetector
     lock: RunLock | None
+    stop: StopRequest = dataclasses.field(init=False)
     step: int = 0
     finished: bool = False
+    changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of settings, allowed when resuming
+    skips: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # samples left out after a loss spike
     tokens: Tensor = dataclasses.field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # inputs seen
     skipped: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
     skipped_in_row: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
+
+    def __post_init__(self) -> None:
+        self.stop = StopRequest(self.device, lambda: self.fault() is not None)
+
+    def fault(self) -> str | None:
+        """What a thread of this rank has failed in, so that the run must end; None if nothing has."""
+        if self.saver.failed:
+            return "a checkpoint could not be written"
+        if self.recorder is not None and self.recorder.failed:
+            return "the datapoint record could not be written"
+        return None
 
     @property
     def device(self) -> torch.device:
@@ -196,22 +220,29 @@ def open_datasets(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tup
             )
     weights_of(args)
     if args.train.max_epochs is None or args.data.packing == "concat":  # else it takes a plan, and is seen later
-        length_of(args, block_size, count_windows(train[0].n_tokens, block_size))
+        length_of(args, block_size, count_windows(train[0].n_tokens, block_size), first_segments(args))
     return Datasets(train, val, block_size), config
 
 
-def length_of(args: RunArgs, block_size: int, n_windows: int) -> tuple[int, int | None]:
+def first_segments(args: RunArgs) -> list[Segment]:
+    """Of a run from its beginning."""
+    return [Segment(0, 0, args.train.global_batch_samples)]
+
+
+def length_of(args: RunArgs, block_size: int, n_windows: int, segments: list[Segment]) -> tuple[int, int | None]:
     """The run's steps, and the sample it ends before (None: the last step is full)."""
-    batch, t = args.train.global_batch_samples, args.train
+    t, last = args.train, segments[-1]
     end_sample = None
     if t.max_steps is not None:
         max_steps = t.max_steps
     elif t.max_tokens is not None:
-        max_steps = -(-t.max_tokens // (batch * block_size))
+        used = sum((b.from_step - a.from_step) * a.global_batch for a, b in pairwise(segments))
+        rows = -(-t.max_tokens // block_size)
+        max_steps = last.from_step + max(0, -(-(rows - used) // last.global_batch))
     else:
         assert t.max_epochs is not None
         end_sample = max(1, round(n_windows * t.max_epochs))
-        max_steps = -(-end_sample // batch)
+        max_steps = last.from_step + max(0, -(-(end_sample - last.first_sample) // last.global_batch))
     if args.optim.warmup_steps > max_steps:
         raise ValueError(f"--optim.warmup_steps {args.optim.warmup_steps} exceeds the run's {max_steps} steps")
     return max_steps, end_sample
@@ -250,7 +281,7 @@ def open_data(args: RunArgs, fabric: Fabric, datasets: Datasets, segments: list[
             f"warning: the data has {n_rows} rows of {datasets.block_size} tokens, fewer than the "
             f"{args.train.global_batch_samples} of a step (--train.global_batch_samples): rows come several times in it"
         )
-    max_steps, end_sample = length_of(args, datasets.block_size, rows[0].n_windows)
+    max_steps, end_sample = length_of(args, datasets.block_size, rows[0].n_windows, segments)
     block, group = args.data.shuffle_block_rows, args.data.shuffle_group_blocks
     orders = (Order(r.n_windows, args.seed, d, block_windows=block, group_blocks=group) for d, r in enumerate(rows))
     phases = phase_list([(first_sample_of_step(segments, step)[0], w) for step, w in weights_of(args)])
@@ -264,8 +295,10 @@ def open_data(args: RunArgs, fabric: Fabric, datasets: Datasets, segments: list[
     )
 
 
-def check_resume(args: RunArgs, meta: dict[str, Any], data: Data, config: ModelConfig, path: Path) -> None:
-    """Refuse to go on with a run whose meaning would change, listing what differs."""
+def check_resume(
+    args: RunArgs, meta: dict[str, Any], data: Data, config: ModelConfig, path: Path
+) -> dict[str, tuple[Any, Any]]:
+    """Refuse to go on with a run whose meaning would change, listing what differs. Returns what was allowed to."""
     old, new = flat(meta["config"]), flat(plain(args))
     keys = [
         k
@@ -291,8 +324,9 @@ def check_resume(args: RunArgs, meta: dict[str, Any], data: Data, config: ModelC
         listing = "; ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in refused.items())
         raise ValueError(
             f"{path} is a checkpoint of another run: {listing}. Give the same settings, or allow a change by name with "
-            f"--resume_allow='[{','.join(refused)}]'"
+            f"--resume_allow={','.join(refused)}"
         )
+    return differs
 
 
 def check_history(meta: dict[str, Any], data: Data, path: Path) -> None:
@@ -339,8 +373,9 @@ def set_up(args: RunArgs) -> Run:
     datasets, config = open_datasets(args, lambda vocab_size: model_config(args, vocab_size, checkpoint_path))
     args.out_dir, args.devices = folder, devices
 
-    step, segments = 0, [Segment(0, 0, args.train.global_batch_samples)]
+    step, segments = 0, first_segments(args)
     meta: dict[str, Any] | None = None
+    changes: list[dict[str, Any]] = []
     if checkpoint_path is not None:
         meta = Checkpoint(checkpoint_path).meta
         step = int(meta["step"])
@@ -351,7 +386,8 @@ def set_up(args: RunArgs) -> Run:
             segments.append(Segment(step, first, args.train.global_batch_samples))
     data = open_data(args, fabric, datasets, segments)
     if checkpoint_path is not None and meta is not None:
-        check_resume(args, meta, data, config, checkpoint_path)
+        differences = check_resume(args, meta, data, config, checkpoint_path)
+        changes = [*meta.get("changes", []), *([{"step": step, "differences": differences}] if differences else [])]
         if step > data.max_steps:
             raise ValueError(f"{checkpoint_path} is {step} steps old, beyond the run's {data.max_steps} steps")
 
@@ -371,22 +407,8 @@ def set_up(args: RunArgs) -> Run:
     optimizer = AdamW(raw.named_parameters(), args.optim)
     loss_scale = LossScale.create(fabric.device) if args.precision == "fp16" else None
 
-    layout = Layout(
-        data.block_size, args.train.micro_batch_samples, fabric.global_rank, fabric.world_size, args.data.document_mask
-    )
-    pin = fabric.device.type == "cuda"
-    loader = Loader(
-        data.rows,
-        data.mixture,
-        layout,
-        segments,
-        end_sample=data.end_sample,
-        prefetch_steps=args.data.prefetch_steps,
-        pin_memory=pin,
-        caches=open_caches(args, data),
-        mock=args.data.mock,
-    )
     zero = torch.zeros((), device=fabric.device)
+    saver = Saver(folder, args.save, fabric.device, timeout=timedelta(seconds=args.timeout_s))
     run = Run(
         args=args,
         fabric=fabric,
@@ -397,34 +419,69 @@ def set_up(args: RunArgs) -> Run:
         model=model,
         optimizer=optimizer,
         loss_scale=loss_scale,
-        loader=loader,
-        val_loader=validation_loader(args, data, layout, pin),
+        loader=training_loader(args, fabric, data, segments),
+        val_loader=validation_loader(args, fabric, data),
         segments=segments,
         recorder=None,
         compactor=None,
-        stop=StopRequest(fabric.device),
+        saver=saver,
+        spikes=SpikeDetector(args.guard),
         lock=lock,
         step=step,
+        changes=changes,
         skipped=zero.clone(),
         skipped_in_row=zero.clone(),
         tokens=zero.double(),
     )
     if checkpoint_path is not None and meta is not None:
         run.finished = step == data.max_steps and checkpoint_step(list_checkpoints(folder)[-1]) == step
-        load_state(checkpoint_path, run.tensors())
-        run.skipped.fill_(meta["skipped"])
-        run.tokens.fill_(meta["tokens"])
-        if loss_scale is not None and meta["loss_scale"] is not None:
-            loss_scale.load(meta["loss_scale"])
-    if run.finished:
-        return run
-    on_rank_zero(fabric, lambda: prepare_folder(run))
-    if args.data.datapoints and not args.data.mock:
-        run.recorder = DatapointRecorder(
-            folder / "datapoints", fabric.global_rank, fabric.world_size, args.train.micro_batch_samples, step
-        )
-        run.compactor = Compactor(folder) if fabric.global_rank == 0 else None
+        restore(run, checkpoint_path)
+    if not run.finished:
+        begin_recording(run)
     return run
+
+
+def restore(run: Run, path: Path) -> None:
+    """Load a checkpoint's tensors and counters. Raises ValueError, on every rank, if it is damaged or does not fit."""
+    meta = load_state(path, run.tensors())
+    run.step = int(meta["step"])
+    run.skipped.fill_(meta["skipped"])
+    run.skipped_in_row.fill_(meta.get("skipped_in_row", 0))
+    run.tokens.fill_(meta["tokens"])
+    run.skips = list(meta.get("skips", []))
+    run.spikes = SpikeDetector(run.args.guard, meta.get("spikes"))
+    if run.loss_scale is not None and meta["loss_scale"] is not None:
+        run.loss_scale.load(meta["loss_scale"])
+
+
+def begin_recording(run: Run) -> None:
+    """Bring the run folder to the state of `run.step`, and open the record there."""
+    on_rank_zero(run.fabric, lambda: prepare_folder(run))
+    if run.args.data.datapoints and not run.args.data.mock:
+        micro_batch_samples = run.args.train.micro_batch_samples
+        run.recorder = DatapointRecorder(
+            run.folder / "datapoints", run.fabric.global_rank, run.world_size, micro_batch_samples, run.step
+        )
+        if run.fabric.global_rank == 0:
+            run.compactor = Compactor(run.folder)
+            run.saver.published = run.compactor.start
+
+
+def go_back(run: Run, path: Path, reason: str) -> None:
+    """Return to a checkpoint, and leave out the samples that were used since then. Every rank calls this."""
+    end_sample, global_batch = first_sample_of_step(run.segments, run.step)
+    skips = run.skips
+    restore(run, path)
+    first_sample, _ = first_sample_of_step(run.segments, run.step)
+    skip = {"step": run.step, "first_sample": first_sample, "end_sample": end_sample, "reason": reason}
+    run.skips = [*(s for s in skips if s["step"] <= run.step), skip]
+    earlier = [s for s in run.segments if s.from_step < run.step]
+    run.segments = [*earlier, Segment(run.step, end_sample, global_batch)]
+    val = run.data.val.dataset if run.data.val is not None else None
+    datasets = Datasets(run.data.train, val, run.data.block_size)
+    run.data = open_data(run.args, run.fabric, datasets, run.segments)
+    run.loader = training_loader(run.args, run.fabric, run.data, run.segments)
+    begin_recording(run)
 
 
 def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None) -> ModelConfig:
@@ -456,20 +513,35 @@ def load_weights(model: nn.Module, path: Path) -> None:
         copy_slice(parameter, tensors[name])
 
 
-def validation_loader(args: RunArgs, data: Data, layout: Layout, pin: bool) -> Loader | None:
+def training_loader(args: RunArgs, fabric: Fabric, data: Data, segments: list[Segment]) -> Loader:
+    """Reads this rank's rows of each step."""
+    micro_batch = args.train.micro_batch_samples
+    return Loader(
+        data.rows,
+        data.mixture,
+        Layout(data.block_size, micro_batch, fabric.global_rank, fabric.world_size, args.data.document_mask),
+        segments,
+        end_sample=data.end_sample,
+        prefetch_steps=args.data.prefetch_steps,
+        pin_memory=fabric.device.type == "cuda",
+        caches=open_caches(args, data),
+        mock=args.data.mock,
+    )
+
+
+def validation_loader(args: RunArgs, fabric: Fabric, data: Data) -> Loader | None:
     """Reads the validation split in its own order, dealt out to the ranks; the last rows may be without data."""
     if data.val is None:
         return None
-    micro_batch = args.eval.micro_batch_samples or layout.micro_batch_samples
+    micro_batch = args.eval.micro_batch_samples or args.train.micro_batch_samples
     n_windows = data.val.n_windows
-    layout = dataclasses.replace(layout, micro_batch_samples=micro_batch)
     return Loader(
         [data.val],
         Mixture.single(Order(n_windows, shuffle=False)),
-        layout,
-        [Segment(0, 0, micro_batch * layout.world_size)],
+        Layout(data.block_size, micro_batch, fabric.global_rank, fabric.world_size, args.data.document_mask),
+        [Segment(0, 0, micro_batch * fabric.world_size)],
         end_sample=min(n_windows, args.eval.max_samples or n_windows),
-        pin_memory=pin,
+        pin_memory=fabric.device.type == "cuda",
     )
 
 
@@ -489,6 +561,7 @@ def open_caches(args: RunArgs, data: Data) -> list[ShardCache] | None:
 def prepare_folder(run: Run) -> None:
     """Rank 0: bring the run folder to the state of `run.step`, and write what describes the run."""
     rewind(run.folder, run.step)
+    (run.folder / STOPPED).unlink(missing_ok=True)
     text = yaml.safe_dump(plain(dataclasses.replace(run.args, resume=None)), sort_keys=False, allow_unicode=True)
     temporary = run.folder / ".config.yaml.tmp"
     temporary.write_text(text, encoding="utf-8")
@@ -501,6 +574,7 @@ def prepare_folder(run: Run) -> None:
             document_mask=run.args.data.document_mask,
             end_sample=run.data.end_sample,
             plan_dir=run.args.data.plan_dir,
+            skips=run.skips,
         )
         layout = (run.step, run.world_size, run.args.train.micro_batch_samples)
         write_order(run.folder / "datapoints", facts, layout)

@@ -1,0 +1,309 @@
+"""Writing checkpoints, at once or while training goes on. The layout is described in `lit_model/load.py`.
+
+Publishing: everything is written under a temporary name, each rank syncs its own files and its part of the datapoint
+record, then rank 0 renames. A checkpoint whose name exists is whole, and it commits the record up to its step.
+
+The ranks do it in stages. After each they exchange what went wrong, so that all of them give up together, and they do
+so on a gloo group of the saver's own: training's collectives run at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
+
+from lit_data.packed import sync_file
+from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, file_checksum, tensor_checksum
+from pretrain.args import SaveArgs
+from pretrain.checkpoint import FORMAT_VERSION, checkpoint_name, remove, retain
+
+T = TypeVar("T")
+
+SPARE_BYTES = 16 << 20  # beside the tensors: their index, the facts, the next rows of metrics and record
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; every rank raises it alike. The one before is untouched."""
+
+
+@dataclass
+class SaveTimes:
+    """Seconds of the newest save. `blocked_s`: training waited; `copy_s` of these for the copy to host memory."""
+
+    blocked_s: float = 0.0
+    copy_s: float = 0.0
+    total_s: float = 0.0
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time.
+
+    Args:
+        run: the run folder.
+        published: called on rank 0 after each publication and the retention that follows.
+
+    Attributes:
+        times: of the newest save.
+        skipped: saves given up under `on_error: skip`.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        args: SaveArgs,
+        device: torch.device,
+        *,
+        timeout: timedelta,
+        published: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.run, self.args, self.device, self.published = run, args, device, published
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.rank = dist.get_rank() if several else 0
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if several else None
+        self.times, self.skipped = SaveTimes(), 0
+        self._thread: ThreadPoolExecutor | None = None
+        self._stager: DefaultStager | None = None
+        self._pending: Future[None] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed in a way that is to end the run."""
+        pending = self._pending
+        return (
+            self.args.on_error == "stop" and pending is not None and pending.done() and pending.exception() is not None
+        )
+
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        meta: dict[str, Any],
+        finish_part: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Save the state after `step` steps. Every rank calls this.
+
+        With `asynchronous` it returns when the state lies in host memory, else when the checkpoint has its name.
+
+        Args:
+            tensors: keys as in `Checkpoint.names`; plain tensors (the same on every rank) or DTensors.
+            meta: JSON-able; its key `step` must agree with `step`.
+            finish_part: waits until this rank's part of the record is on the disk, or raises.
+
+        Raises SaveError, of this save or, with `asynchronous`, of the one before.
+        """
+        began = time.perf_counter()
+        self.wait()
+        path = self.run / checkpoint_name(step)
+        meta = {"format_version": FORMAT_VERSION, **meta}
+        copying = time.perf_counter()
+        if self.args.state_dict_type == "full":
+            tensors = gather(tensors, self.rank, copy=self.args.asynchronous)
+        elif self.args.asynchronous:
+            tensors = self._stage(tensors)
+        copied = time.perf_counter()
+        job = partial(self._save, path, tensors, meta, finish_part, began)
+        self.times.copy_s = copied - copying
+        if self.args.asynchronous:
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="llammlein-saver")
+            self._pending = self._thread.submit(job)
+        else:
+            self._settle(job)
+        self.times.blocked_s = time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Wait until nothing is being written. Raises SaveError if the save in the background failed."""
+        if (pending := self._pending) is not None:
+            self._pending = None
+            self._settle(pending.result)
+
+    def close(self) -> None:
+        """Give up what is being written: after an exception. Call `wait` before it at the end of a run."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _settle(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except SaveError as error:
+            if self.args.on_error == "stop":
+                raise
+            self.skipped += 1
+            if self.rank == 0:
+                print(
+                    f"warning: {error}; training goes on without this checkpoint (--save.on_error skip)",
+                    file=sys.stderr,
+                )
+
+    def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A copy of the ranks' shards in host memory, in buffers that are used again by the next save."""
+        if self._stager is None:
+            cuda = self.device.type == "cuda"
+            options = StagingOptions(
+                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+            )
+            self._stager = DefaultStager(options)
+        staged = self._stager.stage(tensors)
+        assert isinstance(staged, dict)
+        return staged
+
+    def _save(
+        self,
+        path: Path,
+        tensors: dict[str, Tensor],
+        meta: dict[str, Any],
+        finish_part: Callable[[], None],
+        began: float,
+    ) -> None:
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            self._write(path, temporary, tensors, meta, finish_part)
+        except SaveError:
+            if self.rank == 0:
+                with contextlib.suppress(OSError):
+                    remove(temporary)
+            raise
+        self.times.total_s = time.perf_counter() - began
+        if self.rank == 0:
+            retain(self.run, self.args)
+            self.published()
+            print(f"step {meta['step']}: saved {path}", flush=True)
+
+    def _write(
+        self,
+        path: Path,
+        temporary: Path,
+        tensors: dict[str, Tensor],
+        meta: dict[str, Any],
+        finish_part: Callable[[], None],
+    ) -> None:
+        sharded = self.args.state_dict_type == "sharded"
+
+        def begin() -> None:
+            if self.rank == 0:
+                remove(temporary)
+                check_free_space(self.run, sum(t.numel() * t.element_size() for t in tensors.values()))
+                if sharded:
+                    temporary.mkdir()
+
+        def write_shards() -> dict[str, dict[str, Any]]:
+            dcp_save(
+                dict(tensors),
+                storage_writer=FileSystemWriter(temporary, sync_files=True),
+                process_group=self.group,
+                no_dist=self.group is None,
+            )
+            mine = sorted(temporary.glob(f"__{self.rank}_*"))
+            if self.rank == 0:
+                mine.append(temporary / ".metadata")
+            return {p.name: {"bytes": p.stat().st_size, "sha256": file_checksum(p)} for p in mine}
+
+        def write_file() -> None:
+            if self.rank == 0:
+                meta["checksums"] = {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
+                with open(temporary, "wb") as f:
+                    torch.save({**nested(tensors), "meta": json.dumps(meta)}, f)
+                    f.flush()
+                    os.fsync(f.fileno())
+
+        def publish() -> None:
+            if self.rank == 0:
+                if sharded:
+                    with open(temporary / "meta.json", "w", encoding="utf-8") as f:
+                        json.dump(meta, f, indent=1)
+                        f.flush()
+                        os.fsync(f.fileno())
+                    sync_file(temporary)
+                os.rename(temporary, path)
+                sync_file(path.parent)
+
+        self._together(path, begin)
+        if sharded:
+            parts = self._together(path, write_shards)
+            meta["checksums"] = {name: facts for part in parts for name, facts in sorted(part.items())}
+        else:
+            self._together(path, write_file)
+        self._together(path, finish_part)
+        self._together(path, publish)
+
+    def _together(self, path: Path, work: Callable[[], T]) -> list[T]:
+        """Do a stage on every rank; the results of all, or SaveError on all if one of them failed."""
+        result: T | None = None
+        fault = None
+        try:
+            result = work()
+        except Exception as error:
+            fault = f"{type(error).__name__}: {error}"
+        outcomes: list[Any] = [(fault, result)]
+        if self.group is not None:
+            outcomes = [None] * dist.get_world_size(self.group)
+            try:
+                dist.all_gather_object(outcomes, (fault, result), group=self.group)
+            except RuntimeError as error:
+                raise SaveError(f"{path} was not written: a rank has gone ({error})") from error
+        faults = {rank: f for rank, (f, _) in enumerate(outcomes) if f is not None}
+        if faults:
+            told = "; ".join(f"rank {rank}: {f}" for rank, f in list(faults.items())[:3])
+            raise SaveError(f"{path} could not be written: {told}")
+        return [r for _, r in outcomes]
+
+
+def check_free_space(folder: Path, n_bytes: int) -> None:
+    """Raise OSError if a file system has no room for so many bytes and a little more."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes + SPARE_BYTES:
+        raise OSError(
+            f"{folder} has {free / 1e9:.3f} GB free, the checkpoint takes {(n_bytes + SPARE_BYTES) / 1e9:.3f} GB; "
+            "make room, or keep fewer with --save.keep_last"
+        )
+
+
+def gather(tensors: dict[str, Tensor], rank: int, *, copy: bool) -> dict[str, Tensor]:
+    """Whole tensors in host memory, on rank 0; shards are gathered one tensor at a time. The others get none.
+
+    With `copy` nothing of it shares memory with the training state.
+    """
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank == 0:
+            host = full.detach().cpu()
+            whole[name] = host.clone() if copy and host.data_ptr() == tensor_pointer(tensor) else host
+    return whole
+
+
+def tensor_pointer(tensor: Tensor) -> int:
+    """Where a tensor's own data lies on this rank."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
+
+
+def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The flat names of a checkpoint -> the contents of a file: {"model": ..., "optimizer": {name: {key: ...}}}."""
+    model: dict[str, Tensor] = {}
+    optimizer: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(MODEL_PREFIX):
+            model[name.removeprefix(MODEL_PREFIX)] = tensor
+        else:
+            parameter, key = name.removeprefix(OPTIMIZER_PREFIX).rsplit("/", 1)
+            optimizer.setdefault(parameter, {})[key] = tensor
+    return {"model": model, "optimizer": optimizer}

@@ -1,34 +1,32 @@
-"""A path -> a model. Owns the layout of a checkpoint as it is read; `pretrain/checkpoint.py` writes it.
+"""A path -> a model. Owns the layout of a checkpoint as it is read; `pretrain/saving.py` writes it.
 
 A checkpoint `iter-00001000-ckpt.pth` is
 - a file (`full`): {"model": {name: tensor}, "optimizer": {name: {key: tensor}}, "meta": JSON text}, or
 - a folder (`sharded`): torch DCP files whose keys are `model.NAME` and `optimizer.NAME/KEY`, and `meta.json`.
 
-Nothing that is loaded can run code: files are opened with `weights_only=True`, a folder's `.metadata` (a pickle) by an
-unpickler that knows only DCP's own classes.
+Nothing that is loaded can run code: files are opened with `weights_only=True`; folders by `lit_model/sharded.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
+import functools
 import json
 import pickle
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint import load as dcp_load
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from lit_model.checksum import file_checksum, tensor_checksum
 from lit_model.config import ModelConfig
 from lit_model.hf.io import read_folder
+from lit_model.hf.llama import LazyTensors, check_names, expected_shapes
 from lit_model.model import GPT
+from lit_model.sharded import SafeReader as SafeReader
+from lit_model.sharded import ShardedTensors
 
 CHECKPOINT_NAME = re.compile(r"iter-(\d{8,})-ckpt\.pth")
 MODEL_PREFIX = "model."
@@ -47,57 +45,12 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: checkpoint_step(p) or 0)
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads DCP's `.metadata`: its own data classes, sizes, dtypes and containers, nothing else."""
-
-    ALLOWED = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("torch.distributed.checkpoint.metadata", "Metadata"),
-            ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-            ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-            ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-            ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-            ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-            ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("pathlib", "Path"),
-            ("pathlib", "PosixPath"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-
-
-class SafeReader(FileSystemReader):
-    """DCP's reader of a folder, with `.metadata` read by the allow-listing unpickler and byte items refused."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        file = Path(self.path) / ".metadata"
-        try:
-            metadata = cast(Metadata, _MetadataUnpickler(io.BytesIO(file.read_bytes())).load())
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
-            raise ValueError(f"{file} is no metadata of a checkpoint written here: {error}") from error
-        foreign = [k for k, v in metadata.state_dict_metadata.items() if not isinstance(v, TensorStorageMetadata)]
-        if foreign:
-            raise ValueError(
-                f"{self.path} holds items that are not tensors ({foreign[0]}, ...); it was not written here"
-            )
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
 class Checkpoint:
-    """A checkpoint opened for reading: its facts, and its tensors one at a time."""
+    """A checkpoint opened for reading: its facts, and its tensors one at a time.
+
+    A folder's `.metadata` is read when names or tensors are asked for first. Whatever is damaged is a ValueError that
+    names the file.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -105,82 +58,120 @@ class Checkpoint:
             raise FileNotFoundError(f"checkpoint {self.path} does not exist")
         self.sharded = self.path.is_dir()
         self._file: dict[str, Any] = {}
-        if self.sharded:
-            meta_file = self.path / "meta.json"
-            if not meta_file.is_file():
-                raise ValueError(f"{self.path} is no checkpoint: it holds no meta.json")
-            self.meta: dict[str, Any] = json.loads(meta_file.read_text())
-            self._sizes = {
-                name: cast(TensorStorageMetadata, item)
-                for name, item in SafeReader(self.path).read_metadata().state_dict_metadata.items()
-            }
-            self._names = list(self._sizes)
-        else:
-            try:
+        try:
+            if self.sharded:
+                if not (self.path / "meta.json").is_file():
+                    raise ValueError("it holds no meta.json")
+                self.meta: dict[str, Any] = dict(json.loads((self.path / "meta.json").read_bytes()))
+            else:
                 self._file = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-                self.meta = json.loads(self._file["meta"])
-            except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError, EOFError) as error:
-                raise ValueError(
-                    f"{self.path} is not a checkpoint written by this project, or it is damaged: {error}"
-                ) from error
-            self._names = [MODEL_PREFIX + n for n in self._file["model"]] + [
-                f"{OPTIMIZER_PREFIX}{n}/{key}" for n, state in self._file["optimizer"].items() for key in state
-            ]
+                self.meta = dict(json.loads(self._file["meta"]))
+                self._names = _names_of(self._file)
+        except (
+            RuntimeError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            pickle.UnpicklingError,
+            EOFError,
+        ) as error:
+            raise ValueError(
+                f"{self.path} is not a checkpoint written by this project, or it is damaged: {error}"
+            ) from error
+
+    @functools.cached_property
+    def _folder(self) -> ShardedTensors:
+        return ShardedTensors(self.path)
 
     @property
     def model_config(self) -> ModelConfig:
+        if "model_config" not in self.meta:
+            raise ValueError(f"{self.path} does not say which model it is of: its meta has no model_config")
         return ModelConfig.from_dict(self.meta["model_config"])
 
     def names(self) -> list[str]:
         """Keys of all tensors: `model.NAME` and `optimizer.NAME/KEY`."""
-        return self._names
+        return self._folder.names() if self.sharded else self._names
 
     def tensor(self, name: str) -> Tensor:
-        """Read one whole tensor to the CPU."""
-        if self.sharded:
-            item = self._sizes[name]
-            whole = torch.empty(item.size, dtype=item.properties.dtype)
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message="torch.distributed is disabled"
-                )  # one process reads, as meant
-                dcp_load({name: whole}, storage_reader=SafeReader(self.path), no_dist=True)
-            return whole
+        """One whole tensor on the CPU: read, or a map of the file where the checkpoint is one file."""
+        return self._folder.tensor(name) if self.sharded else self._mapped(name)
+
+    def layout(self, name: str) -> Tensor:
+        """A tensor of the same shape and dtype on the `meta` device; no data is read."""
+        return self._folder.layout(name) if self.sharded else torch.empty_like(self._mapped(name), device="meta")
+
+    def model_tensors(self) -> Mapping[str, Tensor]:
+        """The model's tensors by parameter name, each read when it is asked for."""
+        return LazyTensors(self._model_names(), lambda name: self.tensor(MODEL_PREFIX + name))
+
+    def passing_tensors(self) -> Mapping[str, Tensor]:
+        """As `model_tensors`, but those of a folder share one buffer: each is gone when the next is asked for.
+
+        Fresh memory for each would cost more time than the reading: the system hands it out page by page, zeroed.
+        """
+        if not self.sharded:
+            return self.model_tensors()
+        buffer = self._folder.buffer()
+        return LazyTensors(self._model_names(), lambda name: self._folder.tensor(MODEL_PREFIX + name, buffer))
+
+    def model_layout(self) -> Mapping[str, Tensor]:
+        """The model's tensors on the `meta` device, by parameter name."""
+        return LazyTensors(self._model_names(), lambda name: self.layout(MODEL_PREFIX + name))
+
+    def _model_names(self) -> list[str]:
+        return [n.removeprefix(MODEL_PREFIX) for n in self.names() if n.startswith(MODEL_PREFIX)]
+
+    def verify(self, part: int = 0, parts: int = 1) -> list[str]:
+        """What differs from the checksums taken when the checkpoint was written, a sentence each; all of it is read.
+
+        With `parts` processes each looks at a share of the files or tensors, the `part`-th. `meta["checksums"]` holds,
+        for a folder, {"bytes", "sha256"} of every file but meta.json; for a file, the SHA-256 of every tensor.
+        """
+        known = self.meta.get("checksums")
+        if not isinstance(known, dict):
+            return [f"{self.path} carries no checksums: it was written by an older version, and cannot be verified"]
+        names = sorted(known)[part::parts]
+        return self._file_faults(known, names) if self.sharded else self._tensor_faults(known, names)
+
+    def _file_faults(self, known: dict[str, Any], names: list[str]) -> list[str]:
+        faults = []
+        for name in names:
+            file, facts = self.path / Path(name).name, known[name]
+            if not file.is_file():
+                faults.append(f"{file} is missing")
+            elif (size := file.stat().st_size) != facts["bytes"]:
+                faults.append(f"{file} has {size} bytes; {facts['bytes']} were written")
+            elif file_checksum(file) != facts["sha256"]:
+                faults.append(f"{file} is not what was written: its checksum differs")
+        unknown = sorted({p.name for p in self.path.iterdir()} - set(known) - {"meta.json"})
+        return faults + [f"{self.path / name} does not belong to the checkpoint" for name in unknown]
+
+    def _tensor_faults(self, known: dict[str, Any], names: list[str]) -> list[str]:
+        faults = [f"{self.path}: {name} does not belong to the checkpoint" for name in set(self._names) - set(known)]
+        for name in names:
+            if name not in self._names:
+                faults.append(f"{self.path}: {name} is missing")
+            elif tensor_checksum(self._mapped(name)) != known[name]:
+                faults.append(f"{self.path}: {name} is not what was written: its checksum differs")
+        return faults
+
+    def _mapped(self, name: str) -> Tensor:
         if name.startswith(MODEL_PREFIX):
             return cast(Tensor, self._file["model"][name.removeprefix(MODEL_PREFIX)])
         parameter, key = name.removeprefix(OPTIMIZER_PREFIX).rsplit("/", 1)
         return cast(Tensor, self._file["optimizer"][parameter][key])
 
-    def model_tensors(self) -> Mapping[str, Tensor]:
-        """The model's tensors by parameter name, each read when it is asked for."""
-        return _ModelTensors(self)
 
-
-class _ModelTensors(Mapping[str, Tensor]):
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.keys_ = [n.removeprefix(MODEL_PREFIX) for n in checkpoint.names() if n.startswith(MODEL_PREFIX)]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.checkpoint.tensor(MODEL_PREFIX + name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys_)
-
-    def __len__(self) -> int:
-        return len(self.keys_)
-
-
-def file_checksum(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def tensor_checksum(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's elements in order, as bytes of this machine, hexadecimal."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+def _names_of(file: dict[str, Any]) -> list[str]:
+    tensors = {MODEL_PREFIX + n: t for n, t in file["model"].items()}
+    for parameter, state in file["optimizer"].items():
+        tensors.update({f"{OPTIMIZER_PREFIX}{parameter}/{key}": t for key, t in state.items()})
+    foreign = [name for name, t in tensors.items() if not isinstance(t, Tensor)]
+    if foreign:
+        raise ValueError(f"{foreign[0]} is not a tensor")
+    return list(tensors)
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -212,7 +203,13 @@ def load_tensors(path: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     if is_hf_folder(path):
         return read_folder(path)
     checkpoint = Checkpoint(path)
-    return checkpoint.model_config, checkpoint.model_tensors()
+    config, layouts = checkpoint.model_config, checkpoint.model_layout()
+    shapes = expected_shapes(config)
+    check_names(shapes, layouts, str(path))
+    for name, shape in shapes.items():
+        if tuple(layouts[name].shape) != shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(layouts[name].shape)}; the config asks for {shape}")
+    return config, checkpoint.model_tensors()
 
 
 def load_model(path: str | Path, *, attention: str = "auto") -> tuple[GPT, ModelConfig]:

@@ -31,9 +31,11 @@ def checkpoint_name(step: int) -> str:
 def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Fill `tensors` (as given to `save_checkpoint`) in place from a checkpoint of any kind and world size.
 
-    Returns its meta. Raises ValueError where names or shapes do not fit, before anything is changed.
+    Returns its meta. Raises ValueError, on every rank, if its checksums show damage, and where names or shapes do not
+    fit, before anything is changed.
     """
     checkpoint = Checkpoint(path)
+    check_whole(checkpoint)
     have, want = set(checkpoint.names()), set(tensors)
     if have != want:
         lacking, extra = sorted(want - have), sorted(have - want)
@@ -52,6 +54,21 @@ def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
                 raise ValueError(f"{path}: {name} has shape {tuple(source.shape)}, the model {tuple(target.shape)}")
             copy_slice(target, source)
     return checkpoint.meta
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Compare a checkpoint with its checksums, each rank a share of it. Raises ValueError on every rank alike."""
+    if "checksums" not in checkpoint.meta:  # made by import_from_hf, or an older version
+        return
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    faults: list[Any] = [checkpoint.verify(rank, world_size)]
+    if several:
+        mine, faults = faults[0], [None] * world_size
+        dist.all_gather_object(faults, mine)
+    told = list(dict.fromkeys(fault for some in faults for fault in some))
+    if told:
+        raise ValueError(f"{checkpoint.path} is damaged: {'; '.join(told[:3])}. Go on from an older one with --resume")
 
 
 def find_checkpoint(resume: str, run: Path) -> Path | None:

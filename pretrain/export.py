@@ -54,11 +54,13 @@ def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> P
         raise ValueError(f"{tokenizer_path} is not the tokenizer that {path} was trained with (fingerprints differ)")
     eos_id = opened.eos_id if opened is not None else facts.get("eos_id")
     bos_id = opened.bos_id if opened is not None else facts.get("bos_id")
-    dtype = str(next(iter(checkpoint.model_tensors().values())).dtype).removeprefix("torch.")
+    layout = list(tensors_to_hf(config, checkpoint.model_layout()))
+    dtype = str(layout[0][1].dtype).removeprefix("torch.")
     write_folder(
         output,
         config_to_hf(config, bos_id=bos_id, eos_id=eos_id, dtype=dtype),
-        tensors_to_hf(config, checkpoint.model_tensors()),
+        tensors_to_hf(config, checkpoint.passing_tensors()),
+        layout=layout,
         generation_config={"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True},
         extra_files={**_tokenizer_files(opened), "README.md": model_card(checkpoint)},
     )

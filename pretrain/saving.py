@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,17 +27,21 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from lit_data.packed import sync_file
-from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, file_checksum, tensor_checksum
+from lit_model.checksum import file_checksum, tensor_checksum
+from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX
 from pretrain.args import SaveArgs
 from pretrain.checkpoint import FORMAT_VERSION, checkpoint_name, remove, retain
 
 T = TypeVar("T")
+
+# One process writes a folder by itself, as meant. (For all threads: a filter of one save would end the others'.)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 SPARE_BYTES = 16 << 20  # beside the tensors: their index, the facts, the next rows of metrics and record
 
@@ -206,12 +211,17 @@ class Saver:
                     temporary.mkdir()
 
         def write_shards() -> dict[str, dict[str, Any]]:
-            dcp_save(
-                dict(tensors),
-                storage_writer=FileSystemWriter(temporary, sync_files=True),
-                process_group=self.group,
-                no_dist=self.group is None,
-            )
+            try:
+                dcp_save(
+                    dict(tensors),
+                    storage_writer=_ShardWriter(temporary, sync_files=True),
+                    process_group=self.group,
+                    no_dist=self.group is None,
+                )
+            except CheckpointException as error:  # every rank gets those of all
+                if self.rank in error.failures:
+                    raise error.failures[self.rank][0] from None
+                return {}
             mine = sorted(temporary.glob(f"__{self.rank}_*"))
             if self.rank == 0:
                 mine.append(temporary / ".metadata")
@@ -252,7 +262,8 @@ class Saver:
         try:
             result = work()
         except Exception as error:
-            fault = f"{type(error).__name__}: {error}"
+            beneath = system_error(error)
+            fault = f"{type(beneath).__name__}: {beneath}"
         outcomes: list[Any] = [(fault, result)]
         if self.group is not None:
             outcomes = [None] * dist.get_world_size(self.group)
@@ -265,6 +276,24 @@ class Saver:
             told = "; ".join(f"rank {rank}: {f}" for rank, f in list(faults.items())[:3])
             raise SaveError(f"{path} could not be written: {told}")
         return [r for _, r in outcomes]
+
+
+class _ShardWriter(FileSystemWriter):
+    """DCP's writer, whose errors say what happened: torch.save hides a full disk beneath an error of its own."""
+
+    def write_data(self, *arguments: Any) -> Any:
+        try:
+            return super().write_data(*arguments)
+        except Exception as error:
+            raise system_error(error) from None
+
+
+def system_error(error: BaseException) -> BaseException:
+    """The error of the system that lies beneath an error, or the error itself."""
+    beneath: BaseException | None = error
+    while beneath is not None and not isinstance(beneath, OSError):
+        beneath = beneath.__cause__ or beneath.__context__
+    return beneath or error
 
 
 def check_free_space(folder: Path, n_bytes: int) -> None:

@@ -1,24 +1,45 @@
-"""Hugging Face folders: safetensors in shards, config.json, generation_config.json. One tensor in memory at a time."""
+"""Hugging Face folders: safetensors in shards, config.json, generation_config.json. One tensor in memory at a time.
+
+A safetensors file is 8 bytes, the length of the header (little-endian); the header, JSON of each tensor's dtype, shape
+and place; and the tensors' bytes, little-endian and without gaps. So a file can be written tensor by tensor once all
+dtypes and shapes are known.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_model.checksum import byte_view
 from lit_model.config import ModelConfig
 from lit_model.hf import llama
 from lit_model.hf.llama import LazyTensors
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def write_folder(
@@ -26,15 +47,18 @@ def write_folder(
     config: dict[str, Any],
     tensors: Iterable[tuple[str, Tensor]],
     *,
+    layout: Iterable[tuple[str, Tensor]] | None = None,
     generation_config: dict[str, Any] | None = None,
     shard_bytes: float = 5e9,
     extra_files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` opens; it appears whole or not at all.
 
-    `config` is config.json's content, `tensors` names and tensors in Hugging Face's terms, consumed one by one; at
-    most `shard_bytes` of them are held before a shard is written (one tensor more, if a single one is larger).
-    `extra_files` are further texts by file name. Raises ValueError if `directory` exists and holds something.
+    `config` is config.json's content, `tensors` names and tensors in Hugging Face's terms, consumed one by one: each is
+    written before the next is asked for. That needs `layout`, the same names, shapes and dtypes in the same order on
+    any device (`meta` costs nothing); without it the tensors are gathered first. A file holds at most `shard_bytes` of
+    tensors, or a single larger one. `extra_files` are further texts by file name. Raises ValueError if `directory`
+    exists and holds something.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -44,15 +68,19 @@ def write_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        _write_tensors(temporary, tensors, shard_bytes)
+        if layout is None:
+            tensors = layout = list(tensors)
+        _write_tensors(temporary, tensors, list(layout), shard_bytes)
         for name, content in (("config.json", config), ("generation_config.json", generation_config)):
             if content is not None:
                 _write_text(temporary / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         for name, text in (extra_files or {}).items():
             _write_text(temporary / name, text)
+        _sync(temporary)
         if directory.exists():
             directory.rmdir()  # empty, as checked; os.replace does not put a folder over one on every system
         os.replace(temporary, directory)
+        _sync(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -80,44 +108,67 @@ def read_folder(directory: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor
         raise ValueError(f"{directory}: {error}") from error
 
 
-def _write_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: float) -> None:
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = 0
-
-    def flush() -> None:
-        nonlocal pending_bytes
-        # The number of shards is known at the end only: provisional names, renamed below.
-        path = directory / f"shard-{len(shards)}"
-        save_file(pending, path, metadata={"format": "pt"})
-        _sync(path)
-        shards.append(list(pending))
-        pending.clear()
-        pending_bytes = 0
-
-    for name, tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # a slice would keep the whole alive
-        if pending and pending_bytes + tensor.nbytes > shard_bytes:
-            flush()
-        pending[name] = tensor
-        pending_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-    if pending:
-        flush()
+def _write_tensors(
+    directory: Path, tensors: Iterable[tuple[str, Tensor]], layout: list[tuple[str, Tensor]], shard_bytes: float
+) -> None:
+    shards: list[dict[str, Tensor]] = []
+    free: float = 0
+    for name, like in layout:
+        if not shards or like.nbytes > free:
+            shards.append({})
+            free = shard_bytes
+        shards[-1][name] = like
+        free -= like.nbytes
     if not shards:
         raise ValueError("there are no tensors to write")
-    if len(shards) == 1:
-        os.rename(directory / "shard-0", directory / _SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.rename(directory / f"shard-{i}", directory / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    _write_text(directory / _INDEX, json.dumps(index, indent=2) + "\n")
+    source, weight_map = iter(tensors), {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else _SINGLE
+        _write_shard(directory / file, shard, source)
+        weight_map.update(dict.fromkeys(shard, file))
+    if next(source, None) is not None:
+        raise ValueError("there are more tensors than the layout names")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(like.nbytes for _, like in layout)}, "weight_map": weight_map}
+        _write_text(directory / _INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(path: Path, layout: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """One file: its header from the layout, then the bytes of as many tensors."""
+    assert sys.byteorder == "little", "safetensors are little-endian"
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
+    end = 0
+    # Larger elements first, so that each tensor lies at a multiple of its element's size: readers map the file.
+    for name, like in sorted(layout.items(), key=lambda item: -item[1].element_size()):
+        if like.dtype not in _DTYPES:
+            raise ValueError(f"{name} is {like.dtype}, which safetensors does not hold")
+        places[name], end = end, end + like.nbytes
+        offsets = [places[name], end]
+        header[name] = {"dtype": _DTYPES[like.dtype], "shape": list(like.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, len(text).to_bytes(8, "little") + text)
+        for expected, like in layout.items():
+            name, tensor = next(tensors, ("", like))
+            if name != expected or tensor.shape != like.shape or tensor.dtype != like.dtype:
+                raise ValueError(f"the layout has {expected} of {tuple(like.shape)}; what came is {name or 'nothing'}")
+            if file.tell() != begin + places[name]:
+                file.seek(begin + places[name])
+            _write_all(file, byte_view(tensor.detach().cpu().contiguous()))
+            del tensor  # before the next one is read
+            if hasattr(os, "posix_fadvise"):  # Linux: the disk begins to write now, and the sync has little left to do
+                os.posix_fadvise(file.fileno(), begin + places[name], like.nbytes, os.POSIX_FADV_DONTNEED)
+        os.fsync(file.fileno())
+
+
+def _write_all(file: Any, content: bytes | memoryview) -> None:
+    """Write to an unbuffered file, of which one call takes 2 GB at most."""
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) :]
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
@@ -161,5 +212,9 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    """Make a file's content, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

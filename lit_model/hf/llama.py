@@ -205,6 +205,7 @@ def tensors_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Iterato
         if ours in _VOCABULARY:
             tensor = tensor[: config.vocab_size]
         yield from zip(theirs, torch.split(tensor, sizes) if len(theirs) > 1 else (tensor,), strict=True)
+        del tensor  # before the next one is read
 
 
 def tensors_from_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -1,0 +1,95 @@
+"""Loss spikes as a function of losses, and what ranks agree on; without a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.args import GuardArgs
+from pretrain.guards import AgreedError, SpikeDetector, StopRequest, check_progress
+
+
+def losses(n: int, seed: int = 0) -> list[float]:
+    """A falling loss with noise."""
+    rng = np.random.default_rng(seed)
+    return (3 + 4 * np.exp(-np.arange(n) / 200) + rng.normal(0, 0.05, n)).tolist()
+
+
+def spikes(values: list[float], args: GuardArgs) -> list[tuple[int, int, int]]:
+    detector = SpikeDetector(args)
+    found = [detector.add(10 * (i + 1), v) for i, v in enumerate(values)]
+    return [(s.good_step, s.first_step, s.step) for s in found if s is not None]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_alarm_without_a_spike(seed: int) -> None:
+    assert spikes(losses(2000, seed), GuardArgs()) == []
+
+
+@pytest.mark.parametrize("height", [1.0, 50.0, math.inf, math.nan])
+def test_a_spike_is_found_where_it_begins(height: float) -> None:
+    values = losses(500)
+    for i in range(300, 310):
+        values[i] += height
+    assert spikes(values, GuardArgs(spike_rows=3))[0] == (3000, 3010, 3030)
+
+
+def test_single_high_losses_are_no_spike_and_do_not_raise_the_bar() -> None:
+    values = losses(500)
+    for i in range(200, 400, 3):
+        values[i] += 10
+    assert spikes(values, GuardArgs(spike_rows=2)) == []
+    assert spikes(values, GuardArgs(spike_rows=1))[0] == (2000, 2010, 2010)
+
+
+def test_a_lasting_change_is_said_once() -> None:
+    values = [*losses(300), *(v + 5 for v in losses(300, 1))]
+    assert len(spikes(values, GuardArgs())) == 1
+
+
+def test_too_few_losses_are_not_judged() -> None:
+    args = GuardArgs(spike_window=16, spike_rows=1)
+    assert spikes([3.0, 3.1, 3.0, 90.0], args) == []
+    assert spikes([3.0, 3.1, 3.0, math.nan], args) == [(30, 40, 40)]
+    assert spikes([3.0, math.nan], GuardArgs(spike_action="none", spike_rows=1)) == []
+
+
+def test_a_restored_detector_decides_the_same() -> None:
+    values, args = losses(400), GuardArgs()
+    for i in range(301, 320):
+        values[i] += 2
+    whole, cut = SpikeDetector(args), SpikeDetector(args)
+    for step, value in enumerate(values):
+        if step in (5, 100, 303):  # once between the high ones
+            cut = SpikeDetector(args, json.loads(json.dumps(cut.state())))
+        assert whole.add(step, value) == cut.add(step, value)
+
+
+def test_steps_that_stay_not_finite_end_the_run_with_the_checkpoint_before_them() -> None:
+    check_progress(9, 10, 20, "iter-00000010-ckpt.pth")
+    with pytest.raises(AgreedError, match="iter-00000010-ckpt.pth") as error:
+        check_progress(10, 10, 20, "iter-00000010-ckpt.pth")
+    assert error.value.sound
+
+
+def test_a_signal_is_agreed_on_by_the_sum() -> None:
+    failed = []
+    request = StopRequest(torch.device("cpu"), lambda: bool(failed))
+    try:
+        request.summed(torch.tensor(request.flags(), dtype=torch.float64))
+        assert request.agreed() == (None, False)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        mine = torch.tensor(request.flags(), dtype=torch.float64)
+        request.summed(mine + torch.tensor([0.0, 0.0, 2.0]))  # two other ranks have failed
+        assert request.agreed() == ("SIGUSR1", True)
+        failed.append(True)
+        assert request.flags()[-1] == 1.0
+    finally:
+        request.close()
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL

@@ -13,7 +13,9 @@ import pathlib
 import pickle
 import struct
 import sys
+import warnings
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -21,6 +23,8 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import load as dcp_load
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from lit_model.checksum import byte_view
@@ -139,6 +143,22 @@ class SafeReader(FileSystemReader):
         metadata = read_metadata(Path(self.path))
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
+
+
+def load_into(folder: Path, tensors: Mapping[str, Tensor], *, no_dist: bool) -> None:
+    """Fill tensors, DTensors among them, in place by DCP; every rank of the default group calls this.
+
+    Raises ValueError on every rank if one of them finds a file damaged, or anything in it but a tensor's bytes.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads, as meant
+        try:
+            dcp_load(dict(tensors), storage_reader=SafeReader(folder), no_dist=no_dist)
+        except CheckpointException as error:  # no subclass of Exception: it would pass every handler above
+            fault = next(iter(error.failures.values()))[0]
+            raise ValueError(
+                f"{folder} is damaged, or was not written here: {type(fault).__name__}: {fault}"
+            ) from error
 
 
 class ShardedTensors:

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,6 +18,7 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from torch.distributed.distributed_c10d import _get_default_store as get_store
 
 from lit_data.packed import write_json
 from lit_model.cost import count_parameters
@@ -23,11 +26,14 @@ from lit_model.kernels import choose_attention
 from lit_model.load import list_checkpoints
 from pretrain.args import RunArgs
 from pretrain.checkpoint import checkpoint_name
+from pretrain.first_failure import report_failure
 from pretrain.guards import AgreedError
 from pretrain.loop import fit
 from pretrain.parallel import DTYPES
+from pretrain.preflight import preflight
 from pretrain.saving import SaveError
 from pretrain.setup import STOPPED, Run, set_up
+from pretrain.watchdog import Watchdog
 
 
 def parse(argv: list[str] | None = None) -> RunArgs:
@@ -49,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     rank_zero = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     try:
         args = parse(argv)
+        if args.preflight:
+            return preflight(args)
         run = set_up(args)
     except (ValueError, FileNotFoundError) as error:
         if rank_zero:
@@ -59,13 +67,18 @@ def main(argv: list[str] | None = None) -> int:
         say(f"{run.folder} is finished: {run.step} of {run.data.max_steps} steps are done; nothing to do")
         return 0
     describe(run)
+    assert run.watchdog is not None
     try:
         stopped = fit(run)
     except (AgreedError, SaveError) as error:
+        run.watchdog.close()
+        run.watchdog.log.exception(error)
         if rank_zero:
-            newest = list_checkpoints(run.folder)
-            print(f"error: {error}\nthe newest checkpoint is {newest[-1] if newest else 'none'}", file=sys.stderr)
+            print(f"error: {error}\nthe newest checkpoint is {newest_checkpoint(run)}", file=sys.stderr)
         return 1
+    except BaseException as error:
+        give_up(run, run.watchdog, error)
+    run.watchdog.close()
     if stopped is None:
         say(f"done: {run.step} steps; the run is in {run.folder}")
         return 0
@@ -73,6 +86,22 @@ def main(argv: list[str] | None = None) -> int:
         mark_stopped(run, stopped)
     say(f"stopped by {stopped} after step {run.step}; go on with --resume latest")
     return args.stop.exit_code
+
+
+def newest_checkpoint(run: Run) -> str:
+    """Its name, for a message."""
+    return next((p.name for p in reversed(list_checkpoints(run.folder))), "none")
+
+
+def give_up(run: Run, watchdog: Watchdog, error: BaseException) -> NoReturn:
+    """End a rank by its own exception: the others may be anywhere, so nothing is saved and nothing is waited for."""
+    first = report_failure(error, run.step, watchdog)
+    if first.rank == run.fabric.global_rank:
+        traceback.print_exception(error)
+    print(f"the newest checkpoint is {newest_checkpoint(run)}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def mark_stopped(run: Run, by: str) -> None:
@@ -117,13 +146,16 @@ def describe(run: Run) -> None:
 def leave(status: int) -> NoReturn:
     """End the process with `status`.
 
-    Several ranks end together and without the interpreter's tear-down: threads of gloo that are still alive there abort
-    the process now and then ("terminate called without an active exception"), after all work is done.
+    Several ranks end without tearing down their process groups, and without the interpreter's tear-down: threads of
+    gloo that are still at work there end a process by a signal now and then, after all work is done. They meet at the
+    store, and not in a collective, so that rank 0, which may hold the store, is the last to go.
     """
     if dist.is_initialized():
         if status != 2:  # a mistake may be seen before all ranks have met
-            dist.barrier()
-            dist.destroy_process_group()
+            store, rank, others = get_store(), dist.get_rank(), range(1, dist.get_world_size())
+            store.set(f"llammlein/left/{rank}", "")
+            if rank == 0 and others:
+                store.wait([f"llammlein/left/{other}" for other in others], timedelta(seconds=60))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

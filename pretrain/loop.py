@@ -92,6 +92,7 @@ def run_steps(run: Run) -> str | None:
         if run.step == 0:
             publish_row(run, metrics, bar, {"step": 0, "tokens": 0} | validate(run, throughput))
         for data in steps:
+            run.beat("step")
             result = train_step(run, data)
             run.step += 1
             throughput.add(slots)
@@ -277,6 +278,7 @@ def validate(run: Run, throughput: Throughput) -> dict[str, float]:
     n_steps = math.ceil(run.val_loader.end_sample / run.val_loader.segments[0].global_batch)
     total = torch.zeros(2, dtype=torch.float64, device=run.device)  # summed loss, targets
     for data in run.val_loader.steps(0, n_steps):
+        run.beat("validation")
         for batch in data.micro_batches:
             tokens, targets, cu_seqlens = to_device(batch, run.device)
             with run.autocast():
@@ -347,6 +349,7 @@ def raise_fault(run: Run) -> NoReturn:
 def save(run: Run, throughput: Throughput) -> None:
     """Save the state, and with it the part of the record since the last time."""
     paused = throughput.pause()
+    run.beat("saving")
     finish_part = run.recorder.publish_later() if run.recorder is not None else lambda: None
     run.saver.save(run.step, run.tensors(), checkpoint_meta(run), finish_part)
     throughput.go_on(paused)

@@ -34,6 +34,7 @@ from lit_model.load import Checkpoint, checkpoint_step, list_checkpoints, load_t
 from lit_model.model import GPT
 from pretrain.args import RunArgs, flat, plain
 from pretrain.checkpoint import find_checkpoint, load_state, rewind, state_tensors
+from pretrain.first_failure import begin_attempt
 from pretrain.guards import RunLock, SpikeDetector, StopRequest
 from pretrain.optim import AdamW, LossScale
 from pretrain.parallel import (
@@ -45,8 +46,10 @@ from pretrain.parallel import (
     on_rank_zero,
     uses_fsdp,
 )
+from pretrain.rank_log import RankLog
 from pretrain.saving import Saver
 from pretrain.synthetic import make_synthetic_data
+from pretrain.watchdog import Watchdog, control_store
 
 # Settings that decide what a run means: a resume with another value is refused unless --resume_allow names it.
 MEANING = (
@@ -119,6 +122,7 @@ class Run:
     spikes: SpikeDetector
     lock: RunLock | None
     stop: StopRequest = dataclasses.field(init=False)
+    watchdog: Watchdog | None = None
     step: int = 0
     finished: bool = False
     changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of settings, allowed when resuming
@@ -137,6 +141,11 @@ class Run:
         if self.recorder is not None and self.recorder.failed:
             return "the datapoint record could not be written"
         return None
+
+    def beat(self, phase: str) -> None:
+        """Tell the watchdog that training gets on."""
+        if self.watchdog is not None:
+            self.watchdog.beat(self.step, phase)
 
     @property
     def device(self) -> torch.device:
@@ -435,10 +444,22 @@ def set_up(args: RunArgs) -> Run:
     )
     if checkpoint_path is not None and meta is not None:
         run.finished = step == data.max_steps and checkpoint_step(list_checkpoints(folder)[-1]) == step
+    if not run.finished:
+        run.watchdog = open_watchdog(run)
+    if checkpoint_path is not None:
         restore(run, checkpoint_path)
     if not run.finished:
         begin_recording(run)
     return run
+
+
+def open_watchdog(run: Run) -> Watchdog:
+    """Each rank's log, and what ends a run that hangs."""
+    fabric = run.fabric
+    attempt = on_rank_zero(fabric, lambda: begin_attempt(run.folder))
+    log = RankLog(run.folder, fabric.global_rank, fabric.world_size, attempt)
+    store, timeout_s = control_store(attempt), run.args.guard.hang_timeout_s
+    return Watchdog(store, fabric.global_rank, fabric.world_size, log, timeout_s)
 
 
 def restore(run: Run, path: Path) -> None:

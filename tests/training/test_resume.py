@@ -121,8 +121,11 @@ def test_resume_refuses_another_run(data: Path, tmp_path: Path) -> None:
     assert "seed: 1337 there, 5 here" in refused.stderr and "optim.lr" in refused.stderr
     longer = train(*flags(data, run, resume="latest", train__max_steps=14), check=False)
     assert longer.returncode == 2 and "--resume_allow" in longer.stderr
-    train(*flags(data, run, resume="latest", train__max_steps=14, resume_allow="[train.max_steps]"))
+    train(*flags(data, run, resume="latest", train__max_steps=14, resume_allow="train.max_steps,optim"))
     assert metrics(run)[-1]["step"] == "14"
+    # What was allowed is kept from then on.
+    changes = [{"step": 12, "differences": {"train.max_steps": [12, 14]}}]
+    assert Checkpoint(run / "iter-00000014-ckpt.pth").meta["changes"] == changes
 
 
 def test_retention_keeps_the_newest(data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""The ranks of a preflight: they do a piece of work together, and each learns how it went on all of them."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
+
+import torch.distributed as dist
+from lightning.fabric import Fabric
+
+T = TypeVar("T")
+
+POLL_S = 0.2
+GRACE_S = 10.0  # for the other ranks to end by themselves, after one has failed in work that they share
+WAITING = "waits for the other ranks"
+FAULT_LENGTH = 400  # characters of an exception's message that are told
+
+
+@dataclass
+class Outcome(Generic[T]):
+    """How a piece of work went on one rank: its result, or what it raised."""
+
+    rank: int
+    host: str
+    fault: str | None
+    result: T | None
+
+    @property
+    def who(self) -> str:
+        return f"rank {self.rank} (host {self.host})"
+
+
+class RankLostError(RuntimeError):
+    """A rank no longer answers, so that nothing can be done together any more."""
+
+
+class Ranks:
+    """The processes that were launched, or this one alone (`fabric` None or of one device).
+
+    They talk on a gloo group of their own: verdicts pass also where NCCL does not work, and while a rank waits in
+    training's group for another that has failed.
+    """
+
+    def __init__(self, fabric: Fabric | None, timeout: timedelta) -> None:
+        self.fabric = fabric
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.rank = dist.get_rank() if several else 0
+        self.world_size = dist.get_world_size() if several else 1
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if several else None
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, on all ranks. Raises RankLostError."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        try:
+            dist.all_gather_object(values, value, group=self.group)
+        except RuntimeError as error:
+            raise RankLostError(f"a rank has gone: {str(error)[:FAULT_LENGTH]}") from error
+        return values
+
+    def together(self, work: Callable[[], T]) -> list[Outcome[T]]:
+        """Do work on every rank that needs no other rank."""
+        return self.gather(self._outcome(work))
+
+    def watched(self, work: Callable[[], T], give_up: Callable[[list[Outcome[Any]]], None]) -> list[Outcome[T]]:
+        """Do work on every rank in which ranks wait for each other.
+
+        If one raises, others may wait for it till their timeout. A thread on each rank therefore watches; after
+        GRACE_S it calls `give_up` with the outcomes so far, on every rank, which must end the process.
+        """
+        if self.group is None:
+            return self.together(work)
+        ended: list[Outcome[T]] = []
+        watch = threading.Thread(target=self._watch, args=(ended, give_up), name="llammlein-preflight", daemon=True)
+        watch.start()
+        ended.append(self._outcome(work))
+        watch.join()
+        return self.gather(ended[0])
+
+    def _outcome(self, work: Callable[[], T]) -> Outcome[T]:
+        host = socket.gethostname()
+        try:
+            return Outcome(self.rank, host, None, work())
+        except Exception as error:
+            return Outcome(self.rank, host, describe(error), None)
+
+    def _watch(self, ended: list[Outcome[Any]], give_up: Callable[[list[Outcome[Any]]], None]) -> None:
+        waiting = Outcome[Any](self.rank, socket.gethostname(), WAITING, None)
+        rounds = 0  # since a rank failed; the same on all ranks, so that they give up in the same round
+        try:
+            while True:
+                # A step that goes on long is not interrupted; what it costs is one small exchange a round.
+                outcomes = self.gather((ended or [waiting])[0])
+                waits = [outcome.fault == WAITING for outcome in outcomes]
+                if not any(waits):
+                    return
+                rounds += any(o.fault is not None and not w for o, w in zip(outcomes, waits, strict=True))
+                if rounds * POLL_S > GRACE_S:
+                    break
+                time.sleep(POLL_S)
+        except RankLostError as error:
+            give_up([Outcome(self.rank, socket.gethostname(), str(error), None)])
+            return
+        give_up([o for o, w in zip(outcomes, waits, strict=True) if o.fault is not None and not w])
+
+
+def describe(error: BaseException) -> str:
+    """An exception in a line or two. Mistakes of the user speak for themselves; others say what they are."""
+    text = " ".join(str(error).split())[:FAULT_LENGTH]
+    return text if isinstance(error, (ValueError, FileNotFoundError)) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,36 @@
+"""Write a checkpoint in the other form: one file (full) or a folder (sharded), optimizer and all.
+
+python scripts/convert_checkpoint.py runs/mine/iter-00001000-ckpt.pth whole/iter-00001000-ckpt.pth --to full
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pretrain.conversion import convert_checkpoint
+
+
+def main() -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="an iter-XXXXXXXX-ckpt.pth, or a run folder (its newest)"
+    )
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="file or folder to write; must not exist")
+    parser.add_argument("--to", choices=["full", "sharded"], required=True)
+    args = parser.parse_args()
+    try:
+        path = convert_checkpoint(args.checkpoint, args.output, args.to)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{path} -> {args.output} ({args.to})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

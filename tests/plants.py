@@ -1,0 +1,157 @@
+"""For tests: faults planted in a training process before it begins. Each is a dictionary, `kind` and its fields.
+
+nan     {rank, steps: [a, b)}               the loss of this rank is not a number in these steps
+spike   {samples: [a, b), factor}           the parameters are multiplied after a step that held one of the samples
+signal  {rank, name, when, number}          the process signals itself at the number-th step | validation | saving
+hang    {rank, step}                        the rank sleeps for ever before this step
+raise   {rank, step}                        the rank raises before this step
+ballast {rank, file, from_step, to_step}    a file fills the disk before one step, and is removed before the other
+blind   {}                                  no look at the free space before a save: it meets the full disk
+kill    {rank, step}                        the rank is killed before this step
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+
+from pretrain import loop, saving  # noqa: E402
+from pretrain.optim import local  # noqa: E402
+
+
+def plant(faults: list[dict[str, Any]]) -> None:
+    """Plant faults in this process, which must not have begun to train."""
+    for fault in faults:
+        PLANTS[fault["kind"]](fault)
+
+
+def _before_step(fault: dict[str, Any], act: Callable[[Any, Any], None]) -> None:
+    """Call `act(run, data)` before each step of the fault's rank."""
+    original = loop.train_step
+
+    def train_step(run: Any, data: Any) -> Any:
+        if fault.get("rank", run.fabric.global_rank) == run.fabric.global_rank:
+            act(run, data)
+        return original(run, data)
+
+    loop.train_step = train_step
+
+
+def _nan(fault: dict[str, Any]) -> None:
+    first, end = fault["steps"]
+    step = -1
+
+    def act(run: Any, data: Any) -> None:
+        nonlocal step
+        if step < 0:
+            forward = run.raw_model.forward
+
+            def spoiled(*arguments: Any, **keywords: Any) -> Any:
+                out = forward(*arguments, **keywords)
+                return out._replace(loss_sum=out.loss_sum * float("nan")) if first <= step < end else out
+
+            run.raw_model.forward = spoiled
+        step = data.step
+
+    _before_step(fault, act)
+
+
+def _spike(fault: dict[str, Any]) -> None:
+    first, end = fault["samples"]
+    original = loop.train_step
+
+    def train_step(run: Any, data: Any) -> Any:
+        result = original(run, data)
+        begin, count = loop.first_sample_of_step(run.segments, data.step)
+        if begin < end and begin + count > first:
+            with torch.no_grad():
+                for parameter in run.raw_model.parameters():
+                    local(parameter).mul_(fault["factor"])
+        return result
+
+    loop.train_step = train_step
+
+
+def _signal(fault: dict[str, Any]) -> None:
+    calls = [0]
+
+    def strike() -> None:
+        calls[0] += 1
+        if calls[0] == fault["number"]:
+            os.kill(os.getpid(), getattr(signal, fault["name"]))
+            time.sleep(0.01)  # the handler runs before anything goes on
+
+    def before(name: str, owner: Any) -> None:
+        original = getattr(owner, name)
+
+        def struck(first: Any, *arguments: Any, **keywords: Any) -> Any:
+            rank = first.fabric.global_rank if owner is loop else first.rank
+            if rank == fault["rank"]:
+                strike()
+            return original(first, *arguments, **keywords)
+
+        setattr(owner, name, struck)
+
+    if fault["when"] == "saving":
+        before("_write", saving.Saver)
+    else:
+        before({"step": "train_step", "validation": "validate"}[fault["when"]], loop)
+
+
+def _at_step(step: int, work: Callable[[], None]) -> Callable[[Any, Any], None]:
+    def act(run: Any, data: Any) -> None:
+        if data.step == step:
+            work()
+
+    return act
+
+
+def hang_for_ever() -> None:
+    while True:
+        time.sleep(3600)
+
+
+def fail() -> None:
+    raise RuntimeError("planted failure")
+
+
+def _ballast(fault: dict[str, Any]) -> None:
+    file = Path(fault["file"])
+
+    def fill() -> None:
+        with open(file, "wb", buffering=0) as f:
+            with contextlib.suppress(OSError):
+                while f.write(bytes(4096)):
+                    pass
+            f.truncate(f.tell() - 96 * 1024)
+
+    _before_step(fault, _at_step(fault["from_step"], fill))
+    _before_step(fault, _at_step(fault["to_step"], lambda: file.unlink()))
+
+
+def _blind(fault: dict[str, Any]) -> None:
+    saving.check_free_space = lambda folder, n_bytes: None
+
+
+PLANTS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "nan": _nan,
+    "spike": _spike,
+    "signal": _signal,
+    "hang": lambda fault: _before_step(fault, _at_step(fault["step"], hang_for_ever)),
+    "raise": lambda fault: _before_step(fault, _at_step(fault["step"], fail)),
+    "kill": lambda fault: _before_step(fault, _at_step(fault["step"], lambda: os.kill(os.getpid(), signal.SIGKILL))),
+    "ballast": _ballast,
+    "blind": _blind,
+}

@@ -1,0 +1,238 @@
+"""Planted faults in real runs: what is not finite, spikes, signals, a full disk, a rank that fails or hangs.
+
+Each run is held against an undisturbed one: parameters, losses, record.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import flags, metrics
+from zygote import Answer, Zygote
+
+from lit_data.datapoints import read_record
+from lit_data.trace import open_run
+from lit_data.verify import verify
+from lit_model.load import Checkpoint, list_checkpoints
+from pretrain.watchdog import EXIT_HUNG
+
+Ranks = Callable[..., Answer]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Runs training on forked ranks: ranks(world_size, run, flags, plants=[...])."""
+    zygote = Zygote(tmp_path_factory.mktemp("zygote"))
+    yield zygote.run
+    zygote.close()
+
+
+def two(**changes: object) -> dict[str, object]:
+    """Settings of a run on two ranks."""
+    return {"devices": 2, "strategy": "ddp", "resume": "auto", "train__max_steps": 16, "save__every_steps": 4} | changes
+
+
+def same_end(a: Path, b: Path) -> None:
+    """The last checkpoints and the records of two runs are equal."""
+    one, other = Checkpoint(list_checkpoints(a)[-1]), Checkpoint(list_checkpoints(b)[-1])
+    assert one.meta["step"] == other.meta["step"] and sorted(one.names()) == sorted(other.names())
+    for name in one.names():
+        assert torch.equal(one.tensor(name), other.tensor(name)), name
+    assert read_record(a).equals(read_record(b))
+    assert verify(open_run(a)) == []
+    for x, y in zip(metrics(a), metrics(b), strict=True):
+        for column in ("step", "tokens", "train_loss", "val_loss", "lr", "grad_norm"):
+            assert x[column] == y[column], f"{column} at step {x['step']}"
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
+    """An undisturbed run on two ranks."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert ranks(2, run, flags(data, run, **two())).statuses == [0, 0]
+    return run
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize(("when", "number"), [("step", 6), ("validation", 2), ("saving", 2)])
+def test_a_signal_to_one_rank_saves_and_goes_on(
+    data: Path, tmp_path: Path, whole: Path, ranks: Ranks, when: str, number: int, asynchronous: str
+) -> None:
+    run = tmp_path / "run"
+    arguments = flags(data, run, **two(save__asynchronous=asynchronous, stop__exit_code=75))
+    fault = {"kind": "signal", "rank": 1, "name": "SIGTERM", "when": when, "number": number}
+    stopped = ranks(2, run, arguments, plants=[fault])
+    assert stopped.statuses == [75, 75]
+    mark = json.loads((run / "stopped.json").read_text())
+    # Signalled in a step or a validation, it leaves after that step or the next; in a save, after the next.
+    assert mark["signal"] == "SIGTERM" and {"step": 6, "validation": 7, "saving": 9}[when] - 1 <= mark["step"] <= 9
+    assert list_checkpoints(run)[-1].name == mark["checkpoint"]
+    assert ranks(2, run, arguments).statuses == [0, 0]
+    assert not (run / "stopped.json").exists()
+    same_end(run, whole)
+
+
+def test_requeue_is_called_once_saved(
+    data: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools, run = tmp_path / "tools", tmp_path / "run"
+    tools.mkdir()
+    scontrol = tools / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@ $(ls {run} | grep -c iter-)" >> {tmp_path}/called\n')
+    scontrol.chmod(0o755)
+    fault = {"kind": "signal", "rank": 0, "name": "SIGUSR1", "when": "step", "number": 3}
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "4711"}
+    stopped = ranks(2, run, flags(data, run, **two(stop__requeue="true")), plants=[fault], env=env)
+    assert stopped.statuses == [0, 0], stopped.output
+    assert (tmp_path / "called").read_text() == "requeue 4711 1\n"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_steps_that_are_not_finite_are_skipped_on_all_ranks(
+    data: Path, tmp_path: Path, ranks: Ranks, strategy: str
+) -> None:
+    """One rank's loss is not a number in two steps: both ranks skip, and nothing else changes."""
+    run = tmp_path / "run"
+    fault = {"kind": "nan", "rank": 1, "steps": [5, 7]}
+    answer = ranks(2, run, flags(data, run, **two(strategy=strategy)), plants=[fault])
+    assert answer.statuses == [0, 0], answer.output
+    rows = metrics(run)
+    assert [float(r["skipped"] or 0) for r in rows] == [0] * 6 + [1] + [2] * 10
+    assert rows[-1]["val_loss"] not in ("", "nan")
+    record = read_record(run)
+    applied = {s: a for s, a in zip(record["step"].to_pylist(), record["applied"].to_pylist(), strict=True)}
+    assert [s for s, a in applied.items() if not a] == [5, 6]
+    assert verify(open_run(run)) == []
+
+
+def test_too_many_skipped_steps_end_the_run(data: Path, tmp_path: Path, ranks: Ranks) -> None:
+    run = tmp_path / "run"
+    fault = {"kind": "nan", "rank": 1, "steps": [5, 100]}
+    answer = ranks(2, run, flags(data, run, **two(guard__max_skipped_steps=4)), plants=[fault])
+    assert answer.statuses == [1, 1]
+    assert "the last checkpoint before them is iter-00000004-ckpt.pth" in answer.output
+    last = Checkpoint(list_checkpoints(run)[-1])
+    assert last.meta["step"] == 9, "the state is saved: skipped steps have not changed it"
+    good = Checkpoint(run / "iter-00000004-ckpt.pth")
+    assert last.tensor("optimizer.all/step_count") == good.tensor("optimizer.all/step_count") + 1
+    again = ranks(2, run, flags(data, run, **two()))
+    assert again.statuses == [0, 0] and verify(open_run(run)) == []
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_spike_is_rolled_back_and_its_samples_left_out(
+    data: Path, tmp_path: Path, ranks: Ranks, strategy: str
+) -> None:
+    run = tmp_path / "run"
+    changes = two(
+        strategy=strategy, train__max_steps=40, save__every_steps=5, guard__spike_action="rollback",
+        guard__spike_window=12, guard__spike_rows=2, optim__lr=1e-3,
+    )  # fmt: skip
+    # Samples of step 21: what they do is only seen in the losses of the steps after it.
+    fault = {"kind": "spike", "samples": [8 * 21, 8 * 21 + 1], "factor": 30.0}
+    answer = ranks(2, run, flags(data, run, **changes), plants=[fault])
+    assert answer.statuses == [0, 0], answer.output
+    assert "going back to iter-00000020-ckpt.pth" in answer.output
+    assert [int(r["step"]) for r in metrics(run)] == list(range(41))
+    assert max(float(r["train_loss"]) for r in metrics(run)[1:]) < 8
+    order = json.loads((run / "datapoints" / "order.json").read_text())
+    # Two high losses are a spike: those of steps 23 and 24. All samples since the checkpoint are left out.
+    assert order["segments"] == [
+        {"from_step": 0, "first_sample": 0, "global_batch": 8},
+        {"from_step": 20, "first_sample": 24 * 8, "global_batch": 8},
+    ]
+    (skip,) = order["skips"]
+    assert (skip["step"], skip["first_sample"], skip["end_sample"]) == (20, 160, 192) and "spike" in skip["reason"]
+    assert Checkpoint(list_checkpoints(run)[-1]).meta["skips"] == [skip]
+    record = read_record(run)
+    seen = set(record["sample"].to_pylist())
+    assert seen == set(range(160)) | set(range(192, 192 + 160)) and len(set(record["step"].to_pylist())) == 40
+    assert verify(open_run(run)) == []
+
+    # Killed after the rollback, the run goes on with the same samples to the same end.
+    killed = tmp_path / "killed"
+    plants = [fault, {"kind": "kill", "rank": 1, "step": 33}]
+    arguments = flags(data, killed, **changes)
+    assert ranks(2, killed, arguments, plants=plants).statuses[1] == -9
+    assert ranks(2, killed, arguments, plants=[fault]).statuses == [0, 0]
+    same_end(run, killed)
+
+
+def test_a_spike_without_a_way_back_ends_the_run(data: Path, tmp_path: Path, ranks: Ranks) -> None:
+    run = tmp_path / "run"
+    changes = two(
+        train__max_steps=40, save__every_steps=40, guard__spike_action="rollback", guard__spike_window=12,
+        guard__spike_rows=2, optim__lr=1e-3,
+    )  # fmt: skip
+    fault = {"kind": "spike", "samples": [8 * 21, 8 * 21 + 1], "factor": 30.0}
+    answer = ranks(2, run, flags(data, run, **changes), plants=[fault])
+    assert answer.statuses == [1, 1] and "there is no checkpoint from before it" in answer.output
+    run = tmp_path / "warned"
+    answer = ranks(2, run, flags(data, run, **(changes | {"guard__spike_action": "warn"})), plants=[fault])
+    assert answer.statuses == [0, 0] and answer.output.count("warning: loss spike") == 1
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_full_disk_during_a_save(
+    data: Path, tmp_path: Path, whole: Path, ranks: Ranks, policy: str, asynchronous: str
+) -> None:
+    """The disk is full while the second checkpoint is written, and has room again before the third."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    try:
+        run = disk / "run"
+        arguments = flags(data, run, **two(save__on_error=policy, save__asynchronous=asynchronous))
+        # Full but for 96 KB: there is room for the record and metrics, not for a checkpoint of 400 KB.
+        ballast = {"kind": "ballast", "rank": 0, "file": str(disk / "ballast"), "from_step": 5, "to_step": 10}
+        answer = ranks(2, run, arguments, plants=[ballast, {"kind": "blind"}])
+        names = [p.name for p in list_checkpoints(run)]
+        assert "No space left on device" in answer.output
+        if policy == "stop":
+            assert answer.statuses == [1, 1] and names == ["iter-00000004-ckpt.pth"]
+            assert "newest checkpoint is" in answer.output
+            (disk / "ballast").unlink()
+            assert ranks(2, run, arguments).statuses == [0, 0]
+        else:
+            assert answer.statuses == [0, 0], answer.output
+            assert names == ["iter-00000004-ckpt.pth", "iter-00000012-ckpt.pth", "iter-00000016-ckpt.pth"]
+        assert not list(run.glob(".iter-*"))
+        same_end(run, whole)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_the_rank_that_failed_first_is_named(data: Path, tmp_path: Path, whole: Path, ranks: Ranks) -> None:
+    run = tmp_path / "run"
+    answer = ranks(2, run, flags(data, run, **two()), plants=[{"kind": "raise", "rank": 1, "step": 6}])
+    assert all(status not in (0, None) for status in answer.statuses)
+    assert "planted failure" in (run / "logs" / "rank-00001.log").read_text()
+    for rank in (0, 1):
+        assert "rank 1" in answer.outputs[rank] and "planted failure" in answer.outputs[rank]
+        assert "iter-00000004-ckpt.pth" in answer.outputs[rank], "the last good checkpoint is named"
+    assert [p.name for p in list_checkpoints(run)] == ["iter-00000004-ckpt.pth"], "one rank's exception saves nothing"
+    assert ranks(2, run, flags(data, run, **two())).statuses == [0, 0]
+    same_end(run, whole)
+
+
+def test_a_rank_that_hangs_is_named_and_leaves_its_stack(
+    data: Path, tmp_path: Path, whole: Path, ranks: Ranks
+) -> None:
+    run = tmp_path / "run"
+    arguments = flags(data, run, **two(guard__hang_timeout_s=3))
+    answer = ranks(2, run, arguments, plants=[{"kind": "hang", "rank": 1, "step": 6}])
+    assert answer.statuses == [EXIT_HUNG, EXIT_HUNG]
+    assert "hang_for_ever" in (run / "logs" / "rank-00001.log").read_text()
+    assert "train_step" in (run / "logs" / "rank-00000.log").read_text()
+    assert "rank 1" in answer.output
+    assert answer.seconds < 60
+    assert ranks(2, run, flags(data, run, **two())).statuses == [0, 0]
+    same_end(run, whole)

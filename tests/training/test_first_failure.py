@@ -1,0 +1,92 @@
+"""Which rank failed first, as real processes name it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from failing_ranks import Case, run_cases
+
+from pretrain.first_failure import FILE, Failure, begin_attempt, lost_connection, publish
+from pretrain.rank_log import FOLDER
+
+CASES = ["one_fails", "one_fails_without_file", "two_fail", "one_killed", "host_killed"]
+FAILURE = Failure("now", 3, "h", 7, "ValueError", "planted", "2030-01-01", 3)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """The folder of each held the failure of an earlier attempt, of rank 9."""
+    return run_cases(tmp_path_factory.mktemp("failures"), CASES)
+
+
+@pytest.mark.parametrize("name", ["one_fails", "one_fails_without_file"])
+def test_the_rank_that_fails_is_named_by_all(cases: dict[str, Case], name: str) -> None:
+    case = cases[name]
+    assert case.statuses == [1, 1, 1]
+    for rank in range(3):
+        stopped = "" if rank == 1 else f"rank {rank} stopped since "
+        begin = f"error: {stopped}rank 1 failed first (host "
+        assert case.message(rank).startswith(begin) and ", step 3, ValueError: planted)" in case.message(rank)
+        assert begin.removeprefix("error: ") in case.log(rank)
+        assert "Traceback" in case.log(rank) and (", in planted_error" in case.log(rank)) == (rank == 1)
+    assert (case.folder / FOLDER / FILE).exists() == (name == "one_fails")
+
+
+def test_of_two_that_fail_the_first_is_named(cases: dict[str, Case]) -> None:
+    case = cases["two_fail"]
+    assert case.statuses == [1, 1, 1]
+    assert all("rank 2 failed first (host" in case.message(rank) for rank in range(3))
+    assert "it has an error of its own: ValueError: planted in 0" in case.message(0)
+    facts = json.loads((case.folder / FOLDER / FILE).read_text())
+    assert (facts["rank"], facts["step"], facts["error"], facts["message"]) == (2, 3, "ValueError", "planted in 2")
+    assert facts["host"] and facts["time"].endswith("+00:00") and facts["attempt"] != "earlier"
+
+
+@pytest.mark.parametrize(("name", "killed"), [("one_killed", 1), ("host_killed", 0)])
+def test_a_killed_rank_is_named_by_the_others(cases: dict[str, Case], name: str, killed: int) -> None:
+    case = cases[name]
+    for rank in range(3):
+        assert case.statuses[rank] == (-9 if rank == killed else 1)
+        if rank != killed:
+            assert f"rank {rank} stopped since rank {killed} failed first (host" in case.message(rank)
+            assert "Silent: no sign of life for" in case.message(rank)
+    facts = json.loads((case.folder / FOLDER / FILE).read_text())
+    assert facts["rank"] == killed and facts["seen_by"] != killed and facts["attempt"] != "earlier"
+
+
+def test_the_first_to_publish_counts(tmp_path: Path) -> None:
+    file = tmp_path / FILE
+    assert publish(file, FAILURE) == FAILURE
+    assert publish(file, replace(FAILURE, rank=4)) == FAILURE
+    assert [p.name for p in tmp_path.iterdir()] == [FILE]
+
+
+def test_a_failure_of_an_earlier_attempt_does_not_count(tmp_path: Path) -> None:
+    begin_attempt(tmp_path)
+    file = tmp_path / FOLDER / FILE
+    publish(file, replace(FAILURE, attempt="earlier"))
+    assert begin_attempt(tmp_path) != begin_attempt(tmp_path) and not file.exists()
+    publish(file, replace(FAILURE, attempt="earlier"))  # by a process of it that has only now ended
+    assert publish(file, FAILURE) == FAILURE
+    assert json.loads(file.read_text())["attempt"] == "now"
+
+
+def test_what_says_that_another_has_gone() -> None:
+    gloo = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+    assert lost_connection(gloo) and lost_connection(dist.DistNetworkError("Broken pipe"))
+    assert lost_connection(dist.DistBackendError("NCCL error: ncclRemoteError"))
+    try:
+        try:
+            raise gloo
+        except RuntimeError as error:
+            raise OSError("a rank has gone") from error
+    except OSError as error:
+        assert lost_connection(error)
+    assert not lost_connection(dist.DistBackendError("NCCL error: unhandled cuda error"))
+    assert not lost_connection(ValueError("Broken pipe")) and not lost_connection(RuntimeError("shapes differ"))
+    assert not lost_connection(torch.OutOfMemoryError("CUDA out of memory"))

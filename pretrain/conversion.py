@@ -86,20 +86,20 @@ def _write_file(path: Path, checkpoint: Checkpoint, meta: dict[str, Any]) -> Non
     untouched = {name: torch.empty_like(checkpoint.layout(name), device="cpu") for name in checkpoint.names()}
     content = nested(untouched)
     name_of = {id(tensor): name for name, tensor in untouched.items()}
-    with torch.serialization.skip_data():
-        torch.save({**content, "meta": json.dumps(meta)}, path)
-    with zipfile.ZipFile(path) as archive, open(path, "rb+", buffering=0) as f:
+    with torch.serialization.skip_data(), open(path, "wb") as f:
+        torch.save({**content, "meta": json.dumps(meta)}, f)
+    with zipfile.ZipFile(path) as archive, open(path, "rb+", buffering=0) as file:
         records = {r.filename.partition("/")[2]: r for r in archive.infolist()}
         for number, tensor in enumerate(_in_order(content)):  # data/N is the N-th tensor in the pickle
             record = records[f"data/{number}"]
             assert record.file_size == tensor.nbytes, "torch.save numbers the tensors in another order"
-            f.seek(record.header_offset + 26)
-            header = f.read(4)  # of a local header: the lengths of its name and of its extra field
-            f.seek(int.from_bytes(header[:2], "little") + int.from_bytes(header[2:], "little"), os.SEEK_CUR)
+            file.seek(record.header_offset + 26)
+            header = file.read(4)  # of a local header: the lengths of its name and of its extra field
+            file.seek(int.from_bytes(header[:2], "little") + int.from_bytes(header[2:], "little"), os.SEEK_CUR)
             view = byte_view(checkpoint.tensor(name_of[id(tensor)]))
             while view:
-                view = view[f.write(view[: 1 << 16]) :]
-        os.fsync(f.fileno())
+                view = view[file.write(view[: 1 << 16]) :]
+        os.fsync(file.fileno())
 
 
 def _in_order(content: dict[str, Any]) -> Iterator[Tensor]:

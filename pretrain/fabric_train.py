@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from lit_model.kernels import choose_attention
 from lit_model.load import list_checkpoints
 from pretrain.args import RunArgs
 from pretrain.checkpoint import checkpoint_name
-from pretrain.first_failure import report_failure
+from pretrain.first_failure import lost_connection, report_failure
 from pretrain.guards import AgreedError
 from pretrain.loop import fit
 from pretrain.parallel import DTYPES
@@ -34,6 +35,8 @@ from pretrain.preflight import preflight
 from pretrain.saving import SaveError
 from pretrain.setup import STOPPED, Run, set_up
 from pretrain.watchdog import Watchdog
+
+MEET = timedelta(seconds=60)
 
 
 def parse(argv: list[str] | None = None) -> RunArgs:
@@ -71,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         stopped = fit(run)
     except (AgreedError, SaveError) as error:
+        if lost_connection(error):  # a save that ended since another rank has gone
+            give_up(run, run.watchdog, error)
         run.watchdog.close()
         run.watchdog.log.exception(error)
         if rank_zero:
@@ -79,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:
         give_up(run, run.watchdog, error)
     run.watchdog.close()
+    run.watchdog.log.close()
     if stopped is None:
         say(f"done: {run.step} steps; the run is in {run.folder}")
         return 0
@@ -147,20 +153,37 @@ def leave(status: int) -> NoReturn:
     """End the process with `status`.
 
     Several ranks end without tearing down their process groups, and without the interpreter's tear-down: threads of
-    gloo that are still at work there end a process by a signal now and then, after all work is done. They meet at the
-    store, and not in a collective, so that rank 0, which may hold the store, is the last to go.
+    gloo that are still at work there end a process by a signal now and then, after all work is done.
     """
     if dist.is_initialized():
         if status != 2:  # a mistake may be seen before all ranks have met
-            store, rank, others = get_store(), dist.get_rank(), range(1, dist.get_world_size())
-            store.set(f"llammlein/left/{rank}", "")
-            if rank == 0 and others:
-                store.wait([f"llammlein/left/{other}" for other in others], timedelta(seconds=60))
+            meet()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
 
+def meet() -> None:
+    """Wait until every rank is here, at the store. That may end with rank 0, which waits for all, then they for it.
+
+    Rank 0 goes first: if it started the others, Fabric would end it by SIGKILL for one that has another status than 0.
+    """
+    store, rank, others = get_store(), dist.get_rank(), range(1, dist.get_world_size())
+    with contextlib.suppress(dist.DistError):  # a rank that is gone is not waited for longer
+        if rank == 0:
+            if others:
+                store.wait([f"llammlein/here/{other}" for other in others], MEET)
+            store.set("llammlein/go", "")
+        else:
+            store.set(f"llammlein/here/{rank}", "")
+            store.wait(["llammlein/go"], MEET)
+
+
 if __name__ == "__main__":
-    leave(main())
+    try:
+        leave(main())
+    except Exception:  # of this rank alone: the interpreter's tear-down would wait for the others
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

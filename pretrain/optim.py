@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 from torch.optim.adamw import adamw
 
 from pretrain.args import OptimArgs
@@ -85,9 +86,10 @@ class AdamW:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: Tensor | None = None) -> Tensor:
     """Scale gradients to at most `max_norm` in global 2-norm; return the norm before that, a float32 scalar.
 
-    Shards are summed over the dimensions of their mesh that shard; replicas count once. The coefficient is
-    min(1, max_norm / (norm + 1e-6)), as in torch.nn.utils.clip_grad_norm_. Nothing is read on the host: a norm that
-    is not finite comes back as it is, for the caller to skip the step by.
+    Shards are summed over the dimensions of their mesh that shard; replicas count once, as do gradients that are plain
+    tensors, which DDP has made equal on all ranks. The coefficient is min(1, max_norm / (norm + 1e-6)), as in
+    torch.nn.utils.clip_grad_norm_. Nothing is read on the host: a norm that is not finite comes back as it is, for the
+    caller to skip the step by. The norm lies where the gradients lie, on the host under CPU offload.
 
     Args:
         max_norm: 0 leaves the gradients as they are (but for `scale`).
@@ -95,23 +97,42 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: T
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     assert grads, "clip_gradients needs gradients"
-    locals_ = [local(g) for g in grads]
-    norms = torch.stack(torch._foreach_norm(locals_, 2.0)).to(torch.float32)
-    total = norms.square().sum()
-    sharded = next((g for g in grads if isinstance(g, DTensor)), None)
-    if sharded is not None:
-        for dim, placement in enumerate(sharded.placements):
-            if placement.is_shard():
-                dist.all_reduce(total, group=sharded.device_mesh.get_group(dim))
-    norm = total.sqrt()
+    squares = [_sum_of_squares(layout, shards) for layout, shards in _by_layout(grads).items()]
+    norm = torch.stack(squares).sum().sqrt()
     coefficient = torch.ones_like(norm)
     if scale is not None:
+        scale = scale.to(norm.device)
         norm = norm / scale
         coefficient = coefficient / scale
     if max_norm > 0:
         coefficient = coefficient * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_(locals_, coefficient)
+    torch._foreach_mul_([local(g) for g in grads], coefficient)
     return norm
+
+
+Layout = tuple[DeviceMesh, tuple[Placement, ...]] | None
+"""How a tensor lies on the ranks; None: plain."""
+
+
+def _by_layout(grads: list[Tensor]) -> dict[Layout, list[Tensor]]:
+    """Local parts by layout, in the order of the first of each: the same on every rank."""
+    groups: dict[Layout, list[Tensor]] = {}
+    for g in grads:
+        layout = (g.device_mesh, g.placements) if isinstance(g, DTensor) else None
+        groups.setdefault(layout, []).append(local(g))
+    return groups
+
+
+def _sum_of_squares(layout: Layout, shards: list[Tensor]) -> Tensor:
+    """Of whole tensors that lie alike, from this rank's parts; a float32 scalar, the same on all ranks."""
+    total = torch.stack(torch._foreach_norm(shards, 2.0)).to(torch.float32).square().sum()
+    mesh, placements = layout if layout is not None else (None, ())
+    for dim, placement in enumerate(placements):
+        assert placement.is_shard() or placement.is_replicate(), f"gradients must be reduced before, not {placement}"
+        if placement.is_shard():
+            assert mesh is not None
+            dist.all_reduce(total, group=mesh.get_group(dim))
+    return total
 
 
 @dataclass

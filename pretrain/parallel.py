@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lit_model.init import initialise
 from lit_model.model import GPT
-from pretrain.args import RunArgs
+from pretrain.args import RunArgs, TrainArgs
 
 T = TypeVar("T")
 
@@ -47,19 +47,35 @@ def check_shapes(args: RunArgs) -> int:
         raise ValueError(f"--devices {devices}: this machine has {torch.cuda.device_count()} GPUs")
     if kind == "cpu" and args.precision == "fp16":
         raise ValueError("--precision fp16 is not supported on a CPU; use bf16 or fp32")
-    world = devices * args.num_nodes
-    group = world * args.train.micro_batch_samples
-    batch = args.train.global_batch_samples
-    if batch % group:
-        below, above = batch // group * group, -(-batch // group) * group
-        near = " or ".join(str(b) for b in (below, above) if b)
-        raise ValueError(
-            f"--train.global_batch_samples {batch} is not a multiple of devices x micro-batch = {world} x "
-            f"{args.train.micro_batch_samples} = {group}; the nearest are {near}"
-        )
+    check_batch(args.train, devices * args.num_nodes)
     if args.sharding_strategy == "HYBRID_SHARD" and uses_fsdp(args) and args.num_nodes < 2 and devices % 2:
         raise ValueError("--sharding_strategy HYBRID_SHARD needs several nodes, or an even number of devices on one")
     return devices
+
+
+def check_batch(args: TrainArgs, world_size: int) -> None:
+    """Global batch = ranks x micro-batch x accumulation. Raises ValueError that names the nearest that fit."""
+    batch, micro_batch = args.global_batch_samples, args.micro_batch_samples
+    group = world_size * micro_batch
+    if batch % group == 0:
+        return
+    near = _either([batch // group * group, -(-batch // group) * group])
+    fitting = [m for m in range(1, batch // world_size + 1) if batch % (world_size * m) == 0]
+    if fitting:
+        smaller = max((m for m in fitting if m < micro_batch), default=0)
+        larger = min((m for m in fitting if m > micro_batch), default=0)
+        instead = f"micro-batches that fit {batch} are {_either([smaller, larger])} (--train.micro_batch_samples)"
+    else:
+        instead = f"no micro-batch fits {batch}, which is not a multiple of the {world_size} devices"
+    raise ValueError(
+        f"--train.global_batch_samples {batch} is not a multiple of devices x micro-batch = {world_size} x "
+        f"{micro_batch} = {group}; the nearest are {near}; {instead}"
+    )
+
+
+def _either(numbers: list[int]) -> str:
+    """Those that are not 0."""
+    return " or ".join(str(n) for n in numbers if n)
 
 
 def build_fabric(args: RunArgs, devices: int) -> Fabric:
@@ -67,10 +83,13 @@ def build_fabric(args: RunArgs, devices: int) -> Fabric:
     timeout = timedelta(seconds=args.timeout_s)
     strategy: str | Strategy = "auto"
     if uses_fsdp(args):
+        offloads = args.train.cpu_offload
         strategy = ModelParallelStrategy(
             lambda model, mesh: parallelize(model, mesh, args, devices),
             data_parallel_size=devices * args.num_nodes,
             tensor_parallel_size=1,
+            # Offloaded shards are summed and saved on the host.
+            process_group_backend="cpu:gloo,cuda:nccl" if offloads and device_kind(args) == "cuda" else None,
             timeout=timeout,
         )
     elif args.strategy in ("ddp", "fsdp") or devices * args.num_nodes > 1:
@@ -93,25 +112,48 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: RunArgs, devices: int) -> GP
     """FSDP2: shard each block, then the root (embedding, last norm and head), then materialise and initialise."""
     compile_blocks(model, args)
     dtype = DTYPES[args.precision]
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # the rotary tables stay float32; the embedding already gives param_dtype
-    )
-    if args.sharding_strategy == "HYBRID_SHARD":
-        inner = devices if args.num_nodes > 1 else devices // 2
-        shape = (args.num_nodes * devices // inner, inner)
-        data_mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
-    else:
-        data_mesh = mesh["data_parallel"]
-    reshard = args.sharding_strategy != "SHARD_GRAD_OP"
+    options: dict[str, Any] = {
+        "mesh": data_mesh(mesh, args, devices),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=None if dtype == torch.float32 else dtype,
+            reduce_dtype=DTYPES[args.train.reduce_dtype],
+            cast_forward_inputs=False,  # the rotary tables stay float32; the embedding already gives param_dtype
+        ),
+        "reshard_after_forward": args.sharding_strategy != "SHARD_GRAD_OP",
+    }
+    if args.train.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for block in model.blocks():
-        fully_shard(block, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard)
-    device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else "cpu"
-    model.to_empty(device=device)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    if args.train.prefetch_blocks:
+        prefetch(model, args.train.prefetch_blocks)
+    on_host = mesh.device_type != "cuda" or args.train.cpu_offload
+    model.to_empty(device="cpu" if on_host else torch.device("cuda", torch.cuda.current_device()))
     initialise(model, model.config, args.seed)
     return model
+
+
+def data_mesh(mesh: DeviceMesh, args: RunArgs, devices: int) -> DeviceMesh:
+    """The ranks that data and state are spread over: one dimension, or with HYBRID_SHARD (replicate, shard).
+
+    A group that shards is a node; on a single node half of it, so that there is something to replicate.
+    """
+    if args.sharding_strategy != "HYBRID_SHARD":
+        return mesh["data_parallel"]
+    inner = devices if args.num_nodes > 1 else devices // 2
+    shape = (args.num_nodes * devices // inner, inner)
+    return init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def prefetch(model: GPT, n_blocks: int) -> None:
+    """Gather `n_blocks` ahead of the block in work: the next ones in the forward, those before it in the backward."""
+    blocks, root = cast(list[FSDPModule], list(model.blocks())), cast(FSDPModule, model)
+    root.set_modules_to_forward_prefetch(blocks[:n_blocks])
+    root.set_modules_to_backward_prefetch(blocks[-n_blocks:][::-1])
+    for i, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + n_blocks])
+        block.set_modules_to_backward_prefetch(blocks[max(0, i - n_blocks) : i][::-1])
 
 
 def compile_blocks(model: GPT, args: RunArgs) -> None:

@@ -5,6 +5,7 @@ Nothing of a run is touched: what is written lies in one temporary folder in out
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
@@ -13,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -53,8 +53,6 @@ def preflight(args: RunArgs) -> int:
     """
     args = copy.deepcopy(args)
     args.timeout_s = min(args.timeout_s, MEETING_S)
-    folder = (args.out_dir or Path("runs")).absolute()
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
     s = start(args)
     if not s.launched and not starts_alone():
         return leave_to_rank_zero(s)
@@ -65,13 +63,14 @@ def preflight(args: RunArgs) -> int:
             show(s)
         return int(failed)
     finally:
-        if s.ranks.rank == 0:
-            clean(s, missing)
+        clean(s)
 
 
 def start(args: RunArgs) -> Situation:
     """Start or join the processes, where devices and launcher fit the flags; else say why not."""
     s = Situation(args, Ranks(None, timedelta(seconds=args.timeout_s)))
+    folder = s.folder.absolute()
+    s.new_folders = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         s.kind = device_kind(args)
         s.devices = check_shapes(args)
@@ -128,8 +127,7 @@ def look(s: Situation) -> None:
 def end_stuck(s: Situation) -> NoReturn:
     if s.ranks.rank == 0:
         show(s)
-        if s.scratch is not None:
-            shutil.rmtree(s.scratch, ignore_errors=True)
+    clean(s)
     sys.stdout.flush()
     try:
         s.ranks.gather(None)  # the others wait for the table: the first to end may end all
@@ -156,10 +154,11 @@ def show(s: Situation) -> None:
     console.print(Text("preflight: " + ", ".join(f"{n} {v}" for v, n in counts.items())), soft_wrap=True)
 
 
-def clean(s: Situation, made: list[Path]) -> None:
-    """Remove what was written, and the folders that were not there before, if nothing else is in them."""
+def clean(s: Situation) -> None:
+    """Remove what was written, and the folders that were not there before, if nothing else is in them. On every rank:
+    where out_dir is not shared each node has its own."""
     if s.scratch is not None:
         shutil.rmtree(s.scratch, ignore_errors=True)
-    for folder in made:
-        if folder.is_dir() and not any(folder.iterdir()):
+    for folder in s.new_folders:
+        with contextlib.suppress(OSError):
             folder.rmdir()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import platform
-import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -208,7 +207,8 @@ def check_memory(s: Situation) -> Finding:
     measured = f"estimate {show_bytes(memory.total)} a device ({parts})"
     if s.kind is None:
         return Finding("skipped", f"{measured}; there is no such device here to compare with")
-    outcomes = s.ranks.together(lambda: available_bytes(s))
+    neighbours = s.ranks.gather(socket.gethostname()).count(socket.gethostname())
+    outcomes = s.ranks.together(lambda: available_bytes(s, neighbours))
     if fault := faults(outcomes):
         return Finding("failed", fault, "")
     on_cpu = s.kind == "cpu"
@@ -263,10 +263,9 @@ def host_bytes(s: Situation, memory: TrainingMemory) -> int:
     return need + (state if s.args.save.asynchronous else 0)
 
 
-def available_bytes(s: Situation) -> tuple[int, int]:
-    """(bytes for this rank on its device, on the host), what this process holds already counted in on CUDA only."""
-    n = sum(host == platform.node() for host in s.ranks.gather(platform.node()))
-    host = host_memory_bytes() // n
+def available_bytes(s: Situation, neighbours: int) -> tuple[int, int]:
+    """(bytes for this rank on its device, on the host); `neighbours` ranks share the host's memory."""
+    host = host_memory_bytes() // neighbours
     if s.kind != "cuda":
         return host, host
     device = s.ranks.fabric.device if s.ranks.fabric is not None else torch.device("cuda", 0)
@@ -322,7 +321,8 @@ def memory_advice(s: Situation, config: ModelConfig, setting: TrainingSetting, r
         everything = replace(setting, micro_batch_samples=1, accumulates=True, recompute="full")
         if world > 1:
             everything = replace(everything, sharding="FULL_SHARD", shards=world)
-        tried["all but offload" if world > 1 else "both"] = everything
+        all_of_it = "--train.micro_batch_samples 1 with --train.activation_checkpointing full"
+        tried[all_of_it + (" and --strategy fsdp" if world > 1 else "")] = everything
     totals = {name: training_memory(config, changed).total for name, changed in tried.items()}
     told = [
         f"{name} takes {show_bytes(n)}"
@@ -359,14 +359,13 @@ def check_one_step(s: Situation) -> Finding:
         return Finding("skipped", "the estimate is larger than the memory: see memory")
     if (cause := next((n for n in ("devices", "network", "data") if s.failed(n)), None)) is not None:
         return Finding("skipped", f"{cause} failed")
-    own = None
     if s.scratch is None:  # out_dir is not writable
-        own = Path(tempfile.mkdtemp(prefix="preflight-"))
-    try:
-        outcomes = s.watched(lambda: take_steps(s, (s.scratch or own or Path()) / "run"))
-    finally:
-        if own is not None:
-            shutil.rmtree(own, ignore_errors=True)
+        made = s.ranks.together(lambda: tempfile.mkdtemp(prefix="preflight-") if s.ranks.rank == 0 else None)
+        if fault := faults(made):
+            return Finding("failed", fault, "make the folder of temporary files (TMPDIR) writable there")
+        s.scratch = Path(made[0].result or "")
+    folder = s.scratch / "run"
+    outcomes = s.watched(lambda: take_steps(s, folder))
     if fault := faults(outcomes):
         return Finding("failed", fault, step_advice(s, fault))
     return judge_steps(s, results(outcomes))

@@ -51,6 +51,9 @@ class Situation:
     """Of the slowest rank."""
     memory: TrainingMemory | None = None
     scratch: Path | None = None
+    """Where temporary files go."""
+    new_folders: list[Path] = field(default_factory=list)
+    """Folders that are not there before the preflight, innermost first."""
 
     @property
     def launched(self) -> bool:

@@ -34,7 +34,7 @@ from lit_model.load import Checkpoint, checkpoint_step, list_checkpoints, load_t
 from lit_model.model import GPT
 from pretrain.args import RunArgs, flat, plain
 from pretrain.checkpoint import find_checkpoint, load_state, rewind, state_tensors
-from pretrain.first_failure import begin_attempt
+from pretrain.first_failure import begin_attempt, report_failure
 from pretrain.guards import RunLock, SpikeDetector, StopRequest
 from pretrain.optim import AdamW, LossScale
 from pretrain.parallel import (
@@ -446,10 +446,17 @@ def set_up(args: RunArgs) -> Run:
         run.finished = step == data.max_steps and checkpoint_step(list_checkpoints(folder)[-1]) == step
     if not run.finished:
         run.watchdog = open_watchdog(run)
-    if checkpoint_path is not None:
-        restore(run, checkpoint_path)
-    if not run.finished:
-        begin_recording(run)
+    try:
+        if checkpoint_path is not None:
+            restore(run, checkpoint_path)
+        if not run.finished:
+            begin_recording(run)
+    except (ValueError, FileNotFoundError):
+        raise
+    except Exception as error:
+        if run.watchdog is not None:
+            report_failure(error, run.step, run.watchdog)
+        raise
     return run
 
 

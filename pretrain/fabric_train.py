@@ -165,19 +165,21 @@ def leave(status: int) -> NoReturn:
 
 
 def meet() -> None:
-    """Wait until every rank is here, at the store. That may end with rank 0, which waits for all, then they for it.
+    """Wait until every rank is here, at the store. It may end with rank 0, so at the end nobody asks it for anything.
 
     Rank 0 goes first: if it started the others, Fabric would end it by SIGKILL for one that has another status than 0.
     """
     store, rank, others = get_store(), dist.get_rank(), range(1, dist.get_world_size())
     with contextlib.suppress(dist.DistError):  # a rank that is gone is not waited for longer
-        if rank == 0:
-            if others:
-                store.wait([f"llammlein/here/{other}" for other in others], MEET)
+        if rank == 0 and others:
+            store.wait([f"llammlein/here/{other}" for other in others], MEET)
             store.set("llammlein/go", "")
-        else:
+            store.wait([f"llammlein/gone/{other}" for other in others], MEET)
+        elif rank != 0:
             store.set(f"llammlein/here/{rank}", "")
             store.wait(["llammlein/go"], MEET)
+            store.set(f"llammlein/gone/{rank}", "")
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":

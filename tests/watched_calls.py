@@ -65,7 +65,7 @@ class Watch:
         for kind, names in FUNCTIONS.items():
             for name in names:
                 setattr(os, name, self._watched(kind, getattr(os, name)))
-        io.open = builtins.open = self._watched_open  # type: ignore[assignment]
+        io.open = builtins.open = self._watched_open
 
     def before(self, kind: str, path: str, target: str | None = None, half: Callable[[], object] | None = None) -> None:
         name = os.path.relpath(path, self.run)
@@ -113,7 +113,9 @@ class Watch:
             return self._open(file, mode, buffering, *arguments, **keywords)
         names = ("encoding", "errors", "newline", "closefd", "opener")
         given = dict(zip(names, arguments, strict=False)) | keywords
-        raw = _WatchedFile(file, mode.replace("b", "").replace("t", ""), given.pop("closefd", True), given.pop("opener", None))
+        raw = _WatchedFile(
+            file, mode.replace("b", "").replace("t", ""), given.pop("closefd", True), given.pop("opener", None)
+        )
         raw.watch = self
         if buffering == 0:
             return raw
@@ -122,7 +124,7 @@ class Watch:
         if "b" in mode:
             return buffered
         text = io.TextIOWrapper(buffered, line_buffering=buffering == 1, **given)
-        text.mode = mode
+        text.mode = mode  # type: ignore[misc]  # as io.open does
         return text
 
 
@@ -133,6 +135,10 @@ class _WatchedFile(io.FileIO):
         half = lambda: io.FileIO.write(self, memoryview(data).cast("B")[: len(data) // 2])  # noqa: E731
         self.watch.before("write", path_of(self.fileno()), None, half)
         return super().write(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        self.watch.before("write", path_of(self.fileno()))
+        return super().truncate(size)
 
 
 def path_of(what: Any, folder: int | None = None) -> str:

@@ -1,171 +1,114 @@
-"""For tests of kills: a process that has imported everything, and forks the ranks of one training run after another.
-
-    python tests/zygote.py
-
-reads requests from standard input and answers on standard output, one JSON object a line (see `trial`). An import of
-torch and Lightning takes seconds, a fork some milliseconds. Nothing that a fork would break is alive before it: no
-process group and no thread of any library, which is asserted.
-"""
+"""For tests: training runs of several ranks that start at once, forked from a process that has imported everything."""
 
 from __future__ import annotations
 
-import faulthandler
 import json
-import mmap
 import os
-import signal
-import socket
+import subprocess
 import sys
-import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lit_data.verify  # noqa: F401
-import torch.distributed as dist
-import torch.distributed.checkpoint
-import torch.distributed.fsdp
-from watched_calls import PHASES, Call, Watch
+from running import ROOT
+from watched_calls import Call
 
-import pretrain.loop
-from pretrain.fabric_train import leave, main
-
-SLOTS = 3 + len(PHASES)  # int64 in shared memory, of each rank:
-STEP, KILLED_NS, PHASE, ENTERED = 0, 1, 2, 3  # steps done, when it killed itself, what it does; how often it began to
+TIMEOUT_S = 100
 
 
-class Reporter:
-    """In a rank: says in shared memory what is being done, and kills at the call that was asked for."""
+@dataclass
+class Answer:
+    """What became of a run.
 
-    def __init__(self, rank: int, request: dict[str, Any], slots: memoryview) -> None:
-        self.slots = slots
-        kill = request.get("kill")
-        self.kill = kill if kill is not None and kill["rank"] == rank else None
-        self.calls, self.write = os.open(f"{request['log']}-calls-{rank}", os.O_CREAT | os.O_WRONLY), os.write
-        self.watch = Watch(Path(request["run"]), self.called)
-        for name, phase in (("train_step", "step"), ("validate", "validation"), ("save", "saving")):
-            setattr(pretrain.loop, name, self.phased(getattr(pretrain.loop, name), phase))
-
-    def enter(self, phase: str) -> None:
-        place = PHASES.index(phase)
-        self.slots[PHASE] = place
-        self.slots[ENTERED + place] += 1
-
-    def phased(self, function: Any, phase: str) -> Any:
-        def entered(run: Any, *arguments: Any) -> Any:
-            self.watch.begun = True
-            self.slots[STEP] = run.step
-            self.enter(phase)
-            return function(run, *arguments)
-
-        return entered
-
-    def called(self, call: Call, half: Any) -> None:
-        self.write(self.calls, (json.dumps(call) + "\n").encode())
-        self.enter(call.phase)
-        if self.kill is not None and [call.kind, call.phase, call.number] == self.kill["call"]:
-            if self.kill["half"] and half is not None:
-                half()
-            self.slots[KILLED_NS] = time.monotonic_ns()
-            if self.kill["everyone"]:
-                os.killpg(0, signal.SIGKILL)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def trial(request: dict[str, Any]) -> dict[str, Any] | list[str]:
-    """Fork the ranks of a run and wait for them. Returns the answer; in a rank, its command line.
-
-    The request:
-        world_size, run, arguments: ranks, run folder, command line.
-        log: how the paths of each rank's output (LOG-R) and calls (LOG-calls-R) begin.
-        kill: {rank, call: [kind, phase, number], half, everyone}: SIGKILL before this call of this rank; with `half`,
-            after half of what it writes is written. It falls on this rank, or on `everyone`.
-        moment: {rank, phase, entry, delay_s, everyone}: SIGKILL `delay_s` after the rank begins the phase for the
-            `entry`-th time.
-        timeout_s: after which what is alive writes its stacks to its output or log, and is killed.
-
-    The answer: the ranks' `statuses` (negative: of a signal); whether one was `killed`, in which `phase`, after which
-    `step`, and how long the others `survived_s`; whether `timeout_s` was `exceeded`; `start_s` to the first step,
-    `train_s` from there; how often each rank `entered` each phase.
+    Attributes:
+        statuses: exit status of each rank, negative: the signal that ended it.
+        outputs: what each rank printed.
+        exceeded: it did not end in time, was made to write its stacks, and killed.
+        seconds: in all; `train_s` from the first step on, if the run was watched.
+        killed: the kill that was asked for has happened, in this `phase`, after this `step`; the other ranks
+            `survived_s`.
+        calls: of each rank, and how often it `entered` each phase, if the run was watched.
     """
-    world_size, moment, kill = request["world_size"], request.get("moment"), request.get("kill")
-    endings = [(request["timeout_s"], signal.SIGABRT), (request["timeout_s"] + 2, signal.SIGKILL)]
-    memory = memoryview(mmap.mmap(-1, 8 * SLOTS * world_size)).cast("q")
-    slots = [memory[rank * SLOTS : (rank + 1) * SLOTS] for rank in range(world_size)]
-    # Held and not listened to: nobody else gets the port, and rank 0 can bind it, as both reuse addresses.
-    reserved = socket.socket()
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reserved.bind(("127.0.0.1", 0))
-    began, first_step, killed, phase, exceeded = time.monotonic(), 0.0, 0.0, "", False
-    ranks: list[int] = []
-    for rank in range(world_size):
-        pid = os.fork()
-        if pid == 0:
-            os.setpgid(0, ranks[0] if ranks else 0)
-            become(rank, request, reserved.getsockname()[1], slots[rank])
-            reserved.close()
-            return list(request["arguments"])
-        ranks.append(pid)
-        os.setpgid(pid, ranks[0])
-    alive, statuses = dict(enumerate(ranks)), [0] * world_size
-    while alive:
-        time.sleep(0.0003 if moment and not killed else 0.002)
-        for rank, pid in list(alive.items()):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                statuses[rank] = os.waitstatus_to_exitcode(status)
-                del alive[rank]
-        now = time.monotonic()
-        if not first_step and slots[0][ENTERED + PHASES.index("step")]:
-            first_step = now
-        if moment and not killed and slots[moment["rank"]][ENTERED + PHASES.index(moment["phase"])] >= moment["entry"]:
-            time.sleep(moment["delay_s"])
-            if moment["rank"] in alive:
-                phase, killed = PHASES[slots[moment["rank"]][PHASE]], time.monotonic()
-                (os.killpg if moment["everyone"] else os.kill)(ranks[0] if moment["everyone"] else alive[moment["rank"]], signal.SIGKILL)
-        if alive and endings and now - began > endings[0][0]:
-            exceeded = True
-            os.killpg(ranks[0], endings.pop(0)[1])
-    reserved.close()
-    if kill and slots[kill["rank"]][KILLED_NS]:
-        phase, killed = kill["call"][1], slots[kill["rank"]][KILLED_NS] / 1e9
-    ended = time.monotonic()
-    return {
-        "statuses": statuses,
-        "killed": bool(killed),
-        "phase": phase,
-        "step": slots[(kill or moment or {"rank": 0})["rank"]][STEP],
-        "survived_s": ended - killed if killed else 0.0,
-        "exceeded": exceeded,
-        "start_s": first_step - began if first_step else 0.0,
-        "train_s": ended - first_step if first_step else 0.0,
-        "entered": [dict(zip(PHASES, s[ENTERED:], strict=True)) for s in slots],
-    }
+
+    statuses: list[int]
+    outputs: list[str]
+    exceeded: bool
+    seconds: float
+    train_s: float
+    killed: bool
+    phase: str
+    step: int
+    survived_s: float
+    calls: list[list[Call]]
+    entered: list[dict[str, int]]
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.outputs)
 
 
-def become(rank: int, request: dict[str, Any], port: int, slots: memoryview) -> None:
-    """Make a forked child a rank as torchrun starts one, with its output in a file."""
-    output = os.open(f"{request['log']}-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
-        os.dup2(descriptor, target)
-    faulthandler.enable()
-    world = str(request["world_size"])
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "zygote"}
-    Reporter(rank, request, slots)
+class Zygote:
+    """Starts tests/forked_ranks.py, and asks it for runs.
 
+    Args:
+        folder: for the ranks' outputs.
+        before: a command that the process is started by.
+    """
 
-def serve() -> list[str] | None:
-    """Answer until the requests end (None). In a forked rank: its command line."""
-    for line in sys.stdin:
-        assert not dist.is_initialized() and len(os.listdir("/proc/self/task")) == 1
-        outcome = trial(json.loads(line))
-        if isinstance(outcome, list):
-            return outcome
-        print(json.dumps(outcome), flush=True)
-    return None
+    def __init__(self, folder: Path, before: Sequence[str] = ()) -> None:
+        self.folder = folder
+        # One thread: the arithmetic of all other tests. Arrow's allocator would start a thread, which no fork survives.
+        environment = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+        self._process = subprocess.Popen(
+            [*before, sys.executable, str(ROOT / "tests" / "forked_ranks.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
+        )
 
+    def run(
+        self,
+        world_size: int,
+        run: Path,
+        arguments: Sequence[str],
+        *,
+        plants: Sequence[dict[str, Any]] = (),
+        env: Mapping[str, str] | None = None,
+        watch: bool = False,
+        kill: dict[str, Any] | None = None,
+        moment: dict[str, Any] | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> Answer:
+        """Train in the run folder `run`, and wait for the end. `trial` in tests/forked_ranks.py describes the rest."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        for old in self.folder.glob("rank-*"):
+            old.unlink()
+        request = {
+            "world_size": world_size,
+            "run": str(run),
+            "arguments": list(arguments),
+            "log": str(self.folder / "rank"),
+            "plants": list(plants),
+            "env": dict(env or {}),
+            "watch": watch,
+            "kill": kill,
+            "moment": moment,
+            "timeout_s": timeout_s,
+        }
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        outcome = json.loads(self._process.stdout.readline())
+        ranks = range(world_size)
+        outputs = [(self.folder / f"rank-{rank}").read_text(errors="replace") for rank in ranks]
+        return Answer(outputs=outputs, calls=[self._calls(rank) for rank in ranks] if watch else [], **outcome)
 
-if __name__ == "__main__":
-    arguments = serve()
-    if arguments is not None:
-        leave(main(arguments))
+    def _calls(self, rank: int) -> list[Call]:
+        """A rank may be killed while it writes its last line."""
+        path = self.folder / f"rank-calls-{rank}"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [Call(*json.loads(line)) for line in lines if line.endswith("]")]
+
+    def close(self) -> None:
+        self._process.communicate()

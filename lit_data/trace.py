@@ -28,6 +28,7 @@ class TracedRun:
         datasets, rows: by their number in the record, and how they fill rows.
         layouts: (from_step, world_size, micro_batch_samples).
         steps: of the newest checkpoint.
+        skips: samples that were left out after a loss spike: {"step", "first_sample", "end_sample", "reason"}.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class TracedRun:
     layouts: list[tuple[int, int, int]]
     steps: int
     end_sample: int | None
+    skips: list[dict[str, Any]]
 
 
 def open_run(folder: str | Path, data: str | Path | Sequence[str | Path] | None = None) -> TracedRun:
@@ -85,6 +87,7 @@ def open_run(folder: str | Path, data: str | Path | Sequence[str | Path] | None 
         [(int(a), int(b), int(c)) for a, b, c in facts["layouts"]],
         steps,
         facts["end_sample"],
+        facts.get("skips", []),
     )
 
 
@@ -142,6 +145,24 @@ def spans_of_step(run: TracedRun, step: int) -> pa.Table:
 
 def steps_of_document(run: TracedRun, document: int, dataset: int = 0) -> list[tuple[int, int]]:
     """All (step, row) that saw a part of a document, by inverting the order: no scan of the record."""
+    found = []
+    for sample in _samples_of_document(run, document, dataset):
+        found.extend(steps_of_sample(run.segments, sample, run.steps))
+    return sorted(found)
+
+
+def left_out_of_document(run: TracedRun, document: int, dataset: int = 0) -> list[tuple[int, str]]:
+    """All samples with a part of a document that no step saw since a rollback left them out, and why."""
+    return [
+        (sample, skip["reason"])
+        for sample in sorted(_samples_of_document(run, document, dataset))
+        for skip in run.skips
+        if skip["first_sample"] <= sample < skip["end_sample"]
+    ]
+
+
+def _samples_of_document(run: TracedRun, document: int, dataset: int) -> list[int]:
+    """Of the run so far, those that were left out among them."""
     windows = run.rows[dataset].windows_of_document(document)
     ends = [first_sample_of_step(run.segments, step) for step in _last_steps(run)]
     end_sample = max(first + count for first, count in ends)
@@ -150,10 +171,8 @@ def steps_of_document(run: TracedRun, document: int, dataset: int = 0) -> list[t
     epochs = -(-int(run.mixture.counts(end_sample)[dataset]) // run.rows[dataset].n_windows)
     epoch, window = (x.reshape(-1) for x in np.meshgrid(np.arange(epochs), windows, indexing="ij"))
     samples = run.mixture.sample(dataset, epoch, window)
-    found = []
-    for sample in samples[(samples >= 0) & (samples < end_sample)].tolist():
-        found.extend(steps_of_sample(run.segments, sample, run.steps))
-    return sorted(found)
+    found: list[int] = samples[(samples >= 0) & (samples < end_sample)].tolist()
+    return found
 
 
 def _last_steps(run: TracedRun) -> list[int]:

@@ -17,7 +17,7 @@ from lit_data.documents import Documents
 from lit_data.exposures import count_exposures, draw_exposures
 from lit_data.record_sql import SORTS, difference, export
 from lit_data.tokenizer import open_tokenizer
-from lit_data.trace import TracedRun, open_run, spans_of_document, spans_of_step
+from lit_data.trace import TracedRun, left_out_of_document, open_run, spans_of_document, spans_of_step
 from lit_data.verify import verify
 
 NUMBER = re.compile(r"#(?:(\d+):)?(\d+)")
@@ -127,6 +127,11 @@ def print_document(run: TracedRun, args: argparse.Namespace) -> None:
             else:
                 span = f"{row['start']}..{row['start'] + row['length']}"
                 print(f"  step {row['step']:8d}  row {row['row']:4d}  tokens {span}  mean loss {mean(row)}")
+        for sample, reason in left_out_of_document(run, document, number):
+            if args.json:
+                say({"document": document, "dataset": number, "id": about["id"], "left_out": sample, "reason": reason})
+            else:
+                print(f"  left out: sample {sample} ({reason})")
 
 
 def steps_done(run: TracedRun, name: str) -> int:

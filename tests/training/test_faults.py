@@ -10,13 +10,14 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from running import flags, metrics
 from zygote import Answer, Zygote
 
 from lit_data.datapoints import read_record
-from lit_data.trace import open_run
+from lit_data.trace import left_out_of_document, open_run
 from lit_data.verify import verify
 from lit_model.load import Checkpoint, list_checkpoints
 from pretrain.watchdog import EXIT_HUNG
@@ -153,7 +154,13 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(
     record = read_record(run)
     seen = set(record["sample"].to_pylist())
     assert seen == set(range(160)) | set(range(192, 192 + 160)) and len(set(record["step"].to_pylist())) == 40
-    assert verify(open_run(run)) == []
+    traced = open_run(run)
+    assert verify(traced) == []
+    # Whoever asks after a document is told of its samples that were left out.
+    windows = traced.mixture.place(np.arange(160, 192))[2]
+    documents = {d for w in windows.tolist() for d in traced.rows[0].pieces(np.array([w])).document.tolist()}
+    left_out = {s for d in documents for s, reason in left_out_of_document(traced, d) if reason == skip["reason"]}
+    assert left_out == set(range(160, 192))
 
     # Killed after the rollback, the run goes on with the same samples to the same end.
     killed = tmp_path / "killed"
@@ -223,9 +230,7 @@ def test_the_rank_that_failed_first_is_named(data: Path, tmp_path: Path, whole: 
     same_end(run, whole)
 
 
-def test_a_rank_that_hangs_is_named_and_leaves_its_stack(
-    data: Path, tmp_path: Path, whole: Path, ranks: Ranks
-) -> None:
+def test_a_rank_that_hangs_is_named_and_leaves_its_stack(data: Path, tmp_path: Path, whole: Path, ranks: Ranks) -> None:
     run = tmp_path / "run"
     arguments = flags(data, run, **two(guard__hang_timeout_s=3))
     answer = ranks(2, run, arguments, plants=[{"kind": "hang", "rank": 1, "step": 6}])

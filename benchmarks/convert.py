@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -121,8 +122,8 @@ def copy(source: Path, target: Path, warm: bool) -> dict[str, Any]:
 
 
 def _children_cpu() -> float:
-    times = os.times()
-    return times.children_user + times.children_system
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def settle(output: Path) -> None:
@@ -194,7 +195,7 @@ def run(args: argparse.Namespace, folder: Path, litgpt: str | None) -> dict[str,
     skipped = "" if litgpt else "no --peer litgpt=PYTHON"
     if litgpt:
         write_for_litgpt(Checkpoint(folder / CHECKPOINT), folder / "lit")
-    sizes = {"weights": weights}
+    sizes, loads = {"weights": weights}, [os.getloadavg()[1]]
     for number in range(args.rounds + args.cold_rounds):
         warm = number < args.rounds
         row = rows.setdefault("warm" if warm else "cold", {"ours": [], "copy": [], "litgpt": []})
@@ -216,11 +217,12 @@ def run(args: argparse.Namespace, folder: Path, litgpt: str | None) -> dict[str,
                     sizes["litgpt"] = (folder / "theirs" / "model.pth").stat().st_size
                     same_tensors(reference, folder / "theirs" / "model.pth")
             settle(folder / "theirs")
+        loads.append(os.getloadavg()[1])
         told = ", ".join(
             f"{k} {v[-1]['seconds']:.2f} s ({v[-1]['cpu_seconds']:.2f} of a CPU)" for k, v in row.items() if v
         )
-        print(f"{'warm' if warm else 'cold'}: {told}")
-    return report(args, rows, sizes, skipped)
+        print(f"{'warm' if warm else 'cold'}: {told}", flush=True)
+    return {**report(args, rows, sizes, skipped), "load_averages": loads}
 
 
 def ratio(above: list[dict[str, float]], below: list[dict[str, float]], field: str = "seconds") -> float:

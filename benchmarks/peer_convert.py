@@ -16,7 +16,7 @@ from typing import Any
 
 
 def measure(convert: Callable[[], object]) -> None:
-    """Convert, and print as JSON seconds, those of a CPU among them, and bytes of memory: of the imports, above them."""
+    """Convert; print seconds, of the clock and of a CPU, and bytes of memory: after the imports, and the peak above."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     imports = _status("VmRSS")
     start, cpu = time.perf_counter(), time.process_time()

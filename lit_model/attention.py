@@ -55,10 +55,14 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v with rotary positions (Vaswani et al., 2017; grouped: Ainslie et al., 2023)."""
+    """softmax(q k^T / sqrt(D)) v with rotary positions (Vaswani et al., 2017; grouped: Ainslie et al., 2023).
 
-    def __init__(self, config: ModelConfig) -> None:
+    Without `rotate_in_place` the projection's output stays as it is, for activation checkpointing that keeps it.
+    """
+
+    def __init__(self, config: ModelConfig, *, rotate_in_place: bool = True) -> None:
         super().__init__()
+        self.rotate_in_place = rotate_in_place
         self.n_head = config.n_head
         self.n_query_groups = config.n_query_groups
         self.head_size = config.head_size
@@ -72,6 +76,8 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, G, D = self.n_head, self.n_query_groups, self.head_size
         qkv = self.qkv(x).view(B, T, H + 2 * G, D)  # (B, T, H + 2G, D)
+        if not self.rotate_in_place:
+            qkv = qkv.clone()
         qkv = apply_rope(qkv, cos, sin, heads=H + G)
         q, k, v = torch.split(qkv, [H, G, G], dim=2)  # (B, T, H, D), (B, T, G, D) twice
         if cache is None:

@@ -134,7 +134,7 @@ class TrainingMemory:
     loss: int
     """Gradients of the hidden states and of the head, which the loss makes in the forward."""
     workspace: int
-    """The larger of a chunk of logits and a block's gradients in the backward."""
+    """The larger of a chunk of logits and, in the backward, a block's gradients and what it makes again."""
     total: int
     """The most at once."""
 
@@ -146,7 +146,8 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
     copies), exact: FSDP2 cuts the first dimension of each tensor, rounded up. Activations: counted from what each
     operator of lit_model keeps, in the manner of Korthikanti et al. 2022, section 4, with a flash kernel's attention.
     The total is the larger of two moments: the loss, when all activations are alive, and the end of the backward, when
-    all gradients are. In between one grows as the other shrinks.
+    all gradients are. In between one grows as the other shrinks. Kernels are taken to be fused, as on CUDA: a CPU's
+    RMSNorm of bf16 (FSDP) keeps more.
     """
     s, tokens = setting, setting.micro_batch_samples * setting.block_size
     C, V = config.n_embd, config.padded_vocab_size
@@ -166,13 +167,14 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
         gathered = 0
 
     residual_bytes = 4 if s.autocast else s.compute_bytes
-    activations = tokens * _kept_per_token(config, s, residual_bytes)
+    kept, again = _kept_per_token(config, s, residual_bytes)
+    activations = tokens * kept
     loss = tokens * C * residual_bytes + 4 * V * C
     chunk_bytes = CPU_CHUNK_BYTES if s.on_cpu else GPU_CHUNK_BYTES
     chunk_tokens = min(tokens, max(1, chunk_bytes // (4 * V)), CPU_CHUNK_TOKENS if s.on_cpu else tokens)
     chunk = chunk_tokens * V * (4 if s.compute_bytes == 4 else 4 + s.compute_bytes)
     block_gradients = tokens * s.compute_bytes * (3 * config.intermediate_size + 2 * C)
-    workspace = max(chunk, block_gradients)
+    workspace = max(chunk, tokens * again + block_gradients)
 
     before = gradients if s.accumulates or s.sharding == "ddp" else 0  # ddp holds its buckets all the time
     reducing = (s.compute_bytes + s.reduce_bytes) * max(2 * block, _root_parameters(config)) if s.sharded else 0
@@ -214,19 +216,16 @@ def _kept_in_block(config: ModelConfig, compute_bytes: int, residual_bytes: int)
     return residual + elements * compute_bytes + 4 * config.n_head + dropped  # 4: the softmax's normalisers
 
 
-def _kept_per_token(config: ModelConfig, setting: TrainingSetting, residual_bytes: int) -> int:
-    """Bytes a token that the forward keeps, all blocks, with what the backward makes again of one of them."""
-    n, C = config.n_layer, config.n_embd
+def _kept_per_token(config: ModelConfig, setting: TrainingSetting, residual_bytes: int) -> tuple[int, int]:
+    """Bytes a token: (what the forward keeps, all blocks; what the backward makes again of one block)."""
+    n, C, out = config.n_layer, config.n_embd, config.n_head * config.head_size
     whole = _kept_in_block(config, setting.compute_bytes, residual_bytes)
-    inputs = C * residual_bytes
-    if setting.recompute == "none":
-        blocks = n * whole
-    elif setting.recompute == "op":  # outputs of the five matrix multiplies and of the attention
-        out = config.n_head * config.head_size
+    less, again = whole, 0  # of a block that is recomputed, and how many are
+    if setting.recompute == "op":  # its input, and the outputs of the five matrix multiplies and of the attention
         elements = config.n_qkv + out + 2 * C + 2 * config.intermediate_size
-        blocks = n * (inputs + elements * setting.compute_bytes + 4 * config.n_head) + whole
-    else:
-        again = n if setting.recompute == "full" else n // setting.recompute_every
-        blocks = (n - again) * whole + again * inputs + (whole if again else 0)
-    # Input and output of the last norm, cos and sin, tokens and targets.
-    return blocks + 2 * C * residual_bytes + 4 * config.head_size + 16
+        less, again = C * residual_bytes + elements * setting.compute_bytes + 4 * config.n_head, n
+    elif setting.recompute != "none":  # its input
+        less, again = C * residual_bytes, n if setting.recompute == "full" else n // setting.recompute_every
+    # Beside the blocks: input and output of the last norm, cos and sin, tokens and targets.
+    rest = 2 * C * residual_bytes + 4 * config.head_size + 16
+    return (n - again) * whole + again * less + rest, whole - less if again else 0

@@ -138,12 +138,12 @@ class Checkpoint:
     def _file_faults(self, known: dict[str, Any], names: list[str]) -> list[str]:
         faults = []
         for name in names:
-            file, facts = self.path / Path(name).name, known[name]
+            file, facts = self.path / Path(name).name, known[name] if isinstance(known[name], dict) else {}
             if not file.is_file():
                 faults.append(f"{file} is missing")
-            elif (size := file.stat().st_size) != facts["bytes"]:
-                faults.append(f"{file} has {size} bytes; {facts['bytes']} were written")
-            elif file_checksum(file) != facts["sha256"]:
+            elif (size := file.stat().st_size) != facts.get("bytes"):
+                faults.append(f"{file} has {size} bytes; {facts.get('bytes')} were written")
+            elif file_checksum(file) != facts.get("sha256"):
                 faults.append(f"{file} is not what was written: its checksum differs")
         unknown = sorted({p.name for p in self.path.iterdir()} - set(known) - {"meta.json"})
         return faults + [f"{self.path / name} does not belong to the checkpoint" for name in unknown]

@@ -24,15 +24,26 @@ class LossOutput(NamedTuple):
     """What a model returns when it gets targets."""
 
     loss_sum: Tensor
-    """Sum of the token losses in nats, a differentiable float32 scalar."""
+    """What is minimised: the sum of cross-entropy, in nats, and of z-loss. A differentiable float32 scalar."""
     token_losses: Tensor
-    """Loss of each token in nats, float32 (B, T), detached, 0 where the target is ignored."""
+    """Cross-entropy of each token in nats, float32 (B, T), detached, 0 where the target is ignored."""
+    cross_entropy_sum: Tensor
+    """The sum of `token_losses`: `loss_sum` without z-loss, detached."""
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, chunk_bytes: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    *,
+    z_loss: float = 0.0,
+    chunk_bytes: int | None = None,
 ) -> LossOutput:
     """-log softmax(hidden weight^T)[target] for each token, and the sum over those not ignored.
+
+    `z_loss` adds z_loss * log(Z)^2 to the sum for each token not ignored, Z being its softmax's normaliser, which keeps
+    logits from drifting (Chowdhery et al. 2022, PaLM, section 5).
 
     hidden (B, T, C) or (N, C); weight (V, C) with V >= vocab_size, whose rows from vocab_size on are padding and get
     no probability; targets int64 (B, T) or (N,), IGNORE_INDEX where nothing is to be predicted. `chunk_bytes` bounds
@@ -53,9 +64,10 @@ def chunked_cross_entropy(
     with torch.autocast(device, enabled=False):
         flat = hidden.flatten(0, -2)  # (N, C)
         loss_sum, token_losses = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            flat, weight, targets.flatten(), vocab_size, chunk_tokens, dtype, torch.is_grad_enabled()
+            flat, weight, targets.flatten(), vocab_size, z_loss, chunk_tokens, dtype, torch.is_grad_enabled()
         )
-    return LossOutput(loss_sum, token_losses.view(targets.shape))
+    cross_entropy_sum = token_losses.sum() if z_loss else loss_sum.detach()
+    return LossOutput(loss_sum, token_losses.view(targets.shape), cross_entropy_sum)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -66,6 +78,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         vocab_size: int,
+        z_loss: float,
         chunk_tokens: int,
         dtype: torch.dtype,
         grad_enabled: bool,
@@ -76,6 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         w = weight.to(dtype)
         N = hidden.shape[0]
         token_losses = torch.empty(N, dtype=softmax_dtype, device=hidden.device)
+        log_z = torch.zeros(N if z_loss else 0, dtype=softmax_dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=softmax_dtype) if need_weight else None
         for start in range(0, N, chunk_tokens):
@@ -87,12 +101,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             h = hidden[chunk].to(dtype).masked_fill(ignored, 0)  # (n, C)
             logits = (h @ w.t()).to(softmax_dtype)  # (n, V)
             logits[:, vocab_size:] = -torch.inf
+            target_logits = logits.gather(1, target).squeeze(-1) if z_loss else None  # (n,)
             # In place from here: logits become log-probabilities, then probabilities, then the gradient.
             torch.log_softmax(logits, dim=-1, out=logits)
             token_losses[chunk] = logits.gather(1, target).squeeze(-1).neg_().masked_fill_(~valid, 0)
+            if target_logits is not None:  # the normaliser without another pass over the logits
+                log_z[chunk] = token_losses[chunk].add(target_logits).masked_fill_(~valid, 0)
             if not (need_hidden or need_weight):
                 continue
             probabilities = logits.exp_()
+            if z_loss:
+                probabilities.mul_(1 + 2 * z_loss * log_z[chunk].unsqueeze(-1))
             probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=softmax_dtype))
             grad_logits = probabilities.to(dtype)  # (n, V)
             if grad_hidden is not None:
@@ -104,7 +123,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(token_losses)
-        return token_losses.sum(), token_losses
+        loss_sum = token_losses.sum()
+        return loss_sum + z_loss * log_z.square().sum() if z_loss else loss_sum, token_losses
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -115,4 +135,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # In place: the head's gradient is the largest tensor of a small model. A second backward through the same
             # graph is then refused by autograd's version check, not wrong.
             grad_weight = grad_weight.mul_(grad_sum).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import load as dcp_load
 
 from lit_data.compaction import copy_record, cut_record
 from lit_data.datapoints import remove_temporaries
 from lit_data.packed import sync_file
 from lit_model.init import copy_slice
-from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint, SafeReader, checkpoint_step, list_checkpoints
+from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint, checkpoint_step, list_checkpoints
+from lit_model.sharded import load_into
 from pretrain.args import SaveArgs
 from pretrain.metrics import cut_metrics
 
@@ -46,7 +46,7 @@ def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             )
         )
     if checkpoint.sharded:
-        dcp_load(dict(tensors), storage_reader=SafeReader(path), no_dist=not dist.is_initialized())
+        load_into(path, tensors, no_dist=not dist.is_initialized())
     else:
         for name, target in tensors.items():
             source = checkpoint.tensor(name)

@@ -165,7 +165,7 @@ def train_step(run: Run, data: StepData) -> StepResult:
                 out: LossOutput = run.model(tokens, targets, cu_seqlens=cu_seqlens if args.data.document_mask else None)
             # A loss that is not finite makes every gradient so, on every rank: the step is skipped.
             run.fabric.backward(out.loss_sum * (factor + 0 * out.loss_sum.detach()))
-        loss_sum += out.loss_sum.detach()
+        loss_sum += out.cross_entropy_sum
         piece_losses.append(sum_over_pieces(out.token_losses, cu_seqlens))
 
     scale = None if run.loss_scale is None else run.loss_scale.scale
@@ -173,6 +173,7 @@ def train_step(run: Run, data: StepData) -> StepResult:
     skip = skip_if_not_finite(norm)
     run.optimizer.step(learning_rate(args.optim, data.step, run.data.max_steps), skip)
     run.optimizer.zero_grad()
+    norm, skip = norm.to(run.device), skip.to(run.device)  # from the host under CPU offload
     if run.loss_scale is not None:
         run.loss_scale.update(skip)
     run.skipped += skip

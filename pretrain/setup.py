@@ -404,7 +404,9 @@ def set_up(args: RunArgs) -> Run:
         raw = GPT(
             config,
             attention=args.train.attention,
-            activation_checkpointing=args.train.activation_checkpointing == "full",
+            activation_checkpointing=args.train.activation_checkpointing,
+            activation_checkpointing_every=args.train.activation_checkpointing_every,
+            z_loss=args.train.z_loss,
         )
     if not uses_fsdp(args):
         raw.to_empty(device=fabric.device)

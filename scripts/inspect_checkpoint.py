@@ -80,7 +80,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not args.verify:
-        print(json.dumps(facts)) if args.json else print_facts(facts)
+        if args.json:
+            print(json.dumps(facts))
+        else:
+            print_facts(facts)
         return 0
     faults = faults_of(path)
     if args.json:

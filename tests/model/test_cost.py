@@ -1,9 +1,14 @@
 """Counts against the reference figures, the module itself, and torch's own FLOP counter."""
 
+import contextlib
 import dataclasses
+import weakref
+from math import prod
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_model import cost
@@ -88,6 +93,116 @@ def test_memory_estimate_orders_as_expected():
     assert cost.training_memory_bytes(config, 4, 2048, activation_checkpointing=True) < plain
     assert cost.training_memory_bytes(config, 8, 2048) > plain
     assert cost.training_memory_bytes(config, 4, 2048, shards=8) < plain
+
+
+VARIANTS = [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_embeddings": True, "n_query_groups": 1}]
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_training_state_equals_what_is_allocated(changes):
+    """Parameters, gradients and AdamW's moments of one device, byte for byte; and of FSDP's largest shards."""
+    config = get_config("debug", **changes)
+    model = GPT(config)
+    assert sorted(cost.parameter_shapes(config)) == sorted(tuple(p.shape) for p in model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters())
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    model(tokens, tokens).loss_sum.backward()
+    optimizer.step()
+    memory = cost.training_memory(config, cost.TrainingSetting(2, 16))
+    assert memory.parameters == sum(p.nbytes for p in model.parameters())
+    assert memory.gradients == sum(p.grad.nbytes for p in model.parameters())
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert memory.optimizer == sum(m.nbytes for m in moments)
+
+    for shards in (2, 3, 5):
+        setting = cost.TrainingSetting(2, 16, sharding="FULL_SHARD", shards=shards)
+        largest = sum(p.chunk(shards)[0].nbytes for p in model.parameters())
+        assert cost.training_memory(config, setting).parameters == largest
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that live at once: those it is shown, and those that operators make."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.peak = {}, 0, 0
+
+    def see(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.live:
+            self.live[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, storage._cdata)
+
+    def forget(self, key):
+        self.now -= self.live.pop(key, 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.see(tensor)
+        return out
+
+
+@pytest.mark.parametrize("low_precision", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("recompute", ["none", "full", "block", "op"])
+@pytest.mark.parametrize("changes", [{}, {"n_layer": 6, "n_embd": 128, "intermediate_size": 384}])
+def test_memory_estimate_against_the_tensors_of_a_step(changes, recompute, micro_batches, low_precision):
+    """Within 5% of the most bytes that live at once; with recomputation up to 20% above on these small models."""
+    config = get_config("debug", **changes)
+    B, T = 4, 128
+    model = GPT(config, activation_checkpointing=recompute).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.randint(0, config.vocab_size, (B, T))
+    cu_seqlens = torch.tensor([0, T // 2, *range(T, B * T + 1, T)], dtype=torch.int32)
+
+    def step():
+        for _ in range(micro_batches):
+            with torch.autocast("cpu", torch.bfloat16) if low_precision else contextlib.nullcontext():
+                out = model(tokens, tokens, cu_seqlens=cu_seqlens)
+            out.loss_sum.backward()
+            del out
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    measured = PeakBytes()
+    for tensor in [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]:
+        measured.see(tensor)
+    with measured:
+        step()
+    setting = cost.TrainingSetting(
+        B, T, 2 if low_precision else 4, recompute=recompute, accumulates=micro_batches > 1, on_cpu=True
+    )
+    ratio = cost.training_memory(config, setting).total / measured.peak
+    assert 0.95 < ratio < (1.05 if recompute == "none" else 1.2)
+
+
+def test_memory_follows_the_strategy():
+    """1.1B parameters on 8 devices; what each setting saves, in bytes that can be counted by hand."""
+    config = get_config("LLaMmlein_1B")
+    n = cost.count_parameters(config)
+    plain = cost.TrainingSetting(4, 2048, 2, "ddp", accumulates=True)
+
+    def memory(**changes):
+        return cost.training_memory(config, dataclasses.replace(plain, **changes))
+
+    full = memory(sharding="FULL_SHARD", shards=8)
+    assert memory().parameters == 4 * n and abs(full.parameters - n / 2) < 8 * 4 * 2048 * 32
+    assert memory(sharding="SHARD_GRAD_OP", shards=8).gathered == 2 * n > full.gathered
+    assert memory(sharding="HYBRID_SHARD", shards=4).parameters == pytest.approx(2 * full.parameters, rel=1e-3)
+    assert memory(sharding="FULL_SHARD", shards=8, defer_gradient_sync=True).gradients == 4 * n
+    saved = full.total - memory(sharding="FULL_SHARD", shards=8, cpu_offload=True).total
+    assert saved == full.parameters + full.gradients + full.optimizer
+    by_blocks = [
+        memory(recompute=r, recompute_every=e).activations for r, e in (("none", 1), ("block", 2), ("full", 1))
+    ]
+    assert by_blocks[0] > by_blocks[1] > by_blocks[2] == memory(recompute="block", recompute_every=1).activations
+    assert by_blocks[0] > memory(recompute="op").activations > by_blocks[2]
+    assert sum(prod(shape) for shape in cost.parameter_shapes(config)) == n
 
 
 def test_config_dict_round_trip_and_refusals():

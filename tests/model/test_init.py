@@ -91,7 +91,7 @@ def worker(rank, world, store, changes):
     config = get_config("debug", **changes)
     whole = build(config).state_dict()
     for mesh in meshes:
-        sharded = shard(config, mesh, activation_checkpointing=True)
+        sharded = shard(config, mesh, activation_checkpointing="full")
         state = sharded.state_dict()
         assert set(state) == set(whole)
         assert all(torch.equal(state[k].full_tensor(), whole[k]) for k in whole)

@@ -155,3 +155,73 @@ def test_cuda():
     assert peak < hidden.shape[0] * weight.shape[0] * 4  # never the full float32 logits
     torch.testing.assert_close(out.token_losses.double(), losses, rtol=1e-4, atol=1e-3)
     assert (gh - rh).norm() < 1e-3 * rh.norm() and (gw - rw).norm() < 1e-3 * rw.norm()
+
+
+# --- z-loss ----------------------------------------------------------------------------------------------------------
+
+
+def z_reference(hidden, weight, targets, vocab, z_loss, scale=1.0):
+    """Cross-entropy plus z_loss * logsumexp^2 over the targets that count, in float64 over full logits."""
+    hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    logits = (hidden @ weight.t())[:, :vocab]
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    squares = logits.logsumexp(-1)[targets != IGNORE_INDEX].square()
+    total = losses.sum() + z_loss * squares.sum()
+    (total * scale).backward()
+    return total.detach(), losses.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 37, None])
+@pytest.mark.parametrize("z_loss", [1e-4, 0.3])
+def test_z_loss_equals_reference(z_loss, chunk_tokens):
+    hidden, weight, targets, vocab = draw()
+    weight[vocab:] = 1e3  # padding, which must not be part of the normaliser
+    want = z_reference(hidden, weight, targets, vocab, z_loss, 0.37)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+        chunk_bytes = None if chunk_tokens is None else 4 * weight.shape[0] * chunk_tokens
+        out = chunked_cross_entropy(h, w, targets, vocab, z_loss=z_loss, chunk_bytes=chunk_bytes)
+        (out.loss_sum * 0.37).backward()
+        for got, exact in zip((out.loss_sum.detach(), out.token_losses, h.grad, w.grad), want, strict=True):
+            torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
+        assert out.cross_entropy_sum == out.token_losses.sum() and not out.cross_entropy_sum.requires_grad
+        assert (w.grad[vocab:] == 0).all() and (h.grad[targets == IGNORE_INDEX] == 0).all()
+
+
+def test_z_loss_gradient_equals_finite_differences():
+    hidden, weight, targets, vocab = (x.double() if isinstance(x, torch.Tensor) else x for x in draw(N=9))
+    targets = targets.long()
+
+    def loss(h, w):
+        return chunked_cross_entropy(h, w, targets, vocab, z_loss=0.2, chunk_bytes=4 * weight.shape[0] * 4).loss_sum
+
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss(h, w).backward()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        dh, dw = (torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (hidden, weight))
+        eps = 1e-5
+        slope = (loss(hidden + eps * dh, weight + eps * dw) - loss(hidden - eps * dh, weight - eps * dw)) / (2 * eps)
+        torch.testing.assert_close(slope, (h.grad * dh).sum() + (w.grad * dw).sum(), rtol=1e-7, atol=0)
+
+
+def test_z_loss_of_zero_changes_no_bit():
+    hidden, weight, targets, vocab = draw(N=300, C=64)
+    results = []
+    for options in ({}, {"z_loss": 0.0}):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = chunked_cross_entropy(h, w, targets, vocab, **options)
+        out.loss_sum.backward()
+        results.append((*out, h.grad, w.grad))
+        assert torch.equal(out.loss_sum, out.cross_entropy_sum)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_z_loss_is_left_out_of_the_token_losses():
+    hidden, weight, targets, vocab = draw(N=300, C=64)
+    plain, with_z = (chunked_cross_entropy(hidden, weight, targets, vocab, z_loss=z) for z in (0.0, 0.1))
+    assert torch.equal(plain.token_losses, with_z.token_losses)
+    assert torch.equal(plain.cross_entropy_sum, with_z.cross_entropy_sum) and with_z.loss_sum > plain.loss_sum
+    nothing = chunked_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE_INDEX), vocab, z_loss=0.1)
+    assert nothing.loss_sum == 0

@@ -38,7 +38,7 @@ def gradients(model):
     return {n: p.grad for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"attention": "dense"}, {"activation_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"attention": "dense"}, {"activation_checkpointing": "full"}], ids=str)
 def test_packed_batch_equals_documents_one_at_a_time(kwargs):
     tokens, targets, cu = batch()
     packed = build(dtype=torch.float64, **kwargs)
@@ -82,7 +82,7 @@ def test_losses_equal_cross_entropy_of_the_logits():
 def test_dropout_is_off_in_eval_and_repeats_under_recomputation():
     config = get_config("debug", dropout=0.2)
     tokens, targets, cu = batch()
-    plain, recomputed = build(config), build(config, activation_checkpointing=True)
+    plain, recomputed = build(config), build(config, activation_checkpointing="full")
     for model in (plain, recomputed):
         torch.manual_seed(5)
         model(tokens, targets, cu_seqlens=cu).loss_sum.backward()

@@ -145,6 +145,7 @@ def test_resume(planted: Path, data: Path, capsys: pytest.CaptureFixture[str]) -
     given = flags(data, planted, resume="latest", **settings)
     if (planted / CHECKPOINT / "meta.json").exists():  # it is refused late, with much set up: in a process of its own
         done = train(*given, check=False)
+        assert done.returncode and not (planted.parent / "marker").exists(), "the payload ran"
         refused(planted, done.returncode, done.stderr)
     else:
         refused(planted, fabric_train.main(given), capsys.readouterr().err)

@@ -1,0 +1,446 @@
+"""The jobs of cluster/ run for real, with stand-ins for SLURM and Apptainer on PATH; llammlein.def as far as it goes.
+
+The stand-ins in fake_slurm/ start local processes with SLURM's variables. Where only the job's decisions are tested,
+`python` is a stand-in too, which ends with given statuses.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from packaging.requirements import Requirement
+from running import ROOT, flags, metrics, train, write_dataset
+
+from lit_data.trace import open_run
+from lit_data.verify import verify
+from lit_model.load import Checkpoint, list_checkpoints
+
+CLUSTER = ROOT / "cluster"
+STAND_INS = Path(__file__).parent / "fake_slurm"
+SCRIPTS = sorted([*CLUSTER.glob("*.sh"), *CLUSTER.glob("*.sbatch")])
+SIZE = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1")
+LAST = "iter-00000040-ckpt.pth"
+# Ends with the statuses of the file `statuses`, in turn; `wait` stands for a signal: it then ends with 75.
+PYTHON = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >>"$FAKE_SLURM/python"
+[ "$SLURM_PROCID" = 0 ] || exit 0
+read -r status <"$FAKE_SLURM/statuses"
+sed -i 1d "$FAKE_SLURM/statuses"
+if [ "$status" = wait ]; then
+    trap 'echo caught USR1; exit 75' USR1
+    trap 'echo caught TERM; exit 75' TERM
+    touch "$FAKE_SLURM/ready"
+    for _ in {1..600}; do sleep 0.05; done
+fi
+if [ "$status" = killed ]; then kill -KILL $$; fi
+if [ "$status" = deaf ]; then
+    touch "$FAKE_SLURM/ready"
+    exec sleep 30
+fi
+exit "$status"
+"""
+
+
+class Cluster:
+    """A checkout in `folder`, and the stand-ins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.checkout, self.state = folder / "checkout", folder / "slurm"
+        self.state.mkdir(parents=True)
+        shutil.copytree(CLUSTER, self.checkout / "cluster", ignore=shutil.ignore_patterns("env"))
+        for name in ("pretrain", "scripts", "lit_model", "lit_data", "lit_eval", "llammlein.def"):
+            (self.checkout / name).symlink_to(ROOT / name)
+        (self.checkout / "llammlein.sif").touch()
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        with socket.socket() as free:  # Lightning makes the port of the job's number
+            for self.job in range(31000, 39000, 7):
+                try:
+                    free.bind(("", self.job % 10000 + 15000))
+                    break
+                except OSError:
+                    continue
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "LLAMMLEIN_", "SBATCH_"))}
+        self.env |= {"FAKE_SLURM": str(self.state), "FAKE_SLURM_JOB_ID": str(self.job)}
+        path = [self.bin, STAND_INS, Path(sys.executable).parent]
+        self.env["PATH"] = os.pathsep.join([*map(str, path), os.environ["PATH"]])
+
+    def fake_python(self, *statuses: object) -> None:
+        """`python` in the image is the stand-in."""
+        (self.bin / "python").write_text(PYTHON)
+        (self.bin / "python").chmod(0o755)
+        (self.state / "statuses").write_text("".join(f"{status}\n" for status in statuses))
+
+    def start(self, *command: object) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [str(part) for part in command],
+            cwd=self.checkout, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def run(self, *command: object) -> tuple[int, str]:
+        """(status, what it and its jobs printed)."""
+        process = self.start(*command)
+        output, _ = process.communicate(timeout=200)
+        return process.returncode, output + self.log
+
+    @property
+    def log(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.checkout.glob("*.log")))
+
+    def calls(self, name: str) -> list[str]:
+        """Calls of a stand-in of SLURM or Apptainer; of `python`, those that the tasks made."""
+        if name == "python":
+            return (self.state / "python").read_text().splitlines()
+        lines = (self.state / "calls").read_text().splitlines() if (self.state / "calls").exists() else []
+        return [line.removeprefix(f"{name} ") for line in lines if line.startswith(f"{name} ")]
+
+    def restarts(self) -> int:
+        assert set(self.calls("scontrol")) <= {f"requeue {self.job}"}
+        return len(self.calls("scontrol"))
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, f"the job ended: {process.communicate()[0]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# Shell and definition file
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shell_can_be_read(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    assert script.name == "job.sh" or (os.access(script, os.X_OK) and text.startswith("#!/usr/bin/env bash\n"))
+    assert script.name == "job.sh" or "set -euo pipefail" in text
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck() -> None:
+    subprocess.run(["shellcheck", *map(str, SCRIPTS), str(CLUSTER / "env.example")], check=True)
+    shells = [path for path in sorted(STAND_INS.iterdir()) if "bash" in path.read_text().splitlines()[0]]
+    subprocess.run(["shellcheck", *map(str, shells)], check=True)
+
+
+def test_jobs_hold_no_hyperparameters() -> None:
+    for script in SCRIPTS:
+        for flag in re.findall(r"--(\w+\.\w+)", script.read_text()):
+            assert flag == "stop.exit_code", f"{script.name}: {flag}"
+
+
+SECTIONS = ("arguments", "environment", "files", "help", "labels", "post", "runscript", "setup", "startscript", "test")
+
+
+def read_definition() -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """The header, and the sections in order, with the defaults of the arguments put in."""
+    head, *parts = re.split(r"^%", (ROOT / "llammlein.def").read_text(), flags=re.MULTILINE)
+    lines = [line for line in head.splitlines() if line.strip() and not line.startswith("#")]
+    header = dict(line.split(": ", 1) for line in lines)
+    sections = [(part.split("\n", 1)[0], part.split("\n", 1)[1]) for part in parts]
+    (arguments,) = [body for name, body in sections if name == "arguments"]
+    defaults = dict(line.strip().split("=", 1) for line in arguments.splitlines() if line.strip())
+    fill = lambda body: re.sub(r"\{\{ (\w+) \}\}", lambda match: defaults[match[1]], body)  # noqa: E731
+    return header, [(name, fill(body)) for name, body in sections]
+
+
+def test_definition_has_known_sections_and_existing_files() -> None:
+    header, sections = read_definition()
+    assert list(header) == ["Bootstrap", "From"] and header["Bootstrap"] == "docker"
+    assert re.fullmatch(r"pytorch/pytorch:\d+\.\d+\.\d+-cuda\d+\.\d+-cudnn\d+-devel", header["From"])
+    assert {name for name, _ in sections} <= set(SECTIONS)
+    for name, body in sections:
+        assert all(line.startswith("    ") for line in body.splitlines() if name == "files" and line.strip())
+        for line in body.split("\n") if name == "files" else ():
+            assert not line or (ROOT / line.split()[0]).is_file(), line
+
+
+@pytest.mark.parametrize("section", ["post", "environment", "test"])
+def test_shell_of_the_definition(section: str, tmp_path: Path) -> None:
+    script = tmp_path / "section.sh"
+    script.write_text("#!/bin/sh\n" + "".join(body for name, body in read_definition()[1] if name == section))
+    subprocess.run(["sh", "-n", str(script)], check=True)
+    if shutil.which("shellcheck") is not None:
+        # SC2050: an argument of the build is a constant once it is put in.
+        subprocess.run(["shellcheck", "--exclude=SC2050", str(script)], check=True)
+
+
+def test_requirements_of_the_definition(tmp_path: Path) -> None:
+    """What it reads from pyproject.toml is there, and the pinned torch and flash-attn fit what the project asks for."""
+    header, sections = read_definition()
+    post = "".join(body for name, body in sections if name == "post")
+    script = re.search(r"python -c '\n(import tomllib.*?)' > requirements.txt", post, flags=re.DOTALL)
+    assert script is not None
+    made = subprocess.run([sys.executable, "-c", script[1]], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = {Requirement(line).name for line in made.stdout.splitlines()}
+    assert {"torch", "lightning", "transformers", "datasets", "pytest", "wandb", "tensorboard"} <= names
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    torch_version = header["From"].split(":")[1].split("-")[0]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    bounds = [Requirement(line) for line in [*project["dependencies"], *lines] if re.match(r"torch\W", line)]
+    assert len(bounds) == 2 and all(torch_version in bound.specifier for bound in bounds)
+    (pinned,) = re.findall(r"flash_attn=(flash-attn==\S+)", (CLUSTER / "build_image.sh").read_text())
+    (version,) = Requirement(pinned).specifier
+    assert version.version in Requirement(project["optional-dependencies"]["flash"][0]).specifier
+    assert pinned in (ROOT / "llammlein.def").read_text()
+
+
+def test_build_image(cluster: Cluster) -> None:
+    image = cluster.checkout / "new.sif"
+    status, output = cluster.run("cluster/build_image.sh", image)
+    assert status == 0 and f"built {image}" in output and image.exists()
+    assert "flash_attn=none" in cluster.calls("apptainer")[0]
+    status, output = cluster.run("cluster/build_image.sh", image)
+    assert status == 2 and "exists already" in output
+    status, _ = cluster.run("cluster/build_image.sh", "--flash_attn", "compile", cluster.checkout / "flash.sif")
+    assert status == 0 and "flash_attn=flash-attn==2.8.3" in cluster.calls("apptainer")[1]
+
+
+# What becomes of a job
+
+
+@pytest.mark.parametrize(
+    ("statuses", "restarts", "end"),
+    [
+        ([0], 0, 0),
+        ([1, 0], 0, 1),
+        ([2, 0], 0, 2),
+        ([75, 0], 1, 0),  # a signal that the job's script has not seen: preempted with a time of grace
+        ([76, 0], 1, 0),
+        (["killed", 0], 1, 0),
+        ([76, "killed", 76, 76, 0], 3, 76),
+        ([76, 76, 75, 76, 76, 76, 0], 6, 0),  # counted since it last stopped in good order
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_what_queues_again(cluster: Cluster, statuses: list[object], restarts: int, end: int) -> None:
+    cluster.fake_python(*statuses)
+    status, output = cluster.run("sbatch", *SIZE, "cluster/train.sbatch", "--config", "configs/a b.yaml")
+    assert (status, cluster.restarts()) == (end, restarts), output
+    assert len(cluster.calls("python")) == 2 * (restarts + 1)
+    ours = "--num_nodes 1 --devices 2 --resume auto"
+    assert set(cluster.calls("python")) == {
+        f"pretrain/fabric_train.py {ours} --config configs/a b.yaml --stop.exit_code 75"
+    }
+    left = list(cluster.checkout.glob("*.restarts"))
+    assert len(left) == (end == 76), left
+
+
+def test_number_of_restarts_is_configured(cluster: Cluster) -> None:
+    cluster.fake_python(76, 76, 76)
+    (cluster.checkout / "cluster" / "env").write_text("export LLAMMLEIN_MAX_RESTARTS=1\n")
+    status, output = cluster.run("sbatch", *SIZE, "cluster/train.sbatch")
+    assert status == 76 and cluster.restarts() == 1 and "after 1 restarts (LLAMMLEIN_MAX_RESTARTS)" in output
+
+
+@pytest.mark.parametrize(
+    ("task", "to_the_script", "caught", "restarts", "end"),
+    [
+        ("wait", "USR1", "USR1", 1, 0),
+        ("deaf", "USR1", None, 1, 0),  # in the middle of its imports
+        ("wait", "TERM", "TERM", 0, 0),
+        ("deaf", "TERM", None, 0, 143),
+    ],
+)
+def test_signals(cluster: Cluster, task: str, to_the_script: str, caught: str | None, restarts: int, end: int) -> None:
+    """To the job's script: passed on to the tasks; near the time limit (USR1) the job queues again."""
+    cluster.fake_python(task, 0)
+    process = cluster.start("sbatch", "--nodes=1", "--ntasks-per-node=1", "cluster/train.sbatch")
+    wait_for((cluster.state / "ready").exists, process)
+    subprocess.run(["scancel", "--batch", f"--signal={to_the_script}", str(cluster.job)], env=cluster.env, check=True)
+    process.communicate(timeout=60)
+    assert (process.returncode, cluster.restarts()) == (end, restarts), cluster.log
+    assert (f"caught {caught}" in cluster.log) == (caught is not None), cluster.log
+
+
+def test_done_near_the_limit_is_done(cluster: Cluster) -> None:
+    cluster.fake_python("wait", 0)
+    (cluster.bin / "python").write_text(PYTHON.replace("exit 75", "exit 0"))
+    process = cluster.start("sbatch", "--nodes=1", "--ntasks-per-node=1", "cluster/train.sbatch")
+    wait_for((cluster.state / "ready").exists, process)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", str(cluster.job)], env=cluster.env, check=True)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and cluster.restarts() == 0
+
+
+def test_a_job_that_may_not_queue_again_says_so(cluster: Cluster) -> None:
+    cluster.fake_python(75)
+    cluster.env["FAKE_SLURM_NO_REQUEUE"] = "1"
+    status, output = cluster.run("sbatch", *SIZE, "cluster/train.sbatch")
+    assert status == 75 and "could not be queued again; submit it once more" in output
+
+
+@pytest.mark.parametrize("job", ["train", "debug", "convert", "prepare"])
+def test_mistakes(cluster: Cluster, job: str) -> None:
+    size = SIZE if job == "train" else ()
+    (cluster.checkout / "llammlein.sif").unlink()
+    status, output = cluster.run("sbatch", *size, f"cluster/{job}.sbatch")
+    assert status == 2 and "build it with cluster/build_image.sh" in output
+    (cluster.checkout / "pretrain").unlink()
+    status, output = cluster.run("sbatch", *size, f"cluster/{job}.sbatch")
+    assert status == 2 and "is not the checkout" in output
+
+
+def test_tasks_have_to_be_counted(cluster: Cluster) -> None:
+    status, output = cluster.run("sbatch", "--nodes=2", "cluster/train.sbatch")
+    assert status == 2 and "give sbatch --ntasks-per-node" in output
+
+
+def test_debug_job(cluster: Cluster) -> None:
+    cluster.fake_python(1)
+    status, _ = cluster.run("sbatch", "cluster/debug.sbatch", "--config", "configs/debug.yaml")
+    assert status == 1 and cluster.restarts() == 0
+    assert cluster.calls("python") == ["pretrain/fabric_train.py --num_nodes 1 --devices 1 --config configs/debug.yaml"]
+
+
+def test_environment_of_the_tasks(cluster: Cluster) -> None:
+    cluster.fake_python()
+    (cluster.bin / "python").write_text("#!/usr/bin/env bash\nenv\npwd\n")
+    (cluster.checkout / "cluster" / "env").write_text("export NCCL_SOCKET_IFNAME=ib0 LLAMMLEIN_BIND=/data,/scratch\n")
+    cluster.env |= {"MASTER_ADDR": "login", "MASTER_PORT": "1"}
+    status, output = cluster.run("sbatch", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=8",
+                                 "cluster/train.sbatch")  # fmt: skip
+    assert status == 0, output
+    lines = output.splitlines()
+    assert lines.count("NCCL_SOCKET_IFNAME=ib0") == lines.count("OMP_NUM_THREADS=8") == 2
+    assert lines.count(str(cluster.checkout)) == 2 and "MASTER_" not in output
+    assert f"--bind {cluster.checkout},/data,/scratch --pwd {cluster.checkout} " in cluster.calls("apptainer")[0]
+
+
+# Preparation
+
+
+def test_prepare_submits_its_stages_in_order(cluster: Cluster) -> None:
+    cluster.fake_python(*[0] * 6)
+    call = ["cluster/prepare.sh", 2, "--cpus-per-task=3", "--", "--input", "a b/*.jsonl", "--near_dedup", "0.8"]
+    status, output = cluster.run(*call)
+    assert status == 0, output
+    common = "scripts/prepare_data.py --parts 2 --input a b/*.jsonl --near_dedup 0.8 --workers 3 --stage"
+    stages = ["hash --part 0", "hash --part 1", "join --part 0", "encode --part 0", "encode --part 1", "merge --part 0"]
+    assert cluster.calls("python") == [f"{common} {stage}" for stage in stages]
+    first = cluster.job
+    assert [re.findall(r"--dependency=(\S+)", call) for call in cluster.calls("sbatch")] == [
+        [], *([f"afterok:{first + i}"] for i in range(3))]  # fmt: skip
+
+
+def test_prepare_does_not_merge_what_failed(cluster: Cluster) -> None:
+    cluster.fake_python(0, 1, 0)
+    status, _ = cluster.run("cluster/prepare.sh", 2, "--", "--input", "a", "--dedup", "bloom")
+    assert status != 0 or "merge" not in "".join(cluster.calls("python"))
+    assert [call.split("--stage ")[1] for call in cluster.calls("python")] == ["encode --part 0", "encode --part 1"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["2"], ["0", "--", "--input"], ["2", "--input", "a"]])
+def test_prepare_wants_its_arguments(cluster: Cluster, arguments: list[str]) -> None:
+    status, output = cluster.run("cluster/prepare.sh", *arguments)
+    assert status == 2 and "usage: cluster/prepare.sh PARTS" in output
+    status, output = cluster.run("cluster/prepare.sh", 2, "--", "--input", "a", "--parts", "3")
+    assert status == 2 and "--parts is the first argument" in output
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A dataset, and `whole`, an undisturbed run on two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    lengths = np.random.default_rng(7).integers(1, 90, size=90).tolist()
+    write_dataset(folder / "train", lengths)
+    write_dataset(folder / "val", lengths[:9], seed=1)
+    train(*settings(folder, folder / "whole"), "--devices=2", "--stop.exit_code=75")
+    yield folder
+
+
+def settings(folder: Path, run: Path) -> list[str]:
+    changes = {"train__max_steps": 40, "save__every_steps": 30, "eval__every_steps": 20, "model__dropout": 0.1}
+    return flags(folder, run, **changes, devices=None)
+
+
+def check(runs: Path, run: Path) -> None:
+    """The run equals the undisturbed one."""
+    one, two = Checkpoint(runs / "whole" / LAST), Checkpoint(run / LAST)
+    assert sorted(one.names()) == sorted(two.names())
+    for name in one.names():
+        assert torch.equal(one.tensor(name), two.tensor(name)), name
+    assert verify(open_run(run)) == []
+    assert not (run / "stopped.json").exists()
+
+
+def interrupt(cluster: Cluster, runs: Path, *how: str, nodes: int = 1) -> Path:
+    """Train in a job; `how` is the call of scancel in the middle of it. The run, when the job has come to its end."""
+    run = cluster.checkout / "run"
+    size = (f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", "--cpus-per-task=1")
+    process = cluster.start("sbatch", *size, "cluster/train.sbatch", *settings(runs, run))
+    wait_for(lambda: (run / "metrics.csv").exists() and len(metrics(run)) > 4, process)
+    subprocess.run(["scancel", *how, str(cluster.job)], env=cluster.env, check=True)
+    process.communicate(timeout=200)
+    assert process.returncode == 0, cluster.log
+    return run
+
+
+def test_near_the_limit_it_saves_queues_again_and_goes_on(cluster: Cluster, runs: Path) -> None:
+    run = interrupt(cluster, runs, "--batch", "--signal=USR1")
+    assert cluster.restarts() == 1, cluster.log
+    assert "stopped by SIGUSR1" in cluster.log and "stopped by a signal, saved; the job queues again" in cluster.log
+    names = [path.name for path in list_checkpoints(run)]
+    assert len(names) == 3 or "iter-00000030-ckpt.pth" in cluster.log, names
+    check(runs, run)
+
+
+@pytest.mark.slow
+def test_preempted_with_grace_on_two_nodes(cluster: Cluster, runs: Path) -> None:
+    """SIGTERM to the tasks alone; here each of the two is a node of its own."""
+    run = interrupt(cluster, runs, "--signal=TERM", nodes=2)
+    assert cluster.restarts() == 1 and "stopped by SIGTERM" in cluster.log
+    check(runs, run)
+
+
+@pytest.mark.slow
+def test_cancelled_it_saves_and_stays_away(cluster: Cluster, runs: Path) -> None:
+    run = interrupt(cluster, runs, "--batch", "--signal=TERM")
+    assert cluster.restarts() == 0 and (run / "stopped.json").exists()
+    status, _ = cluster.run("sbatch", *SIZE, "cluster/train.sbatch", *settings(runs, run))
+    assert status == 0
+    check(runs, run)
+
+
+@pytest.mark.slow
+def test_lost_rank_queues_again(cluster: Cluster, runs: Path) -> None:
+    """One task is killed; the others end by themselves, and the job goes on from the newest checkpoint."""
+    run = cluster.checkout / "run"
+    often = (*settings(runs, run), "--save.every_steps=3")
+    process = cluster.start("sbatch", *SIZE, "cluster/train.sbatch", *often)
+    wait_for((run / "iter-00000003-ckpt.pth").exists, process)
+    task = (cluster.state / str(cluster.job) / "tasks").read_text().split()[1]
+    subprocess.run(["kill", "-KILL", f"-{task}"], check=True)
+    process.communicate(timeout=200)
+    assert process.returncode == 0 and cluster.restarts() == 1, cluster.log
+    check(runs, run)
+
+
+@pytest.mark.slow
+def test_convert_job(cluster: Cluster, runs: Path) -> None:
+    status, output = cluster.run("sbatch", "cluster/convert.sbatch", runs / "whole", "hf")
+    assert status == 0 and list((cluster.checkout / "hf").glob("*.safetensors")), output
+    status, output = cluster.run("sbatch", "cluster/convert.sbatch", runs / "whole", "hf")
+    assert status == 2 and "error:" in output

@@ -1,0 +1,153 @@
+"""Full <-> sharded: the same tensors and facts, fresh checksums, training that goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import io
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from running import ROOT, flags, train, write_dataset
+
+from lit_model.hf.llama import config_to_hf
+from lit_model.load import Checkpoint
+from pretrain import saving
+
+FIRST, LAST = "iter-00000004-ckpt.pth", "iter-00000008-ckpt.pth"
+SETTINGS = {"save__every_steps": 4, "train__max_steps": 8, "eval__every_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    rng = np.random.default_rng(7)
+    write_dataset(folder / "train", rng.integers(1, 90, size=90).tolist())
+    write_dataset(folder / "val", rng.integers(1, 90, size=9).tolist(), seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved sharded after 4 and 8 steps; the first also as a file, and that as a folder again."""
+    folder = tmp_path_factory.mktemp("convert") / "run"
+    train(*flags(data, folder, save__state_dict_type="sharded", **SETTINGS))
+    for source, output, to in ((folder / FIRST, "full", "full"), (folder.parent / "full" / FIRST, "again", "sharded")):
+        done = call("convert_checkpoint.py", source, folder.parent / output / FIRST, "--to", to)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def call(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A script as it is run by path, in this process."""
+    out, errors, path = io.StringIO(), io.StringIO(), str(ROOT / "scripts" / script)
+    argv = [path, *map(str, arguments)]
+    with (
+        patch.object(sys, "argv", argv),
+        patch.object(sys, "path", list(sys.path)),
+        redirect_stdout(out),
+        redirect_stderr(errors),
+        pytest.raises(SystemExit) as left,
+    ):
+        runpy.run_path(path, run_name="__main__")
+    assert isinstance(left.value.code, int)
+    return subprocess.CompletedProcess(argv, left.value.code, out.getvalue(), errors.getvalue())
+
+
+def facts(checkpoint: Checkpoint) -> dict[str, object]:
+    return {key: value for key, value in checkpoint.meta.items() if key != "checksums"}
+
+
+@pytest.mark.parametrize("kind", ["full", "again"])
+def test_tensors_and_facts_are_equal(run: Path, kind: str) -> None:
+    original, converted = Checkpoint(run / FIRST), Checkpoint(run.parent / kind / FIRST)
+    assert converted.sharded == (kind == "again")
+    assert facts(converted) == facts(original) and converted.verify() == []
+    assert set(converted.names()) == set(original.names())
+    assert any(name.startswith("optimizer.") for name in converted.names())
+    for name in original.names():
+        there, here = original.tensor(name), converted.tensor(name)
+        assert there.dtype == here.dtype and torch.equal(there, here), name
+    assert [p.name for p in (run.parent / kind).iterdir()] == [FIRST], "something was left beside the output"
+
+
+def test_file_is_what_torch_saves(run: Path, tmp_path: Path) -> None:
+    """Read without a map too, and not a byte longer than torch.save's own."""
+    path = run.parent / "full" / FIRST
+    content = torch.load(path, weights_only=True)
+    for name in (opened := Checkpoint(path)).names():
+        if name.startswith("model."):
+            assert torch.equal(content["model"][name.removeprefix("model.")], opened.tensor(name))
+    tensors = {name: opened.tensor(name).clone() for name in opened.names()}
+    with open(tmp_path / FIRST, "wb") as f:
+        torch.save({**saving.nested(tensors), "meta": content["meta"]}, f)
+    assert path.stat().st_size == (tmp_path / FIRST).stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["full", "again"])
+def test_training_resumes_from_it(run: Path, data: Path, kind: str, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    for name in (FIRST, LAST):
+        shutil.rmtree(tmp_path / "run" / name)
+    source = run.parent / kind / FIRST
+    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, tmp_path / "run" / FIRST)
+    train(*flags(data, tmp_path / "run", save__state_dict_type="sharded", resume="latest", **SETTINGS))
+    there, here = Checkpoint(run / LAST), Checkpoint(tmp_path / "run" / LAST)
+    assert all(torch.equal(there.tensor(name), here.tensor(name)) for name in there.names())
+
+
+def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
+    full, hf = run.parent / "full" / FIRST, tmp_path / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text(json.dumps(config_to_hf(Checkpoint(full).model_config)))
+    cases = [
+        ((run / FIRST, full, "--to", "full"), "exists already"),
+        ((run / FIRST, tmp_path / "x", "--to", "sharded"), "is sharded already"),
+        ((full, tmp_path / "x", "--to", "full"), "is full already"),
+        ((run / FIRST, tmp_path / LAST, "--to", "full"), "names step 8"),
+        ((tmp_path / "no", tmp_path / "x", "--to", "full"), "no model at"),
+        ((hf, tmp_path / "x", "--to", "full"), "convert_from_hf.py"),
+    ]
+    for arguments, message in cases:
+        done = call("convert_checkpoint.py", *arguments)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_inspect(run: Path, tmp_path: Path) -> None:
+    done = call("inspect_checkpoint.py", run / FIRST, "--json")
+    assert done.returncode == 0, done.stderr
+    told, checkpoint = json.loads(done.stdout), Checkpoint(run / FIRST)
+    model = sum(t.numel() for t in checkpoint.model_tensors().values())
+    assert (told["kind"], told["step"], told["world_size"]) == ("sharded", 4, 1)
+    assert (told["parameters"], told["model_bytes"], told["tokens"]) == (model, 4 * model, checkpoint.meta["tokens"])
+    assert told["optimizer_bytes"] >= 8 * model and told["torch"] == torch.__version__
+    assert told["file_bytes"] == sum(f.stat().st_size for f in (run / FIRST).iterdir())
+    text = call("inspect_checkpoint.py", run.parent / "full" / FIRST).stdout
+    assert "(full)" in text and "step 4" in text and f"{model:,} parameters" in text
+
+
+@pytest.mark.parametrize("kind", ["full", "again"])
+def test_inspect_verifies(run: Path, tmp_path: Path, kind: str) -> None:
+    source, copy = run.parent / kind / FIRST, tmp_path / FIRST
+    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, copy)
+    done = call("inspect_checkpoint.py", copy, "--verify")
+    assert done.returncode == 0 and done.stdout.endswith("no fault\n"), done.stdout + done.stderr
+    file = copy / "__0_0.distcp" if copy.is_dir() else copy
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    done = call("inspect_checkpoint.py", copy, "--verify")
+    assert done.returncode == 1 and "is not what was written" in done.stdout, done.stdout + done.stderr
+    file.write_bytes(content[:-1000])
+    done = call("inspect_checkpoint.py", copy, "--verify", "--json")
+    assert done.returncode == 1 and str(file) in json.loads(done.stdout)["faults"][0], done.stdout + done.stderr
+    done = call("inspect_checkpoint.py", tmp_path / "no", "--verify")
+    assert done.returncode == 2 and "no model at" in done.stderr

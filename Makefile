@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 
-.PHONY: help install test slow check quickstart clean
+.PHONY: help install test slow chaos check quickstart clean
 
 help:
 	@echo "make quickstart  install, then the whole way from text to a Hugging Face model in runs/quickstart/"
 	@echo "make install     make .venv with the extras test, dev, hf, quickstart"
 	@echo "make test        run the tests (ARGS='-k loss' goes to pytest)"
 	@echo "make slow        run the tests that take minutes"
+	@echo "make chaos       only those that kill, and what each of them counted (docs/reliability.md); about an hour"
 	@echo "make check       lint, format check and types"
 	@echo "make clean       remove .venv and caches; runs/ stays"
 
@@ -20,6 +21,10 @@ test: install
 
 slow: install
 	$(VENV_PYTHON) scripts/run_tests.py -m "slow or chaos" --timeout 5400 $(ARGS)
+
+# -rP: what the tests counted is printed.
+chaos: install
+	$(VENV_PYTHON) scripts/run_tests.py -m chaos --timeout 5400 -rP $(ARGS)
 
 check: install
 	$(VENV_PYTHON) scripts/run_checks.py

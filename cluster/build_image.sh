@@ -1,8 +1,18 @@
 #!/usr/bin/env bash
-# build_image.sh [IMAGE]: build llammlein.def into an Apptainer image (default: llammlein.sif in the checkout).
+# build_image.sh [--flash_attn REQUIREMENT] [IMAGE]: build llammlein.def into an Apptainer image (default: llammlein.sif in
+# the checkout). REQUIREMENT is what pip installs as flash-attn: `compile` for the version below, which takes hours, or
+# the address of a wheel; without it there is none, and attention uses what torch has.
 # Needs network access and about 30 GB of free space in APPTAINER_TMPDIR. On many clusters: run it on a build or login node.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+flash_attn=none
+if [ "${1:-}" = --flash_attn ]; then
+    flash_attn=${2:?--flash_attn needs a value}
+    shift 2
+fi
+if [ "$flash_attn" = compile ]; then
+    flash_attn=flash-attn==2.8.3.post2
+fi
 image=${1:-$root/llammlein.sif}
 case $image in /*) ;; *) image=$PWD/$image ;; esac
 
@@ -16,6 +26,6 @@ if [ -e "$image" ]; then
 fi
 cd "$root" # the definition names files of the checkout
 # --fakeroot: no administrator is needed. The name appears when the image is whole.
-apptainer build --fakeroot "$image.part" llammlein.def
+apptainer build --fakeroot --build-arg "flash_attn=$flash_attn" "$image.part" llammlein.def
 mv "$image.part" "$image"
 echo "built $image"

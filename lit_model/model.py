@@ -5,19 +5,14 @@ Dimensions: B batch, T tokens in a row, N = B T, C n_embd, D head size, P pieces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lit_model.attention import Attention, KVCache, LayerCache
 from lit_model.config import ModelConfig
@@ -88,16 +83,16 @@ class Block(nn.Module):
         """(B, T, C) -> (B, T, C); cos and sin float32 (B or 1, T, 1, D/2); `kernel` a name of lit_model.kernels."""
         if self.recompute == "none" or not (self.training and torch.is_grad_enabled()):
             return self._compute(x, cos, sin, cu_seqlens, kernel, cache)
-        contexts: Callable[[], Any] = noop_context_fn
+        options: dict[str, Any] = {}
         if self.recompute == "op":
-            contexts = partial(create_selective_checkpoint_contexts, _policy)
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
         y: Tensor = checkpoint(
             self._compute,
             *(x, cos, sin, cu_seqlens, kernel, cache),
             use_reentrant=False,
-            context_fn=contexts,
             # Without dropout there is no randomness to repeat, and saving its state would cost a sync per block.
             preserve_rng_state=self.dropout > 0,
+            **options,
         )
         return y
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,13 +63,37 @@ def flags(data: Path, out_dir: Path, **changes: object) -> list[str]:
     return [f"--{k}={v}" for k, v in settings.items() if v is not None]
 
 
+@functools.cache
+def _zygote() -> Any:
+    from zygote import Zygote  # which imports this module
+
+    zygote = Zygote(Path(tempfile.mkdtemp(prefix="llammlein-ranks-")))
+    atexit.register(zygote.close)
+    return zygote
+
+
 def train(
     *arguments: str, env: dict[str, str] | None = None, check: bool = True, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
+    """Train by ranks that are forked with everything imported, as many as --devices says; `command` is a user's way.
+
+    tests/chaos/test_train_kill.py shows that both do the same. Standard output and error come as one.
+    """
+    devices = next((int(a.partition("=")[2]) for a in arguments if a.startswith("--devices=")), 1)
+    run = next((a.partition("=")[2] for a in arguments if a.startswith("--out_dir=")), ".")
+    answer = _zygote().run(devices, Path(run), arguments, env=env, timeout_s=timeout)
+    status = next((status for status in answer.statuses if status), 0)
+    assert not check or status == 0, answer.output
+    return subprocess.CompletedProcess(arguments, status, answer.output, answer.output)
+
+
+def command(
+    *arguments: str, env: dict[str, str] | None = None, check: bool = True, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
     """Run `python pretrain/fabric_train.py` as a user does."""
-    command = [sys.executable, str(ROOT / "pretrain" / "fabric_train.py"), *arguments]
+    line = [sys.executable, str(ROOT / "pretrain" / "fabric_train.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=timeout)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done

@@ -25,9 +25,9 @@ def build(kind: Recompute, every: int = 2, **changes: Any) -> GPT:
     return model
 
 
-def step(model: GPT, documents: bool = True) -> LossOutput:
+def step(model: GPT, documents: bool = True, length: int = T) -> LossOutput:
     generator = torch.Generator().manual_seed(0)
-    tokens, targets = torch.randint(0, model.config.vocab_size, (2, B, T), generator=generator)
+    tokens, targets = torch.randint(0, model.config.vocab_size, (2, B, length), generator=generator)
     torch.manual_seed(5)  # dropout's
     out = model(tokens, targets, cu_seqlens=BOUNDS if documents else None)
     out.loss_sum.backward()
@@ -96,10 +96,10 @@ def test_evaluation_recomputes_nothing() -> None:
     assert counted.counts["llammlein::attention_loop"] == 3
 
 
-def peak_bytes(model: GPT) -> int:
+def peak_bytes(model: GPT, length: int) -> int:
     """The most that is allocated at once in a step, beyond what was there before: the allocator's own events."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(model)
+        step(model, documents=False, length=length)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -108,23 +108,45 @@ def peak_bytes(model: GPT) -> int:
     return most
 
 
-def test_the_measured_peak_falls() -> None:
-    peaks = []
+SIZES = {
+    "small": {"n_layer": 8},
+    "wide": {
+        "n_layer": 12,
+        "n_embd": 512,
+        "n_head": 8,
+        "n_query_groups": 4,
+        "intermediate_size": 1408,
+        "block_size": 1024,
+    },
+}
+
+
+@pytest.mark.parametrize("size", ["small", pytest.param("wide", marks=pytest.mark.slow)])
+def test_the_measured_peak_falls(size: str) -> None:
+    """The table in docs/parallelism.md: `pytest -m "slow or not slow" -s -k measured_peak` with this file."""
+    peaks = {}
     for kind in KINDS:
-        model = build(kind, n_layer=8)
+        model = build(kind, **SIZES[size])
         step(model)  # its gradients stay
-        peaks.append(peak_bytes(model))
-    none, op, block, full = peaks
+        peaks[kind] = peak_bytes(model, model.config.block_size)
+    print("\n" + ", ".join(f"{kind} {peak / 1e6:.1f} MB" for kind, peak in peaks.items()))
+    none, op, block, full = peaks.values()
     assert none > op > block > full, peaks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_compiled_blocks_recompute_too(kind: Recompute) -> None:
-    plain, recomputed = build("none"), build(kind)
-    for model in (plain, recomputed):
+def test_compiled_blocks_recompute_too() -> None:
+    gradients, peaks = {}, {}
+    for kind in KINDS:
+        model = build(kind, n_layer=4)
         for block in model.blocks():
             block.compile()
-        step(model)
-    for (name, p), q in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, rtol=1e-5, atol=1e-6 * p.grad.abs().max().item(), msg=name)
+        step(model, documents=False, length=256)
+        gradients[kind] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        peaks[kind] = peak_bytes(model, 256)
+    for kind in KINDS[1:]:
+        for name, want in gradients["none"].items():
+            scale = want.abs().max().item()
+            torch.testing.assert_close(gradients[kind][name], want, rtol=1e-5, atol=1e-5 * scale, msg=f"{kind} {name}")
+    print("\n" + ", ".join(f"{kind} {peak / 1e6:.1f} MB" for kind, peak in peaks.items()))
+    assert peaks["none"] > peaks["op"] > peaks["full"] and peaks["none"] > peaks["block"] > peaks["full"], peaks

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,6 @@ CLUSTER = ROOT / "cluster"
 STAND_INS = Path(__file__).parent / "fake_slurm"
 SCRIPTS = sorted([*CLUSTER.glob("*.sh"), *CLUSTER.glob("*.sbatch")])
 SIZE = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1")
-LAST = "iter-00000040-ckpt.pth"
 # Ends with the statuses of the file `statuses`, in turn; `wait` stands for a signal: it then ends with 75.
 PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$FAKE_SLURM/python"
@@ -361,24 +359,25 @@ def test_prepare_wants_its_arguments(cluster: Cluster, arguments: list[str]) -> 
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset, and `whole`, an undisturbed run on two processes."""
     folder = tmp_path_factory.mktemp("runs")
     lengths = np.random.default_rng(7).integers(1, 90, size=90).tolist()
     write_dataset(folder / "train", lengths)
     write_dataset(folder / "val", lengths[:9], seed=1)
-    train(*settings(folder, folder / "whole"), "--devices=2", "--stop.exit_code=75")
-    yield folder
+    train(*settings(folder, folder / "whole"), "--devices=2")
+    return folder
 
 
-def settings(folder: Path, run: Path) -> list[str]:
-    changes = {"train__max_steps": 40, "save__every_steps": 30, "eval__every_steps": 20, "model__dropout": 0.1}
-    return flags(folder, run, **changes, devices=None)
+def settings(folder: Path, run: Path, **changes: object) -> list[str]:
+    fixed = {"train__max_steps": 40, "save__every_steps": 30, "eval__every_steps": 20, "model__dropout": 0.1}
+    return flags(folder, run, **(fixed | changes), devices=None)
 
 
-def check(runs: Path, run: Path) -> None:
+def check(whole: Path, run: Path) -> None:
     """The run equals the undisturbed one."""
-    one, two = Checkpoint(runs / "whole" / LAST), Checkpoint(run / LAST)
+    names = [path.name for path in list_checkpoints(whole)]
+    one, two = Checkpoint(whole / names[-1]), Checkpoint(run / names[-1])
     assert sorted(one.names()) == sorted(two.names())
     for name in one.names():
         assert torch.equal(one.tensor(name), two.tensor(name)), name
@@ -404,7 +403,7 @@ def test_near_the_limit_it_saves_queues_again_and_goes_on(cluster: Cluster, runs
     assert "stopped by SIGUSR1" in cluster.log and "stopped by a signal, saved; the job queues again" in cluster.log
     names = [path.name for path in list_checkpoints(run)]
     assert len(names) == 3 or "iter-00000030-ckpt.pth" in cluster.log, names
-    check(runs, run)
+    check(runs / "whole", run)
 
 
 @pytest.mark.slow
@@ -412,7 +411,7 @@ def test_preempted_with_grace_on_two_nodes(cluster: Cluster, runs: Path) -> None
     """SIGTERM to the tasks alone; here each of the two is a node of its own."""
     run = interrupt(cluster, runs, "--signal=TERM", nodes=2)
     assert cluster.restarts() == 1 and "stopped by SIGTERM" in cluster.log
-    check(runs, run)
+    check(runs / "whole", run)
 
 
 @pytest.mark.slow
@@ -421,21 +420,22 @@ def test_cancelled_it_saves_and_stays_away(cluster: Cluster, runs: Path) -> None
     assert cluster.restarts() == 0 and (run / "stopped.json").exists()
     status, _ = cluster.run("sbatch", *SIZE, "cluster/train.sbatch", *settings(runs, run))
     assert status == 0
-    check(runs, run)
+    check(runs / "whole", run)
 
 
 @pytest.mark.slow
 def test_lost_rank_queues_again(cluster: Cluster, runs: Path) -> None:
     """One task is killed; the others end by themselves, and the job goes on from the newest checkpoint."""
-    run = cluster.checkout / "run"
-    often = (*settings(runs, run), "--save.every_steps=3")
-    process = cluster.start("sbatch", *SIZE, "cluster/train.sbatch", *often)
-    wait_for((run / "iter-00000003-ckpt.pth").exists, process)
+    run, whole = cluster.checkout / "run", cluster.checkout / "whole"
+    longer: dict[str, object] = {"train__max_steps": 400, "save__every_steps": 20, "eval__every_steps": 400}
+    process = cluster.start("sbatch", *SIZE, "cluster/train.sbatch", *settings(runs, run, **longer))
+    wait_for((run / "iter-00000020-ckpt.pth").exists, process)
     task = (cluster.state / str(cluster.job) / "tasks").read_text().split()[1]
     subprocess.run(["kill", "-KILL", f"-{task}"], check=True)
     process.communicate(timeout=200)
     assert process.returncode == 0 and cluster.restarts() == 1, cluster.log
-    check(runs, run)
+    train(*settings(runs, whole, **longer), "--devices=2")
+    check(whole, run)
 
 
 @pytest.mark.slow

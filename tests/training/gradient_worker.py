@@ -1,42 +1,173 @@
-"""Run as a script with the trainer's flags: dump the gradients of one step (GRADIENT_STEP), whole, to GRADIENT_FILE."""
+"""Trains by forked ranks, and reports the gradients of some steps and whether a checkpoint was loaded as it is.
 
+    python tests/training/gradient_worker.py
+
+reads requests from standard input and answers on standard output, one JSON object a line (see `train`). An import of
+torch and Lightning takes seconds, a fork some milliseconds, and a test of strategies has many runs. Nothing that a fork
+would break is alive before it: no process group, and no thread of any library.
+"""
+
+from __future__ import annotations
+
+import json
 import os
+import signal
+import socket
 import sys
+import time
+import traceback
 from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+import pretrain.loop
+from lit_model.load import Checkpoint
+from pretrain.args import RunArgs
 from pretrain.fabric_train import leave, parse
-from pretrain.loop import train_step
-from pretrain.setup import set_up
+from pretrain.optim import clip_gradients
+from pretrain.setup import Run, set_up
 
 
-def main() -> None:
-    run = set_up(parse())
-    data = run.loader.read_step(int(os.environ["GRADIENT_STEP"]))
-    counts = [m.n_targets for m in data.micro_batches]
-    run.optimizer.step = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    run.optimizer.zero_grad = lambda: None  # type: ignore[method-assign]
-    result = train_step(run, data)
-    gradients = {}
-    for name, p in run.raw_model.named_parameters():
-        assert p.grad is not None
-        gradients[name] = (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone()
-    every_count = [None] * run.world_size
-    if run.world_size > 1:
-        torch.distributed.all_gather_object(every_count, counts)
-    else:
-        every_count = [counts]
+def train(request: dict[str, Any]) -> list[int]:
+    """Fork the ranks of a run and wait for them. Returns their exit statuses.
+
+    The request:
+        world_size, arguments: ranks and command line; without a command line they clip gradients on several meshes.
+        report: how the paths of each rank's output begin (REPORT-R.log), and where the gradients go (REPORT.pt).
+        gradient_steps: steps (0-based) whose gradients are reported, before clipping.
+        loaded: the path of a checkpoint that the state must equal before the first step, or null.
+        timeout_s: after which everything is killed.
+    """
+    # Held and not listened to: nobody else gets the port, and rank 0 can bind it, as both reuse addresses.
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    args = parse(request["arguments"]) if "arguments" in request else None
+    ranks = []
+    for rank in range(request["world_size"]):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                become(rank, request, reserved.getsockname()[1])
+                clip_on_meshes(request) if args is None else work(args, request)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            leave(0)
+        ranks.append(pid)
+    statuses, deadline = [], time.monotonic() + request["timeout_s"]
+    for pid in ranks:
+        while not (done := os.waitpid(pid, os.WNOHANG))[0]:
+            # The others of a rank that has failed would wait for it.
+            if time.monotonic() > deadline or any(statuses):
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.002)
+        statuses.append(os.waitstatus_to_exitcode(done[1]))
+    reserved.close()
+    return statuses
+
+
+def become(rank: int, request: dict[str, Any], port: int) -> None:
+    """Make a forked child a rank as torchrun starts one, with its output in a file."""
+    output = os.open(f"{request['report']}-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
+        os.dup2(descriptor, target)
+    world = str(request["world_size"])
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "forked"}
+
+
+def work(args: RunArgs, request: dict[str, Any]) -> None:
+    """One rank's run."""
+    run = set_up(args)
+    if request["loaded"] is not None:
+        check_loaded(run, Path(request["loaded"]))
+    steps: dict[int, dict[str, Any]] = {}
+    train_step = pretrain.loop.train_step
+
+    def watched_step(run: Run, data: Any) -> Any:
+        if data.step in request["gradient_steps"]:
+            steps[data.step] = {"counts": everyone([m.n_targets for m in data.micro_batches])}
+        return train_step(run, data)
+
+    def watched_clip(*arguments: Any) -> Tensor:
+        seen = steps.get(run.step)
+        if seen is not None:
+            gradients = {n: p.grad for n, p in run.raw_model.named_parameters()}
+            seen["gradients"] = {n: whole(g).clone() for n, g in gradients.items() if g is not None}
+        norm = clip_gradients(*arguments)
+        if seen is not None:
+            seen["norm"] = norm
+        return norm
+
+    pretrain.loop.clip_gradients, pretrain.loop.train_step = watched_clip, watched_step
+    pretrain.loop.fit(run)
+    assert run.watchdog is not None
+    run.watchdog.close()
     if run.fabric.global_rank == 0:
-        torch.save(
-            {"gradients": gradients, "norm": result.grad_norm, "n_targets": result.n_targets, "counts": every_count},
-            os.environ["GRADIENT_FILE"],
-        )
+        torch.save(steps, f"{request['report']}.pt")
+
+
+def check_loaded(run: Run, path: Path) -> None:
+    """The state of this run is what a checkpoint holds, read whole."""
+    checkpoint, state = Checkpoint(path), run.tensors()
+    assert set(checkpoint.names()) == set(state)
+    for name, tensor in state.items():
+        assert torch.equal(whole(tensor), checkpoint.tensor(name)), name
+
+
+def clip_on_meshes(request: dict[str, Any]) -> None:
+    """Clip plain gradients and those on a line and on a square of 4 ranks together; (norm, expected) to REPORT.pt."""
+    dist.init_process_group("gloo")
+    line = init_device_mesh("cpu", (4,))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    layouts: list[tuple[DeviceMesh, list[Placement]] | None] = [
+        None,
+        (line, [Shard(0)]),
+        (line, [Replicate()]),
+        (square, [Replicate(), Shard(0)]),
+        (square, [Shard(0), Shard(1)]),
+        (square, [Replicate(), Replicate()]),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    wholes, parameters = [], []
+    for layout in layouts:
+        gradient = torch.randn(5, 3, generator=generator)  # 5 rows: some of 4 ranks get none
+        wholes.append(gradient.clone())
+        if layout is not None:
+            gradient = distribute_tensor(gradient, *layout)
+        parameter = torch.nn.Parameter(torch.zeros_like(gradient))
+        parameter.grad = gradient
+        parameters.append(parameter)
+    norm = clip_gradients(parameters, 0.5)
+    clipped = [whole(p.grad) for p in parameters if p.grad is not None]
+    if dist.get_rank() == 0:
+        torch.save({"norm": norm, "gradients": wholes, "clipped": clipped}, f"{request['report']}.pt")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor or all of a DTensor, which every rank must ask for."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def everyone(value: Any) -> list[Any]:
+    """`value` of every rank."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
 if __name__ == "__main__":
-    main()
-    leave(0)
+    for line in sys.stdin:
+        assert not dist.is_initialized() and len(os.listdir("/proc/self/task")) == 1
+        print(json.dumps(train(json.loads(line))), flush=True)

@@ -1,138 +1,178 @@
-"""One process, two DDP processes and two FSDP2 processes train the same: gradients, norms, losses, checkpoints."""
+"""World sizes 1, 2 and 4 and all strategies train the same run: gradients, norms, losses, checkpoints.
+
+How checkpoints of each go on in each other is in test_strategy_matrix.py.
+"""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from running import flags, metrics, train
+from running import flags
+from strategies import CONFIGURATIONS, GLOBAL_BATCH, Trainer, column, settings_of
 
 from lit_data.packed import PackedDataset
 from lit_data.packing import count_windows
-from lit_model.load import load_tensors
+from pretrain.args import TrainArgs
+from pretrain.parallel import check_batch
 
-STRATEGIES = {
-    "one": {"devices": 1, "train__micro_batch_samples": 4},  # accumulation 2 in each
-    "ddp": {"devices": 2, "strategy": "ddp", "train__micro_batch_samples": 2},
-    "fsdp": {"devices": 2, "strategy": "fsdp", "train__micro_batch_samples": 2},
-    "shard_grad_op": {
-        "devices": 2,
-        "strategy": "fsdp",
-        "sharding_strategy": "SHARD_GRAD_OP",
-        "train__micro_batch_samples": 2,
-        "train__defer_gradient_sync": "true",
-    },
-}
 STEPS = 300
+CLIP_NORM = 0.5
+QUICK = ("ddp2", "full2", "sgo2", "hybrid4")
+EVERY = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGURATIONS if n != "single"]
 
 
-def epochs(data: Path) -> float:
-    """Passes that end three rows into step 299, so that its later micro-batches have no row at all."""
-    return (8 * (STEPS - 1) + 3) / count_windows(PackedDataset(data / "train").n_tokens, 32)
+class Runs:
+    """One run of 300 steps by each configuration, made when first asked for."""
+
+    def __init__(self, data: Path, folder: Path) -> None:
+        self.data, self.folder = data, folder
+        self.trainer = Trainer(folder)
+        self.gradients: dict[str, dict[int, dict[str, Any]]] = {}
+
+    def of(self, name: str) -> Path:
+        """The run's folder."""
+        if name not in self.gradients:
+            rows = count_windows(PackedDataset(self.data / "train").n_tokens, 32)
+            changes: dict[str, object] = {
+                "train__max_steps": None,
+                # Ends three rows into the last step, so that its later micro-batches have no row at all.
+                "train__max_epochs": (GLOBAL_BATCH * (STEPS - 1) + 3) / rows,
+                "train__clip_norm": CLIP_NORM,
+                "optim__lr": 2e-3,
+                "eval__every_steps": 100,
+                "save__every_steps": STEPS,
+                "data__datapoints": "false",
+            }
+            arguments = flags(self.data, self.folder / name, **changes, **settings_of(name))
+            self.gradients[name] = self.trainer.run(name, arguments, gradient_steps=(0, STEPS - 1))
+        return self.folder / name
 
 
 @pytest.fixture(scope="module")
-def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("strategies")
-    for name, changes in STRATEGIES.items():
-        train(
-            *flags(
-                data,
-                folder / name,
-                train__max_steps=None,
-                train__max_epochs=epochs(data),
-                train__clip_norm=0.5,
-                optim__lr=2e-3,
-                eval__every_steps=100,
-                save__every_steps=STEPS,
-                **changes,
-            )
-        )
-    return {name: folder / name for name in STRATEGIES}
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    made = Runs(data, tmp_path_factory.mktemp("strategies"))
+    yield made
+    made.trainer.close()
 
 
-@pytest.mark.parametrize("name", [n for n in STRATEGIES if n != "one"])
-def test_300_losses_and_norms_agree(runs: dict[str, Path], name: str) -> None:
-    one, other = metrics(runs["one"]), metrics(runs[name])
-    assert [r["step"] for r in one] == [r["step"] for r in other] == [str(i) for i in range(STEPS + 1)]
-    for column in ("train_loss", "grad_norm", "val_loss"):
-        ours = torch.tensor([float(r[column]) for r in one if r[column]], dtype=torch.float64)
-        theirs = torch.tensor([float(r[column]) for r in other if r[column]], dtype=torch.float64)
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
-    norms = [float(r["grad_norm"]) for r in one if r["grad_norm"]]
-    assert sum(n > 0.5 for n in norms) > STEPS // 3, (
+@pytest.mark.parametrize("name", EVERY)
+def test_300_losses_and_norms_agree(runs: Runs, name: str) -> None:
+    for measured, count in (("train_loss", STEPS), ("grad_norm", STEPS), ("val_loss", 4)):
+        ours, theirs = column(runs.of("single"), measured), column(runs.of(name), measured)
+        assert len(ours) == count
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=0)
+    norms = column(runs.of("single"), "grad_norm")
+    assert (norms > CLIP_NORM).sum() > STEPS // 3, (
         "clipping must be active in many steps for this test to mean anything"
     )
 
 
-def gradients(data: Path, folder: Path, step: int, **changes: object) -> dict[str, object]:
-    file = folder / "gradients.pt"
-    command = [sys.executable, str(Path(__file__).with_name("gradient_worker.py"))]
-    command += flags(
-        data, folder / "run", train__max_steps=None, train__max_epochs=epochs(data), train__clip_norm=0, **changes
-    )
-    env = {**os.environ, "GRADIENT_FILE": str(file), "GRADIENT_STEP": str(step), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return torch.load(file, weights_only=True)
-
-
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("step", [0, STEPS - 1])
-def test_every_gradient_agrees(data: Path, tmp_path: Path, step: int) -> None:
-    results = {}
-    for name in ("one", "ddp", "fsdp"):
-        (tmp_path / name).mkdir()
-        results[name] = gradients(data, tmp_path / name, step, **STRATEGIES[name])
-    one = results["one"]
-    counts = results["ddp"]["counts"]
-    assert len(counts) == 2 and all(len(c) == 2 for c in counts), "two ranks with accumulation 2"
-    assert sum(counts[0]) != sum(counts[1]), "the ranks must have unequal numbers of targets"
+def test_every_gradient_agrees(runs: Runs, name: str, step: int) -> None:
+    runs.of("single"), runs.of(name)
+    one, other = (runs.gradients[n][step] for n in ("single", name))
+    counts = other["counts"]
+    assert len(counts) == CONFIGURATIONS[name].world_size and all(len(c) == 2 for c in counts), "accumulation 2"
+    assert sum(map(sum, counts)) == sum(map(sum, one["counts"]))
+    if len(counts) > 1:
+        assert len({sum(c) for c in counts}) > 1, "the ranks must have unequal numbers of targets"
     if step == STEPS - 1:
-        assert 0 in counts[0] + counts[1], "a micro-batch without targets must be among them"
-    for name in ("ddp", "fsdp"):
-        other = results[name]
-        assert other["counts"] == counts and other["n_targets"] == one["n_targets"]
-        torch.testing.assert_close(other["norm"], one["norm"], rtol=1e-5, atol=0)
-        for key, gradient in one["gradients"].items():
-            scale = gradient.abs().max().item()
-            torch.testing.assert_close(
-                other["gradients"][key], gradient, rtol=1e-5, atol=1e-5 * scale, msg=f"{name} {key}"
-            )
+        assert any(0 in c for c in counts), "a micro-batch without targets must be among them"
+    torch.testing.assert_close(other["norm"], one["norm"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(other["norm"].double(), norm_of(other["gradients"].values()), rtol=1e-6, atol=0)
+    assert set(other["gradients"]) == set(one["gradients"])
+    for key, gradient in one["gradients"].items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(other["gradients"][key], gradient, rtol=1e-5, atol=1e-5 * scale, msg=f"{name} {key}")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_sharded_and_full_checkpoints_hold_the_same(data: Path, tmp_path: Path, strategy: str) -> None:
-    tensors = {}
-    for kind in ("full", "sharded"):
-        run = tmp_path / kind
-        train(*flags(data, run, devices=2, strategy=strategy, train__max_steps=4, save__state_dict_type=kind))
-        path = run / "iter-00000004-ckpt.pth"
-        assert path.is_dir() == (kind == "sharded")
-        tensors[kind] = load_tensors(path)[1]
-        train_again = train(
-            *flags(data, run, devices=1, resume="latest", train__max_steps=4, save__state_dict_type=kind)
-        )
-        assert "finished" in train_again.stdout
-    assert set(tensors["full"]) == set(tensors["sharded"])
-    for name in tensors["full"]:
-        assert torch.equal(tensors["full"][name], tensors["sharded"][name]), name
+def norm_of(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The global 2-norm of whole gradients, in float64."""
+    return torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()
 
 
-def test_fsdp_checkpoint_goes_on_with_one_process(data: Path, tmp_path: Path) -> None:
-    """Losses after a change of world size and strategy equal those without it, up to the order of sums."""
-    train(*flags(data, tmp_path / "a"))
-    changes = {"strategy": "fsdp", "devices": 2, "save__state_dict_type": "sharded"}
-    stop_early = train(*flags(data, tmp_path / "b", **changes))
-    assert "done" in stop_early.stdout
-    for path in (tmp_path / "b").glob("iter-*"):
-        if path.name != "iter-00000004-ckpt.pth":
-            path.rename(path.with_name(f"moved-{path.name}"))
-    train(*flags(data, tmp_path / "b", resume="latest"))
-    for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
-        assert a["step"] == b["step"]
-        if a["train_loss"]:
-            assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-5)
+def test_clipping_counts_replicas_once_and_adds_shards(runs: Runs) -> None:
+    """Gradients on several meshes at once, some with empty shards."""
+    answer = runs.trainer.ask("clip", 4)
+    norm = norm_of(answer["gradients"])
+    torch.testing.assert_close(answer["norm"].double(), norm, rtol=1e-6, atol=0)
+    for before, after in zip(answer["gradients"], answer["clipped"], strict=True):
+        torch.testing.assert_close(after.double(), before.double() * 0.5 / norm, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "batch", "told"),
+    [
+        (4, 8, 100, "4 x 8 = 32; the nearest are 96 or 128; micro-batches that fit 100 are 5 or 25"),
+        (8, 16, 24, "8 x 16 = 128; the nearest are 128; micro-batches that fit 24 are 3"),
+        (
+            3,
+            2,
+            8,
+            "3 x 2 = 6; the nearest are 6 or 12; no micro-batch fits 8, which is not a multiple of the 3 devices",
+        ),
+    ],
+)
+def test_what_fits_is_named(world_size: int, micro_batch: int, batch: int, told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        check_batch(TrainArgs(max_steps=1, global_batch_samples=batch, micro_batch_samples=micro_batch), world_size)
+    # Every global batch and micro-batch that is named is one that passes.
+    for number in map(int, re.findall(r"\d+", told.split("nearest are ")[1].split(";")[0])):
+        check_batch(TrainArgs(max_steps=1, global_batch_samples=number, micro_batch_samples=micro_batch), world_size)
+    for number in map(int, re.findall(r"\d+", told.partition("are ")[2].partition(f"fit {batch} are ")[2])):
+        check_batch(TrainArgs(max_steps=1, global_batch_samples=batch, micro_batch_samples=number), world_size)
+
+
+OPTIONS = {
+    "full": {"train__activation_checkpointing": "full"},
+    "block": {"train__activation_checkpointing": "block"},
+    "op": {"train__activation_checkpointing": "op"},
+    "offload": {"train__cpu_offload": "true"},
+    "prefetch": {"train__prefetch_blocks": 2},
+    "all": {"train__activation_checkpointing": "op", "train__cpu_offload": "true", "train__prefetch_blocks": 1},
+}
+
+
+CASES = [("full2", "all"), *(pytest.param("full2", o, marks=pytest.mark.slow) for o in OPTIONS if o != "all")]
+CASES += [pytest.param("ddp2", o, marks=pytest.mark.slow) for o in ("op", "full")]
+
+
+@pytest.mark.parametrize(("name", "option"), CASES)
+def test_memory_options_change_no_bit(runs: Runs, tmp_path: Path, name: str, option: str) -> None:
+    """Neither of the losses nor of the gradients' norms, with dropout."""
+    base: dict[str, object] = {**settings_of(name), "model__dropout": 0.1, "model__n_layer": 4}
+    for run, changes in (("plain", {}), ("with", OPTIONS[option])):
+        runs.trainer.run(name, flags(runs.data, tmp_path / run, **base, **changes))
+    for measured in ("train_loss", "grad_norm", "val_loss"):
+        assert torch.equal(column(tmp_path / "plain", measured), column(tmp_path / "with", measured)), measured
+
+
+def test_z_loss_is_trained_on_and_not_logged(runs: Runs, tmp_path: Path) -> None:
+    answers = {}
+    for name, configuration, z_loss in (("plain", "single", 0.0), ("z", "single", 0.1), ("z2", "full2", 0.1)):
+        arguments = flags(runs.data, tmp_path / name, train__z_loss=z_loss, **settings_of(configuration))
+        answers[name] = runs.trainer.run(configuration, arguments, gradient_steps=(0,))[0]
+    losses = {name: column(tmp_path / name, "train_loss") for name in answers}
+    assert losses["plain"][0] == losses["z"][0] and losses["plain"][-1] != losses["z"][-1]
+    assert answers["z"]["norm"] > 1.01 * answers["plain"]["norm"]
+    torch.testing.assert_close(losses["z2"], losses["z"], rtol=1e-5, atol=0)
+    for key, gradient in answers["z"]["gradients"].items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(answers["z2"]["gradients"][key], gradient, rtol=1e-5, atol=1e-5 * scale, msg=key)
+
+
+@pytest.mark.slow
+def test_gradients_reduced_in_bf16_are_off_by_its_rounding(runs: Runs, tmp_path: Path) -> None:
+    answers = []
+    for dtype in ("fp32", "bf16"):
+        arguments = flags(runs.data, tmp_path / dtype, train__reduce_dtype=dtype, **settings_of("full2"))
+        answers.append(runs.trainer.run("full2", arguments, gradient_steps=(0,))[0]["gradients"])
+    for key, exact in answers[0].items():
+        error = (answers[1][key] - exact).abs().max() / exact.abs().max()
+        assert 0 < error < 4 * 2**-8, key  # two micro-batches of two ranks, each rounded to 8 bits, and their sum

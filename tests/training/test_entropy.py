@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import ROOT, train
+from running import ROOT, command
 
 from lit_data.corpus.synthetic import conditional_nll
 from lit_data.packed import PackedDataset
@@ -32,7 +32,7 @@ def test_validation_loss_reaches_the_generators_entropy(tmp_path: Path) -> None:
     is no target, so the generator's likelihood is that of the rest, given it. The end of the document is a target.
     """
     run = tmp_path / "run"
-    train("--config", str(ROOT / "configs" / "synthetic.yaml"), "--out_dir", str(run), timeout=3000)
+    command("--config", str(ROOT / "configs" / "synthetic.yaml"), "--out_dir", str(run), timeout=3000)
     dataset = PackedDataset(run / "data" / "packed" / "val")
     tokenizer = open_tokenizer(run / "tokenizer")
     lines = (run / "data" / "text" / "val.jsonl").read_text(encoding="utf-8").splitlines()

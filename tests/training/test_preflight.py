@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import ROOT, flags, train, write_dataset
+from running import ROOT, command, flags, write_dataset
 
 from pretrain import fabric_train, preflight_checks, preflight_run
 from pretrain.fabric_train import main
@@ -83,7 +83,7 @@ def look(capsys: pytest.CaptureFixture[str], data: Path, run: Path, **changes: o
 
 
 def test_one_process_passes_and_leaves_nothing(data: Path, tmp_path: Path) -> None:
-    done = train(*flags(data, tmp_path / "runs" / "a"), "--preflight")
+    done = command(*flags(data, tmp_path / "runs" / "a"), "--preflight")
     assert settled(done.stdout) == FINE | {"network": "skipped"}, done.stdout
     assert "one process" in told(done.stdout, "network")
     assert list(tmp_path.iterdir()) == [], "neither the run folder nor the one above was there before"

@@ -1,0 +1,279 @@
+"""Two hosts, torchrun on each: training goes on after a host, the network between them, or a rank was lost.
+
+The hosts are network namespaces joined by a veth pair, so that they share nothing but the files. Where they may not be
+made, two launchers on addresses of the loopback device stand for them, and the test that takes the network away is
+skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from running import ROOT, flags, metrics, train, write_dataset
+
+from lit_data.trace import open_run
+from lit_data.verify import verify
+from lit_model.load import Checkpoint
+
+STEPS, EVERY = 120, 5
+LAST = f"iter-{STEPS:08d}-ckpt.pth"
+MARK = "LLAMMLEIN_TEST_HOST"
+HANG_S = 8
+# Until a host that has lost the other one has ended: the alarm and its messages, the agent's own clearing up.
+ENDED_S = 90
+CHANGES: dict[str, dict[str, object]] = {
+    "ddp": {"strategy": "ddp"},
+    "fsdp": {"strategy": "fsdp", "save__state_dict_type": "sharded"},
+}
+numbers = itertools.count()
+
+
+class Host:
+    """A place to start torchrun in: `enter` are the words before a command."""
+
+    def __init__(self, number: int, address: str, interface: str, enter: list[str]) -> None:
+        self.number, self.address, self.interface, self.enter = number, address, interface, enter
+        self.name = f"{os.getpid()}-{number}"
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the test
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, arguments: list[str], master: str, port: int, devices: int, max_restarts: int) -> None:
+        # Nothing is known of host names here: each side is told its own address, and which of them keeps the store.
+        command = [
+            *self.enter, sys.executable, "-m", "torch.distributed.run",
+            "--nnodes=2", f"--nproc-per-node={devices}", f"--max-restarts={max_restarts}", "--monitor-interval=0.2",
+            "--rdzv-backend=c10d", f"--rdzv-endpoint={master}:{port}", "--rdzv-id=test",
+            f"--rdzv-conf=is_host={1 - self.number},read_timeout=20,join_timeout=120", f"--local-addr={self.address}",
+            str(ROOT / "pretrain" / "fabric_train.py"), *arguments,
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.interface, MARK: self.name}
+        self.output.seek(0)
+        self.output.truncate()
+        self.process = subprocess.Popen(command, stdout=self.output, stderr=self.output, env=environment)
+
+    def pids(self) -> list[int]:
+        """The processes of this host, whatever started them."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if folder.name.isdigit() and f"{MARK}={self.name}\0".encode() in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+        return found
+
+    def workers(self) -> list[int]:
+        """The ranks' processes."""
+        found = []
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if any(w.endswith(b"fabric_train.py") for w in words[:3]):
+                    found.append(pid)
+        return found
+
+    def lose(self) -> None:
+        """Kill all of it at once."""
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.end(10)
+
+    def end(self, timeout_s: float) -> int:
+        """Wait for its launcher. Returns the status."""
+        assert self.process is not None
+        return self.process.wait(timeout_s)
+
+    def told(self) -> str:
+        self.output.flush()
+        return Path(f"/proc/self/fd/{self.output.fileno()}").read_text(errors="replace")
+
+
+class Hosts:
+    """The two hosts, and the network between them."""
+
+    def __init__(self, one: Host, two: Host, cut: Callable[[bool], None] | None) -> None:
+        self.both, self.cut = (one, two), cut
+        self.port = 20000 + os.getpid() % 9000
+
+    def start(self, arguments: list[str], devices: int = 1, max_restarts: int = 0) -> None:
+        self.port += 1
+        for host in self.both:
+            self.start_one(host, arguments, devices, max_restarts)
+
+    def start_one(self, host: Host, arguments: list[str], devices: int = 1, max_restarts: int = 0) -> None:
+        host.start(arguments, self.both[0].address, self.port, devices, max_restarts)
+
+    def told(self) -> str:
+        return "\n".join(f"--- host {host.number}\n{host.told()[-6000:]}" for host in self.both)
+
+    def wait_for(self, path: Path) -> None:
+        deadline = time.monotonic() + 150
+        while not path.exists():
+            assert time.monotonic() < deadline, self.told()
+            assert all(host.process is not None and host.process.poll() is None for host in self.both), self.told()
+            time.sleep(0.005)
+
+    def finish(self) -> None:
+        """Both come to the end."""
+        for host in self.both:
+            try:
+                status = host.end(200)
+            except subprocess.TimeoutExpired:
+                pytest.fail(f"the run does not end\n{self.told()}")
+            assert status == 0, self.told()
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    number = next(numbers)
+    names = [f"ll{os.getpid()}n{number}{side}" for side in "ab"]
+    made = subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode == 0 if ip() else False
+    if made:
+        found = two_namespaces(names)
+    else:
+        one, two = (Host(i, f"127.0.0.{2 + i}", "lo", []) for i in range(2))
+        found = Hosts(one, two, None)
+    try:
+        yield found
+    finally:
+        for host in found.both:
+            if host.process is not None:
+                host.lose()
+            host.output.close()
+        if made:
+            for name in names:
+                subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def ip() -> bool:
+    return subprocess.run(["sh", "-c", "command -v ip"], capture_output=True).returncode == 0
+
+
+def two_namespaces(names: list[str]) -> Hosts:
+    """The second namespace, and the pair of devices; the first one is there."""
+    subprocess.run(["ip", "netns", "add", names[1]], check=True)
+    a, b = (f"v{name[2:]}" for name in names)
+    subprocess.run(
+        ["ip", "link", "add", a, "netns", names[0], "type", "veth", "peer", b, "netns", names[1]], check=True
+    )
+    both = []
+    for i, (name, device) in enumerate(zip(names, (a, b), strict=True)):
+        inside = ["ip", "-n", name]
+        subprocess.run([*inside, "address", "add", f"10.234.0.{1 + i}/24", "dev", device], check=True)
+        subprocess.run([*inside, "link", "set", device, "up"], check=True)
+        subprocess.run([*inside, "link", "set", "lo", "up"], check=True)
+        both.append(Host(i, f"10.234.0.{1 + i}", device, ["ip", "netns", "exec", name]))
+
+    def cut(away: bool) -> None:
+        subprocess.run(["ip", "-n", names[1], "link", "set", b, "down" if away else "up"], check=True)
+
+    return Hosts(both[0], both[1], cut)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    lengths = np.random.default_rng(7).integers(1, 90, size=90).tolist()
+    write_dataset(folder / "train", lengths)
+    write_dataset(folder / "val", lengths[:9], seed=1)
+    return folder
+
+
+def arguments(data: Path, run: Path, kind: str, **changes: object) -> list[str]:
+    settings: dict[str, object] = {
+        **CHANGES[kind],
+        "resume": "auto",
+        "model__dropout": 0.1,
+        "train__max_steps": STEPS,
+        "save__every_steps": EVERY,
+        "eval__every_steps": 50,
+        "guard__hang_timeout_s": HANG_S,
+        "num_nodes": 2,
+    }
+    return flags(data, run, **(settings | changes))
+
+
+def check(data: Path, run: Path, folder: Path, kind: str, devices: int = 1) -> None:
+    """The run equals an undisturbed one of as many processes on one host, and its record is exact."""
+    whole = folder / "whole"
+    train(*arguments(data, whole, kind, num_nodes=1, devices=2 * devices))
+    one, two = Checkpoint(whole / LAST), Checkpoint(run / LAST)
+    assert two.verify() == [] and sorted(one.names()) == sorted(two.names())
+    for name in one.names():
+        assert torch.equal(one.tensor(name), two.tensor(name)), name
+    assert [row["train_loss"] for row in metrics(whole)] == [row["train_loss"] for row in metrics(run)]
+    assert verify(open_run(run)) == []
+
+
+def test_killed_rank_is_restarted_by_torchrun(hosts: Hosts, data: Path, tmp_path: Path) -> None:
+    """With --max-restarts 1 both launchers start their ranks again, and these find the newest checkpoint."""
+    run = tmp_path / "run"
+    hosts.start(arguments(data, run, "ddp"), max_restarts=1)
+    hosts.wait_for(run / "iter-00000010-ckpt.pth")
+    (worker,) = hosts.both[1].workers()
+    os.kill(worker, signal.SIGKILL)
+    hosts.finish()
+    assert "resumed after step" in hosts.told(), hosts.told()
+    check(data, run, tmp_path, "ddp")
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(("kind", "devices", "how"), [("ddp", 1, "cut"), ("fsdp", 1, "killed"), ("fsdp", 2, "cut")])
+def test_lost_host_ends_the_other_and_both_go_on(
+    hosts: Hosts, data: Path, tmp_path: Path, kind: str, devices: int, how: str
+) -> None:
+    run = tmp_path / "run"
+    begin = arguments(data, run, kind, devices=devices)
+    hosts.start(begin, devices)
+    hosts.wait_for(run / "iter-00000010-ckpt.pth")
+    began = time.monotonic()
+    if how == "killed":
+        hosts.both[1].lose()
+    elif hosts.cut is None:
+        pytest.skip("network namespaces may not be made here")
+    else:
+        hosts.cut(True)
+    for host in hosts.both[: 1 if how == "killed" else 2]:
+        try:
+            status = host.end(ENDED_S - (time.monotonic() - began))
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"host {host.number} has not ended in {ENDED_S} s\n{hosts.told()}")
+        assert status != 0, hosts.told()
+    print(f"{kind} {devices} {how}: ended after {time.monotonic() - began:.1f} s")
+    told = hosts.both[0].told()
+    assert "no sign of life" in told or "failed first" in told, told
+    if how == "cut":
+        assert hosts.cut is not None
+        hosts.cut(False)
+    else:
+        hosts.both[0].lose()
+    hosts.start(begin, devices)
+    hosts.finish()
+    assert "resumed after step" in hosts.told()
+    check(data, run, tmp_path, kind, devices)
+
+
+@pytest.mark.chaos
+def test_host_that_comes_back_is_waited_for(hosts: Hosts, data: Path, tmp_path: Path) -> None:
+    """With restarts left the launcher of the other host waits; started again, the lost one joins it."""
+    run = tmp_path / "run"
+    begin = arguments(data, run, "fsdp")
+    hosts.start(begin, max_restarts=3)
+    hosts.wait_for(run / "iter-00000010-ckpt.pth")
+    hosts.both[1].lose()
+    time.sleep(1)
+    hosts.start_one(hosts.both[1], begin, max_restarts=3)
+    hosts.finish()
+    assert "resumed after step" in hosts.told()
+    check(data, run, tmp_path, "fsdp")

@@ -1,0 +1,91 @@
+"""A checkpoint of any configuration goes on in any other: the state is what was saved, the losses those of one process.
+
+The table of all pairs, which docs/parallelism.md has: `python -m pytest -m slow -s --timeout 5400` with this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from running import flags
+from strategies import Trainer, column, difference, settings_of
+
+from lit_model.load import Checkpoint
+
+STEPS, SAVED = 16, 8
+COLUMNS = ("train_loss", "grad_norm", "val_loss")
+NAMES = ("single", "ddp2", "ddp4", "full2", "full4", "sgo2", "hybrid4")
+KINDS = ("full", "sharded")
+# Each configuration once as the one that saves or the one that goes on.
+QUICK = [("full", "full2", "ddp2"), ("sharded", "hybrid4", "single"), ("sharded", "sgo2", "hybrid4")]
+
+
+class Matrix:
+    """Runs of 16 steps, and their continuations from step 8 by others."""
+
+    def __init__(self, data: Path, folder: Path) -> None:
+        self.data, self.folder = data, folder
+        self.trainer = Trainer(folder)
+
+    def arguments(self, name: str, run: Path, **changes: object) -> list[str]:
+        settings = {"train__max_steps": STEPS, "save__every_steps": SAVED, "train__clip_norm": 0.5}
+        return flags(self.data, run, **settings, **settings_of(name), **changes)
+
+    def undisturbed(self, name: str, kind: str = "full") -> Path:
+        """The folder of a run from its beginning to its end."""
+        run = self.folder / f"{name}-{kind}"
+        if not run.exists():
+            self.trainer.run(name, self.arguments(name, run, save__state_dict_type=kind))
+        return run
+
+    def worst(self, kind: str, saves: str, loads: str) -> float:
+        """The largest relative difference to one process that was never interrupted, after a change in the middle.
+
+        The worker asserts that the loaded state equals the checkpoint's.
+        """
+        saved = self.undisturbed(saves, kind) / f"iter-{SAVED:08d}-ckpt.pth"
+        assert saved.is_dir() == (kind == "sharded")
+        run = self.folder / f"{kind}-{saves}-{loads}"
+        self.trainer.run(loads, self.arguments(loads, run, resume=str(saved)), loaded=saved)
+        single = self.undisturbed("single")
+        for name in COLUMNS[:2]:
+            assert len(column(run, name, after=SAVED)) == STEPS - SAVED
+        return max(difference(column(run, c, after=SAVED), column(single, c, after=SAVED)) for c in COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def matrix(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
+    made = Matrix(data, tmp_path_factory.mktemp("matrix"))
+    yield made
+    made.trainer.close()
+
+
+@pytest.mark.parametrize(("kind", "saves", "loads"), QUICK)
+def test_checkpoint_goes_on_in_another_configuration(matrix: Matrix, kind: str, saves: str, loads: str) -> None:
+    assert matrix.worst(kind, saves, loads) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_pair(matrix: Matrix, kind: str) -> None:
+    worst = {(saves, loads): matrix.worst(kind, saves, loads) for saves in NAMES for loads in NAMES}
+    print(f"\n| {kind}: saved by | {' | '.join(NAMES)} |\n|{'---|' * (len(NAMES) + 1)}")
+    for saves in NAMES:
+        print(f"| {saves} | {' | '.join(f'{worst[saves, loads]:.0e}' for loads in NAMES)} |")
+    assert all(value < 1e-5 for value in worst.values()), worst
+
+
+@pytest.mark.parametrize("name", [n if n == "full2" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def test_full_and_sharded_checkpoints_hold_the_same(matrix: Matrix, name: str) -> None:
+    """Bit for bit; and what one process saves, up to the order of sums."""
+    path = f"iter-{SAVED:08d}-ckpt.pth"
+    full, sharded = (Checkpoint(matrix.undisturbed(name, kind) / path) for kind in KINDS)
+    single = Checkpoint(matrix.undisturbed("single") / path)
+    assert sorted(full.names()) == sorted(sharded.names()) == sorted(single.names())
+    for key in full.names():
+        assert torch.equal(full.tensor(key), sharded.tensor(key)), key
+        scale = single.tensor(key).abs().max().item()
+        torch.testing.assert_close(full.tensor(key), single.tensor(key), rtol=1e-4, atol=1e-4 * scale, msg=key)

@@ -34,7 +34,7 @@ from pretrain.parallel import DTYPES
 from pretrain.preflight import preflight
 from pretrain.saving import SaveError
 from pretrain.setup import STOPPED, Run, set_up
-from pretrain.watchdog import Watchdog
+from pretrain.watchdog import EXIT_HUNG, Watchdog
 
 MEET = timedelta(seconds=60)
 
@@ -107,7 +107,8 @@ def give_up(run: Run, watchdog: Watchdog, error: BaseException) -> NoReturn:
     print(f"the newest checkpoint is {newest_checkpoint(run)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    # A rank that was lost without a word (its host has gone) is worth another try; an error of a program is not.
+    os._exit(130 if isinstance(error, KeyboardInterrupt) else EXIT_HUNG if first.error == "Silent" else 1)
 
 
 def mark_stopped(run: Run, by: str) -> None:

@@ -63,27 +63,26 @@ class Point(NamedTuple):
         return {"rank": self.rank, "call": list(self.call[:3]), "half": self.half, "everyone": self.everyone}
 
 
-def points(whole: Whole, writes: int | None, seed: int) -> list[Point]:
+def points(whole: Whole, writes: int, seed: int) -> list[Point]:
     """Each rename, sync, deletion and new folder after the first step, of rank 0 and of one other rank, and `writes` of
-    the writes to each file (None: all), half of these in the middle. Each as a kill of the rank and of everyone, but
-    for writes, deletions and folders, which are the one or the other in turn.
+    the writes to each file, half of these in the middle.
+
+    With two ranks each rename and sync is a kill of the rank, and one of everyone; the rest are the one or the other.
     """
-    rng = random.Random(seed)
+    rng, world_size = random.Random(seed), len(whole.answer.calls)
     found = []
-    for rank in (0, rng.randrange(1, len(whole.answer.calls))):
-        calls = [c for c in whole.answer.calls[rank] if c.phase != "begin"]
+    for rank in (0, rng.randrange(1, world_size)):
         of_file: dict[str, list[Call]] = defaultdict(list)
-        for call in calls:
+        for call in (c for c in whole.answer.calls[rank] if c.phase != "begin"):
             if call.kind == "write":
                 of_file[call.name].append(call)
-        for group in of_file.values():
-            chosen = group if writes is None else rng.sample(group, min(writes, len(group)))
-            found += [Point(rank, c, rng.random() < 0.5, rng.random() < 0.5) for c in chosen]
-        for call in calls:
-            if call.kind in ("rename", "sync"):
+            elif call.kind in ("rename", "sync") and world_size == 2:
                 found += [Point(rank, call, False, everyone) for everyone in (False, True)]
-            elif call.kind != "write":
+            else:
                 found.append(Point(rank, call, False, rng.random() < 0.5))
+        for group in of_file.values():
+            chosen = rng.sample(group, min(writes, len(group)))
+            found += [Point(rank, c, rng.random() < 0.5, rng.random() < 0.5) for c in chosen]
     return found
 
 

@@ -31,8 +31,7 @@ STEPS, EVERY = 120, 5
 LAST = f"iter-{STEPS:08d}-ckpt.pth"
 MARK = "LLAMMLEIN_TEST_HOST"
 HANG_S = 8
-# Until a host that has lost the other one has ended: the alarm and its messages, the agent's own clearing up.
-ENDED_S = 90
+ENDED_S = 90  # until the ranks of a host that has lost the other have ended, on a machine that does more than this
 CHANGES: dict[str, dict[str, object]] = {
     "ddp": {"strategy": "ddp"},
     "fsdp": {"strategy": "fsdp", "save__state_dict_type": "sharded"},
@@ -59,6 +58,8 @@ class Host:
             str(ROOT / "pretrain" / "fabric_train.py"), *arguments,
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.interface, MARK: self.name}
+        # Else a launcher that is started later is never told where the shared store is (torch 2.13).
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         self.output.seek(0)
         self.output.truncate()
         self.process = subprocess.Popen(command, stdout=self.output, stderr=self.output, env=environment)
@@ -216,6 +217,7 @@ def check(data: Path, run: Path, folder: Path, kind: str, devices: int = 1) -> N
     assert verify(open_run(run)) == []
 
 
+@pytest.mark.chaos
 def test_killed_rank_is_restarted_by_torchrun(hosts: Hosts, data: Path, tmp_path: Path) -> None:
     """With --max-restarts 1 both launchers start their ranks again, and these find the newest checkpoint."""
     run = tmp_path / "run"
@@ -244,20 +246,19 @@ def test_lost_host_ends_the_other_and_both_go_on(
         pytest.skip("network namespaces may not be made here")
     else:
         hosts.cut(True)
-    for host in hosts.both[: 1 if how == "killed" else 2]:
-        try:
-            status = host.end(ENDED_S - (time.monotonic() - began))
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"host {host.number} has not ended in {ENDED_S} s\n{hosts.told()}")
-        assert status != 0, hosts.told()
-    print(f"{kind} {devices} {how}: ended after {time.monotonic() - began:.1f} s")
-    told = hosts.both[0].told()
-    assert "no sign of life" in told or "failed first" in told, told
+    left = hosts.both[:1] if how == "killed" else hosts.both
+    while any(host.workers() for host in left):
+        assert time.monotonic() - began < ENDED_S, hosts.told()
+        time.sleep(0.2)
+    print(f"{kind} {devices} {how}: the ranks have ended after {time.monotonic() - began:.1f} s")
+    for host in left:
+        assert "no sign of life" in host.told() or "the run hangs" in host.told(), host.told()
+    assert hosts.both[0].end(ENDED_S) != 0
+    # Without the network, the launcher that does not keep the store of the rendezvous may wait for it for long.
+    hosts.both[1].lose()
     if how == "cut":
         assert hosts.cut is not None
         hosts.cut(False)
-    else:
-        hosts.both[0].lose()
     hosts.start(begin, devices)
     hosts.finish()
     assert "resumed after step" in hosts.told()

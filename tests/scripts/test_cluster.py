@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -431,7 +432,7 @@ def test_lost_rank_queues_again(cluster: Cluster, runs: Path) -> None:
     process = cluster.start("sbatch", *SIZE, "cluster/train.sbatch", *settings(runs, run, **longer))
     wait_for((run / "iter-00000020-ckpt.pth").exists, process)
     task = (cluster.state / str(cluster.job) / "tasks").read_text().split()[1]
-    subprocess.run(["kill", "-KILL", f"-{task}"], check=True)
+    os.killpg(int(task), signal.SIGKILL)
     process.communicate(timeout=200)
     assert process.returncode == 0 and cluster.restarts() == 1, cluster.log
     train(*settings(runs, whole, **longer), "--devices=2")

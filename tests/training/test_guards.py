@@ -79,7 +79,8 @@ def test_steps_that_stay_not_finite_end_the_run_with_the_checkpoint_before_them(
 
 
 def test_a_signal_is_agreed_on_by_the_sum() -> None:
-    failed = []
+    failed: list[bool] = []
+    before = signal.getsignal(signal.SIGUSR1)
     request = StopRequest(torch.device("cpu"), lambda: bool(failed))
     try:
         request.summed(torch.tensor(request.flags(), dtype=torch.float64))
@@ -92,4 +93,4 @@ def test_a_signal_is_agreed_on_by_the_sum() -> None:
         assert request.flags()[-1] == 1.0
     finally:
         request.close()
-    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGUSR1) == before

@@ -6,7 +6,7 @@ VENV_PYTHON = .venv/bin/python
 
 help:
 	@echo "make quickstart  install, then the whole way from text to a Hugging Face model in runs/quickstart/"
-	@echo "make install     make .venv with the extras test, dev, hf, quickstart"
+	@echo "make install     make .venv with the extras test, dev, hf, gguf, data, plots, quickstart"
 	@echo "make test        run the tests (ARGS='-k loss' goes to pytest)"
 	@echo "make slow        run the tests that take minutes"
 	@echo "make chaos       only those that kill, and what each of them counted (docs/reliability.md); about an hour"

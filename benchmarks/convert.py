@@ -41,8 +41,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.peer_convert import measure
 from lit_model.cost import count_parameters
-from lit_model.hf.llama import expected_shapes
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint
+from lit_model.model import parameter_shapes
 from lit_model.registry import get_config
 from pretrain.export import export_to_hf
 
@@ -56,7 +56,7 @@ def write_shards(folder: Path, rank: int, ranks: int, model: str, optimizer: boo
     mesh = init_device_mesh("cpu", (ranks,))
     generator = torch.Generator().manual_seed(rank)
     tensors: dict[str, Any] = {}
-    for name, shape in expected_shapes(get_config(model)).items():
+    for name, shape in parameter_shapes(get_config(model)).items():
         keys = [MODEL_PREFIX + name]
         if optimizer:
             keys += [f"{OPTIMIZER_PREFIX}{name}/{moment}" for moment in ("exp_avg", "exp_avg_sq")]

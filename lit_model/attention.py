@@ -1,17 +1,20 @@
 """Grouped-query self-attention over packed documents, and its key/value cache.
 
-Dimensions: B batch, T tokens in a row, C n_embd, H query heads, G key/value heads, D head size, S cached tokens.
+Dimensions: B batch, T tokens in a row, C n_embd, H query heads, G key/value heads, D head size, R rotated
+part of a head, S cached tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lit_model.config import ModelConfig
-from lit_model.kernels import attention, sdpa
+from lit_model.kernels import AttentionVariant, attention, cached_attention
+from lit_model.norm import RMSNorm, unit_norm
 from lit_model.rope import apply_rope
 
 
@@ -54,45 +57,95 @@ class KVCache:
         return self.layers[0].length
 
 
+class RowLayout(NamedTuple):
+    """What every layer needs to know of the rows of one forward."""
+
+    cos: Tensor | None
+    """float32 (B or 1, T, 1, R/2); None: no layer rotates."""
+    sin: Tensor | None
+    cu_seqlens: Tensor | None
+    """Boundaries of document pieces, int32 (P+1,), see lit_model.kernels; None: each row is one piece."""
+    chunks: Tensor | None
+    """The same for chunked layers; None: a row is one chunk."""
+    temperature: Tensor | None
+    """Factor of the queries in layers that don't rotate, float32 (B or 1, T, 1, 1); None: 1."""
+
+
+def attention_variant(config: ModelConfig, layer: int) -> AttentionVariant:
+    """What a layer asks of the kernels, in training. A window that holds the whole context asks for nothing."""
+    sliding = config.layer_attention(layer) == "sliding"
+    window = config.sliding_window_size if sliding else None
+    scalar = config.attention_scores_scalar
+    return AttentionVariant(
+        scale=None if scalar is None else scalar**-0.5,
+        window=None if window is None or window >= config.block_size else window,
+        softcap=config.attention_logit_softcapping,
+        dropout=config.attention_dropout,
+    )
+
+
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v with rotary positions (Vaswani et al., 2017; grouped: Ainslie et al., 2023).
+    """softmax(q k^T * scale) v, causal (Vaswani et al., 2017; grouped: Ainslie et al., 2023).
 
     Without `rotate_in_place` the projection's output stays as it is, for activation checkpointing that keeps it.
     """
 
-    def __init__(self, config: ModelConfig, *, rotate_in_place: bool = True) -> None:
+    def __init__(self, config: ModelConfig, layer: int, *, rotate_in_place: bool = True) -> None:
         super().__init__()
         self.rotate_in_place = rotate_in_place
         self.n_head = config.n_head
         self.n_query_groups = config.n_query_groups
         self.head_size = config.head_size
+        self.variant = attention_variant(config, layer)
+        self.chunked = config.layer_attention(layer) == "chunked"
+        self.chunk_size = config.attention_chunk_size if self.chunked else None
+        self.rotates = config.layer_rotates(layer)
+        self.norm_eps = config.norm_eps
+        self.qk_norm = config.qk_norm
         self.qkv = nn.Linear(config.n_embd, config.n_qkv, bias=config.attention_bias)
+        if config.qk_norm in ("head", "projection"):
+            of_heads = config.qk_norm == "projection"
+
+            def norm(heads: int) -> RMSNorm:
+                return RMSNorm(heads * config.head_size, config.norm_eps, config.norm_offset)
+
+            self.q_norm = norm(config.n_head if of_heads else 1)
+            self.k_norm = norm(config.n_query_groups if of_heads else 1)
         self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.attention_bias)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, kernel: str, cache: LayerCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, layout: RowLayout, kernel: str, cache: LayerCache | None) -> Tensor:
         """(B, T, C) -> (B, T, C). With a cache, x continues the tokens in it (and there are no documents)."""
         B, T, _ = x.shape
         H, G, D = self.n_head, self.n_query_groups, self.head_size
         qkv = self.qkv(x).view(B, T, H + 2 * G, D)  # (B, T, H + 2G, D)
-        if not self.rotate_in_place:
-            qkv = qkv.clone()
-        qkv = apply_rope(qkv, cos, sin, heads=H + G)
+        if self.qk_norm == "none" and self.rotates:
+            if not self.rotate_in_place:
+                qkv = qkv.clone()
+            qkv = self._rotate(qkv, layout, heads=H + G)
         q, k, v = torch.split(qkv, [H, G, G], dim=2)  # (B, T, H, D), (B, T, G, D) twice
+        if self.qk_norm != "none":
+            q, k = self._normed(q, k)
+            if self.rotates:  # a norm commutes with a rotation of whole heads, but only one order serves all kinds
+                q, k = self._rotate(q, layout, heads=H), self._rotate(k, layout, heads=G)
+        if layout.temperature is not None and not self.rotates:
+            q = (q * layout.temperature).to(q.dtype)
+        variant = self.variant if self.training else self.variant._replace(dropout=0.0)
         if cache is None:
-            y = attention(q, k, v, cu_seqlens, kernel)
+            y = attention(q, k, v, layout.chunks if self.chunked else layout.cu_seqlens, kernel, variant)
         else:
-            y = _cached_attention(q, k, v, cache)
+            y = cached_attention(q, *cache.append(k, v), variant, self.chunk_size)
         out: Tensor = self.proj(y.reshape(B, T, H * D))
         return out
 
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Fresh tensors (B, T, H, D) and (B, T, G, D)."""
+        if self.qk_norm == "projection":
+            return self.q_norm(q.flatten(2)).view(q.shape), self.k_norm(k.flatten(2)).view(k.shape)
+        if self.qk_norm == "head":
+            return self.q_norm(q), self.k_norm(k)
+        return (unit_norm(q, self.norm_eps), unit_norm(k, self.norm_eps)) if self.rotates else (q, k)
 
-def _cached_attention(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> Tensor:
-    T, before = q.shape[1], cache.length
-    k, v = cache.append(k, v)
-    if before == 0 or T == 1:
-        return sdpa(q, k, v, causal=T > 1)
-    queries = torch.arange(before, before + T, device=q.device)
-    keys = torch.arange(before + T, device=q.device)
-    return sdpa(q, k, v, causal=False, mask=queries[:, None] >= keys[None, :])
+    @staticmethod
+    def _rotate(x: Tensor, layout: RowLayout, heads: int) -> Tensor:
+        assert layout.cos is not None and layout.sin is not None
+        return apply_rope(x, layout.cos, layout.sin, heads)

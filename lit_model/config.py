@@ -6,7 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-INIT_SCHEMES = ("llammlein", "normal")
+INIT_SCHEMES = ("llammlein", "normal", "gpt2")
+NORMS = ("RMSNorm", "LayerNorm")
+POSITIONS = ("rope", "learned")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+QK_NORMS = ("none", "head", "projection", "unit")
+LAYER_ATTENTION = ("full", "sliding", "chunked")
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,11 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only language model of the Llama family. Field names follow lit-gpt.
+    """A decoder-only language model. Field names follow litgpt where it has them; the defaults are a Llama's.
 
     Fields that are None after reading a file are filled in at construction, so that a built config always holds
-    numbers: `n_query_groups`, `head_size` and `padded_vocab_size`.
+    numbers: `n_query_groups`, `head_size`, `padded_vocab_size`, `rotary_size`, `moe_intermediate_size`, `moe_layers`.
+    What differs from layer to layer is a pattern, repeated until there are n_layer; it is kept in its shortest form.
     """
 
     name: str = ""
@@ -64,24 +70,90 @@ class ModelConfig:
     """Rows of embedding and head; None: vocab_size rounded up to padding_multiple."""
     head_size: int = None  # type: ignore[assignment]
     """Width of one head; None: n_embd / n_head."""
+    tie_embeddings: bool = False
+    """Whether the head uses the embedding's matrix."""
+    scale_embeddings: bool = False
+    """Whether the embedding's output is multiplied by sqrt(n_embd) (Gemma)."""
+
+    norm_class_name: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """RMSNorm (a weight), or LayerNorm (a weight and a bias)."""
     norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square in a norm."""
+    norm_offset: float = 0.0
+    """Added to the weights of the norms; 1 in Gemma, whose weights start at 0."""
+    pre_norm: bool = True
+    """Whether attention and MLP get a normed input."""
+    post_norm: bool = False
+    """Whether the output of attention and MLP is normed before it is added to the residual stream."""
+    parallel_residual: bool = False
+    """Whether the MLP sees the block's input, like the attention, and not the stream behind the attention."""
+    shared_attention_norm: bool = False
+    """Whether one norm serves the inputs of attention and MLP (GPT-J); for parallel_residual only."""
+
+    position_embedding: Literal["rope", "learned"] = "rope"
+    """Rotation of queries and keys, or a learned vector for each of block_size positions, added to the embedding."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies (theta)."""
     rope_scaling: RopeScaling | None = None
     """Llama 3.1 frequency scaling; None: none."""
-    tie_embeddings: bool = False
-    """Whether the head uses the embedding's matrix."""
+    rotary_size: int = None  # type: ignore[assignment]
+    """How many dimensions of a head are rotated, the first ones; None: all of them."""
+    rope_layers: tuple[bool, ...] = (True,)
+    """Which layers rotate, a pattern over the layers; the others have no notion of position (NoPE, Llama 4)."""
+
     attention_bias: bool = False
     """Whether the query, key, value and output projections have a bias."""
+    attention_scores_scalar: float | None = None
+    """Attention scores are divided by this one's square root; None: by that of head_size."""
+    attention_logit_softcapping: float | None = None
+    """Scores s become c tanh(s / c) (Gemma 2); None: they stay."""
+    attention_pattern: tuple[Literal["full", "sliding", "chunked"], ...] = ("full",)
+    """What a token sees of those before it, a pattern over the layers: all of its document; the last
+    sliding_window_size tokens, itself included; or those in its chunk of attention_chunk_size tokens."""
+    sliding_window_size: int | None = None
+    """Tokens that a sliding layer sees."""
+    attention_chunk_size: int | None = None
+    """Tokens of a chunk of a chunked layer, counted from the document's start."""
+    qk_norm: Literal["none", "head", "projection", "unit"] = "none"
+    """RMSNorm of queries and keys before the rotation: of each head with weights that the heads share (Qwen 3), of the
+    whole projection with weights (OLMo 2), or of each head without weights and in rotating layers only (Llama 4)."""
+    attention_temperature_scale: float | None = None
+    """In layers that do not rotate the query at position p is multiplied by 1 + scale * ln(1 + floor((p + 1) / floor))
+    (Llama 4, after Nakanishi 2025); None: it is not."""
+    attention_temperature_floor: int = 8192
+    """Tokens from which attention_temperature_scale begins to work."""
+
+    mlp_gated: bool = True
+    """Whether the MLP is proj(act(fc_1(x)) * fc_2(x)), or proj(act(fc(x)))."""
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    """The MLP's activation: SiLU, GELU, or GELU's approximation by tanh."""
     mlp_bias: bool = False
-    """Whether the three projections of the MLP have a bias."""
+    """Whether the projections of the MLP have a bias."""
+
+    n_expert: int = 0
+    """Experts of a mixture-of-experts layer; 0: there are none."""
+    n_expert_per_token: int = 1
+    """Experts that a token is sent to."""
+    moe_intermediate_size: int = None  # type: ignore[assignment]
+    """Width inside an expert; None: intermediate_size."""
+    shared_expert: bool = True
+    """Whether a mixture-of-experts layer has one more expert that sees every token."""
+    moe_layers: tuple[bool, ...] = None  # type: ignore[assignment]
+    """Which layers have experts, a pattern over the layers; None: all if n_expert is not 0."""
+
+    lm_head_bias: bool = False
+    """Whether the head has a bias (GPT-J)."""
+    final_logit_softcapping: float | None = None
+    """Logits z become c tanh(z / c) (Gemma 2); None: they stay."""
+
     dropout: float = 0.0
     """Probability of dropping an element of the embedding's output and of each residual branch."""
-    init: Literal["llammlein", "normal"] = "llammlein"
+    attention_dropout: float = 0.0
+    """Probability of dropping an attention weight. Most kernels have no such thing: see docs/models.md."""
+    init: Literal["llammlein", "normal", "gpt2"] = "llammlein"
     """Initialisation scheme, see lit_model/init.py."""
     init_std: float = 0.02
-    """Standard deviation of the scheme `normal`."""
+    """Standard deviation of the schemes `normal` and `gpt2`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):
@@ -96,34 +168,113 @@ class ModelConfig:
             "padding_multiple",
         ):
             _positive(field, getattr(self, field))
-        if self.n_query_groups is None:
-            object.__setattr__(self, "n_query_groups", self.n_head)
-        _positive("n_query_groups", self.n_query_groups)
-        if self.n_head % self.n_query_groups:
-            raise ValueError(f"n_query_groups {self.n_query_groups} does not divide n_head {self.n_head}")
+        self._check_choices()
+        self._fill_in()
+        self._check_sizes()
+        self._check_numbers()
+
+    def _check_choices(self) -> None:
+        for field, known in (
+            ("norm_class_name", NORMS),
+            ("position_embedding", POSITIONS),
+            ("activation", ACTIVATIONS),
+            ("qk_norm", QK_NORMS),
+            ("init", INIT_SCHEMES),
+        ):
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field} {getattr(self, field)!r} is unknown; choose one of {', '.join(known)}")
+
+    def _fill_in(self) -> None:
+        """Numbers for what is None, and patterns in their shortest form."""
+
+        def default(field: str, value: Any) -> None:
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, value)
+
+        default("n_query_groups", self.n_head)
         if self.n_embd % self.n_head:
             # A head_size of its own would do here, but transformers' Llama refuses it: better said before training.
             raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}")
-        if self.head_size is None:
-            object.__setattr__(self, "head_size", self.n_embd // self.n_head)
-        _positive("head_size", self.head_size)
-        if self.head_size % 2:
-            raise ValueError(f"head_size {self.head_size} is odd; rotary embeddings need an even one")
-        if self.padded_vocab_size is None:
-            padded = -(-self.vocab_size // self.padding_multiple) * self.padding_multiple
-            object.__setattr__(self, "padded_vocab_size", padded)
+        default("head_size", self.n_embd // self.n_head)
+        default("rotary_size", self.head_size if self.position_embedding == "rope" else 0)
+        default("padded_vocab_size", -(-self.vocab_size // self.padding_multiple) * self.padding_multiple)
+        default("moe_intermediate_size", self.intermediate_size)
+        default("moe_layers", (self.n_expert > 0,))
+        for field, known in (
+            ("rope_layers", (True, False)),
+            ("moe_layers", (True, False)),
+            ("attention_pattern", LAYER_ATTENTION),
+        ):
+            object.__setattr__(self, field, _shortest(field, getattr(self, field), known, self.n_layer))
+
+    def _check_sizes(self) -> None:
+        for field in ("n_query_groups", "head_size", "moe_intermediate_size", "attention_temperature_floor"):
+            _positive(field, getattr(self, field))
+        if self.n_head % self.n_query_groups:
+            raise ValueError(f"n_query_groups {self.n_query_groups} does not divide n_head {self.n_head}")
         if self.padded_vocab_size < self.vocab_size:
             raise ValueError(f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps {self.norm_eps} is not positive")
+        if self.position_embedding == "rope" and (self.rotary_size % 2 or not 0 < self.rotary_size <= self.head_size):
+            raise ValueError(
+                f"rotary_size is {self.rotary_size} (by default head_size); it must be even, above 0, and not above "
+                f"head_size {self.head_size}"
+            )
+        if self.position_embedding == "learned" and (self.rotary_size or not all(self.rope_layers)):
+            raise ValueError("rotary_size and rope_layers are for position_embedding 'rope'")
+        for field, kind in (("sliding_window_size", "sliding"), ("attention_chunk_size", "chunked")):
+            size, used = getattr(self, field), kind in self.attention_pattern
+            if used != (size is not None):
+                verb = f"has a {kind} layer, which needs" if used else f"has no {kind} layer for"
+                raise ValueError(f"attention_pattern {'/'.join(self.attention_pattern)} {verb} {field} (it is {size})")
+            if used:
+                _positive(field, size)
+        if self.shared_attention_norm and not (self.parallel_residual and self.pre_norm):
+            raise ValueError("shared_attention_norm needs parallel_residual and pre_norm")
+        if self.parallel_residual and self.post_norm:
+            raise ValueError("parallel_residual and post_norm exclude each other")
+        if not (self.pre_norm or self.post_norm):
+            raise ValueError("pre_norm and post_norm are both off: nothing would bound the residual branches")
+        if self.n_expert < 0 or any(self.moe_layers) != (self.n_expert > 0):
+            raise ValueError(
+                f"n_expert is {self.n_expert} and moe_layers {self.moe_layers}: they contradict each other"
+            )
+        if self.n_expert and not 1 <= self.n_expert_per_token <= self.n_expert:
+            raise ValueError(f"n_expert_per_token {self.n_expert_per_token} is not in 1..n_expert ({self.n_expert})")
+        if self.n_expert and not self.mlp_gated:
+            raise ValueError("n_expert needs mlp_gated: experts are gated")
+        if self.n_expert and self.mlp_bias:
+            raise ValueError("n_expert and mlp_bias exclude each other: experts have no bias")
+
+    def _check_numbers(self) -> None:
+        for field in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} {getattr(self, field)} is not in [0, 1)")
+        for field in ("norm_eps", "init_std"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} {getattr(self, field)} is not positive")
+        for field in (
+            "attention_scores_scalar",
+            "attention_logit_softcapping",
+            "final_logit_softcapping",
+            "attention_temperature_scale",
+        ):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise ValueError(f"{field} {value} is not positive")
         if not self.rope_base > 1:
             raise ValueError(f"rope_base {self.rope_base} is not above 1")
-        if self.init not in INIT_SCHEMES:
-            raise ValueError(f"init {self.init!r} is unknown; choose one of {', '.join(INIT_SCHEMES)}")
-        if not self.init_std > 0:
-            raise ValueError(f"init_std {self.init_std} is not positive")
+
+    def layer_attention(self, layer: int) -> Literal["full", "sliding", "chunked"]:
+        """What a token of this layer sees of those before it."""
+        return self.attention_pattern[layer % len(self.attention_pattern)]
+
+    def layer_rotates(self, layer: int) -> bool:
+        """Whether this layer rotates its queries and keys."""
+        return self.position_embedding == "rope" and self.rope_layers[layer % len(self.rope_layers)]
+
+    def layer_has_experts(self, layer: int) -> bool:
+        """Whether this layer's MLP is a mixture of experts."""
+        return self.moe_layers[layer % len(self.moe_layers)]
 
     @property
     def n_qkv(self) -> int:
@@ -131,8 +282,9 @@ class ModelConfig:
         return (self.n_head + 2 * self.n_query_groups) * self.head_size
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON can hold them."""
-        return dataclasses.asdict(self)
+        """All fields, as JSON holds them (patterns are lists)."""
+        fields = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
@@ -144,6 +296,15 @@ class ModelConfig:
 def _positive(field: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{field} is {value!r}; it must be a positive whole number")
+
+
+def _shortest(field: str, pattern: Any, known: tuple[Any, ...], n_layer: int) -> tuple[Any, ...]:
+    """The shortest pattern that gives the same n_layer entries when it is repeated."""
+    if not isinstance(pattern, (list, tuple)) or not pattern or any(entry not in known for entry in pattern):
+        raise ValueError(f"{field} is {pattern!r}; give a list of {', '.join(map(str, known))}")
+    whole = [pattern[i % len(pattern)] for i in range(n_layer)]
+    length = next(n for n in range(1, n_layer + 1) if all(whole[i] == whole[i % n] for i in range(n_layer)))
+    return tuple(whole[:length])
 
 
 def _build(cls: Any, fields: dict[str, Any], prefix: str) -> Any:

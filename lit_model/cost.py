@@ -2,78 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from lit_model.config import ModelConfig
 from lit_model.loss import CPU_CHUNK_BYTES, CPU_CHUNK_TOKENS, GPU_CHUNK_BYTES
+from lit_model.model import parameter_shapes
+
+BLOCKS = "transformer.h."
+"""What the names of the blocks' parameters begin with."""
 
 
 def count_parameters(config: ModelConfig) -> int:
     """All parameters, the padding of the vocabulary included; a tied matrix counts once."""
-    embeddings = config.padded_vocab_size * config.n_embd * (1 if config.tie_embeddings else 2)
-    norms = (2 * config.n_layer + 1) * config.n_embd
-    biases = 0
-    if config.attention_bias:
-        biases += config.n_layer * (config.n_qkv + config.n_embd)
-    if config.mlp_bias:
-        biases += config.n_layer * (2 * config.intermediate_size + config.n_embd)
-    return embeddings + norms + biases + config.n_layer * _matrices_per_block(config)
+    return sum(prod(shape) for shape in parameter_shapes(config).values())
+
+
+def count_active_parameters(config: ModelConfig) -> int:
+    """Those that one token meets: of each mixture n_expert_per_token experts, and everything that is not an expert."""
+    return sum(_active(config, name, shape) for name, shape in parameter_shapes(config).items())
 
 
 def count_multiplying_parameters(config: ModelConfig) -> int:
-    """The matrices that each token is multiplied by: those of the blocks and the head (tied or not), not the lookup."""
-    return config.n_layer * _matrices_per_block(config) + config.padded_vocab_size * config.n_embd
+    """The matrices that each token is multiplied by: active ones of the blocks, and the head (tied or not).
+
+    The lookups (embedding and learned positions), norms and biases are not.
+    """
+    matrices = _matrices(config)
+    return sum(_active(config, name, shape) for name, shape in matrices.items())
 
 
 def flops_per_token(config: ModelConfig, block_size: int, *, causal: bool = False) -> float:
     """Training FLOPs (forward and backward) per token in rows of `block_size` tokens.
 
-    6 N + 12 n_layer (n_head head_size) T, the convention of PaLM's appendix B and of most published MFU figures:
-    attention counted in full. With `causal` the attention term is halved, as a causal kernel computes it. Nothing is
-    added for recomputation, so the number measures useful work.
+    6 N + 12 (n_head head_size) S, S summed over the layers, the convention of PaLM's appendix B and of most published
+    MFU figures. N are the parameters that multiply, of experts those that a token is sent to. S are the tokens that a
+    token may see: T of a row, min(T, window) in a sliding layer, min(T, chunk) in a chunked one. With `causal` S is
+    what it sees on average, as a causal kernel computes it: T / 2, chunk / 2, or W - W^2 / (2 T) for a window W <= T.
+    Nothing is added for recomputation, so the number measures useful work.
     """
-    attention = 12 * config.n_layer * config.n_head * config.head_size * block_size
-    return 6.0 * count_multiplying_parameters(config) + (attention / 2 if causal else attention)
+    seen = sum(_tokens_seen(config, layer, block_size, causal) for layer in range(config.n_layer))
+    return 6.0 * count_multiplying_parameters(config) + 12 * config.n_head * config.head_size * seen
 
 
-def training_memory_bytes(
-    config: ModelConfig,
-    micro_batch_samples: int,
-    block_size: int,
-    *,
-    compute_bytes: int = 2,
-    shards: int = 1,
-    activation_checkpointing: bool = False,
-) -> int:
-    """Estimate of the memory one device needs to train, in bytes.
-
-    State: float32 weights, gradients and two AdamW moments (16 bytes a parameter), divided by `shards`. Activations:
-    what one block keeps for its backward, times the number of blocks (one block plus the inputs of all with activation
-    checkpointing). The loss keeps the gradients of the hidden states and, in float32, of the head; logits exist only
-    chunk by chunk and are not counted. `compute_bytes` is the size of an activation element (2 for bf16, 4 for fp32).
-    An estimate for choosing a micro-batch: allocator and kernel workspaces come on top.
-    """
-    tokens = micro_batch_samples * block_size
-    heads = config.n_head * config.head_size
-    kept_per_token = (
-        4 * config.n_embd  # inputs of the two norms, and of the two projections behind them
-        + config.n_qkv  # queries, keys, values
-        + 2 * heads  # attention's output and its input to the projection
-        + 4 * config.intermediate_size  # gate, up, silu(gate), product
-    )
-    if activation_checkpointing:
-        activations = tokens * compute_bytes * (kept_per_token + config.n_layer * config.n_embd)
-    else:
-        activations = tokens * compute_bytes * kept_per_token * config.n_layer
-    head = 4 * config.padded_vocab_size * config.n_embd + tokens * config.n_embd * compute_bytes
-    return 16 * count_parameters(config) // shards + activations + head
+def _tokens_seen(config: ModelConfig, layer: int, block_size: int, causal: bool) -> float:
+    kind = config.layer_attention(layer)
+    limit = {"full": None, "sliding": config.sliding_window_size, "chunked": config.attention_chunk_size}[kind]
+    most = block_size if limit is None else min(block_size, limit)
+    if not causal:
+        return most
+    return most - most**2 / (2 * block_size) if kind == "sliding" else most / 2
 
 
-def _matrices_per_block(config: ModelConfig) -> int:
-    attention = config.n_embd * config.n_qkv + config.n_head * config.head_size * config.n_embd
-    return attention + 3 * config.n_embd * config.intermediate_size
+def _active(config: ModelConfig, name: str, shape: tuple[int, ...]) -> int:
+    """How many parameters of this tensor one token meets."""
+    if ".mlp.experts." in name:  # (E, ...)
+        return config.n_expert_per_token * prod(shape[1:])
+    return prod(shape)
+
+
+def _matrices(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What tokens are multiplied by, all experts included."""
+    lookups = ["transformer.wpe.weight"] + ([] if config.tie_embeddings else ["transformer.wte.weight"])
+    shapes = parameter_shapes(config)
+    return {name: shape for name, shape in shapes.items() if len(shape) >= 2 and name not in lookups}
 
 
 @dataclass(frozen=True)
@@ -146,86 +139,129 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
     copies), exact: FSDP2 cuts the first dimension of each tensor, rounded up. Activations: counted from what each
     operator of lit_model keeps, in the manner of Korthikanti et al. 2022, section 4, with a flash kernel's attention.
     The total is the larger of two moments: the loss, when all activations are alive, and the end of the backward, when
-    all gradients are. In between one grows as the other shrinks. Kernels are taken to be fused, as on CUDA: a CPU's
-    RMSNorm of bf16 (FSDP) keeps more.
+    all gradients are. In between one grows as the other shrinks; where layers differ, the largest stands for the last.
+    Kernels are taken to be fused, as on CUDA: a CPU's RMSNorm of bf16 keeps more, and attention with capped scores on a
+    CPU keeps the scores.
     """
     s, tokens = setting, setting.micro_batch_samples * setting.block_size
     C, V = config.n_embd, config.padded_vocab_size
+    shapes = parameter_shapes(config)
     n_parameters = count_parameters(config)
-    block = (n_parameters - _root_parameters(config)) // config.n_layer
-    parameters = 4 * sum(-(-shape[0] // s.shards) * prod(shape[1:]) for shape in parameter_shapes(config))
+    root, block = _root_parameters(config), _largest_block(config)
+    parameters = 4 * sum(-(-shape[0] // s.shards) * prod(shape[1:]) for shape in shapes.values())
     optimizer = 2 * parameters
     gradients = 4 * n_parameters if s.defer_gradient_sync and s.accumulates else parameters
 
     if s.autocast:
-        gathered = s.compute_bytes * count_multiplying_parameters(config)
+        gathered = s.compute_bytes * sum(prod(shape) for shape in _matrices(config).values())
     elif s.sharding == "SHARD_GRAD_OP":
         gathered = s.compute_bytes * n_parameters
     elif s.sharded:  # the block in work, those gathered ahead, and the buffer of the gathering
-        gathered = s.compute_bytes * (_root_parameters(config) + (2 + max(1, s.prefetch_blocks)) * block)
+        gathered = s.compute_bytes * (root + (2 + max(1, s.prefetch_blocks)) * block)
     else:
         gathered = 0
 
     residual_bytes = 4 if s.autocast else s.compute_bytes
+    layers = range(config.n_layer)
     kept, again = _kept_per_token(config, s, residual_bytes)
     activations = tokens * kept
     loss = tokens * C * residual_bytes + 4 * V * C
     chunk_bytes = CPU_CHUNK_BYTES if s.on_cpu else GPU_CHUNK_BYTES
     chunk_tokens = min(tokens, max(1, chunk_bytes // (4 * V)), CPU_CHUNK_TOKENS if s.on_cpu else tokens)
     chunk = chunk_tokens * V * (4 if s.compute_bytes == 4 else 4 + s.compute_bytes)
-    block_gradients = tokens * s.compute_bytes * (3 * config.intermediate_size + 2 * C)
+    if config.final_logit_softcapping is not None:
+        chunk += chunk_tokens * V * 4
+    block_gradients = tokens * s.compute_bytes * (max(_mlp_elements(config, i).gradients for i in layers) + 2 * C)
     workspace = max(chunk, tokens * again + block_gradients)
 
     before = gradients if s.accumulates or s.sharding == "ddp" else 0  # ddp holds its buckets all the time
-    reducing = (s.compute_bytes + s.reduce_bytes) * max(2 * block, _root_parameters(config)) if s.sharded else 0
+    reducing = (s.compute_bytes + s.reduce_bytes) * max(2 * block, root) if s.sharded else 0
     at_loss = before + activations + loss + workspace
-    at_end = gradients + tokens * _kept_in_block(config, s.compute_bytes, residual_bytes) + block_gradients + reducing
+    last = max(_kept_in_block(config, i, s.compute_bytes, residual_bytes) for i in layers)
+    at_end = gradients + tokens * last + block_gradients + reducing
     if s.cpu_offload:
         at_loss, at_end = at_loss - before, at_end - gradients
     total = gathered + max(at_loss, at_end) + (0 if s.cpu_offload else parameters + optimizer)
     return TrainingMemory(parameters, gradients, optimizer, gathered, activations, loss, workspace, total)
 
 
-def parameter_shapes(config: ModelConfig) -> Iterator[tuple[int, ...]]:
-    """The shape of every parameter, in no particular order; a tied matrix comes once."""
-    C, F, out = config.n_embd, config.intermediate_size, config.n_head * config.head_size
-    for _ in range(1 if config.tie_embeddings else 2):
-        yield config.padded_vocab_size, C
-    yield (C,)
-    for _ in range(config.n_layer):
-        yield from [(C,), (C,), (config.n_qkv, C), (C, out), (F, C), (F, C), (C, F)]
-        if config.attention_bias:
-            yield from [(config.n_qkv,), (C,)]
-        if config.mlp_bias:
-            yield from [(F,), (F,), (C,)]
-
-
 def _root_parameters(config: ModelConfig) -> int:
-    """Those outside of the blocks: embedding, last norm and head."""
-    matrices = 1 if config.tie_embeddings else 2
-    return matrices * config.padded_vocab_size * config.n_embd + config.n_embd
+    """Those outside of the blocks: embeddings, last norm and head."""
+    return sum(prod(shape) for name, shape in parameter_shapes(config).items() if not name.startswith(BLOCKS))
 
 
-def _kept_in_block(config: ModelConfig, compute_bytes: int, residual_bytes: int) -> int:
+def _largest_block(config: ModelConfig) -> int:
+    """Parameters of the largest block."""
+    sizes = [0] * config.n_layer
+    for name, shape in parameter_shapes(config).items():
+        if name.startswith(BLOCKS):
+            sizes[int(name[len(BLOCKS) :].split(".")[0])] += prod(shape)
+    return max(sizes)
+
+
+class _MlpElements(NamedTuple):
+    """Elements a token in the MLP of a layer, its input and last output left out."""
+
+    kept: int
+    """By all operators, for the backward."""
+    multiplied: int
+    """Of these, outputs of matrix multiplies."""
+    gradients: int
+    """In the backward, at once."""
+
+
+def _mlp_elements(config: ModelConfig, layer: int) -> _MlpElements:
+    C, k = config.n_embd, config.n_expert_per_token
+    if config.layer_has_experts(layer):  # beside the hidden widths, inputs and outputs of the experts
+        inner = (k + config.shared_expert) * config.moe_intermediate_size
+        return _MlpElements(4 * inner + k * C, 2 * inner + k * C, 3 * inner + k * C)
+    inner = config.intermediate_size
+    if config.mlp_gated:  # gate, up, act(gate), product
+        return _MlpElements(4 * inner, 2 * inner, 3 * inner)
+    return _MlpElements(2 * inner, inner, 2 * inner)
+
+
+def _router_bytes(config: ModelConfig, layer: int, compute_bytes: int) -> int:
+    """A token: the router's float32 input (where that is a copy), logits and probabilities, and where the slots go."""
+    if not config.layer_has_experts(layer):
+        return 0
+    copy = 4 * config.n_embd if compute_bytes < 4 else 0
+    return copy + 8 * config.n_expert + 24 * config.n_expert_per_token
+
+
+def _kept_in_block(config: ModelConfig, layer: int, compute_bytes: int, residual_bytes: int) -> int:
     """Bytes a token that one block keeps for its backward."""
     C, out = config.n_embd, config.n_head * config.head_size
-    residual = 2 * (C * residual_bytes + 4)  # inputs of the two norms, and their scale
-    # Outputs of the norms; queries, keys and values; attention's output; gate, up, silu(gate) and product.
-    elements = 2 * C + config.n_qkv + out + 4 * config.intermediate_size
+    inputs = 1 if config.shared_attention_norm else 2  # of attention and MLP
+    norms = (inputs if config.pre_norm else 0) + (2 if config.post_norm else 0)
+    residual = norms * (4 if config.norm_class_name == "RMSNorm" else 8)  # their scales, and means
+    if config.pre_norm:  # their inputs
+        residual += (1 if config.parallel_residual else 2) * C * residual_bytes
+    # Inputs of attention and MLP; queries, keys and values; attention's output; the MLP's.
+    elements = inputs * C + config.n_qkv + out + _mlp_elements(config, layer).kept
+    if config.post_norm:  # their inputs
+        elements += 2 * C
+    if config.qk_norm != "none":  # queries and keys before and after
+        elements += (config.n_head + config.n_query_groups) * config.head_size
     dropped = 2 * C * compute_bytes if config.dropout else 0
-    return residual + elements * compute_bytes + 4 * config.n_head + dropped  # 4: the softmax's normalisers
+    router = _router_bytes(config, layer, compute_bytes)
+    return residual + elements * compute_bytes + 4 * config.n_head + dropped + router  # 4: the softmax's normalisers
 
 
 def _kept_per_token(config: ModelConfig, setting: TrainingSetting, residual_bytes: int) -> tuple[int, int]:
     """Bytes a token: (what the forward keeps, all blocks; what the backward makes again of one block)."""
-    n, C, out = config.n_layer, config.n_embd, config.n_head * config.head_size
-    whole = _kept_in_block(config, setting.compute_bytes, residual_bytes)
-    less, again = whole, 0  # of a block that is recomputed, and how many are
-    if setting.recompute == "op":  # its input, and the outputs of the five matrix multiplies and of the attention
-        elements = config.n_qkv + out + 2 * C + 2 * config.intermediate_size
-        less, again = C * residual_bytes + elements * setting.compute_bytes + 4 * config.n_head, n
-    elif setting.recompute != "none":  # its input
-        less, again = C * residual_bytes, n if setting.recompute == "full" else n // setting.recompute_every
+    C, out = config.n_embd, config.n_head * config.head_size
+    kept = again = 0
+    for layer in range(config.n_layer):
+        whole = less = _kept_in_block(config, layer, setting.compute_bytes, residual_bytes)
+        if setting.recompute == "op":  # its input, and the outputs of the matrix multiplies and of the attention
+            elements = config.n_qkv + out + 2 * C + _mlp_elements(config, layer).multiplied
+            less = C * residual_bytes + elements * setting.compute_bytes + 4 * config.n_head
+        elif setting.recompute == "full" or (
+            setting.recompute == "block" and (layer + 1) % setting.recompute_every == 0
+        ):
+            less = C * residual_bytes  # its input
+        kept += less
+        again = max(again, whole - less)
     # Beside the blocks: input and output of the last norm, cos and sin, tokens and targets.
-    rest = 2 * C * residual_bytes + 4 * config.head_size + 16
-    return (n - again) * whole + again * less + rest, whole - less if again else 0
+    return kept + 2 * C * residual_bytes + 4 * config.rotary_size + 16, again

@@ -31,14 +31,30 @@ def normal_std(config: ModelConfig, name: str) -> float:
     return config.init_std
 
 
-SCHEMES: dict[str, Callable[[ModelConfig, str], float]] = {"llammlein": llammlein_std, "normal": normal_std}
+def gpt2_std(config: ModelConfig, name: str) -> float:
+    """`init_std`; projections into the residual stream, two a layer, init_std / sqrt(2 n_layer).
+
+    The scheme of GPT-2 (Radford et al. 2019, section 2.3). Learned positions are drawn like the rest, as transformers
+    does it.
+    """
+    if _is_residual_projection(name):
+        return config.init_std / math.sqrt(2 * config.n_layer)
+    return config.init_std
+
+
+SCHEMES: dict[str, Callable[[ModelConfig, str], float]] = {
+    "llammlein": llammlein_std,
+    "normal": normal_std,
+    "gpt2": gpt2_std,
+}
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter of `model` (a GPT, sharded or not, on its final device) by the scheme `config.init`.
 
-    Matrices are normal, norms 1, biases and the vocabulary's padding rows 0. Costs one whole float32 tensor of host
+    Matrices are normal (learned positions, routers and the stacked matrices of experts too), weights of norms such that
+    with norm_offset they scale by 1, biases and the vocabulary's padding rows 0. Costs one whole float32 tensor of host
     memory at a time. Raises ValueError for a parameter still on the meta device.
     """
     std_of = SCHEMES[config.init]
@@ -48,7 +64,7 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
                 f"parameter {name} is on the meta device; call model.to_empty(device=...) before initialise"
             )
         if parameter.dim() < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0 - config.norm_offset)
         else:
             whole = draw(tuple(parameter.shape), std_of(config, name), seed, name)
             if name in ("transformer.wte.weight", "lm_head.weight"):
@@ -78,4 +94,4 @@ def copy_slice(parameter: Tensor, whole: Tensor) -> None:
 
 
 def _is_residual_projection(name: str) -> bool:
-    return name.endswith((".attn.proj.weight", ".mlp.proj.weight"))
+    return name.endswith((".attn.proj.weight", ".mlp.proj.weight", ".mlp.shared.proj.weight", ".mlp.experts.down"))

@@ -1,10 +1,12 @@
 """Which attention implementation runs where, and the implementations behind one face.
 
-Dimensions: B batch, T tokens in a row, N = B T, H query heads, G key/value heads, D head size, P pieces.
+Dimensions: B batch, T tokens in a row, N = B T, H query heads, G key/value heads, D head size, P pieces, S keys.
 
 `cu_seqlens` (int32 (P+1,), on the device of q) holds the boundaries of document pieces in the flattened batch: first 0,
 last N, each row's start among them; trailing repeats of N are empty pieces. None: each row is one piece. Attention is
 causal inside a piece and never crosses a boundary. Third-party kernels are imported when first asked for.
+
+Chunked attention (Llama 4) is document attention with more boundaries: see `chunk_boundaries`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NAMES = ("fa4", "fa3", "fa2", "varlen", "sdpa", "loop", "dense")
+# What each implementation does beyond causal grouped heads, and by which argument of its function; ours take them all
+# as an AttentionVariant. Not in the list: FA2 has no soft-cap together with dropout (its forward refuses them), FA4
+# takes a soft-cap but gives wrong gradients for it with document boundaries.
+SERVES: dict[str, dict[str, str]] = {
+    "fa4": {"documents": "cu_seqlens_q", "scale": "softmax_scale", "window": "window_size_left"},
+    "fa3": {"documents": "cu_seqlens_q", "scale": "softmax_scale", "window": "window_size", "softcap": "softcap"},
+    "fa2": {
+        "documents": "cu_seqlens_q",
+        "scale": "softmax_scale",
+        "window": "window_size",
+        "softcap": "softcap",  # its backward knows it from 2.6.2 on; pyproject.toml asks for more
+        "dropout": "dropout_p",
+    },
+    "varlen": {"documents": "cu_seq_q", "scale": "scale", "window": "window_size"},
+    "sdpa": {"scale": "scale"},
+    "loop": dict.fromkeys(("documents", "scale", "window", "softcap", "dropout"), "variant"),
+    "dense": dict.fromkeys(("documents", "scale", "window", "softcap"), "variant"),
+}
+NAMES = tuple(SERVES)
+
+_LACKS = {
+    "documents": "can't keep documents apart without a dense mask",
+    "scale": "has no scale but 1/sqrt(head_size)",
+    "window": "has no sliding window",
+    "softcap": "has no soft-cap",
+    "dropout": "has no attention dropout",
+}
+
+
+class AttentionVariant(NamedTuple):
+    """What a layer asks of attention beyond softmax(q k^T / sqrt(D)) v over the keys up to the query's own."""
+
+    scale: float | None = None
+    """Factor of the scores; None: 1/sqrt(D)."""
+    window: int | None = None
+    """Tokens that a token sees, the last ones of its piece up to itself (positive); None: all of them."""
+    softcap: float | None = None
+    """Scaled scores s become c tanh(s / c) (positive; Gemma 2, arXiv 2408.00118); None: they stay."""
+    dropout: float = 0.0
+    """Probability of dropping a weight of the softmax; those left are divided by 1 - dropout. 0 outside of training."""
+
+    def features(self) -> tuple[str, ...]:
+        """The entries of SERVES that this needs."""
+        asked = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "dropout": self.dropout or None}
+        return tuple(name for name, value in asked.items() if value is not None)
+
+
+PLAIN = AttentionVariant()
+_BY_HAND = ("window", "softcap", "dropout")  # what "loop" does by `cached_attention` and not by one call of SDPA
 
 
 class AttentionChoice(NamedTuple):
@@ -37,23 +87,31 @@ def choose_attention(
     training: bool = True,
     *,
     documents: bool = True,
+    variant: AttentionVariant = PLAIN,
 ) -> AttentionChoice:
     """The attention implementation for tensors of this device, dtype and head size.
 
-    `requested` is "auto" or one of NAMES; `documents` says whether cu_seqlens will be given. Raises ValueError if the
-    requested one can't run here, naming the reason; "auto" names what it passed over. Deterministic algorithms
-    (torch.use_deterministic_algorithms) are taken into account when `training`.
+    `requested` is "auto" or one of NAMES; `documents` says whether cu_seqlens will be given (as chunks need it, too).
+    Raises ValueError if the requested one can't run here or lacks what the variant asks for, naming the reason; "auto"
+    names what it passed over. Deterministic algorithms (torch.use_deterministic_algorithms) are taken into account when
+    `training`.
     """
     deterministic = training and torch.are_deterministic_algorithms_enabled()
-    return _choose(torch.device(device), dtype, head_size, requested, deterministic, documents)
+    features = ("documents", *variant.features()) if documents else variant.features()
+    return _choose(torch.device(device), dtype, head_size, requested, deterministic, features)
 
 
 @functools.cache
 def _choose(
-    device: torch.device, dtype: torch.dtype, head_size: int, requested: str, deterministic: bool, documents: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    requested: str,
+    deterministic: bool,
+    features: tuple[str, ...],
 ) -> AttentionChoice:
     def obstacle(name: str) -> str | None:
-        return _obstacle(name, device, dtype, head_size, deterministic, documents)
+        return _obstacle(name, device, dtype, head_size, deterministic, features)
 
     if requested != "auto":
         if requested not in NAMES:
@@ -62,47 +120,67 @@ def _choose(
         if reason is not None:
             raise ValueError(f"attention {requested!r} can't run here: {reason}; choose another one, or auto")
         return AttentionChoice(requested, "requested")
+    by_hand = " and ".join(_LACKS[name].removeprefix("has no ") for name in features if name in _BY_HAND)
     if device.type != "cuda":
+        if by_hand:
+            return AttentionChoice("loop", f"{device.type}: pieces one by one, {by_hand} in blocks of queries")
         return AttentionChoice("loop", f"{device.type}: SDPA over document pieces, none of the masked half computed")
-    if not documents:
-        return AttentionChoice("sdpa", "rows without document boundaries: PyTorch's flash or cuDNN kernel")
-    # FA3 is written for Hopper and FA4 for Blackwell (where FA3 doesn't run).
+    documents = "documents" in features
     passed_over: list[str] = []
+    if not documents:
+        reason = obstacle("sdpa")
+        if reason is None:
+            return AttentionChoice("sdpa", "rows without document boundaries: PyTorch's flash or cuDNN kernel")
+        passed_over.append(f"sdpa: {reason}")
+    # FA3 is written for Hopper and FA4 for Blackwell (where FA3 doesn't run).
     for name in ("fa3", "fa4", "fa2", "varlen"):
         reason = obstacle(name)
         if reason is None:
             skipped = f" (not {'; not '.join(passed_over)})" if passed_over else ""
             return AttentionChoice(name, f"fastest variable-length kernel that runs here{skipped}")
         passed_over.append(f"{name}: {reason}")
-    reason = "no variable-length kernel runs here, pieces go one by one with a host sync"
+    how = ["pieces go one by one with a host sync"] if documents else []
+    how += [f"{by_hand} in blocks of queries"] if by_hand else []
+    reason = f"no variable-length kernel runs here, {', '.join(how)}"
     return AttentionChoice("loop", f"{reason} (not {'; not '.join(passed_over)})")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, name: str) -> Tensor:
-    """Causal grouped-query attention, scaled by 1/sqrt(D), by the implementation called `name`.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, name: str, variant: AttentionVariant = PLAIN
+) -> Tensor:
+    """Causal grouped-query attention by the implementation called `name`.
 
-    q (B, T, H, D), k and v (B, T, G, D) of one dtype -> (B, T, H, D). Differentiable in q, k, v.
+    q (B, T, H, D), k and v (B, T, G, D) of one dtype -> (B, T, H, D). Differentiable in q, k, v. Raises ValueError for
+    a variant that `name` never does; which releases and devices do it, `choose_attention` knows.
     """
-    if name == "dense":
-        return dense_attention(q, k, v, cu_seqlens)
-    if cu_seqlens is None and name in ("sdpa", "loop"):
-        return sdpa(q, k, v, causal=True)
-    if name == "sdpa":
-        raise ValueError(
-            "attention 'sdpa' can't keep documents apart (a dense mask is refused); use fa4, fa3, fa2 or varlen"
-        )
-    if name == "loop":
-        assert cu_seqlens is not None
-        return _cpu_loop(q, k, v, cu_seqlens) if q.device.type == "cpu" else _sync_loop(q, k, v, cu_seqlens)
     B, T, H, D = q.shape
+    if variant.window is not None and variant.window >= T:
+        variant = variant._replace(window=None)  # no piece is longer than its row
+    features = variant.features()
+    for feature in features if cu_seqlens is None else ("documents", *features):
+        if feature not in SERVES[name]:
+            raise ValueError(f"attention {name!r} {_LACKS[feature]}; choose another one, or auto")
+    if name == "dense":
+        return dense_attention(q, k, v, cu_seqlens, variant)
+    if name in ("sdpa", "loop"):
+        by_hand = any(feature in _BY_HAND for feature in features)
+        if cu_seqlens is None and not by_hand:
+            return sdpa(q, k, v, causal=True, scale=variant.scale)
+        if q.device.type == "cpu" and not by_hand:
+            assert cu_seqlens is not None
+            return _cpu_loop(q, k, v, cu_seqlens, variant.scale)
+        out: Tensor = _plain_loop(q, k, v, cu_seqlens, variant)
+        return out
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
     q, k, v = (x.reshape(B * T, -1, D) for x in (q, k, v))  # (N, H or G, D)
     # The row length bounds every piece; the true maximum would cost a sync, and only sizes the launch grid.
-    return _VARLEN[name](q, k, v, cu_seqlens, T).view(B, T, H, D)
+    return _VARLEN[name](q, k, v, cu_seqlens, T, variant).view(B, T, H, D)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None) -> Tensor:
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """torch's scaled_dot_product_attention on (B, T, H, D) layout; k and v may have fewer heads and other lengths."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, D)
     grouped = q.shape[1] != k.shape[1]
@@ -111,12 +189,18 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None =
         # the unfused kernel with the whole square in memory. Copies of the heads are the smaller cost.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The definition, in plain matrix multiplies over an (N, N) mask: the reference of tests, nothing else."""
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, variant: AttentionVariant = PLAIN
+) -> Tensor:
+    """The definition, in plain matrix multiplies over an (N, N) mask: the reference of tests, nothing else.
+
+    Arguments and result as of `attention`, but without dropout.
+    """
+    assert not variant.dropout
     B, T, H, D = q.shape
     N, G = B * T, k.shape[2]
     tokens = torch.arange(N, device=q.device)
@@ -125,8 +209,14 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) 
     else:
         piece = torch.searchsorted(cu_seqlens.long(), tokens, right=True)
     allowed = (piece[:, None] == piece[None, :]) & (tokens[:, None] >= tokens[None, :])  # (N, N)
+    if variant.window is not None:
+        allowed &= tokens[None, :] > tokens[:, None] - variant.window
     qh = q.reshape(N, G, H // G, D)
-    scores = torch.einsum("ngrd,mgd->grnm", qh, k.reshape(N, G, D)) * D**-0.5
+    scores = torch.einsum("ngrd,mgd->grnm", qh, k.reshape(N, G, D)) * (
+        D**-0.5 if variant.scale is None else variant.scale
+    )
+    if variant.softcap is not None:
+        scores = variant.softcap * torch.tanh(scores / variant.softcap)
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
     return torch.einsum("grnm,mgd->ngrd", weights, v.reshape(N, G, D)).reshape(B, T, H, D)
 
@@ -155,7 +245,9 @@ def _piece(x: Tensor, start: int, pieces: int, length: int) -> Tensor:
 
 
 @torch.library.custom_op("llammlein::attention_loop", mutates_args=(), device_types="cpu")
-def _attention_loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def _attention_loop(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """q (N, H, D), k and v (N, G, D) -> output (N, H, D) and the log of the softmax's normalisers, flat (N H,)."""
     N, H, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype)
@@ -163,7 +255,7 @@ def _attention_loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tupl
     for run in _runs(cu_seqlens):
         start, pieces, length = run
         y, y_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(_piece(x, *run) for x in (q, k, v)), 0.0, True
+            *(_piece(x, *run) for x in (q, k, v)), 0.0, True, scale=scale
         )
         _piece(out, *run).copy_(y)
         lse[start * H : (start + pieces * length) * H].view(pieces, H, length).copy_(y_lse)
@@ -171,14 +263,14 @@ def _attention_loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tupl
 
 
 @_attention_loop.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[0] * q.shape[1], dtype=lse_dtype)
 
 
 @torch.library.custom_op("llammlein::attention_loop_backward", mutates_args=(), device_types="cpu")
 def _attention_loop_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     H = q.shape[1]
     grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
@@ -186,7 +278,7 @@ def _attention_loop_backward(
         start, pieces, length = run
         run_lse = lse[start * H : (start + pieces * length) * H].view(pieces, H, length)
         made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(_piece(x, *run) for x in (grad, q, k, v, out)), run_lse, 0.0, True
+            *(_piece(x, *run) for x in (grad, q, k, v, out)), run_lse, 0.0, True, scale=scale
         )
         for whole, part in zip(grads, made, strict=True):
             _piece(whole, *run).copy_(part)
@@ -195,85 +287,208 @@ def _attention_loop_backward(
 
 @_attention_loop_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _loop_setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
+def _loop_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _loop_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-    return (*_attention_loop_backward(grad, q, k, v, out, lse, cu_seqlens), None)
+    return (*_attention_loop_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.scale), None, None)
 
 
 _attention_loop.register_autograd(_loop_backward, setup_context=_loop_setup)
 
 
-def _cpu_loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    out: Tensor = _attention_loop(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens)[0]
+def _cpu_loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None) -> Tensor:
+    out: Tensor = _attention_loop(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, scale)[0]
     return out.view(q.shape)
 
 
+# --- plain operations, for every variant and device ------------------------------------------------------------------
+
+_BLOCK = 128
+"""Queries that look at their keys together. With a window of W tokens one in 1 + W / 128 scores is computed in vain;
+64 would gain 15 % for W 128 and 4 % or less for 512 and 2048 (one CPU core, float32, T 4096)."""
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _sync_loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Pieces one by one on another device. Sync: the host reads the boundaries, since no kernel here takes them."""
-    flat = [x.flatten(0, 1) for x in (q, k, v)]
+def _plain_loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, variant: AttentionVariant) -> Tensor:
+    """Pieces one by one. Sync: off the CPU the host reads the boundaries, since no kernel here takes them."""
+    if cu_seqlens is None:
+        return cached_attention(q, k, v, variant)
+    runs = list(_runs(cu_seqlens))
+    # Slices would each have a gradient of the full size.
+    q_runs, k_runs, v_runs = (x.flatten(0, 1).split([n * length for _, n, length in runs]) for x in (q, k, v))
     outs = []
-    for run in _runs(cu_seqlens):
-        y = sdpa(*(_piece(x, *run).transpose(1, 2) for x in flat), causal=True)  # (pieces, length, H, D)
-        outs.append(y.flatten(0, 1))
+    for (_, *size), q_run, k_run, v_run in zip(runs, q_runs, k_runs, v_runs, strict=True):
+        q_run, k_run, v_run = (x.unflatten(0, size) for x in (q_run, k_run, v_run))  # (pieces, length, H or G, D)
+        outs.append(cached_attention(q_run, k_run, v_run, variant).flatten(0, 1))
     return torch.cat(outs).view(q.shape)
 
 
-# --- CUDA: variable-length kernels, each (q (N, H, D), k, v (N, G, D), cu_seqlens, T) -> (N, H, D) -------------------
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant = PLAIN, chunk: int | None = None
+) -> Tensor:
+    """Causal attention of q (B, T, H, D), the last T positions, over k and v (B, S, G, D), all of them: (B, T, H, D).
+
+    With a `chunk`, query and key must also lie in the same chunk of so many positions, counted from the first key.
+    Blocks of queries meet only the keys that one of them sees: a window needs O(T (window + block)) memory.
+    """
+    T, S = q.shape[1], k.shape[1]
+    window, weigh = variant.window, variant.softcap is not None or variant.dropout > 0
+    if T == S and not weigh and (window is None or window >= S) and (chunk is None or chunk >= S):
+        return sdpa(q, k, v, causal=T > 1, scale=variant.scale)
+    outs = []
+    start = S - T
+    for block in q.split(_BLOCK, dim=1):
+        end = start + block.shape[1]
+        first = 0 if window is None else max(0, start - window + 1)
+        if chunk is not None:
+            first = max(first, start // chunk * chunk)
+        keys, values = k[:, first:end], v[:, first:end]
+        mask = None if block.shape[1] == 1 else _visible(start, first, end, variant.window, chunk, q.device)
+        if weigh:
+            outs.append(_weighted(block, keys, values, mask, variant))
+        else:
+            outs.append(sdpa(block, keys, values, causal=False, mask=mask, scale=variant.scale))
+        start = end
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
-def _fa2(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int) -> Tensor:
+def _visible(start: int, first: int, end: int, window: int | None, chunk: int | None, device: torch.device) -> Tensor:
+    """bool (end - start, end - first): whether the queries at start..end see the keys at first..end."""
+    queries = torch.arange(start, end, device=device)[:, None]
+    keys = torch.arange(first, end, device=device)[None, :]
+    visible = queries >= keys
+    if window is not None:
+        visible &= keys > queries - window
+    if chunk is not None:
+        visible &= keys // chunk == queries // chunk
+    return visible
+
+
+def _weighted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, variant: AttentionVariant) -> Tensor:
+    """Attention with its weights written out, in float32 or better: q (B, T, H, D), k, v (B, S, G, D), mask (T, S)."""
+    B, T, H, D = q.shape
+    G = k.shape[2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scale = D**-0.5 if variant.scale is None else variant.scale
+    with torch.autocast(q.device.type, enabled=False):
+        k, v = (x.to(dtype).transpose(1, 2) for x in (k, v))  # (B, G, S, D)
+        rows = (q.to(dtype) * scale).view(B, T, G, H // G, D).permute(0, 2, 3, 1, 4)  # (B, G, H/G, T, D)
+        scores = rows.reshape(B, G, H // G * T, D) @ k.transpose(2, 3)  # (B, G, H/G T, S)
+        if variant.softcap is not None:
+            scores = variant.softcap * torch.tanh(scores / variant.softcap)
+        if mask is not None:
+            # Not in place: selective checkpointing keeps the products, and would not notice.
+            scores = scores.masked_fill(~mask.repeat(H // G, 1), -torch.inf)
+        weights = scores.softmax(dim=-1)
+        if variant.dropout:
+            weights = F.dropout(weights, variant.dropout)
+        y = (weights @ v).view(B, G, H // G, T, D).permute(0, 3, 1, 2, 4)  # (B, T, G, H/G, D)
+    return y.reshape(B, T, H, D).to(q.dtype)
+
+
+def chunk_boundaries(cu_seqlens: Tensor | None, B: int, T: int, chunk: int, device: torch.device | str) -> Tensor:
+    """The boundaries with every piece cut into chunks of `chunk` tokens, counted from the piece's start: no sync.
+
+    int32, (P+1 + N // chunk,), with the last N repeated: a piece of n tokens adds (n-1) // chunk boundaries, so this
+    holds them all, and it depends on shapes only. `cu_seqlens` and what is returned are as in the module's docstring.
+    """
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, (B + 1) * T, T, device=device)
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()  # (P,)
+    chunks = (ends - starts + chunk - 1) // chunk  # (P,)
+    behind = chunks.cumsum(0)  # (P,) chunks up to the end of each piece
+    slots = torch.arange(cu_seqlens.shape[0] + B * T // chunk, device=device)
+    piece = torch.searchsorted(behind, slots, right=True)  # P for the slots behind the last chunk
+    of = piece.clamp(max=starts.shape[0] - 1)
+    bounds = starts[of] + (slots - (behind - chunks)[of]) * chunk
+    return torch.where(piece < starts.shape[0], bounds, B * T).int()
+
+
+# --- CUDA: variable-length kernels, each (q (N, H, D), k, v (N, G, D), cu_seqlens, T, variant) -> (N, H, D) ----------
+
+
+def _options(name: str, variant: AttentionVariant) -> dict[str, Any]:
+    """How the function of `name` is told what is not the default; what is the default, old releases needn't know."""
+    values: dict[str, Any] = {feature: getattr(variant, feature) for feature in variant.features()}
+    if variant.window is not None:
+        seen = variant.window - 1  # they count the tokens to the left
+        values["window"] = seen if name == "fa4" else (seen, 0)
+    return {SERVES[name][feature]: value for feature, value in values.items()}
+
+
+def _fa2(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, variant: AttentionVariant) -> Tensor:
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
 
     y: Tensor = flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, T, T, causal=True, deterministic=torch.are_deterministic_algorithms_enabled()
+        *(q, k, v, cu_seqlens, cu_seqlens, T, T),
+        causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **_options("fa2", variant),
     )
     return y
 
 
-def _fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int) -> Tensor:
+def _fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, variant: AttentionVariant) -> Tensor:
     from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
 
     y = flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, T, T, causal=True, deterministic=torch.are_deterministic_algorithms_enabled()
+        *(q, k, v, cu_seqlens, cu_seqlens, T, T),
+        causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **_options("fa3", variant),
     )
     first: Tensor = y[0] if isinstance(y, tuple) else y  # early releases returned (out, logsumexp)
     return first
 
 
 @torch.library.custom_op("llammlein::fa4", mutates_args=(), device_types="cuda")
-def _fa4_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
+def _fa4_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, scale: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
     """FA4 is Python that generates kernels; one opaque operator keeps torch.compile from tracing into it."""
     from flash_attn.cute.interface import _flash_attn_fwd  # type: ignore[import-not-found,unused-ignore]
 
     options = _taken(_flash_attn_fwd, max_seqlen_q=T, max_seqlen_k=T, return_lse=True)
+    options |= _options("fa4", AttentionVariant(scale, window))
     out, lse, *_ = _flash_attn_fwd(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, causal=True, **options)
     return out, lse
 
 
 @_fa4_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, scale: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @torch.library.custom_op("llammlein::fa4_backward", mutates_args=(), device_types="cuda")
 def _fa4_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, T: int
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    T: int,
+    scale: float | None,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd  # type: ignore[import-not-found,unused-ignore]
 
     options = _taken(
         _flash_attn_bwd, max_seqlen_q=T, max_seqlen_k=T, deterministic=torch.are_deterministic_algorithms_enabled()
     )
+    options |= _options("fa4", AttentionVariant(scale, window))
     dq, dk, dv, *_ = _flash_attn_bwd(
         q, k, v, out, grad.contiguous(), lse, causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, **options
     )
@@ -282,35 +497,47 @@ def _fa4_backward(
 
 @_fa4_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, T: int
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    T: int,
+    scale: float | None,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _fa4_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.T = inputs
+    *tensors, ctx.T, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _fa4_autograd(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-    return (*_fa4_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.T), None, None)
+    grads = _fa4_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.T, ctx.scale, ctx.window)
+    return (*grads, None, None, None, None)
 
 
 _fa4_forward.register_autograd(_fa4_autograd, setup_context=_fa4_setup)
 
 
-def _fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int) -> Tensor:
+def _fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, variant: AttentionVariant) -> Tensor:
     # The kernel generator wants 16-byte aligned, contiguous rows; views into the fused projection are not.
-    out: Tensor = _fa4_forward(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, T)[0]
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out: Tensor = _fa4_forward(q, k, v, cu_seqlens, T, variant.scale, variant.window)[0]
     return out
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, variant: AttentionVariant) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # The signature grew from release to release; all of it is known when the block is compiled.
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in _VARLEN_OPTIONS else {"is_causal": True}
+    options |= _options("varlen", variant)
     if k.shape[1] != q.shape[1]:
         if "enable_gqa" in _VARLEN_OPTIONS:
             options["enable_gqa"] = True
@@ -330,7 +557,7 @@ def _varlen_options() -> frozenset[str]:
 
 
 _VARLEN_OPTIONS = _varlen_options()
-_VARLEN: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]] = {
+_VARLEN: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, AttentionVariant], Tensor]] = {
     "fa4": _fa4,
     "fa3": _fa3,
     "fa2": _fa2,
@@ -346,13 +573,16 @@ def _taken(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
 
 
 def _obstacle(
-    name: str, device: torch.device, dtype: torch.dtype, head_size: int, deterministic: bool, documents: bool
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    deterministic: bool,
+    features: tuple[str, ...],
 ) -> str | None:
     """Why `name` can't run, or None."""
-    if name in ("loop", "dense"):
-        return None
-    if name == "sdpa":
-        return "it can't keep documents apart without a dense mask" if documents else None
+    if name not in _VARLEN:
+        return _lacking(name, features, None)
     if device.type != "cuda":
         return f"it needs CUDA, the device is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -365,12 +595,28 @@ def _obstacle(
     if not served:
         return f"it doesn't serve compute capability {major}.{minor}"
     if name == "varlen":
-        return None if _VARLEN_OPTIONS else "this torch has no torch.nn.attention.varlen"
+        if not _VARLEN_OPTIONS:
+            return "this torch has no torch.nn.attention.varlen"
+        return _lacking(name, features, _VARLEN_OPTIONS)
     try:
         module = importlib.import_module(_MODULES[name])
     except Exception as error:  # a broken build of an optional package must not stop the others; the log shows it
         first_line = (str(error).splitlines() or [""])[0]
         return f"{_MODULES[name]} does not import ({type(error).__name__}: {first_line})"
-    if name == "fa4" and deterministic and "deterministic" not in inspect.signature(module._flash_attn_bwd).parameters:
+    functions = ("_flash_attn_fwd", "_flash_attn_bwd") if name == "fa4" else ("flash_attn_varlen_func",)
+    parameters = [set(inspect.signature(getattr(module, function)).parameters) for function in functions]
+    if name == "fa4" and deterministic and "deterministic" not in parameters[1]:
         return "this release has no deterministic backward"
+    return _lacking(name, features, frozenset(set.intersection(*parameters)))
+
+
+def _lacking(name: str, features: tuple[str, ...], arguments: frozenset[str] | None) -> str | None:
+    """What of `features` the implementation, or its release that takes these arguments, does not do; None: nothing."""
+    for feature in features:
+        if feature not in SERVES[name]:
+            return f"it {_LACKS[feature]}"
+        if arguments is not None and SERVES[name][feature] not in arguments:
+            return f"this release {_LACKS[feature]}"
+    if name == "fa2" and {"softcap", "dropout"} <= set(features):
+        return "it has no soft-cap together with attention dropout"
     return None

@@ -23,8 +23,8 @@ from torch import Tensor
 from lit_model.checksum import file_checksum, tensor_checksum
 from lit_model.config import ModelConfig
 from lit_model.hf.io import read_folder
-from lit_model.hf.llama import LazyTensors, check_names, expected_shapes
-from lit_model.model import GPT
+from lit_model.hf.table import LazyTensors, check_names
+from lit_model.model import GPT, parameter_shapes
 from lit_model.sharded import SafeReader as SafeReader
 from lit_model.sharded import ShardedTensors
 
@@ -204,7 +204,7 @@ def load_tensors(path: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
         return read_folder(path)
     checkpoint = Checkpoint(path)
     config, layouts = checkpoint.model_config, checkpoint.model_layout()
-    shapes = expected_shapes(config)
+    shapes = parameter_shapes(config)
     check_names(shapes, layouts, str(path))
     for name, shape in shapes.items():
         if tuple(layouts[name].shape) != shape:

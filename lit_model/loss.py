@@ -8,7 +8,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lit_model.moe import RouterStatistics
 
 IGNORE_INDEX = -100
 """Target of a token whose prediction does not count."""
@@ -29,6 +32,22 @@ class LossOutput(NamedTuple):
     """Cross-entropy of each token in nats, float32 (B, T), detached, 0 where the target is ignored."""
     cross_entropy_sum: Tensor
     """The sum of `token_losses`: `loss_sum` without z-loss, detached."""
+    router: RouterStatistics | None = None
+    """What the routers of a model with experts did, stacked over their layers, detached."""
+
+
+def head_logits(
+    hidden: Tensor, weight: Tensor, vocab_size: int, *, bias: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """The logits of a linear head: hidden (..., C), weight (V, C), bias (V,) -> (..., vocab_size).
+
+    With a `softcap` c they are c tanh(z / c) (Gemma 2), computed in float32 or wider and given in the head's dtype.
+    """
+    logits = F.linear(hidden, weight, bias)[..., :vocab_size]
+    if softcap is None:
+        return logits
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (softcap * torch.tanh(wide / softcap)).to(logits.dtype)
 
 
 def chunked_cross_entropy(
@@ -37,19 +56,23 @@ def chunked_cross_entropy(
     targets: Tensor,
     vocab_size: int,
     *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
     z_loss: float = 0.0,
     chunk_bytes: int | None = None,
 ) -> LossOutput:
-    """-log softmax(hidden weight^T)[target] for each token, and the sum over those not ignored.
+    """-log softmax(z)[target] for each token, and the sum over those not ignored; z = hidden weight^T + bias.
 
-    `z_loss` adds z_loss * log(Z)^2 to the sum for each token not ignored, Z being its softmax's normaliser, which keeps
-    logits from drifting (Chowdhery et al. 2022, PaLM, section 5).
+    With a `softcap` c the logits z become c tanh(z / c) (Gemma 2). `z_loss` adds z_loss * log(Z)^2 to the sum for each
+    token not ignored, Z being its softmax's normaliser, which keeps logits from drifting (Chowdhery et al. 2022, PaLM,
+    section 5).
 
-    hidden (B, T, C) or (N, C); weight (V, C) with V >= vocab_size, whose rows from vocab_size on are padding and get
-    no probability; targets int64 (B, T) or (N,), IGNORE_INDEX where nothing is to be predicted. `chunk_bytes` bounds
-    the float32 logits held at once. Both gradients are made in the forward, chunk by chunk, the head's accumulated in
-    float32; under autocast the logits are computed in its dtype and the softmax in float32. (Cut cross-entropy and
-    Liger's fused linear cross-entropy rest on the same idea.)
+    hidden (B, T, C) or (N, C); weight (V, C) and bias (V,) with V >= vocab_size, whose rows from vocab_size on are
+    padding and get no probability; targets int64 (B, T) or (N,), IGNORE_INDEX where nothing is to be predicted.
+    `chunk_bytes` bounds the float32 logits held at once (with a softcap, whose gradient needs the tanh, twice that).
+    All gradients are made in the forward, chunk by chunk, those of head and bias accumulated in float32; under autocast
+    the logits are computed in its dtype and the softmax in float32. (Cut cross-entropy and Liger's fused linear
+    cross-entropy rest on the same idea.)
     """
     on_cpu = hidden.device.type == "cpu"
     if chunk_bytes is None:
@@ -64,7 +87,8 @@ def chunked_cross_entropy(
     with torch.autocast(device, enabled=False):
         flat = hidden.flatten(0, -2)  # (N, C)
         loss_sum, token_losses = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            flat, weight, targets.flatten(), vocab_size, z_loss, chunk_tokens, dtype, torch.is_grad_enabled()
+            *(flat, weight, bias, targets.flatten(), vocab_size),
+            *(softcap, z_loss, chunk_tokens, dtype, torch.is_grad_enabled()),
         )
     cross_entropy_sum = token_losses.sum() if z_loss else loss_sum.detach()
     return LossOutput(loss_sum, token_losses.view(targets.shape), cross_entropy_sum)
@@ -76,8 +100,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         vocab_size: int,
+        softcap: float | None,
         z_loss: float,
         chunk_tokens: int,
         dtype: torch.dtype,
@@ -85,13 +111,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         need_hidden = grad_enabled and ctx.needs_input_grad[0]
         need_weight = grad_enabled and ctx.needs_input_grad[1]
+        need_bias = grad_enabled and ctx.needs_input_grad[2]
+        need_any = need_hidden or need_weight or need_bias
         softmax_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         w = weight.to(dtype)
+        b = None if bias is None else bias.to(dtype)
         N = hidden.shape[0]
         token_losses = torch.empty(N, dtype=softmax_dtype, device=hidden.device)
         log_z = torch.zeros(N if z_loss else 0, dtype=softmax_dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=softmax_dtype) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=softmax_dtype) if bias is not None and need_bias else None
         for start in range(0, N, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, N))
             valid = targets[chunk] != IGNORE_INDEX  # (n,)
@@ -99,7 +129,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             target = targets[chunk].clamp_min(0).unsqueeze(-1)  # (n, 1)
             # Ignored rows are emptied on the narrow side (C, not V), so that the wide one needs no pass for them.
             h = hidden[chunk].to(dtype).masked_fill(ignored, 0)  # (n, C)
-            logits = (h @ w.t()).to(softmax_dtype)  # (n, V)
+            logits = (h @ w.t() if b is None else torch.addmm(b, h, w.t())).to(softmax_dtype)  # (n, V)
+            tanh = None
+            if softcap is not None:
+                tanh = logits.div_(softcap).tanh_()  # (n, V)
+                logits = tanh * softcap if need_any else tanh.mul_(softcap)
             logits[:, vocab_size:] = -torch.inf
             target_logits = logits.gather(1, target).squeeze(-1) if z_loss else None  # (n,)
             # In place from here: logits become log-probabilities, then probabilities, then the gradient.
@@ -107,12 +141,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             token_losses[chunk] = logits.gather(1, target).squeeze(-1).neg_().masked_fill_(~valid, 0)
             if target_logits is not None:  # the normaliser without another pass over the logits
                 log_z[chunk] = token_losses[chunk].add(target_logits).masked_fill_(~valid, 0)
-            if not (need_hidden or need_weight):
+            if not need_any:
                 continue
             probabilities = logits.exp_()
             if z_loss:
                 probabilities.mul_(1 + 2 * z_loss * log_z[chunk].unsqueeze(-1))
             probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=softmax_dtype))
+            if tanh is not None:  # the slope of c tanh(z / c) is 1 - tanh^2
+                probabilities.mul_(tanh.square_().neg_().add_(1))
+            if grad_bias is not None:  # ignored rows were emptied before the head, so that they still hold something
+                grad_bias.addmv_(probabilities.t(), valid.to(softmax_dtype))
             grad_logits = probabilities.to(dtype)  # (n, V)
             if grad_hidden is not None:
                 grad_hidden[chunk] = (grad_logits @ w).masked_fill_(ignored, 0)
@@ -120,19 +158,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.t(), h)
             elif grad_weight is not None:
                 grad_weight += grad_logits.t() @ h
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(token_losses)
         loss_sum = token_losses.sum()
         return loss_sum + z_loss * log_z.square().sum() if z_loss else loss_sum, token_losses
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_sum.to(grad_hidden.dtype)
         if grad_weight is not None:
             # In place: the head's gradient is the largest tensor of a small model. A second backward through the same
             # graph is then refused by autograd's version check, not wrong.
             grad_weight = grad_weight.mul_(grad_sum).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        if grad_bias is not None:
+            grad_bias = (grad_bias * grad_sum).to(ctx.bias_dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None

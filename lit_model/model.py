@@ -5,6 +5,8 @@ Dimensions: B batch, T tokens in a row, N = B T, C n_embd, D head size, P pieces
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
@@ -14,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lit_model.attention import Attention, KVCache, LayerCache
+from lit_model.attention import Attention, KVCache, LayerCache, RowLayout, attention_variant
 from lit_model.config import ModelConfig
-from lit_model.kernels import AttentionChoice, choose_attention
-from lit_model.loss import IGNORE_INDEX, LossOutput, chunked_cross_entropy
-from lit_model.mlp import SwiGLU
-from lit_model.norm import RMSNorm
-from lit_model.rope import RopeTable
+from lit_model.kernels import choose_attention, chunk_boundaries
+from lit_model.loss import IGNORE_INDEX, LossOutput, chunked_cross_entropy, head_logits
+from lit_model.mlp import MLP, GatedMLP
+from lit_model.moe import MoE, RouterStatistics, load_balance_loss, router_z_loss, stack_statistics
+from lit_model.norm import build_norm
+from lit_model.rope import RopeTable, positions_in_rows
 
 __all__ = ["GPT", "IGNORE_INDEX", "Block", "LossOutput"]
 
@@ -34,6 +37,7 @@ KEPT_OPERATORS = frozenset(
         "aten::addmm",
         "aten::bmm",
         "aten::baddbmm",
+        "aten::_grouped_mm",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_efficient_attention",
@@ -48,59 +52,92 @@ KEPT_OPERATORS = frozenset(
 )
 
 
-def _policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+# Draws random numbers itself when it drops attention weights: kept, it would not draw them again, and what is dropped
+# after it in the block would be another choice in the backward.
+RANDOM_OPERATORS = frozenset({"flash_attn::_flash_attn_varlen_forward"})
+
+
+def _policy(kept: frozenset[str], _: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
     name = operator.name().split(".")[0]
-    return CheckpointPolicy.MUST_SAVE if name in KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if name in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """Attention and MLP, each added to the residual stream x; which norms there are is the config's choice.
+
+    `x + post(attention(pre(x)))`, then the same with the MLP; or, with parallel_residual, both from the same x.
 
     `recompute` says what is made again in the backward instead of being kept: nothing, "full" everything but the input,
     or "op" everything but what KEPT_OPERATORS give. It happens inside of the block, so that it is compiled with it, and
     FSDP's hooks around the block are not repeated.
     """
 
-    def __init__(self, config: ModelConfig, recompute: Literal["none", "full", "op"] = "none") -> None:
+    def __init__(self, config: ModelConfig, layer: int, recompute: Literal["none", "full", "op"] = "none") -> None:
         super().__init__()
         self.recompute = recompute
-        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
-        # Kept results must not be overwritten; where they are views, PyTorch does not notice it.
-        self.attn = Attention(config, rotate_in_place=recompute != "op")
-        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.parallel_residual = config.parallel_residual
+        self.shared_attention_norm = config.shared_attention_norm
+        self.has_experts = config.layer_has_experts(layer)
         self.dropout = config.dropout
+        self.randomness = config.dropout > 0 or config.attention_dropout > 0
+        self.policy = partial(_policy, KEPT_OPERATORS - (RANDOM_OPERATORS if config.attention_dropout else set()))
+
+        def norm(wanted: bool) -> nn.Module:
+            return build_norm(config, config.n_embd) if wanted else nn.Identity()
+
+        self.norm_1 = norm(config.pre_norm)
+        # Kept results must not be overwritten; where they are views, PyTorch does not notice it.
+        self.attn = Attention(config, layer, rotate_in_place=recompute != "op")
+        self.post_attention_norm = norm(config.post_norm)
+        self.norm_2 = norm(config.pre_norm and not config.shared_attention_norm)
+        self.mlp: MoE | GatedMLP | MLP
+        if self.has_experts:
+            self.mlp = MoE(config)
+        elif config.mlp_gated:
+            self.mlp = GatedMLP(config, config.intermediate_size)
+        else:
+            self.mlp = MLP(config, config.intermediate_size)
+        self.post_mlp_norm = norm(config.post_norm)
 
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cu_seqlens: Tensor | None,
+        layout: RowLayout,
         kernel: str,
         cache: LayerCache | None = None,
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C); cos and sin float32 (B or 1, T, 1, D/2); `kernel` a name of lit_model.kernels."""
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, RouterStatistics | None]:
+        """(B, T, C) -> (B, T, C), and what the router did if there are experts.
+
+        `kernel` is a name of lit_model.kernels; `valid` bool (B, T) the tokens that count in the router's statistics.
+        """
         if self.recompute == "none" or not (self.training and torch.is_grad_enabled()):
-            return self._compute(x, cos, sin, cu_seqlens, kernel, cache)
+            return self._compute(x, layout, kernel, cache, valid)
         options: dict[str, Any] = {}
         if self.recompute == "op":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-        y: Tensor = checkpoint(
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, self.policy)
+        y: tuple[Tensor, RouterStatistics | None] = checkpoint(
             self._compute,
-            *(x, cos, sin, cu_seqlens, kernel, cache),
+            *(x, layout, kernel, cache, valid),
             use_reentrant=False,
             # Without dropout there is no randomness to repeat, and saving its state would cost a sync per block.
-            preserve_rng_state=self.dropout > 0,
+            preserve_rng_state=self.randomness,
             **options,
         )
         return y
 
     def _compute(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, kernel: str, cache: LayerCache | None
-    ) -> Tensor:
-        x = x + self._drop(self.attn(self.norm_1(x), cos, sin, cu_seqlens, kernel, cache))
-        return x + self._drop(self.mlp(self.norm_2(x)))
+        self, x: Tensor, layout: RowLayout, kernel: str, cache: LayerCache | None, valid: Tensor | None
+    ) -> tuple[Tensor, RouterStatistics | None]:
+        h = self.norm_1(x)
+        attended = self._drop(self.post_attention_norm(self.attn(h, layout, kernel, cache)))
+        if not self.parallel_residual:
+            x = x + attended
+        if not self.shared_attention_norm:
+            h = self.norm_2(x)
+        y, router = self.mlp(h, valid) if self.has_experts else (self.mlp(h), None)
+        y = self._drop(self.post_mlp_norm(y))
+        return (x + attended + y if self.parallel_residual else x + y), router
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -122,6 +159,8 @@ class GPT(nn.Module):
             n-th block ("block"), or each block but for its matrix multiplies and attention ("op").
         activation_checkpointing_every: the n of "block".
         z_loss: see lit_model.loss.
+        load_balance_loss, router_z_loss: for models with experts, the weights of two losses of the routers (see
+            lit_model.moe), each times the number of valid targets, so that they count like the mean cross-entropy.
 
     The parameters hold PyTorch's defaults until `lit_model.init.initialise`.
     """
@@ -134,29 +173,31 @@ class GPT(nn.Module):
         activation_checkpointing: Recompute = "none",
         activation_checkpointing_every: int = 2,
         z_loss: float = 0.0,
+        load_balance_loss: float = 0.0,
+        router_z_loss: float = 0.0,
     ) -> None:
         super().__init__()
         self.config = config
         self.attention = attention
         self.z_loss = z_loss
-        self.attention_choice: AttentionChoice | None = None  # of the latest forward, for the log
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
-                "h": nn.ModuleList(
-                    Block(config, _of_block(i, activation_checkpointing, activation_checkpointing_every))
-                    for i in range(config.n_layer)
-                ),
-                "ln_f": RMSNorm(config.n_embd, config.norm_eps),
-            }
+        self.load_balance_loss = load_balance_loss
+        self.router_z_loss = router_z_loss
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.padded_vocab_size, config.n_embd)})
+        if config.position_embedding == "learned":
+            self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer["h"] = nn.ModuleList(
+            Block(config, i, _of_block(i, activation_checkpointing, activation_checkpointing_every))
+            for i in range(config.n_layer)
         )
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self._rope = RopeTable(config)
+        self.transformer["ln_f"] = build_norm(config, config.n_embd)
+        self.lm_head = Head(config) if config.lm_head_bias or not config.tie_embeddings else None
+        self._rope = RopeTable(config) if any(map(config.layer_rotates, range(config.n_layer))) else None
+        self._variants = [attention_variant(config, i) for i in range(config.n_layer)]
 
     @property
     def head_weight(self) -> Tensor:
         """(V, C): the head's matrix, the embedding's when tied. Under FSDP2 whole only inside the forward."""
-        weight = self.transformer["wte"].weight if self.lm_head is None else self.lm_head.weight
+        weight = self.transformer["wte"].weight if self.config.tie_embeddings else self.lm_head.weight  # type: ignore[union-attr]
         assert isinstance(weight, Tensor)
         return weight
 
@@ -186,21 +227,89 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens exceed the model's context (block_size {self.config.block_size})")
         if cache is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens and cache exclude each other: a cache holds one document a row")
-        x = self.transformer["wte"](tokens)  # (B, T, C)
-        if self.config.dropout:
-            x = F.dropout(x, self.config.dropout, self.training)
-        cos, sin = self._rope.rows(B, T, cu_seqlens, start, tokens.device)
-        self.attention_choice = self._choose_attention(x, cu_seqlens is not None)
-        kernel = self.attention_choice.name
+        positions = positions_in_rows(B, T, cu_seqlens, start, tokens.device)  # (B or 1, T)
+        x = self._embed(tokens, positions)  # (B, T, C)
+        layout = self._layout(positions, B, T, cu_seqlens)
+        kernels = self._choose_kernels(x, layout)
+        valid = None if targets is None else targets != IGNORE_INDEX
+        routers = []
         for i, block in enumerate(self.blocks()):
-            x = block(x, cos, sin, cu_seqlens, kernel, None if cache is None else cache.layers[i])
+            x, router = block(x, layout, kernels[i], None if cache is None else cache.layers[i], valid)
+            if router is not None:
+                routers.append(router)
         x = self.transformer["ln_f"](x)
-        if targets is not None:
-            return chunked_cross_entropy(x, self.head_weight, targets, self.config.vocab_size, z_loss=self.z_loss)
-        return F.linear(x, self.head_weight)[..., : self.config.vocab_size]
+        bias, softcap = None if self.lm_head is None else self.lm_head.bias, self.config.final_logit_softcapping
+        if targets is None:
+            return head_logits(x, self.head_weight, self.config.vocab_size, bias=bias, softcap=softcap)
+        out = chunked_cross_entropy(
+            x, self.head_weight, targets, self.config.vocab_size, bias=bias, softcap=softcap, z_loss=self.z_loss
+        )
+        return self._balanced(out, stack_statistics(routers)) if routers else out
 
-    def _choose_attention(self, x: Tensor, documents: bool) -> AttentionChoice:
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.transformer["wte"](tokens)  # (B, T, C)
+        if self.config.scale_embeddings:  # rounded to the embedding's precision first, as Gemma was trained
+            x = x * torch.tensor(math.sqrt(self.config.n_embd), dtype=x.dtype).item()
+        if self.config.position_embedding == "learned":
+            x = x + self.transformer["wpe"](positions)
+        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    def _layout(self, positions: Tensor, B: int, T: int, cu_seqlens: Tensor | None) -> RowLayout:
+        cos, sin = (None, None) if self._rope is None else self._rope.rows(positions)
+        chunk, scale = self.config.attention_chunk_size, self.config.attention_temperature_scale
+        chunks, temperature = cu_seqlens, None
+        if chunk is not None and chunk < T:
+            chunks = chunk_boundaries(cu_seqlens, B, T, chunk, positions.device)
+        if scale is not None:
+            floors = torch.floor((positions.float() + 1) / self.config.attention_temperature_floor)
+            temperature = (1 + scale * torch.log1p(floors))[..., None, None]  # (B or 1, T, 1, 1)
+        return RowLayout(cos, sin, cu_seqlens, chunks, temperature)
+
+    def _choose_kernels(self, x: Tensor, layout: RowLayout) -> list[str]:
+        """A name of lit_model.kernels for each layer."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         training = self.training and torch.is_grad_enabled()
-        return choose_attention(x.device, dtype, self.config.head_size, self.attention, training, documents=documents)
+        names = []
+        for i, variant in enumerate(self._variants):
+            chunked = self.config.layer_attention(i) == "chunked"
+            documents = (layout.chunks if chunked else layout.cu_seqlens) is not None
+            variant = variant if self.training else variant._replace(dropout=0.0)
+            choice = choose_attention(
+                x.device,
+                dtype,
+                self.config.head_size,
+                self.attention,
+                training,
+                documents=documents,
+                variant=variant,
+            )
+            names.append(choice.name)
+        return names
+
+    def _balanced(self, out: LossOutput, routers: RouterStatistics) -> LossOutput:
+        """The losses of the routers added to what is minimised; `routers` is stacked over the layers with experts."""
+        loss_sum, n_targets = out.loss_sum, routers.tokens[0]
+        if self.load_balance_loss:
+            loss_sum = loss_sum + self.load_balance_loss * n_targets * load_balance_loss(routers)
+        if self.router_z_loss:
+            loss_sum = loss_sum + self.router_z_loss * n_targets * router_z_loss(routers)
+        return out._replace(loss_sum=loss_sum, router=RouterStatistics(*(part.detach() for part in routers)))
+
+
+class Head(nn.Module):
+    """The head's parameters: a matrix unless it is the embedding's, and a bias if there is one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        V = config.padded_vocab_size
+        self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(V, config.n_embd).normal_(0, 0.02))
+        self.bias = nn.Parameter(torch.zeros(V)) if config.lm_head_bias else None
+
+
+@functools.cache
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter, in the model's order; a tied matrix comes once."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -1,6 +1,9 @@
 """Rotary position embeddings, half-split (NeoX) kind, with Llama 3.1's scaling.
 
-Dimensions: B batch, T tokens in a row, N = B T, H heads, D head size, P pieces.
+Families that rotate neighbouring pairs (GPT-J, Llama 4) come in with the rows of their query and key projections
+permuted (lit_model/hf/table.py): scores do not change when both have the same permutation.
+
+Dimensions: B batch, T tokens in a row, N = B T, H heads, D head size, R rotated part of a head, P pieces.
 """
 
 from __future__ import annotations
@@ -15,14 +18,14 @@ from lit_model.config import ModelConfig
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
-    """Radians per token of each pair of dimensions, float32 (D/2,).
+    """Radians per token of each pair of dimensions, float32 (R/2,).
 
-    theta_i = base^(-2i/D) (Su et al., 2021). With scaling, as Llama 3.1's reference code does: wavelengths above
+    theta_i = base^(-2i/R) (Su et al., 2021). With scaling, as Llama 3.1's reference code does: wavelengths above
     original/low are slowed by `factor`, those below original/high stay, and between them the two are mixed linearly
     in original/wavelength. Computed in float32, as every implementation that trained such models did: at position
     2000 the rounding of a frequency is visible in the logits.
     """
-    exponents = torch.arange(0, config.head_size, 2, dtype=torch.int64, device=device).float() / config.head_size
+    exponents = torch.arange(0, config.rotary_size, 2, dtype=torch.int64, device=device).float() / config.rotary_size
     frequencies: Tensor = 1.0 / (config.rope_base**exponents)
     if config.rope_scaling is None:
         return frequencies
@@ -46,7 +49,7 @@ class RopeTable:
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def table(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (block_size, D/2)."""
+        """cos and sin, each (block_size, R/2)."""
         if device not in self._tables:
             with torch.inference_mode(False):
                 positions = torch.arange(self._config.block_size, dtype=torch.float32, device=device)
@@ -54,19 +57,21 @@ class RopeTable:
                 self._tables[device] = (angles.cos(), angles.sin())
         return self._tables[device]
 
-    def rows(
-        self, B: int, T: int, cu_seqlens: Tensor | None, start: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin for a batch, each (B or 1, T, 1, D/2).
+    def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin for positions int64 (B or 1, T), each (B or 1, T, 1, R/2)."""
+        cos, sin = self.table(positions.device)
+        return cos[positions].unsqueeze(2), sin[positions].unsqueeze(2)
 
-        Positions start at 0 at each boundary in `cu_seqlens` (int32 (P+1,) over the flattened batch), or without it
-        at `start` in each row.
-        """
-        cos, sin = self.table(device)
-        if cu_seqlens is None:
-            return cos[None, start : start + T, None], sin[None, start : start + T, None]
-        places = positions_in_pieces(cu_seqlens, B * T).view(B, T)
-        return cos[places].unsqueeze(2), sin[places].unsqueeze(2)
+
+def positions_in_rows(B: int, T: int, cu_seqlens: Tensor | None, start: int, device: torch.device) -> Tensor:
+    """Positions of a batch, int64 (B, T), or (1, T) if all rows have the same.
+
+    They start at 0 at each boundary in `cu_seqlens` (int32 (P+1,) over the flattened batch), or without it at `start`
+    in each row.
+    """
+    if cu_seqlens is None:
+        return torch.arange(start, start + T, device=device)[None]
+    return positions_in_pieces(cu_seqlens, B * T).view(B, T)
 
 
 def positions_in_pieces(cu_seqlens: Tensor, N: int) -> Tensor:
@@ -79,21 +84,25 @@ def positions_in_pieces(cu_seqlens: Tensor, N: int) -> Tensor:
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """Rotate the first `heads` heads of x (B, T, H, D); the others pass through. Keeps the dtype of x.
 
-    (a, b) -> (a cos - b sin, b cos + a sin), where a and b are the halves of a head. cos and sin are float32
-    (B or 1, T, 1, D/2). In eager mode x is overwritten: give it a tensor that nobody else needs.
+    (a, b) -> (a cos - b sin, b cos + a sin), where a and b are the halves of a head's first R dimensions; the rest of
+    it passes through. cos and sin are float32 (B or 1, T, 1, R/2). In eager mode x is overwritten: give it a tensor
+    that nobody else needs.
     """
     # A framework that casts the inputs of blocks (FSDP2's cast_forward_inputs) would blur the positions.
     assert cos.dtype == torch.float32, f"cos and sin must stay float32, got {cos.dtype}"
     if torch.compiler.is_compiling():
-        a, b = x[:, :, :heads].chunk(2, dim=-1)
+        R = 2 * cos.shape[-1]
+        a, b = x[:, :, :heads, :R].chunk(2, dim=-1)
         rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-        return torch.cat((rotated, x[:, :, heads:]), dim=2)
+        if x.shape[-1] > R:
+            rotated = torch.cat((rotated, x[:, :, :heads, R:]), dim=-1)
+        return torch.cat((rotated, x[:, :, heads:]), dim=2) if heads < x.shape[2] else rotated
     y: Tensor = _RotateInPlace.apply(x, cos, sin, heads)  # type: ignore[no-untyped-call]
     return y
 
 
 def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
-    a, b = x[:, :, :heads].chunk(2, dim=-1)
+    a, b = x[:, :, :heads, : 2 * cos.shape[-1]].chunk(2, dim=-1)
     if x.dtype in (torch.float32, torch.float64):
         new_a = (a * cos).addcmul_(b, sin, value=-1)
         b.mul_(cos).addcmul_(a, sin)

@@ -35,24 +35,82 @@ class ModelArgs:
     """Number of token ids. Default: the dataset's."""
     padding_multiple: int | None = None
     """Rows of embedding and head are padded to a multiple of this."""
+    head_size: int | None = None
+    """Width of one head. Default: n_embd / n_head."""
+    tie_embeddings: bool | None = None
+    """Whether the head uses the embedding's matrix."""
+    scale_embeddings: bool | None = None
+    """Whether the embedding's output is multiplied by sqrt(n_embd)."""
+    norm_class_name: Literal["RMSNorm", "LayerNorm"] | None = None
+    """RMSNorm, or LayerNorm with a bias."""
     norm_eps: float | None = None
-    """Epsilon of RMSNorm."""
+    """Epsilon of the norms."""
+    norm_offset: float | None = None
+    """Added to the weights of the norms; 1 in Gemma."""
+    pre_norm: bool | None = None
+    """Whether attention and MLP get a normed input."""
+    post_norm: bool | None = None
+    """Whether the output of attention and MLP is normed before it is added."""
+    parallel_residual: bool | None = None
+    """Whether the MLP sees the block's input, like the attention."""
+    shared_attention_norm: bool | None = None
+    """Whether one norm serves the inputs of attention and MLP; for parallel_residual only."""
+    position_embedding: Literal["rope", "learned"] | None = None
+    """Rotation of queries and keys, or a learned vector for each position."""
     rope_base: float | None = None
     """Base of the rotary frequencies (theta)."""
     rope_scaling: RopeScaling | None = None
     """Llama 3.1 frequency scaling: factor, low_freq_factor, high_freq_factor, original_block_size."""
-    tie_embeddings: bool | None = None
-    """Whether the head uses the embedding's matrix."""
+    rotary_size: int | None = None
+    """How many dimensions of a head are rotated. Default: all."""
+    rope_layers: list[bool] | None = None
+    """Which layers rotate, a pattern that is repeated over the layers."""
     attention_bias: bool | None = None
     """Biases in the attention's projections."""
+    attention_scores_scalar: float | None = None
+    """Attention scores are divided by this one's square root. Default: head_size."""
+    attention_logit_softcapping: float | None = None
+    """Attention scores s become c tanh(s / c)."""
+    attention_pattern: list[Literal["full", "sliding", "chunked"]] | None = None
+    """What a token sees of its document, a pattern that is repeated over the layers."""
+    sliding_window_size: int | None = None
+    """Tokens that a token of a sliding layer sees, itself included."""
+    attention_chunk_size: int | None = None
+    """Tokens of a chunk of a chunked layer."""
+    qk_norm: Literal["none", "head", "projection", "unit"] | None = None
+    """Norm of queries and keys: per head, over the whole projection, or per head without weights."""
+    attention_temperature_scale: float | None = None
+    """How much queries grow with the logarithm of their position, in layers that do not rotate."""
+    attention_temperature_floor: int | None = None
+    """Tokens from which attention_temperature_scale begins to work."""
+    mlp_gated: bool | None = None
+    """Whether the MLP is gated (SwiGLU, GeGLU)."""
+    activation: Literal["silu", "gelu", "gelu_tanh"] | None = None
+    """The MLP's activation."""
     mlp_bias: bool | None = None
     """Biases in the MLP's projections."""
+    n_expert: int | None = None
+    """Experts of a mixture-of-experts layer; 0: there are none."""
+    n_expert_per_token: int | None = None
+    """Experts that a token is sent to."""
+    moe_intermediate_size: int | None = None
+    """Width inside an expert. Default: intermediate_size."""
+    shared_expert: bool | None = None
+    """Whether one more expert sees every token."""
+    moe_layers: list[bool] | None = None
+    """Which layers have experts, a pattern that is repeated over the layers. Default: all if there are experts."""
+    lm_head_bias: bool | None = None
+    """Whether the head has a bias."""
+    final_logit_softcapping: float | None = None
+    """Logits z become c tanh(z / c)."""
     dropout: float | None = None
     """Probability of dropping an element of the embedding's output and of each residual branch."""
-    init: Literal["llammlein", "normal"] | None = None
+    attention_dropout: float | None = None
+    """Probability of dropping an attention weight; most kernels have no such thing (docs/models.md)."""
+    init: Literal["llammlein", "normal", "gpt2"] | None = None
     """Initialisation scheme, see lit_model/init.py."""
     init_std: float | None = None
-    """Standard deviation of the scheme `normal`."""
+    """Standard deviation of the schemes `normal` and `gpt2`."""
 
     def config(self, vocab_size: int, block_size: int | None) -> ModelConfig:
         """The model's config: the registry's entry with what is set here, and the data's vocabulary."""
@@ -189,6 +247,11 @@ class TrainArgs:
     """Gradients are scaled down to this global norm; 0: never."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's normaliser, which keeps logits from drifting (PaLM: 1e-4); 0: none."""
+    load_balance_loss: float | None = None
+    """Weight of the loss that keeps the experts of a mixture equally busy (Switch Transformers, eq. 4), measured on the
+    tokens of one device's micro-batch: it depends on their number. Default: 0.001 for a model with experts."""
+    router_z_loss: float | None = None
+    """Weight of the squared log of the router softmax's normaliser (ST-MoE: 1e-3), on the same tokens. Default: 0."""
     activation_checkpointing: Literal["none", "full", "block", "op"] = "none"
     """What is recomputed in the backward to save memory: `full` each block (about a third more work), `block` every
     n-th block, `op` each block but for its matrix products and its attention."""
@@ -222,8 +285,8 @@ class TrainArgs:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--train.{name} {value} must be at least 1")
-        for name in ("clip_norm", "z_loss", "prefetch_blocks"):
-            if not 0 <= getattr(self, name) < float("inf"):
+        for name in ("clip_norm", "z_loss", "load_balance_loss", "router_z_loss", "prefetch_blocks"):
+            if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise ValueError(f"--train.{name} {getattr(self, name)} must not be negative; 0 turns it off")
         if self.activation_checkpointing_every < 1:
             raise ValueError(
@@ -243,6 +306,8 @@ class OptimArgs:
     """Steps of linear warm-up; the first step already has lr / warmup_steps."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay from lr to lr_min after the warm-up."""
+    steps_before: int = 0
+    """Steps of the schedule that lie behind a model that this run goes on with (init_from): it begins after them."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
     beta1: float = 0.9
@@ -255,8 +320,9 @@ class OptimArgs:
     def __post_init__(self) -> None:
         if not 0 <= self.lr_min <= self.lr:
             raise ValueError(f"--optim.lr_min {self.lr_min} must lie between 0 and --optim.lr {self.lr}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"--optim.warmup_steps {self.warmup_steps} must not be negative")
+        for steps in ("warmup_steps", "steps_before"):
+            if getattr(self, steps) < 0:
+                raise ValueError(f"--optim.{steps} {getattr(self, steps)} must not be negative")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--optim.{name} {getattr(self, name)} must lie in [0, 1)")
@@ -394,6 +460,8 @@ class RunArgs:
     """Check devices, network, disk, data, memory and one step with the real shapes, say what was found, and end."""
     init_from: Path | None = None
     """Begin with the weights of a checkpoint or a Hugging Face folder instead of a random initialisation."""
+    init_optimizer: bool = False
+    """Take AdamW's moments and its count of updates from init_from too. The data begin with their first row."""
     seed: int = 1337
     """Of the initialisation, the order of the data and dropout."""
     timeout_s: int = 1800
@@ -441,6 +509,8 @@ class RunArgs:
             )
         if self.init_from is not None and self.model.name is not None:
             raise ValueError("--init_from brings the model's sizes with it: leave out --model.name")
+        if self.init_optimizer and self.init_from is None:
+            raise ValueError("--init_optimizer true needs --init_from, the checkpoint to take the state from")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed {self.seed} must lie in [0, 2^63)")
 

@@ -1,4 +1,7 @@
-"""Checkpoint <-> Hugging Face folder, with tokenizer and model card. The names and numbers are `lit_model/hf`'s."""
+"""Checkpoint <-> Hugging Face folder, with tokenizer and model card; and -> GGUF.
+
+The names and numbers are `lit_model/hf`'s.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ from typing import Any
 import torch
 import yaml
 
+from lit_data.gguf_tokenizer import gguf_tokenizer
 from lit_data.hf_tokenizer import write_hf_tokenizer
 from lit_data.tokenizer import Tokenizer, open_tokenizer
 from lit_model.cost import count_parameters
+from lit_model.hf.families import config_to_hf, tensors_to_hf
+from lit_model.hf.gguf import write_gguf
 from lit_model.hf.io import read_folder, write_folder
-from lit_model.hf.llama import config_to_hf, tensors_to_hf
-from lit_model.load import Checkpoint, checkpoint_step, is_hf_folder, resolve
+from lit_model.load import Checkpoint, checkpoint_step, is_hf_folder, load_tensors, resolve
 
 
 def find_tokenizer(path: Path) -> Path | None:
@@ -64,6 +69,33 @@ def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> P
         generation_config={"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True},
         extra_files={**_tokenizer_files(opened), "README.md": model_card(checkpoint)},
     )
+    return path
+
+
+def export_to_gguf(
+    source: Path,
+    output: Path,
+    *,
+    dtype: str = "float16",
+    tokenizer: Path | None = None,
+    pre_tokenizer: str | None = None,
+) -> Path:
+    """Write a checkpoint, a run folder's newest or a Hugging Face folder as one GGUF file, whole or not at all.
+
+    Args:
+        dtype: of the matrices: float32, float16 or bfloat16.
+        tokenizer: default: the one beside the model. Raises ValueError if there is none.
+        pre_tokenizer: see `lit_data.gguf_tokenizer`.
+
+    Returns the checkpoint that was read. Raises ValueError or FileNotFoundError that name the path.
+    """
+    path = resolve(source)
+    found = tokenizer or find_tokenizer(path)
+    if found is None:
+        raise ValueError(f"{path} has no tokenizer beside it: give one by --tokenizer")
+    config, tensors = load_tensors(path)
+    keys = gguf_tokenizer(open_tokenizer(found), config.vocab_size, pre_tokenizer)
+    write_gguf(output, config, tensors, dtype=dtype, tokenizer=keys)
     return path
 
 

@@ -22,8 +22,11 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from torch.distributed.distributed_c10d import _get_default_store as get_store
 
 from lit_data.packed import write_json
-from lit_model.cost import count_parameters
-from lit_model.kernels import choose_attention
+from lit_model.attention import attention_variant
+from lit_model.config import ModelConfig
+from lit_model.cost import count_active_parameters, count_parameters
+from lit_model.hf.families import family_of
+from lit_model.kernels import AttentionChoice, choose_attention
 from lit_model.load import list_checkpoints
 from pretrain.args import RunArgs
 from pretrain.checkpoint import checkpoint_name
@@ -131,23 +134,48 @@ def describe(run: Run) -> None:
     """Say what will happen: model, data, devices, attention kernel and why."""
     args, data, config = run.args, run.data, run.config
     dtype = torch.float32 if args.precision == "fp32" else DTYPES[args.precision]
-    kernel = choose_attention(
-        run.device, dtype, config.head_size, args.train.attention, documents=args.data.document_mask
-    )
     how = type(run.fabric.strategy).__name__.removesuffix("Strategy")
     documents, tokens = sum(d.n_documents for d in data.train), sum(d.n_tokens for d in data.train)
     rows = sum(r.n_windows for r in data.rows)
+    parameters = f"{count_parameters(config):,} parameters"
+    if config.n_expert:
+        parameters += f" ({count_active_parameters(config):,} for a token)"
     lines = [
         f"run      {run.folder}" + (f", resumed after step {run.step}" if run.step else ""),
-        f"model    {config.name or 'custom'}: {count_parameters(config):,} parameters, vocabulary {config.vocab_size}",
+        f"model    {config.name or 'custom'}: {parameters}, vocabulary {config.vocab_size}",
         f"data     {documents:,} documents, {tokens:,} tokens, {rows:,} rows of {data.block_size}, {args.data.packing}",
         f"steps    {data.max_steps:,} of {args.train.global_batch_samples * data.block_size:,} tokens",
         f"devices  {run.world_size} x {run.device.type} by {how}, {args.precision}, {torch.get_num_threads()} threads",
-        f"kernel   {kernel.name}: {kernel.reason}",
+        *kernels(run.device, dtype, config, args),
     ]
+    try:
+        family_of(config)
+    except ValueError as error:  # worth nothing to transformers, and yet a model
+        lines.append(f"warning  it can be trained and opened here, but not exported to Hugging Face: {error}")
     if args.data.mock:
         lines.append("mock     the first step's data again and again (--data.mock); nothing is recorded")
     run.fabric.print("\n".join(lines))
+
+
+def kernels(device: torch.device, dtype: torch.dtype, config: ModelConfig, args: RunArgs) -> list[str]:
+    """A line for each attention kernel that will run: which, in which layers if there are several, and why."""
+    layers: dict[AttentionChoice, list[int]] = {}
+    for i in range(config.n_layer):
+        chunked = config.layer_attention(i) == "chunked"
+        choice = choose_attention(
+            device,
+            dtype,
+            config.head_size,
+            args.train.attention,
+            documents=args.data.document_mask or chunked,
+            variant=attention_variant(config, i),
+        )
+        layers.setdefault(choice, []).append(i)
+    return [
+        f"kernel   {choice.name}: {choice.reason}"
+        + (f" (layers {', '.join(map(str, some))})" if len(layers) > 1 else "")
+        for choice, some in layers.items()
+    ]
 
 
 def leave(status: int) -> NoReturn:

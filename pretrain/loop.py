@@ -23,9 +23,10 @@ from lit_data.loader import MicroBatch, StepData
 from lit_data.order import first_sample_of_step
 from lit_model.load import checkpoint_step, list_checkpoints
 from lit_model.loss import LossOutput
+from lit_model.moe import RouterStatistics
 from pretrain.args import plain
 from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
-from pretrain.metrics import MetricsWriter, ProgressBar, Throughput
+from pretrain.metrics import ROUTER_COLUMNS, MetricsWriter, ProgressBar, Throughput, router_values
 from pretrain.optim import clip_gradients
 from pretrain.parallel import on_rank_zero, uses_fsdp
 from pretrain.schedule import learning_rate
@@ -43,12 +44,14 @@ class StepResult:
         n_targets: targets of the whole step, all ranks.
         grad_norm: global norm before clipping, float32 scalar.
         span_losses: reads the losses of the pieces; for the record's thread.
+        router: this rank's sums over its micro-batches, float64; None for a model without experts.
     """
 
     loss_sum: Tensor
     n_targets: Tensor
     grad_norm: Tensor
     span_losses: SpanLosses
+    router: RouterStatistics | None
 
 
 class RollBack(Exception):
@@ -82,6 +85,7 @@ def run_steps(run: Run) -> str | None:
     args, max_steps = run.args, run.data.max_steps
     rank_zero = run.fabric.global_rank == 0
     columns = [name for name, _ in epoch_columns(run, [0.0] * len(run.data.rows))]
+    columns += ROUTER_COLUMNS if run.config.n_expert else ()
     metrics = MetricsWriter(run.folder, args.log, plain(args), columns) if rank_zero else None
     bar = ProgressBar(run.step, max_steps, show=rank_zero)
     throughput = Throughput(run.config, run.data.block_size, run.device, run.world_size)
@@ -157,6 +161,7 @@ def train_step(run: Run, data: StepData) -> StepResult:
 
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
     piece_losses: list[Tensor] = []
+    routers: list[RouterStatistics] = []
     for m, batch in enumerate(data.micro_batches):
         last = m == len(data.micro_batches) - 1
         with sync_gradients(run, last):
@@ -167,6 +172,8 @@ def train_step(run: Run, data: StepData) -> StepResult:
             run.fabric.backward(out.loss_sum * (factor + 0 * out.loss_sum.detach()))
         loss_sum += out.cross_entropy_sum
         piece_losses.append(sum_over_pieces(out.token_losses, cu_seqlens))
+        if out.router is not None:
+            routers.append(out.router)
 
     scale = None if run.loss_scale is None else run.loss_scale.scale
     norm = clip_gradients(run.optimizer.parameters.values(), args.train.clip_norm, scale)
@@ -178,7 +185,7 @@ def train_step(run: Run, data: StepData) -> StepResult:
         run.loss_scale.update(skip)
     run.skipped += skip
     run.skipped_in_row.add_(1.0).mul_(skip)
-    return StepResult(loss_sum, n_targets, norm, read_later(piece_losses, skip))
+    return StepResult(loss_sum, n_targets, norm, read_later(piece_losses, skip), add_routers(routers))
 
 
 def sync_gradients(run: Run, last: bool) -> AbstractContextManager[Any]:
@@ -204,6 +211,13 @@ def sum_over_pieces(token_losses: Tensor, cu_seqlens: Tensor) -> Tensor:
     """float32 [B, T] and boundaries int32 [P + 1] -> float64 [P]: sums of neighbours, in one fixed order."""
     lengths = cu_seqlens.diff().to(torch.int64)
     return torch.segment_reduce(token_losses.reshape(-1).double(), "sum", lengths=lengths, unsafe=True, initial=0.0)
+
+
+def add_routers(routers: list[RouterStatistics]) -> RouterStatistics | None:
+    """Sums over the micro-batches of a step, float64; None where there are no experts."""
+    if not routers:
+        return None
+    return RouterStatistics(*(torch.stack(values).sum(0, dtype=torch.float64) for values in zip(*routers, strict=True)))
 
 
 def read_later(piece_losses: list[Tensor], skip: Tensor) -> SpanLosses:
@@ -239,9 +253,12 @@ def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, f
     total = result.loss_sum.clone()
     if run.world_size > 1:
         dist.all_reduce(total)
+        for value in result.router or ():
+            dist.all_reduce(value)
     loss = total / result.n_targets.clamp(min=1)
     values = [loss, result.grad_norm, run.skipped, run.skipped_in_row, run.tokens]
-    train_loss, grad_norm, skipped, in_row, tokens = torch.stack([v.double() for v in values]).tolist()
+    values += router_values(result.router) if result.router is not None else ()
+    train_loss, grad_norm, skipped, in_row, tokens, *router = torch.stack([v.double() for v in values]).tolist()
     check_progress(int(in_row), run.args.guard.max_skipped_steps, run.step, last_checkpoint_name(run, int(in_row)))
     first, _ = first_sample_of_step(run.segments, run.step)
     row: dict[str, float] = {
@@ -252,6 +269,8 @@ def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, f
         "grad_norm": grad_norm,
         "skipped": int(skipped),
     }
+    if router:
+        row |= dict(zip(ROUTER_COLUMNS, router, strict=True))
     if run.loss_scale is not None:
         row["loss_scale"] = run.loss_scale.scale.item()
     return row | throughput.read()

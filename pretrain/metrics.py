@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import resource
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from lit_model.config import ModelConfig
 from lit_model.cost import flops_per_token
+from lit_model.moe import RouterStatistics, load_balance_loss
 from pretrain.args import LogArgs
 
 COLUMNS = (
@@ -37,6 +40,14 @@ COLUMNS = (
     "seconds",  # since this process began training
 )
 
+# Only for models with experts; of all tokens of this very step that have a target.
+ROUTER_COLUMNS = (
+    "expert_load_max",  # tokens of the busiest expert of any layer, as a share of an even load
+    "expert_load_min",  # of the least busy one
+    "router_entropy",  # of the mean of the router's probabilities, as a share of ln(experts); mean over the layers
+    "load_balance_loss",  # before its weight, 1 at an even load
+)
+
 # Dense bf16 peak of one device in FLOP/s, by a part of its name (vendor data sheets).
 PEAK_FLOPS = {
     "H200": 989.5e12,
@@ -54,11 +65,15 @@ PEAK_FLOPS = {
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the rows after `step` from metrics.csv, and a last row that a killed run left unfinished. Atomic."""
+    """Drop the rows after `step` from metrics.csv, and a last row that a killed run left unfinished. Atomic.
+
+    A run at step 0 begins with a row of its own, so that none is kept.
+    """
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)
-    header, rows = lines[0], [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= step]
+    header, rows = lines[0], lines[1:] if step > 0 else []
+    rows = [line for line in rows if line.endswith("\n") and int(line.split(",", 1)[0]) <= step]
     temporary = path.with_name(".metrics.csv.tmp")
     with open(temporary, "w") as f:
         f.writelines([header, *rows])
@@ -153,6 +168,15 @@ class _WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def router_values(router: RouterStatistics) -> Tensor:
+    """The values of ROUTER_COLUMNS, on the device, from sums over a step (of L layers and E experts)."""
+    n_expert = router.assigned.shape[-1]
+    load = n_expert * router.assigned / router.assigned.sum(-1, keepdim=True).clamp(min=1)  # (L, E)
+    mean = router.probability / router.tokens.unsqueeze(-1).clamp(min=1)  # (L, E)
+    entropy = torch.special.entr(mean).sum(-1).mean() / math.log(n_expert) if n_expert > 1 else load.new_ones(())
+    return torch.stack([load.max(), load.min(), entropy, load_balance_loss(router)])
 
 
 class Throughput:

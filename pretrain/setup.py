@@ -30,9 +30,17 @@ from lit_data.tokenizer_files import copy_tokenizer
 from lit_data.trace import describe_order, write_order
 from lit_model.config import ModelConfig
 from lit_model.init import copy_slice, initialise
-from lit_model.load import Checkpoint, checkpoint_step, list_checkpoints, load_tensors
+from lit_model.load import (
+    OPTIMIZER_PREFIX,
+    Checkpoint,
+    checkpoint_step,
+    is_hf_folder,
+    list_checkpoints,
+    load_tensors,
+    resolve,
+)
 from lit_model.model import GPT
-from pretrain.args import RunArgs, flat, plain
+from pretrain.args import RunArgs, TrainArgs, flat, plain
 from pretrain.checkpoint import find_checkpoint, load_state, rewind, state_tensors
 from pretrain.first_failure import begin_attempt, report_failure
 from pretrain.guards import RunLock, SpikeDetector, StopRequest
@@ -76,6 +84,8 @@ MECHANICS = (
     "train.attention",
 )
 
+LOAD_BALANCE_LOSS = 0.001  # its weight where none is given: that of Llama 4 in transformers (router_aux_loss_coef)
+STEP_COUNT = "optimizer.all/step_count"  # in a checkpoint: AdamW's updates so far
 STOPPED = "stopped.json"  # in the run folder: what a signal has ended
 
 
@@ -158,7 +168,7 @@ class Run:
     def tensors(self) -> dict[str, Tensor]:
         """The training state as a checkpoint holds it."""
         state = state_tensors(self.optimizer.parameters, self.optimizer.state)
-        return state | {"optimizer.all/step_count": self.optimizer.step_count}
+        return state | {STEP_COUNT: self.optimizer.step_count}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of one forward. FSDP casts by its own policy."""
@@ -209,6 +219,7 @@ def open_datasets(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tup
     if val is not None:
         named.append(("--data.val", val))
     config = config_of(train[0].vocab_size)
+    router_losses(args.train, config)  # raises if they do not fit
     block_size = args.train.block_size or config.block_size
     for flag, dataset in named:
         if dataset.vocab_size > config.vocab_size:
@@ -233,6 +244,16 @@ def open_datasets(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tup
     return Datasets(train, val, block_size), config
 
 
+def router_losses(args: TrainArgs, config: ModelConfig) -> dict[str, float]:
+    """The weights of the losses that steer routers, for GPT. Raises ValueError for one that has nothing to steer."""
+    given = {"load_balance_loss": args.load_balance_loss, "router_z_loss": args.router_z_loss}
+    for name, value in given.items():
+        if value and not config.n_expert:
+            raise ValueError(f"--train.{name} {value} is for a model with experts (--model.n_expert): leave it out")
+    default = {"load_balance_loss": LOAD_BALANCE_LOSS if config.n_expert else 0.0, "router_z_loss": 0.0}
+    return {name: default[name] if value is None else value for name, value in given.items()}
+
+
 def first_segments(args: RunArgs) -> list[Segment]:
     """Of a run from its beginning."""
     return [Segment(0, 0, args.train.global_batch_samples)]
@@ -252,7 +273,7 @@ def length_of(args: RunArgs, block_size: int, n_windows: int, segments: list[Seg
         assert t.max_epochs is not None
         end_sample = max(1, round(n_windows * t.max_epochs))
         max_steps = last.from_step + max(0, -(-(end_sample - last.first_sample) // last.global_batch))
-    if args.optim.warmup_steps > max_steps:
+    if args.optim.warmup_steps > max_steps + args.optim.steps_before:
         raise ValueError(f"--optim.warmup_steps {args.optim.warmup_steps} exceeds the run's {max_steps} steps")
     return max_steps, end_sample
 
@@ -308,7 +329,7 @@ def check_resume(
     args: RunArgs, meta: dict[str, Any], data: Data, config: ModelConfig, path: Path
 ) -> dict[str, tuple[Any, Any]]:
     """Refuse to go on with a run whose meaning would change, listing what differs. Returns what was allowed to."""
-    old, new = flat(meta["config"]), flat(plain(args))
+    old, new = {"optim.steps_before": 0} | flat(meta["config"]), flat(plain(args))  # older checkpoints lack it
     keys = [
         k
         for k in sorted(set(old) | set(new))
@@ -387,6 +408,8 @@ def set_up(args: RunArgs) -> Run:
     changes: list[dict[str, Any]] = []
     if checkpoint_path is not None:
         meta = Checkpoint(checkpoint_path).meta
+        if "segments" not in meta:
+            raise ValueError(f"{checkpoint_path} was imported: begin a run with --init_from instead of --resume")
         step = int(meta["step"])
         segments = [Segment(**s) for s in meta["segments"]]
         if segments[-1].global_batch != args.train.global_batch_samples:
@@ -407,6 +430,7 @@ def set_up(args: RunArgs) -> Run:
             activation_checkpointing=args.train.activation_checkpointing,
             activation_checkpointing_every=args.train.activation_checkpointing_every,
             z_loss=args.train.z_loss,
+            **router_losses(args.train, config),
         )
     if not uses_fsdp(args):
         raw.to_empty(device=fabric.device)
@@ -416,6 +440,8 @@ def set_up(args: RunArgs) -> Run:
     if args.init_from is not None and checkpoint_path is None:
         load_weights(raw, args.init_from)
     optimizer = AdamW(raw.named_parameters(), args.optim)
+    if args.init_optimizer and checkpoint_path is None:
+        load_optimizer(optimizer, optimizer_of(args))
     loss_scale = LossScale.create(fabric.device) if args.precision == "fp16" else None
 
     zero = torch.zeros((), device=fabric.device)
@@ -522,18 +548,21 @@ def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None)
     if args.init_from is None:
         return args.model.config(vocab_size, args.train.block_size)
     config = load_tensors(args.init_from)[0] if checkpoint is None else Checkpoint(checkpoint).model_config
+    if args.init_optimizer and checkpoint is None:
+        optimizer_of(args)
     block_size = args.train.block_size
     if block_size is not None and block_size > config.block_size:
         raise ValueError(
             f"--train.block_size {block_size} exceeds the {config.block_size} of --init_from {args.init_from}"
         )
     given = {k: v for k, v in vars(args.model).items() if v is not None}
+    changed = dataclasses.replace(config, **given)
     for key, value in given.items():
-        if key not in ("dropout",) and getattr(config, key) != value:
+        if key not in ("dropout", "attention_dropout") and getattr(config, key) != getattr(changed, key):
             raise ValueError(
                 f"--model.{key} {value} contradicts --init_from {args.init_from}, which has {getattr(config, key)}"
             )
-    return dataclasses.replace(config, **given)
+    return changed
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -541,6 +570,29 @@ def load_weights(model: nn.Module, path: Path) -> None:
     _, tensors = load_tensors(path)
     for name, parameter in model.named_parameters():
         copy_slice(parameter, tensors[name])
+
+
+def optimizer_of(args: RunArgs) -> Checkpoint:
+    """The checkpoint of --init_from. Raises ValueError if it does not hold AdamW's state of every parameter."""
+    assert args.init_from is not None
+    path = resolve(args.init_from)
+    if is_hf_folder(path):
+        raise ValueError(f"--init_optimizer true: --init_from {path} is a Hugging Face folder, without an optimizer")
+    checkpoint = Checkpoint(path)
+    shapes = {name: tuple(layout.shape) for name, layout in checkpoint.model_layout().items()}
+    wanted = {f"{OPTIMIZER_PREFIX}{name}/{key}": s for name, s in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
+    wanted[STEP_COUNT] = ()
+    found = set(checkpoint.names())
+    for name, shape in wanted.items():
+        if name not in found or tuple(checkpoint.layout(name).shape) != shape:
+            raise ValueError(f"--init_optimizer true: --init_from {path} holds no {name} of shape {shape}")
+    return checkpoint
+
+
+def load_optimizer(optimizer: AdamW, checkpoint: Checkpoint) -> None:
+    """Copy the moments and the count of updates of a checkpoint, see `optimizer_of`, into an optimizer."""
+    for name, target in (state_tensors({}, optimizer.state) | {STEP_COUNT: optimizer.step_count}).items():
+        copy_slice(target, checkpoint.tensor(name))
 
 
 def training_loader(args: RunArgs, fabric: Fabric, data: Data, segments: list[Segment]) -> Loader:

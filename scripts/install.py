@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MIN_PYTHON = (3, 11)
 # From this version on, `install --dry-run --report` reads the wheels' metadata and leaves their bytes where they are.
 MIN_PIP = (26, 0)
-EXTRAS = "test,dev,hf,data,plots,quickstart"
+EXTRAS = "test,dev,hf,gguf,data,plots,quickstart"
 STAMP = "llammlein-installed.json"  # in .venv, written last: what is installed
 MARKER = "llammlein-installing"  # in .venv while an install is under way
 # For packages whose size no server told: CUDA 13 wheels of torch 2.13 for Linux, measured.

@@ -1,5 +1,7 @@
 """Hugging Face folders: safetensors in shards, config.json, generation_config.json. One tensor in memory at a time.
 
+The older pytorch_model.bin is read too, by a loader that runs no code.
+
 A safetensors file is 8 bytes, the length of the header (little-endian); the header, JSON of each tensor's dtype, shape
 and place; and the tensors' bytes, little-endian and without gaps. So a file can be written tensor by tensor once all
 dtypes and shapes are known.
@@ -9,8 +11,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +25,13 @@ from torch import Tensor
 
 from lit_model.checksum import byte_view
 from lit_model.config import ModelConfig
-from lit_model.hf import llama
-from lit_model.hf.llama import LazyTensors
+from lit_model.hf.families import config_from_hf, family_from_hf
+from lit_model.hf.table import LazyTensors, tensors_from_hf
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_LEGACY_SINGLE = "pytorch_model.bin"
+_LEGACY_INDEX = "pytorch_model.bin.index.json"
 # For a larger write Linux looks for large pages to cache it in, which took 3 to 8 times as long (ext4, 6.18, virtual).
 _WRITE_BYTES = 1 << 16
 _DTYPES = {
@@ -90,8 +96,8 @@ def write_folder(
 def read_folder(directory: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """The config, and a mapping from our parameter names that reads each tensor from disk when asked for it.
 
-    Raises ValueError for a folder without config.json or safetensors, for an unsupported config and for tensors that
-    are missing or unknown, naming them.
+    Raises ValueError for a folder without config.json or tensors, for an unsupported config, for tensors that are
+    missing or unknown, and for a pytorch_model.bin that would run code, naming them.
     """
     directory = Path(directory)
     path = directory / "config.json"
@@ -99,13 +105,12 @@ def read_folder(directory: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor
         raise ValueError(f"{directory} is no Hugging Face folder: it has no config.json")
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
-        config = llama.config_from_hf(hf, name=directory.name)
-    except (ValueError, TypeError) as error:
+        family, config = family_from_hf(hf), config_from_hf(hf, name=directory.name)
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    files = _tensor_files(directory)
-    lazy = LazyTensors(files, lambda name: _read_tensor(files[name], name))
+    lazy = _stored_tensors(directory)
     try:
-        return config, llama.tensors_from_hf(config, lazy)
+        return config, tensors_from_hf(family, config, lazy)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
 
@@ -173,24 +178,63 @@ def _write_all(file: Any, content: bytes | memoryview) -> None:
         view = view[file.write(view[:_WRITE_BYTES]) :]
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
-    index = directory / _INDEX
-    if index.is_file():
-        try:
-            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}); fetch the folder again") from error
-        for file in sorted(set(weight_map.values())):
-            if Path(file).name != file or not (directory / file).is_file():
-                raise ValueError(f"{index} names {file}, which is not in the folder; fetch the folder again")
-        return {name: directory / file for name, file in weight_map.items()}
-    single = directory / _SINGLE
-    if not single.is_file():
-        legacy = " (a pytorch_model.bin is not read: save it as safetensors)" if any(directory.glob("*.bin")) else ""
-        raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX}{legacy}")
-    with _open(single) as file:
-        return dict.fromkeys(file.keys(), single)
+def _stored_tensors(directory: Path) -> Mapping[str, Tensor]:
+    """The tensors of a folder by their names, each read when it is asked for. Safetensors go before older files."""
+    if (directory / _INDEX).is_file():
+        files = _indexed_files(directory, directory / _INDEX)
+    elif (directory / _SINGLE).is_file():
+        with _open(directory / _SINGLE) as file:
+            files = dict.fromkeys(file.keys(), directory / _SINGLE)
+    else:
+        return _legacy_tensors(directory)
+    return LazyTensors(files, lambda name: _read_tensor(files[name], name))
+
+
+def _indexed_files(directory: Path, index: Path) -> dict[str, Path]:
+    """Which file holds which tensor, as an index says."""
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}); fetch the folder again") from error
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or not (directory / file).is_file():
+            raise ValueError(f"{index} names {file}, which is not in the folder; fetch the folder again")
+    return {name: directory / file for name, file in weight_map.items()}
+
+
+def _legacy_tensors(directory: Path) -> Mapping[str, Tensor]:
+    """The tensors of pytorch_model.bin or its shards; the files are mapped, and read where a tensor is used."""
+    if (directory / _LEGACY_INDEX).is_file():
+        files = _indexed_files(directory, directory / _LEGACY_INDEX)
+    elif (directory / _LEGACY_SINGLE).is_file():
+        files = {}
+    else:
+        raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX} nor {_LEGACY_SINGLE}")
+    opened = {path: _open_legacy(path) for path in dict.fromkeys(files.values() or [directory / _LEGACY_SINGLE])}
+    tensors = {name: tensor for content in opened.values() for name, tensor in content.items()}
+    lacking = [name for name, path in files.items() if name not in opened[path]]
+    if lacking:
+        raise ValueError(f"{files[lacking[0]]} lacks the tensor {lacking[0]} that the index promises")
+    return tensors
+
+
+def _open_legacy(path: Path) -> dict[str, Tensor]:
+    # Files of PyTorch before 1.6 are no archives, and cannot be mapped.
+    try:
+        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except (
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+        EOFError,
+    ) as error:
+        raise ValueError(f"{path} is damaged, or it holds more than tensors and is not opened: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ValueError(f"{path} holds more than tensors by name")
+    return content
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_model import cost
 from lit_model.config import ModelConfig
-from lit_model.model import GPT
+from lit_model.init import initialise
+from lit_model.model import GPT, parameter_shapes
 from lit_model.registry import MODELS, get_config
 
 PUBLISHED = {
@@ -32,6 +33,58 @@ PUBLISHED = {
 }
 
 
+# transformers' config of the same model: what differs from the family's defaults.
+BABYLM = {"vocab_size": 48000, "hidden_size": 768, "num_hidden_layers": 12, "pad_token_id": None}
+TRANSFORMERS = {
+    "gpt-97M": ("GPT2Config", {"vocab_size": 16000, "n_positions": 256, "n_embd": 768, "n_layer": 12, "n_head": 12}),
+    "gpt-705M": ("GPT2Config", {"vocab_size": 16000, "n_positions": 256, "n_embd": 1536, "n_layer": 24, "n_head": 16}),
+    "gpt-j-97M": (
+        "GPTJConfig",
+        {"vocab_size": 16000, "n_embd": 768, "n_layer": 12, "n_head": 12, "tie_word_embeddings": True},
+    ),
+    "babylm-gemma2": ("Gemma2Config", BABYLM),
+    "babylm-olmo2": ("Olmo2Config", BABYLM),
+    "babylm-llama4": (
+        "Llama4TextConfig",
+        {
+            **BABYLM,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "intermediate_size": 768,
+            "num_local_experts": 16,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_parameters_equal_transformers(name):
+    transformers = pytest.importorskip("transformers")
+    config_class, fields = TRANSFORMERS[name]
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**fields))
+    assert cost.count_parameters(get_config(name)) == model.num_parameters()
+
+
+def test_active_parameters_of_a_mixture():
+    """babylm-llama4 by hand: 12 layers of 16 experts, one of which and a shared one see each token."""
+    config = get_config("babylm-llama4")
+    expert, attention = 3 * 768 * 768, 768 * (12 + 2 * 4) * 64 + 768 * 768
+    multiplying = 12 * (attention + 16 * 768 + 2 * expert) + 48000 * 768
+    assert cost.count_multiplying_parameters(config) == multiplying
+    assert cost.count_active_parameters(config) == multiplying + 48000 * 768 + 25 * 768
+    assert cost.count_parameters(config) == cost.count_active_parameters(config) + 12 * 15 * expert
+    three = dataclasses.replace(config, n_expert_per_token=3, moe_layers=(False, True))
+    dense = 3 * 768 * config.intermediate_size
+    assert cost.count_multiplying_parameters(three) == (
+        12 * attention + 6 * (16 * 768 + 4 * expert) + 6 * dense + 48000 * 768
+    )
+    for name in MODELS:
+        if name != "babylm-llama4":
+            assert cost.count_active_parameters(get_config(name)) == cost.count_parameters(get_config(name))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_equal_the_published_count_and_the_module(name):
     config = get_config(name)
@@ -41,28 +94,47 @@ def test_parameters_equal_the_published_count_and_the_module(name):
     assert counted == sum(p.numel() for p in model.parameters())
     assert counted == PUBLISHED.get(name, counted)
     assert not list(model.buffers())
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and ".wte." not in n)
-    if config.tie_embeddings:
-        matrices += config.padded_vocab_size * config.n_embd
-    assert cost.count_multiplying_parameters(config) == matrices
+    if not config.n_expert:
+        linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+        assert cost.count_multiplying_parameters(config) == linears + config.padded_vocab_size * config.n_embd
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"attention_bias": True, "mlp_bias": True},
-        {"tie_embeddings": True, "n_query_groups": 1},
-        {"head_size": 24, "vocab_size": 513},
-    ],
-)
-def test_parameters_of_variants(changes):
-    config = get_config("debug", **changes)
-    with torch.device("meta"):
-        model = GPT(config)
-    assert cost.count_parameters(config) == sum(p.numel() for p in model.parameters())
+GPT2 = {
+    "norm_class_name": "LayerNorm",
+    "position_embedding": "learned",
+    "mlp_gated": False,
+    "activation": "gelu_tanh",
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tie_embeddings": True,
+}
+GPTJ = {
+    "norm_class_name": "LayerNorm",
+    "rotary_size": 8,
+    "parallel_residual": True,
+    "shared_attention_norm": True,
+    "mlp_gated": False,
+    "mlp_bias": True,
+    "lm_head_bias": True,
+}
+GEMMA2 = {
+    "norm_offset": 1.0,
+    "post_norm": True,
+    "activation": "gelu_tanh",
+    "attention_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "attention_pattern": ("sliding", "full"),
+    "sliding_window_size": 64,
+    "tie_embeddings": True,
+}
+OLMO2 = {"pre_norm": False, "post_norm": True, "qk_norm": "projection"}
+QWEN3 = {"qk_norm": "head", "head_size": 32}
+EXPERTS = {"n_expert": 4, "n_expert_per_token": 2, "moe_intermediate_size": 96, "moe_layers": (True, False)}
+FAMILIES = {"gpt2": GPT2, "gptj": GPTJ, "gemma2": GEMMA2, "olmo2": OLMO2, "qwen3": QWEN3, "experts": EXPERTS}
+PLAIN = [{}, {"tie_embeddings": True}, {"n_query_groups": 4, "head_size": 32}]
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"n_query_groups": 4, "head_size": 32}])
+@pytest.mark.parametrize("changes", [*PLAIN, *FAMILIES.values()], ids=[*map(str, PLAIN), *FAMILIES])
 def test_flops_equal_torchs_counter(changes):
     """With attention as plain matrix multiplies over the whole square, as the formula counts it."""
     config = get_config("debug", **changes)
@@ -78,6 +150,24 @@ def test_flops_equal_torchs_counter(changes):
     assert cost.flops_per_token(config, B * T) > per_token
 
 
+@pytest.mark.parametrize(("window", "T"), [(7, 64), (64, 64), (100, 64)])
+def test_attention_flops_follow_what_a_token_sees(window, T):
+    """Against counting the pairs of a mask; on average they leave out up to half a token, of the token itself."""
+    causal = torch.ones(T, T).tril()
+    chunks = torch.block_diag(*torch.ones(-(-T // window), window, window))[:T, :T]
+    none = cost.flops_per_token(get_config("debug"), 0)
+    for kind, mask, fields in (
+        ("full", causal, {}),
+        ("sliding", causal.triu(1 - window), {"sliding_window_size": window}),
+        ("chunked", causal * chunks, {"attention_chunk_size": window}),
+    ):
+        config = get_config("debug", attention_pattern=("full", kind), **fields)
+        of_a_pair = 12 * config.n_head * config.head_size
+        seen = mask.sum(1)
+        assert (cost.flops_per_token(config, T) - none) / of_a_pair - T == seen.max()
+        assert 0 <= seen.mean() - ((cost.flops_per_token(config, T, causal=True) - none) / of_a_pair - T / 2) <= 0.5
+
+
 def test_causal_halves_the_attention_term_only():
     config = get_config("LLaMmlein_1B")
     T = 2048
@@ -86,16 +176,13 @@ def test_causal_halves_the_attention_term_only():
     assert full == 6 * (1_100_310_528 - 32064 * 2048 - 45 * 2048) + 12 * 22 * 2048 * T
 
 
-def test_memory_estimate_orders_as_expected():
-    config = get_config("LLaMmlein_1B")
-    plain = cost.training_memory_bytes(config, 4, 2048)
-    assert plain > 16 * cost.count_parameters(config)
-    assert cost.training_memory_bytes(config, 4, 2048, activation_checkpointing=True) < plain
-    assert cost.training_memory_bytes(config, 8, 2048) > plain
-    assert cost.training_memory_bytes(config, 4, 2048, shards=8) < plain
-
-
-VARIANTS = [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_embeddings": True, "n_query_groups": 1}]
+VARIANTS = [
+    {},
+    {"attention_bias": True, "mlp_bias": True},
+    {"tie_embeddings": True, "n_query_groups": 1},
+    {"head_size": 24, "vocab_size": 513},
+    *FAMILIES.values(),
+]
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
@@ -103,7 +190,7 @@ def test_training_state_equals_what_is_allocated(changes):
     """Parameters, gradients and AdamW's moments of one device, byte for byte; and of FSDP's largest shards."""
     config = get_config("debug", **changes)
     model = GPT(config)
-    assert sorted(cost.parameter_shapes(config)) == sorted(tuple(p.shape) for p in model.parameters())
+    assert cost.count_parameters(config) == sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters())
     tokens = torch.zeros(2, 16, dtype=torch.int64)
     model(tokens, tokens).loss_sum.backward()
@@ -146,17 +233,16 @@ class PeakBytes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("low_precision", [False, True])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("recompute", ["none", "full", "block", "op"])
-@pytest.mark.parametrize("changes", [{}, {"n_layer": 6, "n_embd": 128, "intermediate_size": 384}])
-def test_memory_estimate_against_the_tensors_of_a_step(changes, recompute, micro_batches, low_precision):
-    """Within 5% of the most bytes that live at once; with recomputation up to 20% above on these small models."""
-    config = get_config("debug", **changes)
+WIDE = {"n_layer": 6, "n_embd": 128, "intermediate_size": 384}
+
+
+def estimate_over_measured(config, recompute="none", micro_batches=1, low_precision=False):
+    """The estimate of a step's memory, relative to the most bytes of tensors that live at once in one on the CPU."""
     B, T = 4, 128
     model = GPT(config, activation_checkpointing=recompute).train()
+    initialise(model, config, 0)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    tokens = torch.randint(0, config.vocab_size, (B, T))
+    tokens = torch.randint(0, config.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
     cu_seqlens = torch.tensor([0, T // 2, *range(T, B * T + 1, T)], dtype=torch.int32)
 
     def step():
@@ -177,8 +263,29 @@ def test_memory_estimate_against_the_tensors_of_a_step(changes, recompute, micro
     setting = cost.TrainingSetting(
         B, T, 2 if low_precision else 4, recompute=recompute, accumulates=micro_batches > 1, on_cpu=True
     )
-    ratio = cost.training_memory(config, setting).total / measured.peak
+    return cost.training_memory(config, setting).total / measured.peak
+
+
+@pytest.mark.parametrize("low_precision", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("recompute", ["none", "full", "block", "op"])
+@pytest.mark.parametrize("changes", [{}, WIDE])
+def test_memory_estimate_against_the_tensors_of_a_step(changes, recompute, micro_batches, low_precision):
+    """Within 5% of the most bytes that live at once; with recomputation up to 20% above on these small models."""
+    ratio = estimate_over_measured(get_config("debug", **changes), recompute, micro_batches, low_precision)
     assert 0.95 < ratio < (1.05 if recompute == "none" else 1.2)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "op"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_estimate_of_each_family(family, recompute):
+    """In fp32; in bf16 those whose norms and attention a CPU has fused, as the estimate takes them to be."""
+    # Scores that are capped have no fused kernel on a CPU.
+    changes = {k: v for k, v in FAMILIES[family].items() if k != "attention_logit_softcapping"}
+    config = get_config("debug", **WIDE, **changes)
+    for low_precision in (False, True) if family in ("gpt2", "gptj", "experts") else (False,):
+        ratio = estimate_over_measured(config, recompute, 1, low_precision)
+        assert 0.95 < ratio < (1.05 if recompute == "none" else 1.2), low_precision
 
 
 def test_memory_follows_the_strategy():
@@ -202,7 +309,7 @@ def test_memory_follows_the_strategy():
     ]
     assert by_blocks[0] > by_blocks[1] > by_blocks[2] == memory(recompute="block", recompute_every=1).activations
     assert by_blocks[0] > memory(recompute="op").activations > by_blocks[2]
-    assert sum(prod(shape) for shape in cost.parameter_shapes(config)) == n
+    assert sum(prod(shape) for shape in parameter_shapes(config).values()) == n
 
 
 def test_config_dict_round_trip_and_refusals():

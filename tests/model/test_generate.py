@@ -9,8 +9,8 @@ import torch
 
 from lit_model.attention import KVCache
 from lit_model.generate import generate, sample
+from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.io import write_folder
-from lit_model.hf.llama import config_to_hf, tensors_to_hf
 from lit_model.init import initialise
 from lit_model.model import GPT
 from lit_model.registry import get_config

@@ -51,6 +51,58 @@ def check_normal(p, std, name):
     assert 2.5 * std < p.abs().max() < 7 * std, name
 
 
+# Together they have every kind of parameter.
+PLAIN = {
+    "norm_class_name": "LayerNorm",
+    "position_embedding": "learned",
+    "mlp_gated": False,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "lm_head_bias": True,
+    "parallel_residual": True,
+    "shared_attention_norm": True,
+}
+EXPERTS = {
+    "n_expert": 16,
+    "moe_intermediate_size": 48,
+    "qk_norm": "head",
+    "post_norm": True,
+    "moe_layers": [True, False],
+}
+RESIDUAL = ("attn.proj.weight", "mlp.proj.weight", "mlp.shared.proj.weight", "mlp.experts.down")
+
+
+@pytest.mark.parametrize("scheme", ["llammlein", "normal", "gpt2"])
+@pytest.mark.parametrize("changes", [PLAIN, EXPERTS, {**EXPERTS, "norm_offset": 1.0}])
+def test_every_kind_of_parameter(changes, scheme):
+    config = get_config("debug", n_layer=4, init=scheme, init_std=0.03, **changes)
+    residual = {"llammlein": 1 / 8 / 4, "normal": 0.03, "gpt2": 0.03 / math.sqrt(8)}[scheme]
+    other = math.sqrt(2 / (5 * 64)) if scheme == "llammlein" else 0.03
+    drawn = set()
+    for name, p in build(config).named_parameters():
+        kind = name.split(".", 3)[-1] if ".h." in name else name
+        if p.dim() > 1:
+            check_normal(p[: config.vocab_size] if p.dim() == 2 else p, residual if kind in RESIDUAL else other, name)
+            drawn.add(kind)
+        elif name.endswith(".bias"):
+            assert (p == 0).all(), name
+        else:  # a norm, which scales by weight + offset
+            assert (p + config.norm_offset == 1).all(), name
+    attention = {"transformer.wte.weight", "lm_head.weight", "attn.qkv.weight", "attn.proj.weight"}
+    if changes is PLAIN:
+        assert drawn == attention | {"transformer.wpe.weight", "mlp.fc.weight", "mlp.proj.weight"}
+    else:
+        gated = {f"mlp.{part}{name}.weight" for part in ("", "shared.") for name in ("fc_1", "fc_2", "proj")}
+        assert drawn == attention | gated | {"mlp.router.weight", "mlp.experts.gate_up", "mlp.experts.down"}
+
+
+def test_experts_differ():
+    state = build(get_config("debug", **EXPERTS)).state_dict()
+    for name in ("gate_up", "down"):
+        experts = state[f"transformer.h.0.mlp.experts.{name}"]
+        assert not any(torch.equal(experts[0], other) for other in experts[1:])
+
+
 def test_a_tensor_depends_on_seed_and_name_only():
     small, large = build(get_config("debug", n_layer=1)), build(get_config("debug", n_layer=1, intermediate_size=300))
     key = "transformer.h.0.attn.qkv.weight"

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from lit_model.kernels import _sync_loop, attention, choose_attention, dense_attention
+from lit_model.kernels import (
+    PLAIN,
+    SERVES,
+    AttentionVariant,
+    _plain_loop,
+    attention,
+    choose_attention,
+    dense_attention,
+)
 
 # (B, T, boundaries): unequal pieces, pieces of one token, whole rows, equal neighbours, padded boundaries
 PACKINGS = {
@@ -30,12 +38,12 @@ def run(qkv, grad, heads, attend):
     return y.detach(), qkv.grad
 
 
-def check(name, dtype, heads, packing, device="cpu"):
+def check(name, dtype, heads, packing, device="cpu", variant=PLAIN):
     B, T, bounds = packing
     cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
     qkv, grad, split = draw(B, T, *heads, dtype, device)
-    y, g = run(qkv, grad, split, lambda q, k, v: attention(q, k, v, cu, name))
-    exact_y, exact_g = run(qkv.double(), grad.double(), split, lambda q, k, v: dense_attention(q, k, v, cu))
+    y, g = run(qkv, grad, split, lambda q, k, v: attention(q, k, v, cu, name, variant))
+    exact_y, exact_g = run(qkv.double(), grad.double(), split, lambda q, k, v: dense_attention(q, k, v, cu, variant))
     assert y.dtype == dtype and y.shape == exact_y.shape
     if dtype == torch.float64:
         torch.testing.assert_close(y, exact_y, rtol=1e-12, atol=1e-12)
@@ -43,7 +51,7 @@ def check(name, dtype, heads, packing, device="cpu"):
         return
     # The reference's own error in this precision is the yardstick; 2 leaves room for another order of summation, and
     # the second term for batches where the reference happens to be exact.
-    own_y, own_g = run(qkv, grad, split, lambda q, k, v: dense_attention(q, k, v, cu))
+    own_y, own_g = run(qkv, grad, split, lambda q, k, v: dense_attention(q, k, v, cu, variant))
     for got, own, exact in ((y, own_y, exact_y), (g, own_g, exact_g)):
         bound = 2 * (own - exact).abs().max() + 4 * torch.finfo(dtype).eps * exact.abs().max()
         assert (got - exact).abs().max() <= bound
@@ -67,7 +75,7 @@ def test_loop_of_other_devices():
     B, T, bounds = PACKINGS["padded"]
     cu = torch.tensor(bounds, dtype=torch.int32)
     qkv, grad, split = draw(B, T, 6, 2, 24, torch.float64)
-    y, g = run(qkv, grad, split, lambda q, k, v: _sync_loop(q, k, v, cu))
+    y, g = run(qkv, grad, split, lambda q, k, v: _plain_loop(q, k, v, cu, PLAIN))
     exact_y, exact_g = run(qkv, grad, split, lambda q, k, v: dense_attention(q, k, v, cu))
     torch.testing.assert_close(y, exact_y, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(g, exact_g, rtol=1e-11, atol=1e-11)
@@ -93,7 +101,7 @@ def test_operator_is_registered_properly():
     qkv, _, split = draw(1, 20, 4, 2, 8, torch.float32)
     q, k, v = (x.flatten(0, 1).requires_grad_() for x in qkv.split(split, dim=2))
     cu = torch.tensor([0, 5, 20], dtype=torch.int32)
-    torch.library.opcheck(torch.ops.llammlein.attention_loop.default, (q, k, v, cu))
+    torch.library.opcheck(torch.ops.llammlein.attention_loop.default, (q, k, v, cu, 0.2))
 
 
 def test_choice_says_why():
@@ -124,9 +132,9 @@ def cuda():
     return torch.device("cuda", 0)
 
 
-def skip_unless_it_runs(name, device, dtype, head_size, documents=True):
+def skip_unless_it_runs(name, device, dtype, head_size, documents=True, variant=PLAIN):
     try:
-        choose_attention(device, dtype, head_size, name, documents=documents)
+        choose_attention(device, dtype, head_size, name, documents=documents, variant=variant)
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -141,6 +149,41 @@ LONG = (2, 512, [0, 5, 6, 300, 512, 900, 1024, 1024, 1024])
 def test_cuda_packed(cuda, name, dtype, heads):
     skip_unless_it_runs(name, cuda, dtype, heads[2])
     check(name, dtype, heads, LONG, cuda)
+
+
+VARIANTS = [
+    AttentionVariant(scale=0.2),
+    AttentionVariant(window=37),
+    AttentionVariant(window=1),
+    AttentionVariant(softcap=2.0),
+    AttentionVariant(scale=0.2, window=300, softcap=2.0),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("name", sorted(SERVES.keys() - {"dense"}))
+def test_cuda_variants(cuda, name, variant, documents):
+    skip_unless_it_runs(name, cuda, torch.bfloat16, 64, documents, variant)
+    check(name, torch.bfloat16, (8, 2, 64), LONG if documents else (2, 512, None), cuda, variant)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fa2", "loop"])
+def test_cuda_dropout_is_unbiased(cuda, name):
+    """The mean over 4096 equal rows, each with its own draw, against no dropout."""
+    variant = AttentionVariant(dropout=0.25)
+    skip_unless_it_runs(name, cuda, torch.bfloat16, 64, variant=variant)
+    qkv, _, split = draw(1, 16, 4, 2, 64, torch.bfloat16, cuda)
+    q, k, v = qkv.expand(4096, -1, -1, -1).split(split, dim=2)
+    cu = torch.arange(0, 4097 * 16, 16, dtype=torch.int32, device=cuda)
+    draws = attention(q, k, v, cu, name, variant).double()
+    exact = dense_attention(*qkv.double().split(split, dim=2), None)[0]
+    # 6 standard errors, and what bfloat16 adds to each row
+    bound = 6 * draws.std(dim=0) / 64 + 2 * torch.finfo(torch.bfloat16).eps * draws.abs().amax(dim=0)
+    assert ((draws.mean(dim=0) - exact).abs() <= bound).all()
+    assert draws.std(dim=0).min() > 0
 
 
 @pytest.mark.gpu

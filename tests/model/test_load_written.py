@@ -12,8 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lit_model.hf.families import tensors_to_hf
 from lit_model.hf.io import write_folder
-from lit_model.hf.llama import LazyTensors, expected_shapes, tensors_to_hf
+from lit_model.hf.table import LazyTensors
+from lit_model.model import parameter_shapes
 from lit_model.registry import get_config
 
 SINGLE = "model.safetensors"
@@ -96,7 +98,7 @@ def test_one_tensor_at_a_time_and_one_sync_a_file(tmp_path: Path, monkeypatch: p
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", count)
-    shapes = expected_shapes(config)
+    shapes = parameter_shapes(config)
     layout = LazyTensors(shapes, lambda name: torch.empty(shapes[name], device="meta"))
     write_folder(
         tmp_path / "out",

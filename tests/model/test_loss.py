@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_model.loss import IGNORE_INDEX, chunked_cross_entropy
+from lit_model.loss import IGNORE_INDEX, chunked_cross_entropy, head_logits
 
 
 def draw(N=37, C=24, V=96, vocab=90, ignore=0.3, seed=0, device="cpu"):
@@ -212,7 +212,7 @@ def test_z_loss_of_zero_changes_no_bit():
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         out = chunked_cross_entropy(h, w, targets, vocab, **options)
         out.loss_sum.backward()
-        results.append((*out, h.grad, w.grad))
+        results.append((*out[:3], h.grad, w.grad))
         assert torch.equal(out.loss_sum, out.cross_entropy_sum)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -225,3 +225,115 @@ def test_z_loss_is_left_out_of_the_token_losses():
     assert torch.equal(plain.cross_entropy_sum, with_z.cross_entropy_sum) and with_z.loss_sum > plain.loss_sum
     nothing = chunked_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE_INDEX), vocab, z_loss=0.1)
     assert nothing.loss_sum == 0
+
+
+# --- bias and soft-cap ----------------------------------------------------------------------------------------------
+
+HEADS = [(True, None), (False, 1.5), (True, 4.0), (True, 30.0)]  # 1.5 caps hard: logits here reach 20
+
+
+def full_loss(hidden, weight, bias, targets, vocab, softcap, z_loss):
+    """(loss to minimise, cross-entropy of each token) over full logits; float64 or as the tensors are."""
+    logits = F.linear(hidden, weight, bias)[..., :vocab]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    squares = logits.logsumexp(-1)[targets != IGNORE_INDEX].square()
+    return losses.sum() + z_loss * squares.sum(), losses
+
+
+def chunked_loss(hidden, weight, bias, targets, vocab, softcap, z_loss, chunk_tokens):
+    chunk_bytes = 4 * weight.shape[0] * chunk_tokens
+    out = chunked_cross_entropy(
+        hidden, weight, targets, vocab, bias=bias, softcap=softcap, z_loss=z_loss, chunk_bytes=chunk_bytes
+    )
+    return out.loss_sum, out.token_losses
+
+
+def losses_and_gradients(loss, hidden, weight, bias, *args, dtype=None, autocast=False):
+    """[loss, token losses, gradients of hidden, weight and, if there is one, of bias], all detached."""
+    leaves = [
+        x if x is None else x.detach().clone().to(dtype or x.dtype).requires_grad_() for x in (hidden, weight, bias)
+    ]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        total, losses = loss(*leaves, *args)
+    (0.37 * total).backward()
+    return [total.detach(), losses.detach(), *(x.grad for x in leaves if x is not None)]
+
+
+def draw_head(with_bias, N=37, C=24):
+    hidden, weight, targets, vocab = draw(N=N, C=C)
+    bias = torch.randn(weight.shape[0], generator=torch.Generator().manual_seed(9)) if with_bias else None
+    weight[vocab:] = 1e3  # padding, which must not matter
+    if bias is not None:
+        bias[vocab:] = 1e3
+    return hidden, weight, bias, targets, vocab
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 36, 37, 100])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize(("with_bias", "softcap"), HEADS)
+def test_bias_and_softcap_equal_reference(with_bias, softcap, z_loss, chunk_tokens):
+    *tensors, targets, vocab = draw_head(with_bias)
+    exact = losses_and_gradients(full_loss, *tensors, targets, vocab, softcap, z_loss, dtype=torch.float64)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        got = losses_and_gradients(chunked_loss, *tensors, targets, vocab, softcap, z_loss, chunk_tokens, dtype=dtype)
+        assert len(got) == len(exact) == 4 + with_bias
+        for value, want in zip(got, exact, strict=True):
+            assert value.dtype == dtype
+            torch.testing.assert_close(value.double(), want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+        assert (got[2][targets == IGNORE_INDEX] == 0).all() and all((g[vocab:] == 0).all() for g in got[3:])
+
+
+@pytest.mark.parametrize(("with_bias", "softcap"), HEADS)
+def test_bias_and_softcap_under_autocast_are_bounded_by_torchs_error(with_bias, softcap):
+    *tensors, targets, vocab = draw_head(with_bias, N=300, C=64)
+    exact = losses_and_gradients(full_loss, *tensors, targets, vocab, softcap, 0.01, dtype=torch.float64)
+    torchs = losses_and_gradients(full_loss, *tensors, targets, vocab, softcap, 0.01, autocast=True)
+    got = losses_and_gradients(chunked_loss, *tensors, targets, vocab, softcap, 0.01, 64, autocast=True)
+    for value, own, want in zip(got[1:], torchs[1:], exact[1:], strict=True):
+        assert value.dtype == torch.float32
+        assert (value - want).norm() <= 1.5 * (own - want).norm() + 1e-6 * want.norm()
+
+
+def test_only_the_bias_learns():
+    """With hidden and head frozen; and the losses of a run without gradients, which caps in place."""
+    hidden, weight, bias, targets, vocab = draw_head(True)
+    want = losses_and_gradients(full_loss, hidden, weight, bias, targets, vocab, 2.0, 0.3, dtype=torch.float64)
+    bias.requires_grad_()
+    total, losses = chunked_loss(hidden, weight, bias, targets, vocab, 2.0, 0.3, 8)
+    total.mul(0.37).backward()
+    torch.testing.assert_close(bias.grad.double(), want[-1], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        unlearnt, unlearnt_losses = chunked_loss(hidden, weight, bias, targets, vocab, 2.0, 0.3, 8)
+    assert torch.equal(total, unlearnt) and torch.equal(losses, unlearnt_losses)
+
+
+def test_ignored_rows_may_hold_anything_beside_a_bias():
+    hidden, weight, bias, targets, vocab = draw_head(True)
+    want = losses_and_gradients(chunked_loss, hidden, weight, bias, targets, vocab, 4.0, 0.1, 8)
+    hidden[targets == IGNORE_INDEX] = torch.inf
+    for a, b in zip(
+        losses_and_gradients(chunked_loss, hidden, weight, bias, targets, vocab, 4.0, 0.1, 8), want, strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("with_bias", "softcap"), [(False, None), *HEADS])
+def test_head_logits_are_those_of_the_loss(with_bias, softcap):
+    hidden, weight, bias, targets, vocab = draw_head(with_bias)
+    args = {"bias": bias, "softcap": softcap}
+    logits = head_logits(hidden.view(1, *hidden.shape), weight, vocab, **args)[0]
+    assert logits.shape == (37, vocab) and logits.dtype == torch.float32
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    out = chunked_cross_entropy(hidden, weight, targets, vocab, **args)
+    torch.testing.assert_close(losses, out.token_losses, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = head_logits(hidden, weight, vocab, **args)
+        plain = head_logits(hidden, weight, vocab, bias=bias)
+    assert low.dtype == torch.bfloat16
+    if softcap is not None:  # one rounding to bfloat16 away from the cap of those logits, and none beyond it
+        want = softcap * torch.tanh(plain.double() / softcap)
+        torch.testing.assert_close(low.double(), want, rtol=2**-8, atol=1e-5)
+        assert low.abs().max() <= softcap

@@ -17,7 +17,7 @@ import pytest
 import torch
 from running import ROOT, flags, train, write_dataset
 
-from lit_model.hf.llama import config_to_hf
+from lit_model.hf.families import config_to_hf
 from lit_model.load import Checkpoint
 from pretrain import saving
 

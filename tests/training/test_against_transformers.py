@@ -8,7 +8,7 @@ import pytest
 import torch
 from running import flags
 
-from lit_model.hf.llama import config_to_hf, tensors_to_hf
+from lit_model.hf.families import config_to_hf, tensors_to_hf
 from pretrain.fabric_train import parse
 from pretrain.loop import train_step
 from pretrain.schedule import learning_rate

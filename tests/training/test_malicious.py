@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint import load as dcp_load
 from torch.distributed.checkpoint import save as dcp_save
 
-from lit_model.hf.llama import config_to_hf
+from lit_model.hf.families import config_to_hf
 from lit_model.load import Checkpoint, file_checksum
 from pretrain import fabric_train
 

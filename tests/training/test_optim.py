@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
+from lit_model.model import GPT
+from lit_model.registry import get_config
 from pretrain.args import OptimArgs
 from pretrain.guards import skip_if_not_finite
-from pretrain.optim import AdamW, LossScale, clip_gradients
+from pretrain.optim import AdamW, LossScale, clip_gradients, decays
 from pretrain.schedule import learning_rate
 
 
@@ -37,6 +39,80 @@ def test_adamw_equals_torch_with_decay_on_matrices_only() -> None:
         reference.step()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
+
+
+DECAYING = {
+    "transformer.wte.weight",
+    "transformer.wpe.weight",
+    "lm_head.weight",
+    "attn.qkv.weight",
+    "attn.proj.weight",
+    "mlp.fc.weight",
+    "mlp.proj.weight",
+    "mlp.router.weight",
+    "mlp.experts.gate_up",
+    "mlp.experts.down",
+    "mlp.shared.fc_1.weight",
+    "mlp.shared.fc_2.weight",
+    "mlp.shared.proj.weight",
+}
+STAYING = {
+    "transformer.ln_f.weight",
+    "transformer.ln_f.bias",
+    "lm_head.bias",
+    "norm_1.weight",
+    "norm_1.bias",
+    "norm_2.weight",
+    "norm_2.bias",
+    "attn.qkv.bias",
+    "attn.proj.bias",
+    "attn.q_norm.weight",
+    "attn.k_norm.weight",
+    "post_attention_norm.weight",
+    "post_mlp_norm.weight",
+    "mlp.fc.bias",
+    "mlp.proj.bias",
+}
+
+
+def test_what_decays() -> None:
+    """Two models that have every kind of parameter: what a step with gradients of 0 makes smaller, and what not."""
+    plain = {
+        "norm_class_name": "LayerNorm",
+        "position_embedding": "learned",
+        "mlp_gated": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "lm_head_bias": True,
+    }
+    experts = {"n_expert": 4, "post_norm": True, "qk_norm": "projection"}
+    decaying, staying = set(), set()
+    for changes in (plain, experts):
+        parameters = dict(GPT(get_config("debug", **changes)).named_parameters())
+        optimizer = AdamW(parameters.items(), OptimArgs(weight_decay=0.5))
+        for p in parameters.values():
+            torch.nn.init.constant_(p, 2.0)
+            p.grad = torch.zeros_like(p)
+        optimizer.step(0.1)
+        for name, p in parameters.items():
+            kind = name.split(".", 3)[-1] if ".h." in name else name
+            (decaying if decays(p) else staying).add(kind)
+            torch.testing.assert_close(p.detach(), torch.full_like(p, 2.0 * (1 - 0.1 * 0.5) if decays(p) else 2.0))
+    assert decaying == DECAYING and staying == STAYING
+
+
+def test_experts_are_updated_as_separate_matrices_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    stacked = torch.nn.Parameter(torch.randn(3, 5, 7, generator=generator))
+    separate = {str(i): torch.nn.Parameter(matrix.clone()) for i, matrix in enumerate(stacked.detach())}
+    optimizers = [AdamW([("experts", stacked)], OptimArgs()), AdamW(separate.items(), OptimArgs())]
+    for _ in range(5):
+        stacked.grad = torch.randn(stacked.shape, generator=generator)
+        for p, gradient in zip(separate.values(), stacked.grad, strict=True):
+            p.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step(1e-2)
+    torch.testing.assert_close(stacked.detach(), torch.stack([p.detach() for p in separate.values()]), rtol=0, atol=0)
 
 
 def test_skipped_step_changes_nothing() -> None:

@@ -1,0 +1,127 @@
+"""Llama, GPT-J and GPT-2 of about ten million parameters on the same tokens in the same order: the loss of each.
+
+    python benchmarks/families.py --input corpus.jsonl.zst [--steps 250] [--seeds 1] [--json FILE]
+
+A BPE tokenizer of 8192 is trained on the text, and each family is trained by `fabric_train.py`, one thread each, with
+the same seeds, batches and learning rate. Widths and layers are the same; the gated MLP of Llama is narrower, so that
+the number of parameters is too. The losses are of held-out documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+from lit_model.cost import count_parameters
+from lit_model.registry import get_config
+
+SIZES = {"n_layer": 6, "n_head": 5, "n_embd": 320, "vocab_size": 8192, "tie_embeddings": True}
+# Each family's own scheme of initialisation; the MLPs hold 0.82 million parameters each.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("llama-10M", {**SIZES, "intermediate_size": 856, "init": "normal"}),
+    "GPT-J": ("gpt-j-97M", {**SIZES, "intermediate_size": 1280}),
+    "GPT-2": ("gpt-97M", {**SIZES, "intermediate_size": 1280}),
+}
+BLOCK_SIZE, ROWS = 128, 32
+
+
+def run(*arguments: object) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, arguments))} ended with {done.returncode}:\n{done.stdout[-3000:]}")
+
+
+def train(family: str, data: Path, folder: Path, steps: int, seed: int) -> dict[str, list[float]]:
+    """Validation losses, bits per byte and the steps they belong to."""
+    name, fields = FAMILIES[family]
+    settings = {
+        "model.name": name,
+        **{
+            f"model.{field}": str(value).lower() if isinstance(value, bool) else value
+            for field, value in fields.items()
+        },
+        "data.train": data / "train",
+        "data.val": data / "val",
+        "train.block_size": BLOCK_SIZE,
+        "train.global_batch_samples": ROWS,
+        "train.micro_batch_samples": ROWS,
+        "train.max_steps": steps,
+        "optim.lr": 1e-3,
+        "optim.lr_min": 1e-4,
+        "optim.warmup_steps": steps // 10,
+        "eval.every_steps": max(1, steps // 4),
+        "save.every_steps": steps,
+        "seed": seed,
+        "accelerator": "cpu",
+        "devices": 1,
+        "out_dir": folder,
+    }
+    run("pretrain/fabric_train.py", *(part for key, value in settings.items() for part in (f"--{key}", value)))
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["val_loss"]]
+    return {key: [float(row[key]) for row in rows] for key in ("step", "val_loss", "val_bits_per_byte")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, help="text, as scripts/prepare_data.py reads it")
+    parser.add_argument("--steps", type=int, default=250, help=f"of {ROWS} rows of {BLOCK_SIZE} tokens (250)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each family (1)")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    args = parser.parse_args()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        source = args.input.resolve()
+        run("scripts/train_tokenizer.py", "--input", source, "--output", work / "tok", "--vocab_size", 8192)
+        prepare = ("--input", source, "--tokenizer", work / "tok", "--output", work / "data", "--val_fraction", 0.003)
+        run("scripts/prepare_data.py", *prepare)
+        for family, (name, fields) in FAMILIES.items():
+            runs = []
+            for seed in range(1, args.seeds + 1):
+                runs.append(train(family, work / "data", work / f"{family}-{seed}", args.steps, seed))
+                print(f"{family}, seed {seed}: {runs[-1]['val_bits_per_byte']}", flush=True)
+            found[family] = {"parameters": count_parameters(get_config(name, **fields)), "runs": runs}
+    print("\n| family | parameters | validation loss, nats a token | bits per byte |\n|---|---|---|---|")
+    for family, facts in found.items():
+        losses, bits = ([one[key][-1] for one in facts["runs"]] for key in ("val_loss", "val_bits_per_byte"))
+        spread = f" ({min(losses):.4f} to {max(losses):.4f})" if args.seeds > 1 else ""
+        mean = statistics.mean
+        print(f"| {family} | {facts['parameters']:,} | {mean(losses):.4f}{spread} | {mean(bits):.4f} |")
+    if args.json:
+        facts = {
+            "date": datetime.date.today().isoformat(),
+            "command": f"python benchmarks/families.py --input {source.name} --steps {args.steps} --seeds {args.seeds}",
+            "tokens": args.steps * ROWS * BLOCK_SIZE,
+            "versions": {"torch": importlib.metadata.version("torch")},
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "families": found,
+        }
+        args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""What a family of models in transformers is: its names, its fields, and what it can compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from lit_model.config import ModelConfig
+from lit_model.hf.fields import Fields
+
+
+class Transform(Protocol):
+    """How one tensor of ours becomes theirs and back: cut, joined, rows moved; no arithmetic, so nothing is rounded.
+
+    The two are exact inverses, for weights and biases, and on the meta device too.
+    """
+
+    def to_theirs(self, tensor: Tensor) -> Sequence[Tensor]: ...
+
+    def to_ours(self, parts: Sequence[Tensor]) -> Tensor: ...
+
+
+class Entry(NamedTuple):
+    """A row of the table of names: one tensor of ours is one or more of theirs, never several of ours one of theirs."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    transform: Transform
+
+
+def _no_obstacle(config: ModelConfig) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A `model_type` of transformers. lit_model/hf/families.py says how to add one."""
+
+    model_type: str
+    """As config.json names it."""
+    architecture: str
+    """The class that `AutoModelForCausalLM` opens."""
+    free: Set[str]
+    """Fields of ModelConfig that may have any value, beyond those that are free in every family (ALWAYS_FREE)."""
+    fixed: Mapping[str, Any]
+    """Fields of ModelConfig that have one value. What is neither free nor fixed has ModelConfig's default."""
+    config_to_hf: Callable[[ModelConfig], dict[str, Any]]
+    """The family's keys of config.json; `families.config_to_hf` adds those that all families have."""
+    config_from_hf: Callable[[Fields], dict[str, Any]]
+    """ModelConfig's fields from config.json, but for those that `families.config_from_hf` adds. It must take every key
+    that the family knows: one that is left over is an error."""
+    entries: Callable[[ModelConfig], Iterator[Entry]]
+    """The table of names, in the order of the model. Without `lm_head.weight` when tied."""
+    further_obstacle: Callable[[ModelConfig], str | None] = _no_obstacle
+    """A limit that `free` and `fixed` cannot express, as a sentence."""
+    tied: bool = False
+    """Whether an absent `tie_word_embeddings` means that the head is tied."""
+    init: str = "normal"
+    """Initialisation scheme of a model that is imported and then trained anew."""
+    prefix: str = "model."
+    """Of the model below the head. Files of that model alone lack it."""
+    head: str = "lm_head.weight"
+    """Their name of the head's matrix."""
+    buffers: tuple[str, ...] = ()
+    """Patterns of names in old files that hold no parameters, beyond BUFFERS."""
+
+    def obstacle(self, config: ModelConfig) -> str | None:
+        """Why the family cannot express a config, as a sentence; None if it can."""
+        defaults = _defaults(config)
+        for field, default in defaults.items():
+            if field in self.free:
+                continue
+            value, wanted = getattr(config, field), self.fixed.get(field, default)
+            if value != wanted:
+                return f"{field} is {value!r}, and it has {wanted!r}"
+        return self.further_obstacle(config)
+
+
+# Sizes; and what concerns training alone, which a family without such fields need not carry.
+ALWAYS_FREE = {
+    "name",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "intermediate_size",
+    "block_size",
+    "vocab_size",
+    "padding_multiple",
+    "padded_vocab_size",
+    "norm_eps",
+    "tie_embeddings",
+    "dropout",
+    "attention_dropout",
+    "init",
+    "init_std",
+}
+
+
+def _defaults(config: ModelConfig) -> dict[str, Any]:
+    """What each field is where nothing else is said, for these sizes; without fields that have no effect."""
+    defaults = {field.name: field.default for field in fields(ModelConfig) if field.name not in ALWAYS_FREE}
+    defaults["n_query_groups"] = config.n_head
+    defaults["head_size"] = config.n_embd // config.n_head
+    defaults["rotary_size"] = config.head_size if config.position_embedding == "rope" else 0
+    defaults["moe_intermediate_size"] = config.intermediate_size
+    defaults["moe_layers"] = (config.n_expert > 0,)
+    without_effect = [] if config.n_expert else ["n_expert_per_token", "moe_intermediate_size", "shared_expert"]
+    if config.position_embedding != "rope":
+        without_effect += ["rope_base", "rope_scaling"]
+    if config.attention_temperature_scale is None:
+        without_effect.append("attention_temperature_floor")
+    return {field: default for field, default in defaults.items() if field not in without_effect}

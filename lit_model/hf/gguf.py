@@ -1,0 +1,193 @@
+"""One GGUF file for llama.cpp and its kin: names, metadata and tensors of the Llama-like families. Written, not read.
+
+llama.cpp knows Llama and Mistral as `llama`, and rotates neighbouring dimensions there: rows of queries and keys are
+permuted. As `qwen3` it rotates halves, as here. It computes no window in either, so that a model with one is refused.
+The `gguf` package lays out the file (`pip install gguf`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_model.config import ModelConfig
+from lit_model.hf.families import family_of
+from lit_model.hf.family import Entry
+from lit_model.hf.table import SAME, Interleaved, LazyTensors, linear, qkv_rows, tensors_to_hf
+from lit_model.model import parameter_shapes
+from lit_model.rope import rope_frequencies
+
+# model_type in transformers -> architecture in llama.cpp
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen3": "qwen3"}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_BLOCK = {
+    "norm_1": "attn_norm",
+    "attn.q_norm": "attn_q_norm",
+    "attn.k_norm": "attn_k_norm",
+    "attn.proj": "attn_output",
+    "norm_2": "ffn_norm",
+    "mlp.fc_1": "ffn_gate",
+    "mlp.fc_2": "ffn_up",
+    "mlp.proj": "ffn_down",
+}
+
+
+def architecture_of(config: ModelConfig) -> str:
+    """The architecture in llama.cpp. Raises ValueError for a model that it does not compute."""
+    family = family_of(config)
+    architecture = ARCHITECTURES.get(family.model_type)
+    if architecture is None:
+        raise ValueError(f"GGUF is written for {', '.join(ARCHITECTURES)}; this model is of family {family.model_type}")
+    window = config.sliding_window_size
+    if window is not None and window < config.block_size:
+        raise ValueError(
+            f"sliding_window_size is {window}, below block_size {config.block_size}: llama.cpp computes no window here"
+        )
+    if architecture == "qwen3" and config.attention_bias:
+        raise ValueError("attention_bias is set: llama.cpp computes none in a qwen3")
+    return architecture
+
+
+def write_gguf(
+    path: str | Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: str = "float16",
+    tokenizer: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one file; it appears whole or not at all. Tensors are read one at a time.
+
+    Args:
+        tensors: ours, by our names, in any precision; may load lazily.
+        dtype: of the matrices, a key of DTYPES. Norms and biases are float32, as llama.cpp wants them.
+        tokenizer: keys and values of `lit_data.gguf_tokenizer`; None: without, which only programs that bring
+            their own tokenizer can use.
+
+    Raises ValueError for a model that llama.cpp does not compute, and for a file that exists.
+    """
+    try:
+        import gguf  # an optional dependency
+    except ImportError as error:
+        raise ValueError("GGUF needs the gguf package: pip install gguf") from error
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"output {path} exists already; give another name or remove it")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    architecture = architecture_of(config)
+    kinds = {
+        torch.float32: gguf.GGMLQuantizationType.F32,
+        torch.float16: gguf.GGMLQuantizationType.F16,
+        torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = gguf.GGUFWriter(temporary, architecture)
+    try:
+        for key, value in {**_metadata(config, architecture, dtype), **(tokenizer or {})}.items():
+            _add(writer, gguf, key, value)
+        if tokenizer is None:
+            writer.add_tokenizer_model("none")
+        for name, like in _tensors(config, _layout(config), architecture, dtype):
+            bytes_shape = (*like.shape[:-1], like.shape[-1] * like.element_size())  # as the library wants raw types
+            writer.add_tensor_info(name, bytes_shape, _BYTE, like.nbytes, raw_dtype=kinds[like.dtype])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, tensor in _tensors(config, tensors, architecture, dtype):
+            writer.write_tensor_data(tensor.cpu().contiguous().view(torch.uint8).numpy())
+            del tensor  # before the next one is read
+        writer.flush()
+        for file in writer.fout or []:
+            os.fsync(file.fileno())
+        writer.close()
+        os.replace(temporary, path)
+    finally:
+        writer.close()
+        temporary.unlink(missing_ok=True)
+
+
+_BYTE = torch.empty(0, dtype=torch.uint8).numpy().dtype
+
+
+def _metadata(config: ModelConfig, architecture: str, dtype: str) -> dict[str, Any]:
+    """Keys of llama.cpp's loader; floats are float32 there, whole numbers uint32."""
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.block_size,
+        "embedding_length": config.n_embd,
+        "block_count": config.n_layer,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.n_head,
+        "attention.head_count_kv": config.n_query_groups,
+        "attention.key_length": config.head_size,
+        "attention.value_length": config.head_size,
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "rope.dimension_count": config.head_size,
+        "rope.freq_base": float(config.rope_base),
+    }
+    file_type = {"float32": 0, "float16": 1, "bfloat16": 32}[dtype]  # llama.cpp's enum llama_ftype
+    general = {"general.name": config.name or "model", "general.file_type": file_type}
+    return {**general, **{f"{architecture}.{key}": value for key, value in sizes.items()}}
+
+
+def _add(writer: Any, gguf: Any, key: str, value: Any) -> None:
+    """One key with the type that its value has."""
+    if isinstance(value, list):
+        writer.add_array(key, value)
+        return
+    kinds = {
+        bool: gguf.GGUFValueType.BOOL,
+        int: gguf.GGUFValueType.UINT32,
+        float: gguf.GGUFValueType.FLOAT32,
+        str: gguf.GGUFValueType.STRING,
+    }
+    writer.add_key_value(key, value, kinds[type(value)])
+
+
+def _entries(config: ModelConfig, architecture: str) -> Iterator[Entry]:
+    """The table of names: ours, and llama.cpp's."""
+    yield from linear("transformer.wte", "token_embd", bias=False)
+    permuted = architecture == "llama"
+    turns = [
+        Interleaved(heads, config.head_size) if permuted else SAME for heads in (config.n_head, config.n_query_groups)
+    ]
+    rows = qkv_rows(config, *turns, SAME)
+    for i in range(config.n_layer):
+        ours, theirs = f"transformer.h.{i}.", f"blk.{i}."
+        names = (theirs + "attn_q", theirs + "attn_k", theirs + "attn_v")
+        yield from linear(ours + "attn.qkv", names, bias=config.attention_bias, transform=rows)
+        for name, their in _BLOCK.items():
+            if name.endswith(("q_norm", "k_norm")) and config.qk_norm == "none":
+                continue
+            biased = config.attention_bias if name == "attn.proj" else config.mlp_bias and name.startswith("mlp.")
+            yield from linear(ours + name, theirs + their, bias=biased)
+    yield from linear("transformer.ln_f", "output_norm", bias=False)
+    if not config.tie_embeddings:
+        yield from linear("lm_head", "output", bias=False)
+
+
+def _tensors(
+    config: ModelConfig, tensors: Mapping[str, Tensor], architecture: str, dtype: str
+) -> Iterator[tuple[str, Tensor]]:
+    """llama.cpp's names and tensors, in the precision that is written."""
+    if config.rope_scaling is not None:
+        # By what llama.cpp divides each frequency.
+        plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
+        yield "rope_freqs.weight", plain / rope_frequencies(config)
+    family = dataclasses.replace(family_of(config), entries=lambda config: _entries(config, architecture))
+    for name, tensor in tensors_to_hf(family, config, tensors):
+        yield name, tensor.to(DTYPES[dtype] if tensor.dim() > 1 else torch.float32)
+
+
+def _layout(config: ModelConfig) -> Mapping[str, Tensor]:
+    shapes = parameter_shapes(config)
+    return LazyTensors(shapes, lambda name: torch.empty(shapes[name], device="meta"))

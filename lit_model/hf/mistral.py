@@ -1,0 +1,51 @@
+"""Mistral: a Llama whose tokens see the last sliding_window before them, in every layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lit_model.config import ModelConfig
+from lit_model.hf.family import Family
+from lit_model.hf.fields import Fields, rope_from_hf, rope_to_hf, sizes_from_hf, sizes_to_hf
+from lit_model.hf.llama import NORMS, entries_with
+
+
+def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    return {
+        **sizes_to_hf(config),
+        **rope_to_hf(config),
+        "hidden_act": "silu",
+        "sliding_window": config.sliding_window_size,
+    }
+
+
+def _config_from_hf(hf: Fields) -> dict[str, Any]:
+    hf.fixed("hidden_act", "silu")
+    sizes = sizes_from_hf(hf, block_size=131072, n_query_groups=8)
+    rope = rope_from_hf(hf, block_size=sizes["block_size"])
+    window = hf.optional("sliding_window", 4096)
+    return {
+        **sizes,
+        "rope_base": rope.base,
+        "rope_scaling": rope.scaling,
+        "attention_pattern": ("full",) if window is None else ("sliding",),
+        "sliding_window_size": window,
+    }
+
+
+def _further_obstacle(config: ModelConfig) -> str | None:
+    if config.attention_pattern in (("full",), ("sliding",)):
+        return None
+    return f"attention_pattern is {config.attention_pattern}, and its layers are alike, full or sliding"
+
+
+FAMILY = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    free={"n_query_groups", "head_size", "rope_base", "rope_scaling", "attention_pattern", "sliding_window_size"},
+    fixed={},
+    config_to_hf=_config_to_hf,
+    config_from_hf=_config_from_hf,
+    entries=lambda config: entries_with(config, NORMS),
+    further_obstacle=_further_obstacle,
+)

@@ -1,0 +1,230 @@
+"""Tensors in Hugging Face's names and ours: the transforms, and both directions, one tensor at a time.
+
+Dimensions: C n_embd, H heads, D head size, R rotated dimensions of a head, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_model.config import ModelConfig
+from lit_model.hf.family import Entry, Family, Transform
+from lit_model.model import parameter_shapes
+
+# Names in old files, of any family, that hold no parameters.
+BUFFERS = ("*.rotary_emb.inv_freq",)
+
+# Ours whose first dimension is the padded vocabulary.
+VOCABULARY = ("transformer.wte.weight", "lm_head.weight", "lm_head.bias")
+
+# --- Transforms ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Same:
+    """Nothing changes."""
+
+    def to_theirs(self, tensor: Tensor) -> Sequence[Tensor]:
+        return (tensor,)
+
+    def to_ours(self, parts: Sequence[Tensor]) -> Tensor:
+        (tensor,) = parts
+        return tensor
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """The last two dimensions change places: GPT-2's linears (in, out), Llama 4's experts (E, in, out)."""
+
+    def to_theirs(self, tensor: Tensor) -> Sequence[Tensor]:
+        return (tensor.mT if tensor.dim() > 1 else tensor,)
+
+    def to_ours(self, parts: Sequence[Tensor]) -> Tensor:
+        (tensor,) = parts
+        return tensor.mT.contiguous() if tensor.dim() > 1 else tensor
+
+
+SAME = Same()
+TRANSPOSED = Transposed()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows cut into parts of these sizes, as many as there are names of theirs; `each` is then applied to its part."""
+
+    sizes: tuple[int, ...]
+    each: tuple[Transform, ...] = ()
+
+    def to_theirs(self, tensor: Tensor) -> Sequence[Tensor]:
+        parts: Sequence[Tensor] = torch.split(tensor, list(self.sizes))
+        if self.each:
+            parts = tuple(one.to_theirs(part)[0] for one, part in zip(self.each, parts, strict=True))
+        return parts
+
+    def to_ours(self, parts: Sequence[Tensor]) -> Tensor:
+        if self.each:
+            parts = tuple(one.to_ours((part,)) for one, part in zip(self.each, parts, strict=True))
+        return torch.cat(tuple(parts))
+
+
+@dataclass(frozen=True)
+class HeadByHead:
+    """Rows q of all heads, k of all heads, v of all heads <-> q, k, v of the first head, of the second (GPT-NeoX)."""
+
+    n_head: int
+
+    def to_theirs(self, tensor: Tensor) -> Sequence[Tensor]:
+        return (_swapped(tensor, (3, self.n_head)),)
+
+    def to_ours(self, parts: Sequence[Tensor]) -> Tensor:
+        (tensor,) = parts
+        return _swapped(tensor, (self.n_head, 3))
+
+
+def _swapped(tensor: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """Rows (a, b, rest) -> (b, a, rest) for sizes (a, b)."""
+    parts: Tensor = tensor.unflatten(0, (*sizes, -1))
+    return parts.transpose(0, 1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Rows of queries or keys: ours rotate dimension i of a head with i + R/2, theirs 2 i with 2 i + 1 (GPT-J).
+
+    A permutation within the first R rows of each head, the same for queries and keys, so that scores do not change.
+    """
+
+    n_head: int
+    rotary_size: int
+
+    def to_theirs(self, tensor: Tensor) -> Sequence[Tensor]:
+        return (self._permuted(tensor, (2, self.rotary_size // 2)),)
+
+    def to_ours(self, parts: Sequence[Tensor]) -> Tensor:
+        (tensor,) = parts
+        return self._permuted(tensor, (self.rotary_size // 2, 2))
+
+    def _permuted(self, tensor: Tensor, pairs: tuple[int, int]) -> Tensor:
+        heads: Tensor = tensor.unflatten(0, (self.n_head, -1))  # (H, D, ...)
+        halves: Tensor = heads[:, : self.rotary_size].unflatten(1, pairs)
+        rotated = halves.transpose(1, 2).flatten(1, 2)  # (H, R, ...)
+        return torch.cat((rotated, heads[:, self.rotary_size :]), dim=1).flatten(0, 1)
+
+
+def qkv_rows(config: ModelConfig, *each: Transform) -> Rows:
+    """Our fused projection cut into those of queries, keys and values."""
+    D = config.head_size
+    return Rows((config.n_head * D, config.n_query_groups * D, config.n_query_groups * D), each)
+
+
+# --- Rows of a family's table ----------------------------------------------------------------------------------------
+
+
+def linear(ours: str, theirs: str | tuple[str, ...], *, bias: bool, transform: Transform = SAME) -> Iterator[Entry]:
+    """The entries of a module with a weight and, with `bias`, a bias: linears and norms."""
+    names = (theirs,) if isinstance(theirs, str) else theirs
+    for kind in ("weight", "bias") if bias else ("weight",):
+        yield Entry(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in names), transform)
+
+
+# --- Both directions -------------------------------------------------------------------------------------------------
+
+
+def tensors_to_hf(family: Family, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face's names and tensors from ours, one at a time; padding rows of the vocabulary are dropped.
+
+    `tensors` may load lazily on item access; each is let go before the next is asked for. Raises ValueError naming
+    missing, unknown or misshapen ones.
+    """
+    shapes = parameter_shapes(config)
+    check_names(shapes, tensors, "the checkpoint")
+    for ours, theirs, transform in family.entries(config):
+        tensor = tensors[ours]
+        if tuple(tensor.shape) != shapes[ours]:
+            raise ValueError(f"{ours} has shape {tuple(tensor.shape)}; the config asks for {shapes[ours]}")
+        if ours in VOCABULARY:
+            tensor = tensor[: config.vocab_size]
+        yield from zip(theirs, transform.to_theirs(tensor), strict=True)
+        del tensor  # before the next one is read
+
+
+def tensors_from_hf(family: Family, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A mapping from our names that builds each tensor when asked for it; the inverse of `tensors_to_hf`.
+
+    Padding rows are zeros: they get no probability and no gradient. Raises ValueError naming missing or unknown
+    tensors at once, misshapen ones when they are asked for. A stored head of a tied model must equal the embedding,
+    else it is an error; buffers of old files are passed over. Files of the model below the head lack its prefix.
+    """
+    entries = {entry.ours: entry for entry in family.entries(config)}
+    shapes = parameter_shapes(config)
+    assert entries.keys() == shapes.keys(), sorted(entries.keys() ^ shapes.keys())
+    wanted = {their for entry in entries.values() for their in entry.theirs} | {family.head}
+    bare = not any(name.startswith(family.prefix) for name in tensors)
+    patterns = (*BUFFERS, *family.buffers)
+    stored = {
+        (family.prefix + name if bare and name not in wanted else name): name
+        for name in tensors
+        if not any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+    if config.tie_embeddings:
+        (embedding,) = entries["transformer.wte.weight"].theirs
+        head = stored.pop(family.head, None)
+        if head and embedding in stored and not torch.equal(tensors[head], tensors[stored[embedding]]):
+            raise ValueError(f"tie_word_embeddings is set, yet {family.head} differs from {embedding}")
+        wanted.discard(family.head)
+    check_names(wanted, stored, "the Hugging Face folder")
+
+    def build(ours: str) -> Tensor:
+        _, theirs, transform = entries[ours]
+        parts = [tensors[stored[their]] for their in theirs]
+        try:
+            tensor = transform.to_ours(parts)
+        except RuntimeError:  # of no shape that can be cut or joined as the family does
+            tensor = None
+        if tensor is not None and ours in VOCABULARY and tensor.shape[0] == config.vocab_size:
+            padding = config.padded_vocab_size - config.vocab_size
+            if padding:
+                tensor = torch.cat((tensor, tensor.new_zeros(padding, *tensor.shape[1:])))
+        if tensor is None or tuple(tensor.shape) != shapes[ours]:
+            found = " and ".join(str(tuple(part.shape)) for part in parts)
+            raise ValueError(f"{' + '.join(theirs)} give shape {found}; the config asks for {shapes[ours]} ({ours})")
+        return tensor
+
+    return LazyTensors(entries, build)
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """A read-only mapping whose tensors are made on access and not kept."""
+
+    def __init__(self, names: Any, build: Callable[[str], Tensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._build = build
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._build(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def check_names(wanted: Any, found: Any, where: str) -> None:
+    """Raise ValueError naming what `found` lacks of `wanted` or has beyond it."""
+    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing or unknown:
+        parts = [f"{label} {_short(names)}" for label, names in (("lacks", missing), ("has unknown", unknown)) if names]
+        raise ValueError(f"{where} does not fit the config: it {' and '.join(parts)}")
+
+
+def _short(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,60 @@
+"""Write a checkpoint of TinyLlama, LLäMmlein, lit-gpt or litgpt as one of this project, optimizer and all.
+
+python scripts/convert_legacy.py out/LLaMmlein_1B/iter-00100000-ckpt.pth imported/llammlein-1B.pth
+
+What comes out is opened by evaluation, generation and scripts/convert_to_hf.py, and trained on from with --init_from
+(docs/legacy.md). The source is a .pth, or a litgpt folder with lit_model.pth and model_config.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from lit_model.cost import count_parameters
+from pretrain.legacy import Imported, import_legacy
+
+
+def command_to_go_on(imported: Imported, output: Path) -> str:
+    """The call of the trainer that continues the old run, as far as its checkpoint says how it went."""
+    flags: dict[str, object] = {"init_from": output}
+    if imported.optimizer:
+        flags |= {"init_optimizer": "true", "optim.steps_before": imported.step}
+        flags |= imported.settings
+    return "python pretrain/fabric_train.py " + " ".join(f"--{flag} {value}" for flag, value in flags.items())
+
+
+def main() -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a .pth file, or a folder with lit_model.pth")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="checkpoint file to write; must not exist")
+    parser.add_argument(
+        "--model",
+        metavar="NAME|FILE",
+        help="a registered model, or a model_config.yaml or lit_config.json; default: the one beside SOURCE, or the "
+        "name among its hparams",
+    )
+    parser.add_argument("--vocab_size", type=int, help="number of token ids; default: the model's")
+    parser.add_argument("--weights_only", action="store_true", help="leave the optimizer's state out")
+    args = parser.parse_args()
+    try:
+        imported = import_legacy(
+            args.source, args.output, model=args.model, vocab_size=args.vocab_size, weights_only=args.weights_only
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    config = imported.config
+    optimizer = "with its optimizer's state" if imported.optimizer else "without an optimizer's state"
+    print(f"{imported.path} -> {args.output}: step {imported.step:,}, {optimizer}")
+    print(f"  model {config.name or 'custom'}: {count_parameters(config):,} parameters, {config.vocab_size:,} ids")
+    print(f"train on with: {command_to_go_on(imported, args.output)} --data.train DIR --out_dir DIR")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

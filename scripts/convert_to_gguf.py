@@ -1,0 +1,44 @@
+"""Write a Llama-like model as one GGUF file, with its tokenizer, for llama.cpp and programs built on it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from lit_model.hf.gguf import DTYPES
+from pretrain.export import export_to_gguf
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="an iter-XXXXXXXX-ckpt.pth, a run folder (its newest), or a Hugging Face folder",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="file to write; must not exist")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the matrices (default: float16)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or file (default: the model's)")
+    parser.add_argument("--pre_tokenizer", help="llama.cpp's pre-tokenizer by name, where none cuts as the file says")
+    args = parser.parse_args()
+    try:
+        path = export_to_gguf(
+            args.checkpoint,
+            args.output,
+            dtype=args.dtype,
+            tokenizer=args.tokenizer,
+            pre_tokenizer=args.pre_tokenizer,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{path} -> {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

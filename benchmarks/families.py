@@ -71,7 +71,7 @@ def train(family: str, data: Path, folder: Path, steps: int, seed: int) -> dict[
         "optim.lr": 1e-3,
         "optim.lr_min": 1e-4,
         "optim.warmup_steps": steps // 10,
-        "eval.every_steps": max(1, steps // 4),
+        "eval.every_steps": max(1, steps // 2),
         "save.every_steps": steps,
         "seed": seed,
         "accelerator": "cpu",

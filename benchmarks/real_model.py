@@ -144,6 +144,7 @@ def main() -> int:
         "command": f"python benchmarks/real_model.py --gguf {args.gguf.name} --steps {args.steps}",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "gguf")},
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "text": [path.name for path in text],
         **found,
     }
     print(json.dumps(found, indent=1))

@@ -146,7 +146,7 @@ def train_step(run: Run, data: StepData) -> StepResult:
     """
     args = run.args
     run.model.train()
-    if run.config.dropout:
+    if run.config.dropout or run.config.attention_dropout:
         seed_step(args.seed, data.step, run.fabric.global_rank)
     numbers = (float(data.n_targets), float(data.n_inputs), *run.stop.flags())
     counts = torch.stack([torch.full((), n, dtype=torch.float64, device=run.device) for n in numbers])

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from lightning.fabric import Fabric
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from lit_data.cache import ShardCache
 from lit_data.compaction import Compactor
 from lit_data.datapoints import DatapointRecorder
-from lit_data.loader import Layout, Loader
+from lit_data.loader import Layout, Loader, bucket
 from lit_data.mixture import Mixture, phase_list
 from lit_data.order import Order, Segment, first_sample_of_step
 from lit_data.packed import PackedDataset
@@ -39,6 +40,7 @@ from lit_model.load import (
     load_tensors,
     resolve,
 )
+from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from pretrain.args import RunArgs, TrainArgs, flat, plain
 from pretrain.checkpoint import find_checkpoint, load_state, rewind, state_tensors
@@ -475,6 +477,8 @@ def set_up(args: RunArgs) -> Run:
     if not run.finished:
         run.watchdog = open_watchdog(run)
     try:
+        if not run.finished and run.world_size > 2 and not uses_fsdp(args):
+            settle_buckets(run)
         if checkpoint_path is not None:
             restore(run, checkpoint_path)
         if not run.finished:
@@ -495,6 +499,26 @@ def open_watchdog(run: Run) -> Watchdog:
     log = RankLog(run.folder, fabric.global_rank, fabric.world_size, attempt)
     store, timeout_s = control_store(attempt), run.args.guard.hang_timeout_s
     return Watchdog(store, fabric.global_rank, fabric.world_size, log, timeout_s)
+
+
+def settle_buckets(run: Run) -> None:
+    """Have DDP lay out its buckets of gradients for good, by a backward that counts for nothing.
+
+    After its first backward DDP lays them out anew, in the order in which gradients came. Where in a bucket a gradient
+    lies decides in which order more than two ranks add it up: the first step after a resume would differ, by rounding,
+    from the same step of a run that was never stopped.
+    """
+    B, T = run.args.train.micro_batch_samples, run.data.block_size
+    tokens = torch.zeros((B, T), dtype=torch.int64, device=run.device)
+    cu_seqlens = None
+    if run.args.data.document_mask:  # in a shape that steps have too, for the sake of compiled blocks
+        size = int(bucket(np.asarray([B]))[0])
+        cu_seqlens = torch.arange(size, dtype=torch.int32, device=run.device).clamp_(max=B) * T
+    run.model.train()
+    with run.autocast():
+        out: LossOutput = run.model(tokens, tokens, cu_seqlens=cu_seqlens)
+    run.fabric.backward(out.loss_sum)
+    run.optimizer.zero_grad()
 
 
 def restore(run: Run, path: Path) -> None:

@@ -63,12 +63,6 @@ def _whole_pattern(config: ModelConfig) -> list[str]:
     return [config.layer_attention(i) for i in range(config.n_layer)]
 
 
-def _further_obstacle(config: ModelConfig) -> str | None:
-    if "chunked" in config.attention_pattern:
-        return f"attention_pattern is {config.attention_pattern}, and its layers are full or sliding"
-    return None
-
-
 FAMILY = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
@@ -85,5 +79,4 @@ FAMILY = Family(
     config_to_hf=_config_to_hf,
     config_from_hf=_config_from_hf,
     entries=lambda config: entries_with(config, {**QK_NORMS, **NORMS}),
-    further_obstacle=_further_obstacle,
 )

@@ -117,6 +117,7 @@ class Tally:
             answer = bench.kill(setting, **request)
         except Exception as error:
             self.faults.append(f"{about}: {type(error).__name__}: {str(error)[:3000]}")
+            print(f"\n{self.what}: {self.faults[-1]}", flush=True)  # at once: the rest may take an hour
             assert len(self.faults) < 10, "\n".join(self.faults)
             return None
         if not answer.killed:

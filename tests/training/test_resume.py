@@ -44,10 +44,19 @@ def same_checkpoints(a: Path, b: Path) -> None:
         assert torch.equal(one.tensor(name), two.tensor(name)), name
 
 
+def test_more_than_two_ranks_add_up_in_one_order(data: Path, tmp_path: Path) -> None:
+    """DDP's first step after a resume equals the same step of the run before it: the order of a sum is visible here."""
+    run, changes = tmp_path / "run", {"devices": 4, "strategy": "ddp", "train__max_steps": 4, "save__every_steps": 2}
+    train(*flags(data, run, **changes))
+    train(*flags(data, run, resume="iter-00000002-ckpt.pth", **changes))
+    (before,) = run.glob("abandoned/*/iter-00000004-ckpt.pth")
+    same_checkpoints(before, run / "iter-00000004-ckpt.pth")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model__dropout": 0.1},
+        {"model__attention_dropout": 0.1},
         {"model__dropout": 0.1, "devices": 2, "strategy": "ddp"},
         {"model__dropout": 0.1, "devices": 2, "strategy": "fsdp", "save__state_dict_type": "sharded"},
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -42,12 +43,19 @@ from pretrain.watchdog import EXIT_HUNG, Watchdog
 MEET = timedelta(seconds=60)
 
 
-def parse(argv: list[str] | None = None) -> RunArgs:
-    """The command line -> RunArgs. Exits with a message and status 2 on an unknown flag or a wrong value."""
+@functools.cache
+def build_parser() -> ArgumentParser:
+    """The command line: the fields of RunArgs, and --config."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="fabric_train.py", description="Pretrain a decoder-only language model.")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these settings; flags override it.")
     parser.add_class_arguments(RunArgs)
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> RunArgs:
+    """The command line -> RunArgs. Exits with a message and status 2 on an unknown flag or a wrong value."""
+    parser = build_parser()
     given = sys.argv[1:] if argv is None else argv
     namespace: Namespace = parser.parse_args(["--preflight=true" if a == "--preflight" else a for a in given])
     namespace.pop("config", None)

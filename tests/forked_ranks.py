@@ -25,7 +25,7 @@ from plants import plant
 from watched_calls import PHASES, Call, Watch
 
 import pretrain.loop
-from pretrain.fabric_train import leave, main
+from pretrain.fabric_train import build_parser, leave, main
 
 SLOTS = 3 + len(PHASES)  # int64 in shared memory, of each rank:
 STEP, KILLED_NS, PHASE, ENTERED = 0, 1, 2, 3  # steps done, when it killed itself, what it does; how often it began to
@@ -171,6 +171,7 @@ def serve() -> list[str] | None:
 
 
 if __name__ == "__main__":
+    build_parser()  # half of the time of a short run; once, and not in each fork
     arguments = serve()
     if arguments is not None:
         leave(main(arguments))

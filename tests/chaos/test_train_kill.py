@@ -67,7 +67,8 @@ def points(whole: Whole, writes: int, seed: int) -> list[Point]:
     """Each rename, sync, deletion and new folder after the first step, of rank 0 and of one other rank, and `writes` of
     the writes to each file, half of these in the middle.
 
-    With two ranks each rename and sync is a kill of the rank, and one of everyone; the rest are the one or the other.
+    Each call that publishes or deletes a checkpoint, and with two ranks each rename and sync, is a kill of the rank,
+    and one of everyone; the rest are the one or the other.
     """
     rng, world_size = random.Random(seed), len(whole.answer.calls)
     found = []
@@ -76,7 +77,7 @@ def points(whole: Whole, writes: int, seed: int) -> list[Point]:
         for call in (c for c in whole.answer.calls[rank] if c.phase != "begin"):
             if call.kind == "write":
                 of_file[call.name].append(call)
-            elif call.kind in ("rename", "sync") and world_size == 2:
+            elif (call.kind in ("rename", "sync") and world_size == 2) or call.phase in ("publishing", "retention"):
                 found += [Point(rank, call, False, everyone) for everyone in (False, True)]
             else:
                 found.append(Point(rank, call, False, rng.random() < 0.5))
@@ -201,14 +202,15 @@ def test_every_call_is_seen(tmp_path: Path) -> None:
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_kill_at_each_call(bench: Bench, setting: Setting) -> None:
-    tally = Tally(f"{setting}: each call")
-    chosen = points(bench.whole(setting), writes=2, seed=SETTINGS.index(setting))
+def test_kill_at_each_call(bench: Bench, setting: Setting, pytestconfig: pytest.Config) -> None:
+    every = pytestconfig.getoption("every")
+    tally = Tally(f"{setting}: " + ("each call" if every == 1 else f"one call in {every}"))
+    chosen = points(bench.whole(setting), writes=2, seed=SETTINGS.index(setting))[::every]
     for point in chosen:
         tally.add(bench, setting, point, kill=point.request())
     tally.report()
     assert tally.missed < len(chosen) // 10
-    assert min(tally.phases[p] for p in ("saving", "publishing", "retention", "record", "compaction")) > 5
+    assert min(tally.phases[p] for p in ("saving", "publishing", "retention", "record", "compaction")) > 5 // every
 
 
 @pytest.mark.chaos

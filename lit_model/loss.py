@@ -32,6 +32,8 @@ class LossOutput(NamedTuple):
     """Cross-entropy of each token in nats, float32 (B, T), detached, 0 where the target is ignored."""
     cross_entropy_sum: Tensor
     """The sum of `token_losses`: `loss_sum` without z-loss, detached."""
+    divergence_sum: Tensor | None = None
+    """Of a student: the sum of its divergence from its teachers (lit_model.distillation), detached."""
     router: RouterStatistics | None = None
     """What the routers of a model with experts did, stacked over their layers, detached."""
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lit_model.attention import Attention, KVCache, LayerCache, RowLayout, attention_variant
 from lit_model.config import ModelConfig
+from lit_model.distillation import Distillation, Teacher, TopK, chunked_distillation
 from lit_model.kernels import choose_attention, chunk_boundaries
 from lit_model.loss import IGNORE_INDEX, LossOutput, chunked_cross_entropy, head_logits
 from lit_model.mlp import MLP, GatedMLP
@@ -25,7 +26,7 @@ from lit_model.moe import MoE, RouterStatistics, load_balance_loss, router_z_los
 from lit_model.norm import build_norm
 from lit_model.rope import RopeTable, positions_in_rows
 
-__all__ = ["GPT", "IGNORE_INDEX", "Block", "LossOutput"]
+__all__ = ["GPT", "IGNORE_INDEX", "Block", "LossOutput", "Teaching"]
 
 Recompute = Literal["none", "full", "block", "op"]
 
@@ -60,6 +61,15 @@ RANDOM_OPERATORS = frozenset({"flash_attn::_flash_attn_varlen_forward"})
 def _policy(kept: frozenset[str], _: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
     name = operator.name().split(".")[0]
     return CheckpointPolicy.MUST_SAVE if name in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class Teaching(NamedTuple):
+    """What a student is taught in one forward, see lit_model.distillation."""
+
+    teacher: Sequence[Teacher] | TopK
+    setting: Distillation
+    alpha: float
+    divergence_scale: Tensor | float
 
 
 class Block(nn.Module):
@@ -214,11 +224,16 @@ class GPT(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor | LossOutput:
+        teaching: Teaching | None = None,
+        as_teacher: float | None = None,
+    ) -> Tensor | LossOutput | Teacher:
         """tokens int64 (B, T) -> logits (B, T, vocab_size), or with targets int64 (B, T) the losses.
 
         `cu_seqlens` (int32 (P+1,), see lit_model.kernels) keeps document pieces apart: no attention between them, and
         positions restart. Without it each row is one causal sequence. With a `cache`, tokens continue those in it.
+        With `teaching` the losses are those of a student. `as_teacher`, a share in an ensemble, gives what a student
+        needs of its teacher: the last hidden states, and the head, which is whole only inside of this call when it is
+        sharded.
         Raises ValueError for more positions than block_size.
         """
         B, T = tokens.shape
@@ -239,11 +254,25 @@ class GPT(nn.Module):
                 routers.append(router)
         x = self.transformer["ln_f"](x)
         bias, softcap = None if self.lm_head is None else self.lm_head.bias, self.config.final_logit_softcapping
+        if as_teacher is not None:
+            return Teacher(x, self.head_weight, bias, softcap, as_teacher)
         if targets is None:
             return head_logits(x, self.head_weight, self.config.vocab_size, bias=bias, softcap=softcap)
-        out = chunked_cross_entropy(
-            x, self.head_weight, targets, self.config.vocab_size, bias=bias, softcap=softcap, z_loss=self.z_loss
-        )
+        if teaching is None:
+            out = chunked_cross_entropy(
+                x, self.head_weight, targets, self.config.vocab_size, bias=bias, softcap=softcap, z_loss=self.z_loss
+            )
+        else:
+            taught = chunked_distillation(
+                *(x, self.head_weight, targets, self.config.vocab_size),
+                *(teaching.teacher, teaching.setting),
+                alpha=teaching.alpha,
+                divergence_scale=teaching.divergence_scale,
+                bias=bias,
+                softcap=softcap,
+                z_loss=self.z_loss,
+            )
+            out = LossOutput(*taught[:3], divergence_sum=taught.divergence_sum)
         return self._balanced(out, stack_statistics(routers)) if routers else out
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -329,6 +329,78 @@ class OptimArgs:
 
 
 @dataclass
+class TeacherEntry:
+    """One teacher of an ensemble."""
+
+    path: Path
+    """A run folder, a checkpoint, or a Hugging Face folder."""
+    weight: float = 1.0
+    """Its share of the ensemble, relative to the others'."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"--distillation.teachers: weight {self.weight} of {self.path} must be positive")
+
+
+@dataclass
+class DistillationArgs:
+    """What a student learns from its teachers, with --objective distillation."""
+
+    teachers: list[TeacherEntry] = field(default_factory=list)
+    """Any number, of any family and size, with the data's tokenizer: [{path: a, weight: 1}, {path: b, weight: 1}]."""
+    cache: Path | None = None
+    """What scripts/cache_teacher.py wrote, in place of the teachers."""
+    divergence: Literal["forward_kl", "reverse_kl", "js", "mse", "topk_kl"] = "forward_kl"
+    """Between the teachers' distribution and the student's: KL(teacher || student), KL(student || teacher),
+    Jensen-Shannon; the mean squared difference of logits; or forward KL over the teacher's top_k tokens and all
+    others as one."""
+    top_k: int | None = None
+    """Tokens of topk_kl. With a cache: those that it holds."""
+    temperature: float = 2.0
+    """Logits are divided by it before the softmax; the divergence is multiplied by its square."""
+    alpha: float = 0.5
+    """Weight of the cross-entropy with the text; the divergence has 1 - alpha."""
+    alpha_end: float | None = None
+    """alpha at the last step. Default: it stays."""
+    alpha_schedule: Literal["linear", "cosine"] = "linear"
+    """The way from alpha to alpha_end."""
+    ensemble: Literal["logits", "probabilities"] = "logits"
+    """What is averaged over the teachers."""
+    reduction: Literal["per_token", "babyllama"] = "per_token"
+    """The divergence is a mean over tokens, as the cross-entropy is, or, as in BabyLlama, a sum over the tokens of a
+    row and a mean over rows, which weighs it as many times more as a row has tokens."""
+    teacher_precision: Literal["fp32", "bf16"] | None = None
+    """Of the teachers' weights and arithmetic. Default: the run's."""
+    teacher_device: str | None = None
+    """Where the teachers run, for example cuda:1 beside a student on cuda:0. Default: where the student does."""
+    shard_teachers: bool = False
+    """With --strategy fsdp: shard the teachers' blocks over the devices, too. Default: each device holds them whole."""
+    compile_teachers: bool = False
+    """Compile each block of the teachers."""
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "alpha_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"--distillation.{name} {value} is not in [0, 1]")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"--distillation.temperature {self.temperature} must be positive")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"--distillation.top_k {self.top_k} must be at least 1")
+        if (self.divergence == "topk_kl") != (self.top_k is not None) and self.cache is None:
+            raise ValueError("--distillation.top_k goes with --distillation.divergence topk_kl, and only with it")
+        if self.divergence == "mse" and self.ensemble != "logits":
+            raise ValueError("--distillation.divergence mse compares logits: give --distillation.ensemble logits")
+        if self.cache is not None and self.teachers:
+            raise ValueError("give --distillation.teachers or --distillation.cache, not both")
+        if self.cache is not None and self.divergence not in ("forward_kl", "topk_kl"):
+            raise ValueError(
+                f"--distillation.divergence {self.divergence} needs the teachers' whole distributions: a cache serves "
+                "topk_kl, and forward_kl if it holds the whole vocabulary"
+            )
+
+
+@dataclass
 class SaveArgs:
     """Checkpoints."""
 
@@ -462,6 +534,10 @@ class RunArgs:
     """Begin with the weights of a checkpoint or a Hugging Face folder instead of a random initialisation."""
     init_optimizer: bool = False
     """Take AdamW's moments and its count of updates from init_from too. The data begin with their first row."""
+    init_layers: list[int] | None = None
+    """Which layers of init_from, by number from 0, the model begins with: a student of some of its teacher's layers."""
+    objective: Literal["cross_entropy", "distillation"] = "cross_entropy"
+    """What is minimised: the cross-entropy with the text, or that and the divergence from teachers."""
     seed: int = 1337
     """Of the initialisation, the order of the data and dropout."""
     timeout_s: int = 1800
@@ -470,6 +546,8 @@ class RunArgs:
     """Which model."""
     data: DataArgs = field(default_factory=DataArgs)
     """What is read."""
+    distillation: DistillationArgs = field(default_factory=DistillationArgs)
+    """Teachers, and how much of them."""
     optim: OptimArgs = field(default_factory=OptimArgs)
     """AdamW and its schedule."""
     save: SaveArgs = field(default_factory=SaveArgs)
@@ -486,6 +564,22 @@ class RunArgs:
     def __post_init__(self) -> None:
         if isinstance(self.resume_allow, str):
             self.resume_allow = [name.strip() for name in self.resume_allow.split(",") if name.strip()]
+        d = self.distillation
+        if (self.objective == "distillation") != (bool(d.teachers) or d.cache is not None):
+            raise ValueError(
+                f"--objective {self.objective}: --distillation.teachers (or --distillation.cache) go with --objective "
+                "distillation, and only with it"
+            )
+        if d.cache is not None and self.data.train is None:
+            raise ValueError("--distillation.cache is of one dataset: give --data.train")
+        if d.teachers and d.divergence == "topk_kl" and d.top_k is None:
+            raise ValueError("--distillation.divergence topk_kl needs --distillation.top_k")
+        if d.shard_teachers and (self.strategy != "fsdp" or self.sharding_strategy == "NO_SHARD"):
+            raise ValueError("--distillation.shard_teachers true is for --strategy fsdp that shards")
+        if d.shard_teachers and d.teacher_device is not None:
+            raise ValueError("--distillation.shard_teachers and teacher_device exclude each other")
+        if self.init_layers is not None and (self.init_from is None or not self.init_layers):
+            raise ValueError("--init_layers names layers of --init_from: give both")
         for flag in ("cpu_offload", "prefetch_blocks", "defer_gradient_sync"):
             if getattr(self.train, flag) and (self.strategy != "fsdp" or self.sharding_strategy == "NO_SHARD"):
                 raise ValueError(f"--train.{flag} {getattr(self.train, flag)} is for --strategy fsdp that shards")

@@ -23,14 +23,17 @@ from lit_data.loader import MicroBatch, StepData
 from lit_data.order import first_sample_of_step
 from lit_model.load import checkpoint_step, list_checkpoints
 from lit_model.loss import LossOutput
+from lit_model.model import Teaching
 from lit_model.moe import RouterStatistics
 from pretrain.args import plain
 from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
-from pretrain.metrics import ROUTER_COLUMNS, MetricsWriter, ProgressBar, Throughput, router_values
+from pretrain.metrics import DISTILLATION_COLUMNS, ROUTER_COLUMNS, MetricsWriter, ProgressBar, Throughput, router_values
 from pretrain.optim import clip_gradients
 from pretrain.parallel import on_rank_zero, uses_fsdp
 from pretrain.schedule import learning_rate
 from pretrain.setup import Run, go_back
+from pretrain.teacher_cache import CachedTeacher
+from pretrain.teachers import alpha_at, setting_of
 
 SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 
@@ -45,6 +48,7 @@ class StepResult:
         grad_norm: global norm before clipping, float32 scalar.
         span_losses: reads the losses of the pieces; for the record's thread.
         router: this rank's sums over its micro-batches, float64; None for a model without experts.
+        divergence_sum: this rank's, from its teachers, float64 scalar; None without teachers, or if they did not count.
     """
 
     loss_sum: Tensor
@@ -52,6 +56,7 @@ class StepResult:
     grad_norm: Tensor
     span_losses: SpanLosses
     router: RouterStatistics | None
+    divergence_sum: Tensor | None
 
 
 class RollBack(Exception):
@@ -86,6 +91,7 @@ def run_steps(run: Run) -> str | None:
     rank_zero = run.fabric.global_rank == 0
     columns = [name for name, _ in epoch_columns(run, [0.0] * len(run.data.rows))]
     columns += ROUTER_COLUMNS if run.config.n_expert else ()
+    columns += DISTILLATION_COLUMNS if args.objective == "distillation" else ()
     metrics = MetricsWriter(run.folder, args.log, plain(args), columns) if rank_zero else None
     bar = ProgressBar(run.step, max_steps, show=rank_zero)
     throughput = Throughput(run.config, run.data.block_size, run.device, run.world_size)
@@ -159,21 +165,27 @@ def train_step(run: Run, data: StepData) -> StepResult:
     if run.loss_scale is not None:
         factor = factor * run.loss_scale.scale
 
+    teach = teaching(run, data.step, n_targets)
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
+    divergence_sum = None if teach is None else torch.zeros_like(loss_sum)
     piece_losses: list[Tensor] = []
     routers: list[RouterStatistics] = []
     for m, batch in enumerate(data.micro_batches):
         last = m == len(data.micro_batches) - 1
         with sync_gradients(run, last):
             tokens, targets, cu_seqlens = to_device(batch, run.device)
+            bounds = cu_seqlens if args.data.document_mask else None
+            taught = None if teach is None else teach(batch, tokens, bounds)
             with run.autocast():
-                out: LossOutput = run.model(tokens, targets, cu_seqlens=cu_seqlens if args.data.document_mask else None)
+                out: LossOutput = run.model(tokens, targets, cu_seqlens=bounds, teaching=taught)
             # A loss that is not finite makes every gradient so, on every rank: the step is skipped.
             run.fabric.backward(out.loss_sum * (factor + 0 * out.loss_sum.detach()))
         loss_sum += out.cross_entropy_sum
         piece_losses.append(sum_over_pieces(out.token_losses, cu_seqlens))
         if out.router is not None:
             routers.append(out.router)
+        if divergence_sum is not None and out.divergence_sum is not None:
+            divergence_sum += out.divergence_sum
 
     scale = None if run.loss_scale is None else run.loss_scale.scale
     norm = clip_gradients(run.optimizer.parameters.values(), args.train.clip_norm, scale)
@@ -185,7 +197,26 @@ def train_step(run: Run, data: StepData) -> StepResult:
         run.loss_scale.update(skip)
     run.skipped += skip
     run.skipped_in_row.add_(1.0).mul_(skip)
-    return StepResult(loss_sum, n_targets, norm, read_later(piece_losses, skip), add_routers(routers))
+    return StepResult(loss_sum, n_targets, norm, read_later(piece_losses, skip), add_routers(routers), divergence_sum)
+
+
+def teaching(run: Run, step: int, n_targets: Tensor) -> Callable[[MicroBatch, Tensor, Tensor | None], Teaching] | None:
+    """What makes a micro-batch's teaching, from it and its tokens and boundaries on the device; None where it counts
+    for nothing: without teachers, and with alpha 1, so that the step is that of a run without them.
+    """
+    args, teachers = run.args.distillation, run.teachers
+    alpha = alpha_at(args, step, run.data.max_steps)
+    if teachers is None or alpha == 1:
+        return None
+    setting = setting_of(args)
+    # A sum over the global batch is divided by its targets later on: a mean over rows is that times targets per row.
+    scale = n_targets / run.args.train.global_batch_samples if args.reduction == "babyllama" else 1.0
+
+    def teach(batch: MicroBatch, tokens: Tensor, bounds: Tensor | None) -> Teaching:
+        said = teachers(batch) if isinstance(teachers, CachedTeacher) else teachers(tokens, bounds)
+        return Teaching(said, setting, alpha, scale)
+
+    return teach
 
 
 def sync_gradients(run: Run, last: bool) -> AbstractContextManager[Any]:
@@ -258,7 +289,12 @@ def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, f
     loss = total / result.n_targets.clamp(min=1)
     values = [loss, result.grad_norm, run.skipped, run.skipped_in_row, run.tokens]
     values += router_values(result.router) if result.router is not None else ()
-    train_loss, grad_norm, skipped, in_row, tokens, *router = torch.stack([v.double() for v in values]).tolist()
+    if result.divergence_sum is not None:
+        divergence = result.divergence_sum.clone()
+        if run.world_size > 1:
+            dist.all_reduce(divergence)
+        values += [divergence / result.n_targets.clamp(min=1), result.n_targets]
+    train_loss, grad_norm, skipped, in_row, tokens, *more = torch.stack([v.double() for v in values]).tolist()
     check_progress(int(in_row), run.args.guard.max_skipped_steps, run.step, last_checkpoint_name(run, int(in_row)))
     first, _ = first_sample_of_step(run.segments, run.step)
     row: dict[str, float] = {
@@ -269,11 +305,26 @@ def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, f
         "grad_norm": grad_norm,
         "skipped": int(skipped),
     }
-    if router:
-        row |= dict(zip(ROUTER_COLUMNS, router, strict=True))
+    if result.router is not None:
+        row |= dict(zip(ROUTER_COLUMNS, more, strict=False))
+    if run.args.objective == "distillation":
+        row |= distillation_values(run, train_loss, *(more[-2:] if result.divergence_sum is not None else ()))
     if run.loss_scale is not None:
         row["loss_scale"] = run.loss_scale.scale.item()
     return row | throughput.read()
+
+
+def distillation_values(
+    run: Run, cross_entropy: float, divergence: float | None = None, n_targets: float = 0
+) -> dict[str, float]:
+    """The columns of a student at a log step. Without a divergence the teachers were not asked: alpha is 1."""
+    args = run.args.distillation
+    alpha = alpha_at(args, run.step - 1, run.data.max_steps)
+    if divergence is None:
+        return {"alpha": alpha, "total_loss": cross_entropy}
+    scale = n_targets / run.args.train.global_batch_samples if args.reduction == "babyllama" else 1.0
+    pull = (1 - alpha) * setting_of(args).softening ** 2 * scale * divergence
+    return {"alpha": alpha, "total_loss": alpha * cross_entropy + pull, "divergence": divergence}
 
 
 def epoch_columns(run: Run, epochs: list[float]) -> list[tuple[str, float]]:

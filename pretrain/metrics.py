@@ -48,6 +48,13 @@ ROUTER_COLUMNS = (
     "load_balance_loss",  # before its weight, 1 at an even load
 )
 
+# Only for --objective distillation; train_loss is the cross-entropy alone.
+DISTILLATION_COLUMNS = (
+    "alpha",  # the weight of the cross-entropy
+    "divergence",  # from the teachers, nats a target (mse: squared logits); empty where alpha is 1
+    "total_loss",  # what is minimised, of the mean target, without z-loss and the routers' losses
+)
+
 # Dense bf16 peak of one device in FLOP/s, by a part of its name (vendor data sheets).
 PEAK_FLOPS = {
     "H200": 989.5e12,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -42,7 +43,7 @@ from lit_model.load import (
 )
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
-from pretrain.args import RunArgs, TrainArgs, flat, plain
+from pretrain.args import DistillationArgs, RunArgs, TrainArgs, flat, plain
 from pretrain.checkpoint import find_checkpoint, load_state, rewind, state_tensors
 from pretrain.first_failure import begin_attempt, report_failure
 from pretrain.guards import RunLock, SpikeDetector, StopRequest
@@ -59,6 +60,8 @@ from pretrain.parallel import (
 from pretrain.rank_log import RankLog
 from pretrain.saving import Saver
 from pretrain.synthetic import make_synthetic_data
+from pretrain.teacher_cache import CachedTeacher, check_cache
+from pretrain.teachers import Teachers, check_teachers
 from pretrain.watchdog import Watchdog, control_store
 
 # Settings that decide what a run means: a resume with another value is refused unless --resume_allow names it.
@@ -72,6 +75,8 @@ MEANING = (
     "data.phases",
     "data.shuffle_block_rows",
     "data.shuffle_group_blocks",
+    "objective",
+    "distillation",
 )
 # Parts of these that only decide how it is computed.
 MECHANICS = (
@@ -84,6 +89,9 @@ MECHANICS = (
     "train.defer_gradient_sync",
     "train.deterministic",
     "train.attention",
+    "distillation.teacher_device",
+    "distillation.shard_teachers",
+    "distillation.compile_teachers",
 )
 
 LOAD_BALANCE_LOSS = 0.001  # its weight where none is given: that of Llama 4 in transformers (router_aux_loss_coef)
@@ -133,6 +141,7 @@ class Run:
     saver: Saver
     spikes: SpikeDetector
     lock: RunLock | None
+    teachers: Teachers | CachedTeacher | None = None
     stop: StopRequest = dataclasses.field(init=False)
     watchdog: Watchdog | None = None
     step: int = 0
@@ -240,6 +249,10 @@ def open_datasets(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tup
                 f"{flag} {dataset.path} has {dataset.n_tokens} tokens, less than one row of {block_size}: use more "
                 "text or a smaller --train.block_size"
             )
+    check_teachers(args, config, train[0], block_size)
+    if args.distillation.cache is not None:
+        facts = (train[0], args.data.packing, block_size, args.data.document_mask, config.vocab_size)
+        check_cache(args.distillation, *facts)
     weights_of(args)
     if args.train.max_epochs is None or args.data.packing == "concat":  # else it takes a plan, and is seen later
         length_of(args, block_size, count_windows(train[0].n_tokens, block_size), first_segments(args))
@@ -331,7 +344,9 @@ def check_resume(
     args: RunArgs, meta: dict[str, Any], data: Data, config: ModelConfig, path: Path
 ) -> dict[str, tuple[Any, Any]]:
     """Refuse to go on with a run whose meaning would change, listing what differs. Returns what was allowed to."""
-    old, new = {"optim.steps_before": 0} | flat(meta["config"]), flat(plain(args))  # older checkpoints lack it
+    # What older checkpoints lack had its default.
+    later = {"optim.steps_before": 0, **flat({"objective": "cross_entropy", "distillation": plain(DistillationArgs())})}
+    old, new = later | flat(meta["config"]), flat(plain(args))
     keys = [
         k
         for k in sorted(set(old) | set(new))
@@ -440,7 +455,7 @@ def set_up(args: RunArgs) -> Run:
         compile_blocks(raw, args)
     model = fabric.setup_module(raw, move_to_device=False)
     if args.init_from is not None and checkpoint_path is None:
-        load_weights(raw, args.init_from)
+        load_weights(raw, args.init_from, args.init_layers)
     optimizer = AdamW(raw.named_parameters(), args.optim)
     if args.init_optimizer and checkpoint_path is None:
         load_optimizer(optimizer, optimizer_of(args))
@@ -466,6 +481,7 @@ def set_up(args: RunArgs) -> Run:
         saver=saver,
         spikes=SpikeDetector(args.guard),
         lock=lock,
+        teachers=open_teachers(args, fabric.device),
         step=step,
         changes=changes,
         skipped=zero.clone(),
@@ -490,6 +506,13 @@ def set_up(args: RunArgs) -> Run:
             report_failure(error, run.step, run.watchdog)
         raise
     return run
+
+
+def open_teachers(args: RunArgs, device: torch.device) -> Teachers | CachedTeacher | None:
+    """Whoever teaches, if anyone does."""
+    if args.distillation.cache is not None:
+        return CachedTeacher(args.distillation.cache, device)
+    return Teachers(args.distillation, args.precision, device) if args.distillation.teachers else None
 
 
 def open_watchdog(run: Run) -> Watchdog:
@@ -572,6 +595,8 @@ def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None)
     if args.init_from is None:
         return args.model.config(vocab_size, args.train.block_size)
     config = load_tensors(args.init_from)[0] if checkpoint is None else Checkpoint(checkpoint).model_config
+    if args.init_layers is not None and checkpoint is None:
+        config = with_layers(config, args.init_layers)
     if args.init_optimizer and checkpoint is None:
         optimizer_of(args)
     block_size = args.train.block_size
@@ -589,11 +614,29 @@ def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None)
     return changed
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Copy the weights of a checkpoint or a Hugging Face folder into a model, sharded or not."""
+def load_weights(model: nn.Module, path: Path, layers: list[int] | None) -> None:
+    """Copy the weights of a checkpoint or a Hugging Face folder, or of these of its layers, into a model, sharded or
+    not.
+    """
     _, tensors = load_tensors(path)
     for name, parameter in model.named_parameters():
+        if layers is not None and (found := re.fullmatch(r"(transformer\.h\.)(\d+)(\..+)", name)):
+            name = f"{found[1]}{layers[int(found[2])]}{found[3]}"
         copy_slice(parameter, tensors[name])
+
+
+def with_layers(config: ModelConfig, layers: list[int]) -> ModelConfig:
+    """The config of a model of some of another's layers. Raises ValueError for one that is not there."""
+    if not all(0 <= i < config.n_layer for i in layers):
+        raise ValueError(f"--init_layers {layers}: --init_from has the layers 0 to {config.n_layer - 1}")
+    return dataclasses.replace(
+        config,
+        name="",
+        n_layer=len(layers),
+        rope_layers=tuple(config.rope_layers[i % len(config.rope_layers)] for i in layers),
+        attention_pattern=tuple(config.layer_attention(i) for i in layers),
+        moe_layers=tuple(config.layer_has_experts(i) for i in layers),
+    )
 
 
 def optimizer_of(args: RunArgs) -> Checkpoint:

@@ -41,6 +41,7 @@ PARAMETERS = {
     "llama-58M": "58,343,936",
     "babyllama-2": "345,355,200",
     "nano-llama": "33,317,888",
+    "distillation": "58,343,936",
     "quickstart": "2.4M",
     "synthetic": "0.6M",
 }

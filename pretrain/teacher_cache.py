@@ -1,0 +1,223 @@
+"""What teachers say of a dataset, written once for many students: the k likeliest tokens and their log-probabilities.
+
+A folder: `cache.json`, which says of what and by whom; and for each so many rows of the dataset `ids-NNNNN.npy`,
+integers [rows, T, k], and `log_probs-NNNNN.npy`, floating [rows, T, k], at the temperature of the distillation. Rows
+lie in it by their number in the dataset (its windows), not in the order of a run: one cache serves every seed, epoch
+and batch. What the k tokens leave of 1 is the probability of all others. The files are numpy's, which everyone reads,
+and they are mapped, not read whole.
+
+Dimensions: B rows in a micro-batch, T tokens in a row, k cached tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lit_data.loader import MicroBatch, read_rows
+from lit_data.packed import PackedDataset, sync_file, write_json
+from lit_data.packing import Rows
+from lit_model.distillation import Distillation, Ensemble, TopK, ensemble_top_k
+from lit_model.load import is_hf_folder, resolve
+from pretrain.args import DistillationArgs
+from pretrain.teachers import Teachers
+
+VERSION = 1
+FILE = "cache.json"
+DTYPES = {"float16": np.float16, "float32": np.float32}
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What a cache is of: everything that its numbers depend on."""
+
+    dataset: str
+    """Fingerprint of the packed dataset."""
+    packing: str
+    block_size: int
+    document_mask: bool
+    n_windows: int
+    """Rows of the dataset."""
+    vocab_size: int
+    teachers: list[dict[str, Any]]
+    """Of each: what it was called, its files' names and sizes, and its weight."""
+    ensemble: Ensemble
+    temperature: float
+    precision: str
+    k: int
+    dtype: str
+    """Of the log-probabilities."""
+    rows_per_file: int
+    version: int = VERSION
+
+    @property
+    def id_dtype(self) -> type[np.integer[Any]]:
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.int32
+
+    @property
+    def bytes_per_token(self) -> int:
+        """On the disk."""
+        return self.k * (np.dtype(self.id_dtype).itemsize + np.dtype(DTYPES[self.dtype]).itemsize)
+
+    @property
+    def n_files(self) -> int:
+        return -(-self.n_windows // self.rows_per_file)
+
+    def rows_of(self, file: int) -> range:
+        return range(file * self.rows_per_file, min((file + 1) * self.rows_per_file, self.n_windows))
+
+
+def identify(args: DistillationArgs) -> list[dict[str, Any]]:
+    """Which teachers these are: names, the files that hold them with their sizes, weights."""
+    found = []
+    for entry in args.teachers:
+        path = resolve(entry.path)
+        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+        if is_hf_folder(path):
+            files = [p for p in files if p.suffix in (".safetensors", ".bin", ".json")]
+        sizes = {p.name: p.stat().st_size for p in files}
+        found.append({"name": path.name, "files": sizes, "weight": entry.weight})
+    return found
+
+
+def begin_cache(folder: Path, facts: CacheFacts) -> None:
+    """Make the folder, or see that what is there is the same cache. Raises ValueError that says what differs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / FILE).exists():
+        differs = _differences(read_facts(folder), facts)
+        if differs:
+            raise ValueError(f"{folder} is another cache: {differs}. Give another folder, or the same settings")
+    elif any(p for p in folder.iterdir() if not p.name.startswith(".")):
+        raise ValueError(f"{folder} holds something else; give an empty folder or a new one")
+    else:
+        write_json(folder / FILE, asdict(facts))
+
+
+def write_cache(
+    folder: Path, facts: CacheFacts, teachers: Teachers, rows: Rows, batch: int, part: int, parts: int
+) -> int:
+    """Write the files that are this part's and not there yet, each whole or not at all. Returns how many it wrote."""
+    setting = Distillation("topk_kl", facts.temperature, facts.ensemble, facts.k)
+    written = 0
+    for file in range(part, facts.n_files, parts):
+        if (folder / f"log_probs-{file:05d}.npy").exists():
+            continue
+        windows = facts.rows_of(file)
+        shape = (len(windows), facts.block_size, facts.k)
+        temporary = {name: folder / f".{name}-{file:05d}.{os.getpid()}.tmp" for name in ("ids", "log_probs")}
+        ids = np.lib.format.open_memmap(temporary["ids"], mode="w+", dtype=facts.id_dtype, shape=shape)
+        log_probs = np.lib.format.open_memmap(temporary["log_probs"], mode="w+", dtype=DTYPES[facts.dtype], shape=shape)
+        for first in range(0, len(windows), batch):
+            some = np.asarray(windows[first : first + batch], dtype=np.int64)
+            read = read_rows(rows, some, some, facts.document_mask)
+            device = teachers.student_device
+            bounds = read.cu_seqlens.to(device) if facts.document_mask else None
+            said = ensemble_top_k(teachers(read.tokens.to(device), bounds), setting, facts.vocab_size, facts.k)
+            place = slice(first, first + len(some))
+            ids[place] = said.ids.cpu().numpy()
+            log_probs[place] = said.log_probs.cpu().numpy()
+        del ids, log_probs
+        for name in ("ids", "log_probs"):  # the second name says that both are whole
+            sync_file(temporary[name])
+            os.replace(temporary[name], folder / f"{name}-{file:05d}.npy")
+        sync_file(folder)
+        written += 1
+    return written
+
+
+def read_facts(folder: Path) -> CacheFacts:
+    """Raises FileNotFoundError or ValueError that name the folder."""
+    if not (folder / FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder} is no cache of a teacher: it has no {FILE} (scripts/cache_teacher.py makes it)"
+        )
+    try:
+        fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if fields.get("version") != VERSION:
+            raise ValueError(f"its version is {fields.get('version')}, this is {VERSION}")
+        return CacheFacts(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / FILE} is not readable: {error}") from error
+
+
+def _differences(there: CacheFacts, here: CacheFacts) -> str:
+    one, two = asdict(there), asdict(here)
+    return "; ".join(f"{k}: {one[k]!r} there, {two[k]!r} here" for k in one if one[k] != two[k])
+
+
+class CachedTeacher:
+    """Reads what was cached, for the rows of micro-batches."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self.device, self.facts = folder, device, read_facts(folder)
+        missing = [i for i in range(self.facts.n_files) if not (folder / f"log_probs-{i:05d}.npy").is_file()]
+        if missing:
+            raise ValueError(
+                f"{folder} is not finished: {len(missing)} of {self.facts.n_files} files are missing (the first is "
+                f"number {missing[0]}); call scripts/cache_teacher.py again as before"
+            )
+        self._maps: dict[tuple[str, int], npt.NDArray[Any]] = {}
+
+    def __call__(self, batch: MicroBatch) -> TopK:
+        """ids int64 and log-probabilities float32, both (B, T, k), on the student's device."""
+        facts = self.facts
+        B, T = batch.tokens.shape
+        ids = np.zeros((B, T, facts.k), dtype=facts.id_dtype)
+        log_probs = np.zeros((B, T, facts.k), dtype=DTYPES[facts.dtype])
+        for row, window in enumerate(batch.spans.window.tolist()):
+            if window >= 0:  # a row without data has no targets
+                file, place = divmod(window, facts.rows_per_file)
+                ids[row] = self._map("ids", file)[place]
+                log_probs[row] = self._map("log_probs", file)[place]
+        signed = torch.from_numpy(ids.astype(np.int32))
+        return TopK(
+            signed.to(self.device, non_blocking=True).long(),
+            torch.from_numpy(log_probs).to(self.device, non_blocking=True).float(),
+        )
+
+    def _map(self, name: str, file: int) -> npt.NDArray[Any]:
+        if (name, file) not in self._maps:
+            path = self.folder / f"{name}-{file:05d}.npy"
+            array = np.load(path, mmap_mode="r")
+            wanted = (len(self.facts.rows_of(file)), self.facts.block_size, self.facts.k)
+            if array.shape != wanted:
+                raise ValueError(f"{path} has shape {array.shape}; {FILE} asks for {wanted}")
+            self._maps[name, file] = array
+        return self._maps[name, file]
+
+
+def check_cache(
+    args: DistillationArgs, dataset: PackedDataset, packing: str, block_size: int, document_mask: bool, vocab_size: int
+) -> None:
+    """See that a cache is of this data and setting. Raises ValueError naming what differs, with the flag."""
+    assert args.cache is not None
+    facts = read_facts(args.cache)
+    here = {
+        "dataset": (dataset.fingerprint, "--data.train"),
+        "packing": (packing, "--data.packing"),
+        "block_size": (block_size, "--train.block_size"),
+        "document_mask": (document_mask, "--data.document_mask"),
+        "vocab_size": (vocab_size, "--model.vocab_size"),
+        "temperature": (args.temperature, "--distillation.temperature"),
+    }
+    wrong = [
+        f"{name} {getattr(facts, name)!r} there, {value!r} here ({flag})"
+        for name, (value, flag) in here.items()
+        if getattr(facts, name) != value
+    ]
+    if wrong:
+        raise ValueError(f"--distillation.cache {args.cache} is of something else: {'; '.join(wrong)}")
+    if args.divergence == "forward_kl" and facts.k != vocab_size:
+        raise ValueError(
+            f"--distillation.cache {args.cache} holds {facts.k} of {vocab_size} tokens: give --distillation.divergence "
+            "topk_kl"
+        )
+    if args.top_k not in (None, facts.k):
+        raise ValueError(f"--distillation.top_k {args.top_k}: the cache holds the {facts.k} likeliest; leave it out")

@@ -1,0 +1,145 @@
+"""Frozen teachers: opened, checked against the student's data, and what they say of a batch.
+
+Dimensions: B rows in a micro-batch, T tokens in a row, P pieces of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from lit_data.packed import PackedDataset
+from lit_data.tokenizer import Tokenizer, open_tokenizer
+from lit_model.config import ModelConfig
+from lit_model.distillation import Distillation, Teacher
+from lit_model.init import copy_slice
+from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
+from lit_model.model import GPT
+from pretrain.args import DistillationArgs, RunArgs
+from pretrain.export import find_tokenizer
+from pretrain.parallel import DTYPES
+
+
+def setting_of(args: DistillationArgs) -> Distillation:
+    """How the distance of a student from its teachers is measured."""
+    return Distillation(args.divergence, args.temperature, args.ensemble, args.top_k)
+
+
+def alpha_at(args: DistillationArgs, step: int, max_steps: int) -> float:
+    """The weight of the cross-entropy at `step` (0-based): from alpha to alpha_end, which the last step has."""
+    if args.alpha_end is None:
+        return args.alpha
+    x = min(1.0, step / max(1, max_steps - 1))
+    shape = x if args.alpha_schedule == "linear" else (1 - math.cos(math.pi * x)) / 2
+    return args.alpha + (args.alpha_end - args.alpha) * shape
+
+
+def check_teachers(args: RunArgs, config: ModelConfig, dataset: PackedDataset, block_size: int) -> None:
+    """See that the teachers can teach. Raises ValueError or FileNotFoundError naming the one that cannot, and why.
+
+    Reads configs, tokenizers, and names and shapes of tensors; no weights.
+    """
+    top_k = args.distillation.top_k
+    if top_k is not None and top_k > config.vocab_size:
+        raise ValueError(f"--distillation.top_k {top_k} exceeds the vocabulary of {config.vocab_size}")
+    for entry in args.distillation.teachers:
+        where = f"--distillation.teachers {entry.path}"
+        check_teacher(entry.path, config.vocab_size, block_size, where)
+        if not args.data.allow_tokenizer_mismatch:
+            check_tokenizer(entry.path, dataset, where)
+
+
+def check_teacher(path: Path, vocab_size: int, block_size: int, where: str) -> None:
+    """See that a teacher has the student's vocabulary, and room for a row. Raises ValueError."""
+    teacher, _ = load_tensors(path)
+    if teacher.vocab_size != vocab_size:
+        raise ValueError(
+            f"{where} has a vocabulary of {teacher.vocab_size} ids, the student (or the first teacher) one of "
+            f"{vocab_size}: both must be the tokenizer's"
+        )
+    if block_size > teacher.block_size:
+        raise ValueError(
+            f"{where} has a context of {teacher.block_size} tokens, less than a row's {block_size}: use shorter rows"
+        )
+
+
+def check_tokenizer(path: Path, dataset: PackedDataset, where: str) -> None:
+    """See that a teacher was trained with the tokenizer of the data. Raises ValueError that says how they differ."""
+    wanted = dataset.manifest.tokenizer["fingerprint"]
+    resolved = resolve(path)
+    tokenizer: Tokenizer | None = None
+    if is_hf_folder(resolved):
+        folder = find_tokenizer(resolved)
+        tokenizer = open_tokenizer(folder) if folder is not None else None
+        found = tokenizer.fingerprint if tokenizer is not None else None
+    else:
+        found = ((Checkpoint(resolved).meta.get("data") or {}).get("tokenizer") or {}).get("fingerprint")
+    if found == wanted:
+        return
+    override = "or, if you know that ids mean the same, override with --data.allow_tokenizer_mismatch true"
+    if found is None:
+        raise ValueError(f"{where} does not say which tokenizer it was trained with: put that beside it, {override}")
+    how = f"its fingerprint is {found[:12]}, that of {dataset.path} is {wanted[:12]}"
+    if tokenizer is not None and tokenizer.vocab_size != dataset.vocab_size:
+        how += f"; it has {tokenizer.vocab_size} ids, and that of the data {dataset.vocab_size}"
+    raise ValueError(
+        f"{where} was trained with another tokenizer: {how}. Prepare the data with the teacher's, {override}"
+    )
+
+
+class Teachers:
+    """The ensemble on its devices. Every rank holds it whole, or with `shard_teachers` its share of it."""
+
+    def __init__(self, d: DistillationArgs, run_precision: str, device: torch.device) -> None:
+        self.device = torch.device(d.teacher_device) if d.teacher_device is not None else device
+        self.student_device = device
+        self.precision = d.teacher_precision or ("fp32" if run_precision == "fp32" else "bf16")
+        self.sharded = d.shard_teachers
+        total = sum(entry.weight for entry in d.teachers)
+        self.shares = [entry.weight / total for entry in d.teachers]
+        self.models = [self._open(entry.path, d.compile_teachers) for entry in d.teachers]
+
+    def _open(self, path: Path, compiled: bool) -> GPT:
+        config, tensors = load_tensors(path)
+        with torch.device("meta"):
+            model = GPT(config).to(DTYPES[self.precision])
+        model.requires_grad_(False).eval()
+        for block in model.blocks():
+            if compiled:
+                block.compile()
+            if self.sharded:
+                fully_shard(block)
+        if self.sharded:  # the root stays whole after its forward: the student's loss reads the head
+            fully_shard(model, reshard_after_forward=False)
+        model.to_empty(device=self.device)
+        for name, parameter in model.named_parameters():
+            copy_slice(parameter, tensors[name])
+        return model
+
+    def __call__(self, tokens: Tensor, cu_seqlens: Tensor | None) -> list[Teacher]:
+        """What each says of a micro-batch: tokens int64 (B, T), boundaries int32 (P + 1,), on the student's device."""
+        here = tokens.to(self.device, non_blocking=True)
+        bounds = None if cu_seqlens is None else cu_seqlens.to(self.device, non_blocking=True)
+        # FSDP's hooks count the versions of what they gather, which inference tensors do not have.
+        quiet = torch.no_grad() if self.sharded else torch.inference_mode()
+        said = []
+        with quiet, torch.autocast(self.student_device.type, enabled=False):
+            for model, share in zip(self.models, self.shares, strict=True):
+                teacher = model(here, cu_seqlens=bounds, as_teacher=share)
+                assert isinstance(teacher, Teacher)
+                said.append(self._for_student(teacher))
+        return said
+
+    def _for_student(self, teacher: Teacher) -> Teacher:
+        assert not isinstance(teacher.weight, DTensor), "a head must be whole"
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(self.student_device, non_blocking=True)
+
+        bias = None if teacher.bias is None else moved(teacher.bias)
+        return teacher._replace(hidden=moved(teacher.hidden), weight=moved(teacher.weight), bias=bias)

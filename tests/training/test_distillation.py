@@ -1,0 +1,183 @@
+"""A student learns from teachers in the loop that trains everything else: losses, resume, ranks, caches, mistakes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from running import ROOT, flags, metrics, train
+from strategies import column
+
+from lit_data.loader import read_rows
+from lit_data.mixture import Mixture
+from lit_data.order import Order
+from lit_data.packed import PackedDataset
+from lit_data.packing import ConcatRows
+from lit_model.load import Checkpoint, load_model, load_tensors
+from pretrain.args import DistillationArgs
+from pretrain.teacher_cache import CachedTeacher
+from pretrain.teachers import alpha_at
+
+CHANGES: dict[str, object] = {"objective": "distillation", "train__max_steps": 6, "save__every_steps": 3}
+
+
+def cache_teacher(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "scripts" / "cache_teacher.py"), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def teachers(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A Llama and a GPT-2, each trained for a few steps."""
+    folder = tmp_path_factory.mktemp("teachers")
+    gpt2 = {
+        "model__norm_class_name": "LayerNorm",
+        "model__position_embedding": "learned",
+        "model__mlp_gated": "false",
+        "model__n_query_groups": 4,
+        "model__n_embd": 48,
+    }
+    for name, changes in (("llama", {}), ("gpt2", gpt2)):
+        train(*flags(data, folder / name, train__max_steps=4, seed=5, **changes))
+    return [folder / "llama", folder / "gpt2"]
+
+
+def entries(teachers: list[Path]) -> str:
+    weights = (2.0, 1.0)
+    return "[" + ", ".join(f"{{path: {t}, weight: {w}}}" for t, w in zip(teachers, weights, strict=False)) + "]"
+
+
+@pytest.fixture(scope="module")
+def student(data: Path, teachers: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process, with both teachers."""
+    folder = tmp_path_factory.mktemp("student") / "one"
+    train(*flags(data, folder, **CHANGES, distillation__teachers=entries(teachers), train__micro_batch_samples=4))
+    return folder
+
+
+def same_run(one: Path, two: Path) -> None:
+    a, b = (Checkpoint(run / "iter-00000006-ckpt.pth") for run in (one, two))
+    assert a.names() == b.names() and all(torch.equal(a.tensor(name), b.tensor(name)) for name in a.names())
+
+
+def test_the_first_step_is_the_formula(data: Path, teachers: list[Path], student: Path) -> None:
+    """Cross-entropy, divergence and their sum of the first step, from whole logits in float64."""
+    row = metrics(student)[1]
+    rows = ConcatRows(PackedDataset(data / "train"), 32)
+    _, _, windows = Mixture.single(Order(rows.n_windows, 1337, 0)).place(np.arange(8))
+    batch = read_rows(rows, windows, np.arange(8), document_mask=True)
+    said = []
+    with torch.no_grad():
+        for teacher in teachers:
+            said.append(load_model(teacher)[0](batch.tokens, cu_seqlens=batch.cu_seqlens).double())
+        config, _ = load_tensors(student)
+        fresh = student.parent / "fresh"
+        if not fresh.exists():  # the student before its first step
+            train(*flags(data, fresh, train__max_steps=1, optim__lr=1e-12, optim__lr_min=0, optim__warmup_steps=0))
+        mine = load_model(fresh)[0](batch.tokens, cu_seqlens=batch.cu_seqlens).double()
+    valid = batch.targets != -100
+    z_t, z_s = ((2 * said[0] + said[1]) / 3)[valid], mine[valid]
+    cross_entropy = F.cross_entropy(z_s, batch.targets[valid])
+    divergence = F.kl_div((z_s / 2).log_softmax(-1), (z_t / 2).softmax(-1), reduction="sum") / len(z_s)
+    assert config.vocab_size == z_s.shape[-1]
+    for name, want in (
+        ("train_loss", cross_entropy),
+        ("divergence", divergence),
+        ("total_loss", 0.5 * cross_entropy + 0.5 * 4 * divergence),
+    ):
+        assert float(row[name]) == pytest.approx(float(want), rel=1e-5), name
+    assert column(student, "divergence")[-1] < column(student, "divergence")[0]
+
+
+def test_alpha_one_is_training_without_teachers(data: Path, teachers: list[Path], tmp_path: Path) -> None:
+    train(*flags(data, tmp_path / "plain", train__max_steps=6, save__every_steps=3))
+    taught = {"distillation__teachers": entries(teachers), "distillation__alpha": 1.0}
+    train(*flags(data, tmp_path / "taught", **CHANGES, **taught))
+    same_run(tmp_path / "plain", tmp_path / "taught")
+
+
+def test_two_ranks_train_as_one_and_resume_bit_for_bit(
+    data: Path, teachers: list[Path], student: Path, tmp_path: Path
+) -> None:
+    changes = {**CHANGES, "devices": 2, "strategy": "fsdp", "distillation__teachers": entries(teachers)}
+    two, sharded = tmp_path / "two", tmp_path / "sharded"
+    train(*flags(data, two, **changes))
+    for name in ("train_loss", "divergence", "total_loss", "grad_norm", "val_loss"):
+        torch.testing.assert_close(column(two, name), column(student, name), rtol=1e-5, atol=0)
+    train(*flags(data, sharded, **changes, distillation__shard_teachers="true"))
+    for name in ("train_loss", "divergence"):
+        torch.testing.assert_close(column(sharded, name), column(student, name), rtol=1e-5, atol=0)
+    train(*flags(data, two, **changes, resume="iter-00000003-ckpt.pth"))
+    (before,) = two.glob("abandoned/*/iter-00000006-ckpt.pth")
+    a, b = Checkpoint(before), Checkpoint(two / "iter-00000006-ckpt.pth")
+    assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in a.names())
+
+
+def test_a_cache_of_everything_is_the_teacher(data: Path, teachers: list[Path], student: Path, tmp_path: Path) -> None:
+    common = ["--teachers", *teachers, "--weights", 2, 1, "--data", data / "train", "--block_size", 32]
+    whole = [*common, "--k", 96, "--dtype", "float32", "--rows_per_file", 50, "--allow_tokenizer_mismatch"]
+    for part in (0, 1):  # two calls share the work, and a third finds nothing to do
+        done = cache_teacher(*whole, "--output", tmp_path / "cache", "--parts", 2, "--part", part)
+        assert done.returncode == 0, done.stdout
+    again = cache_teacher(*whole, "--output", tmp_path / "cache")
+    assert "0 files written" in again.stdout and f"{96 * 6} bytes a token" in again.stdout
+    cached = {"distillation__cache": tmp_path / "cache"}
+    train(*flags(data, tmp_path / "run", **CHANGES, **cached, train__micro_batch_samples=4))
+    for name in ("train_loss", "divergence", "grad_norm"):
+        torch.testing.assert_close(column(tmp_path / "run", name), column(student, name), rtol=1e-4, atol=0)
+
+    other = [*common, "--k", 8, "--output", tmp_path / "cache", "--allow_tokenizer_mismatch"]
+    refused = cache_teacher(*other)
+    assert refused.returncode == 2 and "is another cache: k: 96 there, 8 here" in refused.stderr
+    (tmp_path / "cache" / "log_probs-00001.npy").unlink()
+    with pytest.raises(ValueError, match="is not finished: 1 of"):
+        CachedTeacher(tmp_path / "cache", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "cross_entropy"}, "--objective cross_entropy: --distillation.teachers"),
+        ({"distillation__teachers": None}, "only with it"),
+        ({"distillation__divergence": "topk_kl"}, "topk_kl needs --distillation.top_k|top_k goes with"),
+        ({"distillation__alpha": 1.5}, "alpha 1.5 is not in"),
+        ({"model__vocab_size": 120}, "has a vocabulary of 96 ids, the student"),
+        ({"train__block_size": 4096}, "."),
+        ({"distillation__shard_teachers": "true"}, "shard_teachers true is for --strategy fsdp"),
+        ({"distillation__cache": "nowhere"}, "not both"),
+    ],
+)
+def test_mistakes_are_named(
+    data: Path, teachers: list[Path], tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    given = {**CHANGES, "distillation__teachers": entries(teachers), **changes}
+    done = train(*flags(data, tmp_path / "run", **given), check=False)
+    assert done.returncode == 2
+    assert re.search(message, done.stdout), done.stdout
+
+
+def test_alpha_is_a_pure_function_of_the_step() -> None:
+    args = DistillationArgs(alpha=0.2, alpha_end=1.0)
+    assert [alpha_at(args, step, 5) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    args = DistillationArgs(alpha=0.0, alpha_end=1.0, alpha_schedule="cosine")
+    assert [alpha_at(args, step, 3) for step in range(3)] == pytest.approx([0.0, 0.5, 1.0])
+    assert alpha_at(DistillationArgs(alpha=0.3), 7, 9) == 0.3
+
+
+def test_a_student_of_some_layers(data: Path, teachers: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    none = {"model__n_layer": None, "model__n_head": None, "model__n_query_groups": None, "model__n_embd": None}
+    changes = {**none, "model__intermediate_size": None, "optim__lr": 1e-12, "optim__lr_min": 0}
+    changes["optim__warmup_steps"] = 0
+    train(*flags(data, run, train__max_steps=1, init_from=teachers[0], init_layers="[1]", **changes))
+    config, tensors = load_tensors(run)
+    _, theirs = load_tensors(teachers[0])
+    assert config.n_layer == 1
+    for name in tensors:
+        torch.testing.assert_close(tensors[name], theirs[name.replace(".h.0.", ".h.1.")], rtol=0, atol=1e-9)

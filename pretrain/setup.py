@@ -520,6 +520,8 @@ def open_watchdog(run: Run) -> Watchdog:
     fabric = run.fabric
     attempt = on_rank_zero(fabric, lambda: begin_attempt(run.folder))
     log = RankLog(run.folder, fabric.global_rank, fabric.world_size, attempt)
+    # A rank that died over its log is missed here at once; a connection to its store would be tried for minutes.
+    fabric.barrier()
     store, timeout_s = control_store(attempt), run.args.guard.hang_timeout_s
     return Watchdog(store, fabric.global_rank, fabric.world_size, log, timeout_s)
 

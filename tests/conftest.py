@@ -6,4 +6,4 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every", type=int, default=1, help="of kills at each call only every N-th (tests/chaos)")
+    parser.addoption("--every", type=int, default=1, help="of kills at calls only every N-th (tests/chaos)")

@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def main() -> int:
     parser.add_argument("--input", type=Path, required=True, help="text, as scripts/prepare_data.py reads it")
     parser.add_argument("--steps", type=int, default=250, help=f"of {ROWS} rows of {BLOCK_SIZE} tokens (250)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each family (1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each (1)")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     found: dict[str, Any] = {}
@@ -98,12 +100,19 @@ def main() -> int:
         run("scripts/train_tokenizer.py", "--input", source, "--output", work / "tok", "--vocab_size", 8192)
         prepare = ("--input", source, "--tokenizer", work / "tok", "--output", work / "data", "--val_fraction", 0.003)
         run("scripts/prepare_data.py", *prepare)
+
+        def one(job: tuple[str, int]) -> dict[str, list[float]]:
+            family, seed = job
+            losses = train(family, work / "data", work / f"{family}-{seed}", args.steps, seed)
+            print(f"{family}, seed {seed}: {losses['val_bits_per_byte']}", flush=True)
+            return losses
+
+        jobs = [(family, seed) for seed in range(1, args.seeds + 1) for family in FAMILIES]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            runs = dict(zip(jobs, pool.map(one, jobs), strict=True))
         for family, (name, fields) in FAMILIES.items():
-            runs = []
-            for seed in range(1, args.seeds + 1):
-                runs.append(train(family, work / "data", work / f"{family}-{seed}", args.steps, seed))
-                print(f"{family}, seed {seed}: {runs[-1]['val_bits_per_byte']}", flush=True)
-            found[family] = {"parameters": count_parameters(get_config(name, **fields)), "runs": runs}
+            of_family = [losses for (other, _), losses in runs.items() if other == family]
+            found[family] = {"parameters": count_parameters(get_config(name, **fields)), "runs": of_family}
     print("\n| family | parameters | validation loss, nats a token | bits per byte |\n|---|---|---|---|")
     for family, facts in found.items():
         losses, bits = ([one[key][-1] for one in facts["runs"]] for key in ("val_loss", "val_bits_per_byte"))

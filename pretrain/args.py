@@ -603,6 +603,8 @@ class RunArgs:
             )
         if self.init_from is not None and self.model.name is not None:
             raise ValueError("--init_from brings the model's sizes with it: leave out --model.name")
+        if self.init_optimizer and self.init_layers is not None:
+            raise ValueError("--init_optimizer and --init_layers exclude each other: the state is that of all layers")
         if self.init_optimizer and self.init_from is None:
             raise ValueError("--init_optimizer true needs --init_from, the checkpoint to take the state from")
         if not 0 <= self.seed < 2**63:

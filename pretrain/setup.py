@@ -631,13 +631,18 @@ def with_layers(config: ModelConfig, layers: list[int]) -> ModelConfig:
     """The config of a model of some of another's layers. Raises ValueError for one that is not there."""
     if not all(0 <= i < config.n_layer for i in layers):
         raise ValueError(f"--init_layers {layers}: --init_from has the layers 0 to {config.n_layer - 1}")
+    attention = tuple(config.layer_attention(i) for i in layers)
+    experts = tuple(config.layer_has_experts(i) for i in layers)
     return dataclasses.replace(
         config,
         name="",
         n_layer=len(layers),
         rope_layers=tuple(config.rope_layers[i % len(config.rope_layers)] for i in layers),
-        attention_pattern=tuple(config.layer_attention(i) for i in layers),
-        moe_layers=tuple(config.layer_has_experts(i) for i in layers),
+        attention_pattern=attention,
+        sliding_window_size=config.sliding_window_size if "sliding" in attention else None,
+        attention_chunk_size=config.attention_chunk_size if "chunked" in attention else None,
+        moe_layers=experts,
+        n_expert=config.n_expert if any(experts) else 0,
     )
 
 

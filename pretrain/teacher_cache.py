@@ -147,6 +147,16 @@ def read_facts(folder: Path) -> CacheFacts:
         raise ValueError(f"{folder / FILE} is not readable: {error}") from error
 
 
+def check_finished(folder: Path, facts: CacheFacts) -> None:
+    """Raises ValueError if files are missing."""
+    missing = [i for i in range(facts.n_files) if not (folder / f"log_probs-{i:05d}.npy").is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is not finished: {len(missing)} of {facts.n_files} files are missing (the first is number "
+            f"{missing[0]}); call scripts/cache_teacher.py again as before"
+        )
+
+
 def _differences(there: CacheFacts, here: CacheFacts) -> str:
     one, two = asdict(there), asdict(here)
     return "; ".join(f"{k}: {one[k]!r} there, {two[k]!r} here" for k in one if one[k] != two[k])
@@ -157,12 +167,6 @@ class CachedTeacher:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device, self.facts = folder, device, read_facts(folder)
-        missing = [i for i in range(self.facts.n_files) if not (folder / f"log_probs-{i:05d}.npy").is_file()]
-        if missing:
-            raise ValueError(
-                f"{folder} is not finished: {len(missing)} of {self.facts.n_files} files are missing (the first is "
-                f"number {missing[0]}); call scripts/cache_teacher.py again as before"
-            )
         self._maps: dict[tuple[str, int], npt.NDArray[Any]] = {}
 
     def __call__(self, batch: MicroBatch) -> TopK:
@@ -199,6 +203,7 @@ def check_cache(
     """See that a cache is of this data and setting. Raises ValueError naming what differs, with the flag."""
     assert args.cache is not None
     facts = read_facts(args.cache)
+    check_finished(args.cache, facts)
     here = {
         "dataset": (dataset.fingerprint, "--data.train"),
         "packing": (packing, "--data.packing"),

@@ -20,8 +20,9 @@ from lit_data.order import Order
 from lit_data.packed import PackedDataset
 from lit_data.packing import ConcatRows
 from lit_model.load import Checkpoint, load_model, load_tensors
+from lit_model.registry import get_config
 from pretrain.args import DistillationArgs
-from pretrain.teacher_cache import CachedTeacher
+from pretrain.setup import with_layers
 from pretrain.teachers import alpha_at
 
 CHANGES: dict[str, object] = {"objective": "distillation", "train__max_steps": 6, "save__every_steps": 3}
@@ -136,8 +137,9 @@ def test_a_cache_of_everything_is_the_teacher(data: Path, teachers: list[Path], 
     refused = cache_teacher(*other)
     assert refused.returncode == 2 and "is another cache: k: 96 there, 8 here" in refused.stderr
     (tmp_path / "cache" / "log_probs-00001.npy").unlink()
-    with pytest.raises(ValueError, match="is not finished: 1 of"):
-        CachedTeacher(tmp_path / "cache", torch.device("cpu"))
+    refused = train(*flags(data, tmp_path / "other", **CHANGES, **cached), check=False)
+    assert refused.returncode == 2 and "is not finished: 1 of" in refused.stdout
+    assert not (tmp_path / "other").exists(), "refused before anything was made"
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,7 @@ def test_a_cache_of_everything_is_the_teacher(data: Path, teachers: list[Path], 
         ({"train__block_size": 4096}, "."),
         ({"distillation__shard_teachers": "true"}, "shard_teachers true is for --strategy fsdp"),
         ({"distillation__cache": "nowhere"}, "not both"),
+        ({"init_from": "x", "init_layers": "[0]", "init_optimizer": "true"}, "init_layers exclude each other"),
     ],
 )
 def test_mistakes_are_named(
@@ -168,6 +171,17 @@ def test_alpha_is_a_pure_function_of_the_step() -> None:
     args = DistillationArgs(alpha=0.0, alpha_end=1.0, alpha_schedule="cosine")
     assert [alpha_at(args, step, 3) for step in range(3)] == pytest.approx([0.0, 0.5, 1.0])
     assert alpha_at(DistillationArgs(alpha=0.3), 7, 9) == 0.3
+
+
+def test_layers_may_leave_kinds_of_layers_behind() -> None:
+    gemma, llama4 = get_config("babylm-gemma2"), get_config("babylm-llama4", moe_layers=(False, True))
+    assert with_layers(gemma, [1, 3]).attention_pattern == ("full",)
+    assert with_layers(gemma, [0, 1, 2]).sliding_window_size == gemma.sliding_window_size
+    dense = with_layers(llama4, [0, 2])
+    assert dense.n_expert == 0 and dense.attention_chunk_size == llama4.attention_chunk_size
+    assert with_layers(llama4, [3]).rope_layers == (False,) and with_layers(llama4, [3]).n_expert == 16
+    with pytest.raises(ValueError, match="has the layers 0 to 11"):
+        with_layers(gemma, [12])
 
 
 def test_a_student_of_some_layers(data: Path, teachers: list[Path], tmp_path: Path) -> None:

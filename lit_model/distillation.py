@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_model.loss import CPU_CHUNK_TOKENS, GPU_CHUNK_BYTES, IGNORE_INDEX, chunked_cross_entropy
+from lit_model.loss import (
+    CPU_CHUNK_TOKENS,
+    GPU_CHUNK_BYTES,
+    IGNORE_INDEX,
+    HeadGradients,
+    chunked_cross_entropy,
+    head_dtype,
+)
 
 Divergence = Literal["forward_kl", "reverse_kl", "js", "mse", "topk_kl"]
 Ensemble = Literal["logits", "probabilities"]
@@ -131,9 +138,7 @@ def chunked_distillation(
     """
     _check(teacher, setting, vocab_size)
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    if hidden.dtype == torch.float64:
-        dtype = torch.float64
+    dtype = head_dtype(hidden)
     chunk_tokens = _chunk_tokens(device, weight.shape[0], chunk_bytes)
     flat_teacher = TopK(*(x.flatten(0, -2) for x in teacher)) if isinstance(teacher, TopK) else _flat_teachers(teacher)
     factor = (1 - alpha) * setting.softening**2 * divergence_scale
@@ -406,16 +411,14 @@ class _ChunkedDistillation(torch.autograd.Function):
         dtype: torch.dtype,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        need_hidden, need_weight, need_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
-        need_any = need_hidden or need_weight or need_bias
+        gradients = HeadGradients(
+            hidden, weight, bias, [grad_enabled and need for need in ctx.needs_input_grad[:3]], dtype
+        )
         softmax_dtype = _softmax_dtype(dtype)
         w = weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
-        N, padding = hidden.shape[0], weight.shape[0] - vocab_size
+        N = hidden.shape[0]
         numbers = torch.empty(3, N, dtype=softmax_dtype, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=softmax_dtype) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=softmax_dtype) if bias is not None and need_bias else None
         for start in range(0, N, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, N))
             valid = targets[chunk] != IGNORE_INDEX  # (n,)
@@ -425,26 +428,13 @@ class _ChunkedDistillation(torch.autograd.Function):
             h = hidden[chunk].to(dtype).masked_fill(ignored, 0)  # (n, C)
             found, gradient = _one_chunk(
                 _logits(h, w, b, terms.softcap, vocab_size, softmax_dtype),
-                *(target, _rows(teacher, chunk, ignored), setting, terms, need_any),
+                *(target, _rows(teacher, chunk, ignored), setting, terms, gradients.any),
             )
             numbers[:, chunk] = found.masked_fill_(~valid, 0)
-            if gradient is None:
-                continue
-            if grad_bias is not None:  # ignored rows were emptied before the head, so that they still hold something
-                grad_bias[:vocab_size].addmv_(gradient.t(), valid.to(softmax_dtype))
-            grad_logits = gradient.to(dtype)
-            if padding:
-                grad_logits = F.pad(grad_logits, (0, padding))  # (n, V)
-            del gradient
-            if grad_hidden is not None:
-                grad_hidden[chunk] = (grad_logits @ w).masked_fill_(ignored, 0)
-            if grad_weight is not None and dtype == softmax_dtype:
-                grad_weight.addmm_(grad_logits.t(), h)
-            elif grad_weight is not None:
-                grad_weight += grad_logits.t() @ h
-            del grad_logits
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+            if gradient is not None:
+                gradients.add(chunk, gradient, h, w, ignored)
+                del gradient  # before the next chunk's
+        gradients.save(ctx)
         token_losses, log_z, divergences = numbers
         divergence_sum = divergences.sum()
         loss_sum = terms.alpha * token_losses.sum() + terms.factor * divergence_sum
@@ -456,11 +446,4 @@ class _ChunkedDistillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_sum.to(grad_hidden.dtype)
-        if grad_weight is not None:  # in place, and a second backward refused, as in the chunked cross-entropy
-            grad_weight = grad_weight.mul_(grad_sum).to(ctx.weight_dtype)
-        if grad_bias is not None:
-            grad_bias = (grad_bias * grad_sum).to(ctx.bias_dtype)
-        return (grad_hidden, grad_weight, grad_bias, *(None,) * 8)
+        return (*HeadGradients.scaled(ctx, grad_sum), *(None,) * 8)

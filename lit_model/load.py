@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from lit_model.hf.table import LazyTensors, check_names
 from lit_model.model import GPT, parameter_shapes
 from lit_model.sharded import SafeReader as SafeReader
 from lit_model.sharded import ShardedTensors
+from lit_model.tensor_file import DAMAGED, open_tensor_file
 
 CHECKPOINT_NAME = re.compile(r"iter-(\d{8,})-ckpt\.pth")
 MODEL_PREFIX = "model."
@@ -64,18 +64,10 @@ class Checkpoint:
                     raise ValueError("it holds no meta.json")
                 self.meta: dict[str, Any] = dict(json.loads((self.path / "meta.json").read_bytes()))
             else:
-                self._file = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+                self._file = open_tensor_file(self.path)
                 self.meta = dict(json.loads(self._file["meta"]))
                 self._names = _names_of(self._file)
-        except (
-            RuntimeError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            pickle.UnpicklingError,
-            EOFError,
-        ) as error:
+        except DAMAGED as error:
             raise ValueError(
                 f"{self.path} is not a checkpoint written by this project, or it is damaged: {error}"
             ) from error

@@ -5,6 +5,7 @@ Dimensions: B batch, T tokens in a row, N tokens of the batch, n tokens of a chu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,9 +84,7 @@ def chunked_cross_entropy(
     if on_cpu:
         chunk_tokens = min(chunk_tokens, CPU_CHUNK_TOKENS)
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    if dtype != torch.float64 and hidden.dtype == torch.float64:
-        dtype = torch.float64
+    dtype = head_dtype(hidden)
     with torch.autocast(device, enabled=False):
         flat = hidden.flatten(0, -2)  # (N, C)
         loss_sum, token_losses = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -94,6 +93,59 @@ def chunked_cross_entropy(
         )
     cross_entropy_sum = token_losses.sum() if z_loss else loss_sum.detach()
     return LossOutput(loss_sum, token_losses.view(targets.shape), cross_entropy_sum)
+
+
+def head_dtype(hidden: Tensor) -> torch.dtype:
+    """That of the product with the head: autocast's, if it is on, but float64 stays."""
+    device = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return hidden.dtype
+    return torch.get_autocast_dtype(device)
+
+
+class HeadGradients:
+    """Gradients of hidden states, head and bias, made in a forward chunk by chunk; those not needed stay None."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], dtype: torch.dtype):
+        """`needs` for each of the three; `dtype` is that of the product with the head."""
+        self._dtype, self._wide = dtype, torch.promote_types(dtype, torch.float32)
+        self.any = any(needs)
+        self.hidden = torch.empty_like(hidden) if needs[0] else None
+        self.weight = torch.zeros_like(weight, dtype=self._wide) if needs[1] else None
+        self.bias = torch.zeros_like(bias, dtype=self._wide) if bias is not None and needs[2] else None
+        self._saved_dtypes = weight.dtype, None if bias is None else bias.dtype
+
+    def add(self, chunk: slice, gradient: Tensor, h: Tensor, w: Tensor, ignored: Tensor) -> None:
+        """The gradient (n, V) of the head's output, or without its padding; h (n, C), w (V, C), ignored (n, 1)."""
+        if self.bias is not None:  # ignored rows were emptied before the head, so that they still hold something
+            self.bias[: gradient.shape[1]].addmv_(gradient.t(), (~ignored).squeeze(-1).to(gradient.dtype))
+        low = gradient.to(self._dtype)
+        if low.shape[1] < w.shape[0]:
+            low = F.pad(low, (0, w.shape[0] - low.shape[1]))  # (n, V)
+        if self.hidden is not None:
+            self.hidden[chunk] = (low @ w).masked_fill_(ignored, 0)
+        if self.weight is not None and self._dtype == self._wide:
+            self.weight.addmm_(low.t(), h)
+        elif self.weight is not None:
+            self.weight += low.t() @ h
+
+    def save(self, ctx: Any) -> None:
+        ctx.save_for_backward(self.hidden, self.weight, self.bias)
+        ctx.weight_dtype, ctx.bias_dtype = self._saved_dtypes
+
+    @staticmethod
+    def scaled(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The three for backward, times the loss's own gradient."""
+        hidden, weight, bias = ctx.saved_tensors
+        if hidden is not None:
+            hidden = hidden * grad_sum.to(hidden.dtype)
+        if weight is not None:
+            # In place: the head's gradient is the largest tensor of a small model. A second backward through the same
+            # graph is then refused by autograd's version check, not wrong.
+            weight = weight.mul_(grad_sum).to(ctx.weight_dtype)
+        if bias is not None:
+            bias = (bias * grad_sum).to(ctx.bias_dtype)
+        return hidden, weight, bias
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -111,19 +163,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
-        need_hidden = grad_enabled and ctx.needs_input_grad[0]
-        need_weight = grad_enabled and ctx.needs_input_grad[1]
-        need_bias = grad_enabled and ctx.needs_input_grad[2]
-        need_any = need_hidden or need_weight or need_bias
+        gradients = HeadGradients(
+            hidden, weight, bias, [grad_enabled and need for need in ctx.needs_input_grad[:3]], dtype
+        )
         softmax_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         w = weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
         N = hidden.shape[0]
         token_losses = torch.empty(N, dtype=softmax_dtype, device=hidden.device)
         log_z = torch.zeros(N if z_loss else 0, dtype=softmax_dtype, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=softmax_dtype) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=softmax_dtype) if bias is not None and need_bias else None
         for start in range(0, N, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, N))
             valid = targets[chunk] != IGNORE_INDEX  # (n,)
@@ -135,7 +183,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             tanh = None
             if softcap is not None:
                 tanh = logits.div_(softcap).tanh_()  # (n, V)
-                logits = tanh * softcap if need_any else tanh.mul_(softcap)
+                logits = tanh * softcap if gradients.any else tanh.mul_(softcap)
             logits[:, vocab_size:] = -torch.inf
             target_logits = logits.gather(1, target).squeeze(-1) if z_loss else None  # (n,)
             # In place from here: logits become log-probabilities, then probabilities, then the gradient.
@@ -143,7 +191,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             token_losses[chunk] = logits.gather(1, target).squeeze(-1).neg_().masked_fill_(~valid, 0)
             if target_logits is not None:  # the normaliser without another pass over the logits
                 log_z[chunk] = token_losses[chunk].add(target_logits).masked_fill_(~valid, 0)
-            if not need_any:
+            if not gradients.any:
                 continue
             probabilities = logits.exp_()
             if z_loss:
@@ -151,30 +199,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=softmax_dtype))
             if tanh is not None:  # the slope of c tanh(z / c) is 1 - tanh^2
                 probabilities.mul_(tanh.square_().neg_().add_(1))
-            if grad_bias is not None:  # ignored rows were emptied before the head, so that they still hold something
-                grad_bias.addmv_(probabilities.t(), valid.to(softmax_dtype))
-            grad_logits = probabilities.to(dtype)  # (n, V)
-            if grad_hidden is not None:
-                grad_hidden[chunk] = (grad_logits @ w).masked_fill_(ignored, 0)
-            if grad_weight is not None and dtype == softmax_dtype:
-                grad_weight.addmm_(grad_logits.t(), h)
-            elif grad_weight is not None:
-                grad_weight += grad_logits.t() @ h
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+            gradients.add(chunk, probabilities, h, w, ignored)
+        gradients.save(ctx)
         ctx.mark_non_differentiable(token_losses)
         loss_sum = token_losses.sum()
         return loss_sum + z_loss * log_z.square().sum() if z_loss else loss_sum, token_losses
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_sum.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            # In place: the head's gradient is the largest tensor of a small model. A second backward through the same
-            # graph is then refused by autograd's version check, not wrong.
-            grad_weight = grad_weight.mul_(grad_sum).to(ctx.weight_dtype)
-        if grad_bias is not None:
-            grad_bias = (grad_bias * grad_sum).to(ctx.bias_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
+        return (*HeadGradients.scaled(ctx, grad_sum), *(None,) * 7)

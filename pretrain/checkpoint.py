@@ -22,6 +22,7 @@ from pretrain.args import SaveArgs
 from pretrain.metrics import cut_metrics
 
 FORMAT_VERSION = 1
+STEP_COUNT = "optimizer.all/step_count"  # in a checkpoint: AdamW's updates so far
 
 
 def checkpoint_name(step: int) -> str:

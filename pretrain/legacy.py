@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from lit_model.legacy import (
     match_names,
 )
 from lit_model.load import checkpoint_step
+from lit_model.tensor_file import DAMAGED, open_tensor_file
 from pretrain.checkpoint import FORMAT_VERSION
 from pretrain.saving import check_free_space
 
@@ -118,7 +118,7 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises ValueError for a file with anything but tensors and plain values, naming the class, and for a damaged one.
     """
     try:
-        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        content = open_tensor_file(path)
     except pickle.UnpicklingError as error:
         classes = re.findall(r"GLOBAL ([\w.]+)", str(error))
         if not classes:
@@ -127,7 +127,7 @@ def read_file(path: Path) -> dict[str, Any]:
             f"{path} holds objects of {classes[0]}, which only code of the file can build: it is not read. Where it "
             "comes from, load it, leave out what is neither a tensor nor a plain value, and save it again"
         ) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is damaged, or no file of torch.save: {error}") from error
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path} holds a {type(content).__name__}, no state dict")

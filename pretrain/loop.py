@@ -23,17 +23,15 @@ from lit_data.loader import MicroBatch, StepData
 from lit_data.order import first_sample_of_step
 from lit_model.load import checkpoint_step, list_checkpoints
 from lit_model.loss import LossOutput
-from lit_model.model import Teaching
 from lit_model.moe import RouterStatistics
 from pretrain.args import plain
 from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
 from pretrain.metrics import DISTILLATION_COLUMNS, ROUTER_COLUMNS, MetricsWriter, ProgressBar, Throughput, router_values
+from pretrain.objective import distillation_values, teaching
 from pretrain.optim import clip_gradients
 from pretrain.parallel import on_rank_zero, uses_fsdp
 from pretrain.schedule import learning_rate
 from pretrain.setup import Run, go_back
-from pretrain.teacher_cache import CachedTeacher
-from pretrain.teachers import alpha_at, setting_of
 
 SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 
@@ -200,25 +198,6 @@ def train_step(run: Run, data: StepData) -> StepResult:
     return StepResult(loss_sum, n_targets, norm, read_later(piece_losses, skip), add_routers(routers), divergence_sum)
 
 
-def teaching(run: Run, step: int, n_targets: Tensor) -> Callable[[MicroBatch, Tensor, Tensor | None], Teaching] | None:
-    """What makes a micro-batch's teaching, from it and its tokens and boundaries on the device; None where it counts
-    for nothing: without teachers, and with alpha 1, so that the step is that of a run without them.
-    """
-    args, teachers = run.args.distillation, run.teachers
-    alpha = alpha_at(args, step, run.data.max_steps)
-    if teachers is None or alpha == 1:
-        return None
-    setting = setting_of(args)
-    # A sum over the global batch is divided by its targets later on: a mean over rows is that times targets per row.
-    scale = n_targets / run.args.train.global_batch_samples if args.reduction == "babyllama" else 1.0
-
-    def teach(batch: MicroBatch, tokens: Tensor, bounds: Tensor | None) -> Teaching:
-        said = teachers(batch) if isinstance(teachers, CachedTeacher) else teachers(tokens, bounds)
-        return Teaching(said, setting, alpha, scale)
-
-    return teach
-
-
 def sync_gradients(run: Run, last: bool) -> AbstractContextManager[Any]:
     """Say whether this micro-batch's backward reduces gradients over the ranks."""
     if uses_fsdp(run.args):
@@ -312,19 +291,6 @@ def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, f
     if run.loss_scale is not None:
         row["loss_scale"] = run.loss_scale.scale.item()
     return row | throughput.read()
-
-
-def distillation_values(
-    run: Run, cross_entropy: float, divergence: float | None = None, n_targets: float = 0
-) -> dict[str, float]:
-    """The columns of a student at a log step. Without a divergence the teachers were not asked: alpha is 1."""
-    args = run.args.distillation
-    alpha = alpha_at(args, run.step - 1, run.data.max_steps)
-    if divergence is None:
-        return {"alpha": alpha, "total_loss": cross_entropy}
-    scale = n_targets / run.args.train.global_batch_samples if args.reduction == "babyllama" else 1.0
-    pull = (1 - alpha) * setting_of(args).softening ** 2 * scale * divergence
-    return {"alpha": alpha, "total_loss": alpha * cross_entropy + pull, "divergence": divergence}
 
 
 def epoch_columns(run: Run, epochs: list[float]) -> list[tuple[str, float]]:

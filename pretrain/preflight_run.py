@@ -22,6 +22,7 @@ from lit_model.load import Checkpoint, list_checkpoints
 from lit_model.registry import get_config
 from pretrain.args import RunArgs
 from pretrain.checkpoint import find_checkpoint
+from pretrain.init_from import model_config
 from pretrain.loop import train_step
 from pretrain.metrics import Throughput, peak_memory_gib
 from pretrain.parallel import uses_fsdp
@@ -33,7 +34,6 @@ from pretrain.setup import (
     check_resume,
     first_segments,
     length_of,
-    model_config,
     open_data,
     open_datasets,
     set_up,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_data.cache import ShardCache
 from lit_data.compaction import Compactor
@@ -31,22 +30,19 @@ from lit_data.packing import Rows, count_windows, open_rows
 from lit_data.tokenizer_files import copy_tokenizer
 from lit_data.trace import describe_order, write_order
 from lit_model.config import ModelConfig
-from lit_model.init import copy_slice, initialise
+from lit_model.init import initialise
 from lit_model.load import (
-    OPTIMIZER_PREFIX,
     Checkpoint,
     checkpoint_step,
-    is_hf_folder,
     list_checkpoints,
-    load_tensors,
-    resolve,
 )
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from pretrain.args import DistillationArgs, RunArgs, TrainArgs, flat, plain
-from pretrain.checkpoint import find_checkpoint, load_state, rewind, state_tensors
+from pretrain.checkpoint import STEP_COUNT, find_checkpoint, load_state, rewind, state_tensors
 from pretrain.first_failure import begin_attempt, report_failure
 from pretrain.guards import RunLock, SpikeDetector, StopRequest
+from pretrain.init_from import load_optimizer, load_weights, model_config, optimizer_of
 from pretrain.optim import AdamW, LossScale
 from pretrain.parallel import (
     DTYPES,
@@ -95,7 +91,6 @@ MECHANICS = (
 )
 
 LOAD_BALANCE_LOSS = 0.001  # its weight where none is given: that of Llama 4 in transformers (router_aux_loss_coef)
-STEP_COUNT = "optimizer.all/step_count"  # in a checkpoint: AdamW's updates so far
 STOPPED = "stopped.json"  # in the run folder: what a signal has ended
 
 
@@ -587,86 +582,6 @@ def go_back(run: Run, path: Path, reason: str) -> None:
     run.data = open_data(run.args, run.fabric, datasets, run.segments)
     run.loader = training_loader(run.args, run.fabric, run.data, run.segments)
     begin_recording(run)
-
-
-def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None) -> ModelConfig:
-    """The model's config: of the registry and the flags, or of the weights to begin with.
-
-    With a checkpoint to go on from, the weights that the run began with are no longer needed.
-    """
-    if args.init_from is None:
-        return args.model.config(vocab_size, args.train.block_size)
-    config = load_tensors(args.init_from)[0] if checkpoint is None else Checkpoint(checkpoint).model_config
-    if args.init_layers is not None and checkpoint is None:
-        config = with_layers(config, args.init_layers)
-    if args.init_optimizer and checkpoint is None:
-        optimizer_of(args)
-    block_size = args.train.block_size
-    if block_size is not None and block_size > config.block_size:
-        raise ValueError(
-            f"--train.block_size {block_size} exceeds the {config.block_size} of --init_from {args.init_from}"
-        )
-    given = {k: v for k, v in vars(args.model).items() if v is not None}
-    changed = dataclasses.replace(config, **given)
-    for key, value in given.items():
-        if key not in ("dropout", "attention_dropout") and getattr(config, key) != getattr(changed, key):
-            raise ValueError(
-                f"--model.{key} {value} contradicts --init_from {args.init_from}, which has {getattr(config, key)}"
-            )
-    return changed
-
-
-def load_weights(model: nn.Module, path: Path, layers: list[int] | None) -> None:
-    """Copy the weights of a checkpoint or a Hugging Face folder, or of these of its layers, into a model, sharded or
-    not.
-    """
-    _, tensors = load_tensors(path)
-    for name, parameter in model.named_parameters():
-        if layers is not None and (found := re.fullmatch(r"(transformer\.h\.)(\d+)(\..+)", name)):
-            name = f"{found[1]}{layers[int(found[2])]}{found[3]}"
-        copy_slice(parameter, tensors[name])
-
-
-def with_layers(config: ModelConfig, layers: list[int]) -> ModelConfig:
-    """The config of a model of some of another's layers. Raises ValueError for one that is not there."""
-    if not all(0 <= i < config.n_layer for i in layers):
-        raise ValueError(f"--init_layers {layers}: --init_from has the layers 0 to {config.n_layer - 1}")
-    attention = tuple(config.layer_attention(i) for i in layers)
-    experts = tuple(config.layer_has_experts(i) for i in layers)
-    return dataclasses.replace(
-        config,
-        name="",
-        n_layer=len(layers),
-        rope_layers=tuple(config.rope_layers[i % len(config.rope_layers)] for i in layers),
-        attention_pattern=attention,
-        sliding_window_size=config.sliding_window_size if "sliding" in attention else None,
-        attention_chunk_size=config.attention_chunk_size if "chunked" in attention else None,
-        moe_layers=experts,
-        n_expert=config.n_expert if any(experts) else 0,
-    )
-
-
-def optimizer_of(args: RunArgs) -> Checkpoint:
-    """The checkpoint of --init_from. Raises ValueError if it does not hold AdamW's state of every parameter."""
-    assert args.init_from is not None
-    path = resolve(args.init_from)
-    if is_hf_folder(path):
-        raise ValueError(f"--init_optimizer true: --init_from {path} is a Hugging Face folder, without an optimizer")
-    checkpoint = Checkpoint(path)
-    shapes = {name: tuple(layout.shape) for name, layout in checkpoint.model_layout().items()}
-    wanted = {f"{OPTIMIZER_PREFIX}{name}/{key}": s for name, s in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
-    wanted[STEP_COUNT] = ()
-    found = set(checkpoint.names())
-    for name, shape in wanted.items():
-        if name not in found or tuple(checkpoint.layout(name).shape) != shape:
-            raise ValueError(f"--init_optimizer true: --init_from {path} holds no {name} of shape {shape}")
-    return checkpoint
-
-
-def load_optimizer(optimizer: AdamW, checkpoint: Checkpoint) -> None:
-    """Copy the moments and the count of updates of a checkpoint, see `optimizer_of`, into an optimizer."""
-    for name, target in (state_tensors({}, optimizer.state) | {STEP_COUNT: optimizer.step_count}).items():
-        copy_slice(target, checkpoint.tensor(name))
 
 
 def training_loader(args: RunArgs, fabric: Fabric, data: Data, segments: list[Segment]) -> Loader:

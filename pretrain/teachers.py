@@ -5,7 +5,6 @@ Dimensions: B rows in a micro-batch, T tokens in a row, P pieces of a micro-batc
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -16,27 +15,13 @@ from torch.distributed.tensor import DTensor
 from lit_data.packed import PackedDataset
 from lit_data.tokenizer import Tokenizer, open_tokenizer
 from lit_model.config import ModelConfig
-from lit_model.distillation import Distillation, Teacher
+from lit_model.distillation import Teacher
 from lit_model.init import copy_slice
 from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
 from lit_model.model import GPT
 from pretrain.args import DistillationArgs, RunArgs
 from pretrain.export import find_tokenizer
 from pretrain.parallel import DTYPES
-
-
-def setting_of(args: DistillationArgs) -> Distillation:
-    """How the distance of a student from its teachers is measured."""
-    return Distillation(args.divergence, args.temperature, args.ensemble, args.top_k)
-
-
-def alpha_at(args: DistillationArgs, step: int, max_steps: int) -> float:
-    """The weight of the cross-entropy at `step` (0-based): from alpha to alpha_end, which the last step has."""
-    if args.alpha_end is None:
-        return args.alpha
-    x = min(1.0, step / max(1, max_steps - 1))
-    shape = x if args.alpha_schedule == "linear" else (1 - math.cos(math.pi * x)) / 2
-    return args.alpha + (args.alpha_end - args.alpha) * shape
 
 
 def check_teachers(args: RunArgs, config: ModelConfig, dataset: PackedDataset, block_size: int) -> None:

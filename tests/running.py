@@ -5,14 +5,19 @@ from __future__ import annotations
 import atexit
 import csv
 import functools
+import io
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import pytest
 
 from lit_data.packed import PackedWriter
 
@@ -103,3 +108,19 @@ def metrics(run: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv."""
     with open(run / "metrics.csv", newline="") as f:
         return list(csv.DictReader(f))
+
+
+def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A script as it is run by path, in this process."""
+    out, errors, path = io.StringIO(), io.StringIO(), str(ROOT / "scripts" / name)
+    argv = [path, *map(str, arguments)]
+    with (
+        patch.object(sys, "argv", argv),
+        patch.object(sys, "path", list(sys.path)),
+        redirect_stdout(out),
+        redirect_stderr(errors),
+        pytest.raises(SystemExit) as left,
+    ):
+        runpy.run_path(path, run_name="__main__")
+    assert isinstance(left.value.code, int)
+    return subprocess.CompletedProcess(argv, left.value.code, out.getvalue(), errors.getvalue())

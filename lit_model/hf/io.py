@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import sys
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from lit_model.checksum import byte_view
 from lit_model.config import ModelConfig
 from lit_model.hf.families import config_from_hf, family_from_hf
 from lit_model.hf.table import LazyTensors, tensors_from_hf
+from lit_model.tensor_file import DAMAGED, open_tensor_file
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -219,18 +218,9 @@ def _legacy_tensors(directory: Path) -> Mapping[str, Tensor]:
 
 
 def _open_legacy(path: Path) -> dict[str, Tensor]:
-    # Files of PyTorch before 1.6 are no archives, and cannot be mapped.
     try:
-        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except (
-        RuntimeError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        pickle.UnpicklingError,
-        EOFError,
-    ) as error:
+        content = open_tensor_file(path)
+    except DAMAGED as error:
         raise ValueError(f"{path} is damaged, or it holds more than tensors and is not opened: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"{path} holds more than tensors by name")

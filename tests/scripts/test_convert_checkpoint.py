@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
-import runpy
 import shutil
-import subprocess
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from running import ROOT, flags, train, write_dataset
+from running import flags, script, train, write_dataset
 
 from lit_model.hf.families import config_to_hf
 from lit_model.load import Checkpoint
@@ -40,25 +34,9 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("convert") / "run"
     train(*flags(data, folder, save__state_dict_type="sharded", **SETTINGS))
     for source, output, to in ((folder / FIRST, "full", "full"), (folder.parent / "full" / FIRST, "again", "sharded")):
-        done = call("convert_checkpoint.py", source, folder.parent / output / FIRST, "--to", to)
+        done = script("convert_checkpoint.py", source, folder.parent / output / FIRST, "--to", to)
         assert done.returncode == 0, done.stderr
     return folder
-
-
-def call(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A script as it is run by path, in this process."""
-    out, errors, path = io.StringIO(), io.StringIO(), str(ROOT / "scripts" / script)
-    argv = [path, *map(str, arguments)]
-    with (
-        patch.object(sys, "argv", argv),
-        patch.object(sys, "path", list(sys.path)),
-        redirect_stdout(out),
-        redirect_stderr(errors),
-        pytest.raises(SystemExit) as left,
-    ):
-        runpy.run_path(path, run_name="__main__")
-    assert isinstance(left.value.code, int)
-    return subprocess.CompletedProcess(argv, left.value.code, out.getvalue(), errors.getvalue())
 
 
 def facts(checkpoint: Checkpoint) -> dict[str, object]:
@@ -116,13 +94,13 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
         ((hf, tmp_path / "x", "--to", "full"), "convert_from_hf.py"),
     ]
     for arguments, message in cases:
-        done = call("convert_checkpoint.py", *arguments)
+        done = script("convert_checkpoint.py", *arguments)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
 def test_inspect(run: Path, tmp_path: Path) -> None:
-    done = call("inspect_checkpoint.py", run / FIRST, "--json")
+    done = script("inspect_checkpoint.py", run / FIRST, "--json")
     assert done.returncode == 0, done.stderr
     told, checkpoint = json.loads(done.stdout), Checkpoint(run / FIRST)
     model = sum(t.numel() for t in checkpoint.model_tensors().values())
@@ -130,7 +108,7 @@ def test_inspect(run: Path, tmp_path: Path) -> None:
     assert (told["parameters"], told["model_bytes"], told["tokens"]) == (model, 4 * model, checkpoint.meta["tokens"])
     assert told["optimizer_bytes"] >= 8 * model and told["torch"] == torch.__version__
     assert told["file_bytes"] == sum(f.stat().st_size for f in (run / FIRST).iterdir())
-    text = call("inspect_checkpoint.py", run.parent / "full" / FIRST).stdout
+    text = script("inspect_checkpoint.py", run.parent / "full" / FIRST).stdout
     assert "(full)" in text and "step 4" in text and f"{model:,} parameters" in text
 
 
@@ -138,16 +116,16 @@ def test_inspect(run: Path, tmp_path: Path) -> None:
 def test_inspect_verifies(run: Path, tmp_path: Path, kind: str) -> None:
     source, copy = run.parent / kind / FIRST, tmp_path / FIRST
     (shutil.copytree if source.is_dir() else shutil.copyfile)(source, copy)
-    done = call("inspect_checkpoint.py", copy, "--verify")
+    done = script("inspect_checkpoint.py", copy, "--verify")
     assert done.returncode == 0 and done.stdout.endswith("no fault\n"), done.stdout + done.stderr
     file = copy / "__0_0.distcp" if copy.is_dir() else copy
     content = file.read_bytes()
     middle = len(content) // 2
     file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    done = call("inspect_checkpoint.py", copy, "--verify")
+    done = script("inspect_checkpoint.py", copy, "--verify")
     assert done.returncode == 1 and "is not what was written" in done.stdout, done.stdout + done.stderr
     file.write_bytes(content[:-1000])
-    done = call("inspect_checkpoint.py", copy, "--verify", "--json")
+    done = script("inspect_checkpoint.py", copy, "--verify", "--json")
     assert done.returncode == 1 and str(file) in json.loads(done.stdout)["faults"][0], done.stdout + done.stderr
-    done = call("inspect_checkpoint.py", tmp_path / "no", "--verify")
+    done = script("inspect_checkpoint.py", tmp_path / "no", "--verify")
     assert done.returncode == 2 and "no model at" in done.stderr

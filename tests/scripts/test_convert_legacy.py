@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
-import runpy
 import subprocess
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 import yaml
 from legacy_files import MLP_NAMES, NAMINGS, SETTINGS, litgpt_fields, save_legacy, to_legacy
-from running import ROOT
+from running import script
 from torch import Tensor
 
 from lit_model.config import ModelConfig
@@ -55,20 +50,8 @@ def tokens(config: ModelConfig) -> Tensor:
     return torch.randint(0, config.vocab_size, (3, 20), generator=torch.Generator().manual_seed(1))
 
 
-def convert(*arguments: object, script: str = "convert_legacy.py") -> subprocess.CompletedProcess[str]:
-    """A script as it is run by path, in this process."""
-    out, errors, path = io.StringIO(), io.StringIO(), str(ROOT / "scripts" / script)
-    argv = [path, *map(str, arguments)]
-    with (
-        patch.object(sys, "argv", argv),
-        patch.object(sys, "path", list(sys.path)),
-        redirect_stdout(out),
-        redirect_stderr(errors),
-        pytest.raises(SystemExit) as left,
-    ):
-        runpy.run_path(path, run_name="__main__")
-    assert isinstance(left.value.code, int)
-    return subprocess.CompletedProcess(argv, left.value.code, out.getvalue(), errors.getvalue())
+def convert(*arguments: object, by: str = "convert_legacy.py") -> subprocess.CompletedProcess[str]:
+    return script(by, *arguments)
 
 
 def config_file(folder: Path, config: ModelConfig = CONFIG, **changes: object) -> Path:
@@ -327,7 +310,7 @@ def test_lit_config_and_export(model: GPT, tmp_path: Path) -> None:
     (tmp_path / "lit_config.json").write_text(json.dumps({**fields, "org": "Lightning-AI"}))
     save_legacy(tmp_path / "lit_model.pth", to_legacy(model.state_dict(), CONFIG, "lit-gpt"))
     assert convert(tmp_path, tmp_path / "ours.pth").returncode == 0
-    done = convert("--checkpoint", tmp_path / "ours.pth", "--output", tmp_path / "hf", script="convert_to_hf.py")
+    done = convert("--checkpoint", tmp_path / "ours.pth", "--output", tmp_path / "hf", by="convert_to_hf.py")
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "hf")[0](tokens(CONFIG)), model(tokens(CONFIG)))

@@ -22,8 +22,8 @@ from lit_data.packing import ConcatRows
 from lit_model.load import Checkpoint, load_model, load_tensors
 from lit_model.registry import get_config
 from pretrain.args import DistillationArgs
-from pretrain.setup import with_layers
-from pretrain.teachers import alpha_at
+from pretrain.init_from import with_layers
+from pretrain.objective import alpha_at
 
 CHANGES: dict[str, object] = {"objective": "distillation", "train__max_steps": 6, "save__every_steps": 3}
 

@@ -1,0 +1,61 @@
+"""What is minimised beside the cross-entropy: teaching for a batch, its weight at a step, its numbers at a log step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lit_data.loader import MicroBatch
+from lit_model.distillation import Distillation
+from lit_model.model import Teaching
+from pretrain.args import DistillationArgs
+from pretrain.setup import Run
+from pretrain.teacher_cache import CachedTeacher
+
+
+def setting_of(args: DistillationArgs) -> Distillation:
+    """How the distance of a student from its teachers is measured."""
+    return Distillation(args.divergence, args.temperature, args.ensemble, args.top_k)
+
+
+def alpha_at(args: DistillationArgs, step: int, max_steps: int) -> float:
+    """The weight of the cross-entropy at `step` (0-based): from alpha to alpha_end, which the last step has."""
+    if args.alpha_end is None:
+        return args.alpha
+    x = min(1.0, step / max(1, max_steps - 1))
+    shape = x if args.alpha_schedule == "linear" else (1 - math.cos(math.pi * x)) / 2
+    return args.alpha + (args.alpha_end - args.alpha) * shape
+
+
+def teaching(run: Run, step: int, n_targets: Tensor) -> Callable[[MicroBatch, Tensor, Tensor | None], Teaching] | None:
+    """What makes a micro-batch's teaching, from it and its tokens and boundaries on the device; None where it counts
+    for nothing: without teachers, and with alpha 1, so that the step is that of a run without them.
+    """
+    args, teachers = run.args.distillation, run.teachers
+    alpha = alpha_at(args, step, run.data.max_steps)
+    if teachers is None or alpha == 1:
+        return None
+    setting = setting_of(args)
+    # A sum over the global batch is divided by its targets later on: a mean over rows is that times targets per row.
+    scale = n_targets / run.args.train.global_batch_samples if args.reduction == "babyllama" else 1.0
+
+    def teach(batch: MicroBatch, tokens: Tensor, bounds: Tensor | None) -> Teaching:
+        said = teachers(batch) if isinstance(teachers, CachedTeacher) else teachers(tokens, bounds)
+        return Teaching(said, setting, alpha, scale)
+
+    return teach
+
+
+def distillation_values(
+    run: Run, cross_entropy: float, divergence: float | None = None, n_targets: float = 0
+) -> dict[str, float]:
+    """The columns of a student at a log step. Without a divergence the teachers were not asked: alpha is 1."""
+    args = run.args.distillation
+    alpha = alpha_at(args, run.step - 1, run.data.max_steps)
+    if divergence is None:
+        return {"alpha": alpha, "total_loss": cross_entropy}
+    scale = n_targets / run.args.train.global_batch_samples if args.reduction == "babyllama" else 1.0
+    pull = (1 - alpha) * setting_of(args).softening ** 2 * scale * divergence
+    return {"alpha": alpha, "total_loss": alpha * cross_entropy + pull, "divergence": divergence}

@@ -51,8 +51,8 @@ OWN_FAULT = ("unhandled cuda error", "CUDA error")  # in an error of NCCL: of th
 
 @dataclass(frozen=True)
 class Failure:
-    """The first failure of an attempt. Of a rank that was found silent, `step` is the one it told last, and `seen_by`
-    is the rank that found it; else `seen_by` is the rank itself."""
+    """The first failure of an attempt. Of a rank that another found silent, `step` is the one it told last, and
+    `seen_by` is the rank that found it; else `seen_by` is the rank itself."""
 
     attempt: str
     rank: int
@@ -81,7 +81,7 @@ def report_failure(error: BaseException, step: int, watchdog: Watchdog) -> Failu
 
     An error that only says that another process has gone is no failure of its own while there is another reason: up to
     5 intervals of the watchdog are spent on waiting for the other's report, or until it is seen to be silent. Then the
-    silent rank is named.
+    silent rank is named; this one, if it was itself stopped for a while: the others have given it up.
     """
     log, lost = watchdog.log, lost_connection(error)
     watchdog.beat(step, f"failed, {type(error).__name__}")
@@ -119,6 +119,8 @@ def cause_elsewhere(watchdog: Watchdog) -> Failure | None:
     while time.monotonic() < until:
         if (told := read_failure(watchdog.log)) is not None:
             return told
+        if (stopped_s := watchdog.stopped_s()) > 0:
+            return claim(of_stopped(stopped_s, watchdog), watchdog)
         if silent := watchdog.silent_ranks():
             return claim(of_silent(silent, watchdog), watchdog)
         time.sleep(watchdog.interval_s / 4)
@@ -133,6 +135,13 @@ def of_silent(silent: list[tuple[int, float]], watchdog: Watchdog) -> Failure:
     message = f"no sign of life for {seconds:.1f} s{also}: killed, stopped, or its host is gone"
     host, step = (sign.host, sign.step) if sign is not None else ("unknown", 0)
     return Failure(log.attempt, rank, host, step, "Silent", message, utc_now(), log.rank)
+
+
+def of_stopped(seconds: float, watchdog: Watchdog) -> Failure:
+    """The failure of this rank, which the others took for a silent one."""
+    log = watchdog.log
+    message = f"this process itself did not run for {seconds:.1f} s: it was stopped, or its host was"
+    return Failure(log.attempt, log.rank, log.host, watchdog.step, "Silent", message, utc_now(), log.rank)
 
 
 def claim(failure: Failure, watchdog: Watchdog) -> Failure:

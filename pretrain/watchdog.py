@@ -40,6 +40,9 @@ is seen, up to four until the others know, four for the last signs of life, thre
 SILENT_INTERVALS = 3
 """A rank whose sign of life has not changed for longer is silent."""
 
+RECENT_INTERVALS = 10
+"""A stop of this process that ended longer ago is no reason for what happens now."""
+
 ALARM = "alarm"
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 COLLECTIVES = os.path.dirname(dist.__file__)
@@ -120,7 +123,8 @@ class Watchdog:
         self._began = now
         self._number = 0
         self._final: Sign | None = None  # of the moment of the alarm
-        self._stopped_s = 0.0  # the longest time in which this process did not run
+        self._watch_at: float | None = None  # when the watching thread ran last
+        self._stopped = (0.0, 0.0)  # the last time in which it did not run: seconds, and when that ended
         self._closing = threading.Event()
         self._exchange_now = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -160,6 +164,23 @@ class Watchdog:
         if self.store is None or (self._store_error is None and waited_s <= SILENT_INTERVALS * self.interval_s):
             return 0.0
         return waited_s
+
+    @property
+    def step(self) -> int:
+        """Of the last beat."""
+        return self._beat[0]
+
+    def stopped_s(self) -> float:
+        """Seconds for which this process did not run, until just now: it was stopped, or its host was. 0.0 if that was
+        less than 3 intervals, or ended more than 10 ago. Not known without a time-out."""
+        now, watch_at = time.monotonic(), self._watch_at
+        if watch_at is not None and self._is_stop(now - watch_at):
+            return now - watch_at
+        seconds, until = self._stopped
+        return seconds if now - until <= RECENT_INTERVALS * self.interval_s else 0.0
+
+    def _is_stop(self, seconds: float) -> bool:
+        return seconds - self.interval_s > SILENT_INTERVALS * self.interval_s
 
     def last_sign(self, rank: int) -> Sign | None:
         """What the rank said of itself last; None if it never did."""
@@ -241,11 +262,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         """The thread that decides."""
-        round_at = time.monotonic()
+        self._watch_at = time.monotonic()
         while not self._closing.wait(self.interval_s):
             self._arm()
-            self._stopped_s = max(self._stopped_s, time.monotonic() - round_at - self.interval_s)
-            round_at = time.monotonic()
+            now = time.monotonic()
+            if self._is_stop(now - self._watch_at):
+                self._stopped = (now - self._watch_at, now)
+            self._watch_at = now
             if self._alarm is None and (idle_s := time.monotonic() - self._beat[2]) > self.timeout_s:
                 self._raised = f"rank {self.rank} made no progress for {idle_s:.0f} s"
                 self._exchange_now.set()
@@ -271,8 +294,8 @@ class Watchdog:
         text = f"error: the run hangs: {alarm} (--guard.hang_timeout_s {self.timeout_s:g}); {blame(signs, silent)}"
         if (silent_s := self.store_silent_s()) > 0:
             text += f"; the store has given no answer for {silent_s:.0f} s, so this is what was known before"
-        if self._stopped_s > SILENT_INTERVALS * self.interval_s:
-            text += f"; this process itself did not run for {self._stopped_s:.0f} s"
+        if (stopped_s := self.stopped_s()) > 0:
+            text += f"; this process itself did not run for {stopped_s:.0f} s"
         text += f"; the stacks are in {self.log.path.parent}"
         told = in_background(lambda: print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True))
         logged = in_background(lambda: self.log.event(text))

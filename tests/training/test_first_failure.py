@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import torch
 import torch.distributed as dist
 from failing_ranks import Case, run_cases
 
-from pretrain.first_failure import FILE, Failure, begin_attempt, lost_connection, publish
-from pretrain.rank_log import FOLDER
+from pretrain.first_failure import FILE, Failure, begin_attempt, lost_connection, publish, report_failure
+from pretrain.rank_log import FOLDER, RankLog
+from pretrain.watchdog import RECENT_INTERVALS, Watchdog
 
 CASES = ["one_fails", "one_fails_without_file", "two_fail", "one_killed", "host_killed"]
 FAILURE = Failure("now", 3, "h", 7, "ValueError", "planted", "2030-01-01", 3)
@@ -57,6 +60,24 @@ def test_a_killed_rank_is_named_by_the_others(cases: dict[str, Case], name: str,
             assert "Silent: no sign of life for" in case.message(rank)
     facts = json.loads((case.folder / FOLDER / FILE).read_text())
     assert facts["rank"] == killed and facts["seen_by"] != killed and facts["attempt"] != "earlier"
+
+
+def test_a_rank_that_was_stopped_names_itself_and_not_those_that_gave_it_up(tmp_path: Path) -> None:
+    store, interval_s = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), 0.05
+    watchdog = Watchdog(store, 1, 3, RankLog(tmp_path, 1, 3, "now"), 60.0, interval_s)
+    try:
+        time.sleep(4 * interval_s)  # ranks 0 and 2 give no sign of life either
+        ctypes.PyDLL(None).usleep(400_000)  # PyDLL: the interpreter's lock is kept, so nothing runs
+        assert 0.4 <= watchdog.stopped_s() < 10
+        first = report_failure(RuntimeError("Connection closed by peer"), 7, watchdog)
+        assert (first.rank, first.seen_by, first.step, first.error) == (1, 1, 7, "Silent")
+        assert "this process itself did not run for" in first.message
+        until = time.monotonic() + 30
+        while watchdog.stopped_s():
+            assert time.monotonic() < until
+            time.sleep(RECENT_INTERVALS * interval_s)
+    finally:
+        watchdog.close()
 
 
 def test_the_first_to_publish_counts(tmp_path: Path) -> None:

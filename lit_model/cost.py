@@ -99,6 +99,8 @@ class TrainingSetting:
     """Sharded: of an element of the gradients while they are reduced."""
     on_cpu: bool = False
     """The loss takes smaller chunks of logits there."""
+    frozen: int = 0
+    """Bytes of other models' weights on the device: teachers'."""
 
     @property
     def sharded(self) -> bool:
@@ -128,6 +130,8 @@ class TrainingMemory:
     """Gradients of the hidden states and of the head, which the loss makes in the forward."""
     workspace: int
     """The larger of a chunk of logits and, in the backward, a block's gradients and what it makes again."""
+    frozen: int
+    """Weights of other models."""
     total: int
     """The most at once."""
 
@@ -181,8 +185,8 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
     at_end = gradients + tokens * last + block_gradients + reducing
     if s.cpu_offload:
         at_loss, at_end = at_loss - before, at_end - gradients
-    total = gathered + max(at_loss, at_end) + (0 if s.cpu_offload else parameters + optimizer)
-    return TrainingMemory(parameters, gradients, optimizer, gathered, activations, loss, workspace, total)
+    total = s.frozen + gathered + max(at_loss, at_end) + (0 if s.cpu_offload else parameters + optimizer)
+    return TrainingMemory(parameters, gradients, optimizer, gathered, activations, loss, workspace, s.frozen, total)
 
 
 def _root_parameters(config: ModelConfig) -> int:

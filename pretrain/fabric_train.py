@@ -156,6 +156,12 @@ def describe(run: Run) -> None:
         f"devices  {run.world_size} x {run.device.type} by {how}, {args.precision}, {torch.get_num_threads()} threads",
         *kernels(run.device, dtype, config, args),
     ]
+    if run.taught_by:
+        d = args.distillation
+        names = " + ".join(f"{t['name']} x {t['weight']:g}" for t in run.taught_by)
+        alpha = f"{d.alpha:g}" + (f" to {d.alpha_end:g}, {d.alpha_schedule}" if d.alpha_end is not None else "")
+        how = f"{d.divergence} at temperature {d.temperature:g}, {d.reduction}, alpha {alpha}"
+        lines.append(f"teachers {names}{', cached' if d.cache is not None else ''}; {how}")
     try:
         family_of(config)
     except ValueError as error:  # worth nothing to transformers, and yet a model

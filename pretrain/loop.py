@@ -411,6 +411,7 @@ def checkpoint_meta(run: Run) -> dict[str, object]:
             "n_documents": sum(dataset.n_documents for dataset in datasets),
             "eos_id": datasets[0].eos_id,
         },
+        "teachers": run.taught_by,
         "skipped": int(run.skipped.item()),
         "skipped_in_row": int(run.skipped_in_row.item()),
         "spikes": run.spikes.state(),

@@ -33,12 +33,14 @@ from pretrain.setup import (
     Datasets,
     check_resume,
     first_segments,
+    identify_teachers,
     length_of,
     open_data,
     open_datasets,
     set_up,
     training_loader,
 )
+from pretrain.teachers import teacher_bytes
 
 CHECKSUM_BYTES = 256 << 20  # of shards that one rank reads again
 MANY_EPOCHS = 4.0  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
@@ -173,7 +175,8 @@ def load_some(s: Situation) -> float:
     s.data = open_data(s.args, s.ranks.fabric, s.datasets, segments)
     if s.checkpoint is not None:
         meta = Checkpoint(s.checkpoint).meta
-        check_resume(s.args, meta, s.data, s.config, s.checkpoint)
+        taught_by = identify_teachers(s.args.distillation)
+        check_resume(s.args, meta, s.data, s.config, taught_by, s.checkpoint)
     loader = training_loader(without_traces(s.args), s.ranks.fabric, s.data, segments)
     try:
         began, tokens = time.perf_counter(), 0
@@ -204,6 +207,7 @@ def check_memory(s: Situation) -> Finding:
     parts = f"state {show_bytes(memory.parameters + memory.gradients + memory.optimizer)}, activations "
     parts += f"{show_bytes(memory.activations)}, loss {show_bytes(memory.loss + memory.workspace)}"
     parts += f", weights gathered or cast {show_bytes(memory.gathered)}" if memory.gathered else ""
+    parts += f", teachers {show_bytes(memory.frozen)}" if memory.frozen else ""
     measured = f"estimate {show_bytes(memory.total)} a device ({parts})"
     if s.kind is None:
         return Finding("skipped", f"{measured}; there is no such device here to compare with")
@@ -249,6 +253,7 @@ def training_setting(s: Situation, config: ModelConfig) -> TrainingSetting:
         prefetch_blocks=t.prefetch_blocks,
         reduce_bytes=4 if t.reduce_dtype == "fp32" else 2,
         on_cpu=s.kind == "cpu",
+        frozen=teacher_bytes(args.distillation, args.precision, shards),
     )
 
 

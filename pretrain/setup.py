@@ -25,7 +25,7 @@ from lit_data.datapoints import DatapointRecorder
 from lit_data.loader import Layout, Loader, bucket
 from lit_data.mixture import Mixture, phase_list
 from lit_data.order import Order, Segment, first_sample_of_step
-from lit_data.packed import PackedDataset
+from lit_data.packed import PackedDataset, file_sha256
 from lit_data.packing import Rows, count_windows, open_rows
 from lit_data.tokenizer_files import copy_tokenizer
 from lit_data.trace import describe_order, write_order
@@ -56,8 +56,9 @@ from pretrain.parallel import (
 from pretrain.rank_log import RankLog
 from pretrain.saving import Saver
 from pretrain.synthetic import make_synthetic_data
+from pretrain.teacher_cache import FILE as CACHE_FILE
 from pretrain.teacher_cache import CachedTeacher, check_cache
-from pretrain.teachers import Teachers, check_teachers
+from pretrain.teachers import Teachers, check_teachers, identify
 from pretrain.watchdog import Watchdog, control_store
 
 # Settings that decide what a run means: a resume with another value is refused unless --resume_allow names it.
@@ -74,7 +75,7 @@ MEANING = (
     "objective",
     "distillation",
 )
-# Parts of these that only decide how it is computed.
+# Parts of these that only decide how it is computed, or are known by their content.
 MECHANICS = (
     "train.micro_batch_samples",
     "train.activation_checkpointing",
@@ -85,6 +86,8 @@ MECHANICS = (
     "train.defer_gradient_sync",
     "train.deterministic",
     "train.attention",
+    "distillation.teachers",
+    "distillation.cache",
     "distillation.teacher_device",
     "distillation.shard_teachers",
     "distillation.compile_teachers",
@@ -136,6 +139,7 @@ class Run:
     saver: Saver
     spikes: SpikeDetector
     lock: RunLock | None
+    taught_by: list[dict[str, Any]]  # name, sha256 and weight of each teacher
     teachers: Teachers | CachedTeacher | None = None
     stop: StopRequest = dataclasses.field(init=False)
     watchdog: Watchdog | None = None
@@ -336,7 +340,7 @@ def open_data(args: RunArgs, fabric: Fabric, datasets: Datasets, segments: list[
 
 
 def check_resume(
-    args: RunArgs, meta: dict[str, Any], data: Data, config: ModelConfig, path: Path
+    args: RunArgs, meta: dict[str, Any], data: Data, config: ModelConfig, taught_by: list[dict[str, Any]], path: Path
 ) -> dict[str, tuple[Any, Any]]:
     """Refuse to go on with a run whose meaning would change, listing what differs. Returns what was allowed to."""
     # What older checkpoints lack had its default.
@@ -355,6 +359,9 @@ def check_resume(
     weights = [[entry["weight"] for entry in config["data"]["mixture"]] for config in (meta["config"], plain(args))]
     if weights[0] != weights[1] and flag not in differs:
         differs["data.mixture"] = (weights[0], weights[1])
+    before = meta.get("teachers", [])
+    if [(t["sha256"], t["weight"]) for t in before] != [(t["sha256"], t["weight"]) for t in taught_by]:
+        differs["distillation.teachers"] = (show_teachers(before), show_teachers(taught_by))
     check_history(meta, data, path)
     if meta["model_config"] != config.to_dict():
         other = ModelConfig.from_dict(meta["model_config"]).to_dict()
@@ -369,6 +376,10 @@ def check_resume(
             f"--resume_allow={','.join(refused)}"
         )
     return differs
+
+
+def show_teachers(taught_by: list[dict[str, Any]]) -> list[str]:
+    return [f"{t['name']} ({t['sha256'][:12]}) x {t['weight']:g}" for t in taught_by]
 
 
 def check_history(meta: dict[str, Any], data: Data, path: Path) -> None:
@@ -429,8 +440,9 @@ def set_up(args: RunArgs) -> Run:
             first = s.first_sample + (step - s.from_step) * s.global_batch
             segments.append(Segment(step, first, args.train.global_batch_samples))
     data = open_data(args, fabric, datasets, segments)
+    taught_by = on_rank_zero(fabric, lambda: identify_teachers(args.distillation))
     if checkpoint_path is not None and meta is not None:
-        differences = check_resume(args, meta, data, config, checkpoint_path)
+        differences = check_resume(args, meta, data, config, taught_by, checkpoint_path)
         changes = [*meta.get("changes", []), *([{"step": step, "differences": differences}] if differences else [])]
         if step > data.max_steps:
             raise ValueError(f"{checkpoint_path} is {step} steps old, beyond the run's {data.max_steps} steps")
@@ -476,7 +488,7 @@ def set_up(args: RunArgs) -> Run:
         saver=saver,
         spikes=SpikeDetector(args.guard),
         lock=lock,
-        teachers=open_teachers(args, fabric.device),
+        taught_by=taught_by,
         step=step,
         changes=changes,
         skipped=zero.clone(),
@@ -486,6 +498,7 @@ def set_up(args: RunArgs) -> Run:
     if checkpoint_path is not None and meta is not None:
         run.finished = step == data.max_steps and checkpoint_step(list_checkpoints(folder)[-1]) == step
     if not run.finished:
+        run.teachers = open_teachers(args, fabric.device)
         run.watchdog = open_watchdog(run)
     try:
         if not run.finished and run.world_size > 2 and not uses_fsdp(args):
@@ -501,6 +514,13 @@ def set_up(args: RunArgs) -> Run:
             report_failure(error, run.step, run.watchdog)
         raise
     return run
+
+
+def identify_teachers(args: DistillationArgs) -> list[dict[str, Any]]:
+    """Whoever teaches; a cache, which says itself who made it, stands for its teachers."""
+    if args.cache is None:
+        return identify(args.teachers)
+    return [{"name": args.cache.name, "sha256": file_sha256(args.cache / CACHE_FILE), "weight": 1.0}]
 
 
 def open_teachers(args: RunArgs, device: torch.device) -> Teachers | CachedTeacher | None:

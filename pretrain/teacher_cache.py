@@ -11,11 +11,14 @@ Dimensions: B rows in a micro-batch, T tokens in a row, k cached tokens, V vocab
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +28,14 @@ from lit_data.loader import MicroBatch, read_rows
 from lit_data.packed import PackedDataset, sync_file, write_json
 from lit_data.packing import Rows
 from lit_model.distillation import Distillation, Ensemble, TopK, ensemble_top_k
-from lit_model.load import is_hf_folder, resolve
 from pretrain.args import DistillationArgs
 from pretrain.teachers import Teachers
 
 VERSION = 1
 FILE = "cache.json"
-DTYPES = {"float16": np.float16, "float32": np.float32}
+NAMES = ("ids", "log_probs")
+LAST = NAMES[-1]
+"""Files get their names in this order: where this one is, all are."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class CacheFacts:
     """Rows of the dataset."""
     vocab_size: int
     teachers: list[dict[str, Any]]
-    """Of each: what it was called, its files' names and sizes, and its weight."""
+    """As `identify` names them."""
     ensemble: Ensemble
     temperature: float
     precision: str
@@ -57,14 +61,16 @@ class CacheFacts:
     rows_per_file: int
     version: int = VERSION
 
-    @property
-    def id_dtype(self) -> type[np.integer[Any]]:
-        return np.uint16 if self.vocab_size <= 1 << 16 else np.int32
+    def dtype_of(self, name: str) -> np.dtype[Any]:
+        """Of the files of this name."""
+        if name == "ids":
+            return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
+        return np.dtype(self.dtype)
 
     @property
     def bytes_per_token(self) -> int:
         """On the disk."""
-        return self.k * (np.dtype(self.id_dtype).itemsize + np.dtype(DTYPES[self.dtype]).itemsize)
+        return self.k * sum(self.dtype_of(name).itemsize for name in NAMES)
 
     @property
     def n_files(self) -> int:
@@ -72,19 +78,6 @@ class CacheFacts:
 
     def rows_of(self, file: int) -> range:
         return range(file * self.rows_per_file, min((file + 1) * self.rows_per_file, self.n_windows))
-
-
-def identify(args: DistillationArgs) -> list[dict[str, Any]]:
-    """Which teachers these are: names, the files that hold them with their sizes, weights."""
-    found = []
-    for entry in args.teachers:
-        path = resolve(entry.path)
-        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-        if is_hf_folder(path):
-            files = [p for p in files if p.suffix in (".safetensors", ".bin", ".json")]
-        sizes = {p.name: p.stat().st_size for p in files}
-        found.append({"name": path.name, "files": sizes, "weight": entry.weight})
-    return found
 
 
 def begin_cache(folder: Path, facts: CacheFacts) -> None:
@@ -102,34 +95,60 @@ def begin_cache(folder: Path, facts: CacheFacts) -> None:
 
 def write_cache(
     folder: Path, facts: CacheFacts, teachers: Teachers, rows: Rows, batch: int, part: int, parts: int
-) -> int:
-    """Write the files that are this part's and not there yet, each whole or not at all. Returns how many it wrote."""
-    setting = Distillation("topk_kl", facts.temperature, facts.ensemble, facts.k)
-    written = 0
+) -> tuple[int, int]:
+    """Write the files that are this part's and not there yet, each whole or not at all.
+
+    Returns how many were written, and how many were left to another call on this machine that is writing them.
+    """
+    written = left = 0
     for file in range(part, facts.n_files, parts):
-        if (folder / f"log_probs-{file:05d}.npy").exists():
+        final = {name: folder / f"{name}-{file:05d}.npy" for name in NAMES}
+        temporary = {name: folder / f".{path.name}.tmp" for name, path in final.items()}
+        if final[LAST].exists():
             continue
-        windows = facts.rows_of(file)
+        with contextlib.ExitStack() as stack:
+            # Appending opens what a killed call left without harm to a call that lives.
+            files = {name: stack.enter_context(open(path, "ab")) for name, path in temporary.items()}
+            try:
+                fcntl.flock(files[LAST], fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            except BlockingIOError:
+                left += 1
+                continue
+            try:
+                if final[LAST].exists():  # since then: another call has finished it
+                    continue
+                _write_rows(files, facts, teachers, rows, facts.rows_of(file), batch)
+                for name in NAMES:
+                    os.replace(temporary[name], final[name])
+                sync_file(folder)
+                written += 1
+            finally:
+                for path in temporary.values():
+                    path.unlink(missing_ok=True)
+    return written, left
+
+
+def _write_rows(
+    files: Mapping[str, BinaryIO], facts: CacheFacts, teachers: Teachers, rows: Rows, windows: range, batch: int
+) -> None:
+    """Write one file of each name, from its start, and see that it is on the disk."""
+    setting = Distillation("topk_kl", facts.temperature, facts.ensemble, facts.k)
+    device = teachers.student_device
+    for name, file in files.items():
+        file.truncate(0)
         shape = (len(windows), facts.block_size, facts.k)
-        temporary = {name: folder / f".{name}-{file:05d}.{os.getpid()}.tmp" for name in ("ids", "log_probs")}
-        ids = np.lib.format.open_memmap(temporary["ids"], mode="w+", dtype=facts.id_dtype, shape=shape)
-        log_probs = np.lib.format.open_memmap(temporary["log_probs"], mode="w+", dtype=DTYPES[facts.dtype], shape=shape)
-        for first in range(0, len(windows), batch):
-            some = np.asarray(windows[first : first + batch], dtype=np.int64)
-            read = read_rows(rows, some, some, facts.document_mask)
-            device = teachers.student_device
-            bounds = read.cu_seqlens.to(device) if facts.document_mask else None
-            said = ensemble_top_k(teachers(read.tokens.to(device), bounds), setting, facts.vocab_size, facts.k)
-            place = slice(first, first + len(some))
-            ids[place] = said.ids.cpu().numpy()
-            log_probs[place] = said.log_probs.cpu().numpy()
-        del ids, log_probs
-        for name in ("ids", "log_probs"):  # the second name says that both are whole
-            sync_file(temporary[name])
-            os.replace(temporary[name], folder / f"{name}-{file:05d}.npy")
-        sync_file(folder)
-        written += 1
-    return written
+        header = {"descr": facts.dtype_of(name).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+    for first in range(0, len(windows), batch):
+        some = np.asarray(windows[first : first + batch], dtype=np.int64)
+        read = read_rows(rows, some, some, facts.document_mask)
+        bounds = read.cu_seqlens.to(device) if facts.document_mask else None
+        said = ensemble_top_k(teachers(read.tokens.to(device), bounds), setting, facts.vocab_size, facts.k)
+        for name, values in (("ids", said.ids), ("log_probs", said.log_probs)):
+            files[name].write(values.cpu().numpy().astype(facts.dtype_of(name)).data)
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_facts(folder: Path) -> CacheFacts:
@@ -173,8 +192,8 @@ class CachedTeacher:
         """ids int64 and log-probabilities float32, both (B, T, k), on the student's device."""
         facts = self.facts
         B, T = batch.tokens.shape
-        ids = np.zeros((B, T, facts.k), dtype=facts.id_dtype)
-        log_probs = np.zeros((B, T, facts.k), dtype=DTYPES[facts.dtype])
+        ids = np.zeros((B, T, facts.k), dtype=facts.dtype_of("ids"))
+        log_probs = np.zeros((B, T, facts.k), dtype=facts.dtype_of("log_probs"))
         for row, window in enumerate(batch.spans.window.tolist()):
             if window >= 0:  # a row without data has no targets
                 file, place = divmod(window, facts.rows_per_file)

@@ -5,21 +5,25 @@ Dimensions: B rows in a micro-batch, T tokens in a row, P pieces of a micro-batc
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lit_data.packed import PackedDataset
+from lit_data.packed import PackedDataset, file_sha256
 from lit_data.tokenizer import Tokenizer, open_tokenizer
 from lit_model.config import ModelConfig
+from lit_model.cost import count_parameters
 from lit_model.distillation import Teacher
 from lit_model.init import copy_slice
 from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
 from lit_model.model import GPT
-from pretrain.args import DistillationArgs, RunArgs
+from pretrain.args import DistillationArgs, RunArgs, TeacherEntry
 from pretrain.export import find_tokenizer
 from pretrain.parallel import DTYPES
 
@@ -77,13 +81,41 @@ def check_tokenizer(path: Path, dataset: PackedDataset, where: str) -> None:
     )
 
 
+def identify(teachers: Sequence[TeacherEntry]) -> list[dict[str, Any]]:
+    """Which teachers these are: of each its name, one checksum of the files that hold it, and its weight."""
+    found = []
+    for entry in teachers:
+        path = resolve(entry.path)
+        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+        if is_hf_folder(path):
+            files = [p for p in files if p.suffix in (".safetensors", ".bin") or p.name == "config.json"]
+        sums = "\n".join(file_sha256(p) for p in files)
+        found.append(
+            {"name": entry.path.name, "sha256": hashlib.sha256(sums.encode()).hexdigest(), "weight": entry.weight}
+        )
+    return found
+
+
+def teacher_precision(d: DistillationArgs, run_precision: str) -> str:
+    """fp32 or bf16, of the teachers' weights and arithmetic."""
+    return d.teacher_precision or ("fp32" if run_precision == "fp32" else "bf16")
+
+
+def teacher_bytes(d: DistillationArgs, run_precision: str, shards: int) -> int:
+    """Bytes of the teachers' weights on a device that trains, where they are sharded over so many."""
+    if d.teacher_device is not None:
+        return 0
+    n_parameters = sum(count_parameters(load_tensors(entry.path)[0]) for entry in d.teachers)
+    return n_parameters * DTYPES[teacher_precision(d, run_precision)].itemsize // (shards if d.shard_teachers else 1)
+
+
 class Teachers:
     """The ensemble on its devices. Every rank holds it whole, or with `shard_teachers` its share of it."""
 
     def __init__(self, d: DistillationArgs, run_precision: str, device: torch.device) -> None:
         self.device = torch.device(d.teacher_device) if d.teacher_device is not None else device
         self.student_device = device
-        self.precision = d.teacher_precision or ("fp32" if run_precision == "fp32" else "bf16")
+        self.precision = teacher_precision(d, run_precision)
         self.sharded = d.shard_teachers
         total = sum(entry.weight for entry in d.teachers)
         self.shares = [entry.weight / total for entry in d.teachers]

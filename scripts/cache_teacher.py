@@ -21,8 +21,8 @@ from lit_data.packed import PackedDataset
 from lit_data.packing import open_rows
 from lit_model.load import load_tensors
 from pretrain.args import DistillationArgs, TeacherEntry
-from pretrain.teacher_cache import CacheFacts, begin_cache, identify, write_cache
-from pretrain.teachers import Teachers, check_teacher, check_tokenizer
+from pretrain.teacher_cache import CacheFacts, begin_cache, write_cache
+from pretrain.teachers import Teachers, check_teacher, check_tokenizer, identify
 
 
 def main() -> int:
@@ -50,7 +50,7 @@ def main() -> int:
     try:
         if not 0 <= args.part < args.parts:
             raise ValueError(f"--part {args.part} is not in 0..{args.parts - 1} (--parts {args.parts})")
-        for name in ("batch", "rows_per_file", "k"):
+        for name in ("block_size", "k", "batch", "rows_per_file"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
         weights = args.weights or [1.0] * len(args.teachers)
@@ -77,7 +77,7 @@ def main() -> int:
             document_mask=not args.no_document_mask,
             n_windows=rows.n_windows,
             vocab_size=vocab_size,
-            teachers=identify(setting),
+            teachers=identify(entries),
             ensemble=args.ensemble,
             temperature=args.temperature,
             precision=precision,
@@ -91,13 +91,14 @@ def main() -> int:
             f"{facts.bytes_per_token} bytes a token, {facts.bytes_per_token * tokens / 1e9:.2f} GB in all, "
             f"{facts.n_files} files"
         )
-        written = write_cache(
+        written, left = write_cache(
             args.output, facts, Teachers(setting, precision, device), rows, args.batch, args.part, args.parts
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.output}: {written} files written by part {args.part} of {args.parts}")
+    elsewhere = f"; another call is writing {left}" if left else ""
+    print(f"{args.output}: {written} files written by part {args.part} of {args.parts}{elsewhere}")
     return 0
 
 

@@ -8,18 +8,23 @@ import functools
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 
 from lit_data.packed import PackedWriter
+from lit_model.load import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, EOS = 96, 1
@@ -102,6 +107,35 @@ def command(
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def kill_once(happened: Callable[[], bool], script: str, *arguments: object) -> None:
+    """Start a script as a user does, and SIGKILL it and its children once something has happened."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    try:
+        while not happened():
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def same_checkpoints(a: Path, b: Path) -> None:
+    """Every tensor of both, the optimizer's too, is equal bit for bit."""
+    one, two = Checkpoint(a), Checkpoint(b)
+    assert sorted(one.names()) == sorted(two.names())
+    for name in one.names():
+        assert torch.equal(one.tensor(name), two.tensor(name)), name
 
 
 def metrics(run: Path) -> list[dict[str, str]]:

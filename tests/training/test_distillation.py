@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import re
-import subprocess
-import sys
+import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from running import ROOT, flags, metrics, train
+from running import command, flags, kill_once, metrics, same_checkpoints, script, train
 from strategies import column
 
+from lit_data.datapoints import read_record
 from lit_data.loader import read_rows
 from lit_data.mixture import Mixture
 from lit_data.order import Order
 from lit_data.packed import PackedDataset
 from lit_data.packing import ConcatRows
-from lit_model.load import Checkpoint, load_model, load_tensors
+from lit_model.cost import count_parameters
+from lit_model.load import load_model, load_tensors
 from lit_model.registry import get_config
 from pretrain.args import DistillationArgs
 from pretrain.init_from import with_layers
 from pretrain.objective import alpha_at
+from pretrain.preflight_situation import show_bytes
 
 CHANGES: dict[str, object] = {"objective": "distillation", "train__max_steps": 6, "save__every_steps": 3}
-
-
-def cache_teacher(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(ROOT / "scripts" / "cache_teacher.py"), *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,6 @@ def student(data: Path, teachers: list[Path], tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("student") / "one"
     train(*flags(data, folder, **CHANGES, distillation__teachers=entries(teachers), train__micro_batch_samples=4))
     return folder
-
-
-def same_run(one: Path, two: Path) -> None:
-    a, b = (Checkpoint(run / "iter-00000006-ckpt.pth") for run in (one, two))
-    assert a.names() == b.names() and all(torch.equal(a.tensor(name), b.tensor(name)) for name in a.names())
 
 
 def test_the_first_step_is_the_formula(data: Path, teachers: list[Path], student: Path) -> None:
@@ -100,7 +95,8 @@ def test_alpha_one_is_training_without_teachers(data: Path, teachers: list[Path]
     train(*flags(data, tmp_path / "plain", train__max_steps=6, save__every_steps=3))
     taught = {"distillation__teachers": entries(teachers), "distillation__alpha": 1.0}
     train(*flags(data, tmp_path / "taught", **CHANGES, **taught))
-    same_run(tmp_path / "plain", tmp_path / "taught")
+    last = "iter-00000006-ckpt.pth"
+    same_checkpoints(tmp_path / "plain" / last, tmp_path / "taught" / last)
 
 
 def test_two_ranks_train_as_one_and_resume_bit_for_bit(
@@ -116,30 +112,153 @@ def test_two_ranks_train_as_one_and_resume_bit_for_bit(
         torch.testing.assert_close(column(sharded, name), column(student, name), rtol=1e-5, atol=0)
     train(*flags(data, two, **changes, resume="iter-00000003-ckpt.pth"))
     (before,) = two.glob("abandoned/*/iter-00000006-ckpt.pth")
-    a, b = Checkpoint(before), Checkpoint(two / "iter-00000006-ckpt.pth")
-    assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in a.names())
+    same_checkpoints(before, two / "iter-00000006-ckpt.pth")
+
+
+def test_preflight_counts_the_teachers(data: Path, teachers: list[Path], tmp_path: Path) -> None:
+    """In the memory; and in the step that it takes."""
+    taught = {**CHANGES, "distillation__teachers": entries(teachers)}
+    done = command(*flags(data, tmp_path / "run", **taught), "--preflight")
+    n_bytes = 4 * sum(count_parameters(load_tensors(t)[0]) for t in teachers)
+    assert f", teachers {show_bytes(n_bytes)})" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_teachers_are_known_by_their_content(data: Path, teachers: list[Path], student: Path, tmp_path: Path) -> None:
+    """A resume goes on with the same teachers wherever they lie now, and refuses others under the same name."""
+    run, moved = tmp_path / "run", [tmp_path / "moved" / t.name for t in teachers]
+    shutil.copytree(student, run)
+    for there, here in zip(teachers, moved, strict=True):
+        shutil.copytree(there, here)
+    changes = {**CHANGES, "train__micro_batch_samples": 4, "distillation__teachers": entries(moved)}
+    done = train(*flags(data, run, **changes, resume="iter-00000003-ckpt.pth"))
+    assert "teachers llama x 2 + gpt2 x 1; forward_kl at temperature 2, per_token, alpha 0.5" in done.stdout
+    same_checkpoints(student / "iter-00000006-ckpt.pth", run / "iter-00000006-ckpt.pth")
+    train(*flags(data, moved[0], train__max_steps=5, seed=5, resume="auto", resume_allow="train.max_steps"))
+    done = train(*flags(data, run, **changes, resume="iter-00000003-ckpt.pth"), check=False)
+    assert done.returncode == 2
+    assert re.search(r"distillation\.teachers: \['llama \(\w{12}\) x 2', .* there, \['llama \(\w{12}\)", done.stdout)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_killed_student_goes_on_bit_for_bit(data: Path, teachers: list[Path], tmp_path: Path, cached: bool) -> None:
+    changes = {**CHANGES, "train__max_steps": 60, "save__every_steps": 5, "model__dropout": 0.1}
+    changes |= {"distillation__alpha": 0.2, "distillation__alpha_end": 0.8}
+    if cached:
+        cache = tmp_path / "cache"
+        of = ["--teachers", *teachers, "--data", data / "train", "--block_size", 32, "--k", 8, "--output", cache]
+        assert script("cache_teacher.py", *of).returncode == 0
+        changes |= {"distillation__cache": cache, "distillation__divergence": "topk_kl"}
+    else:
+        changes |= {"distillation__teachers": entries(teachers)}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(*flags(data, whole, **changes))
+    saved = killed / "iter-00000015-ckpt.pth"
+    kill_once(saved.exists, "pretrain/fabric_train.py", *flags(data, killed, **changes))
+    assert len(metrics(killed)) < 60, "the run was not interrupted"
+    train(*flags(data, killed, **changes, resume="auto"))
+    same_checkpoints(whole / "iter-00000060-ckpt.pth", killed / "iter-00000060-ckpt.pth")
+    for name in ("train_loss", "divergence", "total_loss", "alpha", "grad_norm", "val_loss"):
+        assert torch.equal(column(whole, name), column(killed, name)), name
+    assert read_record(killed).equals(read_record(whole))
 
 
 def test_a_cache_of_everything_is_the_teacher(data: Path, teachers: list[Path], student: Path, tmp_path: Path) -> None:
     common = ["--teachers", *teachers, "--weights", 2, 1, "--data", data / "train", "--block_size", 32]
-    whole = [*common, "--k", 96, "--dtype", "float32", "--rows_per_file", 50, "--allow_tokenizer_mismatch"]
+    whole = [*common, "--k", 96, "--dtype", "float32", "--rows_per_file", 50]
     for part in (0, 1):  # two calls share the work, and a third finds nothing to do
-        done = cache_teacher(*whole, "--output", tmp_path / "cache", "--parts", 2, "--part", part)
+        done = script("cache_teacher.py", *whole, "--output", tmp_path / "cache", "--parts", 2, "--part", part)
         assert done.returncode == 0, done.stdout
-    again = cache_teacher(*whole, "--output", tmp_path / "cache")
+    again = script("cache_teacher.py", *whole, "--output", tmp_path / "cache")
     assert "0 files written" in again.stdout and f"{96 * 6} bytes a token" in again.stdout
     cached = {"distillation__cache": tmp_path / "cache"}
     train(*flags(data, tmp_path / "run", **CHANGES, **cached, train__micro_batch_samples=4))
     for name in ("train_loss", "divergence", "grad_norm"):
         torch.testing.assert_close(column(tmp_path / "run", name), column(student, name), rtol=1e-4, atol=0)
 
-    other = [*common, "--k", 8, "--output", tmp_path / "cache", "--allow_tokenizer_mismatch"]
-    refused = cache_teacher(*other)
+    other = [*common, "--k", 8, "--output", tmp_path / "cache"]
+    refused = script("cache_teacher.py", *other)
     assert refused.returncode == 2 and "is another cache: k: 96 there, 8 here" in refused.stderr
     (tmp_path / "cache" / "log_probs-00001.npy").unlink()
     refused = train(*flags(data, tmp_path / "other", **CHANGES, **cached), check=False)
     assert refused.returncode == 2 and "is not finished: 1 of" in refused.stdout
     assert not (tmp_path / "other").exists(), "refused before anything was made"
+
+
+def test_a_killed_cache_is_finished_by_the_same_call(data: Path, teachers: list[Path], tmp_path: Path) -> None:
+    def call(folder: str) -> list[object]:
+        of: list[object] = ["--teachers", *teachers, "--data", data / "train", "--block_size", 32, "--k", 8]
+        of += ["--batch", 1, "--rows_per_file", 100]
+        return [*of, "--output", tmp_path / folder]
+
+    assert script("cache_teacher.py", *call("whole")).returncode == 0
+    second = tmp_path / "killed" / ".log_probs-00001.npy.tmp"
+    kill_once(lambda: second.exists() and second.stat().st_size > 0, "scripts/cache_teacher.py", *call("killed"))
+    assert second.exists() and not (tmp_path / "killed" / "log_probs-00001.npy").exists()
+    with open(second, "ab") as elsewhere:  # while another call has a file, it is left to that one
+        fcntl.flock(elsewhere, fcntl.LOCK_EX)
+        done = script("cache_teacher.py", *call("killed"))
+        assert done.returncode == 0 and "another call is writing 1" in done.stdout
+    assert "1 files written" in script("cache_teacher.py", *call("killed")).stdout
+    whole, killed = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "killed"))
+    assert whole == killed, "the same files, and nothing else"
+
+
+def test_a_cache_that_finds_no_room_leaves_nothing_of_the_file(
+    data: Path, teachers: list[Path], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    of = ["--teachers", teachers[0], "--data", data / "train", "--block_size", 32, "--k", 8, "--output", cache]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))
+    try:
+        done = script("cache_teacher.py", *of)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert done.returncode == 2 and "File too large" in done.stderr
+    assert [p.name for p in cache.iterdir()] == ["cache.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"--teachers": "nowhere"}, "nowhere"),
+        ({"--data": "nowhere"}, "nowhere"),
+        ({"--block_size": 4096}, "context"),
+        ({"--block_size": 0}, "--block_size 0"),
+        ({"--k": 97}, "--k 97 exceeds"),
+        ({"--k": 0}, "--k 0"),
+        ({"--temperature": -1}, "temperature -1"),
+        ({"--weights": 0}, "weight"),
+        ({"--weights": [1, 1]}, "--weights has 2 numbers"),
+        ({"--output": "."}, "holds something else"),
+        ({"--output": "full/cache"}, "full"),
+        ({"--part": 1}, "--part 1"),
+        ({"--data": "other"}, "was trained with another tokenizer: its fingerprint is"),
+    ],
+)
+def test_mistakes_of_caching_are_named(
+    data: Path,
+    teachers: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: dict[str, object],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").write_text("a file")
+    shutil.copytree(data / "train", tmp_path / "other")
+    manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
+    manifest["tokenizer"]["fingerprint"] = "another"
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
+    given = {"--teachers": teachers[0], "--data": data / "train", "--block_size": 32, "--k": 8, "--output": "cache"}
+    line: list[object] = []
+    for name, value in {**given, **arguments}.items():
+        line += [name, *(value if isinstance(value, list) else [value])]
+    done = script("cache_teacher.py", *line)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "other"], "nothing is left"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import ROOT, flags, metrics, train
+from running import ROOT, flags, kill_once, metrics, same_checkpoints, train
 
 from lit_data.datapoints import read_record
 from lit_data.trace import open_run
@@ -19,29 +19,6 @@ from lit_data.verify import verify
 from lit_model.load import Checkpoint, list_checkpoints
 
 STEPS = 120
-
-
-def kill_after(checkpoint: Path, arguments: list[str]) -> None:
-    """Start the trainer, and SIGKILL it and its children once a checkpoint exists."""
-    command = [sys.executable, str(ROOT / "pretrain" / "fabric_train.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def same_checkpoints(a: Path, b: Path) -> None:
-    one, two = Checkpoint(a), Checkpoint(b)
-    assert sorted(one.names()) == sorted(two.names())
-    for name in one.names():
-        assert torch.equal(one.tensor(name), two.tensor(name)), name
 
 
 def test_more_than_two_ranks_add_up_in_one_order(data: Path, tmp_path: Path) -> None:
@@ -66,7 +43,8 @@ def test_killed_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, changes: dic
     changes = {**changes, "train__max_steps": STEPS, "save__every_steps": 15, "eval__every_steps": 40}
     train(*flags(data, tmp_path / "whole", **changes))
     killed = tmp_path / "killed"
-    kill_after(killed / "iter-00000045-ckpt.pth", flags(data, killed, **changes))
+    saved = killed / "iter-00000045-ckpt.pth"
+    kill_once(saved.exists, "pretrain/fabric_train.py", *flags(data, killed, **changes))
     assert len(metrics(killed)) < STEPS, "the run was not interrupted"
     train(*flags(data, killed, resume="auto", **changes))
 

@@ -33,6 +33,7 @@ _LEGACY_SINGLE = "pytorch_model.bin"
 _LEGACY_INDEX = "pytorch_model.bin.index.json"
 # For a larger write Linux looks for large pages to cache it in, which took 3 to 8 times as long (ext4, 6.18, virtual).
 _WRITE_BYTES = 1 << 16
+_FLUSH_BYTES = 1 << 26
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -154,7 +155,7 @@ def _write_shard(path: Path, layout: dict[str, Tensor], tensors: Iterator[tuple[
         header[name] = {"dtype": _DTYPES[like.dtype], "shape": list(like.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    begin = 8 + len(text)
+    begin, unflushed = 8 + len(text), 0
     with open(path, "wb", buffering=0) as file:
         _write_all(file, len(text).to_bytes(8, "little") + text)
         for expected, like in layout.items():
@@ -165,8 +166,13 @@ def _write_shard(path: Path, layout: dict[str, Tensor], tensors: Iterator[tuple[
                 file.seek(begin + places[name])
             _write_all(file, byte_view(tensor.detach().cpu().contiguous()))
             del tensor  # before the next one is read
-            if hasattr(os, "posix_fadvise"):  # Linux: the disk begins to write now, and the sync has little left to do
-                os.posix_fadvise(file.fileno(), begin + places[name], like.nbytes, os.POSIX_FADV_DONTNEED)
+            unflushed += like.nbytes
+            if unflushed >= _FLUSH_BYTES and hasattr(os, "posix_fadvise"):
+                # Linux: the disk begins to write, and the sync has little left to do. What is on it by now leaves the
+                # page cache, and the next tensors get these pages: new ones cost far more, above all in a virtual
+                # machine, whose host has to find them.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                unflushed = 0
         os.fsync(file.fileno())
 
 

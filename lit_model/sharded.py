@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pathlib
 import pickle
 import struct
@@ -197,8 +198,9 @@ class ShardedTensors:
     def tensor(self, name: str, buffer: Tensor | None = None) -> Tensor:
         """Read one tensor, into memory of its own or into `buffer`, where it stays until the next one is read.
 
-        Beside it at most one chunk is held, where the chunk is not a row of bytes in the tensor. Raises ValueError if
-        what is stored is not what the metadata says.
+        With `buffer`, that of a pass over all tensors, what was read leaves the page cache, so that the next reads get
+        its pages: new ones cost far more, above all in a virtual machine. Beside the tensor at most one chunk is held,
+        where the chunk is not a row of bytes in it. Raises ValueError if what is stored is not what the metadata says.
         """
         stored = self._tensors[name]
         if buffer is None:
@@ -215,6 +217,8 @@ class ShardedTensors:
             try:
                 with open(path, "rb", buffering=0) as file:
                     _read_chunk(file, chunk.offset, chunk.length, target)
+                    if buffer is not None and hasattr(os, "posix_fadvise"):
+                        os.posix_fadvise(file.fileno(), chunk.offset, chunk.length, os.POSIX_FADV_DONTNEED)
             except Exception as error:  # a damaged archive can raise anything
                 raise ValueError(f"{path} is damaged, or was not written here: {name}: {error}") from error
         return whole

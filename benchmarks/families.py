@@ -10,23 +10,17 @@ the number of parameters is too. The losses are of held-out documents.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from benchmarks import corpus_runs
 from lit_model.cost import count_parameters
 from lit_model.registry import get_config
 
@@ -40,31 +34,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 BLOCK_SIZE, ROWS = 128, 32
 
 
-def run(*arguments: object) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, arguments))} ended with {done.returncode}:\n{done.stdout[-3000:]}")
-
-
 def train(family: str, data: Path, folder: Path, steps: int, seed: int) -> dict[str, list[float]]:
     """Validation losses, bits per byte and the steps they belong to."""
     name, fields = FAMILIES[family]
     settings = {
         "model.name": name,
-        **{
-            f"model.{field}": str(value).lower() if isinstance(value, bool) else value
-            for field, value in fields.items()
-        },
-        "data.train": data / "train",
-        "data.val": data / "val",
+        **{f"model.{k}": str(v).lower() if isinstance(v, bool) else v for k, v in fields.items()},
         "train.block_size": BLOCK_SIZE,
         "train.global_batch_samples": ROWS,
         "train.micro_batch_samples": ROWS,
@@ -75,14 +50,8 @@ def train(family: str, data: Path, folder: Path, steps: int, seed: int) -> dict[
         "eval.every_steps": max(1, steps // 2),
         "save.every_steps": steps,
         "seed": seed,
-        "accelerator": "cpu",
-        "devices": 1,
-        "out_dir": folder,
     }
-    run("pretrain/fabric_train.py", *(part for key, value in settings.items() for part in (f"--{key}", value)))
-    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["val_loss"]]
-    return {key: [float(row[key]) for row in rows] for key in ("step", "val_loss", "val_bits_per_byte")}
+    return corpus_runs.train(folder, data, settings)
 
 
 def main() -> int:
@@ -96,14 +65,11 @@ def main() -> int:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        source = args.input.resolve()
-        run("scripts/train_tokenizer.py", "--input", source, "--output", work / "tok", "--vocab_size", 8192)
-        prepare = ("--input", source, "--tokenizer", work / "tok", "--output", work / "data", "--val_fraction", 0.003)
-        run("scripts/prepare_data.py", *prepare)
+        data = corpus_runs.prepare(args.input.resolve(), work, 8192, "--val_fraction", 0.003)
 
         def one(job: tuple[str, int]) -> dict[str, list[float]]:
             family, seed = job
-            losses = train(family, work / "data", work / f"{family}-{seed}", args.steps, seed)
+            losses = train(family, data, work / f"{family}-{seed}", args.steps, seed)
             print(f"{family}, seed {seed}: {losses['val_bits_per_byte']}", flush=True)
             return losses
 
@@ -120,14 +86,8 @@ def main() -> int:
         mean = statistics.mean
         print(f"| {family} | {facts['parameters']:,} | {mean(losses):.4f}{spread} | {mean(bits):.4f} |")
     if args.json:
-        facts = {
-            "date": datetime.date.today().isoformat(),
-            "command": f"python benchmarks/families.py --input {source.name} --steps {args.steps} --seeds {args.seeds}",
-            "tokens": args.steps * ROWS * BLOCK_SIZE,
-            "versions": {"torch": importlib.metadata.version("torch")},
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-            "families": found,
-        }
+        line = f"python benchmarks/families.py --input {args.input.name} --steps {args.steps} --seeds {args.seeds}"
+        facts = {**corpus_runs.facts(line), "tokens": args.steps * ROWS * BLOCK_SIZE, "families": found}
         args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -1,0 +1,60 @@
+"""For benchmarks that train on a text: the project's commands, one thread each, what a run came to, and facts."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def call(script: str, *arguments: object) -> None:
+    """Run a script of the project. Raises SystemExit with the end of what it said if it fails."""
+    done = subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(
+            f"{script} {' '.join(map(str, arguments))} ended with {done.returncode}:\n{done.stdout[-3000:]}"
+        )
+
+
+def prepare(text: Path, folder: Path, vocab_size: int, *split: object) -> Path:
+    """A BPE tokenizer of a text, and its packed dataset, split as `scripts/prepare_data.py` is told. Returns that."""
+    call("scripts/train_tokenizer.py", "--input", text, "--output", folder / "tok", "--vocab_size", vocab_size)
+    where = ("--input", text, "--tokenizer", folder / "tok", "--output", folder / "data")
+    call("scripts/prepare_data.py", *where, *split)
+    return folder / "data"
+
+
+def train(folder: Path, data: Path, settings: Mapping[str, object]) -> dict[str, list[float]]:
+    """Train on one CPU thread. Returns validation losses, bits per byte and the steps they belong to."""
+    fixed = {"data.train": data / "train", "data.val": data / "val", "accelerator": "cpu", "devices": 1}
+    flags = {**settings, **fixed, "out_dir": folder}
+    call("pretrain/fabric_train.py", *(part for key, value in flags.items() for part in (f"--{key}", value)))
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["val_loss"]]
+    return {key: [float(row[key]) for row in rows] for key in ("step", "val_loss", "val_bits_per_byte")}
+
+
+def facts(command: str) -> dict[str, Any]:
+    """When, how and where."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "versions": {"torch": importlib.metadata.version("torch")},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    }

@@ -1,0 +1,173 @@
+"""A student of two teachers, the same student from scratch on the same tokens, and the teachers: their losses.
+
+    python benchmarks/students.py --input corpus.jsonl.zst [--documents 24] [--seeds 3] [--json FILE]
+
+BabyLlama's question in small: the models of configs/distillation_small/ are trained on the first documents of a text,
+as those files say, each seed with teachers of its own; the next `--val_documents` are held out. The student learns once
+from the live teachers, and once from what `scripts/cache_teacher.py` keeps of them (`--k`). All have the same rows in
+the same order. Losses are cross-entropies of the held-out documents after the last step.
+
+Then, with the models of the first seed on held-out rows, what a cache of k tokens leaves out: probability, part of the
+divergence, and part of its gradient (of the student's last hidden states), each against the teachers' whole
+distributions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zstandard
+from torch import Tensor
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks import corpus_runs
+from lit_data.loader import read_rows
+from lit_data.packed import PackedDataset
+from lit_data.packing import ConcatRows
+from lit_model.distillation import Distillation, Teacher, TopK, chunked_distillation, ensemble_top_k
+from lit_model.load import load_model
+from lit_model.loss import IGNORE_INDEX
+
+CONFIGS = "configs/distillation_small"
+TEACHERS = ("teacher_llama", "teacher_gpt2")
+VOCAB_SIZE, BLOCK_SIZE = 4096, 256
+KEPT = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)  # tokens of a cache
+ROWS = 64
+
+
+def cut(source: Path, folder: Path, documents: int, val_documents: int) -> tuple[Path, Path]:
+    """The first lines of a .jsonl or .jsonl.zst: files to train on and to hold out. SystemExit if it has fewer."""
+    with open(source, "rb") as file:
+        plain = zstandard.ZstdDecompressor().stream_reader(file) if source.suffix == ".zst" else file
+        lines = list(itertools.islice(io.BufferedReader(plain), documents + val_documents))
+    if len(lines) < documents + val_documents:
+        raise SystemExit(f"{source} has {len(lines)} documents, fewer than {documents} + {val_documents}")
+    parts = folder / "train.jsonl", folder / "val.jsonl"
+    parts[0].write_bytes(b"".join(lines[:documents]))
+    parts[1].write_bytes(b"".join(lines[documents:]))
+    return parts
+
+
+def of_seed(work: Path, seed: int, settings: dict[str, object], k: int) -> dict[str, float]:
+    """Bits per byte of the teachers and the students of one seed."""
+    found: dict[str, float] = {}
+
+    def train(name: str, config: str, **more: object) -> None:
+        given = {"config": f"{CONFIGS}/{config}.yaml", "seed": seed, **settings}
+        given |= {key.replace("__", "."): value for key, value in more.items()}
+        losses = corpus_runs.train(work / f"{name}-{seed}", work / "data", given)
+        found[name] = losses["val_bits_per_byte"][-1]
+        print(f"seed {seed}, {name}: {found[name]:.4f} bits per byte", flush=True)
+
+    for teacher in TEACHERS:
+        train(teacher, teacher)
+    folders = [work / f"{teacher}-{seed}" for teacher in TEACHERS]
+    train("from scratch", "student", objective="cross_entropy", distillation__teachers="[]")
+    live = "[" + ", ".join(f"{{path: {folder}}}" for folder in folders) + "]"
+    train("distilled", "student", distillation__teachers=live)
+    if k:
+        cache = work / f"cache-{seed}"
+        made_of = ("--teachers", *folders, "--data", work / "data" / "train", "--output", cache)
+        corpus_runs.call("scripts/cache_teacher.py", *made_of, "--block_size", BLOCK_SIZE, "--k", k)
+        cached = {"distillation__teachers": "[]", "distillation__cache": cache, "distillation__divergence": "topk_kl"}
+        train(f"distilled, cache of {k}", "student", **cached)
+    return found
+
+
+def leave_out(work: Path, seed: int) -> list[dict[str, float]]:
+    """For each k: bytes a token, mean probability of the other tokens, and relative errors."""
+    rows = ConcatRows(PackedDataset(work / "data" / "val"), BLOCK_SIZE)
+    windows = np.arange(min(rows.n_windows, ROWS))
+    batch = read_rows(rows, windows, windows, document_mask=True)
+
+    def said(name: str, share: float) -> Teacher:
+        model, _ = load_model(work / f"{name}-{seed}")
+        with torch.no_grad():
+            return model(batch.tokens, cu_seqlens=batch.cu_seqlens, as_teacher=share)
+
+    student = said("distilled", 1.0)
+    teachers = [said(name, 1 / len(TEACHERS)) for name in TEACHERS]
+
+    def measure(setting: Distillation, teacher: list[Teacher] | TopK) -> tuple[Tensor, Tensor]:
+        hidden = student.hidden.clone().requires_grad_()
+        out = chunked_distillation(
+            hidden, student.weight, batch.targets, VOCAB_SIZE, teacher, setting, alpha=0.0, bias=student.bias
+        )
+        out.loss_sum.backward()
+        assert hidden.grad is not None
+        return out.divergence_sum, hidden.grad
+
+    divergence, gradient = measure(Distillation("forward_kl"), teachers)
+    table = []
+    for k in KEPT:
+        setting = Distillation("topk_kl", top_k=k)
+        kept = ensemble_top_k(teachers, setting, VOCAB_SIZE, k)
+        rounded = TopK(kept.ids, kept.log_probs.half().float())  # as the cache holds them
+        less, other = measure(setting, rounded)
+        rest = 1 - kept.log_probs.exp().sum(-1)
+        table.append(
+            {
+                "k": k,
+                "bytes": 4 * k,
+                "rest": float(rest[batch.targets != IGNORE_INDEX].mean()),
+                "divergence": float(abs(less - divergence) / divergence),
+                "gradient": float((other - gradient).norm() / gradient.norm()),
+            }
+        )
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, help="a .jsonl or .jsonl.zst with a text in each line")
+    parser.add_argument("--documents", type=int, default=24, help="to train on (24)")
+    parser.add_argument("--val_documents", type=int, default=6, help="to hold out (6)")
+    parser.add_argument("--seeds", type=int, default=3, help="(3)")
+    parser.add_argument("--epochs", type=float, help="in place of the configs'")
+    parser.add_argument("--k", type=int, default=32, help="tokens in the cache; 0: no student of a cache (32)")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds side by side, one thread each (1)")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    args = parser.parse_args()
+    settings: dict[str, object] = {} if args.epochs is None else {"train.max_epochs": args.epochs}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        text, held_out = cut(args.input, work, args.documents, args.val_documents)
+        data = corpus_runs.prepare(text, work, VOCAB_SIZE, "--val_input", held_out)
+        tokens = {part: PackedDataset(data / part).n_tokens for part in ("train", "val")}
+        print(f"{tokens['train']:,} tokens to train on, {tokens['val']:,} held out", flush=True)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            seeds = range(1, args.seeds + 1)
+            runs = list(pool.map(lambda seed: of_seed(work, seed, settings, args.k), seeds))
+        small = leave_out(work, 1)
+    print("\n| bits per byte | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |")
+    print("|---|" + "---|" * (args.seeds + 1))
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        print(f"| {name} | " + " | ".join(f"{v:.4f}" for v in values) + f" | {statistics.mean(values):.4f} |")
+    print("\n| k | bytes a token | probability of the others | error of the divergence | of its gradient |")
+    print("|---|---|---|---|---|")
+    for row in small:
+        print("| {k} | {bytes} | {rest:.2%} | {divergence:.2%} | {gradient:.2%} |".format(**row))
+    if args.json:
+        line = f"python benchmarks/students.py --input {args.input.name} --documents {args.documents}"
+        line += f" --val_documents {args.val_documents} --seeds {args.seeds} --k {args.k}"
+        line += f" --epochs {args.epochs:g}" if args.epochs is not None else ""
+        facts: dict[str, Any] = {**corpus_runs.facts(line), "tokens": tokens, "bits_per_byte": runs, "left_out": small}
+        args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -95,7 +95,9 @@ def leave_out(work: Path, seed: int) -> list[dict[str, float]]:
     def said(name: str, share: float) -> Teacher:
         model, _ = load_model(work / f"{name}-{seed}")
         with torch.no_grad():
-            return model(batch.tokens, cu_seqlens=batch.cu_seqlens, as_teacher=share)
+            teacher = model(batch.tokens, cu_seqlens=batch.cu_seqlens, as_teacher=share)
+        assert isinstance(teacher, Teacher)
+        return teacher
 
     student = said("distilled", 1.0)
     teachers = [said(name, 1 / len(TEACHERS)) for name in TEACHERS]

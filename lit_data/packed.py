@@ -103,6 +103,13 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def advise_random(mapped: npt.NDArray[Any]) -> None:
+    """Have only what is asked for read from the disk. Rows lie anywhere: reading megabytes ahead of each, as disks are
+    often set to, costs a hundred times more. `mapped` is an np.memmap."""
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as f:
@@ -584,9 +591,7 @@ class PackedDataset:
         else:
             offset = HEADER.size + 4 * facts.documents
             mapped = np.memmap(path, dtype=np.int64, mode="r", offset=offset, shape=(facts.documents,))
-        if hasattr(mmap, "MADV_RANDOM"):
-            # Rows lie anywhere: reading megabytes ahead of each, as disks are often set to, costs a hundred times more.
-            mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        advise_random(mapped)
         found = self._maps[key] = mapped.view(np.ndarray)  # slicing a plain array costs a tenth
         while len(self._maps) > MAX_MAPS:
             self._maps.popitem(last=False)

@@ -151,7 +151,7 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
     C, V = config.n_embd, config.padded_vocab_size
     shapes = parameter_shapes(config)
     n_parameters = count_parameters(config)
-    root, block = _root_parameters(config), _largest_block(config)
+    root, block = root_parameters(config), largest_block(config)
     parameters = 4 * sum(-(-shape[0] // s.shards) * prod(shape[1:]) for shape in shapes.values())
     optimizer = 2 * parameters
     gradients = 4 * n_parameters if s.defer_gradient_sync and s.accumulates else parameters
@@ -189,12 +189,12 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
     return TrainingMemory(parameters, gradients, optimizer, gathered, activations, loss, workspace, s.frozen, total)
 
 
-def _root_parameters(config: ModelConfig) -> int:
+def root_parameters(config: ModelConfig) -> int:
     """Those outside of the blocks: embeddings, last norm and head."""
     return sum(prod(shape) for name, shape in parameter_shapes(config).items() if not name.startswith(BLOCKS))
 
 
-def _largest_block(config: ModelConfig) -> int:
+def largest_block(config: ModelConfig) -> int:
     """Parameters of the largest block."""
     sizes = [0] * config.n_layer
     for name, shape in parameter_shapes(config).items():

@@ -6,6 +6,7 @@ Nothing here touches torch: a wrong value is refused before anything heavy is im
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -387,12 +388,19 @@ class DistillationArgs:
             raise ValueError(f"--distillation.temperature {self.temperature} must be positive")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"--distillation.top_k {self.top_k} must be at least 1")
-        if (self.divergence == "topk_kl") != (self.top_k is not None) and self.cache is None:
-            raise ValueError("--distillation.top_k goes with --distillation.divergence topk_kl, and only with it")
+        if self.top_k is not None and self.divergence != "topk_kl":
+            raise ValueError(f"--distillation.top_k {self.top_k} is for --distillation.divergence topk_kl")
+        if self.top_k is None and self.divergence == "topk_kl" and self.cache is None:
+            raise ValueError("--distillation.divergence topk_kl needs --distillation.top_k")
+        if self.teacher_device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.teacher_device):
+            raise ValueError(f"--distillation.teacher_device {self.teacher_device} is not cpu, cuda or cuda:N")
         if self.divergence == "mse" and self.ensemble != "logits":
             raise ValueError("--distillation.divergence mse compares logits: give --distillation.ensemble logits")
         if self.cache is not None and self.teachers:
             raise ValueError("give --distillation.teachers or --distillation.cache, not both")
+        for name in ("teacher_precision", "teacher_device", "shard_teachers", "compile_teachers"):
+            if self.cache is not None and getattr(self, name):
+                raise ValueError(f"--distillation.{name} is for live teachers: with --distillation.cache leave it out")
         if self.cache is not None and self.divergence not in ("forward_kl", "topk_kl"):
             raise ValueError(
                 f"--distillation.divergence {self.divergence} needs the teachers' whole distributions: a cache serves "
@@ -572,8 +580,6 @@ class RunArgs:
             )
         if d.cache is not None and self.data.train is None:
             raise ValueError("--distillation.cache is of one dataset: give --data.train")
-        if d.teachers and d.divergence == "topk_kl" and d.top_k is None:
-            raise ValueError("--distillation.divergence topk_kl needs --distillation.top_k")
         if d.shard_teachers and (self.strategy != "fsdp" or self.sharding_strategy == "NO_SHARD"):
             raise ValueError("--distillation.shard_teachers true is for --strategy fsdp that shards")
         if d.shard_teachers and d.teacher_device is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lit_data.loader import MicroBatch
+from lit_data.order import first_sample_of_step
 from lit_model.distillation import Distillation
 from lit_model.model import Teaching
 from pretrain.args import DistillationArgs
@@ -29,6 +30,18 @@ def alpha_at(args: DistillationArgs, step: int, max_steps: int) -> float:
     return args.alpha + (args.alpha_end - args.alpha) * shape
 
 
+def divergence_scale(run: Run, step: int, n_targets: Tensor | float) -> Tensor | float:
+    """What a step's divergence is multiplied by. The sum over the global batch is divided by its targets later on: a
+    mean over the rows that hold data is that times targets per row.
+    """
+    if run.args.distillation.reduction == "per_token":
+        return 1.0
+    first, rows = first_sample_of_step(run.segments, step)
+    if run.data.end_sample is not None:
+        rows = min(rows, run.data.end_sample - first)
+    return n_targets / rows
+
+
 def teaching(run: Run, step: int, n_targets: Tensor) -> Callable[[MicroBatch, Tensor, Tensor | None], Teaching] | None:
     """What makes a micro-batch's teaching, from it and its tokens and boundaries on the device; None where it counts
     for nothing: without teachers, and with alpha 1, so that the step is that of a run without them.
@@ -38,8 +51,7 @@ def teaching(run: Run, step: int, n_targets: Tensor) -> Callable[[MicroBatch, Te
     if teachers is None or alpha == 1:
         return None
     setting = setting_of(args)
-    # A sum over the global batch is divided by its targets later on: a mean over rows is that times targets per row.
-    scale = n_targets / run.args.train.global_batch_samples if args.reduction == "babyllama" else 1.0
+    scale = divergence_scale(run, step, n_targets)
 
     def teach(batch: MicroBatch, tokens: Tensor, bounds: Tensor | None) -> Teaching:
         said = teachers(batch) if isinstance(teachers, CachedTeacher) else teachers(tokens, bounds)
@@ -52,10 +64,9 @@ def distillation_values(
     run: Run, cross_entropy: float, divergence: float | None = None, n_targets: float = 0
 ) -> dict[str, float]:
     """The columns of a student at a log step. Without a divergence the teachers were not asked: alpha is 1."""
-    args = run.args.distillation
-    alpha = alpha_at(args, run.step - 1, run.data.max_steps)
+    args, step = run.args.distillation, run.step - 1
+    alpha = alpha_at(args, step, run.data.max_steps)
     if divergence is None:
         return {"alpha": alpha, "total_loss": cross_entropy}
-    scale = n_targets / run.args.train.global_batch_samples if args.reduction == "babyllama" else 1.0
-    pull = (1 - alpha) * setting_of(args).softening ** 2 * scale * divergence
+    pull = (1 - alpha) * setting_of(args).softening ** 2 * float(divergence_scale(run, step, n_targets)) * divergence
     return {"alpha": alpha, "total_loss": alpha * cross_entropy + pull, "divergence": divergence}

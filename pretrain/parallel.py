@@ -48,6 +48,17 @@ def check_shapes(args: RunArgs) -> int:
     if kind == "cpu" and args.precision == "fp16":
         raise ValueError("--precision fp16 is not supported on a CPU; use bf16 or fp32")
     check_batch(args.train, devices * args.num_nodes)
+    if (teacher := args.distillation.teacher_device) is not None and teacher != "cpu":
+        number = int(teacher.partition(":")[2] or 0)
+        if number >= torch.cuda.device_count():
+            raise ValueError(
+                f"--distillation.teacher_device {teacher}: this machine has {torch.cuda.device_count()} GPUs"
+            )
+        if devices > 1 and ":" in teacher:
+            raise ValueError(
+                f"--distillation.teacher_device {teacher}: {devices} devices would all put their teachers there; leave "
+                "it out, and the teachers lie beside the student (or shard them: --distillation.shard_teachers true)"
+            )
     if args.sharding_strategy == "HYBRID_SHARD" and uses_fsdp(args) and args.num_nodes < 2 and devices % 2:
         raise ValueError("--sharding_strategy HYBRID_SHARD needs several nodes, or an even number of devices on one")
     return devices

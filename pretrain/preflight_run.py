@@ -33,11 +33,11 @@ from pretrain.setup import (
     Datasets,
     check_resume,
     first_segments,
-    identify_teachers,
     length_of,
     open_data,
     open_datasets,
     set_up,
+    settle_teachers,
     training_loader,
 )
 from pretrain.teachers import teacher_bytes
@@ -175,7 +175,7 @@ def load_some(s: Situation) -> float:
     s.data = open_data(s.args, s.ranks.fabric, s.datasets, segments)
     if s.checkpoint is not None:
         meta = Checkpoint(s.checkpoint).meta
-        taught_by = identify_teachers(s.args.distillation)
+        _, taught_by = settle_teachers(s.args.distillation)
         check_resume(s.args, meta, s.data, s.config, taught_by, s.checkpoint)
     loader = training_loader(without_traces(s.args), s.ranks.fabric, s.data, segments)
     try:
@@ -253,7 +253,7 @@ def training_setting(s: Situation, config: ModelConfig) -> TrainingSetting:
         prefetch_blocks=t.prefetch_blocks,
         reduce_bytes=4 if t.reduce_dtype == "fp32" else 2,
         on_cpu=s.kind == "cpu",
-        frozen=teacher_bytes(args.distillation, args.precision, shards),
+        frozen=teacher_bytes(args.distillation, args.precision, s.kind or "cuda", world),
     )
 
 
@@ -384,7 +384,7 @@ def take_steps(s: Situation, folder: Path) -> StepMeasure:
         small = min(args.data.synthetic.tokens, 200_000)
         args.data.synthetic = replace(args.data.synthetic, tokens=small)
     if args.init_from is not None and s.checkpoint is not None:
-        args.init_from = s.checkpoint  # what the run began with may be gone
+        args.init_from, args.init_layers = s.checkpoint, None  # what the run began with may be gone
     fabric = s.ranks.fabric
     assert fabric is not None
     before = begin_peak(fabric.device)

@@ -35,6 +35,7 @@ from lit_model.load import (
     Checkpoint,
     checkpoint_step,
     list_checkpoints,
+    resolve,
 )
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
@@ -440,7 +441,7 @@ def set_up(args: RunArgs) -> Run:
             first = s.first_sample + (step - s.from_step) * s.global_batch
             segments.append(Segment(step, first, args.train.global_batch_samples))
     data = open_data(args, fabric, datasets, segments)
-    taught_by = on_rank_zero(fabric, lambda: identify_teachers(args.distillation))
+    args.distillation, taught_by = on_rank_zero(fabric, lambda: settle_teachers(args.distillation))
     if checkpoint_path is not None and meta is not None:
         differences = check_resume(args, meta, data, config, taught_by, checkpoint_path)
         changes = [*meta.get("changes", []), *([{"step": step, "differences": differences}] if differences else [])]
@@ -516,11 +517,15 @@ def set_up(args: RunArgs) -> Run:
     return run
 
 
-def identify_teachers(args: DistillationArgs) -> list[dict[str, Any]]:
-    """Whoever teaches; a cache, which says itself who made it, stands for its teachers."""
-    if args.cache is None:
-        return identify(args.teachers)
-    return [{"name": args.cache.name, "sha256": file_sha256(args.cache / CACHE_FILE), "weight": 1.0}]
+def settle_teachers(args: DistillationArgs) -> tuple[DistillationArgs, list[dict[str, Any]]]:
+    """The same with checkpoints in place of runs, which may be saving new ones; and what `identify` says of them.
+
+    A cache, which says itself who made it, stands for its teachers.
+    """
+    if args.cache is not None:
+        return args, [{"name": args.cache.name, "sha256": file_sha256(args.cache / CACHE_FILE), "weight": 1.0}]
+    entries = [dataclasses.replace(entry, path=resolve(entry.path)) for entry in args.teachers]
+    return dataclasses.replace(args, teachers=entries), identify(entries)
 
 
 def open_teachers(args: RunArgs, device: torch.device) -> Teachers | CachedTeacher | None:

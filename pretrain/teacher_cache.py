@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy.typing as npt
 import torch
 
 from lit_data.loader import MicroBatch, read_rows
-from lit_data.packed import PackedDataset, sync_file, write_json
+from lit_data.packed import PackedDataset, advise_random, sync_file, write_json
 from lit_data.packing import Rows
 from lit_model.distillation import Distillation, Ensemble, TopK, ensemble_top_k
 from pretrain.args import DistillationArgs
@@ -33,6 +34,7 @@ from pretrain.teachers import Teachers
 
 VERSION = 1
 FILE = "cache.json"
+MAX_MAPS = 256  # files mapped at once, beside those of the dataset
 NAMES = ("ids", "log_probs")
 LAST = NAMES[-1]
 """Files get their names in this order: where this one is, all are."""
@@ -76,6 +78,12 @@ class CacheFacts:
     def n_files(self) -> int:
         return -(-self.n_windows // self.rows_per_file)
 
+    def path(self, folder: Path, name: str, file: int) -> Path:
+        return folder / f"{name}-{file:05d}.npy"
+
+    def shape(self, file: int) -> tuple[int, int, int]:
+        return len(self.rows_of(file)), self.block_size, self.k
+
     def rows_of(self, file: int) -> range:
         return range(file * self.rows_per_file, min((file + 1) * self.rows_per_file, self.n_windows))
 
@@ -83,14 +91,19 @@ class CacheFacts:
 def begin_cache(folder: Path, facts: CacheFacts) -> None:
     """Make the folder, or see that what is there is the same cache. Raises ValueError that says what differs."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / FILE).exists():
-        differs = _differences(read_facts(folder), facts)
-        if differs:
-            raise ValueError(f"{folder} is another cache: {differs}. Give another folder, or the same settings")
-    elif any(p for p in folder.iterdir() if not p.name.startswith(".")):
-        raise ValueError(f"{folder} holds something else; give an empty folder or a new one")
-    else:
-        write_json(folder / FILE, asdict(facts))
+    lock = os.open(folder, os.O_RDONLY)  # parts begin at the same moment
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / FILE).exists():
+            differs = _differences(read_facts(folder), facts)
+            if differs:
+                raise ValueError(f"{folder} is another cache: {differs}. Give another folder, or the same settings")
+        elif any(p for p in folder.iterdir() if not p.name.startswith(".")):
+            raise ValueError(f"{folder} holds something else; give an empty folder or a new one")
+        else:
+            write_json(folder / FILE, asdict(facts))
+    finally:
+        os.close(lock)
 
 
 def write_cache(
@@ -102,7 +115,7 @@ def write_cache(
     """
     written = left = 0
     for file in range(part, facts.n_files, parts):
-        final = {name: folder / f"{name}-{file:05d}.npy" for name in NAMES}
+        final = {name: facts.path(folder, name, file) for name in NAMES}
         temporary = {name: folder / f".{path.name}.tmp" for name, path in final.items()}
         if final[LAST].exists():
             continue
@@ -117,7 +130,7 @@ def write_cache(
             try:
                 if final[LAST].exists():  # since then: another call has finished it
                     continue
-                _write_rows(files, facts, teachers, rows, facts.rows_of(file), batch)
+                _write_rows(files, facts, teachers, rows, file, batch)
                 for name in NAMES:
                     os.replace(temporary[name], final[name])
                 sync_file(folder)
@@ -129,15 +142,14 @@ def write_cache(
 
 
 def _write_rows(
-    files: Mapping[str, BinaryIO], facts: CacheFacts, teachers: Teachers, rows: Rows, windows: range, batch: int
+    files: Mapping[str, BinaryIO], facts: CacheFacts, teachers: Teachers, rows: Rows, number: int, batch: int
 ) -> None:
     """Write one file of each name, from its start, and see that it is on the disk."""
     setting = Distillation("topk_kl", facts.temperature, facts.ensemble, facts.k)
-    device = teachers.student_device
+    device, windows = teachers.student_device, facts.rows_of(number)
     for name, file in files.items():
         file.truncate(0)
-        shape = (len(windows), facts.block_size, facts.k)
-        header = {"descr": facts.dtype_of(name).str, "fortran_order": False, "shape": shape}
+        header = {"descr": facts.dtype_of(name).str, "fortran_order": False, "shape": facts.shape(number)}
         np.lib.format.write_array_header_1_0(file, header)
     for first in range(0, len(windows), batch):
         some = np.asarray(windows[first : first + batch], dtype=np.int64)
@@ -167,13 +179,34 @@ def read_facts(folder: Path) -> CacheFacts:
 
 
 def check_finished(folder: Path, facts: CacheFacts) -> None:
-    """Raises ValueError if files are missing."""
-    missing = [i for i in range(facts.n_files) if not (folder / f"log_probs-{i:05d}.npy").is_file()]
+    """Raises ValueError if files are missing, or are not as long as they must be."""
+    missing = []
+    for file in range(facts.n_files):
+        for name in NAMES:
+            path = facts.path(folder, name, file)
+            if not path.is_file():
+                missing.append(file)
+                break
+            _open(path, facts.shape(file), facts.dtype_of(name))
     if missing:
         raise ValueError(
             f"{folder} is not finished: {len(missing)} of {facts.n_files} files are missing (the first is number "
             f"{missing[0]}); call scripts/cache_teacher.py again as before"
         )
+
+
+def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
+    """Map a file. Raises ValueError that names it if it is damaged, or not what it must be."""
+    try:
+        mapped = np.lib.format.open_memmap(path, mode="r")
+        if (mapped.shape, mapped.dtype) == (shape, dtype):
+            return mapped
+        fault = f"it holds {mapped.dtype} {mapped.shape} in place of {dtype} {shape}"
+    except (ValueError, EOFError) as error:
+        fault = str(error)
+    raise ValueError(
+        f"{path} is damaged: {fault}. Remove the files of this number and call scripts/cache_teacher.py again as before"
+    )
 
 
 def _differences(there: CacheFacts, here: CacheFacts) -> str:
@@ -186,7 +219,7 @@ class CachedTeacher:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device, self.facts = folder, device, read_facts(folder)
-        self._maps: dict[tuple[str, int], npt.NDArray[Any]] = {}
+        self._maps: OrderedDict[tuple[str, int], npt.NDArray[Any]] = OrderedDict()
 
     def __call__(self, batch: MicroBatch) -> TopK:
         """ids int64 and log-probabilities float32, both (B, T, k), on the student's device."""
@@ -206,14 +239,16 @@ class CachedTeacher:
         )
 
     def _map(self, name: str, file: int) -> npt.NDArray[Any]:
-        if (name, file) not in self._maps:
-            path = self.folder / f"{name}-{file:05d}.npy"
-            array = np.load(path, mmap_mode="r")
-            wanted = (len(self.facts.rows_of(file)), self.facts.block_size, self.facts.k)
-            if array.shape != wanted:
-                raise ValueError(f"{path} has shape {array.shape}; {FILE} asks for {wanted}")
-            self._maps[name, file] = array
-        return self._maps[name, file]
+        """A file, mapped when first asked for. Each map holds a file descriptor, so that few stay open."""
+        found = self._maps.get((name, file))
+        if found is None:
+            path = self.facts.path(self.folder, name, file)
+            mapped = _open(path, self.facts.shape(file), self.facts.dtype_of(name))
+            advise_random(mapped)
+            found = self._maps[name, file] = mapped.view(np.ndarray)
+            while len(self._maps) > MAX_MAPS:
+                self._maps.popitem(last=False)
+        return found
 
 
 def check_cache(
@@ -230,6 +265,7 @@ def check_cache(
         "document_mask": (document_mask, "--data.document_mask"),
         "vocab_size": (vocab_size, "--model.vocab_size"),
         "temperature": (args.temperature, "--distillation.temperature"),
+        "ensemble": (args.ensemble, "--distillation.ensemble"),
     }
     wrong = [
         f"{name} {getattr(facts, name)!r} there, {value!r} here ({flag})"

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from lit_data.packed import PackedDataset, file_sha256
 from lit_data.tokenizer import Tokenizer, open_tokenizer
 from lit_model.config import ModelConfig
-from lit_model.cost import count_parameters
+from lit_model.cost import count_parameters, largest_block, root_parameters
 from lit_model.distillation import Teacher
 from lit_model.init import copy_slice
 from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
@@ -90,9 +90,8 @@ def identify(teachers: Sequence[TeacherEntry]) -> list[dict[str, Any]]:
         if is_hf_folder(path):
             files = [p for p in files if p.suffix in (".safetensors", ".bin") or p.name == "config.json"]
         sums = "\n".join(file_sha256(p) for p in files)
-        found.append(
-            {"name": entry.path.name, "sha256": hashlib.sha256(sums.encode()).hexdigest(), "weight": entry.weight}
-        )
+        name = path.name if is_hf_folder(path) else f"{path.absolute().parent.name}/{path.name}"
+        found.append({"name": name, "sha256": hashlib.sha256(sums.encode()).hexdigest(), "weight": entry.weight})
     return found
 
 
@@ -101,12 +100,20 @@ def teacher_precision(d: DistillationArgs, run_precision: str) -> str:
     return d.teacher_precision or ("fp32" if run_precision == "fp32" else "bf16")
 
 
-def teacher_bytes(d: DistillationArgs, run_precision: str, shards: int) -> int:
-    """Bytes of the teachers' weights on a device that trains, where they are sharded over so many."""
-    if d.teacher_device is not None:
-        return 0
-    n_parameters = sum(count_parameters(load_tensors(entry.path)[0]) for entry in d.teachers)
-    return n_parameters * DTYPES[teacher_precision(d, run_precision)].itemsize // (shards if d.shard_teachers else 1)
+def teacher_bytes(d: DistillationArgs, run_precision: str, kind: str, world_size: int) -> int:
+    """Bytes of the teachers' weights on a device of a kind (cpu, cuda) that trains."""
+    elsewhere = d.teacher_device is not None and not torch.device(d.teacher_device).type == kind == "cpu"
+    n_parameters = 0
+    for entry in d.teachers:
+        config, _ = load_tensors(entry.path)
+        if elsewhere:  # the head comes over for the loss
+            n_parameters += config.padded_vocab_size * config.n_embd
+        elif d.shard_teachers:  # the root stays whole, and a block is gathered
+            root, block = root_parameters(config), largest_block(config)
+            n_parameters += root + (count_parameters(config) - root) // world_size + block
+        else:
+            n_parameters += count_parameters(config)
+    return n_parameters * DTYPES[teacher_precision(d, run_precision)].itemsize
 
 
 class Teachers:
@@ -140,8 +147,9 @@ class Teachers:
 
     def __call__(self, tokens: Tensor, cu_seqlens: Tensor | None) -> list[Teacher]:
         """What each says of a micro-batch: tokens int64 (B, T), boundaries int32 (P + 1,), on the student's device."""
-        here = tokens.to(self.device, non_blocking=True)
-        bounds = None if cu_seqlens is None else cu_seqlens.to(self.device, non_blocking=True)
+        lasting = self.device.type != "cpu"  # a copy to the host that nobody waits for is read before it is there
+        here = tokens.to(self.device, non_blocking=lasting)
+        bounds = None if cu_seqlens is None else cu_seqlens.to(self.device, non_blocking=lasting)
         # FSDP's hooks count the versions of what they gather, which inference tensors do not have.
         quiet = torch.no_grad() if self.sharded else torch.inference_mode()
         said = []

@@ -19,7 +19,7 @@ import torch
 
 from lit_data.packed import PackedDataset
 from lit_data.packing import open_rows
-from lit_model.load import load_tensors
+from lit_model.load import load_tensors, resolve
 from pretrain.args import DistillationArgs, TeacherEntry
 from pretrain.teacher_cache import CacheFacts, begin_cache, write_cache
 from pretrain.teachers import Teachers, check_teacher, check_tokenizer, identify
@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=2.0, help="of the distillation (2.0)")
     parser.add_argument("--ensemble", choices=["logits", "probabilities"], default="logits", help="what is averaged")
     parser.add_argument("--packing", choices=["concat", "best_fit", "pad"], default="concat", help="as in the run")
+    parser.add_argument("--plan_dir", type=Path, help="where the plan of best_fit and pad lies (beside the dataset)")
     parser.add_argument("--no_document_mask", action="store_true", help="documents of a row see each other")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of log-probabilities")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="of the teachers (bf16 on CUDA, else fp32)")
@@ -58,7 +59,7 @@ def main() -> int:
             raise ValueError(f"--weights has {len(weights)} numbers for {len(args.teachers)} teachers")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-        entries = [TeacherEntry(path, weight) for path, weight in zip(args.teachers, weights, strict=True)]
+        entries = [TeacherEntry(resolve(path), weight) for path, weight in zip(args.teachers, weights, strict=True)]
         setting = DistillationArgs(entries, temperature=args.temperature, ensemble=args.ensemble)
         dataset = PackedDataset(args.data)
         vocab_size = load_tensors(entries[0].path)[0].vocab_size
@@ -69,7 +70,7 @@ def main() -> int:
                 check_tokenizer(entry.path, dataset, where)
         if args.k > vocab_size:
             raise ValueError(f"--k {args.k} exceeds the teachers' vocabulary of {vocab_size}")
-        rows = open_rows(dataset, args.packing, args.block_size, None)
+        rows = open_rows(dataset, args.packing, args.block_size, args.plan_dir)
         facts = CacheFacts(
             dataset=dataset.fingerprint,
             packing=args.packing,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import resource
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,7 @@ from pretrain.args import DistillationArgs
 from pretrain.init_from import with_layers
 from pretrain.objective import alpha_at
 from pretrain.preflight_situation import show_bytes
+from pretrain.teacher_cache import CachedTeacher, CacheFacts, begin_cache, read_facts
 
 CHANGES: dict[str, object] = {"objective": "distillation", "train__max_steps": 6, "save__every_steps": 3}
 
@@ -179,10 +183,72 @@ def test_a_cache_of_everything_is_the_teacher(data: Path, teachers: list[Path], 
     other = [*common, "--k", 8, "--output", tmp_path / "cache"]
     refused = script("cache_teacher.py", *other)
     assert refused.returncode == 2 and "is another cache: k: 96 there, 8 here" in refused.stderr
-    (tmp_path / "cache" / "log_probs-00001.npy").unlink()
-    refused = train(*flags(data, tmp_path / "other", **CHANGES, **cached), check=False)
-    assert refused.returncode == 2 and "is not finished: 1 of" in refused.stdout
-    assert not (tmp_path / "other").exists(), "refused before anything was made"
+    ids = tmp_path / "cache" / "ids-00001.npy"
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"distillation__ensemble": "probabilities"}, "ensemble 'logits' there, 'probabilities' here"),
+        ({"distillation__top_k": 96}, "top_k 96 is for"),
+        ({"distillation__compile_teachers": "true"}, "compile_teachers is for live teachers"),
+        ({}, f"{ids} is damaged"),
+        ({}, "is not finished: 1 of"),
+    ]
+    for changes, message in wrong:
+        if message == wrong[-2][1]:
+            os.truncate(ids, 1000)
+        elif message == wrong[-1][1]:
+            ids.unlink()
+        refused = train(*flags(data, tmp_path / "other", **CHANGES, **cached, **changes), check=False)
+        assert refused.returncode == 2 and message in refused.stdout, refused.stdout
+        assert not (tmp_path / "other").exists(), "refused before anything was made"
+
+
+def test_parts_may_begin_at_the_same_moment(tmp_path: Path) -> None:
+    facts = CacheFacts("d", "concat", 8, True, 3, 96, [], "logits", 2.0, "fp32", 4, "float16", 2)
+    barrier = threading.Barrier(8)
+
+    def begin(_: int) -> None:
+        barrier.wait()
+        begin_cache(tmp_path / "cache", facts)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(begin, range(8)))
+    assert read_facts(tmp_path / "cache") == facts
+
+
+def test_many_files_of_a_cache_are_open_by_turns(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.teacher_cache.MAX_MAPS", 2)
+    facts = CacheFacts("d", "concat", 8, True, 9, 96, [], "logits", 2.0, "fp32", 4, "float16", 2)
+    begin_cache(tmp_path, facts)
+    for file in range(facts.n_files):
+        for name in ("ids", "log_probs"):
+            np.save(facts.path(tmp_path, name, file), np.full(facts.shape(file), file, facts.dtype_of(name)))
+    cached, rows = CachedTeacher(tmp_path, torch.device("cpu")), ConcatRows(PackedDataset(data / "train"), 8)
+    for row in (0, 8, 3, 5, 1, 8):
+        batch = read_rows(rows, np.array([row]), np.array([0]), document_mask=True)
+        assert (cached(batch).ids == row // 2).all()
+        assert len(cached._maps) <= 2
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "pad"])
+def test_a_cache_of_a_plan_is_read_by_two_ranks(data: Path, teachers: list[Path], tmp_path: Path, packing: str) -> None:
+    """BabyLlama's weighting, over a last step with less rows than a batch: live and cached, one rank and two."""
+    of: dict[str, object] = {"data__packing": packing, "train__max_epochs": 0.5, "distillation__reduction": "babyllama"}
+    of |= {"objective": "distillation", "train__max_steps": None, "save__every_steps": 100, "data__plan_dir": tmp_path}
+    of |= {"train__global_batch_samples": 48, "train__micro_batch_samples": 12}
+    cache = tmp_path / "cache"
+    line: list[object] = ["--teachers", *teachers, "--weights", 2, 1, "--data", data / "train", "--packing", packing]
+    line += ["--block_size", 32, "--k", 96, "--dtype", "float32", "--output", cache, "--plan_dir", tmp_path]
+    assert script("cache_teacher.py", *line).returncode == 0
+    train(*flags(data, tmp_path / "live", **of, distillation__teachers=entries(teachers)))
+    train(*flags(data, tmp_path / "two", **of, distillation__cache=cache, devices=2, strategy="ddp"))
+    for name in ("train_loss", "divergence", "total_loss", "grad_norm"):
+        torch.testing.assert_close(column(tmp_path / "two", name), column(tmp_path / "live", name), rtol=1e-4, atol=0)
+    last = metrics(tmp_path / "live")[-1]
+    step = int(last["step"]) - 1
+    record = [r for r in read_record(tmp_path / "live").to_pylist() if r["step"] == step]
+    rows, targets = len({r["sample"] for r in record}), sum(r["targets"] for r in record)
+    assert 0 < rows < 48
+    want = 0.5 * float(last["train_loss"]) + 0.5 * 4 * float(last["divergence"]) * targets / rows
+    assert float(last["total_loss"]) == pytest.approx(want, rel=1e-6)
 
 
 def test_a_killed_cache_is_finished_by_the_same_call(data: Path, teachers: list[Path], tmp_path: Path) -> None:
@@ -266,10 +332,13 @@ def test_mistakes_of_caching_are_named(
     [
         ({"objective": "cross_entropy"}, "--objective cross_entropy: --distillation.teachers"),
         ({"distillation__teachers": None}, "only with it"),
-        ({"distillation__divergence": "topk_kl"}, "topk_kl needs --distillation.top_k|top_k goes with"),
+        ({"distillation__divergence": "topk_kl"}, "topk_kl needs --distillation.top_k"),
+        ({"distillation__top_k": 8}, "top_k 8 is for --distillation.divergence topk_kl"),
+        ({"distillation__teacher_device": "gpu"}, "teacher_device gpu is not cpu, cuda or cuda:N"),
+        ({"distillation__teacher_device": "cuda:99"}, "teacher_device cuda:99: this machine has"),
         ({"distillation__alpha": 1.5}, "alpha 1.5 is not in"),
         ({"model__vocab_size": 120}, "has a vocabulary of 96 ids, the student"),
-        ({"train__block_size": 4096}, "."),
+        ({"train__block_size": 64}, "has a context of 32 tokens, less than a row's 64"),
         ({"distillation__shard_teachers": "true"}, "shard_teachers true is for --strategy fsdp"),
         ({"distillation__cache": "nowhere"}, "not both"),
         ({"init_from": "x", "init_layers": "[0]", "init_optimizer": "true"}, "init_layers exclude each other"),
@@ -309,6 +378,13 @@ def test_a_student_of_some_layers(data: Path, teachers: list[Path], tmp_path: Pa
     changes = {**none, "model__intermediate_size": None, "optim__lr": 1e-12, "optim__lr_min": 0}
     changes["optim__warmup_steps"] = 0
     train(*flags(data, run, train__max_steps=1, init_from=teachers[0], init_layers="[1]", **changes))
+    done = train(
+        *flags(data, run, train__max_steps=2, init_from=teachers[0], init_layers="[1]", resume="auto", **changes),
+        "--resume_allow=train.max_steps",
+        "--preflight",
+        check=False,
+    )
+    assert "one step" in done.stdout and "--init_layers" not in done.stdout, done.stdout
     config, tensors = load_tensors(run)
     _, theirs = load_tensors(teachers[0])
     assert config.n_layer == 1

@@ -1,11 +1,11 @@
 """A student of two teachers, the same student from scratch on the same tokens, and the teachers: their losses.
 
-    python benchmarks/students.py --input corpus.jsonl.zst [--documents 24] [--seeds 3] [--json FILE]
+    python benchmarks/students.py --input corpus.jsonl.zst [--documents 6] [--seeds 3] [--json FILE]
 
 BabyLlama's question in small: the models of configs/distillation_small/ are trained on the first documents of a text,
 as those files say, each seed with teachers of its own; the next `--val_documents` are held out. The student learns once
 from the live teachers, and once from what `scripts/cache_teacher.py` keeps of them (`--k`). All have the same rows in
-the same order. Losses are cross-entropies of the held-out documents after the last step.
+the same order. Losses are cross-entropies of the held-out documents, after the last step and the lowest on the way.
 
 Then, with the models of the first seed on held-out rows, what a cache of k tokens leaves out: probability, part of the
 divergence, and part of its gradient (of the student's last hidden states), each against the teachers' whole
@@ -42,8 +42,8 @@ from lit_model.loss import IGNORE_INDEX
 
 CONFIGS = "configs/distillation_small"
 TEACHERS = ("teacher_llama", "teacher_gpt2")
-VOCAB_SIZE, BLOCK_SIZE = 4096, 256
-KEPT = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)  # tokens of a cache
+VOCAB_SIZE, BLOCK_SIZE = 2048, 256
+KEPT = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 2048)  # tokens of a cache
 ROWS = 64
 
 
@@ -60,16 +60,17 @@ def cut(source: Path, folder: Path, documents: int, val_documents: int) -> tuple
     return parts
 
 
-def of_seed(work: Path, seed: int, settings: dict[str, object], k: int) -> dict[str, float]:
-    """Bits per byte of the teachers and the students of one seed."""
-    found: dict[str, float] = {}
+def of_seed(work: Path, seed: int, settings: dict[str, object], k: int) -> dict[str, dict[str, float]]:
+    """Bits per byte of the teachers and the students of one seed: after the last step, and the lowest on the way."""
+    found: dict[str, dict[str, float]] = {}
 
     def train(name: str, config: str, **more: object) -> None:
         given = {"config": f"{CONFIGS}/{config}.yaml", "seed": seed, **settings}
         given |= {key.replace("__", "."): value for key, value in more.items()}
         losses = corpus_runs.train(work / f"{name}-{seed}", work / "data", given)
-        found[name] = losses["val_bits_per_byte"][-1]
-        print(f"seed {seed}, {name}: {found[name]:.4f} bits per byte", flush=True)
+        bits = losses["val_bits_per_byte"]
+        found[name] = {"last": bits[-1], "lowest": min(bits)}
+        print(f"seed {seed}, {name}: {bits[-1]:.4f} bits per byte, {min(bits):.4f} the lowest", flush=True)
 
     for teacher in TEACHERS:
         train(teacher, teacher)
@@ -134,8 +135,8 @@ def leave_out(work: Path, seed: int) -> list[dict[str, float]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="a .jsonl or .jsonl.zst with a text in each line")
-    parser.add_argument("--documents", type=int, default=24, help="to train on (24)")
-    parser.add_argument("--val_documents", type=int, default=6, help="to hold out (6)")
+    parser.add_argument("--documents", type=int, default=6, help="to train on (6)")
+    parser.add_argument("--val_documents", type=int, default=4, help="to hold out (4)")
     parser.add_argument("--seeds", type=int, default=3, help="(3)")
     parser.add_argument("--epochs", type=float, help="in place of the configs'")
     parser.add_argument("--k", type=int, default=32, help="tokens in the cache; 0: no student of a cache (32)")
@@ -153,11 +154,12 @@ def main() -> int:
             seeds = range(1, args.seeds + 1)
             runs = list(pool.map(lambda seed: of_seed(work, seed, settings, args.k), seeds))
         small = leave_out(work, 1)
-    print("\n| bits per byte | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |")
-    print("|---|" + "---|" * (args.seeds + 1))
+    print("\n| bits per byte | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | mean of the lowest |")
+    print("|---|" + "---|" * (args.seeds + 2))
     for name in runs[0]:
-        values = [run[name] for run in runs]
-        print(f"| {name} | " + " | ".join(f"{v:.4f}" for v in values) + f" | {statistics.mean(values):.4f} |")
+        last, lowest = ([run[name][key] for run in runs] for key in ("last", "lowest"))
+        cells = [*last, statistics.mean(last), statistics.mean(lowest)]
+        print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in cells) + " |")
     print("\n| k | bytes a token | probability of the others | error of the divergence | of its gradient |")
     print("|---|---|---|---|---|")
     for row in small:

@@ -26,7 +26,7 @@ from lit_model.hf.table import LazyTensors, check_names
 from lit_model.model import GPT, parameter_shapes
 from lit_model.sharded import SafeReader as SafeReader
 from lit_model.sharded import ShardedTensors
-from lit_model.tensor_file import DAMAGED, open_tensor_file
+from lit_model.tensor_file import DAMAGED, fault, open_tensor_file
 
 CHECKPOINT_NAME = re.compile(r"iter-(\d{8,})-ckpt\.pth")
 MODEL_PREFIX = "model."
@@ -69,7 +69,7 @@ class Checkpoint:
                 self._names = _names_of(self._file)
         except DAMAGED as error:
             raise ValueError(
-                f"{self.path} is not a checkpoint written by this project, or it is damaged: {error}"
+                f"{self.path} is not a checkpoint written by this project, or it is damaged: {fault(error)}"
             ) from error
 
     @functools.cached_property

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from lit_model.checksum import byte_view
+from lit_model.tensor_file import fault
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a record in a zip archive: the lengths of its name and its extra field
 
@@ -156,10 +157,8 @@ def load_into(folder: Path, tensors: Mapping[str, Tensor], *, no_dist: bool) -> 
         try:
             dcp_load(dict(tensors), storage_reader=SafeReader(folder), no_dist=no_dist)
         except CheckpointException as error:  # no subclass of Exception: it would pass every handler above
-            fault = next(iter(error.failures.values()))[0]
-            raise ValueError(
-                f"{folder} is damaged, or was not written here: {type(fault).__name__}: {fault}"
-            ) from error
+            first = next(iter(error.failures.values()))[0]
+            raise ValueError(f"{folder} is damaged, or was not written here: {fault(first)}") from error
 
 
 class ShardedTensors:
@@ -220,7 +219,7 @@ class ShardedTensors:
                     if buffer is not None and hasattr(os, "posix_fadvise"):
                         os.posix_fadvise(file.fileno(), chunk.offset, chunk.length, os.POSIX_FADV_DONTNEED)
             except Exception as error:  # a damaged archive can raise anything
-                raise ValueError(f"{path} is damaged, or was not written here: {name}: {error}") from error
+                raise ValueError(f"{path} is damaged, or was not written here: {name}: {fault(error)}") from error
         return whole
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,16 @@ import torch
 # What torch.load, and a look at what it gave, may raise for a file that is damaged or holds more than tensors and plain
 # values: for these alone it is the file's fault.
 DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError, EOFError)
+
+
+# What torch says to help whoever trusts the file. Who got this error had better not.
+_ADVICE = re.compile(r"weights_only|Weights only|torch\.load|add_safe_globals|safe_globals|trusted|source of the|issue")
+
+
+def fault(error: BaseException) -> str:
+    """What such an error says, without torch's advice to open the file all the same, which runs what is in it."""
+    sentences = re.split(r"(?<=[.:])\s+|\s*\n\s*", str(error).strip())
+    return f"{type(error).__name__}: {' '.join(s for s in sentences if not _ADVICE.search(s))}".rstrip(": ")
 
 
 def open_tensor_file(path: Path) -> Any:

@@ -19,7 +19,7 @@ from lit_data.hf_tokenizer import write_hf_tokenizer
 from lit_data.tokenizer import Tokenizer, open_tokenizer
 from lit_model.cost import count_parameters
 from lit_model.hf.families import config_to_hf, tensors_to_hf
-from lit_model.hf.gguf import write_gguf
+from lit_model.hf.gguf import architecture_of, write_gguf
 from lit_model.hf.io import read_folder, write_folder
 from lit_model.load import Checkpoint, checkpoint_step, is_hf_folder, load_tensors, resolve
 
@@ -90,10 +90,11 @@ def export_to_gguf(
     Returns the checkpoint that was read. Raises ValueError or FileNotFoundError that name the path.
     """
     path = resolve(source)
+    config, tensors = load_tensors(path)
+    architecture_of(config)  # raises for a family that GGUF does not have
     found = tokenizer or find_tokenizer(path)
     if found is None:
         raise ValueError(f"{path} has no tokenizer beside it: give one by --tokenizer")
-    config, tensors = load_tensors(path)
     keys = gguf_tokenizer(open_tokenizer(found), config.vocab_size, pre_tokenizer)
     write_gguf(output, config, tensors, dtype=dtype, tokenizer=keys)
     return path

@@ -33,7 +33,7 @@ from lit_model.legacy import (
     match_names,
 )
 from lit_model.load import checkpoint_step
-from lit_model.tensor_file import DAMAGED, open_tensor_file
+from lit_model.tensor_file import DAMAGED, fault, open_tensor_file
 from pretrain.checkpoint import FORMAT_VERSION
 from pretrain.saving import check_free_space
 
@@ -122,13 +122,13 @@ def read_file(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         classes = re.findall(r"GLOBAL ([\w.]+)", str(error))
         if not classes:
-            raise ValueError(f"{path} is damaged, or no file of torch.save: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path} is damaged, or no file of torch.save: {fault(error)}") from error
         raise ValueError(
             f"{path} holds objects of {classes[0]}, which only code of the file can build: it is not read. Where it "
             "comes from, load it, leave out what is neither a tensor nor a plain value, and save it again"
         ) from error
     except DAMAGED as error:
-        raise ValueError(f"{path} is damaged, or no file of torch.save: {error}") from error
+        raise ValueError(f"{path} is damaged, or no file of torch.save: {fault(error)}") from error
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path} holds a {type(content).__name__}, no state dict")
     if "meta" in content:

@@ -18,7 +18,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         import_from_hf(args.input, args.output)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{args.input} -> {args.output}: train on with --init_from {args.output}")

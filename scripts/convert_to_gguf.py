@@ -33,7 +33,7 @@ def main() -> int:
             tokenizer=args.tokenizer,
             pre_tokenizer=args.pre_tokenizer,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{path} -> {args.output}")

@@ -21,7 +21,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         path = export_to_hf(args.checkpoint, args.output, args.tokenizer)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{path} -> {args.output}: open it with AutoModelForCausalLM.from_pretrained({str(args.output)!r})")

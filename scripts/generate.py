@@ -67,7 +67,7 @@ def main() -> int:
             seed=args.seed,
             eos_id=tokenizer.eos_id if tokenizer is not None else None,
         ).tolist()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     new = out[len(ids) :]

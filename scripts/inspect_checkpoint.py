@@ -76,7 +76,7 @@ def main() -> int:
             raise ValueError(f"{path} is a Hugging Face folder, no checkpoint")
         if not args.verify:
             facts = facts_of(Checkpoint(path))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not args.verify:

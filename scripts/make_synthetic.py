@@ -43,7 +43,7 @@ def main() -> int:
         paths = write_synthetic(
             args.output, tokens=args.tokens, level=args.level, seed=args.seed, val_fraction=args.val_fraction
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for path in paths:

@@ -22,7 +22,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         counts = write_corpus(arguments.output)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{arguments.output}/train.jsonl: {counts['train']} documents")

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             text_field=args.text_field,
             errors=errors,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

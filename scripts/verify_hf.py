@@ -41,7 +41,7 @@ def main() -> int:
         block_size = checkpoint.meta["config"]["train"]["block_size"] or checkpoint.model_config.block_size
         ours = our_span_losses(args.run, dataset, block_size)
         theirs = transformers_span_losses(args.hf, dataset, ours)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     worst, trainer = largest_difference(ours, theirs), last_validation(args.run)

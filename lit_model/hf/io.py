@@ -25,7 +25,7 @@ from lit_model.checksum import byte_view
 from lit_model.config import ModelConfig
 from lit_model.hf.families import config_from_hf, family_from_hf
 from lit_model.hf.table import LazyTensors, tensors_from_hf
-from lit_model.tensor_file import DAMAGED, open_tensor_file
+from lit_model.tensor_file import DAMAGED, fault, open_tensor_file
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -227,7 +227,9 @@ def _open_legacy(path: Path) -> dict[str, Tensor]:
     try:
         content = open_tensor_file(path)
     except DAMAGED as error:
-        raise ValueError(f"{path} is damaged, or it holds more than tensors and is not opened: {error}") from error
+        raise ValueError(
+            f"{path} is damaged, or it holds more than tensors and is not opened: {fault(error)}"
+        ) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"{path} holds more than tensors by name")
     return content

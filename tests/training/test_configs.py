@@ -42,9 +42,9 @@ PARAMETERS = {
     "babyllama-2": "345,355,200",
     "nano-llama": "33,317,888",
     "distillation": "58,343,936",
-    "teacher_llama": "2.4M",
-    "teacher_gpt2": "2.4M",
-    "student": "1.3M",
+    "teacher_llama": "1.4M",
+    "teacher_gpt2": "1.3M",
+    "student": "1.0M",
     "quickstart": "2.4M",
     "synthetic": "0.6M",
 }
@@ -63,8 +63,7 @@ BABYLLAMA = {
 }
 
 # A vocabulary for those that take the data's.
-SMALL = ("quickstart", "teacher_llama", "teacher_gpt2", "student")
-VOCABULARY = dict.fromkeys(SMALL, 4096) | {"synthetic": 400}
+VOCABULARY = {"quickstart": 4096, "synthetic": 400, "teacher_llama": 2048, "teacher_gpt2": 2048, "student": 2048}
 
 
 @functools.cache

@@ -136,12 +136,14 @@ def test_teachers_are_known_by_their_content(data: Path, teachers: list[Path], s
         shutil.copytree(there, here)
     changes = {**CHANGES, "train__micro_batch_samples": 4, "distillation__teachers": entries(moved)}
     done = train(*flags(data, run, **changes, resume="iter-00000003-ckpt.pth"))
-    assert "teachers llama x 2 + gpt2 x 1; forward_kl at temperature 2, per_token, alpha 0.5" in done.stdout
+    names = "teachers llama/iter-00000004-ckpt.pth x 2 + gpt2/iter-00000004-ckpt.pth x 1"
+    assert f"{names}; forward_kl at temperature 2, per_token, alpha 0.5" in done.stdout
     same_checkpoints(student / "iter-00000006-ckpt.pth", run / "iter-00000006-ckpt.pth")
     train(*flags(data, moved[0], train__max_steps=5, seed=5, resume="auto", resume_allow="train.max_steps"))
     done = train(*flags(data, run, **changes, resume="iter-00000003-ckpt.pth"), check=False)
     assert done.returncode == 2
-    assert re.search(r"distillation\.teachers: \['llama \(\w{12}\) x 2', .* there, \['llama \(\w{12}\)", done.stdout)
+    there, here = (rf"\['llama/iter-0000000{step}-ckpt.pth \(\w{{12}}\) x 2', " for step in (4, 5))
+    assert re.search(rf"distillation\.teachers: {there}.* there, {here}", done.stdout), done.stdout
 
 
 @pytest.mark.parametrize("cached", [False, True])

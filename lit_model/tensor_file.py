@@ -16,7 +16,7 @@ DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, pic
 
 
 # What torch says to help whoever trusts the file. Who got this error had better not.
-_ADVICE = re.compile(r"weights_only|Weights only|torch\.load|add_safe_globals|safe_globals|trusted|source of the|issue")
+_ADVICE = re.compile(r"weights_only|Weights only load|documentation of torch|safe_globals|trusted source|file an issue")
 
 
 def fault(error: BaseException) -> str:

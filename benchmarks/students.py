@@ -60,7 +60,9 @@ def cut(source: Path, folder: Path, documents: int, val_documents: int) -> tuple
     return parts
 
 
-def of_seed(work: Path, seed: int, settings: dict[str, object], k: int) -> dict[str, dict[str, float]]:
+def of_seed(
+    work: Path, seed: int, settings: dict[str, object], temperature: float, k: int
+) -> dict[str, dict[str, float]]:
     """Bits per byte of the teachers and the students of one seed: after the last step, and the lowest on the way."""
     found: dict[str, dict[str, float]] = {}
 
@@ -77,17 +79,20 @@ def of_seed(work: Path, seed: int, settings: dict[str, object], k: int) -> dict[
     folders = [work / f"{teacher}-{seed}" for teacher in TEACHERS]
     train("from scratch", "student", objective="cross_entropy", distillation__teachers="[]")
     live = "[" + ", ".join(f"{{path: {folder}}}" for folder in folders) + "]"
-    train("distilled", "student", distillation__teachers=live)
+    softened = {"distillation__temperature": temperature}
+    train("distilled", "student", distillation__teachers=live, **softened)
     if k:
         cache = work / f"cache-{seed}"
         made_of = ("--teachers", *folders, "--data", work / "data" / "train", "--output", cache)
-        corpus_runs.call("scripts/cache_teacher.py", *made_of, "--block_size", BLOCK_SIZE, "--k", k)
+        corpus_runs.call(
+            "scripts/cache_teacher.py", *made_of, "--block_size", BLOCK_SIZE, "--k", k, "--temperature", temperature
+        )
         cached = {"distillation__teachers": "[]", "distillation__cache": cache, "distillation__divergence": "topk_kl"}
-        train(f"distilled, cache of {k}", "student", **cached)
+        train(f"distilled, cache of {k}", "student", **cached, **softened)
     return found
 
 
-def leave_out(work: Path, seed: int) -> list[dict[str, float]]:
+def leave_out(work: Path, seed: int, temperature: float) -> list[dict[str, float]]:
     """For each k: bytes a token, mean probability of the other tokens, and relative errors."""
     rows = ConcatRows(PackedDataset(work / "data" / "val"), BLOCK_SIZE)
     windows = np.arange(min(rows.n_windows, ROWS))
@@ -112,10 +117,10 @@ def leave_out(work: Path, seed: int) -> list[dict[str, float]]:
         assert hidden.grad is not None
         return out.divergence_sum, hidden.grad
 
-    divergence, gradient = measure(Distillation("forward_kl"), teachers)
+    divergence, gradient = measure(Distillation("forward_kl", temperature), teachers)
     table = []
     for k in KEPT:
-        setting = Distillation("topk_kl", top_k=k)
+        setting = Distillation("topk_kl", temperature, top_k=k)
         kept = ensemble_top_k(teachers, setting, VOCAB_SIZE, k)
         rounded = TopK(kept.ids, kept.log_probs.half().float())  # as the cache holds them
         less, other = measure(setting, rounded)
@@ -140,6 +145,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="(3)")
     parser.add_argument("--epochs", type=float, help="in place of the configs'")
     parser.add_argument("--k", type=int, default=32, help="tokens in the cache; 0: no student of a cache (32)")
+    parser.add_argument("--temperature", type=float, default=2.0, help="of the distillation (2)")
     parser.add_argument("--jobs", type=int, default=1, help="seeds side by side, one thread each (1)")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
@@ -152,8 +158,8 @@ def main() -> int:
         print(f"{tokens['train']:,} tokens to train on, {tokens['val']:,} held out", flush=True)
         with ThreadPoolExecutor(args.jobs) as pool:
             seeds = range(1, args.seeds + 1)
-            runs = list(pool.map(lambda seed: of_seed(work, seed, settings, args.k), seeds))
-        small = leave_out(work, 1)
+            runs = list(pool.map(lambda seed: of_seed(work, seed, settings, args.temperature, args.k), seeds))
+        small = leave_out(work, 1, args.temperature)
     print("\n| bits per byte | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | mean of the lowest |")
     print("|---|" + "---|" * (args.seeds + 2))
     for name in runs[0]:
@@ -167,6 +173,7 @@ def main() -> int:
     if args.json:
         line = f"python benchmarks/students.py --input {args.input.name} --documents {args.documents}"
         line += f" --val_documents {args.val_documents} --seeds {args.seeds} --k {args.k}"
+        line += f" --temperature {args.temperature:g}"
         line += f" --epochs {args.epochs:g}" if args.epochs is not None else ""
         facts: dict[str, Any] = {**corpus_runs.facts(line), "tokens": tokens, "bits_per_byte": runs, "left_out": small}
         args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

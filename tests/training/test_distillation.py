@@ -146,6 +146,17 @@ def test_teachers_are_known_by_their_content(data: Path, teachers: list[Path], s
     assert re.search(rf"distillation\.teachers: {there}.* there, {here}", done.stdout), done.stdout
 
 
+def test_teachers_in_bf16_beside_two_ranks_in_fp32(
+    data: Path, teachers: list[Path], student: Path, tmp_path: Path
+) -> None:
+    changes = {**CHANGES, "devices": 2, "strategy": "ddp", "distillation__teachers": entries(teachers)}
+    changes |= {"distillation__teacher_precision": "bf16", "distillation__teacher_device": "cpu"}
+    train(*flags(data, tmp_path / "run", **changes))
+    low, full = column(tmp_path / "run", "divergence"), column(student, "divergence")
+    torch.testing.assert_close(low, full, rtol=2e-2, atol=0)
+    assert not torch.allclose(low, full, rtol=1e-6, atol=0), "the teachers were not in bf16"
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_killed_student_goes_on_bit_for_bit(data: Path, teachers: list[Path], tmp_path: Path, cached: bool) -> None:
     changes = {**CHANGES, "train__max_steps": 60, "save__every_steps": 5, "model__dropout": 0.1}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from running import ROOT
 
 
@@ -27,12 +29,19 @@ class Case:
         return lines[0]
 
 
-def run_cases(folder: Path, cases: list[str]) -> dict[str, Case]:
-    """Run cases of the worker at once; the run folder of each is FOLDER/CASE."""
-    worker = ROOT / "tests" / "training" / "watchdog_worker.py"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(worker), str(folder), *cases], capture_output=True, text=True, env=environment, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return {name: Case(folder / name, **facts) for name, facts in json.loads(done.stdout).items()}
+def run_cases(temporary: pytest.TempPathFactory, name: str, cases: list[str]) -> dict[str, Case]:
+    """Run cases of the worker at once, dozens of processes: once, and never beside those of another name, however many
+    processes of pytest share the tests. The run folder of each case is FOLDER/CASE."""
+    base = temporary.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    outcome = folder / "outcome.json"
+    with open(folder.parent / "failing_ranks.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not outcome.exists():
+            worker = ROOT / "tests" / "training" / "watchdog_worker.py"
+            line = [sys.executable, str(worker), str(folder), *cases]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
+            assert done.returncode == 0, done.stderr
+            outcome.write_text(done.stdout)
+    return {case: Case(folder / case, **facts) for case, facts in json.loads(outcome.read_text()).items()}

@@ -24,7 +24,7 @@ FAILURE = Failure("now", 3, "h", 7, "ValueError", "planted", "2030-01-01", 3)
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """The folder of each held the failure of an earlier attempt, of rank 9."""
-    return run_cases(tmp_path_factory.mktemp("failures"), CASES)
+    return run_cases(tmp_path_factory, "failures", CASES)
 
 
 @pytest.mark.parametrize("name", ["one_fails", "one_fails_without_file"])

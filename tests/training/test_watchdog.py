@@ -19,7 +19,7 @@ LIMIT_S = 2.5 + 0.25 * GRACE_INTERVALS  # of tests/training/watchdog_worker.py
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    return run_cases(tmp_path_factory.mktemp("watchdog"), CASES)
+    return run_cases(tmp_path_factory, "watchdog", CASES)
 
 
 def test_a_rank_asleep_is_named_and_every_stack_is_kept(cases: dict[str, Case]) -> None:

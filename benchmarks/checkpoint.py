@@ -12,11 +12,7 @@ tensors, without checksums or publication. The goal: blocked - copy under 5 % of
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +27,7 @@ sys.path[0] = str(ROOT)
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, async_save
 
+from benchmarks.provenance import provenance
 from pretrain.fabric_train import parse
 from pretrain.loop import save, train_step
 from pretrain.metrics import Throughput
@@ -143,10 +140,11 @@ def main() -> None:
         rows[f"{kind}, async"]["blocked_beyond_copy_of_sync"] = statistics.median(shares)
         print(f"{kind}: blocked beyond the copy is {statistics.median(shares):.2%} of the synchronous save")
     result = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/checkpoint.py --model {args.model} --steps {args.steps} --rounds {args.rounds}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", "lightning")},
+        **provenance(
+            f"python benchmarks/checkpoint.py --model {args.model} --steps {args.steps} --rounds {args.rounds}",
+            "torch",
+            "lightning",
+        ),
         "rows": rows,
     }
     if args.json:

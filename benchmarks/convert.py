@@ -14,11 +14,8 @@ above what it is after the imports, mapped files included. Ratios are medians ov
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -40,6 +37,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.peer_convert import measure
+from benchmarks.provenance import provenance
 from lit_model.cost import count_parameters
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint
 from lit_model.model import parameter_shapes
@@ -253,11 +251,12 @@ def report(args: argparse.Namespace, rows: dict[str, Any], sizes: dict[str, int]
         summary["litgpt bytes / weights"] = sizes["litgpt"] / sizes["weights"]
     print(f"bytes: {sizes}" + (f"; litgpt skipped: {skipped}" if skipped else ""))
     return {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/convert.py --model {args.model} --ranks {args.ranks} --rounds {args.rounds} "
-        f"--cold_rounds {args.cold_rounds}" + (" --optimizer" if args.optimizer else "") + " --peer litgpt=PYTHON",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", "safetensors")},
+        **provenance(
+            f"python benchmarks/convert.py --model {args.model} --ranks {args.ranks} --rounds {args.rounds} "
+            f"--cold_rounds {args.cold_rounds}" + (" --optimizer" if args.optimizer else "") + " --peer litgpt=PYTHON",
+            "torch",
+            "safetensors",
+        ),
         "skipped": skipped,
         "summary": summary,
         "bytes": sizes,

@@ -1,17 +1,13 @@
-"""For benchmarks that train on a text: the project's commands, one thread each, what a run came to, and facts."""
+"""For benchmarks that train on a text: the project's commands, one thread each, and what a run came to."""
 
 from __future__ import annotations
 
 import csv
-import datetime
-import importlib.metadata
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,13 +44,3 @@ def train(folder: Path, data: Path, settings: Mapping[str, object]) -> dict[str,
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["val_loss"]]
     return {key: [float(row[key]) for row in rows] for key in ("step", "val_loss", "val_bits_per_byte")}
-
-
-def facts(command: str) -> dict[str, Any]:
-    """When, how and where."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": command,
-        "versions": {"torch": importlib.metadata.version("torch")},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-    }

@@ -15,8 +15,6 @@ products are bfloat16. Ratios are medians over the rounds. The goal: a fourth of
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import math
 import os
@@ -36,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.provenance import provenance
 from lit_model.distillation import Distillation, Teacher, chunked_distillation
 
 WIDTH, TEACHER_WIDTHS, VOCAB = 512, (1024, 1536), 32000
@@ -179,11 +178,12 @@ def main() -> None:
     print(f"ours holds 1/{memory:.2f} of naive's memory and takes {seconds:.3f} of its time")
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/distill.py --rounds {args.rounds} --passes {args.passes} --device {args.device} "
-        f"--threads {args.threads}",
-        "machine": f"{machine}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "versions": {"torch": importlib.metadata.version("torch")},
+        **provenance(
+            f"python benchmarks/distill.py --rounds {args.rounds} --passes {args.passes} --device {args.device} "
+            f"--threads {args.threads}",
+            "torch",
+            processor=machine,
+        ),
         "load_average": loads,
         "naive_memory_by_ours": memory,
         "our_time_by_naive": seconds,

@@ -21,6 +21,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import corpus_runs
+from benchmarks.provenance import provenance
 from lit_model.cost import count_parameters
 from lit_model.registry import get_config
 
@@ -87,7 +88,7 @@ def main() -> int:
         print(f"| {family} | {facts['parameters']:,} | {mean(losses):.4f}{spread} | {mean(bits):.4f} |")
     if args.json:
         line = f"python benchmarks/families.py --input {args.input.name} --steps {args.steps} --seeds {args.seeds}"
-        facts = {**corpus_runs.facts(line), "tokens": args.steps * ROWS * BLOCK_SIZE, "families": found}
+        facts = {**provenance(line, "torch"), "tokens": args.steps * ROWS * BLOCK_SIZE, "families": found}
         args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -17,11 +17,7 @@ for the corpus and for a dataset of 10^12 tokens (a sparse file), and the memory
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -39,6 +35,7 @@ import numpy as np
 import torch
 
 from benchmarks.peer_loader import LOADERS, serve
+from benchmarks.provenance import provenance
 from lit_data.loader import Layout, Loader
 from lit_data.mixture import Mixture
 from lit_data.order import Order, Segment
@@ -241,11 +238,12 @@ def report(args: argparse.Namespace, contenders: list[Contender]) -> dict[str, A
         rows[contender.name] = {"microseconds": times, "ratio": ratio}
         print(f"{contender.name:20} {median:11.1f} {BATCH * BLOCK / median:9.0f} {ratio:16.2f}")
     return {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/loader.py --corpus {Path(args.corpus).name} --tokenizer "
-        f"{Path(args.tokenizer).name} --rounds {args.rounds} --seconds {args.seconds}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", "numpy")},
+        **provenance(
+            f"python benchmarks/loader.py --corpus {Path(args.corpus).name} --tokenizer "
+            f"{Path(args.tokenizer).name} --rounds {args.rounds} --seconds {args.seconds}",
+            "torch",
+            "numpy",
+        ),
         "rows": rows,
     }
 

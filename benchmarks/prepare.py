@@ -14,11 +14,8 @@ is a skipped row. `--memory` also measures the peak memory of ours (all its proc
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from benchmarks.peer_prepare import PEERS
+from benchmarks.provenance import provenance
 from lit_data.corpus.readers import read_documents
 from lit_data.prepare import available_cores
 from lit_data.tokenizer import open_tokenizer
@@ -204,14 +202,17 @@ def report(
             ratios = [a / b for a, b in zip(ours, rates[name], strict=True)]
             rows[name] = {"mb_per_s": rates[name], "ratio": statistics.median(ratios)}
             print(f"{name:28} {statistics.median(rates[name]):8.2f} {statistics.median(ratios):8.2f} x")
-    packages = ("tokenizers", "sentencepiece", "numpy", "pyarrow", "zstandard")
     return {
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/prepare.py --corpus "
-        + f"{Path(args.corpus).name} --tokenizer {Path(args.tokenizer).name} --megabytes {args.megabytes} "
-        + f"--rounds {args.rounds} --workers {args.workers}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "versions": {p: importlib.metadata.version(p) for p in packages},
+        **provenance(
+            "python benchmarks/prepare.py --corpus "
+            + f"{Path(args.corpus).name} --tokenizer {Path(args.tokenizer).name} --megabytes {args.megabytes} "
+            + f"--rounds {args.rounds} --workers {args.workers}",
+            "tokenizers",
+            "sentencepiece",
+            "numpy",
+            "pyarrow",
+            "zstandard",
+        ),
         "bytes": n_bytes,
         "rows": rows,
     }

@@ -10,11 +10,8 @@ user types, each in a process of its own. The text is this project's documentati
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import math
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,6 +24,7 @@ sys.path[0] = str(ROOT)
 import numpy as np
 import torch
 
+from benchmarks.provenance import provenance
 from lit_data.packed import PackedDataset
 from lit_eval.agreement import SpanLosses, largest_difference, our_span_losses, transformers_span_losses
 from lit_model.load import load_model
@@ -140,10 +138,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = measure(args.gguf.resolve(), text, Path(folder), args.steps)
     found = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/real_model.py --gguf {args.gguf.name} --steps {args.steps}",
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "gguf")},
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        **provenance(
+            f"python benchmarks/real_model.py --gguf {args.gguf.name} --steps {args.steps}",
+            "torch",
+            "transformers",
+            "gguf",
+        ),
         "text": [path.name for path in text],
         **found,
     }

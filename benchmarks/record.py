@@ -10,11 +10,8 @@ hard to compress as real ones. Before each command the files are dropped from th
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -32,6 +29,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
+from benchmarks.provenance import provenance
 from lit_data.compaction import MAX_ROWS, MergedFile
 from lit_data.datapoints import SCHEMA, open_writer
 from lit_data.mixture import Mixture
@@ -308,10 +306,12 @@ def main() -> int:
         )
     if args.json is not None:
         about = {
-            "date": datetime.date.today().isoformat(),
-            "command": f"python benchmarks/record.py --rows {args.rows} --dir DIR",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-            "versions": {p: importlib.metadata.version(p) for p in ("pyarrow", "duckdb", "numpy")},
+            **provenance(
+                f"python benchmarks/record.py --rows {args.rows} --dir DIR",
+                "pyarrow",
+                "duckdb",
+                "numpy",
+            ),
         }
         args.json.write_text(json.dumps({**about, "made": facts, "answers": answers}, indent=1) + "\n")
     return 0

@@ -33,6 +33,7 @@ from torch import Tensor
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import corpus_runs
+from benchmarks.provenance import provenance
 from lit_data.loader import read_rows
 from lit_data.packed import PackedDataset
 from lit_data.packing import ConcatRows
@@ -175,7 +176,12 @@ def main() -> int:
         line += f" --val_documents {args.val_documents} --seeds {args.seeds} --k {args.k}"
         line += f" --temperature {args.temperature:g}"
         line += f" --epochs {args.epochs:g}" if args.epochs is not None else ""
-        facts: dict[str, Any] = {**corpus_runs.facts(line), "tokens": tokens, "bits_per_byte": runs, "left_out": small}
+        facts: dict[str, Any] = {
+            **provenance(line, "torch"),
+            "tokens": tokens,
+            "bits_per_byte": runs,
+            "left_out": small,
+        }
         args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return 0
 

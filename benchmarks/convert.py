@@ -253,7 +253,9 @@ def report(args: argparse.Namespace, rows: dict[str, Any], sizes: dict[str, int]
     return {
         **provenance(
             f"python benchmarks/convert.py --model {args.model} --ranks {args.ranks} --rounds {args.rounds} "
-            f"--cold_rounds {args.cold_rounds}" + (" --optimizer" if args.optimizer else "") + " --peer litgpt=PYTHON",
+            f"--cold_rounds {args.cold_rounds}"
+            + (" --optimizer" if args.optimizer else "")
+            + (" --peer litgpt=PYTHON" if args.peer else ""),
             "torch",
             "safetensors",
         ),

@@ -31,8 +31,8 @@ sys.path[0] = str(ROOT)
 from benchmarks.peer_prepare import PEERS
 from benchmarks.provenance import provenance
 from lit_data.corpus.readers import read_documents
-from lit_data.prepare import available_cores
 from lit_data.tokenizer import open_tokenizer
+from lit_files.cores import usable_cores
 
 JSON_ROWS = ("encode_batch_fast", "datatrove", "megatron", "litdata")
 MODEL_ROWS = ("sentencepiece", "megatron-sentencepiece")
@@ -141,7 +141,7 @@ def main() -> None:
         "--megabytes", type=float, default=60, help="of text (default 60); 0: all, read by ours as it is"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=available_cores())
+    parser.add_argument("--workers", type=int, default=usable_cores())
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     pythons = dict(p.split("=", 1) for p in args.peer)

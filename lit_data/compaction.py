@@ -36,8 +36,8 @@ from lit_data.datapoints import (
     newest_checkpoint_step,
     open_writer,
 )
-from lit_data.packed import sync_file
 from lit_data.record import stream, stretches
+from lit_files.publish import sync_file
 
 MAX_ROWS = 1 << 26  # of a merged file: about 2 GB
 FAN_IN = 4  # files are merged again when so many have come together

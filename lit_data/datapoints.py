@@ -28,8 +28,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lit_data.order import row_of
-from lit_data.packed import sync_file
 from lit_data.span_hash import hash_spans
+from lit_files.publish import sync_file
 
 if TYPE_CHECKING:  # the loader imports torch, which a question to the record should not wait for
     from lit_data.loader import Spans, StepData

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lit_data.packed import HEADER, PackedDataset
+from lit_files.cores import usable_cores
 
 GROUPS_AT_A_TIME = 64  # row groups that one thread looks through
 BATCH = 1 << 16  # documents in memory at a time, of each thread
@@ -87,7 +88,7 @@ class Documents:
     def find(self, id: str) -> list[int]:
         """Numbers of all documents with an id (ids may repeat). Reads only row groups whose bounds hold it."""
         found: list[int] = []
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(8, usable_cores())) as pool:
             for begin, path in zip(self._first, self.files, strict=False):
                 found.extend(n for numbers in pool.map(*_split(path, begin, id)) for n in numbers)
         return found

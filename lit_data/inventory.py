@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lit_data.packed import HEADER, IntArray, PackedDataset, file_sha256, read_manifest
+from lit_data.packed import HEADER, IntArray, PackedDataset, read_manifest
 from lit_data.record_sql import open_database
 from lit_data.tokenizer import Tokenizer
+from lit_files.checksum import file_sha256
 
 BLOCK_DOCUMENTS = 1 << 16
 BAR_CHARACTERS = 40

@@ -28,6 +28,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lit_files.checksum import file_sha256
+from lit_files.publish import sync_file, write_json
+
 IntArray = npt.NDArray[np.int64]
 
 FORMAT_VERSION = 1
@@ -94,26 +97,11 @@ def dtype_of(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size < UINT16_LIMIT else np.int32)
 
 
-def sync_file(path: Path) -> None:
-    """Make a file's content, or a folder's entries, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def advise_random(mapped: npt.NDArray[Any]) -> None:
     """Have only what is asked for read from the disk. Rows lie anywhere: reading megabytes ahead of each, as disks are
     often set to, costs a hundred times more. `mapped` is an np.memmap."""
     if hasattr(mmap, "MADV_RANDOM"):
         mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class _ShardWriter:
@@ -476,17 +464,6 @@ def remove_rows(folder: Path) -> None:
     for path in folder.glob("*.rows"):
         path.unlink()
     sync_file(folder)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file durably: under a temporary name, synced, then renamed over `path`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=1, ensure_ascii=False)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    sync_file(path.parent)
 
 
 def read_manifest(folder: Path) -> Manifest:

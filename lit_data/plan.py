@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_data.corpus.files import ReadErrors, TextFile, list_files, part_of_files
-from lit_data.packed import sync_file, write_json
 from lit_data.tokenizer import Tokenizer, open_tokenizer
+from lit_files.publish import sync_file, write_json
 
 PLAN = "plan.json"
 VERSION = 1

@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_data.order import IntArray
-from lit_data.packed import PackedDataset, sync_file, write_json
+from lit_data.packed import PackedDataset
+from lit_files.publish import sync_file, write_json
 
 VERSION = 1
 GROUP_DOCUMENTS = 1 << 18

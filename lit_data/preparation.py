@@ -29,10 +29,11 @@ from lit_data.corpus.bloom import BloomDedup
 from lit_data.corpus.exact_dedup import Dropped, HashWriter, find_duplicates
 from lit_data.corpus.near_dedup import NearDuplicates, SignatureWriter, find_near_duplicates
 from lit_data.corpus.readers import Document, OnError, Place, ReadErrors, read_documents
-from lit_data.packed import PackedDataset, PackedWriter, read_manifest, write_json
+from lit_data.packed import PackedDataset, PackedWriter, read_manifest
 from lit_data.plan import Plan
 from lit_data.pool import Pool
 from lit_data.treatment import Encoded, Hashed, Item, Report, Treatment
+from lit_files.publish import write_json
 
 BATCH_CHARACTERS = 1 << 18  # what a worker gets at once: enough to hide the cost of sending it
 BATCH_DOCUMENTS = 512

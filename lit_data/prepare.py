@@ -20,13 +20,15 @@ from typing import Any, Literal
 
 from lit_data.corpus.cleaners import open_cleaner
 from lit_data.corpus.readers import OnError, ReadErrors
-from lit_data.packed import MANIFEST, remove_rows, sync_file, write_json
+from lit_data.packed import MANIFEST, remove_rows
 from lit_data.plan import PLAN, FolderLock, Plan, Settings, open_work, strings
 from lit_data.preparation import Options, Preparation, in_validation
 from lit_data.tokenizer_files import save_tokenizer
 from lit_data.treatment import Report, open_filters
+from lit_files.cores import usable_cores
+from lit_files.publish import sync_file, write_json
 
-__all__ = ["PrepareReport", "available_cores", "in_validation", "prepare", "run_stage"]
+__all__ = ["PrepareReport", "in_validation", "prepare", "run_stage"]
 
 Stage = Literal["hash", "join", "encode", "merge"]
 
@@ -140,7 +142,7 @@ def prepare(
     """
     began = time.monotonic()
     output = Path(os.path.abspath(output))
-    workers = workers if workers is not None else available_cores()
+    workers = workers if workers is not None else usable_cores()
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least 1 is needed")
     plan = _plan(inputs, tokenizer_path, val_inputs, settings)
@@ -209,7 +211,7 @@ def run_stage(
         _remove_work(folder)
         return _read_report(output, began)
     _check_output(output, overwrite)
-    workers = workers if workers is not None else available_cores()
+    workers = workers if workers is not None else usable_cores()
     preparation = Preparation(plan, folder, Options(workers, on_error, commit_seconds))
     one_part = stage in ("hash", "encode")
     lock = FolderLock(preparation.part_folder(part) if one_part else folder)
@@ -369,8 +371,3 @@ def _publish(target: Path, output: Path) -> None:
         raise
     sync_file(output.parent)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

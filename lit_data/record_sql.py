@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from lit_data.datapoints import Part, committed_parts, list_parts
 from lit_data.documents import Documents
-from lit_data.packed import PackedDataset, sync_file
+from lit_data.packed import PackedDataset
+from lit_files.publish import sync_file
 
 MEMORY = "1GB"  # of DuckDB's own; what exceeds it goes to a temporary folder
 EXPORTS = (".duckdb", ".parquet", ".csv")

@@ -41,13 +41,12 @@ from lit_data.packed import (
     PackedWriter,
     Shard,
     dtype_of,
-    file_sha256,
     remove_rows,
-    sync_file,
-    write_json,
 )
 from lit_data.tokenizer import Tokenizer, open_tokenizer
 from lit_data.tokenizer_files import save_tokenizer
+from lit_files.checksum import file_sha256
+from lit_files.publish import sync_file, write_json
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_data.packed import sync_file, write_json
 from lit_data.tokenizer import Tokenizer, open_tokenizer
+from lit_files.publish import sync_file, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",

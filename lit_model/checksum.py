@@ -1,9 +1,8 @@
-"""The bytes of a tensor, and checksums of tensors and files."""
+"""The bytes of a tensor, and checksums of tensors."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,3 @@ def byte_view(tensor: Tensor) -> memoryview:
 def tensor_checksum(tensor: Tensor) -> str:
     """SHA-256, in hexadecimal, of a tensor's bytes in row-major order. Shape and dtype do not enter."""
     return hashlib.sha256(byte_view(tensor.detach().cpu().contiguous())).hexdigest()
-
-
-def file_checksum(path: Path) -> str:
-    """SHA-256, in hexadecimal, of a file's bytes."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

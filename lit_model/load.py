@@ -19,7 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lit_model.checksum import file_checksum, tensor_checksum
+from lit_files.checksum import file_sha256
+from lit_model.checksum import tensor_checksum
 from lit_model.config import ModelConfig
 from lit_model.hf.io import read_folder
 from lit_model.hf.table import LazyTensors, check_names
@@ -135,7 +136,7 @@ class Checkpoint:
                 faults.append(f"{file} is missing")
             elif (size := file.stat().st_size) != facts.get("bytes"):
                 faults.append(f"{file} has {size} bytes; {facts.get('bytes')} were written")
-            elif file_checksum(file) != facts.get("sha256"):
+            elif file_sha256(file) != facts.get("sha256"):
                 faults.append(f"{file} is not what was written: its checksum differs")
         unknown = sorted({p.name for p in self.path.iterdir()} - set(known) - {"meta.json"})
         return faults + [f"{self.path / name} does not belong to the checkpoint" for name in unknown]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_data.compaction import copy_record, cut_record
 from lit_data.datapoints import remove_temporaries
-from lit_data.packed import sync_file
+from lit_files.publish import sync_file
 from lit_model.init import copy_slice
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint, checkpoint_step, list_checkpoints
 from lit_model.sharded import load_into

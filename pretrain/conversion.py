@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as dcp_save
 
-from lit_data.packed import sync_file
-from lit_model.checksum import byte_view, file_checksum, tensor_checksum
+from lit_files.checksum import file_sha256
+from lit_files.publish import sync_file
+from lit_model.checksum import byte_view, tensor_checksum
 from lit_model.load import Checkpoint, checkpoint_step, is_hf_folder, resolve
 from pretrain.checkpoint import remove
 from pretrain.saving import check_free_space, nested
@@ -68,7 +69,7 @@ def _write_folder(folder: Path, checkpoint: Checkpoint, meta: dict[str, Any]) ->
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process writes, as meant
         dcp_save(tensors, storage_writer=FileSystemWriter(folder, sync_files=True), no_dist=True)
     files = sorted(folder.iterdir())
-    meta["checksums"] = {f.name: {"bytes": f.stat().st_size, "sha256": file_checksum(f)} for f in files}
+    meta["checksums"] = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files}
     with open(folder / "meta.json", "w", encoding="utf-8") as f:
         json.dump(meta, f, indent=1)
         f.flush()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 from torch.distributed.distributed_c10d import _get_default_store as get_store
 
-from lit_data.packed import write_json
+from lit_files.publish import write_json
 from lit_model.attention import attention_variant
 from lit_model.config import ModelConfig
 from lit_model.cost import count_active_parameters, count_parameters

@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from lit_data.packed import sync_file
+from lit_files.publish import sync_file
 from lit_model.checksum import tensor_checksum
 from lit_model.config import ModelConfig
 from lit_model.legacy import (

@@ -13,6 +13,7 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Stra
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from lit_files.cores import usable_cores
 from lit_model.init import initialise
 from lit_model.model import GPT
 from pretrain.args import RunArgs, TrainArgs
@@ -109,14 +110,9 @@ def build_fabric(args: RunArgs, devices: int) -> Fabric:
         accelerator=device_kind(args), devices=devices, num_nodes=args.num_nodes, strategy=strategy, precision="32-true"
     )
     if "OMP_NUM_THREADS" not in os.environ and device_kind(args) == "cpu":
-        torch.set_num_threads(max(1, affinity_count() // devices))
+        torch.set_num_threads(max(1, usable_cores() // devices))
     fabric.launch()
     return fabric
-
-
-def affinity_count() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parallelize(model: GPT, mesh: DeviceMesh, args: RunArgs, devices: int) -> GPT:

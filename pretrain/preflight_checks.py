@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
+from lit_files.cores import usable_cores
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
 from lit_model.load import list_checkpoints
 from pretrain.args import RunArgs
-from pretrain.parallel import affinity_count
 from pretrain.preflight_ranks import Ranks
 from pretrain.preflight_situation import Finding, Situation, faults, odd_ones, results, show_bytes
 
@@ -86,7 +86,7 @@ def device_facts(s: Situation) -> dict[str, str]:
             facts["unfit"] = f"--precision bf16: {properties.name} does not support it"
     else:
         kind = "cpu" if fabric is None else fabric.device.type
-        facts["device"] = f"{kind} ({platform.machine()}, {affinity_count()} cores)"
+        facts["device"] = f"{kind} ({platform.machine()}, {usable_cores()} cores)"
     return facts
 
 
@@ -169,7 +169,7 @@ def environment_facts() -> dict[str, Any]:
         "numpy": np.__version__,
         "omp": os.environ.get("OMP_NUM_THREADS", "unset"),
         "threads": torch.get_num_threads(),
-        "cores": os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(affinity_count())),
+        "cores": os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(usable_cores())),
     }
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lit_data.packed import PackedDataset, file_sha256
+from lit_data.packed import PackedDataset
+from lit_files.checksum import file_sha256
 from lit_model.config import ModelConfig
 from lit_model.cost import TrainingMemory, TrainingSetting, training_memory
 from lit_model.load import Checkpoint, list_checkpoints

@@ -32,8 +32,9 @@ from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from lit_data.packed import sync_file
-from lit_model.checksum import file_checksum, tensor_checksum
+from lit_files.checksum import file_sha256
+from lit_files.publish import sync_file
+from lit_model.checksum import tensor_checksum
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX
 from pretrain.args import SaveArgs
 from pretrain.checkpoint import FORMAT_VERSION, checkpoint_name, remove, retain
@@ -225,7 +226,7 @@ class Saver:
             mine = sorted(temporary.glob(f"__{self.rank}_*"))
             if self.rank == 0:
                 mine.append(temporary / ".metadata")
-            return {p.name: {"bytes": p.stat().st_size, "sha256": file_checksum(p)} for p in mine}
+            return {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in mine}
 
         def write_file() -> None:
             if self.rank == 0:

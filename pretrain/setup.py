@@ -25,10 +25,11 @@ from lit_data.datapoints import DatapointRecorder
 from lit_data.loader import Layout, Loader, bucket
 from lit_data.mixture import Mixture, phase_list
 from lit_data.order import Order, Segment, first_sample_of_step
-from lit_data.packed import PackedDataset, file_sha256
+from lit_data.packed import PackedDataset
 from lit_data.packing import Rows, count_windows, open_rows
 from lit_data.tokenizer_files import copy_tokenizer
 from lit_data.trace import describe_order, write_order
+from lit_files.checksum import file_sha256
 from lit_model.config import ModelConfig
 from lit_model.init import initialise
 from lit_model.load import (

@@ -26,8 +26,9 @@ import numpy.typing as npt
 import torch
 
 from lit_data.loader import MicroBatch, read_rows
-from lit_data.packed import PackedDataset, advise_random, sync_file, write_json
+from lit_data.packed import PackedDataset, advise_random
 from lit_data.packing import Rows
+from lit_files.publish import sync_file, write_json
 from lit_model.distillation import Distillation, Ensemble, TopK, ensemble_top_k
 from pretrain.args import DistillationArgs
 from pretrain.teachers import Teachers

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lit_data.packed import PackedDataset, file_sha256
+from lit_data.packed import PackedDataset
 from lit_data.tokenizer import Tokenizer, open_tokenizer
+from lit_files.checksum import file_sha256
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters, largest_block, root_parameters
 from lit_model.distillation import Teacher

@@ -22,7 +22,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lit_data.executors import run_on_executors
 from lit_data.plan import Settings
-from lit_data.prepare import available_cores, prepare, run_stage
+from lit_data.prepare import prepare, run_stage
+from lit_files.cores import usable_cores
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -120,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
         "tokenizer_path": args.tokenizer,
         "output": args.output,
         "val_inputs": args.val_input,
-        "workers": args.workers if args.workers is not None else available_cores(),
+        "workers": args.workers if args.workers is not None else usable_cores(),
         "on_error": args.on_error,
         "overwrite": args.overwrite,
         "work": args.work,

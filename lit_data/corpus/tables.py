@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lit_data.packed import sync_file
+from lit_files.publish import sync_file
 
 MIN_MEMORY_BYTES = 1 << 28
 READ_ROWS = 1 << 16

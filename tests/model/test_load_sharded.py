@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import load as dcp_load
 from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
-from lit_model.load import Checkpoint, file_checksum, tensor_checksum
+from lit_model.load import Checkpoint, file_sha256, tensor_checksum
 from lit_model.sharded import ShardedTensors, load_into
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -214,7 +214,7 @@ def test_checksums_are_of_the_elements() -> None:
 @pytest.fixture
 def checked(folder: Path) -> Path:
     """The folder as a checkpoint with its facts."""
-    sums = {f.name: {"bytes": f.stat().st_size, "sha256": file_checksum(f)} for f in folder.iterdir()}
+    sums = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in folder.iterdir()}
     (folder / "meta.json").write_text(json.dumps({"step": 1, "checksums": sums}))
     return folder
 

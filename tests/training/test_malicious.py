@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import load as dcp_load
 from torch.distributed.checkpoint import save as dcp_save
 
 from lit_model.hf.families import config_to_hf
-from lit_model.load import Checkpoint, file_checksum
+from lit_model.load import Checkpoint, file_sha256
 from pretrain import fabric_train
 
 CHECKPOINT = "iter-00000004-ckpt.pth"
@@ -125,7 +125,7 @@ def planted(request: pytest.FixtureRequest, sharded_run: Path, tmp_path_factory:
     if (checkpoint / "meta.json").exists():
         meta = json.loads((checkpoint / "meta.json").read_text())
         files = [f for f in checkpoint.iterdir() if f.name != "meta.json"]
-        meta["checksums"] = {f.name: {"bytes": f.stat().st_size, "sha256": file_checksum(f)} for f in files}
+        meta["checksums"] = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files}
         (checkpoint / "meta.json").write_text(json.dumps(meta))
     assert not marker.exists()
     fire()

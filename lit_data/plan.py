@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_data.corpus.files import ReadErrors, TextFile, list_files, part_of_files
+from lit_data.corpus.files import (
+    ReadErrors,
+    TextFile,
+    compressed_copies,
+    list_files,
+    mixed_split_names,
+    part_of_files,
+    refuse_mixed_splits,
+)
 from lit_data.tokenizer import Tokenizer, open_tokenizer
 from lit_files.publish import sync_file, write_json
 
@@ -32,6 +40,7 @@ class Settings:
         tokenizer: folder or file, see `lit_data.tokenizer.open_tokenizer`; `eos_token` names its end of document.
         val_fraction: share of the documents (in the mean) that goes to val: those whose hash of (seed, id) says so.
         val_input: inputs that make up val instead. Without either there is only train.
+        allow_mixed_splits: .train files and .dev or .test files may make up one dataset.
         require_id: a document without the field `id_field` is a fault.
         metadata: fields of the documents to keep in `docs.parquet`.
         shard_tokens: size of a shard.
@@ -76,6 +85,7 @@ class Settings:
     near_dedup: float = 0.0
     parts: int = 1
     name: str = "data"
+    allow_mixed_splits: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
@@ -141,12 +151,18 @@ class Plan:
         errors = ReadErrors()
         train = list_files(settings.input, errors)
         val = list_files(settings.val_input, errors) if settings.val_input is not None else []
-        own = {os.path.realpath(f.path) for f in train}
+        own = {f.identity for f in train}
         for file in val:
-            if os.path.realpath(file.path) in own:
+            if file.identity in own:
                 raise ValueError(
-                    f"{file.path} is given by --input and by --val_input; validation text must not be trained on"
+                    f"{file.path} is given by --input and by --val_input; validation text must not be trained on: "
+                    "leave it out of --input, by a pattern or by folders that don't hold it"
                 )
+        if not settings.allow_mixed_splits:
+            refuse_mixed_splits(train, "--input")
+            refuse_mixed_splits(val, "--val_input")
+            errors.warnings += [*mixed_split_names(train), *mixed_split_names(val)]
+        errors.warnings += compressed_copies(train + val)
         tokenizer = open_tokenizer(settings.tokenizer, settings.eos_token)
         plan = cls(settings, train + val, len(train), tokenizer, errors)
         plan.part_files(0)
@@ -198,7 +214,7 @@ def open_work(work: Path, plan: Plan, fresh: bool) -> bool:
         finally:
             mine.unlink()
     there = json.loads(path.read_text(encoding="utf-8"))
-    differs = _differences(there, wanted)
+    differs = differences(there, wanted)
     if differs and not fresh:
         raise ValueError(
             f"{work} holds a preparation that was not finished, with other settings: {'; '.join(differs)}. Give the "
@@ -207,11 +223,15 @@ def open_work(work: Path, plan: Plan, fresh: bool) -> bool:
     return True
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What differs between two plans (`Plan.to_dict`), in words."""
     found = []
     if there["version"] != here["version"]:
         found.append(f"version {there['version']}, now {here['version']}")
-    old, new = there["settings"], here["settings"]
+    # A plan from before a setting was there meant its default.
+    defaults = {f.name: f.default for f in dataclasses.fields(Settings) if f.default is not dataclasses.MISSING}
+    defaults = json.loads(json.dumps(defaults))
+    old, new = defaults | there["settings"], defaults | here["settings"]
     found += [
         f"--{k} {old.get(k)}, now {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
     ]

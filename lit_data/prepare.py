@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from typing import Any, Literal
 from lit_data.corpus.cleaners import open_cleaner
 from lit_data.corpus.readers import OnError, ReadErrors
 from lit_data.packed import MANIFEST, remove_rows
-from lit_data.plan import PLAN, FolderLock, Plan, Settings, open_work, strings
+from lit_data.plan import PLAN, FolderLock, Plan, Settings, differences, open_work, strings
 from lit_data.preparation import Options, Preparation, in_validation
 from lit_data.tokenizer_files import save_tokenizer
 from lit_data.treatment import Report, open_filters
@@ -146,6 +147,7 @@ def prepare(
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least 1 is needed")
     plan = _plan(inputs, tokenizer_path, val_inputs, settings)
+    _warn(plan)
     options = Options(workers, on_error, commit_seconds, dry_run)
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="llammlein-dry-run-") as temporary:
@@ -206,6 +208,8 @@ def run_stage(
     began = time.monotonic()
     output = Path(os.path.abspath(output))
     plan = _plan(inputs, tokenizer_path, val_inputs, settings)
+    if part == 0:
+        _warn(plan)
     folder = Path(work) if work is not None else work_folder(output)
     if stage == "merge" and _was_published(folder, plan, output):
         _remove_work(folder)
@@ -251,6 +255,15 @@ def _plan(
         open_cleaner(made.cleaner)
     open_filters(made)
     return Plan.make(made)
+
+
+def _warn(plan: Plan) -> None:
+    """Print what is odd about the inputs, before the long work."""
+    warnings, keep = plan.errors.warnings, plan.errors.keep
+    for warning in warnings[:keep]:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if len(warnings) > keep:
+        print(f"warning: and {len(warnings) - keep} more of the kind", file=sys.stderr, flush=True)
 
 
 def _finished(preparation: Preparation) -> Preparation:
@@ -302,7 +315,7 @@ def _was_published(folder: Path, plan: Plan, output: Path) -> bool:
     if not (folder / ASSEMBLED).is_file() or (folder / "output").exists() or not (output / "report.json").is_file():
         return False
     path = folder / PLAN  # removed before the marker is
-    return not path.is_file() or json.loads(path.read_text(encoding="utf-8")) == plan.to_dict()
+    return not path.is_file() or not differences(json.loads(path.read_text(encoding="utf-8")), plan.to_dict())
 
 
 def _remove_work(folder: Path) -> None:

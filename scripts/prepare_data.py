@@ -48,6 +48,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "only OUTPUT/train is written",
     )
     val.add_argument("--val_input", nargs="+", metavar="PATH", help="inputs of validation text")
+    add(
+        "--allow_mixed_splits",
+        action="store_true",
+        help="let .train files and .dev or .test files make up one dataset",
+    )
     add("--seed", type=int, metavar="S", help="of the split by --val_fraction (0)")
     add("--eos_token", metavar="TOKEN", help="the token that ends a document, where the tokenizer does not say")
     add("--shard_tokens", type=int, metavar="N", help="tokens a shard (2^31)")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -17,18 +18,24 @@ LINE_SUFFIXES = (".jsonl", ".json", ".jsonlines")  # a line is one document
 COMPRESSED = (".gz", ".zst", ".zstd")
 PARQUET = ".parquet"
 SUFFIXES = (*(s + c for s in (*TEXT_SUFFIXES, *LINE_SUFFIXES) for c in ("", *COMPRESSED)), PARQUET)
+TRAIN_NAMES = ("train", "training")
+HELD_OUT_NAMES = ("dev", "devel", "val", "valid", "validation", "test", "eval", "evaluation", "heldout")
 SUPPORTED = f"{', '.join((*TEXT_SUFFIXES, *LINE_SUFFIXES))} (each also with {', '.join(COMPRESSED)}), {PARQUET}"
 
 
 @dataclass
 class ReadErrors:
-    """What was left out on the way: the number of faults and the first few, and files of other kinds in folders."""
+    """What was left out on the way: the number of faults and the first few, and files of other kinds in folders.
+
+    `warnings` says what is odd about the inputs themselves.
+    """
 
     count: int = 0
     first: list[str] = field(default_factory=list)
     ignored_files: int = 0
     ignored_first: list[str] = field(default_factory=list)
     keep: int = 5
+    warnings: list[str] = field(default_factory=list)
 
     def add(self, message: str) -> None:
         self.count += 1
@@ -67,6 +74,17 @@ class TextFile:
         """The suffix without the compression's."""
         return self.suffix.removesuffix(f".{self.compression}")
 
+    @property
+    def identity(self) -> Hashable:
+        """Equal for two names of one file: through links of both kinds, and other ways to write a path."""
+        if self.hub is not None:
+            return str(self.path)
+        try:
+            facts = os.stat(self.path)
+        except OSError:  # reading it will say so
+            return os.path.realpath(self.path)
+        return facts.st_dev, facts.st_ino
+
 
 def suffix_of(path: Path) -> str | None:
     """The supported suffix a file name ends with, or None."""
@@ -76,6 +94,8 @@ def suffix_of(path: Path) -> str | None:
 
 def list_files(inputs: Iterable[str | Path | TextFile], errors: ReadErrors | None = None) -> list[TextFile]:
     """The files that inputs stand for, in the order given; what a folder or a pattern holds, in sorted order.
+
+    Each file is there once, under the first of its names; the others are noted in `errors.warnings`.
 
     An input is a file, a folder, a pattern such as `corpus/**/*.jsonl.zst` (a path that exists is never taken for
     one), `hf:NAME[@CONFIG][:SPLIT]`, or a TextFile, which stays as it is. Links are followed, each folder once; hidden
@@ -111,7 +131,73 @@ def list_files(inputs: Iterable[str | Path | TextFile], errors: ReadErrors | Non
             str(file.path).encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError(f"the file name {str(file.path)!r} is not valid UTF-8; rename the file") from None
-    return files
+    return _each_once(files, errors)
+
+
+def _each_once(files: Sequence[TextFile], errors: ReadErrors) -> list[TextFile]:
+    kept: dict[Hashable, TextFile] = {}
+    for file in files:
+        first = kept.setdefault(file.identity, file)
+        if first is not file:
+            how = "is given twice" if first.path == file.path else f"is the same file as {first.path}"
+            errors.warnings.append(f"{file.path} {how}; it is read once")
+    return list(kept.values())
+
+
+def refuse_mixed_splits(files: Sequence[TextFile], flag: str) -> None:
+    """Raise ValueError where training and held-out files, by their suffixes, come in by one flag."""
+    train = next((f for f in files if f.kind == ".train"), None)
+    held_out = next((f for f in files if f.kind in (".dev", ".test")), None)
+    if train is None or held_out is None:
+        return
+    folders = [f.path.parent for f in (train, held_out)]
+    folder = folders[0] if folders[0] == folders[1] else os.path.commonpath(map(os.path.abspath, folders))
+    raise ValueError(
+        f"{flag} takes in {train.path} and {held_out.path}: training text and held-out text would be one dataset. Give "
+        f"them apart, such as --input '{folder}/**/*.train*' --val_input '{folder}/**/*{held_out.kind}*', or give "
+        "--allow_mixed_splits if it is meant"
+    )
+
+
+def mixed_split_names(files: Sequence[TextFile]) -> list[str]:
+    """A warning for folders, or files, beside each other that are named after training and held-out splits."""
+    splits: dict[tuple[str, ...], dict[bool, str]] = {}  # by the folder they are in, files apart from folders
+    for file in files:
+        parts = file.path.parts if file.hub is None else ()
+        for i, part in enumerate(parts):
+            is_file = i == len(parts) - 1
+            is_train = _is_train(part[: -len(file.suffix)] if is_file else part)
+            if is_train is not None:
+                key = (*parts[:i], "/") if is_file else parts[:i]
+                splits.setdefault(key, {}).setdefault(is_train, str(Path(*parts[: i + 1])))
+    return [
+        f"{names[True]} and {names[False]} go into one dataset, as if both were training text; give the held-out one "
+        "with --val_input, or leave it out"
+        for names in splits.values()
+        if len(names) == 2
+    ]
+
+
+def compressed_copies(files: Sequence[TextFile]) -> list[str]:
+    """A warning for files that differ from another only by the suffix of a compression."""
+    first: dict[str, Path] = {}
+    pairs = (
+        (first.setdefault(str(f.path).removesuffix(f".{f.compression}"), f.path), f.path) for f in files if not f.hub
+    )
+    return [
+        f"{a} and {b} differ in their compression only; if they are copies of each other, leave one out"
+        for a, b in pairs
+        if a is not b
+    ]
+
+
+def _is_train(name: str) -> bool | None:
+    """Whether a name says that it is of a training split (True) or of a held-out one (False); None for neither."""
+    words = re.findall(r"[a-z]+", name.lower())
+    for word in (words[:1] + words[-1:]) if words else ():
+        if word in TRAIN_NAMES or word in HELD_OUT_NAMES:
+            return word in TRAIN_NAMES
+    return None
 
 
 def part_of_files(files: Sequence[TextFile], part: int, n_parts: int) -> list[TextFile]:

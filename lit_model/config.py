@@ -155,6 +155,10 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of the schemes `normal` and `gpt2`."""
 
+    family: str = dataclasses.field(default="", compare=False)
+    """The model_type in transformers that it was imported from; "": none. It is exported as that one again, where that
+    one can express it; nothing else is decided by it."""
+
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", _build(RopeScaling, self.rope_scaling, "rope_scaling."))

@@ -23,12 +23,10 @@ import torch
 from torch import Tensor
 
 from lit_model.config import ModelConfig, RopeScaling
-from lit_model.hf.table import LazyTensors, check_names
+from lit_model.hf.table import LazyTensors, check_names, plain_name
 from lit_model.model import parameter_shapes
 from lit_model.registry import MODELS, get_config
 
-# Put before or into names by torch.compile, DDP, FSDP and activation checkpointing.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _LAYER = re.compile(r"transformer\.h\.(0|[1-9]\d*)\.(.+)\.(weight|bias)")
 
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -192,12 +190,6 @@ def fit_vocabulary(config: ModelConfig, rows: int, vocab_size: int | None) -> Mo
 
 
 # --- Names -----------------------------------------------------------------------------------------------------------
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
-    name = _WRAPPERS.sub("", name)
-    return name.removeprefix("module.")
 
 
 def match_names(names: Iterable[str]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from lit_model.hf import gemma2, gpt2, gpt_neox, gptj, llama, llama4, mistral, o
 from lit_model.hf.family import Family
 from lit_model.hf.fields import Fields
 
-# A config belongs to the first that can express it.
+# A config that was not imported from one belongs to the first that can express it.
 FAMILIES = (
     llama.FAMILY,
     mistral.FAMILY,
@@ -57,8 +57,11 @@ def family_from_hf(hf: Mapping[str, Any]) -> Family:
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The first family that can express a config. Raises ValueError that says what each of them lacks."""
-    for family in FAMILIES:
+    """The family a config was imported from if it can express it, else the first that can.
+
+    Raises ValueError that says what each of them lacks.
+    """
+    for family in sorted(FAMILIES, key=lambda family: family.model_type != config.family):
         if family.obstacle(config) is None:
             return family
     obstacles = "; ".join(f"{family.model_type}: {family.obstacle(config)}" for family in FAMILIES)
@@ -101,10 +104,12 @@ def config_from_hf(hf: Mapping[str, Any], name: str = "") -> ModelConfig:
         raise ValueError(f"architectures is {architectures!r}; supported is [{family.architecture!r}]")
     fields = Fields(hf)
     fields.fixed("is_encoder_decoder", False)
-    fields.fixed("quantization_config", None)
+    fields.fixed("is_causal", True, None)
+    fields.refuse_quantized()
     (vocab_size,) = fields.needed("vocab_size")
     shared = {
         "name": name,
+        "family": family.model_type,
         "vocab_size": vocab_size,
         "tie_embeddings": fields.get("tie_word_embeddings", family.tied),
         "init_std": fields.get("initializer_range", 0.02),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from lit_model.config import ModelConfig
 from lit_model.hf.fields import Fields
+
+# Names in old files, of any family, that hold no parameters.
+BUFFERS = ("*.rotary_emb.inv_freq",)
 
 
 class Transform(Protocol):
@@ -67,6 +71,10 @@ class Family:
     buffers: tuple[str, ...] = ()
     """Patterns of names in old files that hold no parameters, beyond BUFFERS."""
 
+    def is_buffer(self, name: str) -> bool:
+        """Whether a name in a file is that of a buffer, which holds no parameters."""
+        return any(fnmatchcase(name, pattern) for pattern in (*BUFFERS, *self.buffers))
+
     def obstacle(self, config: ModelConfig) -> str | None:
         """Why the family cannot express a config, as a sentence; None if it can."""
         defaults = _defaults(config)
@@ -82,6 +90,7 @@ class Family:
 # Sizes; and what concerns training alone, which a family without such fields need not carry.
 ALWAYS_FREE = {
     "name",
+    "family",
     "n_layer",
     "n_head",
     "n_embd",

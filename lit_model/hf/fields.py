@@ -9,12 +9,22 @@ from typing import Any, NamedTuple
 
 from lit_model.config import ModelConfig, RopeScaling
 
-# Keys that any config.json may have and that change nothing in the model: transformers' bookkeeping, fine-tuning tasks,
-# and settings of generation, which old files keep here.
+# Keys that any config.json may have and that change nothing in the model: transformers' bookkeeping, notes of programs
+# for training and serving, fine-tuning tasks, and settings of generation, which old files keep here. auto_map names
+# Python code for a model_type that transformers knows by itself: like transformers, unless it is told to trust that
+# code, we compute the model_type.
 BOOKKEEPING = (
     "model_type",
     "architectures",
-    "transformers_version",
+    "*_version",
+    "auto_map",
+    "unsloth_*",
+    "neftune_noise_alpha",
+    "attn_implementation",
+    "experts_implementation",
+    "use_flash_attn",
+    "use_flash_attention",
+    "use_flash_attention_2",
     "transformers.js_config",
     "name_or_path",
     "_*",
@@ -30,6 +40,13 @@ BOOKKEEPING = (
     "finetuning_task",
     "task_specific_params",
     "tokenizer_class",
+    "*_token",
+    "model_max_length",
+    "torchscript",
+    "use_bfloat16",
+    "is_decoder",
+    "tie_encoder_decoder",
+    "cross_attention_hidden_size",
     "gradient_checkpointing",
     "chunk_size_feed_forward",
     "keys_to_ignore_at_inference",
@@ -52,7 +69,16 @@ BOOKKEEPING = (
     "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size",
     "num_return_sequences",
+    "*_token_ids",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "remove_invalid_values",
+    "exponential_decay_length_penalty",
 )
+
+# Keys that say that the files do not hold the weights themselves: of transformers, compressed-tensors and MLX.
+QUANTIZATION = ("quantization_config", "compression_config", "quantization")
 
 
 class Fields:
@@ -95,6 +121,16 @@ class Fields:
         self._taken.add(key)
         if key in self._hf and self._hf[key] not in supported:
             raise ValueError(f"{key} is {self._hf[key]!r}; supported is {' or '.join(map(repr, supported))}")
+
+    def refuse_quantized(self) -> None:
+        """Raise ValueError for a config of quantized weights, naming the key."""
+        for key in QUANTIZATION:
+            self._taken.add(key)
+            if self._hf.get(key) is not None:
+                raise ValueError(
+                    f"{key} is {self._hf[key]!r}: the weights are quantized; load them dequantized in transformers "
+                    "(model.dequantize()) and save them again"
+                )
 
     def ignored(self, *patterns: str) -> None:
         """Keys that do not change what is computed, by pattern."""

@@ -41,7 +41,7 @@ _BLOCK = {
 
 def architecture_of(config: ModelConfig) -> str:
     """The architecture in llama.cpp. Raises ValueError for a model that it does not compute."""
-    family = family_of(config)
+    family = family_of(dataclasses.replace(config, family=""))  # what is computed counts, not where it came from
     architecture = ARCHITECTURES.get(family.model_type)
     if architecture is None:
         raise ValueError(f"GGUF is written for {', '.join(ARCHITECTURES)}; this model is of family {family.model_type}")

@@ -1,6 +1,8 @@
 """Hugging Face folders: safetensors in shards, config.json, generation_config.json. One tensor in memory at a time.
 
-The older pytorch_model.bin is read too, by a loader that runs no code.
+Which of a folder's files are read is decided as transformers decides it: model.safetensors, else the shards of its
+index, else pytorch_model.bin, else its shards, by a loader that runs no code. All tensors of these files count, whether
+an index lists them or not; other files are passed over.
 
 A safetensors file is 8 bytes, the length of the header (little-endian); the header, JSON of each tensor's dtype, shape
 and place; and the tensors' bytes, little-endian and without gaps. So a file can be written tensor by tensor once all
@@ -11,11 +13,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -31,6 +34,9 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _LEGACY_SINGLE = "pytorch_model.bin"
 _LEGACY_INDEX = "pytorch_model.bin.index.json"
+# One rank's part of transformers' distributed checkpoints; where it is, transformers opens nothing else.
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_FLOATS = ("F", "BF")  # what the dtypes begin with that hold weights as they are
 # For a larger write Linux looks for large pages to cache it in, which took 3 to 8 times as long (ext4, 6.18, virtual).
 _WRITE_BYTES = 1 << 16
 _FLUSH_BYTES = 1 << 26
@@ -108,11 +114,14 @@ def read_folder(directory: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor
         family, config = family_from_hf(hf), config_from_hf(hf, name=directory.name)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    lazy = _stored_tensors(directory)
-    try:
-        return config, tensors_from_hf(family, config, lazy)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from error
+    _refuse_other_layouts(directory)
+    where, stored = _stored_tensors(directory)
+    for name, dtype in stored.dtypes.items():
+        if not dtype.startswith(_FLOATS) and not family.is_buffer(name):
+            raise ValueError(
+                f"{where} holds {name} as {dtype}: quantized weights cannot be read; save them dequantized"
+            )
+    return config, tensors_from_hf(family, config, stored.tensors, str(where))
 
 
 def _write_tensors(
@@ -183,44 +192,92 @@ def _write_all(file: Any, content: bytes | memoryview) -> None:
         view = view[file.write(view[:_WRITE_BYTES]) :]
 
 
-def _stored_tensors(directory: Path) -> Mapping[str, Tensor]:
-    """The tensors of a folder by their names, each read when it is asked for. Safetensors go before older files."""
+class _Stored(NamedTuple):
+    """The tensors of a folder by their names, each read when asked for, and their dtypes in safetensors' words."""
+
+    tensors: Mapping[str, Tensor]
+    dtypes: dict[str, str]
+
+
+def _refuse_other_layouts(directory: Path) -> None:
+    """Raise ValueError for a folder whose tensors are not all of the model, or not where they are looked for."""
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{directory} holds an adapter (adapter_config.json), which transformers adds to the model: merge it "
+            "(merge_and_unload) and save the model; if it is merged already, remove that file"
+        )
+    ranks = [path.name for path in directory.iterdir() if _DISTRIBUTED.fullmatch(path.name)]
+    if ranks:
+        raise ValueError(
+            f"{directory} holds {min(ranks)}, of a distributed checkpoint of transformers: open it there and save it "
+            "by save_pretrained"
+        )
+
+
+def _stored_tensors(directory: Path) -> tuple[Path, _Stored]:
+    """What a folder holds, and the file that says so, for messages."""
+    if (directory / _SINGLE).is_file():
+        return directory / _SINGLE, _safetensors([directory / _SINGLE])
     if (directory / _INDEX).is_file():
-        files = _indexed_files(directory, directory / _INDEX)
-    elif (directory / _SINGLE).is_file():
-        with _open(directory / _SINGLE) as file:
-            files = dict.fromkeys(file.keys(), directory / _SINGLE)
-    else:
-        return _legacy_tensors(directory)
-    return LazyTensors(files, lambda name: _read_tensor(files[name], name))
+        return directory / _INDEX, _listed(directory / _INDEX, _safetensors)
+    if (directory / _LEGACY_SINGLE).is_file():
+        return directory / _LEGACY_SINGLE, _legacy([directory / _LEGACY_SINGLE])
+    if (directory / _LEGACY_INDEX).is_file():
+        return directory / _LEGACY_INDEX, _listed(directory / _LEGACY_INDEX, _legacy)
+    names = (_SINGLE, _INDEX, _LEGACY_SINGLE, _LEGACY_INDEX)
+    raise ValueError(f"{directory} has neither {' nor '.join(names)}")
 
 
-def _indexed_files(directory: Path, index: Path) -> dict[str, Path]:
-    """Which file holds which tensor, as an index says."""
+def _listed(index: Path, read: Callable[[list[Path]], _Stored]) -> _Stored:
+    """The tensors of the files that an index names. Raises ValueError for one that is not where the index says."""
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}); fetch the folder again") from error
-    for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or not (directory / file).is_file():
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or not (index.parent / file).is_file():
             raise ValueError(f"{index} names {file}, which is not in the folder; fetch the folder again")
-    return {name: directory / file for name, file in weight_map.items()}
-
-
-def _legacy_tensors(directory: Path) -> Mapping[str, Tensor]:
-    """The tensors of pytorch_model.bin or its shards; the files are mapped, and read where a tensor is used."""
-    if (directory / _LEGACY_INDEX).is_file():
-        files = _indexed_files(directory, directory / _LEGACY_INDEX)
-    elif (directory / _LEGACY_SINGLE).is_file():
-        files = {}
-    else:
-        raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX} nor {_LEGACY_SINGLE}")
-    opened = {path: _open_legacy(path) for path in dict.fromkeys(files.values() or [directory / _LEGACY_SINGLE])}
-    tensors = {name: tensor for content in opened.values() for name, tensor in content.items()}
-    lacking = [name for name, path in files.items() if name not in opened[path]]
+    stored = read([index.parent / file for file in files])
+    lacking = [name for name in weight_map if name not in stored.dtypes]
     if lacking:
-        raise ValueError(f"{files[lacking[0]]} lacks the tensor {lacking[0]} that the index promises")
-    return tensors
+        file = index.parent / weight_map[lacking[0]]
+        raise ValueError(f"{file} lacks the tensor {lacking[0]} that the index promises; fetch the folder again")
+    return stored
+
+
+def _safetensors(files: list[Path]) -> _Stored:
+    places: dict[str, Path] = {}
+    dtypes: dict[str, str] = {}
+    for path in files:
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (safetensors' handle is no dict)
+                _place(places, name, path)
+                dtypes[name] = str(file.get_slice(name).get_dtype())
+
+    def read(name: str) -> Tensor:
+        with _open(places[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    return _Stored(LazyTensors(places, read), dtypes)
+
+
+def _legacy(files: list[Path]) -> _Stored:
+    """The files are mapped, and read where a tensor is used."""
+    places: dict[str, Path] = {}
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        for name, tensor in _open_legacy(path).items():
+            _place(places, name, path)
+            tensors[name] = tensor
+    return _Stored(tensors, {name: _DTYPES.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()})
+
+
+def _place(places: dict[str, Path], name: str, path: Path) -> None:
+    if name in places:
+        raise ValueError(f"{places[name]} and {path.name} both hold {name}; fetch the folder again")
+    places[name] = path
 
 
 def _open_legacy(path: Path) -> dict[str, Tensor]:
@@ -233,14 +290,6 @@ def _open_legacy(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"{path} holds more than tensors by name")
     return content
-
-
-def _read_tensor(path: Path, name: str) -> Tensor:
-    with _open(path) as file:
-        if name not in file.keys():  # noqa: SIM118 (safetensors' handle is no dict)
-            raise ValueError(f"{path} lacks the tensor {name} that the index promises; fetch the folder again")
-        tensor: Tensor = file.get_tensor(name)
-    return tensor
 
 
 def _open(path: Path) -> Any:

@@ -5,9 +5,9 @@ Dimensions: C n_embd, H heads, D head size, R rotated dimensions of a head, E ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from lit_model.config import ModelConfig
 from lit_model.hf.family import Entry, Family, Transform
 from lit_model.model import parameter_shapes
 
-# Names in old files, of any family, that hold no parameters.
-BUFFERS = ("*.rotary_emb.inv_freq",)
+# Put before or into names by torch.compile, DDP, FSDP and activation checkpointing.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 # Ours whose first dimension is the padded vocabulary.
 VOCABULARY = ("transformer.wte.weight", "lm_head.weight", "lm_head.bias")
@@ -133,6 +133,25 @@ def linear(ours: str, theirs: str | tuple[str, ...], *, bias: bool, transform: T
         yield Entry(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in names), transform)
 
 
+# --- Names in files ---------------------------------------------------------------------------------------------------
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    name = _WRAPPERS.sub("", name)
+    return name.removeprefix("module.")
+
+
+def _their_name(name: str, wanted: Set[str], prefix: str) -> str:
+    """The name in `wanted` that a name in a file means, with or without the family's prefix; itself if none."""
+    plain = plain_name(name)
+    return next((each for each in (plain, prefix + plain, plain.removeprefix(prefix)) if each in wanted), name)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
+
+
 # --- Both directions -------------------------------------------------------------------------------------------------
 
 
@@ -154,31 +173,42 @@ def tensors_to_hf(family: Family, config: ModelConfig, tensors: Mapping[str, Ten
         del tensor  # before the next one is read
 
 
-def tensors_from_hf(family: Family, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def tensors_from_hf(
+    family: Family, config: ModelConfig, tensors: Mapping[str, Tensor], where: str = "the Hugging Face folder"
+) -> Mapping[str, Tensor]:
     """A mapping from our names that builds each tensor when asked for it; the inverse of `tensors_to_hf`.
 
-    Padding rows are zeros: they get no probability and no gradient. Raises ValueError naming missing or unknown
-    tensors at once, misshapen ones when they are asked for. A stored head of a tied model must equal the embedding,
-    else it is an error; buffers of old files are passed over. Files of the model below the head lack its prefix.
+    Names are taken as transformers takes them: with the family's prefix or without. Those that wrappers changed, which
+    transformers would replace by random weights, are read too. Of a tied model either matrix may be stored, or both if
+    they are equal. Buffers of old files are passed over. Padding rows are zeros: they get no probability and no
+    gradient. Raises ValueError naming missing, unknown or repeated tensors at once, misshapen ones when they are asked
+    for.
+
+    Args:
+        where: what the tensors are from, for messages.
     """
     entries = {entry.ours: entry for entry in family.entries(config)}
     shapes = parameter_shapes(config)
     assert entries.keys() == shapes.keys(), sorted(entries.keys() ^ shapes.keys())
     wanted = {their for entry in entries.values() for their in entry.theirs} | {family.head}
-    bare = not any(name.startswith(family.prefix) for name in tensors)
-    patterns = (*BUFFERS, *family.buffers)
-    stored = {
-        (family.prefix + name if bare and name not in wanted else name): name
-        for name in tensors
-        if not any(fnmatchcase(name, pattern) for pattern in patterns)
-    }
+    stored: dict[str, str] = {}
+    for name in tensors:
+        if family.is_buffer(name):
+            continue
+        their = _their_name(name, wanted, family.prefix)
+        if their in stored:
+            raise ValueError(f"{where} holds both {stored[their]} and {name}, which are one parameter")
+        stored[their] = name
     if config.tie_embeddings:
         (embedding,) = entries["transformer.wte.weight"].theirs
         head = stored.pop(family.head, None)
-        if head and embedding in stored and not torch.equal(tensors[head], tensors[stored[embedding]]):
-            raise ValueError(f"tie_word_embeddings is set, yet {family.head} differs from {embedding}")
+        if head is not None and not _same(tensors[head], tensors[stored.setdefault(embedding, head)]):
+            raise ValueError(
+                f"{where}: tie_word_embeddings is true, yet {head} differs from {stored[embedding]}; if the head is a "
+                "matrix of its own, set it to false in config.json"
+            )
         wanted.discard(family.head)
-    check_names(wanted, stored, "the Hugging Face folder")
+    check_names(wanted, {their if their in wanted else name for their, name in stored.items()}, where)
 
     def build(ours: str) -> Tensor:
         _, theirs, transform = entries[ours]

@@ -1,5 +1,7 @@
 """Mistral against transformers: a window in every layer, or in none."""
 
+import dataclasses
+
 import pytest
 from hf_checks import check_family, check_packed, few, scalings, sizes, transformers
 from hypothesis import given
@@ -52,9 +54,10 @@ def test_defaults_are_those_of_transformers():
     assert ours == config_from_hf({**theirs.to_dict(), "architectures": None})
 
 
-def test_without_a_window_it_is_a_llama():
+def test_without_a_window_it_computes_a_llama_and_stays_a_mistral():
     config = config_from_hf({**MINIMAL, "sliding_window": None})
-    assert config.attention_pattern == ("full",) and family_of(config).model_type == "llama"
+    assert config.attention_pattern == ("full",) and family_of(config).model_type == "mistral"
+    assert family_of(dataclasses.replace(config, family="")).model_type == "llama"
 
 
 def test_layers_that_differ_have_no_family():

@@ -22,8 +22,9 @@ from running import script
 from torch import Tensor
 
 from lit_model.config import ModelConfig
+from lit_model.hf.table import plain_name
 from lit_model.init import initialise
-from lit_model.legacy import config_by_name, config_from_litgpt, plain_name
+from lit_model.legacy import config_by_name, config_from_litgpt
 from lit_model.load import Checkpoint, load_model
 from lit_model.model import GPT
 from lit_model.registry import MODELS

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
-import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +19,7 @@ from lit_data.corpus.files import (
     refuse_mixed_splits,
 )
 from lit_data.tokenizer import Tokenizer, open_tokenizer
-from lit_files.publish import sync_file, write_json
+from lit_files.publish import create_json
 
 PLAN = "plan.json"
 VERSION = 1
@@ -202,17 +199,8 @@ def open_work(work: Path, plan: Plan, fresh: bool) -> bool:
     wanted = plan.to_dict()
     if not path.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        # Tasks of several parts begin at once, on several machines: a link is made by one of them, whole.
-        mine = work / f".plan-{socket.gethostname()}-{os.getpid()}.json"
-        write_json(mine, wanted)
-        try:
-            os.link(mine, path)
-            sync_file(work)
+        if create_json(path, wanted):  # tasks of several parts begin at once, on several machines
             return False
-        except FileExistsError:
-            pass
-        finally:
-            mine.unlink()
     there = json.loads(path.read_text(encoding="utf-8"))
     differs = differences(there, wanted)
     if differs and not fresh:
@@ -243,27 +231,6 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         ]
         found.append(f"files have changed, such as {changed[0] if changed else 'their order'}")
     return found
-
-
-class FolderLock:
-    """Holds a folder for this process (flock on a file in it); a process that dies lets go of it.
-
-    Raises ValueError if another process holds it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / ".lock"
-        self._file = open(self.path, "w")  # noqa: SIM115 - held until close
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise ValueError(f"another process is at work in {folder}; wait for it or end it") from error
-
-    def close(self) -> None:
-        """Let go."""
-        self._file.close()
 
 
 def strings(values: Sequence[str | Path] | None) -> tuple[str, ...] | None:

@@ -22,11 +22,12 @@ from typing import Any, Literal
 from lit_data.corpus.cleaners import open_cleaner
 from lit_data.corpus.readers import OnError, ReadErrors
 from lit_data.packed import MANIFEST, remove_rows
-from lit_data.plan import PLAN, FolderLock, Plan, Settings, differences, open_work, strings
+from lit_data.plan import PLAN, Plan, Settings, differences, open_work, strings
 from lit_data.preparation import Options, Preparation, in_validation
 from lit_data.tokenizer_files import save_tokenizer
 from lit_data.treatment import Report, open_filters
 from lit_files.cores import usable_cores
+from lit_files.lock import LOCK_NAMES, FileLock, lock_folder
 from lit_files.publish import sync_file, write_json
 
 __all__ = ["PrepareReport", "in_validation", "prepare", "run_stage"]
@@ -153,10 +154,10 @@ def prepare(
         with tempfile.TemporaryDirectory(prefix="llammlein-dry-run-") as temporary:
             return _report(_finished(Preparation(plan, Path(temporary), options)), output, began, resumed=False)
     folder = Path(work) if work is not None else work_folder(output)
-    lock = FolderLock(folder) if folder.exists() else None
+    lock = _lock(folder) if folder.exists() else None
     if lock is None or not _was_published(folder, plan, output):
         _check_output(output, overwrite)
-    lock = lock or FolderLock(folder)
+    lock = lock or _lock(folder)
     try:
         if _was_published(folder, plan, output):
             _remove_work(folder)
@@ -218,7 +219,7 @@ def run_stage(
     workers = workers if workers is not None else usable_cores()
     preparation = Preparation(plan, folder, Options(workers, on_error, commit_seconds))
     one_part = stage in ("hash", "encode")
-    lock = FolderLock(preparation.part_folder(part) if one_part else folder)
+    lock = _lock(preparation.part_folder(part) if one_part else folder)
     try:
         open_work(folder, plan, fresh=False)
         if stage == "hash":
@@ -236,6 +237,10 @@ def run_stage(
     finally:
         lock.close()
     return None
+
+
+def _lock(folder: Path) -> FileLock:
+    return lock_folder(folder, "wait for it or end it, or give another --work")
 
 
 def work_folder(output: Path) -> Path:
@@ -347,7 +352,7 @@ def _empty(folder: Path, keep: Sequence[str] = ()) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in (".lock", *keep):
+        elif path.name not in (*LOCK_NAMES, *keep):
             path.unlink()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,3 +55,27 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically and durably."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def create_json(path: Path, content: Any) -> bool:
+    """Write a JSON file that must not exist yet: of several processes that call this at once, on any hosts, one gets
+    True, and the file is whole from the first moment."""
+    mine = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    write_json(mine, content)
+    try:
+        os.link(mine, path)
+    except FileExistsError:
+        return False
+    except OSError as error:  # without hard links two may both get True
+        if error.errno not in WITHOUT_LINKS:
+            raise
+        if path.exists():
+            return False
+        os.replace(mine, path)
+    finally:
+        mine.unlink(missing_ok=True)
+    sync_file(path.parent)
+    return True

@@ -1,18 +1,13 @@
-"""What ends or turns back a run: signals, steps that stay non-finite, loss spikes. And the lock on a run folder."""
+"""What ends or turns back a run: signals, steps that stay non-finite, loss spikes."""
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
-import os
 import signal
-import socket
 import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -78,29 +73,6 @@ class StopRequest:
     def close(self) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
-
-
-class RunLock:
-    """One job at a time in a run folder. The system releases the lock when the process ends, however it ends."""
-
-    def __init__(self, run: Path) -> None:
-        path = run / ".lock"
-        self._file: Any = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
-            self._file.close()
-            raise ValueError(
-                f"{run} is in use by another job ({holder}); wait for it, or choose another --out_dir"
-            ) from error
-        self._file.truncate(0)
-        self._file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
 
 
 def check_progress(skipped_in_row: int, most: int, step: int, last_checkpoint: str) -> None:

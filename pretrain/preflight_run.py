@@ -415,7 +415,7 @@ def take_steps(s: Situation, folder: Path) -> StepMeasure:
             run.watchdog.close()
             run.watchdog.log.close()
         if run.lock is not None:
-            run.lock.release()
+            run.lock.close()
 
 
 def begin_peak(device: torch.device) -> int:

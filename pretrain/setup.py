@@ -30,6 +30,7 @@ from lit_data.packing import Rows, count_windows, open_rows
 from lit_data.tokenizer_files import copy_tokenizer
 from lit_data.trace import describe_order, write_order
 from lit_files.checksum import file_sha256
+from lit_files.lock import FileLock, lock_folder
 from lit_model.config import ModelConfig
 from lit_model.init import initialise
 from lit_model.load import (
@@ -43,7 +44,7 @@ from lit_model.model import GPT
 from pretrain.args import DistillationArgs, RunArgs, TrainArgs, flat, plain
 from pretrain.checkpoint import STEP_COUNT, find_checkpoint, load_state, rewind, state_tensors
 from pretrain.first_failure import begin_attempt, report_failure
-from pretrain.guards import RunLock, SpikeDetector, StopRequest
+from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.init_from import load_optimizer, load_weights, model_config, optimizer_of
 from pretrain.optim import AdamW, LossScale
 from pretrain.parallel import (
@@ -140,7 +141,7 @@ class Run:
     compactor: Compactor | None
     saver: Saver
     spikes: SpikeDetector
-    lock: RunLock | None
+    lock: FileLock | None
     taught_by: list[dict[str, Any]]  # name, sha256 and weight of each teacher
     teachers: Teachers | CachedTeacher | None = None
     stop: StopRequest = dataclasses.field(init=False)
@@ -189,9 +190,9 @@ class Run:
         return torch.autocast(self.device.type, DTYPES[self.args.precision])
 
 
-def open_folder(fabric: Fabric, args: RunArgs) -> tuple[Path, Path | None, RunLock | None]:
+def open_folder(fabric: Fabric, args: RunArgs) -> tuple[Path, Path | None, FileLock | None]:
     """The run folder, the checkpoint to go on from (None: a fresh start), and rank 0's lock."""
-    lock: list[RunLock] = []
+    lock: list[FileLock] = []
 
     def work() -> tuple[Path, Path | None]:
         name = args.model.name or "run"
@@ -203,8 +204,12 @@ def open_folder(fabric: Fabric, args: RunArgs) -> tuple[Path, Path | None, RunLo
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out_dir {folder} is a file")
         checkpoint = find_checkpoint(args.resume, folder) if args.resume is not None else None
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.append(RunLock(folder))
+        try:
+            lock.append(lock_folder(folder, "wait for it, or choose another --out_dir"))
+        except OSError as error:
+            raise ValueError(
+                f"--out_dir {folder} cannot be used: {error.strerror or error} ({error.filename or folder})"
+            ) from error
         return folder, checkpoint
 
     folder, checkpoint = on_rank_zero(fabric, work)

@@ -12,7 +12,6 @@ Dimensions: B rows in a micro-batch, T tokens in a row, k cached tokens, V vocab
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections import OrderedDict
@@ -28,7 +27,8 @@ import torch
 from lit_data.loader import MicroBatch, read_rows
 from lit_data.packed import PackedDataset, advise_random
 from lit_data.packing import Rows
-from lit_files.publish import sync_file, write_json
+from lit_files.lock import FileLock, LockBusy
+from lit_files.publish import create_json, sync_file
 from lit_model.distillation import Distillation, Ensemble, TopK, ensemble_top_k
 from pretrain.args import DistillationArgs
 from pretrain.teachers import Teachers
@@ -92,19 +92,15 @@ class CacheFacts:
 def begin_cache(folder: Path, facts: CacheFacts) -> None:
     """Make the folder, or see that what is there is the same cache. Raises ValueError that says what differs."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # parts begin at the same moment
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (folder / FILE).exists():
-            differs = _differences(read_facts(folder), facts)
-            if differs:
-                raise ValueError(f"{folder} is another cache: {differs}. Give another folder, or the same settings")
-        elif any(p for p in folder.iterdir() if not p.name.startswith(".")):
+    if not (folder / FILE).exists():
+        others = [p for p in folder.iterdir() if not p.name.startswith(".")]
+        if not others and create_json(folder / FILE, asdict(facts)):  # parts begin at the same moment
+            return
+        if not (folder / FILE).exists():
             raise ValueError(f"{folder} holds something else; give an empty folder or a new one")
-        else:
-            write_json(folder / FILE, asdict(facts))
-    finally:
-        os.close(lock)
+    differs = _differences(read_facts(folder), facts)
+    if differs:
+        raise ValueError(f"{folder} is another cache: {differs}. Give another folder, or the same settings")
 
 
 def write_cache(
@@ -120,25 +116,26 @@ def write_cache(
         temporary = {name: folder / f".{path.name}.tmp" for name, path in final.items()}
         if final[LAST].exists():
             continue
-        with contextlib.ExitStack() as stack:
-            # Appending opens what a killed call left without harm to a call that lives.
-            files = {name: stack.enter_context(open(path, "ab")) for name, path in temporary.items()}
-            try:
-                fcntl.flock(files[LAST], fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-            except BlockingIOError:
-                left += 1
+        lock_path = folder / f".{file:05d}.lock"
+        try:
+            lock = FileLock(lock_path, f"file {file} of {folder}", "wait for it", remove=True)
+        except LockBusy:
+            left += 1
+            continue
+        try:
+            if final[LAST].exists():  # since then: another call has finished it
                 continue
-            try:
-                if final[LAST].exists():  # since then: another call has finished it
-                    continue
+            with contextlib.ExitStack() as stack:
+                files = {name: stack.enter_context(open(path, "wb")) for name, path in temporary.items()}
                 _write_rows(files, facts, teachers, rows, file, batch)
-                for name in NAMES:
-                    os.replace(temporary[name], final[name])
-                sync_file(folder)
-                written += 1
-            finally:
-                for path in temporary.values():
-                    path.unlink(missing_ok=True)
+            for name in NAMES:
+                os.replace(temporary[name], final[name])
+            sync_file(folder)
+            written += 1
+        finally:
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+            lock.close()
     return written, left
 
 
@@ -149,7 +146,6 @@ def _write_rows(
     setting = Distillation("topk_kl", facts.temperature, facts.ensemble, facts.k)
     device, windows = teachers.student_device, facts.rows_of(number)
     for name, file in files.items():
-        file.truncate(0)
         header = {"descr": facts.dtype_of(name).str, "fortran_order": False, "shape": facts.shape(number)}
         np.lib.format.write_array_header_1_0(file, header)
     for first in range(0, len(windows), batch):

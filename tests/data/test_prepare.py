@@ -17,10 +17,10 @@ from lit_data import preparation as module
 from lit_data import prepare as prepare_module
 from lit_data.executors import run_on_executors
 from lit_data.packed import PackedDataset
-from lit_data.plan import FolderLock
 from lit_data.prepare import in_validation, prepare, run_stage, work_folder
 from lit_data.tokenizer import open_tokenizer
 from lit_data.tokenizer_files import copy_tokenizer
+from lit_files.lock import lock_folder
 
 TEXT = "der die das Haus und ein Garten mit vielen Bäumen steht am Fluss wo die Vögel singen"
 WORDS = TEXT.split()
@@ -341,8 +341,8 @@ def test_settings_that_changed_are_named(corpus, tokenizer_folder, tmp_path, mon
 
 
 def test_two_at_once_are_refused(corpus, tokenizer_folder, tmp_path):
-    lock = FolderLock(work_folder(tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"another process is at work in .*\.out\.preparing"):
+    lock = lock_folder(work_folder(tmp_path / "out"), "wait")
+    with pytest.raises(ValueError, match=r"\.out\.preparing is in use by another job \(process \d+ .*; wait for it or"):
         prepare([corpus], tokenizer_folder, tmp_path / "out", workers=1)
     lock.close()
 

@@ -274,7 +274,7 @@ def test_a_killed_cache_is_finished_by_the_same_call(data: Path, teachers: list[
     second = tmp_path / "killed" / ".log_probs-00001.npy.tmp"
     kill_once(lambda: second.exists() and second.stat().st_size > 0, "scripts/cache_teacher.py", *call("killed"))
     assert second.exists() and not (tmp_path / "killed" / "log_probs-00001.npy").exists()
-    with open(second, "ab") as elsewhere:  # while another call has a file, it is left to that one
+    with open(second.with_name(".00001.lock"), "a") as elsewhere:  # a file that another call has is left to that one
         fcntl.flock(elsewhere, fcntl.LOCK_EX)
         done = script("cache_teacher.py", *call("killed"))
         assert done.returncode == 0 and "another call is writing 1" in done.stdout

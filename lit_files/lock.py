@@ -1,0 +1,246 @@
+"""One process at a time in a folder, or at a file.
+
+The rule is flock: the system releases it however the process ends, so the next start need not wait. Where the file
+system has none (Lustre mounted without flock, some NFS and FUSE mounts) a file beside the lock holds an id that its
+holder renews every 10 s. Clocks of hosts are never compared: a start that finds such a file watches whether it changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LOCK = ".lock"
+HEARTBEAT = ".heartbeat"
+LOCK_NAMES = (LOCK, LOCK + HEARTBEAT)
+"""In a locked folder; whoever empties it leaves these."""
+
+BEAT_S = 10.0
+STALE_S = 120.0
+"""A heartbeat that was not renewed for so long belongs to a process that is gone. Several times what a client of NFS
+keeps a file's attributes for (60 s)."""
+
+WITHOUT_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
+
+
+class LockBusy(ValueError):
+    """Another process holds the lock."""
+
+
+def end_process(message: str) -> None:
+    """The default for a lost lock: another process is at work there, so nothing more may be written, not even what
+    would be removed on the way out."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+class FileLock:
+    """Holds a lock from its creation until `close`, or until the process ends.
+
+    Args:
+        path: the lock file; it is created, and says who holds the lock.
+        name: what the lock is for, in messages.
+        advice: what a user can do if it is taken.
+        remove: `close` removes the file.
+        beat_s, stale_s: only without flock: between two beats, and until a heartbeat counts as stale.
+        on_lost: only without flock: called, in a thread, once another process has taken the lock over, because this
+            one did not run for `stale_s`.
+
+    Raises:
+        LockBusy: another process holds it; the message names that one.
+        OSError: the file can't be created or locked, with its path.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        advice: str,
+        *,
+        remove: bool = False,
+        beat_s: float = BEAT_S,
+        stale_s: float = STALE_S,
+        on_lost: Callable[[str], None] = end_process,
+    ) -> None:
+        self.path, self.name, self.advice, self.remove = path, name, advice, remove
+        self._heartbeat: Heartbeat | None = None
+        self._file = self._open_locked()
+        try:
+            beating = path.with_name(path.name + HEARTBEAT)
+            if self._file is None or beating.exists():  # flock may be missing on the other's node only
+                self._heartbeat = Heartbeat(beating, name, beat_s, stale_s, on_lost)
+                if (holder := self._heartbeat.acquire()) is not None:
+                    raise self._busy(holder)
+            if self._file is not None:
+                self._file.truncate(0)
+                self._file.write(json.dumps(this_process()))
+                self._file.flush()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_locked(self) -> Any:
+        """The lock file, locked; None if its file system has no locks."""
+        while True:
+            file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held until close
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                        return file
+                file.close()  # the holder before removed it between the two calls
+            except OSError as error:
+                file.seek(0)
+                holder = file.read()
+                file.close()
+                if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+                    raise self._busy(holder) from None
+                if error.errno in WITHOUT_FLOCK:
+                    return None
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def _busy(self, holder: str) -> LockBusy:
+        return LockBusy(f"{self.name} is in use by another job ({describe(holder)}); {self.advice}")
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._heartbeat is not None:
+            self._heartbeat.close()
+        if self.remove:
+            self.path.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.close()
+
+
+def lock_folder(folder: Path, advice: str) -> FileLock:
+    """Make the folder if it is missing, and hold it for this process. Raises as FileLock does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / LOCK, str(folder), advice)
+
+
+class Heartbeat:
+    """A lease: a file with an id and a count, renewed by a thread. The arguments are those of FileLock.
+
+    Whoever finds a stale one replaces it by its own, and holds the lease if its own is still there a beat later. The
+    holder looks at the id before each beat, and so notices that the lease was taken over.
+    """
+
+    def __init__(
+        self, path: Path, name: str, beat_s: float, stale_s: float, on_lost: Callable[[str], None] = end_process
+    ) -> None:
+        self.path, self.name, self.beat_s, self.stale_s, self.on_lost = path, name, beat_s, stale_s, on_lost
+        self.id = uuid.uuid4().hex
+        self._beats = 0
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> str | None:
+        """Take the lease. Returns None, or what the file of a holder that is alive says."""
+        while not self._create():
+            stale, found = self._watch()
+            if stale:
+                self._replace()
+                found = self._read()
+            if self.id in found:
+                break
+            if found:
+                return found
+        self._thread = threading.Thread(target=self._beat, name="llammlein-lock", daemon=True)
+        self._thread.start()
+        return None
+
+    def _text(self) -> str:
+        return json.dumps({"id": self.id, **this_process(), "beats": f"{self._beats:012d}"})
+
+    def _create(self) -> bool:
+        """Create the file, unless there is one."""
+        try:
+            with open(self.path, "x", encoding="utf-8") as file:
+                file.write(self._text())
+        except FileExistsError:
+            return False
+        return True
+
+    def _watch(self) -> tuple[bool, str]:
+        """Look at another's file until it changes, is gone ("") or counts as stale: (whether that, its text)."""
+        found = self._read()
+        began = said = time.monotonic()
+        while found and (waited := time.monotonic() - began) < self.stale_s:
+            if time.monotonic() >= said:
+                print(
+                    f"{self.name}: the file system has no file locks, and {describe(found)} held this one last; "
+                    f"waiting to see whether that is still alive: {waited:.0f} of {self.stale_s:g} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                said += self.beat_s
+            time.sleep(min(1.0, self.beat_s / 4))
+            if (now := self._read()) != found:
+                return False, now
+        return bool(found), found
+
+    def _replace(self) -> None:
+        mine = self.path.with_name(f"{self.path.name}.{self.id}")
+        mine.write_text(self._text(), encoding="utf-8")
+        os.replace(mine, self.path)
+        time.sleep(self.beat_s)  # another start may have found it stale as well: the last to replace it has it
+
+    def _read(self) -> str:
+        """The file's text, "" if there is none."""
+        try:
+            return self.path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def _beat(self) -> None:
+        """The thread. A beat that fails is tried again: the lease is lost only when another process has it."""
+        while not self._closing.wait(self.beat_s):
+            # In place: if another replaces the file after this has opened it, the other's is not overwritten.
+            with contextlib.suppress(OSError), open(self.path, "r+", encoding="utf-8", errors="replace") as file:
+                found = file.read()
+                if found and self.id not in found:
+                    self.on_lost(
+                        f"{self.name} was taken over by another job ({describe(found)}) while this process did not "
+                        f"run for over {self.stale_s:g} s; it ends without writing anything more"
+                    )
+                    return
+                self._beats += 1
+                file.seek(0)
+                file.write(self._text())
+
+    def close(self) -> None:
+        """End the thread, and remove the file if it is this lease's."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+        with contextlib.suppress(OSError):
+            if self.id in self._read():
+                self.path.unlink()
+
+
+def this_process() -> dict[str, Any]:
+    """What a lock says of its holder."""
+    facts: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
+    job = os.environ.get("SLURM_JOB_ID")
+    return facts | ({"slurm_job": job} if job else {})
+
+
+def describe(holder: str) -> str:
+    """The holder's own words, for a message."""
+    try:
+        facts = json.loads(holder)
+        job = f", SLURM job {facts['slurm_job']}" if "slurm_job" in facts else ""
+        return f"process {facts['pid']} on {facts['host']}{job}"
+    except (ValueError, KeyError, TypeError):
+        return "unknown process"

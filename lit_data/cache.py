@@ -12,15 +12,11 @@ nothing.
 from __future__ import annotations
 
 import contextlib
-import mmap
-import os
 import sys
 import threading
 import time
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +26,8 @@ import numpy.typing as npt
 from lit_data.cache_folder import CacheFolder
 from lit_data.order import IntArray
 from lit_data.packed import PackedDataset
+from lit_files.descriptors import OpenFiles
+from lit_files.mapping import map_array
 
 CHUNK_BYTES = 16 << 20
 PIECE_BYTES = 1 << 20  # of one read while staging: other readers of a slow source come between
@@ -39,8 +37,7 @@ AHEAD_BUDGETS = 4  # or so many times the chunks of the budget: what lies beyond
 # the next epoch, gives way meanwhile. The limit in rows, for each chunk of the budget:
 PAUSE_ROWS = 16
 POLL_SECONDS = 0.05
-MAX_MAPS = 256  # chunks mapped at once; each map holds a file descriptor
-MAX_SOURCES = 64  # open files of the source
+MAX_MAPS = 4096  # chunks mapped at once, of a process's 65530 maps
 LINKS_A_LOOK = 256  # chunks looked for under one lock
 
 Ranges = Iterator[tuple[IntArray, IntArray]]
@@ -59,43 +56,14 @@ class FileSource:
 
     def __init__(self, dataset: PackedDataset) -> None:
         self._paths = [dataset.path / f"{s.name}.bin" for s in dataset.manifest.shards]
-        self._files: OrderedDict[int, list[int]] = OrderedDict()  # shard -> [descriptor, readers]
-        self._lock = threading.Lock()
+        self._files = OpenFiles()
 
     def pread(self, shard: int, offset: int, size: int) -> bytes:
         """See `Source`. Raises ValueError where the file ends too early."""
-        with self._lock:
-            if shard not in self._files:
-                self._files[shard] = [os.open(self._paths[shard], os.O_RDONLY), 0]
-            file = self._files[shard]
-            file[1] += 1
-            self._files.move_to_end(shard)
-            for other, (descriptor, readers) in list(
-                islice(self._files.items(), max(0, len(self._files) - MAX_SOURCES))
-            ):
-                if not readers:
-                    os.close(descriptor)
-                    del self._files[other]
-        try:
-            data = os.pread(file[0], size, offset)
-            while len(data) < size:
-                more = os.pread(file[0], size - len(data), offset + len(data))
-                if not more:
-                    raise ValueError(
-                        f"{self._paths[shard]} ends before byte {offset + size}: the shard is truncated; prepare the "
-                        "dataset again"
-                    )
-                data += more
-            return data
-        finally:
-            with self._lock:
-                file[1] -= 1
+        return self._files.read(self._paths[shard], size, offset)
 
     def close(self) -> None:
-        with self._lock:
-            for descriptor, _ in self._files.values():
-                os.close(descriptor)
-            self._files.clear()
+        self._files.close()
 
 
 class _StagingError(Exception):
@@ -212,18 +180,17 @@ class ShardCache:
         """Map a held chunk; None if someone took it away or cut it. The caller has the lock."""
         name, size = self._chunk(chunk)
         try:
-            with open(self._cache.own / name, "rb", buffering=0) as f:
-                actual = os.fstat(f.fileno()).st_size
-                if actual != size:
-                    raise OSError(f"{name} has {actual} bytes instead of {size}")
-                content = mmap.mmap(f.fileno(), size, prot=mmap.PROT_READ)
+            path = self._cache.own / name
+            if (actual := path.stat().st_size) != size:
+                raise OSError(f"{name} has {actual} bytes instead of {size}")
+            view = map_array(path, self._dtype, (size // self._dtype.itemsize,))
         except OSError as error:
             self._held.discard(chunk)
             self._end_staging(error)
             return None
         while len(self._maps) >= MAX_MAPS:
             del self._maps[next(iter(self._maps))]  # first in, first out: nothing to note on each read
-        view = self._maps[chunk] = np.frombuffer(content, dtype=self._dtype)
+        self._maps[chunk] = view
         return view
 
     def _chunk(self, chunk: int) -> tuple[str, int]:

@@ -24,7 +24,6 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lit_data.datapoints import (
     ROWS_PER_GROUP,
@@ -36,6 +35,7 @@ from lit_data.datapoints import (
     newest_checkpoint_step,
     open_writer,
 )
+from lit_data.parquet import read_footer
 from lit_data.record import stream, stretches
 from lit_files.publish import sync_file
 
@@ -167,7 +167,7 @@ def compact(run: Path, max_rows: int = MAX_ROWS, stopped: Callable[[], bool] = l
 
     def rows_of(path: Path) -> int:
         if path not in rows:
-            rows[path] = pq.read_metadata(path).num_rows
+            rows[path] = read_footer(path).num_rows
         return rows[path]
 
     remove_covered(folder, newest_checkpoint_step(run))

@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lit_data.order import row_of
+from lit_data.parquet import open_table
 from lit_data.span_hash import hash_spans
 from lit_files.publish import sync_file
 
@@ -130,8 +131,10 @@ def read_record(run: Path, columns: list[str] | None = None) -> pa.Table:
     """The committed record of a run as one table in memory, sorted by step, row, document and start."""
     tables = []
     for part in committed_parts(run):
-        steps = (pc.field("step") >= part.first_step) & (pc.field("step") < part.end_step)
-        tables.append(pq.read_table(part.path, columns=columns, schema=SCHEMA, filters=steps))
+        with open_table(part.path) as file:
+            read = file.read(None if columns is None else list(dict.fromkeys(["step", *columns])))
+            inside = read.filter((pc.field("step") >= part.first_step) & (pc.field("step") < part.end_step))
+            tables.append(inside if columns is None else inside.select(columns))
     table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
     keys = [k for k in SORT_KEYS if columns is None or k in columns]
     return table.sort_by([(k, "ascending") for k in keys]) if keys else table

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import bisect
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from lit_data.packed import HEADER, PackedDataset
+from lit_data.parquet import group_rows, open_table, read_footer
 from lit_files.cores import usable_cores
+from lit_files.descriptors import OpenFiles
 
 GROUPS_AT_A_TIME = 64  # row groups that one thread looks through
 BATCH = 1 << 16  # documents in memory at a time, of each thread
 
 
 class Documents:
-    """The documents of a packed dataset by number and by id. Files are opened when first needed and kept open.
+    """The documents of a packed dataset by number and by id.
 
     Few and scattered documents are read with `pread`: a memory map would read ahead around each of them.
     """
@@ -33,8 +34,8 @@ class Documents:
         self.files = [dataset.path / f"{s.name}.docs.parquet" for s in dataset.manifest.shards]
         self._first = np.cumsum([0] + [s.documents for s in dataset.manifest.shards], dtype=np.int64).tolist()
         self._first_token = np.cumsum([0] + [s.tokens for s in dataset.manifest.shards], dtype=np.int64).tolist()
-        self._opened: dict[int, tuple[pq.ParquetFile, list[int]]] = {}
-        self._raw: dict[Path, BinaryIO] = {}
+        self._begins: dict[int, list[int]] = {}
+        self._opened = OpenFiles()
 
     def start(self, number: int) -> int:
         """Place of a document's first token in the stream; `n_documents` gives `n_tokens`. Read from the .idx."""
@@ -43,7 +44,10 @@ class Documents:
         shard = bisect.bisect_right(self._first, number) - 1
         facts = self.dataset.manifest.shards[shard]
         place = HEADER.size + 4 * facts.documents + 8 * (number - self._first[shard])
-        pointer = int.from_bytes(self._read(self.dataset.path / f"{facts.name}.idx", place, 8), "little")
+        path = self.dataset.path / f"{facts.name}.idx"
+        pointer = int.from_bytes(self._opened.read(path, 8, place), "little", signed=True)
+        if not 0 <= pointer < facts.tokens * np.dtype(self.dataset.manifest.dtype).itemsize:
+            raise ValueError(f"{path} is damaged: document {number} would begin at byte {pointer} of the .bin")
         return int(self._first_token[shard]) + pointer // np.dtype(self.dataset.manifest.dtype).itemsize
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[Any]:
@@ -57,13 +61,8 @@ class Documents:
             if low < high:
                 path = self.dataset.path / f"{facts.name}.bin"
                 place, size = (low - first) * dtype.itemsize, (high - low) * dtype.itemsize
-                read.append(np.frombuffer(self._read(path, place, size), dtype=dtype))
+                read.append(np.frombuffer(self._opened.read(path, size, place), dtype=dtype))
         return np.concatenate(read) if read else np.zeros(0, dtype=dtype)
-
-    def _read(self, path: Path, place: int, size: int) -> bytes:
-        if path not in self._raw:
-            self._raw[path] = open(path, "rb")  # noqa: SIM115 - kept open
-        return os.pread(self._raw[path].fileno(), size, place)
 
     def facts(self, numbers: Iterable[int], columns: list[str] | None = None) -> dict[int, dict[str, Any]]:
         """Document numbers -> their rows of docs.parquet (all columns, or some). Each row group is read once.
@@ -75,14 +74,15 @@ class Documents:
             if not 0 <= number < self.dataset.n_documents:
                 raise ValueError(f"document {number} is not in {self.dataset.path}, which has {self._first[-1]}")
             shard = bisect.bisect_right(self._first, number) - 1
-            begins = self._open(shard)[1]
+            begins = self._groups(shard)
             wanted.setdefault((shard, bisect.bisect_right(begins, number) - 1), []).append(number)
         found: dict[int, dict[str, Any]] = {}
-        for (shard, group), here in wanted.items():
-            file, begins = self._open(shard)
-            rows = file.read_row_group(group, columns=columns, use_threads=False)
-            rows = rows.take([number - begins[group] for number in here]).to_pylist()
-            found.update(zip(here, rows, strict=True))
+        for shard, here in groupby(wanted.items(), key=lambda item: item[0][0]):  # they ascend
+            with open_table(self.files[shard]) as file:
+                for (_, group), some in here:
+                    rows = file.read_row_group(group, columns=columns, use_threads=False)
+                    places = [number - self._begins[shard][group] for number in some]
+                    found.update(zip(some, rows.take(places).to_pylist(), strict=True))
         return found
 
     def find(self, id: str) -> list[int]:
@@ -97,7 +97,7 @@ class Documents:
         """All documents: number, id, source, place, bytes, tokens and the metadata, BATCH at a time."""
         number = 0
         for path in self.files:
-            with pq.ParquetFile(path) as file:
+            with open_table(path) as file:
                 for batch in file.iter_batches(BATCH, use_threads=False):
                     numbers = np.arange(number, number + batch.num_rows + 1, dtype=np.int64)
                     tokens = np.diff(self.dataset.document_start(numbers))
@@ -105,13 +105,16 @@ class Documents:
                     yield table.add_column(0, "document", pa.array(numbers[:-1]))
                     number += batch.num_rows
 
-    def _open(self, shard: int) -> tuple[pq.ParquetFile, list[int]]:
-        if shard not in self._opened:
-            file = pq.ParquetFile(self.files[shard])
-            rows = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-            begins = self._first[shard] + np.cumsum([0, *rows])[:-1]
-            self._opened[shard] = file, begins.tolist()
-        return self._opened[shard]
+    def _groups(self, shard: int) -> list[int]:
+        """The number of each row group's first document."""
+        if shard not in self._begins:
+            path, documents = self.files[shard], self.dataset.manifest.shards[shard].documents
+            with open_table(path) as file:
+                rows = group_rows(file.metadata)
+            if sum(rows) != documents:
+                raise ValueError(f"{path} has {sum(rows)} rows, the manifest says {documents}: prepare it again")
+            self._begins[shard] = (self._first[shard] + np.cumsum([0, *rows])[:-1]).tolist()
+        return self._begins[shard]
 
 
 def _split(path: Path, begin: int, id: str) -> tuple[Callable[[list[tuple[int, int]]], list[int]], Any]:
@@ -119,7 +122,7 @@ def _split(path: Path, begin: int, id: str) -> tuple[Callable[[list[tuple[int, i
 
     A group comes with the number of its first document, counted from `begin` for the file's first one.
     """
-    facts = pq.read_metadata(path)
+    facts = read_footer(path)
     column = facts.schema.to_arrow_schema().get_field_index("id")
     groups: list[tuple[int, int]] = []
     for group in range(facts.num_row_groups):
@@ -130,7 +133,7 @@ def _split(path: Path, begin: int, id: str) -> tuple[Callable[[list[tuple[int, i
 
     def find(some: list[tuple[int, int]]) -> list[int]:
         found: list[int] = []
-        with pq.ParquetFile(path, metadata=facts) as file:
+        with open_table(path, facts) as file:
             for group, first in some:
                 ids = file.read_row_group(group, columns=["id"], use_threads=False)["id"]
                 matches = pc.equal(ids, id).to_numpy(zero_copy_only=False)

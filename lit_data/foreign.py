@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_data.packed import DTYPE_CODES, HEADER, MAGIC, MAX_DOCUMENT_TOKENS, IntArray
+from lit_files.mapping import map_array
+from lit_files.reading import open_regular, regular
 
 Tokens = npt.NDArray[Any]
 
@@ -48,10 +50,7 @@ class TokenFile:
 
     def map(self) -> Tokens:
         """Its tokens [tokens], memory-mapped."""
-        if not self.tokens:
-            return np.empty(0, dtype=self.dtype)
-        mapped = np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=(self.tokens,))
-        return mapped.view(np.ndarray)
+        return map_array(self.path, self.dtype, (self.tokens,), self.offset)
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _open(path: Path, name: str, dtype: str | None) -> TokenFile:
                 f"{path} has {size} bytes, its .idx names {index.end_byte}: it is truncated; copy it again"
             )
         return TokenFile(path, name, "megatron", index.dtype, 0, size // index.dtype.itemsize)
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
         head = f.read(CHUNK_HEADER.size)
     if head.startswith(CHUNK_MAGIC):
         return _open_chunk(path, name, head)
@@ -133,7 +132,7 @@ def _open(path: Path, name: str, dtype: str | None) -> TokenFile:
 
 def _open_npy(path: Path, name: str) -> TokenFile:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(regular(path), mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is truncated or no .npy file: {error}") from error
     if array.dtype.kind not in "iu" or not np.can_cast(array.dtype, np.int64) or array.ndim != 1:
@@ -164,7 +163,7 @@ class MegatronIndex:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             head = f.read(HEADER.size)
         if len(head) < HEADER.size or not head.startswith(MAGIC):
             raise ValueError(f"{path} is no index of Megatron (MMIDIDX), or truncated")

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lit_data.packed import HEADER, IntArray, PackedDataset, read_manifest
+from lit_data.parquet import open_table
 from lit_data.record_sql import open_database
 from lit_data.tokenizer import Tokenizer
 from lit_files.checksum import file_sha256
@@ -217,7 +217,11 @@ def _blocks_of_lengths(dataset: PackedDataset) -> Iterator[IntArray]:
         for start in range(0, shard.documents, BLOCK_DOCUMENTS):
             count = min(BLOCK_DOCUMENTS, shard.documents - start)
             offset = HEADER.size + 4 * start
-            yield np.fromfile(dataset.path / f"{shard.name}.idx", "<i4", count, offset=offset).astype(np.int64)
+            path = dataset.path / f"{shard.name}.idx"
+            lengths = np.fromfile(path, "<i4", count, offset=offset).astype(np.int64)
+            if lengths.min() < 1:
+                raise ValueError(f"{path} is damaged: a document has {lengths.min()} tokens; prepare the dataset again")
+            yield lengths
 
 
 def _rows(dataset: PackedDataset, columns: Sequence[str]) -> pa.RecordBatchReader:
@@ -228,7 +232,7 @@ def _rows(dataset: PackedDataset, columns: Sequence[str]) -> pa.RecordBatchReade
     def batches() -> Iterator[pa.RecordBatch]:
         first = 0
         for shard in dataset.manifest.shards:
-            with pq.ParquetFile(dataset.path / f"{shard.name}.docs.parquet") as docs:
+            with open_table(dataset.path / f"{shard.name}.docs.parquet") as docs:
                 for batch in docs.iter_batches(BLOCK_DOCUMENTS, columns=list(columns)):
                     starts = dataset.document_start(np.arange(first, first + batch.num_rows + 1))
                     first += batch.num_rows

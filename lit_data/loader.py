@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +29,7 @@ from lit_data.packing import Pieces, Rows
 IGNORE_TARGET = -100  # what torch's and the model's cross-entropy leave out
 PADDING = -1  # the document number of a piece that is padding
 _BUCKETS = 1 << np.arange(4, 40)  # sizes of cu_seqlens
-FIRST_PLAN_ROWS = 64  # of the first plan, so that the first batch comes at once
+FIRST_PLAN_ROWS = 8  # of the first plan, so that the first batch comes at once
 MAX_GROUP_ROWS = 64  # of steps handed over together
 MAX_PLAN_ROWS = 8192  # of a plan: about 100 bytes a piece are held
 
@@ -219,7 +221,7 @@ class _Plan:
 
     def _find_simple(self, rows: Sequence[Rows]) -> list[tuple[int, int] | None]:
         """Of each micro-batch the (dataset, shard) that its rows are whole windows of, if there is one."""
-        starts = [np.cumsum([0] + [s.tokens for s in r.dataset.manifest.shards], dtype=np.int64) for r in rows]
+        starts = [r.dataset.token_start for r in rows]
         whole = self.run_length == self.block_size
         shard, base = np.empty_like(self.run_row), np.empty_like(self.run_row)
         for d, start in enumerate(starts):
@@ -319,8 +321,7 @@ class _Reader:
         """All stretches of `width` tokens of a shard, by their first token, as a view; the last one used is kept."""
         if self.windows is None or self.windows[0] != (dataset, shard):
             of = self.rows[dataset].dataset
-            start = sum(s.tokens for s in of.manifest.shards[:shard])
-            tokens = of.tokens(start, start + of.manifest.shards[shard].tokens)
+            tokens = of.tokens(*of.token_start[shard : shard + 2].tolist())
             self.windows = (dataset, shard), np.lib.stride_tricks.sliding_window_view(tokens, width)
         return self.windows[1]
 
@@ -349,7 +350,7 @@ class Layout:
 
 
 class Loader:
-    """One rank's steps, in order, prefetched by a thread.
+    """One rank's steps, in order, prefetched by a thread and planned by another.
 
     Args:
         rows: of each dataset.
@@ -398,7 +399,7 @@ class Loader:
             batches = self.read_step(first_step).micro_batches
             yield from (StepData(step, batches) for step in range(first_step, last_step))
             return
-        steps = self._read_steps(first_step, last_step)
+        steps = self._read_steps(first_step, last_step, plan_ahead=self.prefetch_steps > 0)
         if self.prefetch_steps == 0:
             yield from steps
             return
@@ -430,6 +431,8 @@ class Loader:
             except BaseException as error:  # handed to the consumer, which raises it after the steps before
                 put(some)
                 put(error)
+            finally:
+                steps.close()
 
         thread = threading.Thread(target=read, name="llammlein-loader", daemon=True)
         thread.start()
@@ -445,18 +448,35 @@ class Loader:
             stop.set()
             thread.join()
 
-    def _read_steps(self, first_step: int, last_step: int) -> Iterator[StepData]:
+    def _read_steps(self, first_step: int, last_step: int, plan_ahead: bool) -> Generator[StepData, None, None]:
         """Steps in order; planned together, and announced to the caches."""
         self._done = first_step
         counts = self._follow(first_step, last_step)
-        for begin, end in self._stretches(first_step, last_step):
-            plan = self._plan(begin, end)
+        plan_of = self._plans_ahead if plan_ahead else self._plans
+        for begin, end, plan in plan_of(first_step, last_step):
             for step in range(begin, end):
                 yield self._read(plan, step, step - begin, end - begin)
                 self._done = step + 1
                 for cache, count in zip(self.caches or (), counts, strict=True):
                     if (rows := count.pop(step, None)) is not None:
                         cache.used(rows)
+
+    def _plans(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, _Plan]]:
+        """(first step, end, plan) of the stretches of steps that are planned together."""
+        for begin, end in self._stretches(first_step, last_step):
+            yield begin, end, self._plan(begin, end)
+
+    def _plans_ahead(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, _Plan]]:
+        """The same, each made by a thread while the one before is read: with thousands of shards it takes a while."""
+        waiting: deque[tuple[int, int, Future[_Plan]]] = deque()
+        with ThreadPoolExecutor(1, "llammlein-planning") as pool:
+            for begin, end in self._stretches(first_step, last_step):
+                waiting.append((begin, end, pool.submit(self._plan, begin, end)))
+                if len(waiting) > 1:
+                    first, last, plan = waiting.popleft()
+                    yield first, last, plan.result()
+            for first, last, plan in waiting:
+                yield first, last, plan.result()
 
     def close(self) -> None:
         """Let go of the caches."""

@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import struct
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -28,8 +29,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lit_data.parquet import open_table
 from lit_files.checksum import file_sha256
+from lit_files.mapping import MAX_MAPS, live_maps, map_array
 from lit_files.publish import sync_file, write_json
+from lit_files.reading import open_regular, read_record
 
 IntArray = npt.NDArray[np.int64]
 
@@ -51,7 +55,9 @@ MAX_DOCUMENT_TOKENS = 2**31 - 1  # sequence lengths are int32
 DOCUMENTS_PER_GROUP = 4096
 MANIFEST = "manifest.json"
 COARSE_BITS = 10  # of a search in an index: so many bits of the place are found by one call
-MAX_MAPS = 512  # files mapped at once; 1024 open files are a common limit
+FEW_VALUES = 32  # of a search in an index: up to so many are found faster one by one
+CHECK_DOCUMENTS = 1 << 20  # of an index compared at a time, 20 MB
+CHECK_THREADS = 8  # look at the files of a dataset at once: on a network file system each look takes a while
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Manifest:
     shards: list[Shard]
     source: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash over what decides the data: tokenizer, order and checksums of the shards."""
         content = {
@@ -95,13 +101,6 @@ class Manifest:
 def dtype_of(vocab_size: int) -> np.dtype[Any]:
     """The dtype that Megatron stores ids of a vocabulary in."""
     return np.dtype(np.uint16 if vocab_size < UINT16_LIMIT else np.int32)
-
-
-def advise_random(mapped: npt.NDArray[Any]) -> None:
-    """Have only what is asked for read from the disk. Rows lie anywhere: reading megabytes ahead of each, as disks are
-    often set to, costs a hundred times more. `mapped` is an np.memmap."""
-    if hasattr(mmap, "MADV_RANDOM"):
-        mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
 
 
 class _ShardWriter:
@@ -477,22 +476,56 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is no packed dataset: it has no {MANIFEST}{hint or ' (make one with scripts/prepare_data.py)'}"
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        raw["shards"] = [Shard(**s) for s in raw["shards"]]
-        manifest = Manifest(**raw)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or of another version: {error}; prepare the dataset again") from error
-    if manifest.format_version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {manifest.format_version}; this program reads {FORMAT_VERSION}")
+        manifest = read_record(Manifest, path)
+        _check_manifest(manifest)
+    except ValueError as error:
+        said = str(error).removeprefix(f"{path} is damaged: ")
+        raise ValueError(f"{path} is damaged or of another version: {said}; prepare the dataset again") from error
     return manifest
 
 
-def _distinct(values: IntArray) -> list[int]:
-    """The distinct values, and perhaps one between them; cheap where there are few, as usual."""
+def _check_manifest(manifest: Manifest) -> None:
+    """Raises ValueError where what a manifest says contradicts itself."""
+    if manifest.format_version != FORMAT_VERSION:
+        raise ValueError(f"it has format version {manifest.format_version}; this program reads {FORMAT_VERSION}")
+    if not isinstance(manifest.tokenizer.get("fingerprint"), str):
+        raise ValueError("tokenizer.fingerprint is not a string")
+    if not isinstance(manifest.tokenizer.get("folder"), str | None):
+        raise ValueError("tokenizer.folder is not a string")
+    if manifest.dtype not in {np.dtype(d).name for d in DTYPE_CODES.values() if np.dtype(d).kind in "iu"}:
+        raise ValueError(f"dtype is {manifest.dtype!r:.40}, no type of token ids")
+    if not 0 <= manifest.eos_id < manifest.vocab_size <= 1 << 31:
+        raise ValueError(f"eos_id is {manifest.eos_id} and vocab_size {manifest.vocab_size}")
+    names = {shard.name for shard in manifest.shards}
+    if len(names) != len(manifest.shards) or any(Path(name).name != name for name in names):
+        raise ValueError("two shards have one name, or a name is no file's of this folder")
+    for count in ("documents", "tokens", "bytes"):
+        counts = [getattr(shard, count) for shard in manifest.shards]
+        if min(counts, default=0) < 0 or sum(counts) != getattr(manifest, count):
+            raise ValueError(f"{count} is {getattr(manifest, count)}, but the shards hold {sum(counts)}")
+    itemsize = np.dtype(manifest.dtype).itemsize
+    for shard in manifest.shards:
+        if not {"bin", "idx"} <= shard.sizes.keys() & shard.sha256.keys():
+            raise ValueError(f"{shard.name} has no size or no checksum of its .bin and .idx")
+        if shard.documents > shard.tokens or shard.sizes["bin"] < shard.tokens * itemsize:
+            raise ValueError(f"{shard.name} cannot hold {shard.documents} documents and {shard.tokens} tokens")
+
+
+def _by_shard(starts: IntArray, values: IntArray) -> Iterator[tuple[int, IntArray | slice]]:
+    """Each shard that holds some of the values, and which: their indices. Shard s holds [starts[s], starts[s + 1])."""
     if not len(values):
-        return []
-    low, high = int(values.min()), int(values.max())
-    return list(range(low, high + 1)) if high - low < 3 else list(np.unique(values).tolist())
+        return
+    shards = np.searchsorted(starts, values, side="right") - 1
+    low, high = int(shards.min()), int(shards.max())
+    if low == high:
+        yield low, slice(None)
+        return
+    order = np.argsort(shards, kind="stable")
+    ordered = shards[order]
+    begins = np.append(0, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
+    of = ordered[begins].tolist()
+    for shard, a, b in zip(of, begins.tolist(), [*begins[1:].tolist(), len(order)], strict=True):
+        yield shard, order[a:b]
 
 
 def _last_at_or_below(ascending: IntArray, values: IntArray) -> IntArray:
@@ -501,6 +534,9 @@ def _last_at_or_below(ascending: IntArray, values: IntArray) -> IntArray:
     For memory-mapped arrays that are not aligned, as in an .idx: np.searchsorted would copy the whole array each time.
     It finds the stretch between some elements, no more than there are values, and halving does the rest.
     """
+    if len(values) <= FEW_VALUES:
+        view = memoryview(ascending.view(np.uint8).data).cast("q")  # gives Python's integers, which cost a third
+        return np.asarray([bisect_right(view, value) - 1 for value in values.tolist()], dtype=np.int64)
     coarse = min(COARSE_BITS, len(values).bit_length())
     step = 1 << max(0, (len(ascending) - 1).bit_length() - coarse)
     found = (np.searchsorted(ascending[::step], values, side="right") - 1) * step
@@ -514,49 +550,80 @@ def _last_at_or_below(ascending: IntArray, values: IntArray) -> IntArray:
 class PackedDataset:
     """A packed dataset opened for reading, memory-mapped. Cheap to open and to send to another process.
 
-    The documents of all shards form one stream of tokens. Raises ValueError where a file is missing, truncated or
-    does not fit the manifest.
+    The documents of all shards form one stream of tokens.
+
+    Args:
+        check: compare the files' sizes, counts and last pointers with the manifest. One process of a run does that for
+            all: the others, and unpickled datasets, trust it. The pointers of a shard are checked when it is first
+            asked for a document.
+
+    Raises ValueError where a file is missing, truncated or does not fit the manifest.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, check: bool = True) -> None:
         self.path = Path(folder)
         self.manifest = read_manifest(self.path)
         self._open()
+        if check:
+            self._check_shards()
 
     def _open(self) -> None:
         self.dtype = np.dtype(self.manifest.dtype)
-        for shard in self.manifest.shards:
-            self._check_shard(shard)
-        self._token_start = np.cumsum([0] + [s.tokens for s in self.manifest.shards], dtype=np.int64)
+        self.token_start: IntArray = np.cumsum([0] + [s.tokens for s in self.manifest.shards], dtype=np.int64)
+        """Position in the stream of each shard's first token, and the number of tokens; (shards + 1,)."""
         self._document_start = np.cumsum([0] + [s.documents for s in self.manifest.shards], dtype=np.int64)
-        self._token_starts: list[int] = self._token_start.tolist()  # bisect is faster than numpy for one number
+        self._token_starts: list[int] = self.token_start.tolist()  # bisect is faster than numpy for one number
         self._maps: OrderedDict[tuple[int, str], npt.NDArray[Any]] = OrderedDict()
+        self._sound: set[int] = set()  # shards whose pointers were checked
+
+    def _check_shards(self) -> None:
+        shards = self.manifest.shards
+        with ThreadPoolExecutor(CHECK_THREADS if len(shards) > CHECK_THREADS else 1) as pool:
+            size = max(1, -(-len(shards) // (4 * CHECK_THREADS)))
+            for _ in pool.map(self._check_some, (shards[i : i + size] for i in range(0, len(shards), size))):
+                pass
+
+    def _check_some(self, shards: list[Shard]) -> None:
+        for shard in shards:
+            self._check_shard(shard)
 
     def _check_shard(self, shard: Shard) -> None:
+        prefix = os.path.join(self.path, shard.name)
         for kind, size in shard.sizes.items():
-            file = self.path / f"{shard.name}.{kind}"
+            file = f"{prefix}.{kind}"
             try:
-                actual: int | None = file.stat().st_size
+                actual: int | None = os.stat(file).st_size
             except FileNotFoundError:
                 actual = None
             if actual != size:
                 state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
                 raise ValueError(f"{file} {state}: the shard is truncated or was replaced; prepare the dataset again")
-        with open(self.path / f"{shard.name}.idx", "rb") as f:
-            magic, version, code, sequences, _ = HEADER.unpack(f.read(HEADER.size))
-        if magic != MAGIC or version != 1 or np.dtype(DTYPE_CODES.get(code, np.uint8)) != self.dtype:
-            raise ValueError(f"{self.path / shard.name}.idx is no MMIDIDX version 1 of {self.dtype}; prepare again")
-        if sequences != shard.documents:
+        n = shard.documents
+        if shard.sizes["idx"] < HEADER.size + 12 * n:
             raise ValueError(
-                f"{self.path / shard.name}.idx holds {sequences} documents, the manifest says {shard.documents}: "
-                "prepare the dataset again"
+                f"{prefix}.idx is too short for the {n} documents of the manifest: prepare the dataset again"
+            )
+        with open_regular(f"{prefix}.idx") as f:
+            head = f.read(HEADER.size)
+            last_length = os.pread(f.fileno(), 4, HEADER.size + 4 * (n - 1)) if n else b""
+            last_pointer = os.pread(f.fileno(), 8, HEADER.size + 12 * n - 8) if n else b""
+        magic, version, code, sequences, _ = HEADER.unpack(head)
+        if magic != MAGIC or version != 1 or np.dtype(DTYPE_CODES.get(code, np.float32)) != self.dtype:
+            raise ValueError(f"{prefix}.idx is no MMIDIDX version 1 of {self.dtype}; prepare again")
+        if sequences != n:
+            raise ValueError(
+                f"{prefix}.idx holds {sequences} documents, the manifest says {n}: prepare the dataset again"
+            )
+        end = int.from_bytes(last_pointer, "little", signed=True)
+        end += int.from_bytes(last_length, "little", signed=True) * self.dtype.itemsize
+        if end != shard.tokens * self.dtype.itemsize:
+            raise ValueError(
+                f"{prefix}.idx ends at byte {end} of the .bin, the manifest says {shard.tokens} tokens: it was damaged "
+                "or replaced; prepare the dataset again"
             )
 
     def _map(self, shard: int, kind: str) -> npt.NDArray[Any]:
-        """A shard's tokens (`bin`) or the byte offsets of its documents (`idx`), mapped when first asked for.
-
-        Each map holds a file descriptor, so that at most MAX_MAPS stay open.
-        """
+        """A shard's tokens (`bin`) or the byte offsets of its documents (`idx`), mapped when first asked for."""
         key = (shard, kind)
         found = self._maps.get(key)
         if found is not None:
@@ -564,15 +631,36 @@ class PackedDataset:
         facts = self.manifest.shards[shard]
         path = self.path / f"{facts.name}.{kind}"
         if kind == "bin":
-            mapped: npt.NDArray[Any] = np.memmap(path, dtype=self.dtype, mode="r", shape=(facts.tokens,))
+            found = map_array(path, self.dtype, (facts.tokens,), random=True)
         else:
-            offset = HEADER.size + 4 * facts.documents
-            mapped = np.memmap(path, dtype=np.int64, mode="r", offset=offset, shape=(facts.documents,))
-        advise_random(mapped)
-        found = self._maps[key] = mapped.view(np.ndarray)  # slicing a plain array costs a tenth
-        while len(self._maps) > MAX_MAPS:
+            found = map_array(path, np.int64, (facts.documents,), HEADER.size + 4 * facts.documents, random=True)
+            if shard not in self._sound:
+                self._check_pointers(facts)
+                self._sound.add(shard)
+        self._maps[key] = found
+        while live_maps() > MAX_MAPS and len(self._maps) > 1:
             self._maps.popitem(last=False)
         return found
+
+    def _check_pointers(self, shard: Shard) -> None:
+        """See that the documents of a shard follow each other as its lengths say. Raises ValueError if they do not."""
+        path, n = self.path / f"{shard.name}.idx", shard.documents
+        lengths = map_array(path, np.int32, (n,), HEADER.size)  # maps of their own: these are read from end to end
+        pointers = map_array(path, np.int64, (n,), HEADER.size + 4 * n)
+        end = 0
+        for first in range(0, n, CHECK_DOCUMENTS):
+            size = lengths[first : first + CHECK_DOCUMENTS].astype(np.int64)
+            ends = end + np.cumsum(size) * self.dtype.itemsize
+            wrong = (pointers[first : first + CHECK_DOCUMENTS] != ends - size * self.dtype.itemsize) | (size < 1)
+            if wrong.any():
+                number = first + int(wrong.argmax())
+                raise ValueError(
+                    f"{path} is damaged: the place or the length of document {number} of the shard is wrong; prepare "
+                    "the dataset again (scripts/inspect_dataset.py --verify compares all files with their checksums)"
+                )
+            end = int(ends[-1])
+        if end != shard.tokens * self.dtype.itemsize:
+            raise ValueError(f"{path} is damaged: it names {end} bytes of the .bin, not {shard.tokens} tokens")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
@@ -635,24 +723,19 @@ class PackedDataset:
 
     def document_of(self, positions: IntArray) -> IntArray:
         """Stream positions [n] -> numbers of the documents that hold them, int64 [n]."""
-        shards = np.searchsorted(self._token_start, positions, side="right") - 1
         out = np.empty(len(positions), dtype=np.int64)
-        for shard in _distinct(shards):
-            here = shards == shard
-            pointer = (positions[here] - self._token_start[shard]) * self.dtype.itemsize
-            inside = _last_at_or_below(self._map(int(shard), "idx"), pointer)
-            out[here] = self._document_start[shard] + inside
+        for shard, here in _by_shard(self.token_start, positions):
+            pointer = (positions[here] - self._token_starts[shard]) * self.dtype.itemsize
+            out[here] = self._document_start[shard] + _last_at_or_below(self._map(shard, "idx"), pointer)
         return out
 
     def document_start(self, documents: IntArray) -> IntArray:
         """Document numbers [n] -> stream positions of their first tokens, int64 [n]; `n_documents` gives `n_tokens`."""
-        shards = np.searchsorted(self._document_start, documents, side="right") - 1
         out = np.full(len(documents), self.n_tokens, dtype=np.int64)
-        for shard in _distinct(shards):
+        for shard, here in _by_shard(self._document_start, documents):
             if shard < len(self.manifest.shards):
-                here = shards == shard
-                inside = documents[here] - self._document_start[shard]
-                out[here] = self._token_start[shard] + self._map(int(shard), "idx")[inside] // self.dtype.itemsize
+                pointers = self._map(shard, "idx")[documents[here] - self._document_start[shard]]
+                out[here] = self._token_starts[shard] + pointers // self.dtype.itemsize
         return out
 
     def document(self, number: int) -> dict[str, Any]:
@@ -661,13 +744,14 @@ class PackedDataset:
             raise ValueError(f"document {number} is not in {self.path}, which has {self.n_documents}")
         shard = int(np.searchsorted(self._document_start, number, side="right")) - 1
         row = number - int(self._document_start[shard])
-        file = pq.ParquetFile(self.path / f"{self.manifest.shards[shard].name}.docs.parquet")
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if row < rows:
-                facts: dict[str, Any] = file.read_row_group(group).slice(row, 1).to_pylist()[0]
-                break
-            row -= rows
+        facts: dict[str, Any] = {}
+        with open_table(self.path / f"{self.manifest.shards[shard].name}.docs.parquet") as file:
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if row < rows:
+                    facts = file.read_row_group(group).slice(row, 1).to_pylist()[0]
+                    break
+                row -= rows
         start, stop = self.document_start(np.asarray([number, number + 1], dtype=np.int64)).tolist()
         return {"number": number, **facts, "start": start, "tokens": stop - start}
 
@@ -675,8 +759,8 @@ class PackedDataset:
         """Numbers of all documents with an id (ids may repeat). Scans the id column."""
         found: list[int] = []
         for shard, base in zip(self.manifest.shards, self._document_start, strict=False):
-            ids = pq.read_table(self.path / f"{shard.name}.docs.parquet", columns=["id"])["id"]
-            matches = pc.equal(ids, id).to_numpy(zero_copy_only=False)
+            with open_table(self.path / f"{shard.name}.docs.parquet") as file:
+                matches = pc.equal(file.read(columns=["id"])["id"], id).to_numpy(zero_copy_only=False)
             found.extend((int(base) + np.flatnonzero(matches)).tolist())
         return found
 

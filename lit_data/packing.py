@@ -121,6 +121,11 @@ class PlannedRows:
         document, start, length = self.plan.read(np.repeat(first, counts) + ramps(counts))
         doc_begin, doc_end = _bounds(self.dataset, document)
         position = doc_begin + start
+        if (position + length > doc_end).any():
+            raise ValueError(
+                f"{self.plan.folder} is damaged: a piece reaches beyond its document; remove the folder, and it is "
+                "built again"
+            )
         return Pieces(place, document, start, length, position, position + length == doc_end)
 
     def ranges(self, windows: IntArray) -> tuple[IntArray, IntArray, IntArray]:

@@ -15,10 +15,10 @@ Dimensions: `N` items (whole documents and rests) of a group, `K` rows.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ import numpy.typing as npt
 
 from lit_data.order import IntArray
 from lit_data.packed import PackedDataset
+from lit_files.mapping import map_array
 from lit_files.publish import sync_file, write_json
+from lit_files.reading import read_record, regular
 
 VERSION = 1
 GROUP_DOCUMENTS = 1 << 18
@@ -41,21 +43,46 @@ def plan_folder(dataset: PackedDataset, packing: str, block_size: int, plan_dir:
     return (plan_dir if plan_dir is not None else dataset.path / "plans") / name
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """plan.json."""
+
+    version: int
+    dataset: str
+    packing: str
+    block_size: int
+    documents: int
+    group_documents: int
+    rows: int
+    pieces: int
+    fill: float
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise ValueError(f"its version is {self.version}, this is {VERSION}")
+        for name in ("block_size", "documents", "group_documents", "rows", "pieces"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
 class Plan:
-    """A plan opened for reading."""
+    """A plan opened for reading. Raises ValueError, here and while reading, where it is damaged."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            facts = json.loads((folder / "plan.json").read_text())
-            self.n_rows, self.n_pieces = int(facts["rows"]), int(facts["pieces"])
-            self.n_documents, self.fill = int(facts["documents"]), float(facts["fill"])
-            self.group_documents = int(facts["group_documents"])
+            facts = read_record(_Facts, folder / "plan.json")
+            self.n_rows, self.n_pieces, self.n_documents = facts.rows, facts.pieces, facts.documents
+            self.fill = facts.fill
+            self.group_documents, self.block_size = facts.group_documents, facts.block_size
             groups = -(-self.n_documents // self.group_documents)
             self._rows = _open(folder / "rows.bin", np.dtype("<i8"), self.n_rows + 1)
             self._pieces = _open(folder / "pieces.bin", PIECE, self.n_pieces)
             self._groups = _open(folder / "groups.bin", np.dtype("<i8"), groups + 1)
-        except (OSError, KeyError, ValueError) as error:
+            for name, array, end in (("rows", self._rows, self.n_pieces), ("groups", self._groups, self.n_rows)):
+                if array[0] != 0 or array[-1] != end:
+                    raise ValueError(f"{name}.bin runs from {array[0]} to {array[-1]}; {name} run from 0 to {end}")
+        except (OSError, ValueError) as error:
             raise ValueError(f"{folder} is damaged ({error}): remove it, and it will be built again") from error
 
     def first_row(self, group: int) -> int:
@@ -65,12 +92,22 @@ class Plan:
     def row_pieces(self, rows: IntArray) -> tuple[IntArray, IntArray]:
         """Of each row the number of its first piece, and how many it has."""
         first = self._rows[rows]
-        return first, self._rows[rows + 1] - first
+        count = self._rows[rows + 1] - first
+        if len(rows) and (first.min() < 0 or count.min() < 1 or int((first + count).max()) > self.n_pieces):
+            raise ValueError(f"{self.folder / 'rows.bin'} is damaged: remove the folder, and it will be built again")
+        return first, count
 
     def read(self, pieces: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """Pieces by number -> document, start, length; int64 each."""
         found = self._pieces[pieces]
-        return found["document"], found["start"].astype(np.int64), found["length"].astype(np.int64)
+        document, start, length = found["document"], found["start"].astype(np.int64), found["length"].astype(np.int64)
+        if len(pieces):
+            outside = document.min() < 0 or document.max() >= self.n_documents
+            if outside or start.min() < 0 or length.min() < 1 or length.max() > self.block_size:
+                raise ValueError(
+                    f"{self.folder / 'pieces.bin'} is damaged: remove the folder, and it will be built again"
+                )
+        return document, start, length
 
     def pieces_of_row(self, row: int) -> list[tuple[int, int, int]]:
         """(document, start, length) of the pieces of a row, as they lie in the file."""
@@ -86,10 +123,10 @@ class Plan:
 
 
 def _open(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
-    size = path.stat().st_size
+    size = regular(path).stat().st_size
     if size != count * dtype.itemsize:
         raise ValueError(f"{path.name} has {size} bytes instead of {count * dtype.itemsize}")
-    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)).view(np.ndarray)
+    return map_array(path, dtype, (count,))
 
 
 def build_plan(dataset: PackedDataset, packing: str, block_size: int, folder: Path) -> None:
@@ -138,18 +175,11 @@ def _write(dataset: PackedDataset, packing: str, block_size: int, folder: Path) 
         np.asarray(groups, dtype="<i8").tofile(groups_file)
         groups_file.flush()
         os.fsync(groups_file.fileno())
-    facts = {
-        "version": VERSION,
-        "dataset": dataset.fingerprint,
-        "packing": packing,
-        "block_size": block_size,
-        "documents": dataset.n_documents,
-        "group_documents": GROUP_DOCUMENTS,
-        "rows": n_rows,
-        "pieces": n_pieces,
-        "fill": dataset.n_tokens / (n_rows * block_size),
-    }
-    write_json(folder / "plan.json", facts)
+    fill = dataset.n_tokens / (n_rows * block_size)
+    facts = _Facts(
+        VERSION, dataset.fingerprint, packing, block_size, dataset.n_documents, GROUP_DOCUMENTS, n_rows, n_pieces, fill
+    )
+    write_json(folder / "plan.json", asdict(facts))
 
 
 def _lengths(dataset: PackedDataset) -> Iterator[tuple[int, IntArray]]:

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from lit_data.corpus.bloom import BloomDedup
 from lit_data.corpus.exact_dedup import Dropped, HashWriter, find_duplicates
 from lit_data.corpus.near_dedup import NearDuplicates, SignatureWriter, find_near_duplicates
 from lit_data.corpus.readers import Document, OnError, Place, ReadErrors, read_documents
 from lit_data.packed import PackedDataset, PackedWriter, read_manifest
+from lit_data.parquet import open_table
 from lit_data.plan import Plan
 from lit_data.pool import Pool
 from lit_data.treatment import Encoded, Hashed, Item, Report, Treatment
@@ -576,7 +576,7 @@ def _read_back(folder: Path, first: int) -> Iterator[tuple[Any, Any, dict[str, A
         if number + shard.documents <= first:
             number += shard.documents
             continue
-        with pq.ParquetFile(folder / f"{shard.name}.docs.parquet") as table:
+        with open_table(folder / f"{shard.name}.docs.parquet") as table:
             for rows in table.iter_batches(batch_size=MERGE_DOCUMENTS):
                 skip = max(0, min(first - number, rows.num_rows))
                 number += rows.num_rows

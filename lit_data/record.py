@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from lit_data.datapoints import SCHEMA, SORT_KEYS, Part, committed_parts
+from lit_data.parquet import open_table, read_footer
 
 STEP = SCHEMA.get_field_index("step")
 
@@ -33,7 +33,7 @@ class _Groups:
 
     def __init__(self, part: Part) -> None:
         self.part = part
-        self._facts = pq.read_metadata(part.path)
+        self._facts = read_footer(part.path, SCHEMA)
 
     def holding(self, first: int, end: int) -> range:
         """The row groups with steps of [first, end), found by their bounds."""
@@ -43,7 +43,7 @@ class _Groups:
 
     def read(self, group: int, first: int, end: int) -> pa.Table:
         """The rows of a row group with steps of [first, end)."""
-        with pq.ParquetFile(self.part.path, metadata=self._facts) as file:
+        with open_table(self.part.path, self._facts) as file:
             table = file.read_row_group(group, use_threads=False)
         steps = table["step"].to_numpy()
         inside = (steps >= first) & (steps < end)
@@ -51,6 +51,8 @@ class _Groups:
 
     def _bounds(self, group: int) -> tuple[int, int]:
         bounds = self._facts.row_group(group).column(STEP).statistics
+        if bounds is None or not bounds.has_min_max:
+            raise ValueError(f"{self.part.path} is damaged: its row group {group} has no bounds of its steps")
         return bounds.min, bounds.max
 
 

@@ -12,8 +12,8 @@ Dimensions: B rows in a micro-batch, T tokens in a row, k cached tokens, V vocab
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import tokenize
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,17 +25,18 @@ import numpy.typing as npt
 import torch
 
 from lit_data.loader import MicroBatch, read_rows
-from lit_data.packed import PackedDataset, advise_random
+from lit_data.packed import PackedDataset
 from lit_data.packing import Rows
 from lit_files.lock import FileLock, LockBusy
+from lit_files.mapping import MAX_MAPS, live_maps, map_array
 from lit_files.publish import create_json, sync_file
+from lit_files.reading import build, open_regular, read_object
 from lit_model.distillation import Distillation, Ensemble, TopK, ensemble_top_k
 from pretrain.args import DistillationArgs
 from pretrain.teachers import Teachers
 
 VERSION = 1
 FILE = "cache.json"
-MAX_MAPS = 256  # files mapped at once, beside those of the dataset
 NAMES = ("ids", "log_probs")
 LAST = NAMES[-1]
 """Files get their names in this order: where this one is, all are."""
@@ -63,6 +64,15 @@ class CacheFacts:
     """Of the log-probabilities."""
     rows_per_file: int
     version: int = VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "n_windows", "vocab_size", "k", "rows_per_file"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.k > self.vocab_size or self.vocab_size >= 1 << 31:
+            raise ValueError(f"k is {self.k} and vocab_size {self.vocab_size}")
+        if self.dtype not in ("float16", "float32"):
+            raise ValueError(f"dtype is {self.dtype!r:.40}; it must be float16 or float32")
 
     def dtype_of(self, name: str) -> np.dtype[Any]:
         """Of the files of this name."""
@@ -166,13 +176,10 @@ def read_facts(folder: Path) -> CacheFacts:
         raise FileNotFoundError(
             f"{folder} is no cache of a teacher: it has no {FILE} (scripts/cache_teacher.py makes it)"
         )
-    try:
-        fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if fields.get("version") != VERSION:
-            raise ValueError(f"its version is {fields.get('version')}, this is {VERSION}")
-        return CacheFacts(**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / FILE} is not readable: {error}") from error
+    fields = read_object(folder / FILE)
+    if fields.get("version") != VERSION:
+        raise ValueError(f"{folder / FILE}: its version is {fields.get('version')}, this is {VERSION}")
+    return build(CacheFacts, fields, folder / FILE)
 
 
 def check_finished(folder: Path, facts: CacheFacts) -> None:
@@ -192,14 +199,18 @@ def check_finished(folder: Path, facts: CacheFacts) -> None:
         )
 
 
-def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
+def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Map a file. Raises ValueError that names it if it is damaged, or not what it must be."""
     try:
-        mapped = np.lib.format.open_memmap(path, mode="r")
-        if (mapped.shape, mapped.dtype) == (shape, dtype):
-            return mapped
-        fault = f"it holds {mapped.dtype} {mapped.shape} in place of {dtype} {shape}"
-    except (ValueError, EOFError) as error:
+        with open_regular(path) as file:
+            if (version := np.lib.format.read_magic(file)) != (1, 0):
+                raise ValueError(f"it is of version {version} of numpy's format")
+            found = np.lib.format.read_array_header_1_0(file)
+            offset = file.tell()
+        if found == (shape, False, dtype):
+            return map_array(path, dtype, shape, offset, random=True)
+        fault = f"it holds {found[2]} {found[0]} in place of {dtype} {shape}"
+    except (ValueError, TypeError, SyntaxError, EOFError, RecursionError, MemoryError, tokenize.TokenError) as error:
         fault = str(error)
     raise ValueError(
         f"{path} is damaged: {fault}. Remove the files of this number and call scripts/cache_teacher.py again as before"
@@ -230,20 +241,23 @@ class CachedTeacher:
                 ids[row] = self._map("ids", file)[place]
                 log_probs[row] = self._map("log_probs", file)[place]
         signed = torch.from_numpy(ids.astype(np.int32))
+        if signed.max() >= facts.vocab_size or signed.min() < 0 or not (log_probs <= 0).all():
+            raise ValueError(
+                f"{self.folder} is damaged: it holds ids outside the vocabulary or probabilities above 1 for a row of "
+                f"{batch.spans.window.tolist()}; make it again with scripts/cache_teacher.py"
+            )
         return TopK(
             signed.to(self.device, non_blocking=True).long(),
             torch.from_numpy(log_probs).to(self.device, non_blocking=True).float(),
         )
 
     def _map(self, name: str, file: int) -> npt.NDArray[Any]:
-        """A file, mapped when first asked for. Each map holds a file descriptor, so that few stay open."""
+        """A file, mapped when first asked for."""
         found = self._maps.get((name, file))
         if found is None:
             path = self.facts.path(self.folder, name, file)
-            mapped = _open(path, self.facts.shape(file), self.facts.dtype_of(name))
-            advise_random(mapped)
-            found = self._maps[name, file] = mapped.view(np.ndarray)
-            while len(self._maps) > MAX_MAPS:
+            found = self._maps[name, file] = _open(path, self.facts.shape(file), self.facts.dtype_of(name))
+            while live_maps() > MAX_MAPS and len(self._maps) > 1:
                 self._maps.popitem(last=False)
         return found
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import lit_data.cache
+import lit_files.descriptors
 from lit_data.cache import FileSource, ShardCache
 from lit_data.cache_folder import CacheFolder
 from lit_data.packed import PackedDataset, PackedWriter
@@ -546,19 +547,21 @@ def test_few_files_are_open(
     tmp_path: Path, data: PackedDataset, opened: Callable[..., ShardCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lit_data.cache, "MAX_MAPS", 2)
-    monkeypatch.setattr(lit_data.cache, "MAX_SOURCES", 2)
+    monkeypatch.setattr(lit_files.descriptors, "MAX_OPEN", 2)
     source = FileSource(data)
     cache = opened(data, tmp_path, 100, source=source)
     before = len(os.listdir("/proc/self/fd"))
     starts, stops = windows(data, seed=5)
     for start, stop in zip(starts[:200].tolist(), stops[:200].tolist(), strict=True):
         assert np.array_equal(read(cache, start, stop), data.tokens(start, stop))
-    dataset_maps = len(data.manifest.shards)
-    assert len(os.listdir("/proc/self/fd")) <= before + 2 + dataset_maps
+    assert len(os.listdir("/proc/self/fd")) <= before + 2  # maps keep no descriptor
     cache.follow(iter([(starts, stops)]))
     until(lambda: cache.staged_rows == len(starts))
     for start, stop in zip(starts[:200].tolist(), stops[:200].tolist(), strict=True):
         assert np.array_equal(read(cache, start, stop), data.tokens(start, stop))
     assert cache.hits >= 200
-    assert len(os.listdir("/proc/self/fd")) <= before + 2 + 2 + dataset_maps
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert len(cache._maps) <= 2
     source.close()
+    cache.close()
+    assert len(os.listdir("/proc/self/fd")) < before

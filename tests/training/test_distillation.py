@@ -25,6 +25,7 @@ from lit_data.mixture import Mixture
 from lit_data.order import Order
 from lit_data.packed import PackedDataset
 from lit_data.packing import ConcatRows
+from lit_files.mapping import live_maps
 from lit_model.cost import count_parameters
 from lit_model.load import load_model, load_tensors
 from lit_model.registry import get_config
@@ -228,7 +229,8 @@ def test_parts_may_begin_at_the_same_moment(tmp_path: Path) -> None:
 
 
 def test_many_files_of_a_cache_are_open_by_turns(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.teacher_cache.MAX_MAPS", 2)
+    monkeypatch.setattr("pretrain.teacher_cache.MAX_MAPS", live_maps() + 2)
+    before = len(os.listdir("/proc/self/fd"))
     facts = CacheFacts("d", "concat", 8, True, 9, 96, [], "logits", 2.0, "fp32", 4, "float16", 2)
     begin_cache(tmp_path, facts)
     for file in range(facts.n_files):
@@ -239,6 +241,7 @@ def test_many_files_of_a_cache_are_open_by_turns(data: Path, tmp_path: Path, mon
         batch = read_rows(rows, np.array([row]), np.array([0]), document_mask=True)
         assert (cached(batch).ids == row // 2).all()
         assert len(cached._maps) <= 2
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "pad"])

@@ -1,0 +1,55 @@
+"""Parquet files of our own formats, opened so that a damaged one is an error that names it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lit_files.reading import regular
+
+
+@contextlib.contextmanager
+def open_table(path: Path, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
+    """Open a file for a block that only reads from it, and close it after that.
+
+    Raises FileNotFoundError if there is none, and ValueError that names the file for whatever Arrow, or a look at what
+    it gave, finds wrong.
+    """
+    regular(path)
+    try:
+        with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as file:
+            yield file
+    except OSError as error:
+        if error.errno is not None:  # of the disk, not of the file's content
+            raise
+        raise _damaged(path, error) from error
+    except (pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
+        if str(path) in str(error):
+            raise
+        raise _damaged(path, error) from error
+
+
+def read_footer(path: Path, schema: pa.Schema | None = None) -> pq.FileMetaData:
+    """A file's metadata; with `schema`, whose columns must be those. Raises as `open_table` does."""
+    with open_table(path) as file:
+        if schema is not None and not file.schema_arrow.equals(schema):
+            raise ValueError(f"its columns are {', '.join(f'{f.name} {f.type}' for f in file.schema_arrow)}")
+        return file.metadata
+
+
+def group_rows(metadata: pq.FileMetaData) -> list[int]:
+    """Rows of each row group. Raises ValueError where they are not those of the file."""
+    rows: list[int] = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+    if sum(rows) != metadata.num_rows or min(rows, default=0) < 0:
+        raise ValueError(f"its row groups have {sum(rows)} rows, the file {metadata.num_rows}")
+    return rows
+
+
+def _damaged(path: Path, error: BaseException) -> ValueError:
+    said: Any = f"{type(error).__name__}: {error}"
+    return ValueError(f"{path} is damaged, or no Parquet file of this kind: {said.splitlines()[0][:300]}")

@@ -1,0 +1,79 @@
+"""Open files: one budget for a process, so that datasets of thousands of shards can be read under any `ulimit -n`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import resource
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import ClassVar
+
+from lit_files.reading import open_regular
+
+MAX_OPEN = 64  # files kept open for the next read; the usual least limit is 256, for everything in the process
+
+
+def raise_open_file_limit() -> None:
+    """Let this process, and those that it starts, open as many files as the system allows it (`ulimit -Hn`)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1 << 16 if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class OpenFiles:
+    """Reads parts of files, which stay open for the next reads as far as the budget of the process goes.
+
+    Any thread may read. Close it when no thread does any more, or let go of it.
+    """
+
+    _kept: ClassVar[OrderedDict[tuple[int, str], list[int]]] = OrderedDict()
+    """(reader, path) -> [descriptor, reads in progress], of all readers of the process; the latest used comes last."""
+    _lock: ClassVar[threading.RLock] = threading.RLock()  # re-entrant: a reader may be collected while it is held
+    _numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self._number = next(self._numbers)
+
+    def read(self, path: str | Path, size: int, offset: int) -> bytes:
+        """Exactly `size` bytes of a file from `offset` on. Raises ValueError that names it where it ends before."""
+        key = self._number, str(path)
+        with self._lock:
+            file = self._kept.get(key)
+            if file is None:
+                with open_regular(path) as opened:
+                    file = self._kept[key] = [os.dup(opened.fileno()), 0]
+            file[1] += 1
+            self._kept.move_to_end(key)
+            for other in list(self._kept)[: max(0, len(self._kept) - MAX_OPEN)]:
+                self._close(other)
+        try:
+            data = os.pread(file[0], size, offset)
+            while len(data) < size:
+                more = os.pread(file[0], size - len(data), offset + len(data))
+                if not more:
+                    raise ValueError(f"{path} ends before byte {offset + size}: it is truncated")
+                data += more
+            return data
+        finally:
+            with self._lock:
+                file[1] -= 1
+
+    def close(self) -> None:
+        """Close this reader's files."""
+        with self._lock:
+            for key in list(self._kept):
+                if key[0] == self._number:
+                    self._close(key)
+
+    __del__ = close
+
+    def _close(self, key: tuple[int, str]) -> None:
+        file = self._kept.get(key)
+        if file is not None and not file[1]:
+            del self._kept[key]
+            os.close(file[0])

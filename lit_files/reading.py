@@ -1,0 +1,229 @@
+"""Reading files that may be damaged or not files at all: every fault is an error that names the file.
+
+Only regular files are opened: a named pipe or a device would block or never end. JSON is read into the dataclass that
+says what it should hold, so that a wrong type is found where the file is read and not where the value is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import stat
+import types
+import typing
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeVar
+
+T = TypeVar("T")
+
+MAX_TEXT_BYTES = 256 << 20  # of a file that is parsed as a whole; the largest tokenizers have 40 MB
+MAX_DEPTH = 64  # of nested lists and objects
+INT64 = 1 << 63
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def regular(path: str | Path) -> Path:
+    """The path itself, for a library to open, if it leads to a regular file.
+
+    Raises FileNotFoundError if there is nothing, ValueError for a named pipe, a device, a socket or a folder.
+    """
+    _check_kind(path, os.stat(path))
+    return Path(path)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading bytes; raises as `regular` does, and never waits for a writer of a pipe."""
+    _check_kind(path, os.stat(path))  # opening some devices has effects
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        _check_kind(path, os.fstat(descriptor))
+    except ValueError:
+        os.close(descriptor)
+        raise
+    return open(descriptor, "rb", buffering=0)  # a FileIO
+
+
+def _check_kind(path: str | Path, facts: os.stat_result) -> None:
+    if not stat.S_ISREG(facts.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(facts.st_mode), "something else")
+        raise ValueError(f"{path} is {kind}, not a regular file")
+
+
+def read_bytes(path: str | Path, most: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a file that is parsed as a whole. Raises ValueError for one of more than `most` bytes."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"{path} has {size} bytes; a file of its kind has at most {most}")
+        content = bytearray()
+        while piece := file.read(size + 1 - len(content)):
+            content += piece
+            if len(content) > size:
+                break
+    return bytes(content)
+
+
+def read_text(path: str | Path) -> str:
+    """The content of a UTF-8 file. Raises ValueError that names it where it is no such text."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def parse_json(text: str | bytes, source: str | Path) -> Any:
+    """A JSON text's value. Raises ValueError that names `source`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, no Unicode, numbers of thousands of digits; deep nesting
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else f"it is not JSON ({error})"
+        raise ValueError(f"{source} is damaged: {reason}") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """A JSON file's value, of any form (see `read_record`). Raises ValueError that names the file."""
+    return parse_json(read_bytes(path), path)
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """A JSON file's value, which must be an object. Raises ValueError that names the file."""
+    return as_object(read_json(path), path)
+
+
+def as_object(value: Any, source: str | Path) -> dict[str, Any]:
+    """A value that must be a JSON object of bounded depth and numbers. Raises ValueError that names `source`."""
+    return build(dict[str, Any], value, source)
+
+
+def read_record(kind: type[T], path: str | Path) -> T:
+    """A JSON file as a dataclass. Raises ValueError that names the file and what is wrong in it."""
+    return build(kind, read_json(path), path)
+
+
+def build(kind: type[T], value: Any, source: str | Path) -> T:
+    """A value of JSON as what a type annotation says: dataclasses, containers, unions, literals, numbers, strings.
+
+    Whole numbers must fit int64 and others be finite. A dataclass's fields without a default must be there, and no
+    others may. Raises ValueError that names `source` and the place in it.
+    """
+    try:
+        return typing.cast(T, _build(kind, value, ""))
+    except ValueError as error:
+        raise ValueError(f"{source} is damaged: {error}") from error
+
+
+def _build(kind: Any, value: Any, place: str) -> Any:
+    if kind is Any:
+        _check_plain(value, place, MAX_DEPTH)
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, place)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _build_union(arguments, value, place)
+    if origin is Literal and value in arguments and type(value) in {type(a) for a in arguments}:
+        return value
+    if (origin or kind) is list and isinstance(value, list):
+        of = arguments[0] if arguments else Any
+        return [_build(of, item, f"{place}[{i}]") for i, item in enumerate(value)]
+    if (origin or kind) is tuple and isinstance(value, list):
+        if arguments[-1] is Ellipsis:
+            return tuple(_build(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value))
+        if len(arguments) == len(value):
+            return tuple(_build(of, item, f"{place}[{i}]") for i, (of, item) in enumerate(zip(arguments, value)))  # noqa: B905
+    if (origin or kind) is dict and isinstance(value, dict):
+        of = arguments[1] if arguments else Any
+        return {key: _build(of, item, f"{place}.{key}" if place else key) for key, item in value.items()}
+    if kind is int and isinstance(value, int) and not isinstance(value, bool) and -INT64 <= value < INT64:
+        return value
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and _finite(value):
+        return float(value)
+    if kind in (str, bool, type(None)) and type(value) is kind:
+        return value
+    raise _mismatch(kind, value, place)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of floats
+        return False
+
+
+def _build_dataclass(kind: Any, value: Any, place: str) -> Any:
+    if not isinstance(value, dict):
+        raise _mismatch(kind, value, place)
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    if unknown := sorted(set(value) - set(fields)):
+        raise ValueError(f"{_at(place)}unknown field {unknown[0]!r:.80}")
+    types_of = _types_of(kind)
+    given = {name: _build(types_of[name], v, f"{place}.{name}" if place else name) for name, v in value.items()}
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in given:
+            raise ValueError(f"{_at(place)}the field {name!r} is missing")
+    return kind(**given)
+
+
+@functools.cache
+def _types_of(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _build_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
+    for kind in kinds:
+        try:
+            return _build(kind, value, place)
+        except ValueError as error:
+            first = error
+    if len(kinds) == 2 and type(None) in kinds and value is not None:  # say what is wrong inside
+        return _build(next(k for k in kinds if k is not type(None)), value, place)
+    raise first
+
+
+def _check_plain(value: Any, place: str, depth: int) -> None:
+    if depth < 0:
+        raise ValueError(f"{_at(place)[:80]}it is nested too deeply")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(item, place or str(key), depth - 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_plain(item, place, depth - 1)
+    elif isinstance(value, int) and not -INT64 <= value < INT64:
+        raise ValueError(f"{_at(place)}a whole number beyond 64 bits")
+
+
+def _at(place: str) -> str:
+    return f"{place}: " if place else ""
+
+
+def _mismatch(kind: Any, value: Any, place: str) -> ValueError:
+    names = {
+        int: "a whole number below 2^63", float: "a finite number", str: "a string", bool: "true or false",
+        type(None): "null",
+    }  # fmt: skip
+    origin = typing.get_origin(kind) or kind
+    if origin is Literal:
+        wanted = "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    elif origin is tuple and Ellipsis not in typing.get_args(kind):
+        wanted = f"a list of {len(typing.get_args(kind))}"
+    elif origin in (list, tuple):
+        wanted = "a list"
+    else:
+        wanted = names.get(kind, "an object")
+    try:
+        shown = json.dumps(value)
+    except (ValueError, RecursionError):
+        shown = f"a {type(value).__name__}"
+    return ValueError(f"{place or 'the content'} is {shown[:60]}{'...' * (len(shown) > 60)}; it must be {wanted}")

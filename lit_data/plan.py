@@ -18,6 +18,7 @@ from lit_data.corpus.files import (
     part_of_files,
     refuse_mixed_splits,
 )
+from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS, SplitDocuments
 from lit_data.tokenizer import Tokenizer, open_tokenizer
 from lit_files.publish import create_json
 
@@ -55,6 +56,7 @@ class Settings:
             0: none.
         parts: the inputs are cut into so many ranges of whole files, prepared one by one and merged.
         name: shards are called NAME-00000.
+        split_documents, max_document_mb: see `lit_data.corpus.readers.read_documents`.
     """
 
     input: tuple[str, ...]
@@ -82,6 +84,8 @@ class Settings:
     near_dedup: float = 0.0
     parts: int = 1
     name: str = "data"
+    split_documents: SplitDocuments = "file"
+    max_document_mb: int = MAX_DOCUMENT_MB
     allow_mixed_splits: bool = False
 
     def __post_init__(self) -> None:
@@ -105,7 +109,7 @@ def _check(s: Settings) -> None:
         raise ValueError(f"--val_fraction {s.val_fraction}: give a share between 0 and 1, such as 0.01")
     for flag, least in (
         ("shard_tokens", 1), ("parts", 1), ("min_characters", 0), ("max_characters", 0), ("dedup_min_characters", 0),
-        ("max_token_word_ratio", 0), ("bloom_paragraphs", 0),
+        ("max_token_word_ratio", 0), ("bloom_paragraphs", 0), ("max_document_mb", 1),
     ):  # fmt: skip
         if not getattr(s, flag) >= least:
             raise ValueError(f"--{flag} {getattr(s, flag)}: at least {least} is needed")
@@ -114,6 +118,10 @@ def _check(s: Settings) -> None:
             raise ValueError(f"--metadata {column}: the name is taken; these are: {', '.join(RESERVED_COLUMNS)}")
     if len(set(s.metadata)) != len(s.metadata):
         raise ValueError(f"--metadata {' '.join(s.metadata)}: a name is given twice")
+    if s.split_documents not in SPLITS:
+        raise ValueError(f"--split_documents {s.split_documents}: choose one of {', '.join(SPLITS)}")
+    if not 0 <= s.min_language_probability <= 1:
+        raise ValueError(f"--min_language_probability {s.min_language_probability}: give one between 0 and 1")
     if s.dedup not in ("none", "exact", "bloom"):
         raise ValueError(f"--dedup {s.dedup}: choose none, exact or bloom")
     if not 0 <= s.near_dedup <= 1:

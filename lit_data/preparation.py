@@ -40,6 +40,7 @@ BATCH_DOCUMENTS = 512
 COMMIT_SHARE = 20  # a commit may take this fraction of the time
 JOIN_MEMORY_BYTES = 2 << 30
 MERGE_DOCUMENTS = 4096
+MAX_WORKERS = 1024
 
 
 @dataclasses.dataclass
@@ -57,6 +58,12 @@ class Options:
     on_error: OnError = "stop"
     commit_seconds: float = 30.0
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.workers <= MAX_WORKERS:
+            raise ValueError(f"--workers {self.workers}: give a number of processes from 1 to {MAX_WORKERS}")
+        if not self.commit_seconds >= 0:
+            raise ValueError(f"--commit_seconds {self.commit_seconds}: 0 or more is needed")
 
 
 class _Sink(Protocol):
@@ -374,6 +381,8 @@ class _Source:
             id_field=self.settings.id_field,
             require_id=self.settings.require_id,
             metadata=self.settings.metadata,
+            split_documents=self.settings.split_documents,
+            max_document_mb=self.settings.max_document_mb,
             errors=self.errors,
             start=progress.place,
         )

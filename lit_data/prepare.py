@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_data.corpus.cleaners import open_cleaner
+from lit_data.corpus.files import large_plain_text
 from lit_data.corpus.readers import OnError, ReadErrors
 from lit_data.packed import MANIFEST, remove_rows
 from lit_data.plan import PLAN, Plan, Settings, differences, open_work, strings
@@ -145,8 +146,6 @@ def prepare(
     began = time.monotonic()
     output = Path(os.path.abspath(output))
     workers = workers if workers is not None else usable_cores()
-    if workers < 1:
-        raise ValueError(f"--workers {workers}: at least 1 is needed")
     plan = _plan(inputs, tokenizer_path, val_inputs, settings)
     _warn(plan)
     options = Options(workers, on_error, commit_seconds, dry_run)
@@ -259,7 +258,10 @@ def _plan(
     if made.cleaner:
         open_cleaner(made.cleaner)
     open_filters(made)
-    return Plan.make(made)
+    plan = Plan.make(made)
+    if "split_documents" not in settings:
+        plan.errors.warnings += large_plain_text(plan.files)
+    return plan
 
 
 def _warn(plan: Plan) -> None:

@@ -2,10 +2,10 @@
 
     python scripts/prepare_data.py --input corpus/ --tokenizer tokenizer/ --output data/ --val_fraction 0.01
 
-Reads .txt (one document a file), .jsonl and .json lines, each also .gz or .zst, .parquet; folders and patterns of
-these; hf:NAME[@CONFIG][:SPLIT] for a dataset of Hugging Face. A call that was killed goes on when it is repeated. On a
-cluster, --executor slurm submits the stages as jobs; with a scheduler of your own, call --stage hash, join, encode,
-merge.
+Reads .txt (one document a file, or as --split_documents says), .jsonl and .json lines, each also .gz or .zst, .parquet;
+folders and patterns of these; hf:NAME[@CONFIG][:SPLIT] for a dataset of Hugging Face. A call that was killed is resumed
+when it is repeated. On a cluster, --executor slurm submits the stages as jobs; with a scheduler of your own, call
+--stage hash, join, encode, merge.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS
 from lit_data.executors import run_on_executors
 from lit_data.plan import Settings
 from lit_data.prepare import prepare, run_stage
@@ -59,10 +60,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     group = parser.add_argument_group("reading")
     add = group.add_argument
-    add("--text_field", metavar="NAME", help="JSON key or column of the text (text)")
+    add("--text_field", metavar="NAME", help="JSON key or column of the text, such as text or translation.de (text)")
     add("--id_field", metavar="NAME", help="key or column of the id; documents without one are named path:line (id)")
     add("--require_id", action="store_true", help="take a document without an id for an error")
     add("--metadata", nargs="*", metavar="NAME", help="further keys or columns to keep with each document")
+    add(
+        "--split_documents",
+        choices=SPLITS,
+        help="what is a document in plain text: the file, what stands between blank lines, or a line (file)",
+    )
+    add("--max_document_mb", type=int, metavar="N", help=f"a longer document is an error ({MAX_DOCUMENT_MB})")
     add(
         "--on_error",
         choices=("stop", "skip"),

@@ -1,8 +1,8 @@
 """Cleaning profiles: named ways to clean a document's text, and cleaners of the user's own.
 
 `wikipedia`, `subtitles` and `dialogue` clean any text. `babylm` (the first set, made of these three) and `babylm-paper`
-(the second, of the BabyLlama paper) choose by the name of the document's file, one of `BABYLM_FILES`, whatever its
-suffixes. All take time linear in the text.
+(the second, of the BabyLlama paper) choose by the name of the document's file, one of `BABYLM_FILES` (those of 2023,
+and those that were renamed in 2024), whatever its suffixes. All take time linear in the text.
 """
 
 from __future__ import annotations
@@ -121,10 +121,12 @@ _FIRST_SET: Mapping[str, Callable[[str], str]] = {
     "aochildes": clean_dialogue,
     "bnc_spoken": clean_dialogue,
     "cbt": unchanged,
+    "childes": clean_dialogue,
     "children_stories": unchanged,
     "gutenberg": unchanged,
     "open_subtitles": clean_subtitles,
     "qed": unchanged,
+    "simple_wiki": clean_wikipedia,
     "simple_wikipedia": clean_wikipedia,
     "switchboard": clean_dialogue,
     "wikipedia": clean_wikipedia,
@@ -133,10 +135,12 @@ _SECOND_SET: Mapping[str, Callable[[str], str]] = {
     "aochildes": squeeze_blanks,
     "bnc_spoken": squeeze_blanks,
     "cbt": clean_cbt,
+    "childes": squeeze_blanks,
     "children_stories": unchanged,
     "gutenberg": unchanged,
     "open_subtitles": drop_subtitle_lines,
     "qed": clean_qed,
+    "simple_wiki": drop_blank_lines,
     "simple_wikipedia": drop_blank_lines,
     "switchboard": unchanged,
     "wikipedia": clean_spaced_wikipedia,

@@ -18,6 +18,7 @@ LINE_SUFFIXES = (".jsonl", ".json", ".jsonlines")  # a line is one document
 COMPRESSED = (".gz", ".zst", ".zstd")
 PARQUET = ".parquet"
 SUFFIXES = (*(s + c for s in (*TEXT_SUFFIXES, *LINE_SUFFIXES) for c in ("", *COMPRESSED)), PARQUET)
+LARGE_TEXT_BYTES = 1_000_000
 TRAIN_NAMES = ("train", "training")
 HELD_OUT_NAMES = ("dev", "devel", "val", "valid", "validation", "test", "eval", "evaluation", "heldout")
 SUPPORTED = f"{', '.join((*TEXT_SUFFIXES, *LINE_SUFFIXES))} (each also with {', '.join(COMPRESSED)}), {PARQUET}"
@@ -175,6 +176,19 @@ def mixed_split_names(files: Sequence[TextFile]) -> list[str]:
         "with --val_input, or leave it out"
         for names in splits.values()
         if len(names) == 2
+    ]
+
+
+def large_plain_text(files: Sequence[TextFile]) -> list[str]:
+    """A warning where plain-text files of many bytes are to be one document each."""
+    sizes = [(f.path, f.path.stat().st_size) for f in files if f.kind in TEXT_SUFFIXES and f.path.exists()]
+    large = [(path, size) for path, size in sizes if size > LARGE_TEXT_BYTES]
+    if not large:
+        return []
+    more = f", and so are {len(large) - 1} more plain-text files over 1 MB" if len(large) > 1 else ""
+    return [
+        f"{large[0][0]} ({large[0][1] / 1e6:.1f} MB) is read as one document{more}; --split_documents line or "
+        "blank_line cuts it, --split_documents file says that it is one"
     ]
 
 

@@ -84,7 +84,8 @@ class HubShard:
         """Its rows from the `start`-th (0-based).
 
         Args:
-            columns: must be there; `optional` need not. Others are left out where that is possible.
+            columns: must be there; `optional` need not. Others are left out where that is possible. Of `translation.de`
+                it is `translation`.
 
         Raises:
             ValueError: while iterating: the dataset has another number of shards by now, a column is missing, or the
@@ -102,7 +103,7 @@ class HubShard:
                 stream = stream.skip(start)
             if stream.column_names is not None:
                 self._check_columns(stream.column_names, columns)
-                wanted = dict.fromkeys((*columns, optional))
+                wanted = dict.fromkeys(_top_level(c, stream.column_names) for c in (*columns, optional))
                 stream = stream.select_columns([c for c in wanted if c in stream.column_names])
             for row, record in enumerate(stream, start + 1):
                 if row == start + 1:
@@ -115,8 +116,13 @@ class HubShard:
 
     def _check_columns(self, names: Sequence[str], columns: Sequence[str]) -> None:
         for column in columns:
-            if column not in names:
+            if _top_level(column, names) not in names:
                 raise _MissingColumnError(f"{self.name} has no column {column!r}; its columns are {', '.join(names)}")
+
+
+def _top_level(column: str, names: Sequence[str]) -> str:
+    """The column that a field is in: `translation` for `translation.de`."""
+    return column if column in names else column.partition(".")[0]
 
 
 class _MissingColumnError(ValueError):

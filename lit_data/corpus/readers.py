@@ -1,19 +1,21 @@
 """Documents from files of text: .txt (also .train, .dev, .test), JSON lines, compressed or not, and .parquet; from
 folders and patterns of them, and from datasets of Hugging Face.
 
-Read one at a time: memory holds the longest document, and for Parquet a row group's pages. Nothing is cleaned: line
+Read one at a time: memory holds the longest document, and for Parquet a row group's pages. A document may have
+`max_document_mb`; a few compressed kilobytes can hold any number of them. Nothing is cleaned: line
 ends, spaces and blank documents stay as they are.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lit_data.corpus.files import (
@@ -26,7 +28,7 @@ from lit_data.corpus.files import (
     list_files,
     part_of_files,
 )
-from lit_data.corpus.streams import DamagedError, after_lines, chunks_of, lines_of
+from lit_data.corpus.streams import DamagedError, after_lines, bytes_within, chunks_of, lines_of
 
 __all__ = [
     "SUFFIXES",
@@ -35,6 +37,7 @@ __all__ = [
     "OnError",
     "Place",
     "ReadErrors",
+    "SplitDocuments",
     "TextFile",
     "list_files",
     "part_of_files",
@@ -42,7 +45,10 @@ __all__ = [
 ]
 
 OnError = Literal["stop", "skip"]
+SplitDocuments = Literal["file", "blank_line", "line"]
+SPLITS: tuple[SplitDocuments, ...] = ("file", "blank_line", "line")
 
+MAX_DOCUMENT_MB = 1024
 ROWS_PER_BATCH = 64
 UTF8_BOM = b"\xef\xbb\xbf"
 
@@ -60,10 +66,11 @@ class Document:
     """One text.
 
     Attributes:
-        id: the document's own, or `relative-path:line` (relative path for a file that is one document).
+        id: the document's own, or `relative-path:line` (relative path for a file that is one document). One that is
+            no text is written as JSON, bytes that are no UTF-8 in hexadecimal digits.
         text: never changed on the way.
         source: path of the file, as given.
-        place: line of JSON lines or row of a table, from 1; 0 where the file is one document.
+        place: line (the first of several) or row of a table, from 1; 0 where the file is one document.
         meta: those of the metadata fields that the document has, as text.
         file: number of the file in `list_files`.
         faults: what this reading had left out before this document.
@@ -86,6 +93,8 @@ def read_documents(
     id_field: str = "id",
     require_id: bool = False,
     metadata: Sequence[str] = (),
+    split_documents: SplitDocuments = "file",
+    max_document_mb: int = MAX_DOCUMENT_MB,
     errors: ReadErrors | None = None,
     start: Place | None = None,
 ) -> Iterator[Document]:
@@ -96,10 +105,13 @@ def read_documents(
         on_error: what to do about invalid UTF-8 or JSON, a line without text, a damaged file: `stop` raises a
             ValueError that names file and line, `skip` notes it in `errors` and goes on with the next document
             (after damage to a compressed file: with the next file).
-        text_field: key (JSON) or column (Parquet) of the text.
+        text_field: key (JSON) or column (Parquet) of the text; `translation.de` is the field `de` of `translation`.
         id_field: key or column of the id; documents without one are named `relative-path:line`.
         require_id: take a document without one for a fault (not where a file is one document).
         metadata: further keys or columns to carry along; values that are no text are written as JSON.
+        split_documents: what is a document in plain text: the `file`; the lines between two `blank_line`s; a `line`
+            that is not blank.
+        max_document_mb: a longer document (of 2^20 bytes each) is a fault.
         errors: collects what was left out.
         start: go on right after the document at this place, `Place(document.file, document.place)`. What lies before
             it is not parsed: earlier files are not opened, lines are decompressed and counted, row groups left out.
@@ -110,19 +122,43 @@ def read_documents(
     """
     if on_error not in ("stop", "skip"):
         raise ValueError(f"--on_error {on_error}: choose stop or skip")
+    if split_documents not in SPLITS:
+        raise ValueError(f"--split_documents {split_documents}: choose one of {', '.join(SPLITS)}")
+    if max_document_mb < 1:
+        raise ValueError(f"--max_document_mb {max_document_mb}: at least 1 is needed")
     errors = errors if errors is not None else ReadErrors()
     files = list_files(paths, errors)
     if start is not None and not 0 <= start.file < len(files):
         raise ValueError(f"reading was to go on in file number {start.file} of {len(files)}: the inputs have changed")
     first = start.file if start is not None else 0
 
+    fields = _Fields(text_field, id_field, require_id, tuple(metadata))
+
     def read() -> Iterator[Document]:
         for number, file in enumerate(files[first:], first):
             after = start.place if start is not None and number == first else None
-            reader = _FileReader(file, number, on_error, text_field, id_field, require_id, tuple(metadata), errors)
-            yield from reader.read(after)
+            yield from _FileReader(file, number, on_error, fields, split_documents, max_document_mb, errors).read(after)
 
     return read()
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Which fields of a record are read."""
+
+    text: str
+    id: str
+    require_id: bool
+    metadata: tuple[str, ...]
+
+    @property
+    def all(self) -> list[str]:
+        return list(dict.fromkeys((self.text, self.id, *self.metadata)))
+
+    @property
+    def required(self) -> list[str]:
+        """Those that each table must have."""
+        return list(dict.fromkeys((self.text, *self.metadata, *((self.id,) if self.require_id else ()))))
 
 
 @dataclass(frozen=True)
@@ -130,10 +166,9 @@ class _FileReader:
     file: TextFile
     number: int
     on_error: OnError
-    text_field: str
-    id_field: str
-    require_id: bool
-    metadata: tuple[str, ...]
+    fields: _Fields
+    split_documents: SplitDocuments
+    max_document_mb: int
     errors: ReadErrors
 
     def read(self, after: int | None) -> Iterator[Document]:
@@ -145,6 +180,10 @@ class _FileReader:
                 yield from self._parquet(after or 0)
             elif self.file.kind not in TEXT_SUFFIXES:
                 yield from self._json_lines(after or 0)
+            elif self.split_documents == "line":
+                yield from self._lines(after or 0)
+            elif self.split_documents == "blank_line":
+                yield from self._paragraphs(after or 0)
             elif after is None:
                 yield from self._whole_file()
         except OSError as error:  # a disk or a permission: nothing to be skipped
@@ -156,11 +195,24 @@ class _FileReader:
             raise ValueError(f"{message} (--on_error skip leaves such documents out)") from cause
         self.errors.add(message)
 
+    def _too_long(self, what: str, remedy: str = "") -> None:
+        self._fault(f"{what} of more than {self.max_document_mb} MB (--max_document_mb{remedy})")
+
+    @property
+    def _limit(self) -> int:
+        """Bytes that a document may have."""
+        return self.max_document_mb << 20
+
     def _whole_file(self) -> Iterator[Document]:
+        data: bytes | None = None
         try:
-            data = b"".join(chunks_of(self.file.path, self.file.compression))
+            if self.file.compression or self.file.path.stat().st_size <= self._limit:
+                data = bytes_within(chunks_of(self.file.path, self.file.compression), self._limit)
         except DamagedError as error:
             self._fault(f"{error}", error)
+            return
+        if data is None:
+            self._too_long("one document", "; --split_documents line or blank_line cuts the file")
             return
         try:
             text = data.decode("utf-8")
@@ -172,30 +224,78 @@ class _FileReader:
         del data  # else it would stay for as long as the document is worked on
         yield Document(self.file.relative, text, path, 0, {}, self.number, faults)
 
-    def _json_lines(self, after: int) -> Iterator[Document]:
+    def _numbered_lines(self, after: int) -> Iterator[tuple[int, bytes | None]]:
+        """(number from 1, line without its end, or None for one that is too long), from the line behind `after`."""
         chunks = chunks_of(self.file.path, self.file.compression)
-        lines = lines_of(after_lines(chunks, after, str(self.file.path)) if after else chunks)
+        lines = lines_of(after_lines(chunks, after, str(self.file.path)) if after else chunks, self._limit)
         place = after
-        while True:
-            try:
-                line = next(lines, None)
-            except DamagedError as error:
-                self._fault(f"after line {place}: {error}", error)
-                return
+        try:
+            for line in lines:
+                place += 1
+                yield place, line.removeprefix(UTF8_BOM) if line is not None and place == 1 else line
+        except DamagedError as error:
+            self._fault(f"after line {place}: {error}", error)
+
+    def _lines(self, after: int) -> Iterator[Document]:
+        """Each line of plain text that is not blank."""
+        for place, line in self._numbered_lines(after):
             if line is None:
-                return
-            place += 1
-            if place == 1:
-                line = line.removeprefix(UTF8_BOM)
-            if not line.strip():
+                self._too_long(f"line {place}: a line")
+            elif (text := self._decoded(line.removesuffix(b"\r"), place)) and not text.isspace():
+                yield self._piece(place, text)
+
+    def _paragraphs(self, after: int) -> Iterator[Document]:
+        """What stands between blank lines of plain text, line ends inside as they are."""
+        # `after` is the first line of a paragraph that was read: it is read again, and left out.
+        for place, text in self._between_blank_lines(max(0, after - 1)):
+            if place != after:
+                yield self._piece(place, text)
+
+    def _between_blank_lines(self, after: int) -> Iterator[tuple[int, str]]:
+        """(number of its first line, text) of each paragraph without a fault."""
+        begin, size = 0, 0
+        parts: list[str] | None = []  # None after a fault, until the paragraph ends
+        for place, line in self._numbered_lines(after):
+            if line is not None and not line.decode("utf-8", "replace").strip():
+                if parts:
+                    yield begin, "\n".join(parts).removesuffix("\r")
+                begin, size, parts = 0, 0, []
                 continue
-            document = self._parse(line, place)
-            if document is not None:
+            begin = begin or place
+            if parts is None:
+                continue
+            size += len(line) + 1 if line is not None else 0
+            if line is None or size > self._limit:
+                self._too_long(f"line {begin}: a paragraph")
+                parts = None
+            elif (text := self._decoded(line, place)) is None:
+                parts = None
+            else:
+                parts.append(text)
+        if parts:
+            yield begin, "\n".join(parts).removesuffix("\r")
+
+    def _decoded(self, line: bytes, place: int) -> str | None:
+        try:
+            return line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            self._fault(f"line {place}: not UTF-8 ({error.reason}, byte {error.start} of the line)", error)
+            return None
+
+    def _piece(self, place: int, text: str) -> Document:
+        id = f"{self.file.relative}:{place}"
+        return Document(id, text, str(self.file.path), place, {}, self.number, self.errors.count)
+
+    def _json_lines(self, after: int) -> Iterator[Document]:
+        for place, line in self._numbered_lines(after):
+            if line is None:
+                self._too_long(f"line {place}: a line")
+            elif line.strip() and (document := self._parse(line, place)) is not None:
                 yield document
 
     def _parse(self, line: bytes, place: int) -> Document | None:
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = _read_json(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             self._fault(f"line {place}: not UTF-8 ({error.reason}, byte {error.start} of the line)", error)
             return None
@@ -215,21 +315,17 @@ class _FileReader:
         place = after
         try:
             with pq.ParquetFile(self.file.path, page_checksum_verification=True) as table:
-                columns = self._columns(table.schema_arrow.names)
+                columns = self._columns(table.schema_arrow)
                 group, skipped = _first_group(table.metadata, after)
-                groups = list(range(group, table.num_row_groups))
-                for batch in table.iter_batches(ROWS_PER_BATCH, groups, columns=columns) if groups else ():
+                for batch in self._batches(table, range(group, table.num_row_groups), columns):
                     if (unread := skipped + batch.num_rows - after) <= 0:
                         skipped += batch.num_rows
                         continue
                     batch = batch.slice(batch.num_rows - unread) if skipped < after else batch
                     skipped = after
-                    for record in _records(batch, columns):
+                    for values in zip(*(_values(_column(batch, c)) for c in columns), strict=True):
                         place += 1
-                        if isinstance(record, UnicodeDecodeError):
-                            self._fault(f"row {place}: not UTF-8 ({record.reason})", record)
-                            continue
-                        document = self._document(place, record, "row")
+                        document = self._document(place, dict(zip(columns, values, strict=True)), "row")
                         if document is not None:
                             yield document
         except (pa.ArrowException, OSError) as error:
@@ -237,19 +333,34 @@ class _FileReader:
                 raise
             self._fault(f"after row {place}: a damaged or truncated Parquet file: {error}", error)
 
-    def _columns(self, names: Sequence[str]) -> list[str]:
+    def _batches(self, table: Any, groups: Iterable[int], columns: list[str]) -> Iterator[Any]:
+        """The rows of some groups, few at a time where they may be large."""
+        for group in groups:
+            facts = table.metadata.row_group(group)
+            rows = _rows_at_once(self.file.path, facts, columns, self._limit)
+            yield from table.iter_batches(rows, [group], columns=columns)
+
+    def _columns(self, schema: Any) -> list[str]:
         """Those of the columns to be read that a table has; it must have all but the id, which may be optional."""
-        for column in (self.text_field, *self.metadata, *((self.id_field,) if self.require_id else ())):
-            if column not in names:
-                flag = {self.text_field: "text_field", self.id_field: "id_field"}.get(column, "metadata")
-                have = ", ".join(map(str, names))
-                raise ValueError(f"{self.file.path} has no column {column!r} (--{flag}); its columns are {have}")
-        return [c for c in dict.fromkeys((self.text_field, self.id_field, *self.metadata)) if c in names]
+        for column in self.fields.required:
+            if not _has(schema, column):
+                have = ", ".join(map(_shown, schema))
+                raise ValueError(
+                    f"{self.file.path} has no column {column!r} (--{self._flag(column)}); its columns are {have}"
+                )
+        if (count := schema.names.count(self.fields.text)) > 1:
+            raise ValueError(
+                f"{self.file.path} has {count} columns named {self.fields.text!r} (--text_field), and either could be "
+                "the text: write the file again with names of their own"
+            )
+        return [c for c in self.fields.all if _has(schema, c)]
+
+    def _flag(self, field: str) -> str:
+        return {self.fields.text: "text_field", self.fields.id: "id_field"}.get(field, "metadata")
 
     def _hub(self, after: int) -> Iterator[Document]:
         assert self.file.hub is not None
-        required = (self.text_field, *self.metadata, *((self.id_field,) if self.require_id else ()))
-        for place, record in enumerate(self.file.hub.rows(after, required, self.id_field), after + 1):
+        for place, record in enumerate(self.file.hub.rows(after, self.fields.required, self.fields.id), after + 1):
             document = self._document(place, record, "row")
             if document is not None:
                 yield document
@@ -257,27 +368,45 @@ class _FileReader:
     def _document(
         self, place: int, record: dict[str, Any], unit: str, *, may_hold_surrogates: bool = True
     ) -> Document | None:
-        where = f"{unit} {place}"
-        text = record.get(self.text_field)
+        where, name = f"{unit} {place}", self.fields.text
+        text = _field(record, name)
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                self._fault(f"{where}: not UTF-8 ({error.reason})", error)
+                return None
         if not isinstance(text, str):
-            if self.text_field not in record:
+            if text is None and not _holds(record, name):
                 keys = ", ".join(map(repr, list(record)[:8])) or "none"
-                self._fault(f"{where}: no field {self.text_field!r} (--text_field); its fields: {keys}")
+                self._fault(f"{where}: no field {name!r} (--text_field); its fields: {keys}")
             else:
-                self._fault(f"{where}: the field {self.text_field!r} holds a JSON {_kind(text)}, not text")
+                inside = f"; give one of its own fields, such as {name}.{next(iter(text))}" if _has_keys(text) else ""
+                self._fault(f"{where}: the field {name!r} holds a JSON {_kind(text)}, not text{inside}")
             return None
-        given = record.get(self.id_field)
-        if given is None and self.require_id:
-            self._fault(f"{where}: no field {self.id_field!r} (--id_field)")
+        if may_hold_surrogates and not _is_unicode(text):
+            self._fault(f"{where}: the field {name!r} holds half of a surrogate pair, which is no Unicode text")
             return None
-        id = f"{self.file.relative}:{place}" if given is None else _as_text(given)
-        meta = {m: _as_text(record[m]) for m in self.metadata if record.get(m) is not None}
-        if may_hold_surrogates:
-            for name, value in ((self.text_field, text), (self.id_field, id), *meta.items()):
-                if not _is_unicode(value):
-                    self._fault(f"{where}: the field {name!r} holds half of a surrogate pair, which is no Unicode text")
-                    return None
+        if 4 * len(text) > self._limit and len(text.encode()) > self._limit:
+            self._too_long(f"{where}: a text")
+            return None
+        id = _as_text(_field(record, self.fields.id))
+        if id is None:
+            if self.fields.require_id:
+                self._fault(f"{where}: no field {self.fields.id!r} (--id_field)")
+                return None
+            id = f"{self.file.relative}:{place}"
+        meta = {m: value for m in self.fields.metadata if (value := _as_text(_field(record, m))) is not None}
         return Document(id, text, str(self.file.path), place, meta, self.number, self.errors.count)
+
+
+def _read_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # a number of thousands of digits, which Python reads only when asked to
+        return json.loads(text, parse_int=str)
 
 
 def _first_group(metadata: Any, row: int) -> tuple[int, int]:
@@ -291,27 +420,138 @@ def _first_group(metadata: Any, row: int) -> tuple[int, int]:
     return metadata.num_row_groups, before
 
 
-def _records(batch: Any, columns: Sequence[str]) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
-    """The rows of a batch; in place of one that is not UTF-8, the error."""
+def _rows_at_once(path: Path, group: Any, columns: Sequence[str], limit_bytes: int) -> int:
+    """How many rows of a row group to read at once, so that they take a few limits at most.
+
+    Text that is not in a dictionary takes what the file says. A dictionary's entry can be repeated in any number of
+    rows, so that what counts there is how large it may be.
+    """
+    rows, size = ROWS_PER_BATCH, 0
+    for number in range(group.num_columns):
+        column = group.column(number)
+        if not any(column.path_in_schema == c or column.path_in_schema.startswith(f"{c}.") for c in columns):
+            continue
+        size += column.total_uncompressed_size
+        if column.has_dictionary_page and column.total_uncompressed_size * ROWS_PER_BATCH > limit_bytes:
+            entry = _page_bytes(path, column.dictionary_page_offset) or column.total_uncompressed_size
+            rows = min(rows, max(1, limit_bytes // max(1, entry)))
+    return min(rows, 2) if size > 4 * limit_bytes else rows
+
+
+def _page_bytes(path: Path, offset: int | None) -> int | None:
+    """The size of a Parquet page once it is decompressed, or None where its header reads otherwise than expected.
+
+    A header begins with the page's kind and that size, as Thrift's compact protocol writes fields 1 and 2: a byte that
+    says "next field, int32", and a zigzag varint.
+    """
+    if offset is None:
+        return None
+    with open(path, "rb") as f:
+        f.seek(offset)
+        head = f.read(16)
+    if len(head) < 4 or head[0] != 0x15 or head[2] != 0x15:
+        return None
+    value = 0
+    for i, byte in enumerate(head[3:]):
+        value |= (byte & 0x7F) << (7 * i)
+        if byte < 0x80:
+            return value >> 1
+    return None
+
+
+def _has(schema: Any, name: str) -> bool:
+    """Whether an Arrow schema, or a struct, has a column, or a field inside one (`translation.de`)."""
+    if schema.get_all_field_indices(name):
+        return True
+    head, _, rest = name.partition(".")
+    indices = schema.get_all_field_indices(head) if rest else []
+    return (
+        bool(indices)
+        and pa.types.is_struct(schema.field(indices[0]).type)
+        and _has(schema.field(indices[0]).type, rest)
+    )
+
+
+def _column(batch: Any, name: str) -> Any:
+    """A column by its name, the first of several, or a field inside one."""
+    if indices := batch.schema.get_all_field_indices(name):
+        return batch.column(indices[0])
+    head, _, rest = name.partition(".")
+    column = _column(batch, head)
+    while rest:
+        if column.type.get_all_field_indices(rest):
+            head, rest = rest, ""
+        else:
+            head, _, rest = rest.partition(".")
+        column = pc.struct_field(column, [column.type.get_all_field_indices(head)[0]])
+    return column
+
+
+def _shown(field: Any) -> str:
+    """A column, with the fields inside."""
+    if not pa.types.is_struct(field.type):
+        return str(field.name)
+    return f"{field.name} (with {', '.join(f'{field.name}.{inner.name}' for inner in field.type)})"
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of an Arrow array; text that is not UTF-8 as bytes, None where Python has no such value."""
     try:
-        values = [[_parquet_value(v) for v in batch.column(c).to_pylist()] for c in columns]
+        values: list[Any] = column.to_pylist()
+        return values
+    except (ValueError, OverflowError, pa.ArrowException):  # of one value, whichever it is; UnicodeDecodeError is one
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
     except UnicodeDecodeError:
-        for row in range(batch.num_rows):
-            try:
-                yield {c: _parquet_value(batch.column(c)[row].as_py()) for c in columns}
-            except UnicodeDecodeError as error:
-                yield error
-    else:
-        for row_values in zip(*values, strict=True):
-            yield dict(zip(columns, row_values, strict=True))
+        scalar = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
+        return scalar.as_buffer().to_pybytes() if isinstance(scalar, pa.BinaryScalar) else None
+    except (ValueError, OverflowError, pa.ArrowException):  # a date of a year that Python does not have
+        try:
+            return scalar.cast(pa.string()).as_py()
+        except (ValueError, OverflowError, pa.ArrowException):
+            return None
 
 
-def _parquet_value(value: Any) -> Any:
-    return value.decode("utf-8") if isinstance(value, bytes) else value
+def _field(record: dict[str, Any], name: str) -> Any:
+    """The value of a field, or of one inside another (`translation.de`); None without it."""
+    if name in record:
+        return record[name]
+    head, _, rest = name.partition(".")
+    inner = record.get(head) if rest else None
+    return _field(inner, rest) if isinstance(inner, dict) else None
 
 
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+def _holds(record: dict[str, Any], name: str) -> bool:
+    """Whether a record has a field, be it null."""
+    if name in record:
+        return True
+    head, _, rest = name.partition(".")
+    inner = record.get(head) if rest else None
+    return isinstance(inner, dict) and _holds(inner, rest)
+
+
+def _has_keys(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value)
+
+
+def _as_text(value: Any) -> str | None:
+    """An id or another fact of a document as text, whatever it is; None for nothing."""
+    if value is None:
+        return None
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value.hex()
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, TypeError, RecursionError):  # nested too deep, keys that JSON has not
+        return None
+    return text if _is_unicode(text) else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _is_unicode(text: str) -> bool:

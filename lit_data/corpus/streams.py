@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,11 @@ MAX_WINDOW_BYTES = 1 << 31  # archives made with `zstd --long=31` are common; th
 GZIP_WINDOW_BITS = 31  # 15, and 16 more for a gzip header
 
 
+GIVE_UP_AFTER = 8  # lines' limits without a line end: the end of such a line is not looked for
+
+
 class DamagedError(Exception):
-    """A compressed stream that ends early or does not decode."""
+    """A compressed stream that ends early or does not decode, or a line that does not end."""
 
 
 def chunks_of(path: Path, compression: str = "") -> Iterator[bytes]:
@@ -30,18 +34,49 @@ def chunks_of(path: Path, compression: str = "") -> Iterator[bytes]:
     return _gunzipped(path) if compression == "gz" else _unzstded(path)
 
 
-def lines_of(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Split at newlines only: a JSON string may hold other line separators of Unicode. The last may lack its own."""
+def lines_of(chunks: Iterator[bytes], limit_bytes: int | None = None) -> Iterator[bytes | None]:
+    """Split at newlines only: a JSON string may hold other line separators of Unicode. The last may lack its own.
+
+    In place of a line of more than `limit_bytes` there is None, as soon as that is known; its rest is passed over.
+
+    Raises:
+        DamagedError: a line of more than GIVE_UP_AFTER limits.
+    """
+    limit = limit_bytes if limit_bytes is not None else math.inf
     parts: list[bytes] = []  # of the line that is not whole yet; joined once, so that long lines cost linear time
+    size = 0
     for chunk in chunks:
         first, *rest = chunk.split(b"\n")
-        parts.append(first)
+        fitted = size <= limit
+        size += len(first)
+        if size <= limit:
+            parts.append(first)
+        elif fitted:
+            parts = []
+            yield None
+        elif size > GIVE_UP_AFTER * limit:
+            raise DamagedError(f"a line of more than {size >> 20} MB: what follows it is not read")
         for line in rest:
-            yield b"".join(parts)
-            parts = [line]
+            if size <= limit:
+                yield b"".join(parts)
+            parts, size = [line], len(line)
+            if size > limit:
+                parts = []
+                yield None
     last = b"".join(parts)
     if last:
         yield last
+
+
+def bytes_within(chunks: Iterator[bytes], limit_bytes: int) -> bytes | None:
+    """All of it as one, or None, as soon as it is known to be more than `limit_bytes`."""
+    parts, size = [], 0
+    for chunk in chunks:
+        parts.append(chunk)
+        size += len(chunk)
+        if size > limit_bytes:
+            return None
+    return b"".join(parts)
 
 
 def after_lines(chunks: Iterator[bytes], lines: int, name: str) -> Iterator[bytes]:

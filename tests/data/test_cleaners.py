@@ -81,6 +81,8 @@ UNCHANGED = {
 SINGLE = {"wikipedia": WIKIPEDIA, "subtitles": SUBTITLES, "dialogue": DIALOGUE}
 FIRST_SET = {
     "aochildes": DIALOGUE,
+    "childes": DIALOGUE,
+    "simple_wiki": WIKIPEDIA,
     "bnc_spoken": DIALOGUE,
     "switchboard": DIALOGUE,
     "open_subtitles": SUBTITLES,
@@ -97,6 +99,8 @@ SECOND_SET = {
     "qed": QED_PAPER,
     "bnc_spoken": SQUEEZED_PAPER,
     "aochildes": SQUEEZED_PAPER,
+    "childes": SQUEEZED_PAPER,
+    "simple_wiki": SIMPLE_WIKIPEDIA_PAPER,
     "cbt": CBT_PAPER,
     "open_subtitles": OPEN_SUBTITLES_PAPER,
     "children_stories": UNCHANGED,

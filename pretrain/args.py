@@ -305,6 +305,8 @@ class OptimArgs:
     """Learning rate at the last step."""
     warmup_steps: int = 0
     """Steps of linear warm-up; the first step already has lr / warmup_steps."""
+    warmup_fraction: float | None = None
+    """Instead of warmup_steps: the warm-up as a share of the run's steps, 0.01 for example."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay from lr to lr_min after the warm-up."""
     steps_before: int = 0
@@ -321,12 +323,26 @@ class OptimArgs:
     def __post_init__(self) -> None:
         if not 0 <= self.lr_min <= self.lr:
             raise ValueError(f"--optim.lr_min {self.lr_min} must lie between 0 and --optim.lr {self.lr}")
+        if self.warmup_fraction is not None and self.warmup_steps:
+            raise ValueError(
+                f"give --optim.warmup_steps or --optim.warmup_fraction, not both; got {self.warmup_steps} and "
+                f"{self.warmup_fraction}"
+            )
+        if self.warmup_fraction is not None and not 0 <= self.warmup_fraction <= 1:
+            raise ValueError(f"--optim.warmup_fraction {self.warmup_fraction} must lie between 0 and 1")
         for steps in ("warmup_steps", "steps_before"):
             if getattr(self, steps) < 0:
                 raise ValueError(f"--optim.{steps} {getattr(self, steps)} must not be negative")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--optim.{name} {getattr(self, name)} must lie in [0, 1)")
+
+    def resolved(self, max_steps: int) -> OptimArgs:
+        """The same with the warm-up in steps, for a run of `max_steps`, those of steps_before not counted."""
+        if self.warmup_fraction is None:
+            return self
+        steps = round(self.warmup_fraction * (max_steps + self.steps_before))
+        return dataclasses.replace(self, warmup_steps=steps, warmup_fraction=None)
 
 
 @dataclass

@@ -31,8 +31,12 @@ from lit_model.kernels import AttentionChoice, choose_attention
 from lit_model.load import list_checkpoints
 from pretrain.args import RunArgs
 from pretrain.checkpoint import checkpoint_name
+from pretrain.choices import describe as describe_replaced
+from pretrain.choices import read_words, replaced, sizes_over_name
+from pretrain.command_line import explain, make_printable
 from pretrain.first_failure import lost_connection, report_failure
 from pretrain.guards import AgreedError
+from pretrain.launch import is_first_process
 from pretrain.loop import fit
 from pretrain.parallel import DTYPES
 from pretrain.preflight import preflight
@@ -43,12 +47,28 @@ from pretrain.watchdog import EXIT_HUNG, Watchdog
 MEET = timedelta(seconds=60)
 
 
+class RunParser(ArgumentParser):
+    """Says what is wrong in a line instead of after all flags."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        if is_first_process():
+            known = [flag.removeprefix("--") for action in self._actions for flag in action.option_strings]
+            print(f"error: {explain(message, known)}\n{self.prog} --help lists the flags", file=sys.stderr)
+        self.exit(2)
+
+
 @functools.cache
 def build_parser() -> ArgumentParser:
     """The command line: the fields of RunArgs, and --config."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="fabric_train.py", description="Pretrain a decoder-only language model.")
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these settings; flags override it.")
+    parser = RunParser(prog="fabric_train.py", description="Pretrain a decoder-only language model.")
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help="YAML file of these settings; flags override it, and so does a second --config.",
+    )
     parser.add_class_arguments(RunArgs)
     return parser
 
@@ -56,8 +76,19 @@ def build_parser() -> ArgumentParser:
 def parse(argv: list[str] | None = None) -> RunArgs:
     """The command line -> RunArgs. Exits with a message and status 2 on an unknown flag or a wrong value."""
     parser = build_parser()
-    given = sys.argv[1:] if argv is None else argv
-    namespace: Namespace = parser.parse_args(["--preflight=true" if a == "--preflight" else a for a in given])
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    given = read_words(sys.argv[1:] if argv is None else argv, known)
+    namespace: Namespace = parser.parse_args(given.words)
+    layers, defaults = given.layers(), parser.get_defaults()
+    gone = replaced(layers)
+    for one in gone:
+        namespace[one.other] = defaults[one.other]
+    if is_first_process():
+        lines = [
+            f"--{flag} is given more than once; the last, {value}, is used" for flag, value in given.repeated.items()
+        ]
+        for line in [*lines, *describe_replaced(gone), *sizes_over_name(layers, namespace["model.name"])]:
+            print(f"note: {line}", file=sys.stderr)
     namespace.pop("config", None)
     instance = parser.instantiate(namespace)
     return RunArgs(**{k: v for k, v in vars(instance).items() if k != "config"})
@@ -66,7 +97,8 @@ def parse(argv: list[str] | None = None) -> RunArgs:
 def main(argv: list[str] | None = None) -> int:
     """Run. Returns the exit status: 0 when the run is done, `stop.exit_code` when a signal stopped it after saving, 1
     when all ranks agreed that it cannot go on, 2 on a mistake. An exception of one rank alone is raised."""
-    rank_zero = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    make_printable()
+    rank_zero = is_first_process()
     try:
         args = parse(argv)
         if args.preflight:

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pretrain.args import RunArgs
+from pretrain.launch import is_first_process
 from pretrain.parallel import build_fabric, check_shapes, device_kind
 from pretrain.preflight_checks import check_devices, check_disk, check_environment, check_network, launcher_mismatch
 from pretrain.preflight_ranks import Outcome, RankLostError, Ranks, describe
@@ -54,7 +55,7 @@ def preflight(args: RunArgs) -> int:
     args = copy.deepcopy(args)
     args.timeout_s = min(args.timeout_s, MEETING_S)
     s = start(args)
-    if not s.launched and not starts_alone():
+    if not s.launched and not is_first_process():
         return leave_to_rank_zero(s)
     try:
         look(s)
@@ -88,11 +89,6 @@ def start(args: RunArgs) -> Situation:
     except Exception as error:
         s.launch_fault = describe(error)
     return s
-
-
-def starts_alone() -> bool:
-    """Whether this process is rank 0, or the first of its node under the plain launcher."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def leave_to_rank_zero(s: Situation) -> int:

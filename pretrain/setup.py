@@ -447,6 +447,7 @@ def set_up(args: RunArgs) -> Run:
             first = s.first_sample + (step - s.from_step) * s.global_batch
             segments.append(Segment(step, first, args.train.global_batch_samples))
     data = open_data(args, fabric, datasets, segments)
+    args.optim = args.optim.resolved(data.max_steps)
     args.distillation, taught_by = on_rank_zero(fabric, lambda: settle_teachers(args.distillation))
     if checkpoint_path is not None and meta is not None:
         differences = check_resume(args, meta, data, config, taught_by, checkpoint_path)

@@ -21,12 +21,13 @@ from lit_data.packed import PackedDataset
 from lit_data.packing import open_rows
 from lit_model.load import load_tensors, resolve
 from pretrain.args import DistillationArgs, TeacherEntry
+from pretrain.command_line import ScriptParser
 from pretrain.teacher_cache import CacheFacts, begin_cache, write_cache
 from pretrain.teachers import Teachers, check_teacher, check_tokenizer, identify
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--teachers", type=Path, nargs="+", required=True, help="runs, checkpoints, Hugging Face folders"
     )

@@ -11,12 +11,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from pretrain.command_line import ScriptParser
 from pretrain.conversion import convert_checkpoint
 
 
 def main() -> int:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = ScriptParser(description=__doc__, formatter_class=formatter)
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="an iter-XXXXXXXX-ckpt.pth, or a run folder (its newest)"
     )

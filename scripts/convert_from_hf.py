@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from pretrain.command_line import ScriptParser
 from pretrain.export import import_from_hf
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ScriptParser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="Hugging Face folder with safetensors")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint file to write; must not exist")
     args = parser.parse_args()

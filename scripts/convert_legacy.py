@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lit_model.cost import count_parameters
+from pretrain.command_line import ScriptParser
 from pretrain.legacy import Imported, import_legacy
 
 
@@ -29,7 +30,7 @@ def command_to_go_on(imported: Imported, output: Path) -> str:
 
 def main() -> int:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = ScriptParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a .pth file, or a folder with lit_model.pth")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="checkpoint file to write; must not exist")
     parser.add_argument(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lit_model.hf.gguf import DTYPES
+from pretrain.command_line import ScriptParser
 from pretrain.export import export_to_gguf
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ScriptParser(description=__doc__)
     parser.add_argument(
         "--checkpoint",
         type=Path,

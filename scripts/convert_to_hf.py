@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from pretrain.command_line import ScriptParser
 from pretrain.export import export_to_hf
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ScriptParser(description=__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="an iter-XXXXXXXX-ckpt.pth, or a run folder (its newest)"
     )

@@ -17,12 +17,13 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lit_data.foreign import FLAT_DTYPES
 from lit_data.token_import import Cutting, import_tokens
+from pretrain.command_line import ScriptParser
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = ScriptParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files, Megatron's common prefix, folders")
     add("--output", required=True, metavar="DIR", help="folder of the dataset; it must not exist")

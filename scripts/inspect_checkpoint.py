@@ -16,6 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lit_model.cost import count_parameters
 from lit_model.load import MODEL_PREFIX, Checkpoint, is_hf_folder, resolve
+from pretrain.command_line import ScriptParser
 
 
 def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def faults_of(path: Path) -> list[str]:
 
 def main() -> int:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = ScriptParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint, or a run folder (its newest)")
     parser.add_argument("--verify", action="store_true", help="compare all of it with its checksums, and only this")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -31,12 +31,13 @@ from lit_data.inventory import (
 )
 from lit_data.packed import PackedDataset
 from lit_data.tokenizer import Tokenizer, open_tokenizer
+from pretrain.command_line import ScriptParser
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = ScriptParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("dataset", type=Path, metavar="DATASET", help="the folder with manifest.json")
     add("--verify", action="store_true", help="compare every file with its checksum, and only this")

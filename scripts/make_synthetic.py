@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,10 +9,11 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lit_data.corpus.synthetic import LEVELS, entropy_per_document, words_per_document, write_synthetic
+from pretrain.command_line import ScriptParser
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__)
+def parser() -> ScriptParser:
+    top = ScriptParser(description=__doc__)
     top.add_argument("--output", type=Path, required=True, help="folder to create; it must not exist")
     top.add_argument("--tokens", type=int, required=True, help="words in both files together, approximately")
     top.add_argument("--level", choices=LEVELS, default="simple", help="(default simple)")

@@ -25,12 +25,13 @@ from lit_data.executors import run_on_executors
 from lit_data.plan import Settings
 from lit_data.prepare import prepare, run_stage
 from lit_files.cores import usable_cores
+from pretrain.command_line import ScriptParser
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = ScriptParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files, folders, patterns, datasets")
     add(

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from lit_eval.overlap import longest_overlap
+from pretrain.command_line import ScriptParser
 
 DEFAULT = Path("runs/quickstart")
 VOCAB_SIZE = 4096
@@ -185,7 +186,7 @@ Your own text: the commands above marked $, with other paths. More in README.md.
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier call wrote, and begin again")
     parser.add_argument(
         "--steps", type=int, metavar="N", help="train N steps instead of those of configs/quickstart.yaml"

@@ -19,15 +19,16 @@ from lit_data.record_sql import SORTS, difference, export
 from lit_data.tokenizer import open_tokenizer
 from lit_data.trace import TracedRun, left_out_of_document, open_run, spans_of_document, spans_of_step
 from lit_data.verify import verify
+from pretrain.command_line import ScriptParser
 
 NUMBER = re.compile(r"#(?:(\d+):)?(\d+)")
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__)
+def parser() -> ScriptParser:
+    top = ScriptParser(description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
 
-    def command(name: str, help: str) -> argparse.ArgumentParser:
+    def command(name: str, help: str) -> ScriptParser:
         made = commands.add_parser(name, help=help)
         made.add_argument("run", type=Path)
         return made

@@ -17,11 +17,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lit_data.corpus.readers import ReadErrors
 from lit_data.corpus.tokenizer_training import KINDS, train_tokenizer
+from pretrain.command_line import ScriptParser
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = ScriptParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files and folders of text")
     add("--vocab_size", type=int, required=True, metavar="N", help="ids in all, bytes and special tokens counted")

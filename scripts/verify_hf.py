@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 from lit_data.packed import PackedDataset
 from lit_eval.agreement import largest_difference, our_span_losses, transformers_span_losses
 from lit_model.load import Checkpoint, resolve
+from pretrain.command_line import ScriptParser
 
 TOLERANCE = 1e-4
 
@@ -26,7 +26,7 @@ def last_validation(run: Path) -> float | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ScriptParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run folder")
     parser.add_argument("--hf", type=Path, required=True, help="its newest checkpoint as convert_to_hf.sh wrote it")
     args = parser.parse_args()

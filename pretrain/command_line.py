@@ -1,0 +1,264 @@
+"""What all command lines share: short errors that name the flag that was meant, switches with or without a value, no
+flag that is silently replaced by a second one, and output that no terminal refuses. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import difflib
+import io
+import re
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NoReturn
+
+# Names of lit-gpt, TinyLlama, litgpt and transformers -> ours. Of each, those are suggested that a command line has.
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "learning_rate": ("optim.lr",),
+    "max_lr": ("optim.lr",),
+    "min_lr": ("optim.lr_min",),
+    "min_learning_rate": ("optim.lr_min",),
+    "decay_lr": ("optim.schedule",),
+    "lr_scheduler_type": ("optim.schedule",),
+    "lr_scheduler": ("optim.schedule",),
+    "lr_schedule": ("optim.schedule",),
+    "warmup": ("optim.warmup_steps", "optim.warmup_fraction"),
+    "warmup_iters": ("optim.warmup_steps",),
+    "lr_warmup_steps": ("optim.warmup_steps",),
+    "num_warmup_steps": ("optim.warmup_steps",),
+    "warmup_ratio": ("optim.warmup_fraction",),
+    "lr_warmup_fraction": ("optim.warmup_fraction",),
+    "adam_beta1": ("optim.beta1",),
+    "adam_beta2": ("optim.beta2",),
+    "adam_epsilon": ("optim.eps",),
+    "batch_size": ("train.global_batch_samples", "train.micro_batch_samples", "batch"),
+    "train_batch_size": ("train.global_batch_samples", "train.micro_batch_samples"),
+    "global_batch_size": ("train.global_batch_samples",),
+    "micro_batch_size": ("train.micro_batch_samples",),
+    "per_device_train_batch_size": ("train.micro_batch_samples",),
+    "per_device_eval_batch_size": ("eval.micro_batch_samples",),
+    "device_batch_size": ("train.micro_batch_samples",),
+    "gradient_accumulation_steps": ("train.global_batch_samples", "train.micro_batch_samples"),
+    "gradient_accumulation_iters": ("train.global_batch_samples", "train.micro_batch_samples"),
+    "accumulation_steps": ("train.global_batch_samples", "train.micro_batch_samples"),
+    "epochs": ("train.max_epochs",),
+    "num_epochs": ("train.max_epochs",),
+    "num_train_epochs": ("train.max_epochs",),
+    "steps": ("train.max_steps",),
+    "max_step": ("train.max_steps",),
+    "max_iters": ("train.max_steps", "eval.max_samples"),
+    "num_steps": ("train.max_steps",),
+    "total_steps": ("train.max_steps",),
+    "max_train_steps": ("train.max_steps",),
+    "max_tokens": ("train.max_tokens", "max_new_tokens"),
+    "max_length": ("max_new_tokens", "train.block_size"),
+    "max_seq_length": ("train.block_size",),
+    "seq_length": ("train.block_size",),
+    "seq_len": ("train.block_size",),
+    "sequence_length": ("train.block_size",),
+    "context_length": ("train.block_size",),
+    "max_norm": ("train.clip_norm",),
+    "max_grad_norm": ("train.clip_norm",),
+    "grad_clip": ("train.clip_norm",),
+    "gradient_clip_val": ("train.clip_norm",),
+    "gradient_checkpointing": ("train.activation_checkpointing",),
+    "bf16": ("precision",),
+    "fp16": ("precision",),
+    "mixed_precision": ("precision",),
+    "torch_compile": ("compile",),
+    "fsdp": ("strategy",),
+    "gpus": ("devices",),
+    "num_gpus": ("devices",),
+    "num_devices": ("devices",),
+    "nproc_per_node": ("devices",),
+    "nodes": ("num_nodes",),
+    "nnodes": ("num_nodes",),
+    "output_dir": ("out_dir", "output"),
+    "output_path": ("out_dir", "output"),
+    "output": ("out_dir",),
+    "out": ("out_dir", "output"),
+    "out_dir": ("output",),
+    "save_dir": ("out_dir", "output"),
+    "destination_path": ("output",),
+    "source_path": ("input",),
+    "data": ("data.train", "input"),
+    "data_dir": ("data.train", "data", "input"),
+    "data_path": ("data.train", "data", "input"),
+    "dataset": ("data.train", "data", "input"),
+    "train_data": ("data.train",),
+    "train_data_dir": ("data.train",),
+    "train_file": ("data.train",),
+    "val_data": ("data.val",),
+    "val_data_dir": ("data.val",),
+    "validation_file": ("data.val",),
+    "model": ("model.name", "checkpoint", "run"),
+    "model_name": ("model.name", "model"),
+    "model_name_or_path": ("init_from", "model.name", "model"),
+    "checkpoint": ("init_from", "resume", "model"),
+    "checkpoint_dir": ("init_from", "checkpoint", "model"),
+    "ckpt": ("checkpoint", "model"),
+    "checkpoint_path": ("checkpoint", "model"),
+    "initial_checkpoint_dir": ("init_from",),
+    "resume_from_checkpoint": ("resume",),
+    "tokenizer_path": ("tokenizer",),
+    "tokenizer_name": ("tokenizer",),
+    "tokenizer_dir": ("tokenizer",),
+    "save_steps": ("save.every_steps",),
+    "save_interval": ("save.every_steps",),
+    "save_step_interval": ("save.every_steps",),
+    "save_total_limit": ("save.keep_last",),
+    "eval_steps": ("eval.every_steps",),
+    "eval_interval": ("eval.every_steps",),
+    "eval_step_interval": ("eval.every_steps",),
+    "eval_iters": ("eval.max_samples",),
+    "logging_steps": ("log.every_steps",),
+    "log_interval": ("log.every_steps",),
+    "log_step_interval": ("log.every_steps",),
+    "report_to": ("log.trackers",),
+    "logger_name": ("log.trackers",),
+    "wandb_project": ("log.project",),
+    "hidden_size": ("model.n_embd",),
+    "num_hidden_layers": ("model.n_layer",),
+    "num_layers": ("model.n_layer",),
+    "num_attention_heads": ("model.n_head",),
+    "num_key_value_heads": ("model.n_query_groups",),
+    "head_dim": ("model.head_size",),
+    "tie_word_embeddings": ("model.tie_embeddings",),
+    "rope_theta": ("model.rope_base",),
+    "teacher": ("distillation.teachers", "teachers"),
+    "num_workers": ("workers",),
+    "num_proc": ("workers",),
+    "text": ("prompt",),
+    "num_tokens": ("max_new_tokens",),
+}
+SWITCH_WORDS = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
+FLAG = re.compile(r"--?[A-Za-z]")
+
+
+def near_flags(flag: str, known: Collection[str]) -> list[str]:
+    """Which of the flags (without their dashes) may be meant by one that is not among them; the likeliest first."""
+    name = flag.lstrip("-").partition("=")[0].lower().replace("-", "_")
+    last = name.rpartition(".")[2]
+    groups: tuple[Iterable[str], ...] = (
+        (k for k in known if k.lower().replace("-", "_") == name),
+        (k for k in (*OTHER_NAMES.get(name, ()), *OTHER_NAMES.get(last, ())) if k in known),
+        (k for k in known if k.rpartition(".")[2] == last),
+        (k for k in (name.removeprefix("no_"), name.removeprefix("no")) if k != name and k in known),
+        difflib.get_close_matches(name, known, n=2, cutoff=0.75),
+        (k for near in difflib.get_close_matches(last, OTHER_NAMES, n=1, cutoff=0.85)
+         for k in OTHER_NAMES[near] if k in known),
+        (k for near in difflib.get_close_matches(last, {k.rpartition(".")[2] for k in known}, n=1, cutoff=0.75)
+         for k in known if k.rpartition(".")[2] == near),
+    )  # fmt: skip
+    return next((found[:3] for group in groups if (found := list(dict.fromkeys(group)))), [])
+
+
+def explain(message: str, known: Collection[str]) -> str:
+    """A parser's message about flags or keys that it does not know, with those that may be meant."""
+    if match := re.match(r"unrecognized arguments: (.*)", message, flags=re.DOTALL):
+        unknown = [word for word in match[1].split() if FLAG.match(word)]
+        if not unknown:
+            return f"{match[1]!r} belongs to no flag"
+        return "; ".join(
+            f"there is no flag {word.partition('=')[0]}{_meant(word, known, dashes='--')}" for word in unknown
+        )
+    if match := re.search(r"(?:Group '([\w.]+)' does not accept o|O)ption '([\w.-]+)'", message):
+        key = ".".join(filter(None, match.groups()))
+        return f"there is no setting {key}{_meant(key, known, dashes='')}"
+    if match := re.match(r'Parser key "([\w.]+)":\s+Expected an? (.*)\. Got value: (.*)', message, flags=re.DOTALL):
+        kind = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.Literal", "one of ")
+        return f"--{match[1]} {match[3]}: expected {kind}"
+    return message
+
+
+def _meant(word: str, known: Collection[str], dashes: str) -> str:
+    near = near_flags(word, known)
+    return f"; did you mean {' or '.join(dashes + name for name in near)}?" if near else ""
+
+
+def spell_switches(argv: Sequence[str], switches: Collection[str]) -> list[str]:
+    """`--switch`, `--switch yes` and `--switch=True` -> `--switch=true`; likewise false."""
+    out: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if word == "--":
+            return [*out, word, *words]
+        if flag not in switches:
+            out.append(word)
+        elif equals:
+            out.append(f"{flag}={SWITCH_WORDS.get(value.lower(), value)}")
+        elif words and words[0].lower() in (*SWITCH_WORDS, "null"):
+            value = words.pop(0)
+            out.append(f"{flag}={SWITCH_WORDS.get(value.lower(), value)}")
+        else:
+            out.append(f"{flag}=true")
+    return out
+
+
+class Once(argparse.Action):
+    """Stores a value. A second one is an error, or is added where the flag takes several."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        assert isinstance(parser, ScriptParser)
+        if option_string is not None and self.dest in parser.given:
+            if self.nargs not in ("+", "*"):
+                raise argparse.ArgumentError(self, f"given twice: {parser.given[self.dest]} and {values}")
+            values = [*getattr(namespace, self.dest), *values]
+        parser.given[self.dest] = values
+        setattr(namespace, self.dest, values)
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """The parser of the scripts: `--switch true` is the same as `--switch`, a flag counts once, errors are short."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.given: dict[str, Any] = {}
+        for name in (None, "store"):
+            self.register("action", name, Once)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        make_printable()
+        self.given = {}
+        switches = {flag for action in self._actions if action.const is True for flag in action.option_strings}
+        words = []
+        for word in spell_switches(sys.argv[1:] if args is None else args, switches):
+            flag, _, value = word.partition("=")
+            if flag not in switches or value not in ("true", "false"):
+                words.append(word)
+            elif value == "true":
+                words.append(flag)
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        parsers: list[argparse.ArgumentParser] = [self]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+        flags = (flag for parser in parsers for action in parser._actions for flag in action.option_strings)
+        known = list(dict.fromkeys(flag.lstrip("-") for flag in flags))
+        self.exit(2, f"error: {explain(message, known)}\n{self.prog} --help lists the flags\n")
+
+
+def make_printable() -> None:
+    """Let standard output and error print any text: what their encoding lacks becomes \\uXXXX, as in JSON."""
+    codecs.register_error("json_escapes", _escape)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="json_escapes")
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2)), error.end

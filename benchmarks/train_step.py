@@ -34,8 +34,8 @@ from lit_model.cost import count_parameters, flops_per_token
 from lit_model.registry import get_config
 from pretrain.fabric_train import parse
 from pretrain.loop import train_step
-from pretrain.metrics import PEAK_FLOPS
 from pretrain.setup import set_up
+from pretrain.throughput import PEAK_FLOPS
 
 CONTENDERS = ("llammlein", "llammlein-documents", "transformers", "litgpt")
 

@@ -465,14 +465,17 @@ class EvalArgs:
                 raise ValueError(f"--eval.{name} {value} must be at least 1")
 
 
+TRACKERS = ("tensorboard", "wandb")
+
+
 @dataclass
 class LogArgs:
     """What is written while training."""
 
     every_steps: int = 10
     """Steps between rows of metrics.csv; each costs one wait for the device."""
-    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
-    """Beside metrics.csv, which is always written."""
+    trackers: list[str] | str = field(default_factory=list)
+    """Beside metrics.csv, which is always written: tensorboard, wandb, or both with a comma between them."""
     project: str = "llammlein"
     """Project at the tracker."""
     run_name: str | None = None
@@ -481,6 +484,12 @@ class LogArgs:
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise ValueError(f"--log.every_steps {self.every_steps} must be at least 1")
+        if isinstance(self.trackers, str):
+            self.trackers = [name for name in re.split(r"[\s,]+", self.trackers.strip("[] ")) if name]
+        self.trackers = list(dict.fromkeys(self.trackers))
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ValueError(f"--log.trackers {name}: there is no such tracker; give {' or '.join(TRACKERS)}")
 
 
 @dataclass

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from lit_model.init import copy_slice
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint, checkpoint_step, list_checkpoints
 from lit_model.sharded import load_into
 from pretrain.args import SaveArgs
-from pretrain.metrics import cut_metrics
+from pretrain.metrics import COLUMNS, cut_metrics
+from pretrain.metrics import FILE as METRICS
 
 FORMAT_VERSION = 1
+ABANDONED = "abandoned"  # in the run folder: checkpoints and record of steps that it went back over
 STEP_COUNT = "optimizer.all/step_count"  # in a checkpoint: AdamW's updates so far
 
 
@@ -75,7 +79,7 @@ def check_whole(checkpoint: Checkpoint) -> None:
 def find_checkpoint(resume: str, run: Path) -> Path | None:
     """What --resume means: the checkpoint to go on from, or None for a fresh start (`auto` only).
 
-    Raises FileNotFoundError that names what was looked for.
+    Raises FileNotFoundError that names what was looked for, and ValueError for a checkpoint of another folder.
     """
     if resume in ("latest", "auto"):
         checkpoints = list_checkpoints(run)
@@ -86,22 +90,45 @@ def find_checkpoint(resume: str, run: Path) -> Path | None:
         raise FileNotFoundError(
             f"--resume latest: {run} holds no checkpoint (use --resume auto to begin where there is none)"
         )
-    for path in (run / resume, Path(resume)):
-        if path.exists() and checkpoint_step(path) is not None:
-            return path
     known = ", ".join(p.name for p in list_checkpoints(run)[-3:]) or "none"
-    raise FileNotFoundError(
-        f"--resume {resume}: no such checkpoint in {run} or as a path; the newest there: {known}. "
-        "Give latest, auto, iter-XXXXXXXX-ckpt.pth or a path to one"
+    there = run / resume
+    if run.is_dir() and there.exists() and there.parent.samefile(run) and checkpoint_step(there) is not None:
+        return there
+    path = Path(resume)
+    if not path.exists() or checkpoint_step(path) is None:
+        hint = f"; it is a run folder: give --out_dir {path} --resume latest" if list_checkpoints(path) else ""
+        raise FileNotFoundError(
+            f"--resume {resume}: no such checkpoint in {run} or as a path; the newest there: {known}{hint}. "
+            "Give latest, auto, iter-XXXXXXXX-ckpt.pth or a path to one"
+        )
+    mine = run / path.name
+    if mine.exists() and same_state(mine, path):
+        return path
+    home = path.resolve().parent
+    begin = f"begin a new run with its weights by --init_from {path}"
+    if home.parent.name == ABANDONED:
+        raise ValueError(
+            f"--resume {resume}: this checkpoint was abandoned when its run went back, and the record continues from "
+            f"an earlier one; {begin} and another --out_dir"
+        )
+    raise ValueError(
+        f"--resume {resume} is not in --out_dir {run}, whose record, metrics and checkpoints would lack its steps (the "
+        f"newest there: {known}); give --out_dir {home} to resume that run, or {begin}"
     )
 
 
-def rewind(run: Path, step: int) -> None:
+def same_state(one: Path, other: Path) -> bool:
+    """Whether two checkpoints are of one moment of one run: the same file, a copy, or converted to the other kind."""
+    facts = [{k: v for k, v in Checkpoint(path).meta.items() if k != "checksums"} for path in (one, other)]
+    return one.samefile(other) or facts[0] == facts[1]
+
+
+def rewind(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
     """Make a run folder what it was after `step` steps. Rank 0 calls this before anyone writes.
 
     Later checkpoints and their part of the record move to abandoned/; parts that no checkpoint had committed, which
-    a killed run leaves, are removed; metrics.csv is cut. Killed on the way, the run can go on from any checkpoint that
-    is still in its place.
+    a killed run leaves, are removed; metrics.csv, whose `columns` are given, is cut. Killed on the way, the run can be
+    resumed from any checkpoint that is still in its place.
     """
     datapoints = run / "datapoints"
     for leftover in [*run.glob(".iter-*.tmp"), *run.glob(".deleting-*")]:
@@ -109,12 +136,13 @@ def rewind(run: Path, step: int) -> None:
     remove_temporaries(datapoints)
     later = [p for p in list_checkpoints(run) if (checkpoint_step(p) or 0) > step]
     if later:
-        abandoned = run / "abandoned"
+        abandoned = run / ABANDONED
         number = sum(1 for _ in abandoned.iterdir()) if abandoned.is_dir() else 0
         grave = abandoned / f"{number:03d}-from-{step:08d}"
         (grave / "datapoints").mkdir(parents=True)
-        if (run / "metrics.csv").exists():
-            shutil.copy2(run / "metrics.csv", grave / "metrics.csv")
+        with contextlib.suppress(OSError):  # damaged: cut_metrics sees to it
+            if (run / METRICS).is_file():
+                shutil.copy2(run / METRICS, grave / METRICS)
         # Copied, not moved: as long as a later checkpoint is in its place, the record must reach up to it.
         if datapoints.is_dir():
             copy_record(run, step, grave / "datapoints")
@@ -123,7 +151,7 @@ def rewind(run: Path, step: int) -> None:
         sync_file(run)
     if datapoints.is_dir():
         cut_record(datapoints, step)
-    cut_metrics(run / "metrics.csv", step)
+    cut_metrics(run / METRICS, step, columns)
 
 
 def retain(run: Path, args: SaveArgs) -> None:

@@ -26,12 +26,15 @@ from lit_model.loss import LossOutput
 from lit_model.moe import RouterStatistics
 from pretrain.args import plain
 from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
-from pretrain.metrics import DISTILLATION_COLUMNS, ROUTER_COLUMNS, MetricsWriter, ProgressBar, Throughput, router_values
+from pretrain.metrics import FILE as METRICS
+from pretrain.metrics import ROUTER_COLUMNS, MetricsFile, router_values
 from pretrain.objective import distillation_values, teaching
 from pretrain.optim import clip_gradients
 from pretrain.parallel import on_rank_zero, uses_fsdp
+from pretrain.progress import ProgressBar
 from pretrain.schedule import learning_rate
-from pretrain.setup import Run, go_back
+from pretrain.setup import Run, go_back, metrics_columns
+from pretrain.throughput import Throughput
 
 SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 
@@ -81,16 +84,15 @@ def fit(run: Run) -> str | None:
     finally:
         run.stop.close()
         run.saver.close()
+        if run.trackers is not None:
+            run.trackers.close()
 
 
 def run_steps(run: Run) -> str | None:
     """The steps from `run.step` to the end, or to a signal, a fault or a loss spike."""
     args, max_steps = run.args, run.data.max_steps
     rank_zero = run.fabric.global_rank == 0
-    columns = [name for name, _ in epoch_columns(run, [0.0] * len(run.data.rows))]
-    columns += ROUTER_COLUMNS if run.config.n_expert else ()
-    columns += DISTILLATION_COLUMNS if args.objective == "distillation" else ()
-    metrics = MetricsWriter(run.folder, args.log, plain(args), columns) if rank_zero else None
+    metrics = MetricsFile(run.folder / METRICS, metrics_columns(run)) if rank_zero else None
     bar = ProgressBar(run.step, max_steps, show=rank_zero)
     throughput = Throughput(run.config, run.data.block_size, run.device, run.world_size)
     slots = args.train.global_batch_samples * run.data.block_size
@@ -338,11 +340,13 @@ def validate(run: Run, throughput: Throughput) -> dict[str, float]:
     return row
 
 
-def publish_row(run: Run, metrics: MetricsWriter | None, bar: ProgressBar, row: dict[str, float]) -> None:
+def publish_row(run: Run, metrics: MetricsFile | None, bar: ProgressBar, row: dict[str, float]) -> None:
     """Write a row of metrics, and say the validation loss."""
     if metrics is None:
         return
     metrics.write(row)
+    if run.trackers is not None:
+        run.trackers.log(row)
     bar.note(row)
     if "val_loss" in row:
         train = f"train loss {row['train_loss']:.4f}, " if "train_loss" in row else ""

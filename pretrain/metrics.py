@@ -1,26 +1,26 @@
-"""What is written while training: metrics.csv always, trackers when asked, a progress bar on a terminal."""
+"""metrics.csv: its columns, its rows as they are written while training, and its repair when a run is resumed."""
 
 from __future__ import annotations
 
-import csv
+import contextlib
+import errno
 import math
 import os
-import resource
-import sys
-import time
+import re
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from lit_model.config import ModelConfig
-from lit_model.cost import flops_per_token
+from lit_files.publish import replace_file
 from lit_model.moe import RouterStatistics, load_balance_loss
-from pretrain.args import LogArgs
+from pretrain.messages import say, warn
+
+FILE = "metrics.csv"  # in the run folder
 
 COLUMNS = (
     "step",  # optimizer steps done
@@ -55,126 +55,211 @@ DISTILLATION_COLUMNS = (
     "total_loss",  # what is minimised, of the mean target, without z-loss and the routers' losses
 )
 
-# Dense bf16 peak of one device in FLOP/s, by a part of its name (vendor data sheets).
-PEAK_FLOPS = {
-    "H200": 989.5e12,
-    "H100 PCIe": 756e12,
-    "H100": 989.5e12,
-    "GH200": 989.5e12,
-    "A100": 312e12,
-    "A40": 149.7e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165.2e12,
-}
+KEPT_ROWS = 10_000  # at most, that a full disk did not take, until there is room
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the rows after `step` from metrics.csv, and a last row that a killed run left unfinished. Atomic.
+@dataclass
+class Rows:
+    """What a metrics.csv holds: the line of its header, and its whole rows, as bytes with their line ends."""
 
-    A run at step 0 begins with a row of its own, so that none is kept.
+    header: bytes
+    text: list[bytes]
+    damage: str | None
+
+    def steps(self) -> list[int]:
+        return [int(row.split(b",", 1)[0]) for row in self.text]
+
+
+def read_rows(content: bytes, expected: Sequence[str] = COLUMNS) -> Rows:
+    """The whole rows of a metrics.csv in whatever state it is.
+
+    A last line without its end is what a killed run leaves, no damage. `expected` are the columns of a file whose
+    header was lost, if its rows have as many.
     """
-    if not path.exists():
+    *lines, torn = content.split(b"\n")
+    header, rows, damage = header_line(expected), lines, None
+    if not content:
+        damage = "it is empty"
+    elif lines and columns_of(lines[0]) is not None:
+        header, rows = lines[0] + b"\n", lines[1:]
+    else:
+        damage = "it has no header"
+    width = header.count(b",")
+    whole = [row + b"\n" for row in rows if is_row(row, width)]
+    if damage is None and len(whole) < len(rows):
+        damage = f"{len(rows) - len(whole)} of its {len(rows)} rows cannot be read"
+    if damage is None and b"\0" in torn:
+        damage = "it ends in zero bytes"
+    return Rows(header, whole, damage)
+
+
+def header_line(columns: Sequence[str]) -> bytes:
+    return ",".join(columns).encode() + b"\r\n"
+
+
+def columns_of(header: bytes) -> list[str] | None:
+    """The names in a line, if it is a header."""
+    if re.fullmatch(rb"step(,[A-Za-z]\w*)+\s*", header) is None:
+        return None
+    names = header.decode().rstrip().split(",")
+    return names if len(set(names)) == len(names) else None
+
+
+def is_row(line: bytes, width: int) -> bool:
+    """Whether it is a step and `width` numbers, any of which may be missing."""
+    step, *values = line.rstrip(b"\r").split(b",")
+    if len(values) != width or re.fullmatch(rb"\d{1,18}", step) is None:
+        return False
+    try:
+        return all(float(value or b"0") is not None for value in values)
+    except ValueError:
+        return False
+
+
+def newest_step(path: Path) -> int | None:
+    """The highest step that metrics.csv has a row of; None without one."""
+    try:
+        return max(read_rows(path.read_bytes()).steps(), default=None)
+    except OSError:
+        return None
+
+
+def cut_metrics(path: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
+    """Drop the rows after `step` from metrics.csv, and a last row that a killed run left unfinished.
+
+    A run at step 0 begins with a row of its own, so that none is kept. A damaged file never raises: it is kept beside
+    as metrics.csv.damaged-N, its whole rows stay in metrics.csv, and one line on standard error says so.
+
+    Args:
+        columns: of a file whose header was lost.
+    """
+    if not os.path.lexists(path):
         return
-    lines = path.read_text().splitlines(keepends=True)
-    header, rows = lines[0], lines[1:] if step > 0 else []
-    rows = [line for line in rows if line.endswith("\n") and int(line.split(",", 1)[0]) <= step]
-    temporary = path.with_name(".metrics.csv.tmp")
-    with open(temporary, "w") as f:
-        f.writelines([header, *rows])
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        content = path.read_bytes() if path.is_file() else None
+        rows = read_rows(content or b"", columns)
+        damage = rows.damage if content is not None else "it is not a file"
+    except OSError as error:
+        content, rows, damage = None, read_rows(b"", columns), f"it cannot be read ({error.strerror})"
+    if step == 0 and content is not None and b"\n" not in content:
+        damage = None  # killed before the header was written
+    kept = [row for row, n in zip(rows.text, rows.steps(), strict=True) if n <= step and step > 0]
+    new = b"".join([rows.header, *kept])
+    try:
+        if damage is None and content is not None and content.startswith(new):
+            os.truncate(path, len(new))  # takes no room
+            return
+        if damage is not None and content != b"":
+            damage += f"; kept as {set_aside(path).name}"
+        with replace_file(path) as temporary:
+            temporary.write_bytes(new)
+    except OSError as error:
+        damage = f"{damage or 'rows of later steps'}; it cannot be rewritten ({error.strerror})"
+    if damage is not None:
+        until = f" up to step {read_rows(new).steps()[-1]}" if kept else ""
+        warn(f"{path}: {damage}; {len(kept)} whole rows{until} remain")
 
 
-def add_columns(path: Path, columns: Sequence[str]) -> list[str]:
-    """Give metrics.csv the columns it lacks, empty so far; returns all of them. Atomic."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    there = lines[0].split(",")
-    more = [name for name in columns if name not in there]
-    if more:
-        temporary = path.with_name(".metrics.csv.tmp")
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(f"{lines[0]},{','.join(more)}\n")
-            f.writelines(f"{line}{',' * len(more)}\n" for line in lines[1:])
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    return [*there, *more]
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to NAME.damaged-1, -2, ..."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.damaged-{number}")):
+        number += 1
+    os.rename(path, aside)
+    return aside
 
 
-class MetricsWriter:
-    """Rank 0's metrics.csv and trackers. Rows are appended and flushed one by one."""
+class MetricsFile:
+    """Appends rows to a CSV file, one write each, so that they are seen at once. A failing disk never raises.
 
-    def __init__(self, run: Path, args: LogArgs, config: dict[str, Any], more: Sequence[str] = ()) -> None:
-        path = run / "metrics.csv"
-        columns = [*COLUMNS, *(name for name in more if name not in COLUMNS)]
-        new = not path.exists()
-        if not new:
-            columns = add_columns(path, columns)
-        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - closed by close
-        self._csv = csv.DictWriter(self._file, columns, restval="")
-        if new:
-            self._csv.writeheader()
-            self._file.flush()
-        self._trackers: list[Any] = []
-        name = args.run_name or run.resolve().name
-        if "tensorboard" in args.trackers:
-            self._trackers.append(_TensorBoard(run))
-        if "wandb" in args.trackers:
-            self._trackers.append(_WandB(run, args.project, name, config))
+    Rows that could not be written (a full disk, a quota) are kept in memory and written when there is room again; what
+    was written of one is cut off first. One line says that it failed, another that it works again.
+
+    Args:
+        path: its columns are kept, and those that it lacks are added.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, list(columns)
+        self._file: IO[bytes] | None = None
+        self._pending: deque[dict[str, float]] = deque(maxlen=KEPT_ROWS)
+        self._failing = False
+        self._flush()
 
     def write(self, row: dict[str, float]) -> None:
-        """`row` maps names of COLUMNS to numbers; what was not measured is left out."""
-        self._csv.writerow({k: _number(v) for k, v in row.items()})
-        self._file.flush()
-        for tracker in self._trackers:
-            tracker.log({k: v for k, v in row.items() if k != "step"}, int(row["step"]))
+        """`row` maps names of columns to numbers; what was not measured is left out."""
+        self._pending.append(row)
+        self._flush()
 
     def close(self) -> None:
-        self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _flush(self) -> None:
+        try:
+            if self._file is None:
+                self._file = self._open()
+            if self._pending:
+                append(self._file, b"".join(self._line(row) for row in self._pending))
+                self._pending.clear()
+            if self._failing:
+                say(f"{self.path} is written again")
+            self._failing = False
+        except OSError as error:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+            if not self._failing:
+                warn(
+                    f"{self.path} cannot be written ({error.strerror}); training continues, and its rows are written "
+                    "once that is possible again"
+                )
+            self._failing = True
+
+    def _line(self, row: dict[str, float]) -> bytes:
+        assert not row.keys() - self.columns, f"unknown columns {row.keys() - self.columns}"
+        return (",".join(_number(row[name]) if name in row else "" for name in self.columns) + "\r\n").encode()
+
+    def _open(self) -> IO[bytes]:
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        columns = columns_of(whole.partition(b"\n")[0])
+        if columns is None:
+            if content:
+                set_aside(self.path)
+            with open(self.path, "ab", buffering=0) as file:
+                append(file, header_line(self.columns))
+        else:
+            if len(whole) < len(content):
+                os.truncate(self.path, len(whole))  # a row of which a full disk took a part
+            if more := [name for name in self.columns if name not in columns]:
+                add_columns(self.path, more)
+            self.columns = [*columns, *more]
+        return open(self.path, "ab", buffering=0)
+
+
+def append(file: IO[bytes], data: bytes) -> None:
+    """Write to the end of an unbuffered file, all or nothing. Raises OSError."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        if file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(end)
+        raise
+
+
+def add_columns(path: Path, more: Sequence[str]) -> None:
+    """Give metrics.csv the columns that it lacks, empty so far. Atomic."""
+    header, *rows = path.read_bytes().splitlines()
+    with replace_file(path) as temporary:
+        lines = [b",".join([header, *(name.encode() for name in more)]), *(row + b"," * len(more) for row in rows)]
+        temporary.write_bytes(b"".join(line + b"\r\n" for line in lines))
 
 
 def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else repr(float(value))
-
-
-class _TensorBoard:
-    def __init__(self, run: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "--log.trackers tensorboard: install it with `pip install llammlein[tensorboard]`"
-            ) from error
-        self._writer = SummaryWriter(str(run / "tensorboard"))
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WandB:
-    def __init__(self, run: Path, project: str, name: str, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError("--log.trackers wandb: install it with `pip install llammlein[wandb]`") from error
-        # WANDB_MODE=offline and the key come from the environment; the id keeps a resumed run one run.
-        self._run = wandb.init(project=project, name=name, id=name, dir=str(run), config=config, resume="allow")
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._run.log(values, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 def router_values(router: RouterStatistics) -> Tensor:
@@ -184,81 +269,3 @@ def router_values(router: RouterStatistics) -> Tensor:
     mean = router.probability / router.tokens.unsqueeze(-1).clamp(min=1)  # (L, E)
     entropy = torch.special.entr(mean).sum(-1).mean() / math.log(n_expert) if n_expert > 1 else load.new_ones(())
     return torch.stack([load.max(), load.min(), entropy, load_balance_loss(router)])
-
-
-class Throughput:
-    """Tokens per second and model FLOPs utilisation between two log steps."""
-
-    def __init__(self, config: ModelConfig, block_size: int, device: torch.device, world_size: int) -> None:
-        self.flops = flops_per_token(config, block_size)
-        self.flops_causal = flops_per_token(config, block_size, causal=True)
-        self.device, self.world_size = device, world_size
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self.peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-        self._tokens, self._start = 0, time.perf_counter()
-        self.begin = self._start
-
-    def add(self, tokens: int) -> None:
-        """Count the slots of a step, over all ranks (padding included: the model computes it too)."""
-        self._tokens += tokens
-
-    def pause(self) -> float:
-        """Begin an interval that is not training; give the returned value to `go_on`."""
-        return time.perf_counter()
-
-    def go_on(self, paused: float) -> None:
-        self._start += time.perf_counter() - paused
-
-    def read(self) -> dict[str, float]:
-        """Values since the last read. The caller has just waited for the device."""
-        now = time.perf_counter()
-        rate = self._tokens / max(now - self._start, 1e-9)
-        self._tokens, self._start = 0, now
-        row = {"tokens_per_s": rate, "memory_gib": peak_memory_gib(self.device), "seconds": now - self.begin}
-        if self.peak is not None:
-            row["mfu"] = rate * self.flops / (self.peak * self.world_size)
-            row["mfu_causal"] = rate * self.flops_causal / (self.peak * self.world_size)
-        return row
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process: allocated on CUDA, resident otherwise; GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-class ProgressBar:
-    """A rich progress bar with the time left; nothing where standard error is no terminal."""
-
-    def __init__(self, first_step: int, max_steps: int, show: bool) -> None:
-        console = Console(stderr=True)
-        self._progress: Progress | None = None
-        if show and console.is_terminal:
-            self._progress = Progress(
-                TextColumn("[bold]training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self._progress.start()
-            self._task = self._progress.add_task("train", total=max_steps, completed=first_step, note="")
-
-    def advance(self) -> None:
-        if self._progress is not None:
-            self._progress.advance(self._task)
-
-    def note(self, row: dict[str, float]) -> None:
-        """Show the newest numbers beside the bar."""
-        if self._progress is not None and "train_loss" in row:
-            note = f"loss {row['train_loss']:.3f}  {row.get('tokens_per_s', 0):,.0f} tokens/s"
-            self._progress.update(self._task, note=note)
-
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()

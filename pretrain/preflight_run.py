@@ -25,7 +25,6 @@ from pretrain.args import RunArgs
 from pretrain.checkpoint import find_checkpoint
 from pretrain.init_from import model_config
 from pretrain.loop import train_step
-from pretrain.metrics import Throughput, peak_memory_gib
 from pretrain.parallel import uses_fsdp
 from pretrain.preflight_checks import checkpoint_bytes
 from pretrain.preflight_ranks import Ranks
@@ -42,6 +41,7 @@ from pretrain.setup import (
     training_loader,
 )
 from pretrain.teachers import teacher_bytes
+from pretrain.throughput import Throughput, peak_memory_gib
 
 CHECKSUM_BYTES = 256 << 20  # of shards that one rank reads again
 MANY_EPOCHS = 4.0  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
@@ -191,8 +191,9 @@ def load_some(s: Situation) -> float:
 
 
 def without_traces(args: RunArgs) -> RunArgs:
-    """The same settings, but nothing is staged in the cache and no record is written."""
-    return replace(args, data=replace(args.data, cache_dir=None, datapoints=False), preflight=False)
+    """The same settings, but nothing is staged in the cache, no record is written and no tracker started."""
+    data, log = replace(args.data, cache_dir=None, datapoints=False), replace(args.log, trackers=[])
+    return replace(args, data=data, log=log, preflight=False)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from lit_model.config import ModelConfig
 from lit_model.cost import TrainingMemory
 from pretrain.args import RunArgs
 from pretrain.preflight_ranks import Outcome, Ranks
-from pretrain.setup import Data, Datasets
+from pretrain.setup import Data, Datasets, named_folder
 
 T = TypeVar("T")
 Verdict = Literal["ok", "warning", "failed", "skipped"]
@@ -74,7 +74,7 @@ class Situation:
     @property
     def folder(self) -> Path:
         """The run's, or where it will be made."""
-        return self.args.out_dir or Path("runs")
+        return named_folder(self.args) or Path("runs")
 
     def failed(self, name: str) -> bool:
         return name in self.findings and self.findings[name].verdict == "failed"

@@ -42,10 +42,12 @@ from lit_model.load import (
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from pretrain.args import DistillationArgs, RunArgs, TrainArgs, flat, plain
-from pretrain.checkpoint import STEP_COUNT, find_checkpoint, load_state, rewind, state_tensors
+from pretrain.checkpoint import STEP_COUNT, find_checkpoint, load_state, remove, rewind, state_tensors
 from pretrain.first_failure import begin_attempt, report_failure
 from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.init_from import load_optimizer, load_weights, model_config, optimizer_of
+from pretrain.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS, newest_step
+from pretrain.metrics import FILE as METRICS
 from pretrain.optim import AdamW, LossScale
 from pretrain.parallel import (
     DTYPES,
@@ -62,6 +64,7 @@ from pretrain.synthetic import make_synthetic_data
 from pretrain.teacher_cache import FILE as CACHE_FILE
 from pretrain.teacher_cache import CachedTeacher, check_cache
 from pretrain.teachers import Teachers, check_teachers, identify
+from pretrain.trackers import Trackers, abandon, check_trackers
 from pretrain.watchdog import Watchdog, control_store
 
 # Settings that decide what a run means: a resume with another value is refused unless --resume_allow names it.
@@ -116,7 +119,9 @@ class Data:
         return [r.dataset for r in self.rows]
 
     def epochs(self, samples: int) -> list[float]:
-        """How often the rows of each dataset were seen in the first `samples` samples, in the mean."""
+        """How often the rows of each dataset were seen in the first `samples` samples, on average."""
+        if self.end_sample is not None:
+            samples = min(samples, self.end_sample)  # the last step is filled up with empty rows
         counts = self.mixture.counts(samples).tolist()
         return [count / r.n_windows for count, r in zip(counts, self.rows, strict=True)]
 
@@ -142,6 +147,7 @@ class Run:
     saver: Saver
     spikes: SpikeDetector
     lock: FileLock | None
+    trackers: Trackers | None  # on rank 0
     taught_by: list[dict[str, Any]]  # name, sha256 and weight of each teacher
     teachers: Teachers | CachedTeacher | None = None
     stop: StopRequest = dataclasses.field(init=False)
@@ -190,30 +196,56 @@ class Run:
         return torch.autocast(self.device.type, DTYPES[self.args.precision])
 
 
-def open_folder(fabric: Fabric, args: RunArgs) -> tuple[Path, Path | None, FileLock | None]:
-    """The run folder, the checkpoint to go on from (None: a fresh start), and rank 0's lock."""
+def named_folder(args: RunArgs) -> Path | None:
+    """The run folder as the command names it: --out_dir, or else the folder of a checkpoint that --resume names."""
+    if args.out_dir is None and args.resume is not None:
+        path = Path(args.resume)
+        if path.exists() and checkpoint_step(path) is not None:
+            return path.parent
+    return args.out_dir
+
+
+def open_folder(fabric: Fabric, args: RunArgs) -> tuple[Path, Path | None, FileLock | None, Trackers | None]:
+    """The run folder, the checkpoint to resume (None: a fresh start), rank 0's lock, and of a new run its trackers."""
     lock: list[FileLock] = []
+    trackers: list[Trackers] = []
 
     def work() -> tuple[Path, Path | None]:
         name = args.model.name or "run"
-        folder = args.out_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if args.resume is None and ((folder / "config.yaml").exists() or list_checkpoints(folder)):
+        folder = named_folder(args) or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        holds_run = (folder / "config.yaml").exists() or bool(list_checkpoints(folder))
+        if args.resume is None and holds_run:
             raise ValueError(
-                f"--out_dir {folder} holds a run already; go on with it by --resume latest, or choose another folder"
+                f"--out_dir {folder} holds a run already; resume it with --resume latest, or choose another folder"
             )
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out_dir {folder} is a file")
         checkpoint = find_checkpoint(args.resume, folder) if args.resume is not None else None
+        if not holds_run:
+            check_trackers(args.log, folder)
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        kept = {path.name for path in folder.iterdir()} if folder.exists() else set()
         try:
             lock.append(lock_folder(folder, "wait for it, or choose another --out_dir"))
         except OSError as error:
             raise ValueError(
                 f"--out_dir {folder} cannot be used: {error.strerror or error} ({error.filename or folder})"
             ) from error
+        if not holds_run and args.log.trackers:
+            try:
+                trackers.append(Trackers(folder, args.log, plain(args), 0, strict=True))
+            except ValueError:
+                lock[0].close()
+                for path in folder.iterdir():
+                    if path.name not in kept:
+                        remove(path)
+                for path in new:
+                    path.rmdir()
+                raise
         return folder, checkpoint
 
     folder, checkpoint = on_rank_zero(fabric, work)
-    return folder, checkpoint, lock[0] if lock else None
+    return folder, checkpoint, lock[0] if lock else None, trackers[0] if trackers else None
 
 
 @dataclass
@@ -423,7 +455,7 @@ def set_up(args: RunArgs) -> Run:
         # A mistake in what is there already is said before any process starts.
         open_datasets(args, lambda vocab_size: model_config(args, vocab_size))
     fabric = build_fabric(args, devices)
-    folder, checkpoint_path, lock = open_folder(fabric, args)
+    folder, checkpoint_path, lock, trackers = open_folder(fabric, args)
     if args.data.synthetic.tokens:
         train, val = on_rank_zero(fabric, lambda: make_synthetic_data(args.data.synthetic, folder / "data", args.seed))
         args = dataclasses.replace(args)
@@ -496,6 +528,7 @@ def set_up(args: RunArgs) -> Run:
         saver=saver,
         spikes=SpikeDetector(args.guard),
         lock=lock,
+        trackers=trackers,
         taught_by=taught_by,
         step=step,
         changes=changes,
@@ -661,9 +694,25 @@ def open_caches(args: RunArgs, data: Data) -> list[ShardCache] | None:
     return [ShardCache(d, folder, budget, chunk_bytes=c) for d, c in zip(data.train, chunks, strict=True)]
 
 
+def metrics_columns(run: Run) -> list[str]:
+    """The columns of the run's metrics.csv. A mixture has an epoch for each dataset, by its number."""
+    n_datasets = len(run.data.rows)
+    epochs = () if n_datasets == 1 else [f"epoch_{d}" for d in range(n_datasets)]
+    routers = ROUTER_COLUMNS if run.config.n_expert else ()
+    distillation = DISTILLATION_COLUMNS if run.args.objective == "distillation" else ()
+    return [*COLUMNS, *epochs, *routers, *distillation]
+
+
 def prepare_folder(run: Run) -> None:
     """Rank 0: bring the run folder to the state of `run.step`, and write what describes the run."""
-    rewind(run.folder, run.step)
+    goes_back = (newest_step(run.folder / METRICS) or 0) > run.step
+    if goes_back:
+        abandon(run.folder, run.args.log)
+    rewind(run.folder, run.step, metrics_columns(run))
+    if run.args.log.trackers and (run.trackers is None or goes_back):
+        if run.trackers is not None:
+            run.trackers.close()
+        run.trackers = Trackers(run.folder, run.args.log, plain(run.args), run.step, strict=False)
     (run.folder / STOPPED).unlink(missing_ok=True)
     text = yaml.safe_dump(plain(dataclasses.replace(run.args, resume=None)), sort_keys=False, allow_unicode=True)
     temporary = run.folder / ".config.yaml.tmp"

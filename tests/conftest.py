@@ -1,9 +1,23 @@
-"""Options of the tests."""
+"""Options of the tests, and the packed dataset that tests of training share."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
+from running import write_dataset
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, help="of kills at calls only every N-th (tests/chaos)")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DIR/train (about 4000 tokens, documents of 1 to 90) and DIR/val."""
+    folder = tmp_path_factory.mktemp("packed")
+    rng = np.random.default_rng(7)
+    write_dataset(folder / "train", rng.integers(1, 90, size=90).tolist())
+    write_dataset(folder / "val", rng.integers(1, 90, size=9).tolist(), seed=1)
+    return folder

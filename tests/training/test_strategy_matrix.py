@@ -5,6 +5,7 @@ The table of all pairs, which docs/parallelism.md has: `python -m pytest -m slow
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,7 +50,9 @@ class Matrix:
         saved = self.undisturbed(saves, kind) / f"iter-{SAVED:08d}-ckpt.pth"
         assert saved.is_dir() == (kind == "sharded")
         run = self.folder / f"{kind}-{saves}-{loads}"
-        self.trainer.run(loads, self.arguments(loads, run, resume=str(saved)), loaded=saved)
+        run.mkdir()
+        (shutil.copytree if saved.is_dir() else shutil.copy2)(saved, run / saved.name)
+        self.trainer.run(loads, self.arguments(loads, run, resume=saved.name), loaded=saved)
         single = self.undisturbed("single")
         for name in COLUMNS[:2]:
             assert len(column(run, name, after=SAVED)) == STEPS - SAVED

@@ -1,0 +1,70 @@
+"""Tokens per second, model FLOPs utilisation and peak memory of a run."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+
+from lit_model.config import ModelConfig
+from lit_model.cost import flops_per_token
+
+# Dense bf16 peak of one device in FLOP/s, by a part of its name (vendor data sheets).
+PEAK_FLOPS = {
+    "H200": 989.5e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.5e12,
+    "GH200": 989.5e12,
+    "A100": 312e12,
+    "A40": 149.7e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165.2e12,
+}
+
+
+class Throughput:
+    """Tokens per second and model FLOPs utilisation between two log steps."""
+
+    def __init__(self, config: ModelConfig, block_size: int, device: torch.device, world_size: int) -> None:
+        self.flops = flops_per_token(config, block_size)
+        self.flops_causal = flops_per_token(config, block_size, causal=True)
+        self.device, self.world_size = device, world_size
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        self._tokens, self._start = 0, time.perf_counter()
+        self.begin = self._start
+
+    def add(self, tokens: int) -> None:
+        """Count the slots of a step, over all ranks (padding included: the model computes it too)."""
+        self._tokens += tokens
+
+    def pause(self) -> float:
+        """Begin an interval that is not training; give the returned value to `go_on`."""
+        return time.perf_counter()
+
+    def go_on(self, paused: float) -> None:
+        self._start += time.perf_counter() - paused
+
+    def read(self) -> dict[str, float]:
+        """Values since the last read. The caller has just waited for the device."""
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._start, 1e-9)
+        self._tokens, self._start = 0, now
+        row = {"tokens_per_s": rate, "memory_gib": peak_memory_gib(self.device), "seconds": now - self.begin}
+        if self.peak is not None:
+            row["mfu"] = rate * self.flops / (self.peak * self.world_size)
+            row["mfu_causal"] = rate * self.flops_causal / (self.peak * self.world_size)
+        return row
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: allocated on CUDA, resident otherwise; GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

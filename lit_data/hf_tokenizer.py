@@ -26,6 +26,7 @@ from typing import Any
 
 from lit_data.sentencepiece_file import ModelType, Piece, PieceType, SentencepieceFile
 from lit_data.tokenizer import SPACE_MARK, JsonTokenizer, SentencepieceTokenizer, Tokenizer, open_tokenizer
+from lit_files.reading import read_object
 
 KEPT_SETTINGS = ("model_max_length", "chat_template", "padding_side", "truncation_side")
 STAND_INS = 0xF0000  # a private use area
@@ -335,7 +336,7 @@ def config_for_transformers(special: dict[str, str]) -> dict[str, Any]:
 
 def _kept_settings(tokenizer: Tokenizer) -> dict[str, Any]:
     path = tokenizer.path.with_name("tokenizer_config.json")
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_object(path) if path.is_file() else {}
     return {key: settings[key] for key in KEPT_SETTINGS if settings.get(key) is not None}
 
 

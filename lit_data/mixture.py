@@ -181,6 +181,15 @@ class Mixture:
         return of, rank
 
 
+def check_phases(phases: Sequence[Phase], datasets: int) -> None:
+    """Raises ValueError for phases, read from a file, that no mixture of so many datasets has."""
+    firsts = [p.first_sample for p in phases]
+    if not firsts or firsts[0] != 0 or firsts != sorted(set(firsts)):
+        raise ValueError(f"phases begin at samples {firsts!r:.80}")
+    if any(len(p.quotas) != datasets or min(p.quotas, default=-1) < 0 or sum(p.quotas) != BLOCK for p in phases):
+        raise ValueError(f"the quotas of a phase do not share {BLOCK} rows among {datasets} datasets")
+
+
 def phase_list(weights: Sequence[tuple[int, Sequence[float]]]) -> tuple[Phase, ...]:
     """[(first sample, weights)] -> phases. Raises ValueError where they do not ascend from 0, or see `quotas`."""
     firsts = [first for first, _ in weights]

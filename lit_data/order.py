@@ -196,6 +196,15 @@ class Segment:
         return asdict(self)
 
 
+def check_segments(segments: Sequence[Segment]) -> None:
+    """Raises ValueError for segments, read from a file, that no run has: they begin at step 0, one after another."""
+    steps = [s.from_step for s in segments]
+    if not steps or steps[0] != 0 or steps != sorted(steps):
+        raise ValueError(f"segments begin at steps {steps!r:.80}")
+    if any(s.first_sample < 0 or not 1 <= s.global_batch < 1 << 31 for s in segments):
+        raise ValueError("a segment begins at a negative sample, or its steps hold no samples")
+
+
 def segment_of(segments: Sequence[Segment], step: int) -> Segment:
     """The segment that holds `step`: the last one that begins at or before it."""
     return max((s for s in segments if s.from_step <= step), key=lambda s: s.from_step)

@@ -21,6 +21,7 @@ from lit_data.corpus.files import (
 from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS, SplitDocuments
 from lit_data.tokenizer import Tokenizer, open_tokenizer
 from lit_files.publish import create_json
+from lit_files.reading import read_record
 
 PLAN = "plan.json"
 VERSION = 1
@@ -209,7 +210,7 @@ def open_work(work: Path, plan: Plan, fresh: bool) -> bool:
         work.mkdir(parents=True, exist_ok=True)
         if create_json(path, wanted):  # tasks of several parts begin at once, on several machines
             return False
-    there = json.loads(path.read_text(encoding="utf-8"))
+    there = read_plan(path)
     differs = differences(there, wanted)
     if differs and not fresh:
         raise ValueError(
@@ -217,6 +218,21 @@ def open_work(work: Path, plan: Plan, fresh: bool) -> bool:
             "same to go on with it, or --fresh to discard it"
         )
     return True
+
+
+@dataclass(frozen=True)
+class Written:
+    """plan.json, as `Plan.to_dict` gives it."""
+
+    version: int
+    settings: dict[str, Any]
+    tokenizer: str
+    files: list[list[Any]]
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """plan.json. Raises ValueError that names it if it is damaged."""
+    return dataclasses.asdict(read_record(Written, path))
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

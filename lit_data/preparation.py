@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import shutil
 import time
 from collections import deque
@@ -34,6 +33,7 @@ from lit_data.plan import Plan
 from lit_data.pool import Pool
 from lit_data.treatment import Encoded, Hashed, Item, Report, Treatment
 from lit_files.publish import write_json
+from lit_files.reading import read_object, read_record
 
 BATCH_CHARACTERS = 1 << 18  # what a worker gets at once: enough to hide the cost of sending it
 BATCH_DOCUMENTS = 512
@@ -79,6 +79,18 @@ class _Sink(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A _Progress as its file holds it."""
+
+    done: bool
+    number: int
+    place: tuple[int, int] | None
+    errors: int
+    first_errors: list[str]
+    state: dict[str, Any] | None
+
+
 @dataclasses.dataclass
 class _Progress:
     """How far a stage has come in a part: documents before `number` are done, the last of which is at `place`."""
@@ -93,10 +105,10 @@ class _Progress:
     def read(cls, path: Path) -> _Progress:
         if not path.is_file():
             return cls()
-        content = json.loads(path.read_text(encoding="utf-8"))
-        place = Place(*content["place"]) if content["place"] is not None else None
-        errors = ReadErrors(content["errors"], content["first_errors"])
-        return cls(content["done"], content["number"], place, errors, content["state"])
+        content = read_record(_Written, path)
+        place = Place(*content.place) if content.place is not None else None
+        errors = ReadErrors(content.errors, content.first_errors)
+        return cls(content.done, content.number, place, errors, content.state)
 
     def write(self, path: Path) -> None:
         write_json(
@@ -270,7 +282,7 @@ class Preparation:
         path = folder / f"{side}.json"
         content: dict[str, Any] = {"part": 0, "documents": 0}
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_object(path)
         if content.get("done"):
             return
         writer = self.writer(folder, side, content.get("state"))

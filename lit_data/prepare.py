@@ -23,7 +23,7 @@ from lit_data.corpus.cleaners import open_cleaner
 from lit_data.corpus.files import large_plain_text
 from lit_data.corpus.readers import OnError, ReadErrors
 from lit_data.packed import MANIFEST, remove_rows
-from lit_data.plan import PLAN, Plan, Settings, differences, open_work, strings
+from lit_data.plan import PLAN, Plan, Settings, differences, open_work, read_plan, strings
 from lit_data.preparation import Options, Preparation, in_validation
 from lit_data.tokenizer_files import save_tokenizer
 from lit_data.treatment import Report, open_filters
@@ -322,7 +322,7 @@ def _was_published(folder: Path, plan: Plan, output: Path) -> bool:
     if not (folder / ASSEMBLED).is_file() or (folder / "output").exists() or not (output / "report.json").is_file():
         return False
     path = folder / PLAN  # removed before the marker is
-    return not path.is_file() or not differences(json.loads(path.read_text(encoding="utf-8")), plan.to_dict())
+    return not path.is_file() or not differences(read_plan(path), plan.to_dict())
 
 
 def _remove_work(folder: Path) -> None:

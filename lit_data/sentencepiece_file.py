@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from lit_files.reading import read_bytes
+
 
 class PieceType(IntEnum):
     """`ModelProto.SentencePiece.Type`."""
@@ -60,7 +62,7 @@ class SentencepieceFile:
 def read_sentencepiece_file(path: Path) -> SentencepieceFile:
     """Parse a .model file. Raises ValueError where it is none."""
     try:
-        return _parse_model(path.read_bytes())
+        return _parse_model(read_bytes(path))
     except (IndexError, struct.error, UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"{path} is no sentencepiece model: {error}") from error
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_data.sentencepiece_file import ModelType, PieceType, SentencepieceFile, read_sentencepiece_file
+from lit_files.reading import read_json
 
 Ids = npt.NDArray[np.int32]
 
@@ -216,7 +217,7 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, path: Path, eos_token: str | None) -> None:
         self.path, self.files = path, _files_of(path)
-        content = _read_json(path)
+        content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             raise ValueError(f"{path} is no tokenizer.json: it has no model")
         self.content = content
@@ -444,16 +445,9 @@ def _files_of(path: Path) -> list[Path]:
     return [path, *(f for name in COMPANIONS if (f := path.with_name(name)).is_file())]
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are such
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-
-
 def _named_token(path: Path, role: str) -> str | None:
     """The token that a companion file names for a role, as a string or as {"content": ...}."""
-    content = _read_json(path) if path.is_file() else None
+    content = read_json(path) if path.is_file() else None
     token = content.get(role) if isinstance(content, dict) else None
     if isinstance(token, dict):
         token = token.get("content")

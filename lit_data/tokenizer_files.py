@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from lit_data.tokenizer import Tokenizer, open_tokenizer
 from lit_files.publish import sync_file, write_json
+from lit_files.reading import read_object
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -71,7 +71,7 @@ def _name_eos(folder: Path, tokenizer: Tokenizer) -> None:
         if open_tokenizer(folder).eos_id == tokenizer.eos_id:
             return
     path = folder / "tokenizer_config.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    content = read_object(path) if path.exists() else {}
     write_json(path, content | {"eos_token": tokenizer.eos_token})
     copied = open_tokenizer(folder)
     assert (copied.eos_id, copied.fingerprint) == (tokenizer.eos_id, tokenizer.fingerprint), f"{folder} is no true copy"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lit_data.datapoints import newest_checkpoint_step
-from lit_data.mixture import Mixture, Phase
-from lit_data.order import Order, Segment, first_sample_of_step, steps_of_sample
-from lit_data.packed import PackedDataset
-from lit_data.packing import Rows, open_rows
+from lit_data.mixture import Mixture, Phase, check_phases
+from lit_data.order import Order, Segment, check_segments, first_sample_of_step, steps_of_sample
+from lit_data.packed import MANIFEST, PackedDataset
+from lit_data.packing import Packing, Rows, open_rows
 from lit_data.record import read_steps
+from lit_files.publish import write_json
+from lit_files.reading import read_record
 
 
 @dataclass
@@ -60,35 +62,92 @@ def open_run(folder: str | Path, data: str | Path | Sequence[str | Path] | None 
     facts_file = folder / "datapoints" / "order.json"
     if not facts_file.is_file():
         raise FileNotFoundError(f"{facts_file} is missing: the order of the data cannot be known without it")
-    facts = json.loads(facts_file.read_text())
-    paths = [data] if isinstance(data, (str, Path)) else list(data or [d["path"] for d in facts["datasets"]])
-    if len(paths) != len(facts["datasets"]):
-        raise ValueError(f"{folder} was trained on {len(facts['datasets'])} datasets; --data names {len(paths)}")
+    facts = read_record(_Facts, facts_file)
+    recorded: list[str | Path] = [find_recorded(folder, d.path, MANIFEST) for d in facts.datasets]
+    paths = [data] if isinstance(data, (str, Path)) else list(data or recorded)
+    if len(paths) != len(facts.datasets):
+        raise ValueError(f"{folder} was trained on {len(facts.datasets)} datasets; --data names {len(paths)}")
     datasets = [PackedDataset(path) for path in paths]
-    for dataset, fact in zip(datasets, facts["datasets"], strict=True):
-        if dataset.fingerprint != fact["fingerprint"]:
+    for dataset, fact in zip(datasets, facts.datasets, strict=True):
+        if dataset.fingerprint != fact.fingerprint:
             raise ValueError(
                 f"{dataset.path} is not the data that {folder} was trained on (fingerprint {dataset.fingerprint[:12]} "
-                f"instead of {fact['fingerprint'][:12]}); give the right folder with --data"
+                f"instead of {fact.fingerprint[:12]}); give the right folder with --data"
             )
-    block_size, seed = int(facts["block_size"]), int(facts["seed"])
-    plan_dir = Path(facts["plan_dir"]) if facts["plan_dir"] is not None else None
-    rows = [open_rows(dataset, facts["packing"], block_size, plan_dir) for dataset in datasets]
-    orders = (Order(r.n_windows, seed, d, **facts["shuffle"]) for d, r in enumerate(rows))
-    phases = (Phase(int(p["first_sample"]), tuple(map(int, p["quotas"]))) for p in facts["phases"])
+    plan_dir = find_recorded(folder, facts.plan_dir) if facts.plan_dir is not None else None
+    rows = [open_rows(dataset, facts.packing, facts.block_size, plan_dir) for dataset in datasets]
+    orders = (Order(r.n_windows, facts.seed, d, **asdict(facts.shuffle)) for d, r in enumerate(rows))
     return TracedRun(
         folder,
         datasets,
         rows,
-        Mixture(tuple(orders), tuple(phases), seed),
-        [Segment(**s) for s in facts["segments"]],
-        block_size,
-        bool(facts["document_mask"]),
-        [(int(a), int(b), int(c)) for a, b, c in facts["layouts"]],
+        Mixture(tuple(orders), tuple(facts.phases), facts.seed),
+        facts.segments,
+        facts.block_size,
+        facts.document_mask,
+        facts.layouts,
         steps,
-        facts["end_sample"],
-        facts.get("skips", []),
+        facts.end_sample,
+        [asdict(skip) for skip in facts.skips],
     )
+
+
+def find_recorded(run: Path, path: str | Path, holding: str = "") -> Path:
+    """Where a path that a run has recorded leads, from any working folder; `holding` is a file that is there.
+
+    A relative path began in the folder that training was called from, which is one of those that the run folder lies
+    in, as a rule. Where nothing is found the path is given back as it is.
+    """
+    places = [Path(path), *(above / path for above in run.resolve().parents)]
+    return next((place for place in places if (place / holding).exists()), Path(path))
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Shuffle:
+    block_windows: int
+    group_blocks: int
+
+
+@dataclass(frozen=True)
+class _Skip:
+    step: int
+    first_sample: int
+    end_sample: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """order.json, as `describe_order` and `write_order` make it."""
+
+    datasets: list[_Dataset]
+    packing: Packing
+    plan_dir: str | None
+    seed: int
+    shuffle: _Shuffle
+    phases: list[Phase]
+    block_size: int
+    document_mask: bool
+    end_sample: int | None
+    segments: list[Segment]
+    layouts: list[tuple[int, int, int]]
+    skips: list[_Skip] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_segments(self.segments)
+        check_phases(self.phases, len(self.datasets))
+        if not self.datasets or self.block_size < 1:
+            raise ValueError(f"it names {len(self.datasets)} datasets and rows of {self.block_size} tokens")
+        if self.shuffle.block_windows < 0 or self.shuffle.group_blocks < 1:
+            raise ValueError(f"shuffle is {asdict(self.shuffle)}")
+        if any(step < 0 or world < 1 or rows < 1 for step, world, rows in self.layouts):
+            raise ValueError(f"layouts is {self.layouts!r:.80}")
 
 
 def describe_order(
@@ -107,9 +166,9 @@ def describe_order(
     """
     order = mixture.orders[0]
     return {
-        "datasets": [{"path": str(r.dataset.path), "fingerprint": r.dataset.fingerprint} for r in rows],
+        "datasets": [{"path": os.path.abspath(r.dataset.path), "fingerprint": r.dataset.fingerprint} for r in rows],
         "packing": rows[0].packing,
-        "plan_dir": str(plan_dir) if plan_dir is not None else None,
+        "plan_dir": os.path.abspath(plan_dir) if plan_dir is not None else None,
         "seed": mixture.seed,
         "shuffle": {"block_windows": order.block_windows, "group_blocks": order.group_blocks},
         "phases": [p.to_dict() for p in mixture.phases],
@@ -129,11 +188,10 @@ def write_order(folder: Path, facts: dict[str, Any], layout: tuple[int, int, int
         layout: (from_step, world_size, micro_batch_samples) from now on; earlier ones are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, temporary = folder / "order.json", folder / ".order.json.tmp"
-    earlier = json.loads(path.read_text())["layouts"] if path.exists() else []
-    layouts = [entry for entry in earlier if entry[0] < layout[0]] + [list(layout)]
-    temporary.write_text(json.dumps({**facts, "layouts": layouts}, indent=1))
-    temporary.replace(path)
+    path = folder / "order.json"
+    earlier = read_record(_Facts, path).layouts if path.exists() else []
+    layouts = [list(entry) for entry in earlier if entry[0] < layout[0]] + [list(layout)]
+    write_json(path, {**facts, "layouts": layouts})
 
 
 def spans_of_step(run: TracedRun, step: int) -> pa.Table:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
 import stat
 import types
@@ -113,7 +112,7 @@ def read_record(kind: type[T], path: str | Path) -> T:
 def build(kind: type[T], value: Any, source: str | Path) -> T:
     """A value of JSON as what a type annotation says: dataclasses, containers, unions, literals, numbers, strings.
 
-    Whole numbers must fit int64 and others be finite. A dataclass's fields without a default must be there, and no
+    Whole numbers must fit int64. A dataclass's fields without a default must be there, and no
     others may. Raises ValueError that names `source` and the place in it.
     """
     try:
@@ -146,18 +145,11 @@ def _build(kind: Any, value: Any, place: str) -> Any:
         return {key: _build(of, item, f"{place}.{key}" if place else key) for key, item in value.items()}
     if kind is int and isinstance(value, int) and not isinstance(value, bool) and -INT64 <= value < INT64:
         return value
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and _finite(value):
+    if kind is float and (isinstance(value, float) or (type(value) is int and -INT64 <= value < INT64)):
         return float(value)
     if kind in (str, bool, type(None)) and type(value) is kind:
         return value
     raise _mismatch(kind, value, place)
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond the range of floats
-        return False
 
 
 def _build_dataclass(kind: Any, value: Any, place: str) -> Any:
@@ -210,7 +202,7 @@ def _at(place: str) -> str:
 
 def _mismatch(kind: Any, value: Any, place: str) -> ValueError:
     names = {
-        int: "a whole number below 2^63", float: "a finite number", str: "a string", bool: "true or false",
+        int: "a whole number below 2^63", float: "a number", str: "a string", bool: "true or false",
         type(None): "null",
     }  # fmt: skip
     origin = typing.get_origin(kind) or kind

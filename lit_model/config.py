@@ -13,6 +13,23 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 QK_NORMS = ("none", "head", "projection", "unit")
 LAYER_ATTENTION = ("full", "sliding", "chunked")
 
+# Far beyond any model, and small enough that what follows from them is computed at once, in little memory.
+MOST = {
+    "n_layer": 10_000,
+    "n_head": 1 << 16,
+    "n_query_groups": 1 << 16,
+    "n_embd": 1 << 20,
+    "head_size": 1 << 16,
+    "intermediate_size": 1 << 24,
+    "moe_intermediate_size": 1 << 24,
+    "block_size": 1 << 27,
+    "vocab_size": 1 << 27,
+    "padded_vocab_size": 1 << 28,
+    "padding_multiple": 1 << 20,
+    "n_expert": 1 << 14,
+}
+MOST_PARAMETERS = 1 << 46
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -171,7 +188,7 @@ class ModelConfig:
             "vocab_size",
             "padding_multiple",
         ):
-            _positive(field, getattr(self, field))
+            check_size(field, getattr(self, field))
         self._check_choices()
         self._fill_in()
         self._check_sizes()
@@ -213,7 +230,20 @@ class ModelConfig:
 
     def _check_sizes(self) -> None:
         for field in ("n_query_groups", "head_size", "moe_intermediate_size", "attention_temperature_floor"):
-            _positive(field, getattr(self, field))
+            check_size(field, getattr(self, field))
+        for field in ("padded_vocab_size", "rotary_size", "n_expert", "n_expert_per_token"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value > MOST.get(field, 1 << 62):
+                raise ValueError(
+                    f"{field} is {value!r}; it must be a whole number of at most {MOST.get(field, 1 << 62)}"
+                )
+        width = self.moe_intermediate_size if self.n_expert else self.intermediate_size
+        if self.n_layer * self.n_embd * max(self.n_qkv, width * max(1, self.n_expert)) > MOST_PARAMETERS:
+            raise ValueError(
+                f"n_layer {self.n_layer}, n_embd {self.n_embd}, intermediate_size {width}"
+                + (f", n_expert {self.n_expert}" if self.n_expert else "")
+                + f": this model would have more than {MOST_PARAMETERS} parameters"
+            )
         if self.n_head % self.n_query_groups:
             raise ValueError(f"n_query_groups {self.n_query_groups} does not divide n_head {self.n_head}")
         if self.padded_vocab_size < self.vocab_size:
@@ -231,7 +261,7 @@ class ModelConfig:
                 verb = f"has a {kind} layer, which needs" if used else f"has no {kind} layer for"
                 raise ValueError(f"attention_pattern {'/'.join(self.attention_pattern)} {verb} {field} (it is {size})")
             if used:
-                _positive(field, size)
+                check_size(field, size)
         if self.shared_attention_norm and not (self.parallel_residual and self.pre_norm):
             raise ValueError("shared_attention_norm needs parallel_residual and pre_norm")
         if self.parallel_residual and self.post_norm:
@@ -281,6 +311,14 @@ class ModelConfig:
         return self.moe_layers[layer % len(self.moe_layers)]
 
     @property
+    def least_parameters(self) -> int:
+        """A lower bound of the number of parameters, at once: embedding, query, key and value, and MLP."""
+        width = self.intermediate_size
+        if self.n_expert:
+            width = min(width, self.moe_intermediate_size * self.n_expert)
+        return self.padded_vocab_size * self.n_embd + self.n_layer * self.n_embd * (self.n_qkv + 2 * width)
+
+    @property
     def n_qkv(self) -> int:
         """Rows of the fused query, key and value projection."""
         return (self.n_head + 2 * self.n_query_groups) * self.head_size
@@ -297,9 +335,12 @@ class ModelConfig:
         return config
 
 
-def _positive(field: str, value: Any) -> None:
+def check_size(field: str, value: Any) -> None:
+    """Raise ValueError for what is no positive whole number, or a size that no model has."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{field} is {value!r}; it must be a positive whole number")
+    if value > MOST.get(field, 1 << 62):
+        raise ValueError(f"{field} is {value}; at most {MOST.get(field, 1 << 62)} are supported")
 
 
 def _shortest(field: str, pattern: Any, known: tuple[Any, ...], n_layer: int) -> tuple[Any, ...]:

@@ -10,7 +10,6 @@ Nothing that is loaded can run code: files are opened with `weights_only=True`; 
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_files.checksum import file_sha256
+from lit_files.reading import as_object, build, parse_json, read_bytes
 from lit_model.checksum import tensor_checksum
 from lit_model.config import ModelConfig
 from lit_model.hf.io import read_folder
@@ -63,10 +63,10 @@ class Checkpoint:
             if self.sharded:
                 if not (self.path / "meta.json").is_file():
                     raise ValueError("it holds no meta.json")
-                self.meta: dict[str, Any] = dict(json.loads((self.path / "meta.json").read_bytes()))
+                self.meta: dict[str, Any] = _read_meta(read_bytes(self.path / "meta.json"))
             else:
                 self._file = open_tensor_file(self.path)
-                self.meta = dict(json.loads(self._file["meta"]))
+                self.meta = _read_meta(self._file["meta"])
                 self._names = _names_of(self._file)
         except DAMAGED as error:
             raise ValueError(
@@ -81,7 +81,10 @@ class Checkpoint:
     def model_config(self) -> ModelConfig:
         if "model_config" not in self.meta:
             raise ValueError(f"{self.path} does not say which model it is of: its meta has no model_config")
-        return ModelConfig.from_dict(self.meta["model_config"])
+        try:
+            return ModelConfig.from_dict(self.meta["model_config"])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path}: its meta.model_config is damaged: {error}") from error
 
     def names(self) -> list[str]:
         """Keys of all tensors: `model.NAME` and `optimizer.NAME/KEY`."""
@@ -157,6 +160,37 @@ class Checkpoint:
         return cast(Tensor, self._file["optimizer"][parameter][key])
 
 
+_META = {
+    "format_version": int,
+    "step": int,
+    "max_steps": int,
+    "tokens": int | None,
+    "segments": list[dict[str, int]],
+    "config": dict[str, Any],
+    "model_config": dict[str, Any],
+    "data": dict[str, Any],
+    "teachers": list[dict[str, Any]],
+    "skipped": int,
+    "skipped_in_row": int,
+    "spikes": dict[str, Any] | None,
+    "skips": list[dict[str, Any]],
+    "changes": list[dict[str, Any]],
+    "loss_scale": dict[str, float] | None,
+    "world_size": int,
+    "checksums": dict[str, Any],
+}
+"""Types of what a checkpoint may say of itself. What resuming needs in detail is checked there."""
+
+
+def _read_meta(text: Any) -> dict[str, Any]:
+    """A checkpoint's facts. Raises ValueError where they are not of the types above."""
+    meta = as_object(parse_json(text, "its meta"), "its meta")
+    for name, kind in _META.items():
+        if name in meta:
+            build(kind, meta[name], f"meta.{name}")  # type: ignore[arg-type]
+    return meta
+
+
 def _names_of(file: dict[str, Any]) -> list[str]:
     tensors = {MODEL_PREFIX + n: t for n, t in file["model"].items()}
     for parameter, state in file["optimizer"].items():
@@ -197,6 +231,8 @@ def load_tensors(path: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
         return read_folder(path)
     checkpoint = Checkpoint(path)
     config, layouts = checkpoint.model_config, checkpoint.model_layout()
+    if config.n_layer > len(layouts):  # before a model of so many layers is laid out
+        raise ValueError(f"{path} holds {len(layouts)} tensors, too few for a model of {config.n_layer} layers")
     shapes = parameter_shapes(config)
     check_names(shapes, layouts, str(path))
     for name, shape in shapes.items():

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import load as dcp_load
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
+from lit_files.reading import open_regular, read_bytes
 from lit_model.checksum import byte_view
 from lit_model.tensor_file import fault
 
@@ -87,7 +88,7 @@ def read_metadata(folder: Path) -> Metadata:
     if not file.is_file():
         raise ValueError(f"{folder} is no whole checkpoint: it holds no .metadata")
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
+        metadata = _MetadataUnpickler(io.BytesIO(read_bytes(file))).load()
         if not isinstance(metadata, Metadata):
             raise ValueError(f"it is a {type(metadata).__name__}")
         _stored(metadata)
@@ -214,7 +215,7 @@ class ShardedTensors:
                 target = target.narrow(dimension, start, length)
             path = self.folder / chunk.file
             try:
-                with open(path, "rb", buffering=0) as file:
+                with open_regular(path) as file:
                     _read_chunk(file, chunk.offset, chunk.length, target)
                     if buffer is not None and hasattr(os, "posix_fadvise"):
                         os.posix_fadvise(file.fileno(), chunk.offset, chunk.length, os.POSIX_FADV_DONTNEED)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lit_files.reading import regular
+
 # What torch.load, and a look at what it gave, may raise for a file that is damaged or holds more than tensors and plain
 # values: for these alone it is the file's fault.
 DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError, EOFError)
@@ -27,5 +29,6 @@ def fault(error: BaseException) -> str:
 
 def open_tensor_file(path: Path) -> Any:
     """A file's content, its tensors as maps of the file where the format allows. Raises one of DAMAGED."""
+    regular(path)
     # Files of PyTorch before 1.6 are no archives, and cannot be mapped.
     return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)

@@ -15,6 +15,14 @@ from typing import Any, Literal
 from lit_model.config import ModelConfig, RopeScaling
 from lit_model.registry import get_config
 
+# Far beyond any run, and small enough that what follows from them fits in memory and in 64 bits.
+MAX_BATCH = 1 << 20  # rows; a step's rows are planned together
+MAX_PREFETCH = 1 << 12
+MAX_DEVICES = 1 << 10
+MAX_SYNTHETIC = 10**10
+MAX_SECONDS = 10**9
+MAX_NUMBER = 1 << 52
+
 
 @dataclass
 class ModelArgs:
@@ -206,8 +214,8 @@ class DataArgs:
     """Train although the tokenizer of `val` or of the checkpoint differs from that of `train`."""
 
     def __post_init__(self) -> None:
-        if self.prefetch_steps < 1:
-            raise ValueError(f"--data.prefetch_steps {self.prefetch_steps}: at least 1 is needed")
+        if not 1 <= self.prefetch_steps <= MAX_PREFETCH:
+            raise ValueError(f"--data.prefetch_steps {self.prefetch_steps} must lie in 1 to {MAX_PREFETCH}")
         if self.shuffle_block_rows < 0 or self.shuffle_group_blocks < 1:
             raise ValueError(
                 f"--data.shuffle_block_rows {self.shuffle_block_rows} must not be negative, "
@@ -286,6 +294,9 @@ class TrainArgs:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--train.{name} {value} must be at least 1")
+        for name, most in (("global_batch_samples", MAX_BATCH), ("micro_batch_samples", MAX_BATCH)):
+            if getattr(self, name) > most:
+                raise ValueError(f"--train.{name} {getattr(self, name)}: at most {most} rows are supported")
         for name in ("clip_norm", "z_loss", "load_balance_loss", "router_z_loss", "prefetch_blocks"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise ValueError(f"--train.{name} {getattr(self, name)} must not be negative; 0 turns it off")
@@ -638,6 +649,19 @@ class RunArgs:
             raise ValueError("--init_optimizer and --init_layers exclude each other: the state is that of all layers")
         if self.init_optimizer and self.init_from is None:
             raise ValueError("--init_optimizer true needs --init_from, the checkpoint to take the state from")
+        if isinstance(self.devices, int) and self.devices > MAX_DEVICES:
+            raise ValueError(f"--devices {self.devices}: at most {MAX_DEVICES} devices of a node are supported")
+        if self.data.synthetic.tokens > MAX_SYNTHETIC:
+            raise ValueError(
+                f"--data.synthetic.tokens {self.data.synthetic.tokens}: at most {MAX_SYNTHETIC} are made; prepare a "
+                "dataset with scripts/prepare_data.py"
+            )
+        for flag, seconds in (("timeout_s", self.timeout_s), ("guard.hang_timeout_s", self.guard.hang_timeout_s)):
+            if seconds > MAX_SECONDS:
+                raise ValueError(f"--{flag} {seconds}: at most {MAX_SECONDS} s are supported")
+        for flag, value in flat(plain(self)).items():
+            if flag != "seed" and isinstance(value, int) and abs(value) > MAX_NUMBER:
+                raise ValueError(f"--{flag} {value}: at most 2^52 are supported")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed {self.seed} must lie in [0, 2^63)")
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from lit_data.compaction import copy_record, cut_record
 from lit_data.datapoints import remove_temporaries
+from lit_data.mixture import Phase, check_phases
+from lit_data.order import Segment, check_segments
 from lit_files.publish import sync_file
+from lit_files.reading import build
 from lit_model.init import copy_slice
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint, checkpoint_step, list_checkpoints
 from lit_model.sharded import load_into
@@ -59,6 +63,41 @@ def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
                 raise ValueError(f"{path}: {name} has shape {tuple(source.shape)}, the model {tuple(target.shape)}")
             copy_slice(target, source)
     return checkpoint.meta
+
+
+@dataclass(frozen=True)
+class _Resumed:
+    """What a checkpoint of a run must say, for the run to be resumed."""
+
+    step: int
+    segments: list[Segment]
+    config: dict[str, Any]
+    model_config: dict[str, Any]
+    data: dict[str, Any]
+    skipped: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"step is {self.step}")
+        check_segments(self.segments)
+        if not isinstance(self.config.get("data"), dict):
+            raise ValueError("config.data is no object")
+        fingerprints = build(list[str], self.data.get("train"), "data.train")
+        check_phases(build(list[Phase], self.data.get("phases"), "data.phases"), len(fingerprints))
+        build(list[_Weighted], self.config["data"].get("mixture"), "config.data.mixture")
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    path: str
+    weight: float
+
+
+def check_meta(meta: dict[str, Any], path: Path) -> None:
+    """Raises ValueError, naming the checkpoint, where its facts are not those of a run that can be resumed."""
+    names = {f.name for f in fields(_Resumed)}
+    build(_Resumed, {name: value for name, value in meta.items() if name in names}, f"{path}: its meta")
 
 
 def check_whole(checkpoint: Checkpoint) -> None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 from torch.distributed.distributed_c10d import _get_default_store as get_store
 
+from lit_files.descriptors import raise_open_file_limit
 from lit_files.publish import write_json
 from lit_model.attention import attention_variant
 from lit_model.config import ModelConfig
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run. Returns the exit status: 0 when the run is done, `stop.exit_code` when a signal stopped it after saving, 1
     when all ranks agreed that it cannot go on, 2 on a mistake. An exception of one rank alone is raised."""
     make_printable()
+    raise_open_file_limit()
     rank_zero = is_first_process()
     try:
         args = parse(argv)

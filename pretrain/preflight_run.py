@@ -22,7 +22,7 @@ from lit_model.cost import TrainingMemory, TrainingSetting, training_memory
 from lit_model.load import Checkpoint, list_checkpoints
 from lit_model.registry import get_config
 from pretrain.args import RunArgs
-from pretrain.checkpoint import find_checkpoint
+from pretrain.checkpoint import check_meta, find_checkpoint
 from pretrain.init_from import model_config
 from pretrain.loop import train_step
 from pretrain.parallel import uses_fsdp
@@ -176,6 +176,7 @@ def load_some(s: Situation) -> float:
     s.data = open_data(s.args, s.ranks.fabric, s.datasets, segments)
     if s.checkpoint is not None:
         meta = Checkpoint(s.checkpoint).meta
+        check_meta(meta, s.checkpoint)
         _, taught_by = settle_teachers(s.args.distillation)
         check_resume(s.args, meta, s.data, s.config, taught_by, s.checkpoint)
     loader = training_loader(without_traces(s.args), s.ranks.fabric, s.data, segments)

@@ -42,7 +42,7 @@ from lit_model.load import (
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from pretrain.args import DistillationArgs, RunArgs, TrainArgs, flat, plain
-from pretrain.checkpoint import STEP_COUNT, find_checkpoint, load_state, remove, rewind, state_tensors
+from pretrain.checkpoint import STEP_COUNT, check_meta, find_checkpoint, load_state, remove, rewind, state_tensors
 from pretrain.first_failure import begin_attempt, report_failure
 from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.init_from import load_optimizer, load_weights, model_config, optimizer_of
@@ -55,6 +55,7 @@ from pretrain.parallel import (
     check_shapes,
     compile_blocks,
     device_kind,
+    is_rank,
     on_rank_zero,
     uses_fsdp,
 )
@@ -100,6 +101,8 @@ MECHANICS = (
 )
 
 LOAD_BALANCE_LOSS = 0.001  # its weight where none is given: that of Llama 4 in transformers (router_aux_loss_coef)
+MAX_SAMPLES = 1 << 60  # of a run: their numbers are 64-bit integers
+MAX_MICRO_BATCH_TOKENS = 1 << 26  # of one device; ids and targets alone take 1 GB then
 STOPPED = "stopped.json"  # in the run folder: what a signal has ended
 
 
@@ -270,6 +273,7 @@ def open_datasets(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tup
     config = config_of(train[0].vocab_size)
     router_losses(args.train, config)  # raises if they do not fit
     block_size = args.train.block_size or config.block_size
+    check_memory(args, config, block_size)
     for flag, dataset in named:
         if dataset.vocab_size > config.vocab_size:
             raise ValueError(
@@ -295,6 +299,25 @@ def open_datasets(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tup
     if args.train.max_epochs is None or args.data.packing == "concat":  # else it takes a plan, and is seen later
         length_of(args, block_size, count_windows(train[0].n_tokens, block_size), first_segments(args))
     return Datasets(train, val, block_size), config
+
+
+def check_memory(args: RunArgs, config: ModelConfig, block_size: int) -> None:
+    """Refuse sizes that no device has room for. Raises ValueError that names them."""
+    for rows in (args.train.micro_batch_samples, args.eval.micro_batch_samples or 1):
+        if rows * block_size > MAX_MICRO_BATCH_TOKENS:
+            raise ValueError(
+                f"a micro-batch of {rows} rows of {block_size} tokens is more than the {MAX_MICRO_BATCH_TOKENS} that "
+                "are supported: give a smaller --train.micro_batch_samples, --eval.micro_batch_samples or "
+                "--train.block_size"
+            )
+    if device_kind(args) == "cpu":
+        weights = 4 * config.least_parameters // args.num_nodes
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if weights > memory:
+            raise ValueError(
+                f"the model's weights alone take {weights / 1e9:,.0f} GB on a node, which has {memory / 1e9:,.0f} GB: "
+                "give a smaller model (--model.name, --model.n_layer, --model.n_embd)"
+            )
 
 
 def router_losses(args: TrainArgs, config: ModelConfig) -> dict[str, float]:
@@ -326,6 +349,11 @@ def length_of(args: RunArgs, block_size: int, n_windows: int, segments: list[Seg
         assert t.max_epochs is not None
         end_sample = max(1, round(n_windows * t.max_epochs))
         max_steps = last.from_step + max(0, -(-(end_sample - last.first_sample) // last.global_batch))
+    if max_steps * last.global_batch > MAX_SAMPLES:
+        raise ValueError(
+            f"the run would have {max_steps} steps of {last.global_batch} rows: at most 2^60 rows are supported; give "
+            "a smaller --train.max_steps (or max_tokens, max_epochs)"
+        )
     if args.optim.warmup_steps > max_steps + args.optim.steps_before:
         raise ValueError(f"--optim.warmup_steps {args.optim.warmup_steps} exceeds the run's {max_steps} steps")
     return max_steps, end_sample
@@ -451,10 +479,17 @@ def set_up(args: RunArgs) -> Run:
         torch.use_deterministic_algorithms(True)
     if device_kind(args) == "cuda" and args.precision != "fp32":
         torch.set_float32_matmul_precision("high")
-    if not args.data.synthetic.tokens and args.resume is None:
-        # A mistake in what is there already is said before any process starts.
-        open_datasets(args, lambda vocab_size: model_config(args, vocab_size))
+    there = not args.data.synthetic.tokens and args.resume is None
+    opened: tuple[Datasets, ModelConfig] | None = None
+
+    def open_once(checkpoint: Path | None) -> tuple[Datasets, ModelConfig]:
+        return opened or open_datasets(args, lambda vocab_size: model_config(args, vocab_size, checkpoint))
+
+    if there and not is_rank():
+        opened = open_once(None)  # a mistake in what is there already is said before any process starts
     fabric = build_fabric(args, devices)
+    if there:  # thousands of shards are looked at by one rank, for all
+        opened = on_rank_zero(fabric, lambda: open_once(None))
     folder, checkpoint_path, lock, trackers = open_folder(fabric, args)
     if args.data.synthetic.tokens:
         train, val = on_rank_zero(fabric, lambda: make_synthetic_data(args.data.synthetic, folder / "data", args.seed))
@@ -462,7 +497,7 @@ def set_up(args: RunArgs) -> Run:
         args.data = dataclasses.replace(
             args.data, train=train, val=val, synthetic=dataclasses.replace(args.data.synthetic, tokens=0)
         )
-    datasets, config = open_datasets(args, lambda vocab_size: model_config(args, vocab_size, checkpoint_path))
+    datasets, config = opened or on_rank_zero(fabric, lambda: open_once(checkpoint_path))
     args.out_dir, args.devices = folder, devices
 
     step, segments = 0, first_segments(args)
@@ -472,6 +507,7 @@ def set_up(args: RunArgs) -> Run:
         meta = Checkpoint(checkpoint_path).meta
         if "segments" not in meta:
             raise ValueError(f"{checkpoint_path} was imported: begin a run with --init_from instead of --resume")
+        check_meta(meta, checkpoint_path)
         step = int(meta["step"])
         segments = [Segment(**s) for s in meta["segments"]]
         if segments[-1].global_batch != args.train.global_batch_samples:

@@ -10,7 +10,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import yaml
 
-from lit_data.packed import PackedDataset
+from lit_data.packed import MANIFEST, PackedDataset
+from lit_data.trace import find_recorded
 from lit_eval.agreement import largest_difference, our_span_losses, transformers_span_losses
 from lit_model.load import Checkpoint, resolve
 from pretrain.command_line import ScriptParser
@@ -37,7 +38,7 @@ def main() -> int:
         if data["val"] is None:
             raise ValueError(f"{args.run} has no validation split (data.val)")
         checkpoint = Checkpoint(resolve(args.run))
-        dataset = PackedDataset(data["val"])
+        dataset = PackedDataset(find_recorded(args.run, data["val"], MANIFEST))
         block_size = checkpoint.meta["config"]["train"]["block_size"] or checkpoint.model_config.block_size
         ours = our_span_losses(args.run, dataset, block_size)
         theirs = transformers_span_losses(args.hf, dataset, ours)

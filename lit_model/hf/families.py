@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_model.config import ModelConfig
+from lit_model.config import ModelConfig, check_size
 from lit_model.hf import gemma2, gpt2, gpt_neox, gptj, llama, llama4, mistral, olmo2, qwen3, table
 from lit_model.hf.family import Family
 from lit_model.hf.fields import Fields
@@ -107,6 +107,9 @@ def config_from_hf(hf: Mapping[str, Any], name: str = "") -> ModelConfig:
     fields.fixed("is_causal", True, None)
     fields.refuse_quantized()
     (vocab_size,) = fields.needed("vocab_size")
+    for key in ("num_hidden_layers", "n_layer"):  # before anything is made for each layer
+        if key in hf:
+            check_size("n_layer", hf[key])
     shared = {
         "name": name,
         "family": family.model_type,

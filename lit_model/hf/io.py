@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lit_files.reading import read_object, read_record, regular
 from lit_model.checksum import byte_view
 from lit_model.config import ModelConfig
 from lit_model.hf.families import config_from_hf, family_from_hf
@@ -110,10 +112,10 @@ def read_folder(directory: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor
     if not path.is_file():
         raise ValueError(f"{directory} is no Hugging Face folder: it has no config.json")
     try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
+        hf = read_object(path)
         family, config = family_from_hf(hf), config_from_hf(hf, name=directory.name)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     _refuse_other_layouts(directory)
     where, stored = _stored_tensors(directory)
     for name, dtype in stored.dtypes.items():
@@ -199,6 +201,14 @@ class _Stored(NamedTuple):
     dtypes: dict[str, str]
 
 
+@dataclass(frozen=True)
+class _Index:
+    """model.safetensors.index.json and its like: which file holds which tensor."""
+
+    weight_map: dict[str, str]
+    metadata: dict[str, Any] | None = None
+
+
 def _refuse_other_layouts(directory: Path) -> None:
     """Raise ValueError for a folder whose tensors are not all of the model, or not where they are looked for."""
     if (directory / "adapter_config.json").is_file():
@@ -231,18 +241,18 @@ def _stored_tensors(directory: Path) -> tuple[Path, _Stored]:
 def _listed(index: Path, read: Callable[[list[Path]], _Stored]) -> _Stored:
     """The tensors of the files that an index names. Raises ValueError for one that is not where the index says."""
     try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        weight_map = read_record(_Index, index).weight_map
         files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}); fetch the folder again") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; fetch the folder again") from error
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file or not (index.parent / file).is_file():
+        if Path(file).name != file or not (index.parent / file).is_file():
             raise ValueError(f"{index} names {file}, which is not in the folder; fetch the folder again")
     stored = read([index.parent / file for file in files])
     lacking = [name for name in weight_map if name not in stored.dtypes]
     if lacking:
-        file = index.parent / weight_map[lacking[0]]
-        raise ValueError(f"{file} lacks the tensor {lacking[0]} that the index promises; fetch the folder again")
+        where = index.parent / weight_map[lacking[0]]
+        raise ValueError(f"{where} lacks the tensor {lacking[0]} that the index promises; fetch the folder again")
     return stored
 
 
@@ -294,7 +304,7 @@ def _open_legacy(path: Path) -> dict[str, Tensor]:
 
 def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        return safe_open(regular(path), framework="pt", device="cpu")
     except Exception as error:  # safetensors raises its own type, which derives from Exception only
         raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or convert it again") from error
 

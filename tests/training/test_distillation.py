@@ -235,7 +235,8 @@ def test_many_files_of_a_cache_are_open_by_turns(data: Path, tmp_path: Path, mon
     begin_cache(tmp_path, facts)
     for file in range(facts.n_files):
         for name in ("ids", "log_probs"):
-            np.save(facts.path(tmp_path, name, file), np.full(facts.shape(file), file, facts.dtype_of(name)))
+            value = file if name == "ids" else -file
+            np.save(facts.path(tmp_path, name, file), np.full(facts.shape(file), value, facts.dtype_of(name)))
     cached, rows = CachedTeacher(tmp_path, torch.device("cpu")), ConcatRows(PackedDataset(data / "train"), 8)
     for row in (0, 8, 3, 5, 1, 8):
         batch = read_rows(rows, np.array([row]), np.array([0]), document_mask=True)

@@ -20,7 +20,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +322,7 @@ def _special_tokens(tokenizer: Tokenizer, content: dict[str, Any]) -> dict[str, 
     return special | ({"unk_token": unknown} if unknown and tokenizer.token_to_id(unknown) is not None else {})
 
 
-def config_for_transformers(special: dict[str, str]) -> dict[str, Any]:
+def config_for_transformers(special: Mapping[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json, with the special tokens by their role (`eos_token` and so on)."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from lit_data.corpus.files import (
     list_files,
     mixed_split_names,
     part_of_files,
-    refuse_mixed_splits,
+    train_and_held_out,
 )
 from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS, SplitDocuments
 from lit_data.tokenizer import Tokenizer, open_tokenizer
@@ -165,8 +166,8 @@ class Plan:
                     "leave it out of --input, by a pattern or by folders that don't hold it"
                 )
         if not settings.allow_mixed_splits:
-            refuse_mixed_splits(train, "--input")
-            refuse_mixed_splits(val, "--val_input")
+            _refuse_mixed_splits(train, "--input")
+            _refuse_mixed_splits(val, "--val_input")
             errors.warnings += [*mixed_split_names(train), *mixed_split_names(val)]
         errors.warnings += compressed_copies(train + val)
         tokenizer = open_tokenizer(settings.tokenizer, settings.eos_token)
@@ -189,6 +190,20 @@ class Plan:
             "tokenizer": self.tokenizer.fingerprint,
             "files": [_facts(f) for f in self.files],
         }
+
+
+def _refuse_mixed_splits(files: Sequence[TextFile], flag: str) -> None:
+    found = train_and_held_out(files)
+    if found is None:
+        return
+    train, held_out = found
+    folders = [f.path.parent for f in found]
+    folder = folders[0] if folders[0] == folders[1] else os.path.commonpath(map(os.path.abspath, folders))
+    raise ValueError(
+        f"{flag} takes in {train.path} and {held_out.path}: training text and held-out text would be one dataset. Give "
+        f"them apart, such as --input '{folder}/**/*.train*' --val_input '{folder}/**/*{held_out.kind}*', or give "
+        "--allow_mixed_splits if it is meant"
+    )
 
 
 def _facts(file: TextFile) -> list[Any]:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -147,7 +146,7 @@ def prepare(
     output = Path(os.path.abspath(output))
     workers = workers if workers is not None else usable_cores()
     plan = _plan(inputs, tokenizer_path, val_inputs, settings)
-    _warn(plan)
+    plan.errors.print_warnings()
     options = Options(workers, on_error, commit_seconds, dry_run)
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="llammlein-dry-run-") as temporary:
@@ -209,7 +208,7 @@ def run_stage(
     output = Path(os.path.abspath(output))
     plan = _plan(inputs, tokenizer_path, val_inputs, settings)
     if part == 0:
-        _warn(plan)
+        plan.errors.print_warnings()
     folder = Path(work) if work is not None else work_folder(output)
     if stage == "merge" and _was_published(folder, plan, output):
         _remove_work(folder)
@@ -262,15 +261,6 @@ def _plan(
     if "split_documents" not in settings:
         plan.errors.warnings += large_plain_text(plan.files)
     return plan
-
-
-def _warn(plan: Plan) -> None:
-    """Print what is odd about the inputs, before the long work."""
-    warnings, keep = plan.errors.warnings, plan.errors.keep
-    for warning in warnings[:keep]:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
-    if len(warnings) > keep:
-        print(f"warning: and {len(warnings) - keep} more of the kind", file=sys.stderr, flush=True)
 
 
 def _finished(preparation: Preparation) -> Preparation:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lit_data.foreign_tokenizers import describe_foreign
 from lit_data.sentencepiece_file import ModelType, PieceType, SentencepieceFile, read_sentencepiece_file
 from lit_files.reading import read_json
 
@@ -219,7 +220,7 @@ class JsonTokenizer(Tokenizer):
         self.path, self.files = path, _files_of(path)
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-            raise ValueError(f"{path} is no tokenizer.json: it has no model")
+            raise ValueError(describe_foreign(path) or f"{path} is no tokenizer.json: it has no model")
         self.content = content
         self._open_backend()
         self._find_specials(eos_token, {})
@@ -357,6 +358,8 @@ def open_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
     file = _find_file(Path(path))
     if file.suffix == ".json":
         return JsonTokenizer(file, eos_token)
+    if (foreign := describe_foreign(file)) is not None:
+        raise ValueError(foreign)
     if file.suffix == ".model":
         return SentencepieceTokenizer(file, eos_token)
     raise ValueError(f"{file} is no tokenizer: give a tokenizer.json, a .model of sentencepiece, or their folder")
@@ -436,6 +439,8 @@ def _find_file(path: Path) -> Path:
     models = sorted(path.glob("*.model"))
     if len(models) > 1 and path / "tokenizer.model" not in models:
         raise ValueError(f"{path} holds several .model files; name one of {', '.join(str(m) for m in models)}")
+    if not models and (foreign := describe_foreign(path)) is not None:
+        raise ValueError(foreign)
     if not models:
         raise FileNotFoundError(f"no tokenizer in {path}: it holds neither tokenizer.json nor a .model file")
     return path / "tokenizer.model" if path / "tokenizer.model" in models else models[0]

@@ -6,6 +6,7 @@ import glob
 import itertools
 import os
 import re
+import sys
 from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,13 @@ class ReadErrors:
         self.count += 1
         if len(self.first) < self.keep:
             self.first.append(message)
+
+    def print_warnings(self) -> None:
+        """Print what is odd about the inputs, to be seen before long work: the first few."""
+        for warning in self.warnings[: self.keep]:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        if len(self.warnings) > self.keep:
+            print(f"warning: and {len(self.warnings) - self.keep} more of the kind", file=sys.stderr, flush=True)
 
     def ignore(self, file: Path) -> None:
         self.ignored_files += 1
@@ -145,19 +153,11 @@ def _each_once(files: Sequence[TextFile], errors: ReadErrors) -> list[TextFile]:
     return list(kept.values())
 
 
-def refuse_mixed_splits(files: Sequence[TextFile], flag: str) -> None:
-    """Raise ValueError where training and held-out files, by their suffixes, come in by one flag."""
+def train_and_held_out(files: Sequence[TextFile]) -> tuple[TextFile, TextFile] | None:
+    """The first .train file and the first .dev or .test file, where there are both."""
     train = next((f for f in files if f.kind == ".train"), None)
     held_out = next((f for f in files if f.kind in (".dev", ".test")), None)
-    if train is None or held_out is None:
-        return
-    folders = [f.path.parent for f in (train, held_out)]
-    folder = folders[0] if folders[0] == folders[1] else os.path.commonpath(map(os.path.abspath, folders))
-    raise ValueError(
-        f"{flag} takes in {train.path} and {held_out.path}: training text and held-out text would be one dataset. Give "
-        f"them apart, such as --input '{folder}/**/*.train*' --val_input '{folder}/**/*{held_out.kind}*', or give "
-        "--allow_mixed_splits if it is meant"
-    )
+    return None if train is None or held_out is None else (train, held_out)
 
 
 def mixed_split_names(files: Sequence[TextFile]) -> list[str]:
@@ -214,6 +214,14 @@ def _is_train(name: str) -> bool | None:
     return None
 
 
+def sizes_of(files: Sequence[TextFile]) -> list[int]:
+    """Bytes of each file; those of a shard of a dataset are not known, and it counts as a file does on average."""
+    known = [None if file.hub else file.path.stat().st_size for file in files]
+    measured = [size for size in known if size is not None]
+    average = max(1, sum(measured) // len(measured)) if measured else 1
+    return [average if size is None else size for size in known]
+
+
 def part_of_files(files: Sequence[TextFile], part: int, n_parts: int) -> list[TextFile]:
     """The `part`-th (0-based) of `n_parts` contiguous ranges of files, of about equal size in bytes.
 
@@ -229,10 +237,7 @@ def part_of_files(files: Sequence[TextFile], part: int, n_parts: int) -> list[Te
         raise ValueError(
             f"{len(files)} files cannot be cut into {n_parts} parts; take fewer parts or cut the text into more files"
         )
-    known = [None if file.hub else file.path.stat().st_size for file in files]
-    measured = [size for size in known if size is not None]
-    mean = max(1, sum(measured) // len(measured)) if measured else 1
-    ends = list(itertools.accumulate(mean if size is None else size for size in known))
+    ends = list(itertools.accumulate(sizes_of(files)))
     cuts = [0]
     for number in range(1, n_parts):
         wanted = ends[-1] * number / n_parts

@@ -16,7 +16,7 @@ MAX_WINDOW_BYTES = 1 << 31  # archives made with `zstd --long=31` are common; th
 GZIP_WINDOW_BITS = 31  # 15, and 16 more for a gzip header
 
 
-GIVE_UP_AFTER = 8  # lines' limits without a line end: the end of such a line is not looked for
+GIVE_UP_BYTES = 1 << 31  # the end of a longer line is not looked for
 
 
 class DamagedError(Exception):
@@ -40,7 +40,7 @@ def lines_of(chunks: Iterator[bytes], limit_bytes: int | None = None) -> Iterato
     In place of a line of more than `limit_bytes` there is None, as soon as that is known; its rest is passed over.
 
     Raises:
-        DamagedError: a line of more than GIVE_UP_AFTER limits.
+        DamagedError: a line of more than GIVE_UP_BYTES and the limit.
     """
     limit = limit_bytes if limit_bytes is not None else math.inf
     parts: list[bytes] = []  # of the line that is not whole yet; joined once, so that long lines cost linear time
@@ -54,7 +54,7 @@ def lines_of(chunks: Iterator[bytes], limit_bytes: int | None = None) -> Iterato
         elif fitted:
             parts = []
             yield None
-        elif size > GIVE_UP_AFTER * limit:
+        elif size > GIVE_UP_BYTES:
             raise DamagedError(f"a line of more than {size >> 20} MB: what follows it is not read")
         for line in rest:
             if size <= limit:

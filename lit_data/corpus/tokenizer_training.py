@@ -11,11 +11,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_data.corpus.readers import OnError, ReadErrors, read_documents
+from lit_data.corpus.files import list_files, mixed_split_names, sizes_of, train_and_held_out
+from lit_data.corpus.readers import (
+    MAX_DOCUMENT_MB,
+    OnError,
+    ReadErrors,
+    SplitDocuments,
+    TextFile,
+    read_documents,
+)
 from lit_data.hf_tokenizer import config_for_transformers
 from lit_data.tokenizer import Tokenizer, cut, open_tokenizer
 
@@ -26,6 +34,7 @@ EOS, BOS, PAD, UNK = "</s>", "<s>", "<pad>", "<unk>"
 BYTE_BPE_SPECIALS = (EOS, BOS, PAD)
 SENTENCEPIECE_SPECIALS = (UNK, BOS, EOS, PAD)
 BYTES = 256
+MAX_VOCAB_SIZE = 10_000_000  # a trainer allocates it ahead; ten times the largest vocabulary in use
 
 # What BPE may join. As in the tokenizers of GPT-4 and Llama 3: English clitics, a word with the character before it,
 # up to three digits, punctuation with line ends, line ends, spaces. Combining marks belong to their word.
@@ -51,28 +60,67 @@ def train_tokenizer(
     kind: Kind,
     output: str | Path,
     *,
+    special_tokens: Sequence[str] = (),
+    max_sample_mb: int | None = None,
     overwrite: bool = False,
     on_error: OnError = "stop",
     text_field: str = "text",
+    split_documents: SplitDocuments = "file",
+    max_document_mb: int = MAX_DOCUMENT_MB,
     errors: ReadErrors | None = None,
 ) -> Tokenizer:
     """Train on the documents of files and folders and write the tokenizer to the folder `output`, whole or not at all.
 
     Args:
         paths: what `read_documents` reads.
-        vocab_size: ids in all, bytes and special tokens counted.
+        vocab_size: ids in all, bytes and special tokens counted. The tokenizer has fewer if the text gives fewer.
         kind: "byte_bpe" writes tokenizer.json, "sentencepiece" tokenizer.model, each with the files that name EOS.
+        special_tokens: more of them, after those that are always there.
+        max_sample_mb: learn from so much text (of 2^20 bytes each) at most: the beginning of each file, in proportion
+            to its size.
         overwrite: replace an `output` that holds a tokenizer.
-        on_error, text_field, errors: see `read_documents`.
+        on_error, text_field, split_documents, max_document_mb, errors: see `read_documents`.
 
     Raises:
         FileNotFoundError: an input does not exist.
-        ValueError: no text, a vocabulary too small or larger than the text gives, an `output` that exists.
+        ValueError: no text, a vocabulary too small, an `output` that exists.
     """
-    check_arguments(vocab_size, kind, Path(output), overwrite)
-    texts = (d.text for d in read_documents(paths, on_error=on_error, text_field=text_field, errors=errors))
-    named = ", ".join(str(p) for p in paths)
-    return train_on_texts(texts, vocab_size, kind, output, overwrite=overwrite, source=f"--input {named}")
+    check_arguments(vocab_size, kind, Path(output), overwrite, special_tokens)
+    if max_sample_mb is not None and max_sample_mb < 1:
+        raise ValueError(f"--max_sample_mb {max_sample_mb}: at least 1 is needed")
+    errors = errors if errors is not None else ReadErrors()
+    files = list_files(paths, errors)
+    if (mixed := train_and_held_out(files)) is not None:
+        errors.warnings.append(f"the tokenizer learns from {mixed[0].path} and from held-out text, {mixed[1].path}")
+    errors.warnings += mixed_split_names(files)
+    errors.print_warnings()
+    options: dict[str, Any] = {
+        "on_error": on_error,
+        "text_field": text_field,
+        "split_documents": split_documents,
+        "max_document_mb": max_document_mb,
+        "errors": errors,
+    }
+    texts = (d.text for d in read_documents(files, **options))
+    if max_sample_mb is not None:
+        texts = _beginnings(files, max_sample_mb << 20, options)
+    source = f"--input {', '.join(map(str, paths))}"
+    return train_on_texts(
+        texts, vocab_size, kind, output, special_tokens=special_tokens, overwrite=overwrite, source=source
+    )
+
+
+def _beginnings(files: Sequence[TextFile], sample_bytes: int, options: dict[str, Any]) -> Generator[str, None, None]:
+    """Text from the beginning of each file, in proportion to its size."""
+    sizes = sizes_of(files)
+    for file, size in zip(files, sizes, strict=True):
+        left = sample_bytes * size // max(1, sum(sizes))
+        for document in read_documents([file], **options):
+            data = document.text.encode()
+            yield document.text if len(data) <= left else data[:left].decode("utf-8", "ignore")
+            left -= len(data)
+            if left <= 0:
+                break
 
 
 def train_on_texts(
@@ -81,22 +129,23 @@ def train_on_texts(
     kind: Kind,
     output: str | Path,
     *,
+    special_tokens: Sequence[str] = (),
     overwrite: bool = False,
     source: str = "the text",
 ) -> Tokenizer:
     """`train_tokenizer` on texts at hand; `source` names them in errors."""
     folder = Path(output)
-    check_arguments(vocab_size, kind, folder, overwrite)
+    check_arguments(vocab_size, kind, folder, overwrite, special_tokens)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         corpus = _Corpus(texts)
-        train: Callable[[_Corpus, int, Path, str], None] = (
+        train: Callable[[_Corpus, int, Sequence[str], Path, str], None] = (
             _train_byte_bpe if kind == "byte_bpe" else _train_sentencepiece
         )
-        train(corpus, vocab_size, temporary, source)
+        train(corpus, vocab_size, special_tokens, temporary, source)
         open_tokenizer(temporary)
         if folder.exists():
             aside = temporary.with_name(temporary.name + "-old")
@@ -110,15 +159,29 @@ def train_on_texts(
     return open_tokenizer(folder)
 
 
-def check_arguments(vocab_size: int, kind: str, output: Path, overwrite: bool) -> None:
+def check_arguments(
+    vocab_size: int, kind: str, output: Path, overwrite: bool, special_tokens: Sequence[str] = ()
+) -> None:
     """What can be refused before any text is read. Raises ValueError."""
     if kind not in KINDS:
         raise ValueError(f"--type {kind}: choose {' or '.join(KINDS)}")
-    specials = BYTE_BPE_SPECIALS if kind == "byte_bpe" else SENTENCEPIECE_SPECIALS
+    specials = [*(BYTE_BPE_SPECIALS if kind == "byte_bpe" else SENTENCEPIECE_SPECIALS), *special_tokens]
+    for token in special_tokens:
+        if not token.strip() or specials.count(token) > 1:
+            raise ValueError(f"--special_tokens {token!r}: give each one once, not blank, and none of those always in")
     if vocab_size <= BYTES + len(specials):
         raise ValueError(
             f"--vocab_size {vocab_size} is too small: {BYTES} bytes and {len(specials)} special tokens "
             f"({' '.join(specials)}) are always in; give {BYTES + len(specials) + 1} or more"
+        )
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(f"--vocab_size {vocab_size} is too large: give {MAX_VOCAB_SIZE} or less")
+    if output.suffix in (".json", ".model") and not output.is_dir():
+        named = output.stem == "tokenizer" and output.parent.name
+        raise ValueError(
+            f"--output {output} looks like a file, and a tokenizer is written as a folder: give "
+            f"{output.parent if named else output.with_suffix('')}, which will hold "
+            f"tokenizer{'.json' if kind == 'byte_bpe' else '.model'}"
         )
     if not os.path.lexists(output):
         return
@@ -163,7 +226,7 @@ class _Corpus:
             raise ValueError(f"{source} holds no text to train a tokenizer on")
 
 
-def _train_byte_bpe(corpus: _Corpus, vocab_size: int, folder: Path, source: str) -> None:
+def _train_byte_bpe(corpus: _Corpus, vocab_size: int, special_tokens: Sequence[str], folder: Path, source: str) -> None:
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
 
@@ -178,21 +241,24 @@ def _train_byte_bpe(corpus: _Corpus, vocab_size: int, folder: Path, source: str)
     backend.encode_special_tokens = True  # `</s>` in the corpus is text, here too
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(BYTE_BPE_SPECIALS),
+        special_tokens=[*BYTE_BPE_SPECIALS, *special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(corpus.pieces(), trainer)
     corpus.check(source)
-    reached = backend.get_vocab_size()
-    if reached < vocab_size:
-        raise _too_large(vocab_size, source, reached)
     backend.save(str(folder / "tokenizer.json"))
-    special = {"eos_token": EOS, "bos_token": BOS, "pad_token": PAD}
+    special = {"eos_token": EOS, "bos_token": BOS, "pad_token": PAD, **_further(special_tokens)}
     _write_companions(folder, special, config_for_transformers(special))
 
 
-def _train_sentencepiece(corpus: _Corpus, vocab_size: int, folder: Path, source: str) -> None:
+def _further(special_tokens: Sequence[str]) -> dict[str, Any]:
+    return {"additional_special_tokens": list(special_tokens)} if special_tokens else {}
+
+
+def _train_sentencepiece(
+    corpus: _Corpus, vocab_size: int, special_tokens: Sequence[str], folder: Path, source: str
+) -> None:
     import sentencepiece
 
     lines = corpus.lines()
@@ -219,13 +285,13 @@ def _train_sentencepiece(corpus: _Corpus, vocab_size: int, folder: Path, source:
             allow_whitespace_only_pieces=True,
             split_digits=True,
             max_sentence_length=LINE_BYTES,
+            hard_vocab_limit=False,  # fewer ids where the text gives fewer
+            control_symbols=list(special_tokens),
             minloglevel=2,
             **settings,
         )
     except RuntimeError as error:
         corpus.check(source)
-        if found := re.search(r"value <= (\d+)", str(error)):
-            raise _too_large(vocab_size, source, int(found.group(1))) from error
         if found := re.search(r"smaller than required_chars\D+\d+\D+(\d+)", str(error)):
             raise ValueError(
                 f"--vocab_size {vocab_size} is too small: bytes, special tokens and frequent characters of {source} "
@@ -234,7 +300,7 @@ def _train_sentencepiece(corpus: _Corpus, vocab_size: int, folder: Path, source:
         raise ValueError(f"sentencepiece can't train on {source}: {error}") from error
     corpus.check(source)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    special = {f"{name}_token": token for name, token in _SENTENCEPIECE_ROLES.items()}
+    special = {f"{name}_token": token for name, token in _SENTENCEPIECE_ROLES.items()} | _further(special_tokens)
     _write_companions(folder, special, special)
 
 
@@ -246,12 +312,6 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield from rest
 
 
-def _too_large(vocab_size: int, source: str, reached: int) -> ValueError:
-    return ValueError(
-        f"--vocab_size {vocab_size} is more than {source} gives: {reached} were reached; give fewer, or more text"
-    )
-
-
-def _write_companions(folder: Path, special: dict[str, str], config: dict[str, Any]) -> None:
+def _write_companions(folder: Path, special: dict[str, Any], config: dict[str, Any]) -> None:
     for name, content in (("special_tokens_map.json", special), ("tokenizer_config.json", config)):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

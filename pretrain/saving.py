@@ -29,7 +29,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as dcp_save
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from lit_files.checksum import file_sha256
@@ -87,7 +86,7 @@ class Saver:
         self.group = dist.new_group(backend="gloo", timeout=timeout) if several else None
         self.times, self.skipped = SaveTimes(), 0
         self._thread: ThreadPoolExecutor | None = None
-        self._stager: DefaultStager | None = None
+        self._staged: dict[str, Tensor] = {}
         self._pending: Future[None] | None = None
 
     @property
@@ -161,16 +160,18 @@ class Saver:
                 )
 
     def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A copy of the ranks' shards in host memory, in buffers that are used again by the next save."""
-        if self._stager is None:
-            cuda = self.device.type == "cuda"
-            options = StagingOptions(
-                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-            )
-            self._stager = DefaultStager(options)
-        staged = self._stager.stage(tensors)
-        assert isinstance(staged, dict)
-        return staged
+        """A copy of the ranks' shards in host memory, in buffers that are used again by the next save.
+
+        Not DCP's DefaultStager: on torch 2.11 its second call fails (it clears its own table of types), and it
+        allocates and pins new memory for every save.
+        """
+        for name, tensor in tensors.items():
+            if name not in self._staged:
+                self._staged[name] = host_buffer(tensor)
+            local_tensor(self._staged[name]).copy_(local_tensor(tensor), non_blocking=tensor.is_cuda)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return {name: self._staged[name] for name in tensors}
 
     def _save(
         self,
@@ -317,13 +318,25 @@ def gather(tensors: dict[str, Tensor], rank: int, *, copy: bool) -> dict[str, Te
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if rank == 0:
             host = full.detach().cpu()
-            whole[name] = host.clone() if copy and host.data_ptr() == tensor_pointer(tensor) else host
+            whole[name] = host.clone() if copy and host.data_ptr() == local_tensor(tensor).data_ptr() else host
     return whole
 
 
-def tensor_pointer(tensor: Tensor) -> int:
-    """Where a tensor's own data lies on this rank."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
+def host_buffer(tensor: Tensor) -> Tensor:
+    """Host memory for a tensor of the same shape and shards, pinned if the tensor is on a GPU."""
+    buffer = tensor.detach().to("cpu", copy=True)
+    if not tensor.is_cuda:
+        return buffer
+    if isinstance(buffer, DTensor):  # from_local would move it to the mesh's device; DCP's stagers set it likewise
+        buffer._local_tensor = buffer._local_tensor.pin_memory()
+        return buffer
+    return buffer.pin_memory()
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """A tensor's own data on this rank, without its history."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lit_model.load import Checkpoint, list_checkpoints
 from pretrain.args import SaveArgs
 from pretrain.checkpoint import load_state
-from pretrain.saving import SaveError, Saver
+from pretrain.saving import SaveError, Saver, local_tensor
 
 KINDS = ["full", "sharded"]
 
@@ -83,6 +86,31 @@ def test_asynchronous_snapshot_is_bit_exact(tmp_path: Path, kind: str, monkeypat
     writer.wait()
     same(tmp_path / "iter-00000001-ckpt.pth", expected)
     same(tmp_path / "iter-00000002-ckpt.pth", second)
+
+
+def test_shards_are_staged_in_the_same_buffers_every_time(tmp_path: Path) -> None:
+    """Point 9: sharded asynchronous saves failed at the second one on torch 2.11 (DCP's stager forgot its types)."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        writer = saver(tmp_path, state_dict_type="sharded", asynchronous=True)
+        tensors = state(1)
+        for name in ("model.a.weight", "optimizer.a.weight/exp_avg"):
+            tensors[name] = distribute_tensor(tensors[name], mesh, [Shard(0)])
+        places: set[tuple[int, ...]] = set()
+        for step in (1, 2, 3):
+            expected = {k: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for k, v in tensors.items()}
+            staged = writer._stage(tensors)
+            places.add(tuple(local_tensor(tensor).data_ptr() for tensor in staged.values()))
+            assert all(isinstance(staged[k], DTensor) == isinstance(v, DTensor) for k, v in tensors.items())
+            writer.save(step, tensors, {"step": step})
+            for tensor in tensors.values():
+                local_tensor(tensor).add_(1)
+            writer.wait()
+            same(tmp_path / f"iter-{step:08d}-ckpt.pth", expected)
+        assert len(places) == 1
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

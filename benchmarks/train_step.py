@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from pretrain.loop import train_step
 from pretrain.setup import set_up
 from pretrain.throughput import PEAK_FLOPS
 
+EOS_ID = 0
 CONTENDERS = ("llammlein", "llammlein-documents", "transformers", "litgpt")
 
 
@@ -125,14 +127,24 @@ def write_data(folder: Path, vocab_size: int, n_tokens: int, document_tokens: in
     rng = np.random.default_rng(0)
     # A skewed distribution, as words have; uniform ids would make the embedding's gradient denser than text does.
     ids = np.minimum(rng.zipf(1.2, size=n_tokens), vocab_size - 1).astype(np.int32)
+    ends, end = [], 0
+    while end < n_tokens:
+        end = min(end + int(rng.integers(document_tokens // 2, document_tokens * 3 // 2)), n_tokens)
+        ends.append(end)
+    ids[np.asarray(ends) - 1] = EOS_ID
     np.save(folder / "tokens.npy", ids)
     facts = {"kind": "none", "fingerprint": "benchmark", "folder": None}
-    with PackedWriter(folder / "data", tokenizer=facts, vocab_size=vocab_size, eos_id=0) as writer:
-        at, number = 0, 0
-        while at < n_tokens:
-            length = int(rng.integers(document_tokens // 2, document_tokens * 3 // 2))
-            writer.add(ids[at : at + length], id=str(number))
-            at, number = at + length, number + 1
+    with PackedWriter(folder / "data", tokenizer=facts, vocab_size=vocab_size, eos_id=EOS_ID) as writer:
+        for number, (start, stop) in enumerate(pairwise([0, *ends])):
+            writer.add(ids[start:stop], id=str(number))
+
+
+def last_line(folder: Path, name: str) -> str:
+    """Why a contender ended. Ours has to run: it raises SystemExit with the whole of its log."""
+    log = (folder / f"{name}.log").read_text().strip()
+    if name.startswith("llammlein"):
+        sys.exit(f"{log}\nerror: {name} ended before its first round; its log is above")
+    return (log.splitlines() or ["ended without a message"])[-1]
 
 
 def main() -> int:
@@ -187,14 +199,13 @@ def main() -> int:
             ready = c.read()
             if ready is None:
                 c.end()
-                lines = (folder / f"{contender_name}.log").read_text().strip().splitlines() or ["ended without a word"]
-                skipped[contender_name] = lines[-1]
+                skipped[contender_name] = last_line(folder, contender_name)
                 continue
             found[contender_name] = ready["versions"]
             contenders.append(c)
         for c in contenders:
             if not c.round(args.warmup_steps):
-                skipped[c.name] = (folder / f"{c.name}.log").read_text().strip().splitlines()[-1]
+                skipped[c.name] = last_line(folder, c.name)
         contenders = [c for c in contenders if c.name not in skipped]
         for c in contenders:
             c.seconds.clear()

@@ -169,7 +169,11 @@ def attention(
         if q.device.type == "cpu" and not by_hand:
             assert cu_seqlens is not None
             return _cpu_loop(q, k, v, cu_seqlens, variant.scale)
-        out: Tensor = _plain_loop(q, k, v, cu_seqlens, variant)
+        out: Tensor
+        if torch.compiler.is_compiling() and not variant.dropout:
+            out = _plain_operator(q, k, v, cu_seqlens, variant.scale, variant.window, variant.softcap)
+        else:
+            out = _plain_loop(q, k, v, cu_seqlens, variant)
         return out
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
@@ -359,6 +363,133 @@ def cached_attention(
             outs.append(sdpa(block, keys, values, causal=False, mask=mask, scale=variant.scale))
         start = end
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+@torch.library.custom_op("llammlein::plain_attention", mutates_args=())
+def _plain_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`_plain_loop` for compiled blocks: the pieces' lengths are read inside of it, where they end no graph.
+
+    A graph that ends inside a recomputed block leaves the whole block uncompiled.
+    """
+    out: Tensor = _plain_loop(q, k, v, cu_seqlens, AttentionVariant(scale, window, softcap))
+    return out.contiguous()
+
+
+@_plain_operator.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("llammlein::plain_attention_backward", mutates_args=())
+def _plain_operator_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    variant = AttentionVariant(scale, window, softcap)
+    if cu_seqlens is None:
+        return _weighted_backward(grad, q, k, v, variant)
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    for start, pieces, length in _runs(cu_seqlens):
+        run = slice(start, start + pieces * length)
+        parts = (x.flatten(0, 1)[run].unflatten(0, (pieces, length)) for x in (grad, q, k, v))
+        for whole, part in zip(grads, _weighted_backward(*parts, variant), strict=True):
+            whole.flatten(0, 1)[run] = part.flatten(0, 1)
+    return grads[0], grads[1], grads[2]
+
+
+@_plain_operator_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _plain_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens)
+
+
+def _plain_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_plain_operator_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None)
+
+
+_plain_operator.register_autograd(_plain_autograd, setup_context=_plain_setup)
+
+
+def _weighted_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of whole pieces, q and grad (B, T, H, D), k and v (B, T, G, D), in float32 or better, block by block.
+
+    With weights P and scores S: dV = P^T dO, dS = P (dP - sum(dP P)) for dP = dO V^T, times 1 - (S / c)^2 for the
+    derivative of a soft-cap c (FlashAttention, arXiv 2205.14135, appendix B.4, without its tiling).
+    """
+    H, D = q.shape[2:]
+    G = k.shape[2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scale = D**-0.5 if variant.scale is None else variant.scale
+
+    def by_group(x: Tensor) -> Tensor:
+        """(B, t, H, D) -> (B, G, H/G t, D)."""
+        return x.to(dtype).unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+    keys, values = (x.to(dtype).transpose(1, 2) for x in (k, v))  # (B, G, T, D) each
+    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+    dq = []
+    start = 0
+    for block, grad_block in zip(q.split(_BLOCK, dim=1), grad.split(_BLOCK, dim=1), strict=True):
+        t = block.shape[1]
+        end = start + t
+        first = 0 if variant.window is None else max(0, start - variant.window + 1)
+        rows, out_grad = by_group(block) * scale, by_group(grad_block)  # (B, G, H/G t, D) each
+        scores = rows @ keys[:, :, first:end].transpose(2, 3)  # (B, G, H/G t, S)
+        if variant.softcap is not None:
+            scores = variant.softcap * torch.tanh(scores / variant.softcap)
+        hidden = ~_visible(start, first, end, variant.window, None, q.device).repeat(H // G, 1)  # (H/G t, S)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        dv[:, :, first:end] += weights.transpose(2, 3) @ out_grad
+        d_scores = out_grad @ values[:, :, first:end].transpose(2, 3)
+        d_scores = weights * (d_scores - (d_scores * weights).sum(-1, keepdim=True))
+        if variant.softcap is not None:
+            d_scores = d_scores * (1 - (scores / variant.softcap).square())
+        dk[:, :, first:end] += d_scores.transpose(2, 3) @ rows
+        d_rows = (d_scores @ keys[:, :, first:end]) * scale
+        dq.append(d_rows.unflatten(2, (H // G, t)).permute(0, 3, 1, 2, 4).flatten(2, 3))  # (B, t, H, D)
+        start = end
+    return (
+        torch.cat(dq, dim=1).to(q.dtype).contiguous(),
+        dk.transpose(1, 2).to(k.dtype).contiguous(),
+        dv.transpose(1, 2).to(v.dtype).contiguous(),
+    )
 
 
 def _visible(start: int, first: int, end: int, window: int | None, chunk: int | None, device: torch.device) -> Tensor:

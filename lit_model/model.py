@@ -48,6 +48,8 @@ KEPT_OPERATORS = frozenset(
         "flash_attn_3::_flash_attn_forward",
         "flash_attn_3::fwd",
         "llammlein::attention_loop",
+        "llammlein::plain_attention",
+        "llammlein::expert_linear",
         "llammlein::fa4",
     }
 )
@@ -80,6 +82,8 @@ class Block(nn.Module):
     `recompute` says what is made again in the backward instead of being kept: nothing, "full" everything but the input,
     or "op" everything but what KEPT_OPERATORS give. It happens inside of the block, so that it is compiled with it, and
     FSDP's hooks around the block are not repeated.
+
+    `eager_calls` counts how often the block's Python code was run: never once it is compiled.
     """
 
     def __init__(self, config: ModelConfig, layer: int, recompute: Literal["none", "full", "op"] = "none") -> None:
@@ -91,6 +95,7 @@ class Block(nn.Module):
         self.dropout = config.dropout
         self.randomness = config.dropout > 0 or config.attention_dropout > 0
         self.policy = partial(_policy, KEPT_OPERATORS - (RANDOM_OPERATORS if config.attention_dropout else set()))
+        self.eager_calls = 0
 
         def norm(wanted: bool) -> nn.Module:
             return build_norm(config, config.n_embd) if wanted else nn.Identity()
@@ -108,6 +113,11 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(config, config.intermediate_size)
         self.post_mlp_norm = norm(config.post_norm)
+
+    def kind(self) -> tuple[object, ...]:
+        """What a compiled block is specialized to: blocks of the same model that agree in it share their graphs."""
+        attn = self.attn
+        return (self.recompute, self.has_experts, attn.variant, attn.chunked, attn.rotates)
 
     def forward(
         self,
@@ -147,6 +157,8 @@ class Block(nn.Module):
             h = self.norm_2(x)
         y, router = self.mlp(h, valid) if self.has_experts else (self.mlp(h), None)
         y = self._drop(self.post_mlp_norm(y))
+        if not torch.compiler.is_compiling():
+            self.eager_calls += 1
         return (x + attended + y if self.parallel_residual else x + y), router
 
     def _drop(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ L layers with experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,14 +89,59 @@ class Experts(nn.Module):
         return F.grouped_mm(self.activation(gate) * up, down.transpose(1, 2), offs=ends)
 
     def looped(self, x: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
-        """One expert after the other."""
-        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()  # sync: on a GPU the host waits here, once a layer
+        """One expert after the other. Compiled: by an operator of ours, for reading the sizes would end the graph."""
+        if torch.compiler.is_compiling():
+            gate, up = _expert_linear(x, gate_up, ends).chunk(2, dim=-1)
+            y: Tensor = _expert_linear(self.activation(gate) * up, down, ends)
+            return y
         outputs = []
         # unbind, for its gradient is one stack; that of indexing is a whole (E, 2F, C) for each expert.
-        for part, one, other in zip(x.split(sizes), gate_up.unbind(), down.unbind(), strict=True):
+        for part, one, other in zip(x.split(_sizes(ends)), gate_up.unbind(), down.unbind(), strict=True):
             gate, up = F.linear(part, one).chunk(2, dim=-1)
             outputs.append(F.linear(self.activation(gate) * up, other))
         return torch.cat(outputs)
+
+
+def _sizes(ends: Tensor) -> list[int]:
+    """Rows of each expert. Sync: on a GPU the host waits here, once a layer."""
+    sizes: list[int] = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return sizes
+
+
+@torch.library.custom_op("llammlein::expert_linear", mutates_args=())
+def _expert_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (M, C), sorted by expert, weight (E, F, C), ends int32 (E,) -> (M, F)."""
+    parts = zip(x.split(_sizes(ends)), weight.unbind(), strict=True)
+    return torch.cat([F.linear(part, one) for part, one in parts])
+
+
+@_expert_linear.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("llammlein::expert_linear_backward", mutates_args=())
+def _expert_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    sizes = _sizes(ends)
+    of_x = torch.cat([part @ one for part, one in zip(grad.split(sizes), weight.unbind(), strict=True)])
+    of_weight = torch.stack([part.t() @ rows for part, rows in zip(grad.split(sizes), x.split(sizes), strict=True)])
+    return of_x, of_weight
+
+
+@_expert_linear_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _expert_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _expert_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return (*_expert_linear_backward(grad, *ctx.saved_tensors), None)
+
+
+_expert_linear.register_autograd(_expert_autograd, setup_context=_expert_setup)
 
 
 class MoE(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,10 @@ from lit_data.loader import MicroBatch, StepData
 from lit_data.order import first_sample_of_step
 from lit_model.load import checkpoint_step, list_checkpoints
 from lit_model.loss import LossOutput
+from lit_model.model import GPT
 from lit_model.moe import RouterStatistics
 from pretrain.args import plain
+from pretrain.compiling import CompiledBlocks
 from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
 from pretrain.metrics import FILE as METRICS
 from pretrain.metrics import ROUTER_COLUMNS, MetricsFile, router_values
@@ -34,6 +36,7 @@ from pretrain.parallel import on_rank_zero, uses_fsdp
 from pretrain.progress import ProgressBar
 from pretrain.schedule import learning_rate
 from pretrain.setup import Run, go_back, metrics_columns
+from pretrain.teachers import Teachers
 from pretrain.throughput import Throughput
 
 SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
@@ -101,10 +104,14 @@ def run_steps(run: Run) -> str | None:
     try:
         if run.step == 0:
             publish_row(run, metrics, bar, {"step": 0, "tokens": 0} | validate(run, throughput))
+        compiled = compiled_blocks(run)
         for data in steps:
             run.beat("step")
             result = train_step(run, data)
             run.step += 1
+            if compiled is not None:
+                run.fabric.print(compiled.describe())
+                compiled = None
             throughput.add(slots)
             last = run.step == max_steps
             log_step = last or run.step % args.log.every_steps == 0
@@ -198,6 +205,16 @@ def train_step(run: Run, data: StepData) -> StepResult:
     run.skipped += skip
     run.skipped_in_row.add_(1.0).mul_(skip)
     return StepResult(loss_sum, n_targets, norm, read_later(piece_losses, skip), add_routers(routers), divergence_sum)
+
+
+def compiled_blocks(run: Run) -> CompiledBlocks | None:
+    """Counts what is compiled in the steps from here on; None if nothing is to be."""
+    models: dict[str, Sequence[GPT]] = {}
+    if run.args.compile:
+        models["model"] = [run.raw_model]
+    if isinstance(run.teachers, Teachers) and run.args.distillation.compile_teachers:
+        models["teachers"] = run.teachers.models
+    return CompiledBlocks(models) if models else None
 
 
 def sync_gradients(run: Run, last: bool) -> AbstractContextManager[Any]:

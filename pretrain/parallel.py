@@ -17,6 +17,7 @@ from lit_files.cores import usable_cores
 from lit_model.init import initialise
 from lit_model.model import GPT
 from pretrain.args import RunArgs, TrainArgs
+from pretrain.compiling import compile_blocks
 
 T = TypeVar("T")
 
@@ -125,7 +126,8 @@ def build_fabric(args: RunArgs, devices: int) -> Fabric:
 
 def parallelize(model: GPT, mesh: DeviceMesh, args: RunArgs, devices: int) -> GPT:
     """FSDP2: shard each block, then the root (embedding, last norm and head), then materialise and initialise."""
-    compile_blocks(model, args)
+    if args.compile:
+        compile_blocks(model)
     dtype = DTYPES[args.precision]
     options: dict[str, Any] = {
         "mesh": data_mesh(mesh, args, devices),
@@ -169,13 +171,6 @@ def prefetch(model: GPT, n_blocks: int) -> None:
     for i, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + n_blocks])
         block.set_modules_to_backward_prefetch(blocks[max(0, i - n_blocks) : i][::-1])
-
-
-def compile_blocks(model: GPT, args: RunArgs) -> None:
-    """torch.compile block by block: one graph for all of them, and sharding stays outside of it."""
-    if args.compile:
-        for block in model.blocks():
-            block.compile()
 
 
 def on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T:

@@ -43,6 +43,7 @@ from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from pretrain.args import DistillationArgs, RunArgs, TrainArgs, flat, plain
 from pretrain.checkpoint import STEP_COUNT, check_meta, find_checkpoint, load_state, remove, rewind, state_tensors
+from pretrain.compiling import compile_blocks
 from pretrain.first_failure import begin_attempt, report_failure
 from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.init_from import load_optimizer, load_weights, model_config, optimizer_of
@@ -53,7 +54,6 @@ from pretrain.parallel import (
     DTYPES,
     build_fabric,
     check_shapes,
-    compile_blocks,
     device_kind,
     is_rank,
     on_rank_zero,
@@ -535,7 +535,8 @@ def set_up(args: RunArgs) -> Run:
     if not uses_fsdp(args):
         raw.to_empty(device=fabric.device)
         initialise(raw, config, args.seed)
-        compile_blocks(raw, args)
+        if args.compile:
+            compile_blocks(raw)
     model = fabric.setup_module(raw, move_to_device=False)
     if args.init_from is not None and checkpoint_path is None:
         load_weights(raw, args.init_from, args.init_layers)

@@ -25,6 +25,7 @@ from lit_model.init import copy_slice
 from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
 from lit_model.model import GPT
 from pretrain.args import DistillationArgs, RunArgs, TeacherEntry
+from pretrain.compiling import compile_blocks
 from pretrain.export import find_tokenizer
 from pretrain.parallel import DTYPES
 
@@ -134,9 +135,9 @@ class Teachers:
         with torch.device("meta"):
             model = GPT(config).to(DTYPES[self.precision])
         model.requires_grad_(False).eval()
+        if compiled:
+            compile_blocks(model)
         for block in model.blocks():
-            if compiled:
-                block.compile()
             if self.sharded:
                 fully_shard(block)
         if self.sharded:  # the root stays whole after its forward: the student's loss reads the head

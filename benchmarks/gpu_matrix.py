@@ -1,0 +1,355 @@
+"""Small real runs of everything that depends on the device, one line each; it ends with 1 if one of them failed.
+
+    python benchmarks/gpu_matrix.py --output DIR [--device cpu] [--jobs 4] [--only REGEX]
+
+Every command of an entry (training, resume, conversion, ...) is a process forked from this one, which has imported
+everything and never touches the device. With `--device cpu` what needs CUDA is skipped with the reason. The output of
+an entry is DIR/NAME.log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import math
+import os
+import re
+import runpy
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+import torch
+import transformers  # noqa: F401 - imported once, for verify_hf
+
+from lit_model.load import Checkpoint, list_checkpoints
+from pretrain.fabric_train import build_parser, leave
+from pretrain.fabric_train import main as train_main
+
+STEPS, BLOCK_SIZE = 4, 64
+COMPILED = "compiled: {n} of {n} blocks of the model"
+
+
+@dataclass
+class Place:
+    """Where an entry runs."""
+
+    device: str
+    folder: Path
+    data: Path
+    """A run folder with data/train and data/val, whose model is the base of the others."""
+    log: Path
+
+
+Check = Callable[[Place], None]
+
+
+# --- what entries are made of ----------------------------------------------------------------------------------------
+
+
+def forked(work: Callable[[], int | None], log: Path) -> None:
+    """Run in a forked process, output to the end of the log. Raises RuntimeError unless it ends with 0."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+            for target in (1, 2):
+                os.dup2(output, target)
+            status = work() or 0
+        except SystemExit as left:
+            status = left.code if isinstance(left.code, int) else 1
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise RuntimeError(f"status {status}: {lines[-1] if lines else 'no output'}")
+
+
+def train(place: Place, run: str, **changes: object) -> None:
+    """A training run of a few steps. Changes are settings with dots as double underscores."""
+    settings: dict[str, object] = {
+        "out_dir": place.folder / run,
+        "data.train": place.data / "data" / "train",
+        "data.val": place.data / "data" / "val",
+        "accelerator": place.device,
+        "devices": 1,
+        "model.name": "debug",
+        "model.n_layer": 2,
+        "train.max_steps": STEPS,
+        "train.global_batch_samples": 4,
+        "train.micro_batch_samples": 2,
+        "train.block_size": BLOCK_SIZE,
+        "optim.warmup_steps": 1,
+        "save.every_steps": STEPS // 2,
+        "eval.every_steps": STEPS,
+        "eval.max_samples": 4,
+        "log.every_steps": 1,
+        "precision": "bf16",
+    }
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    argv = [f"--{key}={value}" for key, value in settings.items() if value is not None]
+    with open(place.log, "a") as f:
+        f.write(f"\n== fabric_train.py {' '.join(argv)}\n")
+    forked(lambda: leave(train_main(argv)), place.log)
+    losses_are_sound(place.folder / run)
+
+
+def losses_are_sound(run: Path) -> None:
+    """Raises RuntimeError unless every step has a finite loss below that of a uniform guess and a half more."""
+    with open(run / "metrics.csv", newline="") as f:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(f) if row["train_loss"]]
+    vocab_size = Checkpoint(list_checkpoints(run)[-1]).model_config.vocab_size
+    if len(losses) < STEPS or not all(math.isfinite(x) and x < 1.5 * math.log(vocab_size) for x in losses):
+        raise RuntimeError(f"the losses of {run} are {losses}")
+
+
+def script(place: Place, name: str, *arguments: object) -> None:
+    """A script, as it is run by path."""
+
+    def work() -> None:
+        sys.argv = [str(ROOT / "scripts" / name), *map(str, arguments)]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    with open(place.log, "a") as f:
+        f.write(f"\n== {name} {' '.join(map(str, arguments))}\n")
+    forked(work, place.log)
+
+
+def expect(place: Place, text: str) -> None:
+    if text not in place.log.read_text(errors="replace"):
+        raise RuntimeError(f"its output lacks {text!r}")
+
+
+def same_after_resume(place: Place, run: str, equal: bool, **changes: object) -> None:
+    """Train, resume from the middle, and compare both ends: bit for bit, or nearly."""
+    train(place, run, **changes)
+    folder = place.folder / run
+    middle, end = list_checkpoints(folder)[-2:]
+    first_end = place.folder / f"{run}-first-end.pth"
+    (shutil.copytree if end.is_dir() else shutil.copy)(end, first_end)
+    train(place, run, **changes, resume=middle.name)
+
+    def compare() -> None:
+        one, two = Checkpoint(first_end), Checkpoint(list_checkpoints(folder)[-1])
+        assert sorted(one.names()) == sorted(two.names())
+        for name in one.names():
+            a, b = one.tensor(name), two.tensor(name)
+            if equal:
+                assert torch.equal(a, b), f"{name} differs after the resume"
+            else:
+                torch.testing.assert_close(a, b, rtol=0.1, atol=0.05, msg=name)
+
+    forked(compare, place.log)
+
+
+# --- the entries -----------------------------------------------------------------------------------------------------
+
+
+def plain(equal_resume: bool = False, **changes: object) -> Check:
+    def check(place: Place) -> None:
+        if equal_resume:
+            same_after_resume(place, "run", True, **changes)
+        else:
+            train(place, "run", **changes)
+
+    return check
+
+
+def compiled(n_layer: int = 2, **changes: object) -> Check:
+    def check(place: Place) -> None:
+        train(place, "run", compile="true", model__n_layer=n_layer, **changes)
+        expect(place, COMPILED.format(n=n_layer))
+
+    return check
+
+
+def sharded_asynchronous(place: Place) -> None:
+    changes: dict[str, object] = {"strategy": "fsdp", "save__state_dict_type": "sharded", "save__asynchronous": "true"}
+    same_after_resume(place, "run", place.device == "cpu", **changes, save__every_steps=1)
+
+
+def taught(place: Place) -> None:
+    """A student of the base run, live."""
+    teachers = f'[{{"path": "{place.data}"}}]'
+    train(place, "run", objective="distillation", distillation__teachers=teachers)
+
+
+def taught_by_a_cache(place: Place) -> None:
+    cache = place.folder / "cache"
+    options = ("--block_size", BLOCK_SIZE, "--k", 8, "--output", cache)
+    script(place, "cache_teacher.py", "--teachers", place.data, "--data", place.data / "data" / "train", *options)
+    train(
+        place,
+        "run",
+        objective="distillation",
+        distillation__cache=cache,
+        distillation__divergence="topk_kl",
+    )
+
+
+def taught_compiled(place: Place) -> None:
+    teachers = f'[{{"path": "{place.data}"}}]'
+    changes: dict[str, object] = {"objective": "distillation", "distillation__teachers": teachers}
+    train(place, "run", **changes, distillation__compile_teachers="true", compile="true")
+    expect(place, f"{COMPILED.format(n=2)}, 2 of 2 blocks of the teachers")
+
+
+def converted(place: Place) -> None:
+    """To Hugging Face, checked by transformers, and a sample of it on the device; the record of the run is verified."""
+    train(place, "run", precision="fp32")
+    run, folder = place.folder / "run", place.folder / "hf"
+    script(place, "convert_to_hf.py", "--checkpoint", run, "--output", folder)
+    script(place, "verify_hf.py", "--run", run, "--hf", folder)
+    device = ("--device", place.device, "--max_new_tokens", 8)
+    script(place, "generate.py", "--model", folder, "--prompt_ids", "5,6,7", *device)
+    script(place, "trace_data.py", "verify", run)
+
+
+GPT_2: dict[str, object] = {
+    "model__norm_class_name": "LayerNorm",
+    "model__position_embedding": "learned",
+    "model__mlp_gated": "false",
+    "model__activation": "gelu_tanh",
+    "model__attention_bias": "true",
+    "model__mlp_bias": "true",
+    "model__tie_embeddings": "true",
+}
+GPT_J: dict[str, object] = {
+    "model__norm_class_name": "LayerNorm",
+    "model__rotary_size": 8,
+    "model__parallel_residual": "true",
+    "model__shared_attention_norm": "true",
+    "model__mlp_gated": "false",
+    "model__activation": "gelu_tanh",
+    "model__mlp_bias": "true",
+    "model__lm_head_bias": "true",
+}
+SLIDING: dict[str, object] = {"model__attention_pattern": "[sliding,full]", "model__sliding_window_size": 16}
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "mistral": {"model__attention_pattern": "[sliding]", "model__sliding_window_size": 16},
+    "gpt2": GPT_2,
+    "gptj": GPT_J,
+    "gpt_neox": {**GPT_J, "model__shared_attention_norm": "false", "model__attention_bias": "true"},
+    "olmo2": {"model__pre_norm": "false", "model__post_norm": "true", "model__qk_norm": "projection"},
+    "qwen3": {"model__qk_norm": "head"},
+    "gemma2": {
+        **SLIDING,
+        "model__attention_logit_softcapping": 50,
+        "model__final_logit_softcapping": 30,
+        "model__post_norm": "true",
+        "model__norm_offset": 1.0,
+        "model__activation": "gelu_tanh",
+        "model__scale_embeddings": "true",
+    },
+    "llama4": {
+        "model__attention_pattern": "[chunked,full]",
+        "model__attention_chunk_size": 16,
+        "model__n_expert": 4,
+        "model__n_expert_per_token": 1,
+        "model__moe_layers": "[false,true]",
+    },
+}
+
+ENTRIES: dict[str, Check] = {
+    "bf16": plain(),
+    "fp16": plain(precision="fp16"),
+    "fp32": plain(precision="fp32"),
+    "deterministic-resume": plain(equal_resume=True, train__deterministic="true"),
+    "no-documents": plain(data__document_mask="false"),
+    "dropout": plain(model__dropout=0.1),
+    "fsdp-sharded-async-resume": sharded_asynchronous,
+    "fsdp-shard-grad-op": plain(strategy="fsdp", sharding_strategy="SHARD_GRAD_OP"),
+    "ddp": plain(strategy="ddp"),
+    "cpu-offload": plain(strategy="fsdp", train__cpu_offload="true"),
+    "recompute-full": plain(train__activation_checkpointing="full"),
+    "recompute-block": plain(train__activation_checkpointing="block"),
+    "recompute-op": plain(train__activation_checkpointing="op"),
+    "distillation": taught,
+    "distillation-cached": taught_by_a_cache,
+    "convert-generate-record": converted,
+    **{f"compile-{name}": compiled(**changes) for name, changes in FAMILIES.items()},
+    **{
+        f"compile-gemma2-recompute-{kind}": compiled(4, **FAMILIES["gemma2"], train__activation_checkpointing=kind)
+        for kind in ("block", "op")
+    },
+    "compile-fsdp": compiled(strategy="fsdp"),
+    "compile-distillation": taught_compiled,
+}
+NEEDS_CUDA = {"fp16": "fp16 is not supported on a CPU"}
+
+
+def run_entry(name: str, place: Place) -> str | None:
+    """None, or why it failed."""
+    place.folder.mkdir(parents=True)
+    try:
+        ENTRIES[name](place)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}" if not isinstance(error, RuntimeError) else str(error)
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="a new folder for runs and logs")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--jobs", type=int, default=4, help="entries at the same time (default %(default)s)")
+    parser.add_argument("--only", default="", metavar="REGEX", help="entries whose name matches")
+    args = parser.parse_args()
+    names = [name for name in ENTRIES if re.search(args.only, name)]
+    if not names:
+        parser.error(f"--only {args.only} matches none of {', '.join(ENTRIES)}")
+    if args.output.exists():
+        parser.error(f"--output {args.output} exists: give a new folder")
+    output: Path = args.output.absolute()
+    output.mkdir(parents=True)
+    build_parser()  # half of the time of a short run: once, and not in each fork
+
+    base = output / "base"
+    flags = {"data__train": None, "data__val": None, "data__synthetic__tokens": 20000, "precision": "fp32"}
+    train(Place(args.device, output, base, output / "base.log"), "base", **flags)
+
+    waiting, running, failed, began = list(names), dict[int, tuple[str, float]](), 0, time.monotonic()
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            name = waiting.pop(0)
+            if args.device == "cpu" and name in NEEDS_CUDA:
+                print(f"SKIP  {name:32s}         {NEEDS_CUDA[name]}", flush=True)
+                continue
+            pid = os.fork()
+            if pid == 0:
+                fault = run_entry(name, Place(args.device, output / name, base, output / f"{name}.log"))
+                (output / f"{name}.fault").write_text(fault or "")
+                os._exit(0)
+            running[pid] = (name, time.monotonic())
+        if not running:
+            continue
+        pid, _ = os.wait()
+        name, since = running.pop(pid)
+        report = output / f"{name}.fault"
+        fault = report.read_text() if report.exists() else "its process died"
+        failed += bool(fault)
+        seconds = time.monotonic() - since
+        print(f"{'FAIL' if fault else 'PASS'}  {name:32s} {seconds:6.1f} s{'  ' if fault else ''}{fault}", flush=True)
+    print(f"{len(names)} entries, {failed} failed, {time.monotonic() - began:.0f} s; logs in {output}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

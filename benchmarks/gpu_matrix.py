@@ -171,7 +171,7 @@ def plain(equal_resume: bool = False, **changes: object) -> Check:
     return check
 
 
-def compiled(n_layer: int = 2, **changes: object) -> Check:
+def compiled(changes: dict[str, object], n_layer: int = 2) -> Check:
     def check(place: Place) -> None:
         train(place, "run", compile="true", model__n_layer=n_layer, **changes)
         expect(place, COMPILED.format(n=n_layer))
@@ -284,12 +284,14 @@ ENTRIES: dict[str, Check] = {
     "distillation": taught,
     "distillation-cached": taught_by_a_cache,
     "convert-generate-record": converted,
-    **{f"compile-{name}": compiled(**changes) for name, changes in FAMILIES.items()},
+    **{f"compile-{name}": compiled(changes) for name, changes in FAMILIES.items()},
     **{
-        f"compile-gemma2-recompute-{kind}": compiled(4, **FAMILIES["gemma2"], train__activation_checkpointing=kind)
+        f"compile-gemma2-recompute-{kind}": compiled(
+            {**FAMILIES["gemma2"], "train__activation_checkpointing": kind}, n_layer=4
+        )
         for kind in ("block", "op")
     },
-    "compile-fsdp": compiled(strategy="fsdp"),
+    "compile-fsdp": compiled({"strategy": "fsdp"}),
     "compile-distillation": taught_compiled,
 }
 NEEDS_CUDA = {"fp16": "fp16 is not supported on a CPU"}

@@ -413,8 +413,10 @@ def _plain_operator_backward(
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     for start, pieces, length in _runs(cu_seqlens):
         run = slice(start, start + pieces * length)
-        parts = (x.flatten(0, 1)[run].unflatten(0, (pieces, length)) for x in (grad, q, k, v))
-        for whole, part in zip(grads, _weighted_backward(*parts, variant), strict=True):
+        of_run = [x.flatten(0, 1)[run].unflatten(0, (pieces, length)) for x in (grad, q, k, v)]
+        for whole, part in zip(
+            grads, _weighted_backward(of_run[0], of_run[1], of_run[2], of_run[3], variant), strict=True
+        ):
             whole.flatten(0, 1)[run] = part.flatten(0, 1)
     return grads[0], grads[1], grads[2]
 
@@ -460,7 +462,7 @@ def _weighted_backward(
 
     def by_group(x: Tensor) -> Tensor:
         """(B, t, H, D) -> (B, G, H/G t, D)."""
-        return x.to(dtype).unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        return x.to(dtype).view(*x.shape[:2], G, H // G, D).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
     keys, values = (x.to(dtype).transpose(1, 2) for x in (k, v))  # (B, G, T, D) each
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)

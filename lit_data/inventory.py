@@ -15,7 +15,7 @@ import pyarrow as pa
 from lit_data.packed import HEADER, IntArray, PackedDataset, read_manifest
 from lit_data.parquet import open_table
 from lit_data.record_sql import open_database
-from lit_data.tokenizer import Tokenizer
+from lit_data.tokenizer import Tokenizer, open_tokenizer
 from lit_files.checksum import file_sha256
 
 BLOCK_DOCUMENTS = 1 << 16
@@ -89,11 +89,14 @@ def totals(dataset: PackedDataset) -> dict[str, Any]:
         "documents": manifest.documents,
         "tokens": manifest.tokens,
         "text_bytes": manifest.bytes,
+        "words": manifest.words,
         "shards": len(manifest.shards),
         "file_bytes": sum(sum(s.sizes.values()) for s in manifest.shards),
         "dtype": manifest.dtype,
         "vocab_size": manifest.vocab_size,
         "eos_id": manifest.eos_id,
+        "bos_id": manifest.bos_id,
+        "special_tokens": manifest.special_tokens,
         "tokenizer": manifest.tokenizer["fingerprint"],
         "fingerprint": dataset.fingerprint,
     }
@@ -191,6 +194,24 @@ def samples_of(
         text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids.tolist()))
         found.append(Sample(number, facts["id"], facts["source"], facts["place"], tokens, text[:max_characters]))
     return found
+
+
+def tokenizer_of(
+    dataset: PackedDataset, path: str | Path | None = None, eos_token: str | None = None
+) -> Tokenizer | None:
+    """The tokenizer at `path`, or the one that lies beside the dataset; None if there is none.
+
+    Raises:
+        ValueError: it is not the one that made the tokens.
+    """
+    folder = path if path is not None else dataset.tokenizer_folder
+    if folder is None:
+        return None
+    tokenizer = open_tokenizer(folder, eos_token)
+    known = dataset.manifest.tokenizer
+    if tokenizer.fingerprint != known["fingerprint"] and known.get("kind") != "unknown":
+        raise ValueError(f"--tokenizer {folder} is not the one that {dataset.path} was made with (fingerprints differ)")
+    return tokenizer
 
 
 def faults_of(folder: str | Path) -> list[str]:

@@ -1,8 +1,8 @@
 """The packed dataset: token shards that Megatron reads, and a manifest that says what they hold.
 
 A folder with `NAME-00000.bin` and `.idx` (Megatron's MMIDIDX version 1, one document a sequence, closed by EOS),
-`NAME-00000.docs.parquet` (id, source, place, bytes and metadata of each document) and `manifest.json`, written last:
-no manifest, no dataset.
+`NAME-00000.docs.parquet` (id, source, place, bytes, words and metadata of each document) and `manifest.json`, written
+last: no manifest, no dataset.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,8 @@ from lit_files.reading import open_regular, read_record
 
 IntArray = npt.NDArray[np.int64]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no words
+READABLE_VERSIONS = (1, 2)
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 DTYPE_CODES = {
@@ -54,6 +55,11 @@ UINT16_LIMIT = 65500  # Megatron's: vocabularies below it are stored as uint16
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # sequence lengths are int32
 DOCUMENTS_PER_GROUP = 4096
 MANIFEST = "manifest.json"
+SpecialTokens = Literal["text", "parse"]
+WORDS_WORK = ".words"  # folder in a dataset's, of scripts/count_words.py
+DOCUMENT_COLUMNS = (
+    ("id", pa.string()), ("source", pa.string()), ("place", pa.int64()), ("bytes", pa.int64()), ("words", pa.int64()),
+)  # fmt: skip
 COARSE_BITS = 10  # of a search in an index: so many bits of the place are found by one call
 FEW_VALUES = 32  # of a search in an index: up to so many are found faster one by one
 CHECK_DOCUMENTS = 1 << 20  # of an index compared at a time, 20 MB
@@ -62,7 +68,10 @@ CHECK_THREADS = 8  # look at the files of a dataset at once: on a network file s
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of a dataset: its base name, its counts, and the size in bytes and SHA-256 of each of its files."""
+    """One shard of a dataset: its base name, its counts, and the size in bytes and SHA-256 of each of its files.
+
+    words: None where they were not counted.
+    """
 
     name: str
     documents: int
@@ -70,11 +79,18 @@ class Shard:
     bytes: int
     sizes: dict[str, int]
     sha256: dict[str, str]
+    words: int | None = None
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a packed dataset holds. All counts are exact."""
+    """What a packed dataset holds. All counts are exact.
+
+    Attributes:
+        bos_id: the id that each document begins with; None: documents begin with their text.
+        special_tokens: whether names of special tokens in the text were encoded as `text`, or `parse`d to their ids.
+        words: separated by white space, counted in the text as it was encoded; None: not counted.
+    """
 
     format_version: int
     tokenizer: dict[str, Any]
@@ -86,16 +102,37 @@ class Manifest:
     bytes: int
     shards: list[Shard]
     source: dict[str, Any] = field(default_factory=dict)
+    bos_id: int | None = None
+    special_tokens: SpecialTokens = "text"
+    words: int | None = None
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash over what decides the data: tokenizer, order and checksums of the shards."""
+        """A hash over what decides the data: tokenizer, how texts were encoded, order and checksums of the shards."""
         content = {
             "tokenizer": self.tokenizer["fingerprint"],
             "eos_id": self.eos_id,
             "shards": [[s.documents, s.tokens, s.sha256["bin"], s.sha256["idx"]] for s in self.shards],
+            **self.encoding,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """How texts were encoded, where it is not the default: nothing is hashed of it for older datasets."""
+        found: dict[str, Any] = {} if self.bos_id is None else {"bos_id": self.bos_id}
+        return found if self.special_tokens == "text" else {**found, "special_tokens": self.special_tokens}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For manifest.json. Fields that version 1 did not know are there only where they say something."""
+        content = asdict(self)
+        for name in ("bos_id", "special_tokens"):
+            if name not in self.encoding:
+                del content[name]
+        for counted in (content, *content["shards"]):
+            if counted["words"] is None:
+                del counted["words"]
+        return content
 
 
 def dtype_of(vocab_size: int) -> np.dtype[Any]:
@@ -110,10 +147,11 @@ class _ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, name: str, dtype: npt.DTypeLike, schema: pa.Schema, state: dict[str, int] | None = None
+        self, folder: Path, name: str, dtype: npt.DTypeLike, schema: pa.Schema, state: dict[str, Any] | None = None
     ) -> None:
         self.folder, self.name, self.dtype, self.schema = folder, name, np.dtype(dtype), schema
         self.documents = self.tokens = self.bytes = 0
+        self.words: int | None = 0
         self._hash = hashlib.sha256()
         self._pending: list[pa.RecordBatch] = []
         self._pending_rows = 0
@@ -122,6 +160,7 @@ class _ShardWriter:
             self._rows: BinaryIO = open(self._path("rows"), "wb")  # noqa: SIM115
         else:
             self.documents, self.tokens, self.bytes = state["documents"], state["tokens"], state["bytes"]
+            self.words = state["words"]
             self._bin = _reopen(self._path("bin"), state["bin_size"])
             self._rows = _reopen(self._path("rows"), state["rows_size"])
             with open(self._path("bin"), "rb") as f:
@@ -139,6 +178,7 @@ class _ShardWriter:
         self.documents += rows.num_rows
         self.tokens += len(tokens)
         self.bytes += pc.sum(rows["bytes"]).as_py()
+        self.words = add_words(self.words, rows["words"])
         self._pending.append(rows)
         self._pending_rows += rows.num_rows
         if self._pending_rows >= DOCUMENTS_PER_GROUP:
@@ -151,7 +191,7 @@ class _ShardWriter:
                 stream.write_table(pa.Table.from_batches(self._pending, self.schema).combine_chunks())
             self._pending, self._pending_rows = [], 0
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """Make what was added durable; a new writer goes on from the returned state."""
         self._flush()
         for file in (self._bin, self._rows):
@@ -161,6 +201,7 @@ class _ShardWriter:
             "documents": self.documents,
             "tokens": self.tokens,
             "bytes": self.bytes,
+            "words": self.words,
             "bin_size": self._bin.tell(),
             "rows_size": self._rows.tell(),
         }
@@ -191,7 +232,7 @@ class _ShardWriter:
             sync_file(path)
         sums = {kind: self._hash.hexdigest() if kind == "bin" else file_sha256(path) for kind, path in paths.items()}
         sizes = {kind: path.stat().st_size for kind, path in paths.items()}
-        return Shard(self.name, self.documents, self.tokens, self.bytes, sizes, sums)
+        return Shard(self.name, self.documents, self.tokens, self.bytes, sizes, sums, self.words)
 
     def abandon(self) -> None:
         """Close the files as they are."""
@@ -200,8 +241,15 @@ class _ShardWriter:
                 file.close()
 
 
-def _column(values: Any, kind: pa.DataType) -> pa.Array:
-    return values if isinstance(values, pa.Array) else pa.array(values, kind)
+def add_words(before: int | None, column: pa.Array | pa.ChunkedArray) -> int | None:
+    """The sum of word counts; None once a document's are not known."""
+    return None if before is None or column.null_count else before + (pc.sum(column).as_py() or 0)
+
+
+def sum_of_words(shards: Sequence[Shard]) -> int | None:
+    """The words of all shards; None if one has not counted them."""
+    counts = [s.words for s in shards]
+    return None if None in counts else sum(c for c in counts if c is not None)
 
 
 def _reopen(path: Path, size: int) -> BinaryIO:
@@ -259,6 +307,7 @@ class PackedWriter:
         work: the temporary folder, kept on errors.
         state: where an earlier writer of `work` stood.
         allow_empty: publish a dataset without documents too (a part of a larger one).
+        bos_id, special_tokens: see `Manifest`; the caller has put the id first in each document.
     """
 
     def __init__(
@@ -275,18 +324,23 @@ class PackedWriter:
         work: Path | None = None,
         state: dict[str, Any] | None = None,
         allow_empty: bool = False,
+        bos_id: int | None = None,
+        special_tokens: SpecialTokens = "text",
     ) -> None:
         self.folder = Path(folder)
         if self.folder.exists():
             raise ValueError(f"{self.folder} exists already; choose another output folder or remove it")
         if not 0 <= eos_id < vocab_size:
             raise ValueError(f"the end-of-document id {eos_id} lies outside the vocabulary of {vocab_size}")
+        if bos_id is not None and not 0 <= bos_id < vocab_size:
+            raise ValueError(f"the beginning-of-sequence id {bos_id} lies outside the vocabulary of {vocab_size}")
         self.tokenizer, self.vocab_size, self.eos_id = tokenizer, vocab_size, eos_id
+        self.bos_id, self.special_tokens = bos_id, special_tokens
         self.name, self.metadata, self.shard_tokens = name, tuple(metadata), shard_tokens
         self.source, self.allow_empty = source or {}, allow_empty
         self.dtype = dtype_of(vocab_size)
-        columns = [("id", pa.string()), ("source", pa.string()), ("place", pa.int64()), ("bytes", pa.int64())]
-        self._schema = pa.schema([*columns, *((m, pa.string()) for m in self.metadata), ("length", pa.int32())])
+        metadata_columns = [(m, pa.string()) for m in self.metadata]
+        self._schema = pa.schema([*DOCUMENT_COLUMNS, *metadata_columns, ("length", pa.int32())])
         self._shards: list[Shard] = []
         self._shard: _ShardWriter | None = None
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -326,24 +380,32 @@ class PackedWriter:
             self.abandon()
 
     def add(
-        self, ids: npt.ArrayLike, *, id: str, source: str = "", place: int = 0, n_bytes: int = 0, **metadata: str
+        self,
+        ids: npt.ArrayLike,
+        *,
+        id: str,
+        source: str = "",
+        place: int = 0,
+        n_bytes: int = 0,
+        n_words: int | None = None,
+        **metadata: str,
     ) -> None:
-        """Append one document: its token ids, the closing EOS included, and its row of `docs.parquet`.
+        """Append one document: its token ids, BOS (if any) and the closing EOS included, and its row of `docs.parquet`.
 
-        Raises ValueError for ids outside the vocabulary, a document without the closing EOS or without tokens, one of
-        2^31 tokens or more, and metadata that was not declared.
+        Raises ValueError for ids outside the vocabulary, a document without the closing EOS, the declared BOS or
+        tokens, one of 2^31 tokens or more, and metadata that was not declared.
         """
         array = np.asarray(ids)
         if array.ndim != 1:
             raise ValueError(f"document {id!r} ({source} {place}): token ids must be a flat list, not {array.ndim}-D")
-        row = {"id": id, "source": source, "place": place, "bytes": n_bytes, **metadata}
+        row = {"id": id, "source": source, "place": place, "bytes": n_bytes, "words": n_words, **metadata}
         self.add_batch(array, np.asarray([len(array)], dtype=np.int64), {k: [v] for k, v in row.items()})
 
     def add_batch(self, tokens: npt.NDArray[Any], lengths: IntArray, rows: Mapping[str, Sequence[Any]]) -> None:
         """Append documents: tokens [sum(lengths)], lengths [n], and columns of n values (lists or Arrow arrays).
 
-        The columns are id, source, place, bytes and the declared metadata; missing ones are left empty. Raises as
-        `add` does, before anything is written.
+        The columns are id, source, place, bytes, words and the declared metadata; missing ones are left empty.
+        Raises as `add` does, before anything is written.
         """
         unknown = rows.keys() - set(self._schema.names)
         if unknown:
@@ -400,8 +462,14 @@ class PackedWriter:
         unended = np.flatnonzero(tokens[ends - 1] != self.eos_id)
         if len(unended):
             raise ValueError(f"{name(int(unended[0]))} does not end with the end-of-document id {self.eos_id}")
+        if self.bos_id is not None:
+            unbegun = np.flatnonzero(tokens[ends - lengths] != self.bos_id)
+            if len(unbegun):
+                raise ValueError(
+                    f"{name(int(unbegun[0]))} does not begin with the beginning-of-sequence id {self.bos_id}"
+                )
 
-    def _new_shard(self, state: dict[str, int] | None) -> _ShardWriter:
+    def _new_shard(self, state: dict[str, Any] | None) -> _ShardWriter:
         return _ShardWriter(self._temporary, f"{self.name}-{len(self._shards):05d}", self.dtype, self._schema, state)
 
     def _close_shard(self) -> None:
@@ -433,8 +501,11 @@ class PackedWriter:
             sum(s.bytes for s in shards),
             shards,
             self.source,
+            self.bos_id,
+            self.special_tokens,
+            sum_of_words(shards),
         )
-        write_json(self._temporary / MANIFEST, asdict(manifest))
+        write_json(self._temporary / MANIFEST, manifest.to_dict())
         return manifest
 
     def close(self) -> Manifest:
@@ -486,8 +557,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_manifest(manifest: Manifest) -> None:
     """Raises ValueError where what a manifest says contradicts itself."""
-    if manifest.format_version != FORMAT_VERSION:
-        raise ValueError(f"it has format version {manifest.format_version}; this program reads {FORMAT_VERSION}")
+    if manifest.format_version not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise ValueError(f"it has format version {manifest.format_version}; this program reads {readable}")
     if not isinstance(manifest.tokenizer.get("fingerprint"), str):
         raise ValueError("tokenizer.fingerprint is not a string")
     if not isinstance(manifest.tokenizer.get("folder"), str | None):
@@ -496,6 +568,8 @@ def _check_manifest(manifest: Manifest) -> None:
         raise ValueError(f"dtype is {manifest.dtype!r:.40}, no type of token ids")
     if not 0 <= manifest.eos_id < manifest.vocab_size <= 1 << 31:
         raise ValueError(f"eos_id is {manifest.eos_id} and vocab_size {manifest.vocab_size}")
+    if manifest.bos_id is not None and not 0 <= manifest.bos_id < manifest.vocab_size:
+        raise ValueError(f"bos_id is {manifest.bos_id} and vocab_size {manifest.vocab_size}")
     names = {shard.name for shard in manifest.shards}
     if len(names) != len(manifest.shards) or any(Path(name).name != name for name in names):
         raise ValueError("two shards have one name, or a name is no file's of this folder")
@@ -503,6 +577,8 @@ def _check_manifest(manifest: Manifest) -> None:
         counts = [getattr(shard, count) for shard in manifest.shards]
         if min(counts, default=0) < 0 or sum(counts) != getattr(manifest, count):
             raise ValueError(f"{count} is {getattr(manifest, count)}, but the shards hold {sum(counts)}")
+    if manifest.words != sum_of_words(manifest.shards) or any((s.words or 0) < 0 for s in manifest.shards):
+        raise ValueError(f"words is {manifest.words}, but the shards hold {sum_of_words(manifest.shards)}")
     itemsize = np.dtype(manifest.dtype).itemsize
     for shard in manifest.shards:
         if not {"bin", "idx"} <= shard.sizes.keys() & shard.sha256.keys():
@@ -596,6 +672,10 @@ class PackedDataset:
             except FileNotFoundError:
                 actual = None
             if actual != size:
+                if (self.path / WORDS_WORK / MANIFEST).is_file():
+                    raise ValueError(
+                        f"{self.path}: scripts/count_words.py was interrupted; call it again on this folder to finish"
+                    )
                 state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
                 raise ValueError(f"{file} {state}: the shard is truncated or was replaced; prepare the dataset again")
         n = shard.documents
@@ -676,6 +756,16 @@ class PackedDataset:
     @property
     def n_documents(self) -> int:
         return self.manifest.documents
+
+    @property
+    def n_words(self) -> int:
+        """Words of the text. Raises ValueError, naming the command that counts them, where they are not known."""
+        if self.manifest.words is None:
+            raise ValueError(
+                f"the words of {self.path} are not counted: it was made by an earlier version or from tokens; count "
+                f"them with: python scripts/count_words.py {self.path}"
+            )
+        return self.manifest.words
 
     @property
     def vocab_size(self) -> int:

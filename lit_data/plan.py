@@ -25,9 +25,10 @@ from lit_files.publish import create_json
 from lit_files.reading import read_record
 
 PLAN = "plan.json"
-VERSION = 1
+VERSION = 2  # 1 had no words
 RESERVED_COLUMNS = (
-    "self", "ids", "id", "source", "place", "bytes", "n_bytes", "number", "start", "tokens", "length",
+    "self", "ids", "id", "source", "place", "bytes", "n_bytes", "words", "n_words", "number", "start", "tokens",
+    "length",
 )  # fmt: skip
 
 
@@ -38,6 +39,9 @@ class Settings:
     Attributes:
         input: files, folders, patterns and datasets, see `lit_data.corpus.files.list_files`.
         tokenizer: folder or file, see `lit_data.tokenizer.open_tokenizer`; `eos_token` names its end of document.
+        bos: each document begins with the tokenizer's BOS.
+        special_tokens: names of special tokens in a document are encoded as the `text` they are, or `parse`d: as
+            their ids.
         val_fraction: share of the documents (in the mean) that goes to val: those whose hash of (seed, id) says so.
         val_input: inputs that make up val instead. Without either there is only train.
         allow_mixed_splits: .train files and .dev or .test files may make up one dataset.
@@ -64,6 +68,8 @@ class Settings:
     input: tuple[str, ...]
     tokenizer: str
     eos_token: str | None = None
+    bos: bool = False
+    special_tokens: Literal["text", "parse"] = "text"
     val_fraction: float | None = None
     val_input: tuple[str, ...] | None = None
     seed: int = 0
@@ -124,6 +130,8 @@ def _check(s: Settings) -> None:
         raise ValueError(f"--split_documents {s.split_documents}: choose one of {', '.join(SPLITS)}")
     if not 0 <= s.min_language_probability <= 1:
         raise ValueError(f"--min_language_probability {s.min_language_probability}: give one between 0 and 1")
+    if s.special_tokens not in ("text", "parse"):
+        raise ValueError(f"--special_tokens {s.special_tokens}: choose text or parse")
     if s.dedup not in ("none", "exact", "bloom"):
         raise ValueError(f"--dedup {s.dedup}: choose none, exact or bloom")
     if not 0 <= s.near_dedup <= 1:
@@ -171,6 +179,10 @@ class Plan:
             errors.warnings += [*mixed_split_names(train), *mixed_split_names(val)]
         errors.warnings += compressed_copies(train + val)
         tokenizer = open_tokenizer(settings.tokenizer, settings.eos_token)
+        if settings.bos:
+            tokenizer.need_bos()
+        if settings.special_tokens == "parse":
+            tokenizer.check_parses()
         plan = cls(settings, train + val, len(train), tokenizer, errors)
         plan.part_files(0)
         return plan

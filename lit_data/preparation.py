@@ -41,6 +41,7 @@ COMMIT_SHARE = 20  # a commit may take this fraction of the time
 JOIN_MEMORY_BYTES = 2 << 30
 MERGE_DOCUMENTS = 4096
 MAX_WORKERS = 1024
+COUNTED = ("documents", "tokens", "bytes", "words")
 
 
 @dataclasses.dataclass
@@ -316,6 +317,8 @@ class Preparation:
             work=folder / side,
             state=state,
             allow_empty=True,
+            bos_id=tokenizer.bos_id if s.bos else None,
+            special_tokens=s.special_tokens,
         )
 
     def _provenance(self, side: str) -> dict[str, Any]:
@@ -363,11 +366,11 @@ class Preparation:
         return rate
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Documents, tokens and bytes of each side."""
+        """Documents, tokens, bytes and words of each side."""
         if not self.options.dry_run:
             manifests = {side: read_manifest(folder) for side, folder in self.datasets().items()}
-            return {k: {"documents": m.documents, "tokens": m.tokens, "bytes": m.bytes} for k, m in manifests.items()}
-        total = {side: dict.fromkeys(("documents", "tokens", "bytes"), 0) for side in self.settings.sides}
+            return {k: {kind: getattr(m, kind) for kind in COUNTED} for k, m in manifests.items()}
+        total = {side: dict.fromkeys(COUNTED, 0) for side in self.settings.sides}
         for part in range(self.settings.parts):
             state = _Progress.read(self.part_folder(part) / "encode.json").state
             assert state is not None
@@ -529,12 +532,13 @@ class _CountSink:
     def __init__(self, sides: Iterable[str], state: dict[str, Any] | None) -> None:
         assert state is None, "a dry run is never gone on with"
         self.report = Report()
-        self.counts = {side: dict.fromkeys(("documents", "tokens", "bytes"), 0) for side in sides}
+        self.counts = {side: dict.fromkeys(COUNTED, 0) for side in sides}
 
     def write(self, result: Encoded) -> None:
         self.report.merge(result.report)
         for side, (tokens, lengths, rows) in result.sides.items():
-            for kind, n in (("documents", len(lengths)), ("tokens", len(tokens)), ("bytes", sum(rows["bytes"]))):
+            counts = (len(lengths), len(tokens), sum(rows["bytes"]), sum(rows["words"]))
+            for kind, n in zip(COUNTED, counts, strict=True):
                 self.counts[side][kind] += n
 
     def commit(self, number: int, done: bool) -> dict[str, Any]:

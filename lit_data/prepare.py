@@ -23,7 +23,7 @@ from lit_data.corpus.files import large_plain_text
 from lit_data.corpus.readers import OnError, ReadErrors
 from lit_data.packed import MANIFEST, remove_rows
 from lit_data.plan import PLAN, Plan, Settings, differences, open_work, read_plan, strings
-from lit_data.preparation import Options, Preparation, in_validation
+from lit_data.preparation import COUNTED, Options, Preparation, in_validation
 from lit_data.tokenizer_files import save_tokenizer
 from lit_data.treatment import Report, open_filters
 from lit_files.cores import usable_cores
@@ -39,11 +39,13 @@ ASSEMBLED = "assembled.json"  # written when the output is whole in the working 
 
 @dataclass
 class Counts:
-    """What went into one dataset. `tokens` counts the EOS of each document, `bytes` the UTF-8 bytes of the text."""
+    """What went into one dataset. `tokens` counts BOS and EOS of each document, `bytes` the UTF-8 bytes of the text,
+    `words` what white space separates in it."""
 
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+    words: int = 0
 
 
 @dataclass
@@ -76,7 +78,7 @@ class PrepareReport:
     @property
     def total(self) -> Counts:
         sides = self.sides.values()
-        return Counts(sum(s.documents for s in sides), sum(s.tokens for s in sides), sum(s.bytes for s in sides))
+        return Counts(*(sum(getattr(s, kind) for s in sides) for kind in COUNTED))
 
     def summary(self) -> str:
         """Several lines of text for a person."""
@@ -85,7 +87,7 @@ class PrepareReport:
             per_token = f", {side.bytes / side.tokens:.3f} bytes per token" if side.tokens else ""
             lines.append(
                 f"  {name + ':':6} {side.documents:,} documents, {side.tokens:,} tokens, {side.bytes:,} bytes of text"
-                f"{per_token}"
+                f"{per_token}, {side.words:,} words"
             )
         rate = self.total.bytes / 1e6 / self.seconds if self.seconds else 0.0
         speed = " (the rest was done before)" if self.resumed else f", {rate:.2f} MB/s"

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lit_data.foreign import (
     split_blocks,
 )
 from lit_data.packed import (
+    DOCUMENT_COLUMNS,
     DOCUMENTS_PER_GROUP,
     DTYPE_CODES,
     FORMAT_VERSION,
@@ -105,6 +106,7 @@ def import_tokens(
     eos_token: str | None = None,
     vocab_size: int | None = None,
     eos_id: int | None = None,
+    bos: bool = False,
     dtype: str | None = None,
     cutting: Cutting | None = None,
     copy: bool = False,
@@ -117,6 +119,7 @@ def import_tokens(
         output: the dataset's folder; must not exist.
         tokenizer_path: the tokenizer that made the ids, copied to OUTPUT/tokenizer; `eos_token` names its end of
             document. Without it, `vocab_size` and `eos_id` are needed.
+        bos: each document begins with the tokenizer's BOS; else that is an error.
         copy: never link the source's files.
         shard_tokens: size of a shard, where tokens are not linked.
 
@@ -130,7 +133,7 @@ def import_tokens(
         raise ValueError(f"--output {output} exists already; choose another folder or remove it")
     if shard_tokens < 1:
         raise ValueError(f"--shard_tokens {shard_tokens}: at least 1 is needed")
-    target = _target(tokenizer_path, eos_token, vocab_size, eos_id)
+    target = _target(tokenizer_path, eos_token, vocab_size, eos_id, bos)
     files = find_token_files(inputs, dtype)
     _check_cutting(cutting, files)
     source = {"imported": [str(f.path) for f in files], "kinds": sorted({f.kind for f in files})}
@@ -175,17 +178,21 @@ class _Target:
     eos_id: int
     facts: dict[str, Any]
     tokenizer: Tokenizer | None
+    bos_id: int | None = None
 
 
 def _target(
-    tokenizer_path: str | Path | None, eos_token: str | None, vocab_size: int | None, eos_id: int | None
+    tokenizer_path: str | Path | None, eos_token: str | None, vocab_size: int | None, eos_id: int | None, bos: bool
 ) -> _Target:
+    if bos and tokenizer_path is None:
+        raise ValueError("--bos needs --tokenizer, which says what BOS is")
     if tokenizer_path is not None:
         if vocab_size is not None or eos_id is not None:
             raise ValueError("--tokenizer says the vocabulary and EOS; leave out --vocab_size and --eos_id")
         tokenizer = open_tokenizer(tokenizer_path, eos_token)
         facts = {**tokenizer.facts(), "folder": "tokenizer"}
-        return _Target(tokenizer.vocab_size, tokenizer.eos_id, facts, tokenizer)
+        bos_id = tokenizer.need_bos() if bos else None
+        return _Target(tokenizer.vocab_size, tokenizer.eos_id, facts, tokenizer, bos_id)
     if vocab_size is None or eos_id is None:
         raise ValueError("give --tokenizer, or --vocab_size and --eos_id: the ids are checked against the vocabulary")
     if vocab_size < 1 or not 0 <= eos_id < vocab_size:
@@ -240,6 +247,7 @@ class _Importer:
             shard_tokens=shard_tokens,
             source=source,
             work=temporary,
+            bos_id=self.target.bos_id,
         )
         try:
             for block in self.blocks():
@@ -296,8 +304,9 @@ class _Importer:
             0,
             shards,
             source,
+            self.target.bos_id,
         )
-        write_json(temporary / MANIFEST, asdict(manifest))
+        write_json(temporary / MANIFEST, manifest.to_dict())
         return manifest
 
     def _link_shard(self, file: TokenFile, folder: Path, name: str, copy: bool) -> Shard:
@@ -306,7 +315,7 @@ class _Importer:
         digest, all_lengths = hashlib.sha256(), []
         with pq.ParquetWriter(paths["docs.parquet"], _SCHEMA, compression="zstd") as docs:
             for block in (b for found in megatron_blocks(file) for b in self._only(found, found.lengths > 0)):
-                self._check_ids(block)
+                self._check(block)
                 digest.update(np.ascontiguousarray(block.tokens).data.cast("B"))
                 all_lengths.append(block.lengths.astype(np.int32))
                 docs.write_table(pa.table(_rows(file, block.numbers), _SCHEMA), row_group_size=DOCUMENTS_PER_GROUP)
@@ -318,7 +327,7 @@ class _Importer:
         sizes = {k: path.stat().st_size for k, path in paths.items()}
         return Shard(name, len(lengths), int(lengths.sum(dtype=np.int64)), 0, sizes, sums)
 
-    def _check_ids(self, block: Block) -> None:
+    def _check(self, block: Block) -> None:
         if block.tokens.min() < 0 or block.tokens.max() >= self.target.vocab_size:
             bad = int(np.flatnonzero((block.tokens < 0) | (block.tokens >= self.target.vocab_size))[0])
             number = block.numbers[np.searchsorted(np.cumsum(block.lengths), bad, side="right")]
@@ -326,19 +335,27 @@ class _Importer:
                 f"{block.file.path}: document {number + 1} holds token id {block.tokens[bad]}, outside the vocabulary "
                 f"of {self.target.vocab_size}; check that the tokenizer is the one the ids were made with"
             )
+        if self.target.bos_id is not None:
+            unbegun = np.flatnonzero(block.tokens[np.cumsum(block.lengths) - block.lengths] != self.target.bos_id)
+            if len(unbegun):
+                raise ValueError(
+                    f"{block.file.path}: document {block.numbers[unbegun[0]] + 1} does not begin with the id "
+                    f"{self.target.bos_id} of BOS; leave out --bos if documents begin with their text"
+                )
 
 
-_SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("place", pa.int64()), ("bytes", pa.int64())])
+_SCHEMA = pa.schema(DOCUMENT_COLUMNS)
 
 
 def _rows(file: TokenFile, numbers: IntArray) -> dict[str, list[Any]]:
-    """Columns of docs.parquet. A document's place is its number in its file, from 1; its text's bytes are unknown."""
+    """Columns of docs.parquet. A document's place is its number in its file, from 1; of its text nothing is known."""
     places = (numbers + 1).tolist()
     return {
         "id": [f"{file.name}:{place}" for place in places],
         "source": [str(file.path)] * len(places),
         "place": places,
         "bytes": [0] * len(places),
+        "words": [None] * len(places),
     }
 
 

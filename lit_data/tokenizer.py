@@ -123,6 +123,47 @@ class Tokenizer(ABC):
         self._encode_waiting(waiting, collected)
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in collected]
 
+    def encode_parsed(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of each text, int32 [tokens], with special tokens that are named in it as their ids.
+
+        A text that holds such a name is encoded at once.
+
+        Raises:
+            ValueError: the tokenizer can't (`check_parses`), or such a text has more than LIMIT_CHARACTERS characters.
+        """
+        self.check_parses()
+        encoded = self.encode_batch(["" if self.may_hold_special(text) else text for text in texts])
+        for i, text in enumerate(texts):
+            if self.may_hold_special(text):
+                if len(text) > LIMIT_CHARACTERS:
+                    raise ValueError(
+                        f"a document of {len(text)} characters with special tokens is beyond the limit of "
+                        f"{LIMIT_CHARACTERS} for --special_tokens parse; split the document{_beginning(text)}"
+                    )
+                encoded[i] = np.asarray(self.parse_plain(text), dtype=np.int32)
+        return encoded
+
+    def need_bos(self) -> int:
+        """The id of BOS. Raises ValueError for --bos where there is none."""
+        if self.bos_id is None:
+            raise ValueError(
+                f"--bos: {self.path} has no beginning-of-sequence token: the files beside it name no bos_token it "
+                f"holds, and it has none of {', '.join(COMMON_BOS_TOKENS)}; leave --bos out"
+            )
+        return self.bos_id
+
+    @abstractmethod
+    def check_parses(self) -> None:
+        """Raises ValueError if special tokens in the text can only be encoded as text."""
+
+    @abstractmethod
+    def may_hold_special(self, text: str) -> bool:
+        """False only for a text in which `encode_parsed` finds no special token."""
+
+    @abstractmethod
+    def parse_plain(self, text: str) -> list[int]:
+        """Ids of a text, encoded at once, with special tokens as their ids."""
+
     def _encode_waiting(self, waiting: list[tuple[int, str]], collected: list[list[Ids]]) -> None:
         for (number, _), ids in zip(waiting, self.encode_plain([piece for _, piece in waiting]), strict=True):
             collected[number].append(np.asarray(ids, dtype=np.int32))
@@ -235,17 +276,21 @@ class JsonTokenizer(Tokenizer):
         self.separators = self._find_separators() if not whole_text else ""
 
     def _open_backend(self) -> None:
+        self.backend = self._make_backend()
+        self.backend.encode_special_tokens = True
+
+    def _make_backend(self) -> Any:
         from tokenizers import Tokenizer as Backend  # here, so that a .model needs sentencepiece only
 
         try:
-            self.backend = Backend.from_str(json.dumps(self.content))
+            backend = Backend.from_str(json.dumps(self.content))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{self.path} is no tokenizer.json: {error}") from error
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.backend.encode_special_tokens = True
-        if getattr(self.backend.model, "dropout", None):
-            self.backend.model.dropout = None
+        backend.no_truncation()
+        backend.no_padding()
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None
+        return backend
 
     def _make_special(self, ids: set[int | None]) -> bool:
         """Mark EOS, BOS and padding as special where the file has them as ordinary added tokens, else they would be
@@ -275,6 +320,30 @@ class JsonTokenizer(Tokenizer):
         if len(texts) == 1:  # without the thread pool
             return [self.backend.encode(texts[0], add_special_tokens=False).ids]
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def check_parses(self) -> None:
+        """It can."""
+
+    def may_hold_special(self, text: str) -> bool:
+        return self._special_names is None or self._special_names.search(text) is not None
+
+    def parse_plain(self, text: str) -> list[int]:
+        ids: list[int] = self._parsing_backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _special_names(self) -> re.Pattern[str] | None:
+        """Finds the names of special tokens; None where they are looked for in normalised text."""
+        special = [t for t in self.backend.get_added_tokens_decoder().values() if t.special and t.content]
+        if any(t.normalized for t in special) and self.content.get("normalizer") is not None:
+            return None
+        return re.compile("|".join(re.escape(t.content) for t in special) or r"(?!)")
+
+    @cached_property
+    def _parsing_backend(self) -> Any:
+        backend = self._make_backend()
+        backend.encode_special_tokens = False
+        return backend
 
     def vocabulary(self) -> Iterable[tuple[int, str]]:
         for token, id in self.backend.get_vocab(with_added_tokens=True).items():
@@ -337,6 +406,19 @@ class SentencepieceTokenizer(Tokenizer):
 
     def encode_plain(self, texts: list[str]) -> list[list[int]]:
         return [self.backend.encode(text, out_type=int) for text in texts]
+
+    def check_parses(self) -> None:
+        raise ValueError(
+            f"--special_tokens parse: {self.path} is a sentencepiece model, which encodes the names of control tokens "
+            "as text; give a tokenizer.json (AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW) makes one)"
+        )
+
+    def may_hold_special(self, text: str) -> bool:
+        names = (p.text for p in self.content.pieces if p.type in (PieceType.CONTROL, PieceType.UNKNOWN))
+        return any(name in text for name in names)
+
+    def parse_plain(self, text: str) -> list[int]:
+        raise NotImplementedError
 
     def vocabulary(self) -> Iterable[tuple[int, str]]:
         return ((id, _as_text(piece.text)) for id, piece in enumerate(self.content.pieces))

@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_data.corpus.cleaners import Cleaner, open_cleaner
-from lit_data.corpus.filters import Filter, language_filter, length_filter, open_filter, token_word_ratio
+from lit_data.corpus.filters import (
+    Filter,
+    count_words,
+    language_filter,
+    length_filter,
+    open_filter,
+    token_word_ratio,
+)
 from lit_data.corpus.near_dedup import signatures
 from lit_data.corpus.paragraphs import drop_paragraphs, hash_paragraphs, split_paragraphs
 from lit_data.corpus.readers import Document
@@ -117,7 +124,9 @@ class Treatment:
         self.filters = open_filters(settings)
         if with_tokenizer:
             self.tokenizer: Tokenizer = open_tokenizer(settings.tokenizer, settings.eos_token)
-            self.encoder = UnitEncoder(self.tokenizer, dtype_of(self.tokenizer.vocab_size))
+            dtype = dtype_of(self.tokenizer.vocab_size)
+            parse = settings.special_tokens == "parse"
+            self.encoder = UnitEncoder(self.tokenizer, dtype, bos=settings.bos, parse=parse)
 
     def hash(self, batch: list[Item]) -> Hashed:
         """The first pass: what is needed to find duplicates."""
@@ -145,11 +154,12 @@ class Treatment:
         tokens, lengths = self.encoder.encode([text for _, text in kept])
         keep = np.ones(len(kept), dtype=np.bool_)
         for i, (item, text) in enumerate(kept):
-            if lengths[i] == 1:  # EOS
+            n_tokens = int(lengths[i]) - self.encoder.marks
+            if n_tokens <= 0:
                 report.empty += 1
                 keep[i] = False
             elif self.settings.max_token_word_ratio:
-                keep[i] = self._judge_ratio(item.document, text, int(lengths[i]) - 1, report)
+                keep[i] = self._judge_ratio(item.document, text, n_tokens, report)
         sides = {}
         for side in self.settings.sides:
             mine = np.asarray([item.side == side for item, _ in kept], dtype=np.bool_) & keep
@@ -220,5 +230,6 @@ class Treatment:
             "source": [d.source for d in documents],
             "place": [d.place for d in documents],
             "bytes": [len(text.encode()) for _, text in kept],
+            "words": [count_words(text) for _, text in kept],
             **{m: [d.meta.get(m, "") for d in documents] for m in self.settings.metadata},
         }

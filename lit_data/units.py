@@ -45,13 +45,29 @@ class UnitEncoder:
         tokenizer: decides the ids.
         dtype: of the ids.
         max_units: units remembered; when there are more, it begins anew.
+        bos: begin each text with the tokenizer's BOS, which it must have.
+        parse: give special tokens in the text their ids, see `Tokenizer.encode_parsed`. A text that then begins with
+            BOS or ends with EOS by itself gets no second one.
 
     Attributes:
         by_units: False if texts are encoded whole.
+        marks: ids that a text without a token gets.
     """
 
-    def __init__(self, tokenizer: Tokenizer, dtype: npt.DTypeLike, max_units: int = MAX_UNITS) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        dtype: npt.DTypeLike,
+        max_units: int = MAX_UNITS,
+        *,
+        bos: bool = False,
+        parse: bool = False,
+    ) -> None:
         self.tokenizer, self.dtype, self.max_units = tokenizer, np.dtype(dtype), max_units
+        self.parse = parse
+        self._bos = np.asarray([tokenizer.bos_id] if bos else [], dtype=self.dtype)
+        self._eos = np.asarray([tokenizer.eos_id], dtype=self.dtype)
+        self.marks = len(self._bos) + 1
         self.by_units = False
         if not tokenizer.separators:
             return
@@ -65,34 +81,49 @@ class UnitEncoder:
         samples = cut_samples(tokenizer.added_texts())
         ids, lengths = self._encode_by_units(samples)
         mine = np.split(ids, np.cumsum(lengths)[:-1])
-        self.by_units = all(a[:-1].tolist() == b for a, b in zip(mine, tokenizer.encode_plain(samples), strict=True))
+        first, end = len(self._bos), -1
+        encoded = tokenizer.encode_plain(samples)
+        self.by_units = all(a[first:end].tolist() == b for a, b in zip(mine, encoded, strict=True))
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """Texts [n] -> ids of all of them one after another, and the length of each, int64 [n]; EOS counted.
+        """Texts [n] -> ids of all of them one after another, and the length of each, int64 [n]; BOS and EOS counted.
 
-        A text without a token has length 1. Raises ValueError for a stretch of text that is too long to be encoded
-        at once (see `Tokenizer.encode_batch`).
+        A text without a token has length `marks`. Raises ValueError for a stretch of text that is too long to be
+        encoded at once (see `Tokenizer.encode_batch`).
         """
-        if self.by_units:
-            return self._encode_by_units(texts)
-        eos = np.asarray([self.tokenizer.eos_id], dtype=self.dtype)
-        encoded = self.tokenizer.encode_batch(texts)
-        parts = [part for ids in encoded for part in (ids.astype(self.dtype), eos)]
-        return np.concatenate([*parts, eos[:0]]), np.asarray([len(ids) + 1 for ids in encoded], dtype=np.int64)
+        if self.parse and any(map(self.tokenizer.may_hold_special, texts)):
+            return self._encode_whole(texts)
+        return self._encode_by_units(texts) if self.by_units else self._encode_whole(texts)
+
+    def _encode_whole(self, texts: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        encode = self.tokenizer.encode_parsed if self.parse else self.tokenizer.encode_batch
+        parts: list[npt.NDArray[Any]] = []
+        lengths = np.empty(len(texts), dtype=np.int64)
+        for i, found in enumerate(encode(texts)):
+            ids = found.astype(self.dtype)
+            begun = self.parse and len(ids) and (ids[:1] == self._bos).all()
+            ended = self.parse and len(ids) and ids[-1] == self._eos[0]
+            whole = [self._bos[: 0 if begun else None], ids, self._eos[: 0 if ended else None]]
+            lengths[i] = sum(map(len, whole))
+            parts += whole
+        return np.concatenate([*parts, self._eos[:0]]), lengths
 
     def _encode_by_units(self, texts: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        eos = np.asarray([self.tokenizer.eos_id], dtype=self.dtype).tobytes()
-        sizes = np.full(len(texts), len(eos), dtype=np.int64)
-        parts: list[bytes] = []
+        bos, eos = self._bos.tobytes(), self._eos.tobytes()
+        between = eos + bos
+        sizes = np.full(len(texts), len(between), dtype=np.int64)
+        parts: list[bytes] = [bos]
         last = 0
         for numbers, slices in self._together(texts):
             for number, data in zip(numbers, self._look_up(slices), strict=True):
-                parts.extend(repeat(eos, number - last))  # of the texts before, which are whole
+                parts.extend(repeat(between, number - last))  # of the texts before, which are whole
                 parts.append(data)
                 sizes[number] += len(data)
                 last = number
-        parts.extend(repeat(eos, len(texts) - last))
-        return np.frombuffer(b"".join(parts), dtype=self.dtype), sizes // self.dtype.itemsize
+        parts.extend(repeat(between, len(texts) - last))
+        lengths = sizes // self.dtype.itemsize
+        # The BOS that the last EOS brought along begins no text.
+        return np.frombuffer(b"".join(parts), dtype=self.dtype, count=int(lengths.sum())), lengths
 
     def _together(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[list[str]]]]:
         """The units of texts, in lists of SLICE_CHARACTERS or so: (number of the text, its units) for each slice."""

@@ -27,6 +27,7 @@ from lit_model.model import GPT
 from lit_model.moe import RouterStatistics
 from pretrain.args import plain
 from pretrain.compiling import CompiledBlocks
+from pretrain.encoding import encoding_facts
 from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
 from pretrain.metrics import FILE as METRICS
 from pretrain.metrics import ROUTER_COLUMNS, MetricsFile, router_values
@@ -431,6 +432,7 @@ def checkpoint_meta(run: Run) -> dict[str, object]:
             "n_tokens": sum(dataset.n_tokens for dataset in datasets),
             "n_documents": sum(dataset.n_documents for dataset in datasets),
             "eos_id": datasets[0].eos_id,
+            **encoding_facts(datasets),
         },
         "teachers": run.taught_by,
         "skipped": int(run.skipped.item()),

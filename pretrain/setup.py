@@ -44,6 +44,7 @@ from lit_model.model import GPT
 from pretrain.args import DistillationArgs, RunArgs, TrainArgs, flat, plain
 from pretrain.checkpoint import STEP_COUNT, check_meta, find_checkpoint, load_state, remove, rewind, state_tensors
 from pretrain.compiling import compile_blocks
+from pretrain.encoding import check_bos, unlike_special_tokens
 from pretrain.first_failure import begin_attempt, report_failure
 from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.init_from import load_optimizer, load_weights, model_config, optimizer_of
@@ -291,6 +292,7 @@ def open_datasets(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tup
                 f"{flag} {dataset.path} has {dataset.n_tokens} tokens, less than one row of {block_size}: use more "
                 "text or a smaller --train.block_size"
             )
+    check_bos(named)
     check_teachers(args, config, train[0], block_size)
     if args.distillation.cache is not None:
         facts = (train[0], args.data.packing, block_size, args.data.document_mask, config.vocab_size)
@@ -384,6 +386,9 @@ def open_data(args: RunArgs, fabric: Fabric, datasets: Datasets, segments: list[
         for dataset in [*datasets.train, *([datasets.val] if datasets.val is not None else [])]:
             rows_of(dataset)
 
+    val = [datasets.val] if datasets.val is not None else []
+    if (line := unlike_special_tokens([*datasets.train, *val])) is not None:
+        fabric.print(f"warning: {line}")
     on_rank_zero(fabric, make_plans)
     rows = [rows_of(dataset) for dataset in datasets.train]
     n_rows = sum(r.n_windows for r in rows)

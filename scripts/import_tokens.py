@@ -31,6 +31,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--eos_token", metavar="TOKEN", help="the token that ends a document, where the tokenizer does not say")
     add("--vocab_size", type=int, metavar="N", help="without --tokenizer: ids lie below it")
     add("--eos_id", type=int, metavar="ID", help="without --tokenizer: the id that ends a document")
+    add("--bos", action="store_true", help="each document begins with the tokenizer's BOS, which is checked")
     add("--dtype", choices=FLAT_DTYPES, help="of flat .bin files")
     add(
         "--split_at",
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             eos_token=args.eos_token,
             vocab_size=args.vocab_size,
             eos_id=args.eos_id,
+            bos=args.bos,
             dtype=args.dtype,
             cutting=Cutting(args.split_at, args.document_tokens, args.across_files, args.append_eos),
             copy=args.copy,

@@ -27,10 +27,10 @@ from lit_data.inventory import (
     repeated_ids,
     samples_of,
     sources_of,
+    tokenizer_of,
     totals,
 )
 from lit_data.packed import PackedDataset
-from lit_data.tokenizer import Tokenizer, open_tokenizer
 from pretrain.command_line import ScriptParser
 
 
@@ -71,25 +71,21 @@ def has_duckdb() -> bool:
     return True
 
 
-def tokenizer_of(dataset: PackedDataset, path: str | None) -> Tokenizer | None:
-    folder = path if path is not None else dataset.tokenizer_folder
-    if folder is None:
-        return None
-    tokenizer = open_tokenizer(folder)
-    known = dataset.manifest.tokenizer
-    if tokenizer.fingerprint != known["fingerprint"] and known.get("kind") != "unknown":
-        raise ValueError(f"--tokenizer {folder} is not the one that {dataset.path} was made with (fingerprints differ)")
-    return tokenizer
-
-
 def print_report(
     facts: dict[str, Any], lengths: str, sources: Sources | None, repeated: RepeatedIds | None, samples: list[Sample]
 ) -> None:
     per_token = f", {facts['text_bytes'] / facts['tokens']:.3f} bytes per token" if facts["tokens"] else ""
     text = f"{facts['text_bytes']:,} bytes of text{per_token}" if facts["text_bytes"] else "bytes of text unknown"
     print(f"{facts['folder']}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {text}")
+    if facts["words"] is not None:
+        print(f"  {facts['words']:,} words")
+    else:
+        print(f"  words not counted; python scripts/count_words.py {facts['folder']} does it")
     print(f"  {facts['shards']:,} shards of {facts['dtype']}, {facts['file_bytes']:,} bytes of files")
-    print(f"  vocabulary {facts['vocab_size']:,}, EOS {facts['eos_id']}, tokenizer {facts['tokenizer'][:12]}")
+    bos = "no BOS" if facts["bos_id"] is None else f"BOS {facts['bos_id']}"
+    parsed = ", special tokens parsed" if facts["special_tokens"] == "parse" else ""
+    tokenizer = facts["tokenizer"][:12]
+    print(f"  vocabulary {facts['vocab_size']:,}, EOS {facts['eos_id']}, {bos}{parsed}, tokenizer {tokenizer}")
     print(f"  fingerprint {facts['fingerprint'][:12]}\n")
     print(lengths)
     if sources is not None:

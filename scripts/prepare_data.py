@@ -57,6 +57,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=int, metavar="S", help="of the split by --val_fraction (0)")
     add("--eos_token", metavar="TOKEN", help="the token that ends a document, where the tokenizer does not say")
+    add("--bos", action="store_true", help="begin each document with the tokenizer's BOS, as Llama 3 and Gemma 2 do")
+    add(
+        "--special_tokens",
+        choices=("text", "parse"),
+        help="names of special tokens in a document: encode them as the text they are (a page about </s> does not end "
+        "there), or parse them to their ids, for text that a chat template made (text)",
+    )
     add("--shard_tokens", type=int, metavar="N", help="tokens a shard (2^31)")
 
     group = parser.add_argument_group("reading")

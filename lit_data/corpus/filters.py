@@ -91,12 +91,17 @@ def _language(languages: Collection[str], min_probability: float, document: Docu
     return None
 
 
+def count_words(text: str) -> int:
+    """Words of a text: what white space separates."""
+    return len(text.split())
+
+
 def token_word_ratio(n_tokens: int, text: str) -> float:
-    """Tokens a word, words being what white space separates; infinite for a text without words.
+    """Tokens a word (`count_words`); infinite for a text without words.
 
     Tables, chords, source code and text in another language than the tokenizer's have many tokens a word.
     """
-    words = len(text.split())
+    words = count_words(text)
     return n_tokens / words if words else math.inf
 
 

@@ -172,7 +172,8 @@ def test_document_facts(tmp_path):
         writer.add([4, 0], id="a", source="y.jsonl", place=1, n_bytes=2, genre="é")
     dataset = PackedDataset(folder)
     assert dataset.document(0) == {
-        "number": 0, "id": "a", "source": "x.jsonl", "place": 1, "bytes": 7, "genre": "drama", "start": 0, "tokens": 3
+        "number": 0, "id": "a", "source": "x.jsonl", "place": 1, "bytes": 7, "words": None, "genre": "drama",
+        "start": 0, "tokens": 3,
     }  # fmt: skip
     assert dataset.document(2)["genre"] == "é" and dataset.document(2)["start"] == 5
     assert dataset.find("a") == [0, 2] and dataset.find("none") == []

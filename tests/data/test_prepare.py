@@ -96,7 +96,7 @@ def test_the_result_is_the_text(corpus, tokenizer_folder, tmp_path):
     dataset = PackedDataset(tmp_path / "out" / "train")
     assert dataset.document(3) | {"start": 0, "tokens": 0} == {
         "number": 3, "id": "doc-3", "source": str(corpus / "a.jsonl"), "place": 4, "bytes": len(expected[3].encode()),
-        "genre": "g1", "start": 0, "tokens": 0,
+        "words": len(expected[3].split()), "genre": "g1", "start": 0, "tokens": 0,
     }  # fmt: skip
     assert dataset.document(200)["id"] == "b.txt" and dataset.document(200)["genre"] == ""
     manifest = dataset.manifest

@@ -1,0 +1,43 @@
+"""Add the words of each document to a dataset that lacks them: one of an earlier version, or of imported tokens.
+
+    python scripts/count_words.py data/train
+
+Words are what white space separates, counted in the text that the tokens decode to (preparation counts them in the text
+itself). docs.parquet and manifest.json are replaced, tokens stay as they are, and so does the dataset's fingerprint. A
+call that was killed is finished by the same call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from lit_data.word_counts import add_word_counts
+from lit_files.cores import usable_cores
+
+
+def main(arguments: list[str] | None = None) -> int:
+    assert __doc__ is not None
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("dataset", type=Path, metavar="DATASET", help="the folder with manifest.json")
+    parser.add_argument("--tokenizer", metavar="PATH", help="decodes the tokens (default: the one beside the dataset)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes, a shard each (default: the cores)")
+    args = parser.parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        workers = args.workers if args.workers is not None else usable_cores()
+        words = add_word_counts(args.dataset, args.tokenizer, workers)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.dataset}: {words:,} words")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lit_data.hf_tokenizer import chat_templates
 from lit_data.sentencepiece_file import ModelType, PieceType
 from lit_data.tokenizer import JsonTokenizer, SentencepieceTokenizer, Tokenizer
 
@@ -26,10 +27,13 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int, pre_tokenizer: str | None = None) -> dict[str, Any]:
+def gguf_tokenizer(
+    tokenizer: Tokenizer, vocab_size: int, pre_tokenizer: str | None = None, *, bos: bool = False
+) -> dict[str, Any]:
     """Keys and values for a model of `vocab_size` ids; ids beyond the tokenizer's become unused tokens.
 
     `pre_tokenizer` is a name that llama.cpp knows, for byte-level BPE; None: the one that cuts texts as the file says.
+    `bos`: training documents began with BOS, so that texts do.
     Raises ValueError for a tokenizer that llama.cpp would apply otherwise, and for one with more ids than the model.
     """
     if tokenizer.vocab_size > vocab_size:
@@ -42,9 +46,11 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int, pre_tokenizer: str | N
     for role, id in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("padding", tokenizer.pad_id)):
         if id is not None:
             keys[f"{role}_token_id"] = int(id)
-    # As prepared: the model has never seen an id before a document's first.
-    keys |= {"add_bos_token": False, "add_eos_token": False}
-    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    keys |= {"add_bos_token": bos, "add_eos_token": False}  # as prepared
+    template = chat_templates(tokenizer).get("default")
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | (
+        {"tokenizer.chat_template": template} if template is not None else {}
+    )
 
 
 def _padded(tokens: list[str], types: list[int], vocab_size: int) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """A tokenizer as files that transformers opens, giving the ids that preparation wrote.
 
-`AutoTokenizer.from_pretrained(folder)(text)["input_ids"]` equals `Tokenizer.encode(text)`: no BOS is added (the
-post-processor is left out), special tokens in the text stay text (`split_special_tokens`), and the class is the generic
-one, since classes with a model's name rebuild normaliser and pre-tokenizer by their own idea.
+`AutoTokenizer.from_pretrained(folder)(text)["input_ids"]` equals `Tokenizer.encode(text)` for a text in which no
+special token is named, with BOS before it where the documents of the training data had one. Names of special tokens
+become their ids, as in the source tokenizer and as chat templates need it. The class is the generic one, since classes
+with a model's name rebuild normaliser and pre-tokenizer by their own idea. Chat templates are copied.
+
+The BOS token is declared where the training data had it or a chat template prints it. Else it is left out, so that an
+evaluation that begins with BOS if there is one does not begin with a token that the model never saw.
 
 A sentencepiece model becomes a tokenizer.json. What it does to a text is expressed with the tokenizers library's parts;
 whether they give the same ids is tried on hard strings and on its own pieces, and a difference is an error.
@@ -25,10 +29,18 @@ from pathlib import Path
 from typing import Any
 
 from lit_data.sentencepiece_file import ModelType, Piece, PieceType, SentencepieceFile
-from lit_data.tokenizer import SPACE_MARK, JsonTokenizer, SentencepieceTokenizer, Tokenizer, open_tokenizer
-from lit_files.reading import read_object
+from lit_data.tokenizer import (
+    NAMING_FILES,
+    SPACE_MARK,
+    TEMPLATE_FILES,
+    JsonTokenizer,
+    SentencepieceTokenizer,
+    Tokenizer,
+    open_tokenizer,
+)
+from lit_files.reading import read_object, read_text
 
-KEPT_SETTINGS = ("model_max_length", "chat_template", "padding_side", "truncation_side")
+KEPT_SETTINGS = ("model_max_length", "chat_template", "padding_side", "truncation_side", "model_input_names")
 STAND_INS = 0xF0000  # a private use area
 UNREACHABLE_SCORE = -1000.0  # far below what a text costs that is as long as a control token's name
 
@@ -70,12 +82,13 @@ HARD_STRINGS = (
 )
 
 
-def write_hf_tokenizer(source: str | Path | Tokenizer, output_dir: str | Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+def write_hf_tokenizer(source: str | Path | Tokenizer, output_dir: str | Path, *, bos: bool = False) -> None:
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, and copy chat templates.
 
     Args:
         source: an opened tokenizer, or what `open_tokenizer` opens.
         output_dir: made if needed; files of these names in it are replaced.
+        bos: whether the training documents began with BOS, so that texts do.
 
     Raises:
         ValueError: a sentencepiece model that can't be expressed, or a string on which the result differs.
@@ -93,14 +106,71 @@ def write_hf_tokenizer(source: str | Path | Tokenizer, output_dir: str | Path) -
         )
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    special = _special_tokens(tokenizer, content)
-    _write(output / "tokenizer.json", content)
+    special = _special_tokens(tokenizer, content, bos)
+    _write(output / "tokenizer.json", {**content, "post_processor": _bos_processor(tokenizer) if bos else None})
     _write(output / "special_tokens_map.json", special)
-    _write(output / "tokenizer_config.json", {**_kept_settings(tokenizer), **config_for_transformers(special)})
+    config = {**_kept_settings(tokenizer), **config_for_transformers(special, bos)}
+    _write(output / "tokenizer_config.json", config)
+    for file in _template_files(tokenizer):
+        target = output / file.relative_to(tokenizer.path.parent)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(file.read_bytes())
 
 
-def check_with_transformers(folder: str | Path, tokenizer: Tokenizer, texts: Sequence[str] = HARD_STRINGS) -> None:
+def declared_bos(tokenizer: Tokenizer, bos: bool) -> int | None:
+    """The id of the BOS token that an exported model declares: see the module. `bos`: the training data had it."""
+    return tokenizer.bos_id if bos or prints_bos(tokenizer) else None
+
+
+def prints_bos(tokenizer: Tokenizer) -> bool:
+    """Whether a chat template of the tokenizer prints its BOS token, as `bos_token` or by its name."""
+    if tokenizer.bos_id is None or _settings(tokenizer).get("bos_token", "") is None:
+        return False
+    name = tokenizer.id_to_token(tokenizer.bos_id) or ""
+    sources = (re.sub(r"\{#.*?#\}", "", text, flags=re.DOTALL) for text in chat_templates(tokenizer).values())
+    return any(name in text or re.search(r"\bbos_token\b", text) for text in sources)
+
+
+def chat_templates(tokenizer: Tokenizer) -> dict[str, str]:
+    """The chat templates that lie beside a tokenizer, by name; "default" is the one that is used unasked."""
+    found: dict[str, str] = {}
+    kept = _settings(tokenizer).get("chat_template")
+    if isinstance(kept, str):
+        found["default"] = kept
+    elif isinstance(kept, list):
+        found |= {
+            str(t["name"]): str(t["template"]) for t in kept if isinstance(t, dict) and {"name", "template"} <= t.keys()
+        }
+    for file in _template_files(tokenizer):
+        text = read_object(file).get("chat_template") if file.suffix == ".json" else read_text(file)
+        if isinstance(text, str):
+            found["default" if file.stem == "chat_template" else file.stem] = text
+    return found
+
+
+def begins_with_bos(tokenizer: Tokenizer) -> bool:
+    """Whether transformers puts BOS before a text, as the files of the tokenizer say."""
+    if tokenizer.bos_id is None:
+        return False
+    if isinstance(asked := _settings(tokenizer).get("add_bos_token"), bool):
+        return asked
+    if not isinstance(tokenizer, JsonTokenizer):
+        return False
+    return tokenizer.first_added() == tokenizer.bos_id
+
+
+def parses_special_tokens(tokenizer: Tokenizer) -> bool:
+    """Whether transformers gives special tokens that a text names their ids, as the files of the tokenizer say."""
+    return isinstance(tokenizer, JsonTokenizer) and not _settings(tokenizer).get("split_special_tokens", False)
+
+
+def check_with_transformers(
+    folder: str | Path, tokenizer: Tokenizer, texts: Sequence[str] = HARD_STRINGS, *, bos: bool = False
+) -> None:
     """Compare what AutoTokenizer makes of the folder with the tokenizer. Needs transformers.
+
+    Texts in which special tokens are named are compared only where the tokenizer can parse them. `bos`: see
+    `write_hf_tokenizer`.
 
     Raises:
         ValueError: naming the first text with other ids.
@@ -109,7 +179,11 @@ def check_with_transformers(folder: str | Path, tokenizer: Tokenizer, texts: Seq
 
     opened = AutoTokenizer.from_pretrained(str(folder))
     for text in texts:
-        theirs, ours = list(opened(text)["input_ids"]), tokenizer.encode(text).tolist()
+        if tokenizer.may_hold_special(text) and not isinstance(tokenizer, JsonTokenizer):
+            continue
+        parse = tokenizer.may_hold_special(text)
+        ids = tokenizer.encode_parsed([text])[0] if parse else tokenizer.encode(text)
+        theirs, ours = list(opened(text)["input_ids"]), [*([tokenizer.bos_id] if bos else []), *ids.tolist()]
         if theirs != ours:
             raise ValueError(f"{folder}: transformers gives {theirs[:20]} for {text[:80]!r}, not {ours[:20]}")
 
@@ -312,9 +386,31 @@ def _own_strings(tokenizer: Tokenizer) -> list[str]:
     return [*own, *mixed, *repeated, *with_symbols]
 
 
-def _special_tokens(tokenizer: Tokenizer, content: dict[str, Any]) -> dict[str, str]:
+def _bos_processor(tokenizer: Tokenizer) -> dict[str, Any]:
+    """BOS before a text, and before each of two."""
+    id = tokenizer.need_bos()
+    name = tokenizer.id_to_token(id)
+
+    def with_bos(sequence: str, type_id: int) -> list[dict[str, Any]]:
+        return [
+            {"SpecialToken": {"id": name, "type_id": type_id}},
+            {"Sequence": {"id": sequence, "type_id": type_id}},
+        ]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": with_bos("A", 0),
+        "pair": [*with_bos("A", 0), *with_bos("B", 1)],
+        "special_tokens": {name: {"id": name, "ids": [id], "tokens": [name]}},
+    }
+
+
+def _special_tokens(tokenizer: Tokenizer, content: dict[str, Any], bos: bool) -> dict[str, str]:
     pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
-    ids = {"eos_token": tokenizer.eos_id, "bos_token": tokenizer.bos_id, "pad_token": pad_id}
+    ids = {"eos_token": tokenizer.eos_id, "bos_token": declared_bos(tokenizer, bos), "pad_token": pad_id}
+    for role in ("sep_token", "cls_token", "mask_token"):
+        named = _content_of(_settings(tokenizer).get(role))
+        ids[role] = tokenizer.token_to_id(named) if named is not None else None
     special = {role: token for role, id in ids.items() if id is not None and (token := tokenizer.id_to_token(id))}
     unknown = content["model"].get("unk_token")
     if content["model"].get("unk_id") is not None:
@@ -322,22 +418,49 @@ def _special_tokens(tokenizer: Tokenizer, content: dict[str, Any]) -> dict[str, 
     return special | ({"unk_token": unknown} if unknown and tokenizer.token_to_id(unknown) is not None else {})
 
 
-def config_for_transformers(special: Mapping[str, Any]) -> dict[str, Any]:
+def config_for_transformers(special: Mapping[str, Any], bos: bool = False) -> dict[str, Any]:
     """tokenizer_config.json, with the special tokens by their role (`eos_token` and so on)."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": False,
+        "add_bos_token": bos,
         "add_eos_token": False,
-        "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         **special,
     }
 
 
+def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What tokenizer_config.json beside a tokenizer says; nothing where there is none."""
+    path = tokenizer.path.with_name(NAMING_FILES[0])
+    return read_object(path) if path.is_file() else {}
+
+
 def _kept_settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    path = tokenizer.path.with_name("tokenizer_config.json")
-    settings = read_object(path) if path.is_file() else {}
-    return {key: settings[key] for key in KEPT_SETTINGS if settings.get(key) is not None}
+    settings = _settings(tokenizer)
+    kept = {key: settings[key] for key in KEPT_SETTINGS if settings.get(key) is not None}
+
+    def known(token: Any) -> bool:
+        # One that the vocabulary lacks would get an id beyond the model's.
+        return (name := _content_of(token)) is not None and tokenizer.token_to_id(name) is not None
+
+    # transformers 5 calls the list extra_special_tokens and reads both; 4 wants names in a dict of that key.
+    extra = settings.get("extra_special_tokens") or {}
+    named = {k: _content_of(t) for k, t in extra.items() if known(t)} if isinstance(extra, dict) else {}
+    listed = settings.get("additional_special_tokens") or (extra if isinstance(extra, list) else [])
+    more = {"additional_special_tokens": [_content_of(t) for t in listed if known(t)], "extra_special_tokens": named}
+    return kept | {key: value for key, value in more.items() if value}
+
+
+def _content_of(token: Any) -> str | None:
+    """The name of a token in a JSON file, given as text or as {"content": ...}."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _template_files(tokenizer: Tokenizer) -> list[Path]:
+    folder = tokenizer.path.parent
+    return [file for pattern in TEMPLATE_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
 
 
 def _write(path: Path, content: Any) -> None:

@@ -27,7 +27,13 @@ Ids = npt.NDArray[np.int32]
 COMMON_EOS_TOKENS = ("</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>")
 COMMON_BOS_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>")
 COMMON_PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]")
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+MAIN_FILES = ("tokenizer.json", "*.model")
+NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+# All that belongs to a tokenizer beside its main file. What copies, exports or imports one goes by this list.
+COMPANIONS = (
+    *NAMING_FILES, "added_tokens.json", "vocab.json", "merges.txt", *TEMPLATE_FILES, "generation_config.json",
+)  # fmt: skip
 
 # Encoding holds some hundred bytes a character, so this is about 20 MB at once.
 PIECE_CHARACTERS = 1 << 16
@@ -222,7 +228,7 @@ class Tokenizer(ABC):
         self.pad_id = self._find_special("pad_token", native, COMMON_PAD_TOKENS)
 
     def _find_special(self, role: str, native: dict[str, int], common: Iterable[str]) -> int | None:
-        named = [_named_token(self.path.with_name(name), role) for name in COMPANIONS[:2]]
+        named = [_named_token(self.path.with_name(name), role) for name in NAMING_FILES]
         for token in filter(None, named):
             if (id := self.token_to_id(token)) is not None:
                 return id
@@ -320,6 +326,12 @@ class JsonTokenizer(Tokenizer):
         if len(texts) == 1:  # without the thread pool
             return [self.backend.encode(texts[0], add_special_tokens=False).ids]
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def first_added(self) -> int | None:
+        """The id that the file's post-processor puts before a text; None if it puts none."""
+        plain, whole = (self.backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+        begun: bool = len(whole) > len(plain) and whole[1 : len(plain) + 1] == plain
+        return int(whole[0]) if begun else None
 
     def check_parses(self) -> None:
         """It can."""
@@ -529,7 +541,12 @@ def _find_file(path: Path) -> Path:
 
 
 def _files_of(path: Path) -> list[Path]:
-    return [path, *(f for name in COMPANIONS if (f := path.with_name(name)).is_file())]
+    return [path, *companions_in(path.parent)]
+
+
+def companions_in(folder: Path) -> list[Path]:
+    """The files in a folder that belong to its tokenizer, its main file aside."""
+    return [file for pattern in COMPANIONS for file in sorted(folder.glob(pattern)) if file.is_file()]
 
 
 def _named_token(path: Path, role: str) -> str | None:

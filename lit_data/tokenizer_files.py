@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_data.tokenizer import Tokenizer, open_tokenizer
+from lit_data.tokenizer import COMPANIONS, MAIN_FILES, Tokenizer, companions_in, open_tokenizer
 from lit_files.publish import sync_file, write_json
 from lit_files.reading import read_object
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "*.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.*",
-)
 
 
 def copy_tokenizer(source_folder: str | Path, target_folder: str | Path) -> None:
@@ -30,23 +18,21 @@ def copy_tokenizer(source_folder: str | Path, target_folder: str | Path) -> None
     source = Path(source_folder)
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder of a tokenizer")
-    files = [f for f in sorted(source.iterdir()) if f.is_file() and _is_tokenizer_file(f)]
+    main = [file for pattern in MAIN_FILES for file in sorted(source.glob(pattern)) if file.is_file()]
+    files = [*main, *companions_in(source)]
     if not files:
-        raise ValueError(f"{source} holds no tokenizer: none of its files is named like {', '.join(TOKENIZER_FILES)}")
-    _copy_files(files, Path(target_folder))
+        names = ", ".join((*MAIN_FILES, *COMPANIONS))
+        raise ValueError(f"{source} holds no tokenizer: none of its files is named like {names}")
+    _copy_files(files, source, Path(target_folder))
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Copy an opened tokenizer's files to a new folder; the copy says by itself which token ends a document."""
-    _copy_files(tokenizer.files, folder)
+    _copy_files(tokenizer.files, tokenizer.path.parent, folder)
     _name_eos(folder, tokenizer)
 
 
-def _is_tokenizer_file(file: Path) -> bool:
-    return any(fnmatch.fnmatch(file.name, pattern) for pattern in TOKENIZER_FILES)
-
-
-def _copy_files(files: Sequence[Path], target: Path) -> None:
+def _copy_files(files: Sequence[Path], source: Path, target: Path) -> None:
     if target.exists():
         raise ValueError(f"{target} exists already; remove it or choose another folder")
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
@@ -54,11 +40,14 @@ def _copy_files(files: Sequence[Path], target: Path) -> None:
     try:
         temporary.mkdir(parents=True)
         for file in files:
-            # A tokenizer.json that was given under another name would not be found in a folder.
-            name = "tokenizer.json" if file.suffix == ".json" and not _is_tokenizer_file(file) else file.name
+            name = file.relative_to(source)
+            if file.suffix == ".json" and not any(name.match(pattern) for pattern in COMPANIONS):
+                name = Path("tokenizer.json")  # given under another name, it would not be found in a folder
+            (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, temporary / name)
             sync_file(temporary / name)
-        sync_file(temporary)
+        for folder in (*(path for path in temporary.iterdir() if path.is_dir()), temporary):
+            sync_file(folder)
         os.rename(temporary, target)
         sync_file(target.parent)
     finally:

@@ -6,9 +6,14 @@ The manifest of the training data says it, each checkpoint carries it, and all t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from lit_data.hf_tokenizer import begins_with_bos, parses_special_tokens
 from lit_data.packed import PackedDataset
+from lit_data.tokenizer import Tokenizer
+from lit_model.load import Checkpoint, is_hf_folder, resolve
 
 
 def check_bos(named: Sequence[tuple[str, PackedDataset]]) -> None:
@@ -49,3 +54,40 @@ def encoding_facts(datasets: Sequence[PackedDataset]) -> dict[str, Any]:
     if kinds != {"text"}:
         facts["special_tokens"] = "parse" if kinds == {"parse"} else "mixed"
     return facts
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How text is encoded for one model.
+
+    Attributes:
+        bos_id: what a text begins with; None: nothing.
+        special_tokens: names of special tokens are `text`, or were `parse`d in all or some (`mixed`) of the data; None:
+            not known, since the model was not trained here.
+    """
+
+    bos_id: int | None = None
+    special_tokens: str | None = None
+
+
+def encoding_of(path: Path, tokenizer: Tokenizer | None) -> Encoding:
+    """Of a checkpoint, as its training data; of a Hugging Face folder, as its tokenizer does by default."""
+    path = resolve(path)
+    if is_hf_folder(path):
+        if tokenizer is None:
+            return Encoding()
+        bos_id = tokenizer.bos_id if begins_with_bos(tokenizer) else None
+        return Encoding(bos_id, "parse" if parses_special_tokens(tokenizer) else "text")
+    data = Checkpoint(path).meta.get("data")
+    return Encoding() if data is None else Encoding(data.get("bos_id"), data.get("special_tokens", "text"))
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, encoding: Encoding) -> list[int]:
+    """The ids of a text to be continued, never none: what comes before the first token of a document is BOS, or else
+    the EOS of the document before."""
+    parse = encoding.special_tokens in ("parse", "mixed")
+    encoded = tokenizer.encode_parsed([text])[0] if parse else tokenizer.encode(text)
+    ids: list[int] = encoded.tolist()
+    if encoding.bos_id is not None and ids[:1] != [encoding.bos_id]:
+        return [encoding.bos_id, *ids]
+    return ids or [tokenizer.eos_id]

@@ -15,13 +15,15 @@ import torch
 import yaml
 
 from lit_data.gguf_tokenizer import gguf_tokenizer
-from lit_data.hf_tokenizer import write_hf_tokenizer
+from lit_data.hf_tokenizer import declared_bos, prints_bos, write_hf_tokenizer
 from lit_data.tokenizer import Tokenizer, open_tokenizer
+from lit_files.reading import read_object
 from lit_model.cost import count_parameters
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.gguf import architecture_of, write_gguf
 from lit_model.hf.io import read_folder, write_folder
 from lit_model.load import Checkpoint, checkpoint_step, is_hf_folder, load_tensors, resolve
+from pretrain.encoding import Encoding, encoding_of
 
 
 def find_tokenizer(path: Path) -> Path | None:
@@ -57,8 +59,9 @@ def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> P
         )
     if opened is not None and facts and opened.fingerprint != facts["fingerprint"]:
         raise ValueError(f"{tokenizer_path} is not the tokenizer that {path} was trained with (fingerprints differ)")
+    encoding = encoding_of(path, opened)
     eos_id = opened.eos_id if opened is not None else facts.get("eos_id")
-    bos_id = opened.bos_id if opened is not None else facts.get("bos_id")
+    bos_id = declared_bos(opened, encoding.bos_id is not None) if opened is not None else encoding.bos_id
     layout = list(tensors_to_hf(config, checkpoint.model_layout()))
     dtype = str(layout[0][1].dtype).removeprefix("torch.")
     write_folder(
@@ -66,8 +69,8 @@ def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> P
         config_to_hf(config, bos_id=bos_id, eos_id=eos_id, dtype=dtype),
         tensors_to_hf(config, checkpoint.passing_tensors()),
         layout=layout,
-        generation_config={"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True},
-        extra_files={**_tokenizer_files(opened), "README.md": model_card(checkpoint)},
+        generation_config=_generation_config(opened, bos_id, eos_id),
+        extra_files={**_tokenizer_files(opened, encoding), "README.md": model_card(checkpoint, opened, encoding)},
     )
     return path
 
@@ -95,23 +98,75 @@ def export_to_gguf(
     found = tokenizer or find_tokenizer(path)
     if found is None:
         raise ValueError(f"{path} has no tokenizer beside it: give one by --tokenizer")
-    keys = gguf_tokenizer(open_tokenizer(found), config.vocab_size, pre_tokenizer)
+    opened = open_tokenizer(found)
+    bos = encoding_of(path, opened).bos_id is not None
+    keys = gguf_tokenizer(opened, config.vocab_size, pre_tokenizer, bos=bos)
     write_gguf(output, config, tensors, dtype=dtype, tokenizer=keys)
     return path
 
 
-def _tokenizer_files(tokenizer: Tokenizer | None) -> dict[str, str]:
+def _tokenizer_files(tokenizer: Tokenizer | None, encoding: Encoding) -> dict[str, str]:
     if tokenizer is None:
         return {}
-    with tempfile.TemporaryDirectory() as folder:
-        write_hf_tokenizer(tokenizer, Path(folder))
-        return {p.name: p.read_text(encoding="utf-8") for p in Path(folder).iterdir()}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_hf_tokenizer(tokenizer, folder, bos=encoding.bos_id is not None)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in files}
 
 
-def model_card(checkpoint: Checkpoint) -> str:
+def _generation_config(tokenizer: Tokenizer | None, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
+    """The one that lies beside the tokenizer, with the BOS that is declared, and with EOS among what ends a text."""
+    path = tokenizer.path.with_name("generation_config.json") if tokenizer is not None else None
+    if tokenizer is None or path is None or not path.is_file():
+        return {"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True}
+    kept = {k: v for k, v in read_object(path).items() if not k.startswith("_") and k != "transformers_version"}
+
+    def known(id: Any) -> bool:
+        return type(id) is int and 0 <= id < tokenizer.vocab_size and tokenizer.id_to_token(id) is not None
+
+    given = kept.get("eos_token_id")
+    ends = [id for id in (given if isinstance(given, list) else [given]) if known(id)]
+    ends = ends if eos_id is None or eos_id in ends else [eos_id, *ends]
+    if not known(kept.get("pad_token_id")):
+        kept.pop("pad_token_id", None)
+    return {**kept, "bos_token_id": bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+
+
+def tokenizer_notes(tokenizer: Tokenizer, encoding: Encoding) -> list[str]:
+    """What a model card says of the tokenizer: where it does not do what was done to the training data."""
+    name = tokenizer.id_to_token(tokenizer.bos_id) if tokenizer.bos_id is not None else None
+    notes = []
+    if encoding.bos_id is not None:
+        notes.append(f"Training documents began with `{name}`; the tokenizer puts it before a text.")
+    elif prints_bos(tokenizer):
+        notes.append(
+            f"The chat template prints `{name}`, so it is declared as `bos_token`. Training documents did not begin "
+            "with it: without the template, begin a text with nothing, and have an evaluation that needs a first token "
+            f"use `{tokenizer.eos_token}`."
+        )
+    else:
+        notes.append("Training documents began with their text: no `bos_token` is declared.")
+    if encoding.special_tokens == "text":
+        seen = [f"`{token}`" for token in (name if encoding.bos_id is not None else None, tokenizer.eos_token) if token]
+        notes.append(
+            f"Names of special tokens in training documents, such as `{tokenizer.eos_token}`, were encoded as text. "
+            "This tokenizer gives them their ids, as chat templates need it; as ids, training saw only "
+            f"{' and '.join(seen)}."
+        )
+    elif encoding.special_tokens is not None:
+        some = "" if encoding.special_tokens == "parse" else " in a part of the data, and encoded as text in the rest"
+        notes.append(
+            f"Names of special tokens in training documents were given their ids{some}, as this tokenizer does."
+        )
+    return notes
+
+
+def model_card(checkpoint: Checkpoint, tokenizer: Tokenizer | None = None, encoding: Encoding | None = None) -> str:
     """README.md of an exported model: what it is, what it saw, how it was trained."""
     meta, config = checkpoint.meta, checkpoint.model_config
     data = meta.get("data") or {}
+    notes = tokenizer_notes(tokenizer, encoding) if tokenizer is not None and encoding is not None and data else []
     card = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["llammlein"]}
     facts = [
         ("Parameters", f"{count_parameters(config):,}"),
@@ -135,6 +190,7 @@ def model_card(checkpoint: Checkpoint) -> str:
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in facts),
         "",
+        *(["## Tokenizer", "", *notes, ""] if notes else []),
         "## Model",
         "",
         "```json",

@@ -18,12 +18,13 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from lit_data.word_counts import add_word_counts
 from lit_files.cores import usable_cores
+from pretrain.command_line import ScriptParser
 
 
 def main(arguments: list[str] | None = None) -> int:
     assert __doc__ is not None
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = ScriptParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("dataset", type=Path, metavar="DATASET", help="the folder with manifest.json")
     parser.add_argument("--tokenizer", metavar="PATH", help="decodes the tokens (default: the one beside the dataset)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes, a shard each (default: the cores)")

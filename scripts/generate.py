@@ -16,6 +16,7 @@ from lit_data.tokenizer import Tokenizer, open_tokenizer
 from lit_model.generate import generate
 from lit_model.load import load_model
 from pretrain.command_line import ScriptParser
+from pretrain.encoding import encode_prompt, encoding_of
 from pretrain.export import find_tokenizer
 
 
@@ -27,7 +28,7 @@ def parser() -> ScriptParser:
     prompt.add_argument(
         "--prompt",
         action="append",
-        help="text to continue (empty: after an end of document); may be repeated",
+        help="text to continue (empty: the beginning of a document); may be repeated",
     )
     prompt.add_argument(
         "--prompt_ids", action="append", help="token ids to continue, as 5,6; needs no tokenizer; may be repeated"
@@ -48,15 +49,14 @@ def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None) -> lis
         return [(None, parse_ids(ids)) for ids in args.prompt_ids]
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer files: give --tokenizer, or --prompt_ids instead of --prompt")
+    encoding = encoding_of(args.model, tokenizer)
     prompts: list[tuple[str | None, list[int]]] = []
     for argument in args.prompt:
         try:  # the bytes of the command line, whatever encoding Python took them for
             text = os.fsencode(argument).decode("utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"--prompt {argument!r} is not UTF-8") from None
-        ids = [int(i) for i in tokenizer.encode(text)]
-        # The end of a document is what stands before the next one: the only token a document can be begun from.
-        prompts.append((text, ids or [tokenizer.eos_id]))
+        prompts.append((text, encode_prompt(tokenizer, text, encoding)))
     return prompts
 
 

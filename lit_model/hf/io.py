@@ -73,7 +73,7 @@ def write_folder(
     `config` is config.json's content, `tensors` names and tensors in Hugging Face's terms, consumed one by one: each is
     written before the next is asked for. That needs `layout`, the same names, shapes and dtypes in the same order on
     any device (`meta` costs nothing); without it the tensors are gathered first. A file holds at most `shard_bytes` of
-    tensors, or a single larger one. `extra_files` are further texts by file name. Raises ValueError if `directory`
+    tensors, or a single larger one. `extra_files` are further texts by path in it. Raises ValueError if `directory`
     exists and holds something.
     """
     directory = Path(directory)
@@ -91,6 +91,7 @@ def write_folder(
             if content is not None:
                 _write_text(temporary / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         for name, text in (extra_files or {}).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             _write_text(temporary / name, text)
         _sync(temporary)
         if directory.exists():

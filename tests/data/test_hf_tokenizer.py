@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 transformers = pytest.importorskip("transformers")
@@ -41,16 +42,25 @@ def check(tokenizer: Tokenizer, output: Path) -> transformers.PreTrainedTokenize
     opened = transformers.AutoTokenizer.from_pretrained(str(output))
     texts = [*HARD_STRINGS, *TEXTS, "</s>".join(TEXTS)]
     for text in texts:
-        assert list(opened(text)["input_ids"]) == tokenizer.encode(text).tolist(), text
+        if not tokenizer.may_hold_special(text):
+            assert list(opened(text)["input_ids"]) == tokenizer.encode(text).tolist(), text
+        elif tokenizer.kind == "tokenizers":  # as the file itself says
+            source = tokenizers.Tokenizer.from_file(str(tokenizer.path))
+            assert list(opened(text)["input_ids"]) == source.encode(text, add_special_tokens=False).ids, text
     pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
-    assert (opened.eos_token_id, opened.bos_token_id, opened.pad_token_id) == (
-        tokenizer.eos_id,
-        tokenizer.bos_id,
-        pad_id,
-    )
+    assert (opened.eos_token_id, opened.bos_token_id, opened.pad_token_id) == (tokenizer.eos_id, None, pad_id)
     assert len(opened) == tokenizer.vocab_size
-    assert tokenizer.eos_id not in opened("x</s>y")["input_ids"]
+    assert tokenizer.eos_id in opened("x</s>y")["input_ids"]
+    with_bos = transformers.AutoTokenizer.from_pretrained(str(write_with_bos(tokenizer, output)))
+    assert with_bos.bos_token_id == tokenizer.bos_id == with_bos(TEXTS[0])["input_ids"][0]
+    assert with_bos(TEXTS[0])["input_ids"][1:] == tokenizer.encode(TEXTS[0]).tolist()
     return opened
+
+
+def write_with_bos(tokenizer: Tokenizer, output: Path) -> Path:
+    folder = output.with_name(f"{output.name}_bos")
+    write_hf_tokenizer(tokenizer, folder, bos=True)
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece"])

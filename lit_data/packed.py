@@ -577,7 +577,9 @@ def _check_manifest(manifest: Manifest) -> None:
         counts = [getattr(shard, count) for shard in manifest.shards]
         if min(counts, default=0) < 0 or sum(counts) != getattr(manifest, count):
             raise ValueError(f"{count} is {getattr(manifest, count)}, but the shards hold {sum(counts)}")
-    if manifest.words != sum_of_words(manifest.shards) or any((s.words or 0) < 0 for s in manifest.shards):
+    if (manifest.shards and manifest.words != sum_of_words(manifest.shards)) or any(
+        (s.words or 0) < 0 for s in manifest.shards
+    ):
         raise ValueError(f"words is {manifest.words}, but the shards hold {sum_of_words(manifest.shards)}")
     itemsize = np.dtype(manifest.dtype).itemsize
     for shard in manifest.shards:

@@ -52,7 +52,6 @@ def add_word_counts(folder: str | Path, tokenizer_path: str | Path | None = None
     manifest, work = read_manifest(folder), folder / WORDS_WORK
     if manifest.words is not None and not work.exists():
         return manifest.words
-    work.mkdir(exist_ok=True)
     lock = lock_folder(work, "wait for it or end it")
     try:
         if (work / MANIFEST).is_file():

@@ -110,8 +110,9 @@ def main(argv: list[str] | None = None) -> int:
         if rank_zero:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    say = run.fabric.print
+    say = run.say
     if run.finished:
+        run.release()
         say(f"{run.folder} is finished: {run.step} of {run.data.max_steps} steps are done; nothing to do")
         return 0
     describe(run)
@@ -131,10 +132,12 @@ def main(argv: list[str] | None = None) -> int:
     run.watchdog.close()
     run.watchdog.log.close()
     if stopped is None:
+        run.release()
         say(f"done: {run.step} steps; the run is in {run.folder}")
         return 0
     if run.fabric.global_rank == 0:
         mark_stopped(run, stopped)
+    run.release()
     say(f"stopped by {stopped} after step {run.step}; go on with --resume latest")
     return args.stop.exit_code
 
@@ -202,7 +205,7 @@ def describe(run: Run) -> None:
         lines.append(f"warning  it can be trained and opened here, but not exported to Hugging Face: {error}")
     if args.data.mock:
         lines.append("mock     the first step's data again and again (--data.mock); nothing is recorded")
-    run.fabric.print("\n".join(lines))
+    run.say("\n".join(lines))
 
 
 def kernels(device: torch.device, dtype: torch.dtype, config: ModelConfig, args: RunArgs) -> list[str]:

@@ -34,7 +34,7 @@ from pretrain.metrics import ROUTER_COLUMNS, MetricsFile, router_values
 from pretrain.objective import distillation_values, teaching
 from pretrain.optim import clip_gradients
 from pretrain.parallel import on_rank_zero, uses_fsdp
-from pretrain.progress import ProgressBar
+from pretrain.progress import ProgressDisplay
 from pretrain.schedule import learning_rate
 from pretrain.setup import Run, go_back, metrics_columns
 from pretrain.teachers import Teachers
@@ -83,7 +83,7 @@ def fit(run: Run) -> str | None:
             try:
                 return run_steps(run)
             except RollBack as back:
-                run.fabric.print(f"{back.reason}: going back to {back.checkpoint.name}, leaving out the samples since")
+                run.say(f"{back.reason}: going back to {back.checkpoint.name}, leaving out the samples since")
                 go_back(run, back.checkpoint, back.reason)
     finally:
         run.stop.close()
@@ -97,21 +97,23 @@ def run_steps(run: Run) -> str | None:
     args, max_steps = run.args, run.data.max_steps
     rank_zero = run.fabric.global_rank == 0
     metrics = MetricsFile(run.folder / METRICS, metrics_columns(run)) if rank_zero else None
-    bar = ProgressBar(run.step, max_steps, show=rank_zero)
     throughput = Throughput(run.config, run.data.block_size, run.device, run.world_size)
     slots = args.train.global_batch_samples * run.data.block_size
+    progress = ProgressDisplay(run.step, max_steps, slots, show=rank_zero)
     stopped = None
     steps = run.loader.steps(run.step, max_steps)
     try:
         if run.step == 0:
-            publish_row(run, metrics, bar, {"step": 0, "tokens": 0} | validate(run, throughput))
+            publish_row(run, metrics, progress, {"step": 0, "tokens": 0} | validate(run, throughput, progress))
         compiled = compiled_blocks(run)
+        if compiled is not None:
+            progress.phase("compiling")
         for data in steps:
             run.beat("step")
             result = train_step(run, data)
             run.step += 1
             if compiled is not None:
-                run.fabric.print(compiled.describe())
+                progress.say(compiled.describe())
                 compiled = None
             throughput.add(slots)
             last = run.step == max_steps
@@ -120,17 +122,18 @@ def run_steps(run: Run) -> str | None:
                 run.recorder.add(data, result.span_losses)
             row = measure(run, result, throughput) if log_step else {}
             if last or run.step % args.eval.every_steps == 0:
-                row |= validate(run, throughput)
+                row |= validate(run, throughput, progress)
             if row:
-                publish_row(run, metrics, bar, {"step": run.step} | row)
+                publish_row(run, metrics, progress, {"step": run.step} | row)
             stopped, failed = run.stop.agreed()
             if failed:
                 raise_fault(run)
             if log_step:
                 check_losses(run, row)
             if last or stopped or run.step % args.save.every_steps == 0:
+                progress.phase("saving")
                 save(run, throughput)
-            bar.advance()
+            progress.advance(run.step)
             if stopped:
                 break
         run.saver.wait()
@@ -142,7 +145,7 @@ def run_steps(run: Run) -> str | None:
     finally:
         steps.close()  # type: ignore[attr-defined]
         run.loader.close()
-        bar.close()
+        progress.close()
         if metrics is not None:
             metrics.close()
         if run.recorder is not None:
@@ -321,7 +324,7 @@ def epoch_columns(run: Run, epochs: list[float]) -> list[tuple[str, float]]:
 
 
 @torch.no_grad()
-def validate(run: Run, throughput: Throughput) -> dict[str, float]:
+def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dict[str, float]:
     """Mean loss over every target of the validation split (sum over count, all ranks), and bits per byte of its text.
 
     Bits per byte is the mean loss in bits times tokens per byte of the whole split: a document's first token, which
@@ -334,8 +337,9 @@ def validate(run: Run, throughput: Throughput) -> dict[str, float]:
     assert run.val_loader.end_sample is not None
     n_steps = math.ceil(run.val_loader.end_sample / run.val_loader.segments[0].global_batch)
     total = torch.zeros(2, dtype=torch.float64, device=run.device)  # summed loss, targets
-    for data in run.val_loader.steps(0, n_steps):
+    for i, data in enumerate(run.val_loader.steps(0, n_steps)):
         run.beat("validation")
+        progress.phase("validating", i, n_steps)
         for batch in data.micro_batches:
             tokens, targets, cu_seqlens = to_device(batch, run.device)
             with run.autocast():
@@ -358,18 +362,14 @@ def validate(run: Run, throughput: Throughput) -> dict[str, float]:
     return row
 
 
-def publish_row(run: Run, metrics: MetricsFile | None, bar: ProgressBar, row: dict[str, float]) -> None:
-    """Write a row of metrics, and say the validation loss."""
+def publish_row(run: Run, metrics: MetricsFile | None, progress: ProgressDisplay, row: dict[str, float]) -> None:
+    """Write a row of metrics, to the trackers too, and show it."""
     if metrics is None:
         return
     metrics.write(row)
     if run.trackers is not None:
         run.trackers.log(row)
-    bar.note(row)
-    if "val_loss" in row:
-        train = f"train loss {row['train_loss']:.4f}, " if "train_loss" in row else ""
-        bits = f" ({row['val_bits_per_byte']:.4f} bits per byte)" if "val_bits_per_byte" in row else ""
-        run.fabric.print(f"step {int(row['step'])}: {train}validation loss {row['val_loss']:.4f}{bits}")
+    progress.row(row)
 
 
 def check_losses(run: Run, row: dict[str, float]) -> None:
@@ -379,7 +379,7 @@ def check_losses(run: Run, row: dict[str, float]) -> None:
     if spike is None:
         return
     if guard.spike_action == "warn":
-        run.fabric.print(f"warning: loss spike: {spike}")
+        run.say(f"warning: loss spike: {spike}")
         return
     if len(run.skips) >= guard.max_rollbacks:
         raise AgreedError(

@@ -25,7 +25,7 @@ from pretrain.launch import is_first_process
 from pretrain.parallel import build_fabric, check_shapes, device_kind
 from pretrain.preflight_checks import check_devices, check_disk, check_environment, check_network, launcher_mismatch
 from pretrain.preflight_ranks import Outcome, RankLostError, Ranks, describe
-from pretrain.preflight_run import check_data, check_memory, check_one_step, check_run_folder
+from pretrain.preflight_run import check_data, check_memory, check_one_step, check_run_folder, check_tracker_setup
 from pretrain.preflight_situation import Finding, Situation, Verdict, faults
 
 # Each looks at one thing and is called on all ranks alike. What differs between ranks is done in `ranks.together` (no
@@ -36,6 +36,7 @@ ITEMS: tuple[tuple[str, Callable[[Situation], Finding]], ...] = (
     ("environment", check_environment),
     ("network", check_network),
     ("run folder", check_run_folder),
+    ("trackers", check_tracker_setup),
     ("data", check_data),
     ("disk", check_disk),
     ("memory", check_memory),

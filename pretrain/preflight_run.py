@@ -42,6 +42,7 @@ from pretrain.setup import (
 )
 from pretrain.teachers import teacher_bytes
 from pretrain.throughput import Throughput, peak_memory_gib
+from pretrain.trackers import check_trackers
 
 CHECKSUM_BYTES = 256 << 20  # of shards that one rank reads again
 MANY_EPOCHS = 4.0  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
@@ -87,6 +88,22 @@ def check_run_folder(s: Situation) -> Finding:
     assert outcomes[0].result is not None
     s.checkpoint, measured = outcomes[0].result
     return Finding("ok", measured)
+
+
+# --- trackers ---------------------------------------------------------------------------------------------------------
+
+
+def check_tracker_setup(s: Situation) -> Finding:
+    """Whether the trackers could start: what a start looks at before it makes the run folder."""
+    names = ", ".join(s.args.log.trackers)
+    if not names:
+        return Finding("ok", "metrics.csv alone (--log.trackers)")
+    outcomes = s.ranks.together(lambda: check_trackers(s.args.log, s.folder) if s.ranks.rank == 0 else None)
+    if fault := faults(outcomes):
+        if s.checkpoint is not None:
+            return Finding("warning", f"{fault}; a resumed run continues without it", "see the message")
+        return Finding("failed", fault, "see the message, or leave the tracker out of --log.trackers")
+    return Finding("ok", f"{names}: installed, and its settings are accepted; no connection was tried")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from pretrain.encoding import check_bos, unlike_special_tokens
 from pretrain.first_failure import begin_attempt, report_failure
 from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.init_from import load_optimizer, load_weights, model_config, optimizer_of
+from pretrain.messages import say
 from pretrain.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS, newest_step
 from pretrain.metrics import FILE as METRICS
 from pretrain.optim import AdamW, LossScale
@@ -179,6 +180,16 @@ class Run:
         """Tell the watchdog that training gets on."""
         if self.watchdog is not None:
             self.watchdog.beat(self.step, phase)
+
+    def release(self) -> None:
+        """Let another job have the run folder."""
+        if self.lock is not None:
+            self.lock.close()
+
+    def say(self, message: str) -> None:
+        """A line on standard output, from rank 0."""
+        if self.fabric.global_rank == 0:
+            say(message)
 
     @property
     def device(self) -> torch.device:

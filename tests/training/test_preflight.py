@@ -24,7 +24,7 @@ from pretrain.preflight_ranks import Outcome, Ranks
 from pretrain.preflight_run import host_memory_bytes
 from pretrain.preflight_situation import Situation
 
-ITEMS = ("devices", "environment", "network", "run folder", "data", "disk", "memory", "one step")
+ITEMS = ("devices", "environment", "network", "run folder", "trackers", "data", "disk", "memory", "one step")
 FINE = {name: "ok" for name in ITEMS}
 
 

@@ -1,0 +1,131 @@
+"""Point 26: what a run shows without a terminal, and on one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+import threading
+from pathlib import Path
+
+import pytest
+from running import flags, metrics, train
+
+from pretrain.progress import ProgressDisplay
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_lines_of_a_short_run(data: Path, tmp_path: Path) -> None:
+    """Point 26: a SLURM log has loss, perplexity, tokens/s and memory at the first, the last and validations."""
+    done = train(*flags(data, tmp_path / "run", train__max_steps=8))
+    lines = [line for line in done.stdout.splitlines() if re.match(r"step \d+/8:", line)]
+    assert [line.split(":")[0] for line in lines] == ["step 0/8", "step 1/8", "step 6/8", "step 8/8"]
+    rows = {row["step"]: row for row in metrics(tmp_path / "run")}
+    for line in lines:
+        row = rows[line.split("/")[0].removeprefix("step ")]
+        if row["train_loss"]:
+            assert f"loss {float(row['train_loss']):.4f}" in line
+            assert re.search(r"[\d,]+ tokens/s, \d+\.\d GiB", line)
+        if row["val_loss"]:
+            loss = float(row["val_loss"])
+            assert f"validation loss {loss:.4f} (perplexity {2.718281828459045**loss:,.2f}, " in line
+    assert "left" in lines[2] and "left" not in lines[3]
+
+
+def test_a_line_in_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    """Point 26: log steps of 4 s give a line every 12 s; the first, the last and validations always have theirs."""
+    clock = Clock()
+    display = ProgressDisplay(0, 20, 1000, show=True, clock=clock)
+    for step in range(1, 21):
+        clock.now += 4.0
+        row = {"step": step, "train_loss": 2.0, "tokens_per_s": 250.0} | ({"val_loss": 1.0} if step == 6 else {})
+        display.row(row)
+        display.advance(step)
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(re.match(r"step (\d+)/20", line)[1]) for line in lines] == [1, 4, 6, 9, 12, 15, 18, 20]  # type: ignore[index]
+    assert lines[1] == "step 4/20: loss 2.0000, 250 tokens/s, 0:01:04 left"
+
+
+def test_a_line_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    """Point 26: log steps are far apart, a validation is long: a line a minute, which reads nothing of the device."""
+    clock = Clock()
+    display = ProgressDisplay(0, 1000, 6000, show=True, clock=clock)
+    for step in range(1, 31):
+        clock.now += 6.0
+        display.advance(step)
+    for i in range(130):
+        display.phase("validating", i, 130)
+        clock.now += 1.0
+    assert capsys.readouterr().out.splitlines() == [
+        "step 10/1000: 1,000 tokens/s, 1:39:00 left",
+        "step 20/1000: 1,000 tokens/s, 1:38:00 left",
+        "step 30/1000: 1,000 tokens/s, 1:37:00 left",
+        "step 30/1000: validating 60/130",
+        "step 30/1000: validating 120/130",
+    ]
+
+
+def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    """Point 26: rank 1 says nothing."""
+    clock = Clock()
+    display = ProgressDisplay(0, 2, 10, show=False, clock=clock)
+    display.phase("compiling")
+    clock.now += 100
+    display.row({"step": 1, "train_loss": 1.0, "val_loss": 1.0})
+    display.advance(1)
+    display.close()
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_bar_says_what_it_does(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Point 26: on a terminal of any width the bar says compiling, validating 3/56, saving, and fits one line."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    shown = bytearray()
+
+    def read() -> None:
+        while True:
+            try:
+                shown.extend(os.read(master, 4096))
+            except OSError:
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for name in ("COLUMNS", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", str(width))
+    with open(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(sys, "stdout", terminal)
+        display = ProgressDisplay(0, 100, 1000, show=True, clock=(clock := Clock()))
+        bar = display._bar
+        assert bar is not None
+        for done, of, phase in [(None, None, "compiling"), (3, 56, "validating"), (None, None, "saving")]:
+            display.phase(phase, done, of)
+            bar._progress.refresh()
+        display.advance(1)
+        clock.now += 5.0
+        display.row({"step": 2, "train_loss": 2.5, "tokens_per_s": 12345.6, "memory_gib": 3.21})
+        display.advance(2)
+        bar._progress.refresh()
+        display.close()
+    reader.join(timeout=5)
+    os.close(master)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    frames = [line.strip("\r") for line in re.split(r"[\r\n]+", text) if line.strip()]
+    assert all(len(frame) <= width for frame in frames)
+    for wanted in ("compiling", "validating 3/56", "saving", "training", "loss 2.500", "0:08:10 left", "2/100"):
+        assert any(wanted in frame for frame in frames), wanted

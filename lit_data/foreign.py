@@ -1,12 +1,13 @@
-"""Token files of other programs, read as documents in bounded memory: Megatron `.bin/.idx`, legacy chunks of lit-gpt
-and TinyLlama (`LITPKDS`), flat `.npy` and `.bin`.
+"""Token files of other programs, read as documents in bounded memory: Megatron `.bin/.idx`, datatrove's `.ds`, legacy
+chunks of lit-gpt and TinyLlama (`LITPKDS`), shards of llm.c and modded-nanogpt, `.npy`, flat `.bin` and `.npy`.
 
-Megatron's have an index of documents. In the others, documents are what stands between two occurrences of an id, or
-stretches of a fixed length, or whole files.
+Megatron's and datatrove's have an index of documents. In the others, documents are what stands between two
+occurrences of an id, or stretches of a fixed length, or whole files.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lit_data.corpus.files import ReadErrors
 from lit_data.packed import DTYPE_CODES, HEADER, MAGIC, MAX_DOCUMENT_TOKENS, IntArray
+from lit_data.token_headers import HEAD_BYTES, LLMC_HEADER_BYTES, describe_other, llmc_tokens
 from lit_files.mapping import map_array
-from lit_files.reading import open_regular, regular
+from lit_files.reading import open_regular
 
 Tokens = npt.NDArray[Any]
 
@@ -26,6 +29,7 @@ CHUNK_MAGIC = b"LITPKDS"
 CHUNK_HEADER = struct.Struct("<7sQBQ")  # magic, version, dtype code, tokens
 CHUNK_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # 6 and 7 are floats
 FLAT_DTYPES = ("uint16", "int32", "uint32", "int64")
+SUFFIXES = (".idx", ".bin", ".ds", ".npy")
 BLOCK_TOKENS = 1 << 22
 BLOCK_DOCUMENTS = 1 << 16
 
@@ -36,7 +40,7 @@ class TokenFile:
 
     Attributes:
         name: relative to the input it was found under; what its documents are named by.
-        kind: `megatron`, `chunk`, `npy` or `flat`.
+        kind: `megatron`, `datatrove`, `chunk`, `llm.c`, `npy` or `flat`.
         offset: bytes before the first token.
         tokens: how many there are.
     """
@@ -47,6 +51,11 @@ class TokenFile:
     dtype: np.dtype[Any]
     offset: int
     tokens: int
+
+    @property
+    def has_index(self) -> bool:
+        """Whether a file beside it says where its documents end."""
+        return self.kind in ("megatron", "datatrove")
 
     def map(self) -> Tokens:
         """Its tokens [tokens], memory-mapped."""
@@ -70,10 +79,13 @@ class Block:
         return Block(self.file, tokens, self.lengths[kept], self.numbers[kept])
 
 
-def find_token_files(inputs: Sequence[str | Path], dtype: str | None = None) -> list[TokenFile]:
+def find_token_files(
+    inputs: Sequence[str | Path], dtype: str | None = None, errors: ReadErrors | None = None
+) -> list[TokenFile]:
     """The token files that inputs stand for: files, Megatron's common prefix of two files, and folders of these.
 
-    `dtype` is that of flat `.bin` files, which don't say it themselves.
+    `dtype` is that of files that don't say it themselves: flat `.bin`, and `.npy` without NumPy's header, as OLMo
+    writes them. A file that is found twice is there once, and noted in `errors.warnings`.
 
     Raises:
         FileNotFoundError: an input that does not exist.
@@ -81,33 +93,56 @@ def find_token_files(inputs: Sequence[str | Path], dtype: str | None = None) -> 
     """
     if dtype is not None and dtype not in FLAT_DTYPES:
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(FLAT_DTYPES)}")
-    found: list[TokenFile] = []
-    for given in map(Path, inputs):
-        if given.is_dir():
-            names = [p for p in sorted(given.rglob("*")) if p.suffix in (".idx", ".bin", ".npy") and p.is_file()]
-            paths = [p for p in names if p.suffix != ".bin" or p.with_suffix(".idx") not in names]
-            if not paths:
-                raise ValueError(f"{given} holds no .idx, .bin or .npy")
-            found.extend(_open(path, path.relative_to(given).as_posix(), dtype) for path in paths)
-        elif given.is_file():
-            found.append(_open(given, given.name, dtype))
-        elif (prefixed := given.with_name(given.name + ".idx")).is_file():
-            found.append(_open(prefixed, prefixed.name, dtype))
-        else:
-            raise FileNotFoundError(f"{given} does not exist")
-    return found
+    errors = errors if errors is not None else ReadErrors()
+    found: dict[tuple[int, int], TokenFile] = {}
+    for path, name, is_companion in (each for given in map(Path, inputs) for each in _token_paths(given)):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing beside the files that belong to it")
+        facts = path.stat()
+        first = found.get((facts.st_dev, facts.st_ino))
+        if first is None:
+            found[facts.st_dev, facts.st_ino] = _open(path, name, dtype)
+        elif not is_companion:  # a shell's pattern gives .bin and .idx, which is no mistake
+            how = "is given twice" if first.path == path else f"is the same file as {first.path}"
+            errors.warnings.append(f"{path} {how}; it is read once")
+    errors.warnings += [
+        f"{loss} says which tokens to leave out of the loss; it is not read"
+        for f in found.values()
+        if (loss := f.path.with_name(f"{f.path.name}.loss")).is_file()
+    ]
+    return list(found.values())
+
+
+def _token_paths(given: Path) -> Iterator[tuple[Path, str, bool]]:
+    """(file of tokens, its name, whether only a file that belongs to it was given) of an input."""
+    if given.is_dir():
+        names = [p for p in sorted(given.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
+        known = set(names)
+        paths = [p for p in names if p.suffix != ".bin" or p.with_suffix(".idx") not in known]
+        if not paths:
+            raise ValueError(f"{given} holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        for path in paths:
+            path = _tokens_of(path)
+            yield path, path.relative_to(given).as_posix(), False
+    elif given.is_file():
+        path = _tokens_of(given)
+        yield path, path.name, path != given
+    elif given.with_name(given.name + ".idx").is_file():
+        yield given.with_name(given.name + ".bin"), given.name + ".bin", False
+    else:
+        raise FileNotFoundError(f"{given} does not exist")
+
+
+def _tokens_of(path: Path) -> Path:
+    """The file of tokens that a file belongs to."""
+    if path.suffix == ".idx":
+        return path.with_suffix(".bin")
+    beside = path.suffix in (".index", ".metadata", ".loss") and path.with_suffix("").suffix == ".ds"
+    return path.with_suffix("") if beside else path
 
 
 def _open(path: Path, name: str, dtype: str | None) -> TokenFile:
-    if path.suffix == ".idx":
-        path, name = path.with_suffix(".bin"), name.removesuffix(".idx") + ".bin"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing beside its .idx")
-    if path.suffix == ".npy":
-        return _open_npy(path, name)
-    if path.suffix != ".bin":
-        raise ValueError(f"{path} is of an unknown kind; tokens are read from .bin, .idx and .npy")
-    if path.with_suffix(".idx").is_file():
+    if path.suffix == ".bin" and path.with_suffix(".idx").is_file():
         index = MegatronIndex(path.with_suffix(".idx"))
         size = path.stat().st_size
         if size < index.end_byte:
@@ -115,37 +150,104 @@ def _open(path: Path, name: str, dtype: str | None) -> TokenFile:
                 f"{path} has {size} bytes, its .idx names {index.end_byte}: it is truncated; copy it again"
             )
         return TokenFile(path, name, "megatron", index.dtype, 0, size // index.dtype.itemsize)
-    with open_regular(path) as f:
-        head = f.read(CHUNK_HEADER.size)
-    if head.startswith(CHUNK_MAGIC):
+    with open(path, "rb") as f:
+        head = f.read(HEAD_BYTES)
+    if path.suffix == ".npy" and head.startswith(b"\x93NUMPY"):
+        return _open_npy(path, name)
+    if (other := describe_other(path, head)) is not None:
+        raise ValueError(other)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} is of an unknown kind; tokens are read from {', '.join(SUFFIXES)}")
+    if path.suffix == ".ds":
+        return _open_datatrove(path, name, dtype)
+    if path.suffix == ".bin" and head.startswith(CHUNK_MAGIC):
         return _open_chunk(path, name, head)
+    if (shard := llmc_tokens(path, head)) is not None:
+        if dtype not in (None, shard[0].name):
+            raise ValueError(f"--dtype {dtype}: the header of {path} says {shard[0].name}; leave it out")
+        return TokenFile(path, name, "llm.c", shard[0], LLMC_HEADER_BYTES, shard[1])
     if dtype is None:
-        raise ValueError(
-            f"{path} is a flat file of tokens (it has no .idx beside it and no {CHUNK_MAGIC.decode()} header): say of "
-            "which type they are with --dtype"
-        )
-    size, itemsize = path.stat().st_size, np.dtype(dtype).itemsize
-    if size % itemsize:
-        raise ValueError(f"{path} has {size} bytes, no multiple of the {itemsize} of --dtype {dtype}: it is truncated")
-    return TokenFile(path, name, "flat", np.dtype(dtype).newbyteorder("<"), 0, size // itemsize)
+        raise _no_dtype(path)
+    return _open_flat(path, name, np.dtype(dtype).newbyteorder("<"), f"--dtype {dtype}")
+
+
+def _no_dtype(path: Path) -> ValueError:
+    why = {
+        ".npy": "it has no header of NumPy, as OLMo's have none",
+        ".ds": "it has neither .index nor .metadata beside it",
+    }.get(path.suffix, f"no .idx beside it, no header of {CHUNK_MAGIC.decode()} or llm.c; nanoGPT's are uint16")
+    return ValueError(f"{path} is a flat file of tokens ({why}): say of which type they are with --dtype")
+
+
+def _open_flat(path: Path, name: str, dtype: np.dtype[Any], named: str) -> TokenFile:
+    size = path.stat().st_size
+    if size % dtype.itemsize:
+        raise ValueError(f"{path} has {size} bytes, no multiple of the {dtype.itemsize} of {named}: it is truncated")
+    return TokenFile(path, name, "flat", dtype, 0, size // dtype.itemsize)
 
 
 def _open_npy(path: Path, name: str) -> TokenFile:
+    # Not by np.load: what it says of objects and of long headers is to load them as a pickle, which can run code.
     try:
-        array = np.load(regular(path), mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is truncated or no .npy file: {error}") from error
-    if array.dtype.kind not in "iu" or not np.can_cast(array.dtype, np.int64) or array.ndim != 1:
-        raise ValueError(
-            f"{path} holds {array.ndim}-dimensional {array.dtype}; a flat array of integers (not uint64) is needed"
-        )
-    return TokenFile(path, name, "npy", array.dtype, int(getattr(array, "offset", 0)), len(array))
+        with open(path, "rb") as f:
+            version = np.lib.format.read_magic(f)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(f)
+            offset = f.tell()
+    except (ValueError, EOFError, OSError, TypeError, SyntaxError):
+        raise ValueError(f"{path} is truncated or has a damaged header of NumPy; save the ids again") from None
+    if dtype.kind not in "iu" or not np.can_cast(dtype, np.int64) or len(shape) != 1:
+        held = "Python objects" if dtype.hasobject else f"{len(shape)}-dimensional {dtype}"
+        raise ValueError(f"{path} holds {held}; a flat array of integers (not uint64) is needed")
+    size, expected = path.stat().st_size, offset + shape[0] * dtype.itemsize
+    if size < expected:
+        raise ValueError(f"{path} has {size} bytes, its header says {expected}: it is truncated; copy it again")
+    return TokenFile(path, name, "npy", dtype, offset, int(shape[0]))
+
+
+def _open_datatrove(path: Path, name: str, dtype: str | None) -> TokenFile:
+    """Tokens of 2 or 4 bytes; `.ds.index` has the end of each document, in tokens, `.ds.metadata` the bytes of one."""
+    size, index = path.stat().st_size, _beside(path, ".index")
+    itemsize = _token_bytes(_beside(path, ".metadata"))
+    tokens = None
+    if index.is_file():
+        ends = index.stat().st_size // 8
+        if index.stat().st_size % 8:
+            raise ValueError(f"{index} has {index.stat().st_size} bytes, no multiple of 8: it is truncated")
+        tokens = int(np.fromfile(index, "<u8", 1, offset=8 * (ends - 1))[0]) if ends else 0
+        itemsize = itemsize or (size // tokens if tokens else 2)
+    if itemsize is None:
+        if dtype is None:
+            raise _no_dtype(path)
+        return _open_flat(path, name, np.dtype(dtype).newbyteorder("<"), f"--dtype {dtype}")
+    found = np.dtype({2: "<u2", 4: "<u4"}.get(itemsize, "V1"))
+    if found.kind != "u" or (tokens is not None and size != tokens * itemsize):
+        expected = f"its .index names {tokens} tokens" if tokens is not None else f"a token has {itemsize} bytes"
+        raise ValueError(f"{path} has {size} bytes, and {expected}: one of the files is damaged; copy them again")
+    if dtype is not None and np.dtype(dtype).itemsize != itemsize:
+        raise ValueError(f"--dtype {dtype}: {path} is of {found.name}, by the files beside it; leave it out")
+    if tokens is None:
+        return _open_flat(path, name, found, ".ds.metadata")
+    return TokenFile(path, name, "datatrove", found, 0, tokens)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _token_bytes(metadata: Path) -> int | None:
+    """The size of a token by a .ds.metadata, whose first line is TOKENIZER|SIZE; None where it does not say."""
+    if not metadata.is_file():
+        return None
+    with open(metadata, "rb") as f:
+        found = re.fullmatch(rb".*\|(\d+)", f.readline(1 << 16).strip())
+    return int(found[1]) if found else None
 
 
 def _open_chunk(path: Path, name: str, head: bytes) -> TokenFile:
     if len(head) < CHUNK_HEADER.size:
         raise ValueError(f"{path} is truncated in its header; copy it again")
-    _, version, code, tokens = CHUNK_HEADER.unpack(head)
+    _, version, code, tokens = CHUNK_HEADER.unpack_from(head)
     if version != 1 or code not in CHUNK_DTYPES:
         raise ValueError(f"{path} is a chunk of version {version} and type code {code}; version 1 of integers is read")
     dtype = np.dtype(CHUNK_DTYPES[code]).newbyteorder("<")
@@ -248,6 +350,22 @@ def megatron_blocks(file: TokenFile) -> Iterator[Block]:
         for a, b in _cut_by_size(of_document):
             sequences = slice(int(firsts[a]), int(firsts[b]))
             yield Block(file, _gather(tokens, places[sequences], lengths[sequences]), of_document[a:b], numbers[a:b])
+
+
+def datatrove_blocks(file: TokenFile) -> Iterator[Block]:
+    """The documents of a `.ds` by its index."""
+    index, tokens = _beside(file.path, ".index"), file.map()
+    begin, count = 0, index.stat().st_size // 8
+    for start in range(0, count, BLOCK_DOCUMENTS):
+        here = np.fromfile(index, "<u8", min(BLOCK_DOCUMENTS, count - start), offset=8 * start).astype(np.int64)
+        lengths = np.diff(here, prepend=begin)
+        if lengths.min() < 0 or here[-1] > file.tokens:
+            raise ValueError(f"{index} is damaged: its documents are not in order")
+        numbers = np.arange(start, start + len(here))
+        for a, b in _cut_by_size(lengths):
+            first = int(here[a] - lengths[a])
+            yield Block(file, tokens[first : int(here[b - 1])], lengths[a:b], numbers[a:b])
+        begin = int(here[-1])
 
 
 def split_blocks(files: Sequence[TokenFile], separator: int, keep: bool, across_files: bool) -> Iterator[Block]:

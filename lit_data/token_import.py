@@ -18,11 +18,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lit_data.corpus.files import ReadErrors
 from lit_data.foreign import (
     Block,
     MegatronIndex,
     TokenFile,
     Tokens,
+    datatrove_blocks,
     find_token_files,
     fixed_blocks,
     megatron_blocks,
@@ -49,6 +51,8 @@ from lit_data.tokenizer_files import save_tokenizer
 from lit_files.checksum import file_sha256
 from lit_files.publish import sync_file, write_json
 
+MAX_VOCAB_SIZE = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Cutting:
@@ -69,6 +73,8 @@ class Cutting:
     def __post_init__(self) -> None:
         if self.split_at is not None and self.document_tokens is not None:
             raise ValueError("--split_at and --document_tokens exclude each other; give one of them")
+        if self.split_at is not None and not 0 <= self.split_at < 2**32:
+            raise ValueError(f"--split_at {self.split_at}: give an id, from 0 on")
         if self.document_tokens is not None and not 1 <= self.document_tokens < MAX_DOCUMENT_TOKENS:
             raise ValueError(f"--document_tokens {self.document_tokens}: at least 1 and below 2^31 - 1 is needed")
         if self.across_files and self.split_at is None:
@@ -134,8 +140,10 @@ def import_tokens(
     if shard_tokens < 1:
         raise ValueError(f"--shard_tokens {shard_tokens}: at least 1 is needed")
     target = _target(tokenizer_path, eos_token, vocab_size, eos_id, bos)
-    files = find_token_files(inputs, dtype)
+    errors = ReadErrors()
+    files = find_token_files(inputs, dtype, errors)
     _check_cutting(cutting, files)
+    errors.print_warnings()
     source = {"imported": [str(f.path) for f in files], "kinds": sorted({f.kind for f in files})}
     importer = _Importer(files, target, cutting, ImportReport(output))
 
@@ -161,7 +169,7 @@ def import_tokens(
 
 
 def _check_cutting(cutting: Cutting, files: Sequence[TokenFile]) -> None:
-    indexed = [f for f in files if f.kind == "megatron"]
+    indexed = [f for f in files if f.has_index]
     flag = "--split_at" if cutting.split_at is not None else "--document_tokens"
     cut = cutting.split_at is not None or cutting.document_tokens is not None
     if indexed and cut and len(indexed) == len(files):
@@ -195,6 +203,8 @@ def _target(
         return _Target(tokenizer.vocab_size, tokenizer.eos_id, facts, tokenizer, bos_id)
     if vocab_size is None or eos_id is None:
         raise ValueError("give --tokenizer, or --vocab_size and --eos_id: the ids are checked against the vocabulary")
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(f"--vocab_size {vocab_size} is too large: ids are of 31 bits, give {MAX_VOCAB_SIZE} or less")
     if vocab_size < 1 or not 0 <= eos_id < vocab_size:
         raise ValueError(f"--eos_id {eos_id} lies outside a vocabulary of --vocab_size {vocab_size}")
     # All that is known; datasets imported alike count as of one tokenizer.
@@ -230,6 +240,8 @@ class _Importer:
         for files in [self.files] if across else [[file] for file in self.files]:
             if files[0].kind == "megatron":
                 yield from ((block, None) for block in megatron_blocks(files[0]))
+            elif files[0].kind == "datatrove":
+                yield from ((block, None) for block in datatrove_blocks(files[0]))
             elif split_at is not None:
                 keep = split_at == self.target.eos_id
                 for block in split_blocks(files, split_at, keep, across):

@@ -2,8 +2,9 @@
 
     python scripts/import_tokens.py --input megatron/corpus_text_document --tokenizer tokenizer/ --output data/train
 
-Reads Megatron's .bin/.idx (linked, not copied, where the .bin fits as it is), chunks of lit-gpt and TinyLlama
-(LITPKDS), flat .npy and .bin (with --dtype), and folders of these. Each id is checked against the vocabulary.
+Reads Megatron's .bin/.idx (linked, not copied, where the .bin fits as it is), datatrove's .ds, chunks of lit-gpt and
+TinyLlama (LITPKDS), shards of llm.c and modded-nanogpt, .npy, flat .bin and .npy (with --dtype; nanoGPT's, OLMo's), and
+folders of these. Each id is checked against the vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--vocab_size", type=int, metavar="N", help="without --tokenizer: ids lie below it")
     add("--eos_id", type=int, metavar="ID", help="without --tokenizer: the id that ends a document")
     add("--bos", action="store_true", help="each document begins with the tokenizer's BOS, which is checked")
-    add("--dtype", choices=FLAT_DTYPES, help="of flat .bin files")
+    add("--dtype", choices=FLAT_DTYPES, help="of flat .bin files, and of .npy without a header")
     add(
         "--split_at",
         type=int,

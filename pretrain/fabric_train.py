@@ -37,7 +37,7 @@ from pretrain.choices import read_words, replaced, sizes_over_name
 from pretrain.command_line import explain, make_printable
 from pretrain.first_failure import lost_connection, report_failure
 from pretrain.guards import AgreedError
-from pretrain.launch import is_first_process
+from pretrain.launch import fit_to_launch, has_gpus, is_first_process
 from pretrain.loop import fit
 from pretrain.parallel import DTYPES
 from pretrain.preflight import preflight
@@ -75,7 +75,9 @@ def build_parser() -> ArgumentParser:
 
 
 def parse(argv: list[str] | None = None) -> RunArgs:
-    """The command line -> RunArgs. Exits with a message and status 2 on an unknown flag or a wrong value."""
+    """The command line -> RunArgs, with the launcher's number of processes. Exits with a message and status 2 on an
+    unknown flag or a wrong value; raises ValueError for settings that contradict each other or the launcher.
+    """
     parser = build_parser()
     known = [flag for action in parser._actions for flag in action.option_strings]
     given = read_words(sys.argv[1:] if argv is None else argv, known)
@@ -84,15 +86,16 @@ def parse(argv: list[str] | None = None) -> RunArgs:
     gone = replaced(layers)
     for one in gone:
         namespace[one.other] = defaults[one.other]
-    if is_first_process():
-        lines = [
-            f"--{flag} is given more than once; the last, {value}, is used" for flag, value in given.repeated.items()
-        ]
-        for line in [*lines, *describe_replaced(gone), *sizes_over_name(layers, namespace["model.name"])]:
-            print(f"note: {line}", file=sys.stderr)
+    lines = [f"--{flag} is given more than once; the last, {value}, is used" for flag, value in given.repeated.items()]
+    lines += [*describe_replaced(gone), *sizes_over_name(layers, namespace["model.name"])]
     namespace.pop("config", None)
     instance = parser.instantiate(namespace)
-    return RunArgs(**{k: v for k, v in vars(instance).items() if k != "config"})
+    args = RunArgs(**{k: v for k, v in vars(instance).items() if k != "config"})
+    lines += fit_to_launch(args, layers[-1].values)
+    if is_first_process():
+        for line in lines:
+            print(f"note: {line}", file=sys.stderr)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,6 +206,8 @@ def describe(run: Run) -> None:
         family_of(config)
     except ValueError as error:  # worth nothing to transformers, and yet a model
         lines.append(f"warning  it can be trained and opened here, but not exported to Hugging Face: {error}")
+    if run.device.type == "cpu" and args.accelerator == "auto" and has_gpus(os.environ):
+        lines.append("warning  SLURM gave this job GPUs, but torch finds none (the driver, or apptainer's --nv?)")
     if args.data.mock:
         lines.append("mock     the first step's data again and again (--data.mock); nothing is recorded")
     run.say("\n".join(lines))

@@ -1,10 +1,239 @@
-"""The processes that a launcher (srun, torchrun) has started, as its variables describe them."""
+"""The processes that a launcher (srun, torchrun) has started, as its variables describe them.
+
+Their number and places are the launcher's; they override a config's, and only a flag that contradicts them is refused.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
+
+from pretrain.args import RunArgs
+
+# Names that SLURM gives to the job of a shell; there `python` is a process of its own, whatever the job's size.
+SHELLS = ("interactive", "bash", "sh", "zsh", "fish", "tcsh")
+WAITING_S = 60.0  # until a process says that it is waiting for the others
 
 
 def is_first_process() -> bool:
     """Whether this process is rank 0, as far as the environment says, or starts the others itself."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes, and this one's place among them. Each node has `devices` of them."""
+
+    by: Literal["srun", "torchrun"]
+    world_size: int
+    devices: int
+    rank: int
+    local_rank: int
+
+    @property
+    def num_nodes(self) -> int:
+        return self.world_size // self.devices
+
+
+def find_launch(env: Mapping[str, str] | None = None) -> Launch | None:
+    """What started this process together with others; None: nothing has, it is alone or starts them itself.
+
+    Raises ValueError if nodes have different numbers of processes.
+    """
+    env = os.environ if env is None else env
+    if "TORCHELASTIC_RUN_ID" in env and "LOCAL_WORLD_SIZE" in env:
+        world_size, devices = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
+        if world_size % devices:
+            raise ValueError(
+                f"torchrun started {world_size} processes, {devices} on this node: each node needs as many"
+            )
+        return Launch("torchrun", world_size, devices, int(env["RANK"]), int(env["LOCAL_RANK"]))
+    # A job's script has SLURM_PROCID too; the variables of a step are srun's alone.
+    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
+        return None
+    world_size = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
+    if world_size == 1 and is_shell(env):
+        return None
+    nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1)
+    # The job's counts hold for the step only where they give its number of tasks.
+    places = next(
+        (p for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
+         if sum(p := tasks_per_node(env.get(name, ""))) == world_size),
+        [world_size // nodes + (i < world_size % nodes) for i in range(nodes)],
+    )  # fmt: skip
+    if len(set(places)) > 1:
+        raise ValueError(
+            f"srun started {', '.join(map(str, places))} tasks on its {len(places)} nodes; each node needs as many: "
+            "give --ntasks-per-node and --nodes"
+        )
+    return Launch("srun", world_size, places[0], int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID") or 0))
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """SLURM's "2(x3),1" -> [2, 2, 2, 1]."""
+    found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",") if part]
+    return [int(match[1]) for match in found if match for _ in range(int(match[2] or 1))]
+
+
+def is_shell(env: Mapping[str, str]) -> bool:
+    """Whether this is a job of SLURM with a shell that someone types in (salloc, srun --pty)."""
+    return env.get("SLURM_JOB_NAME") in SHELLS or "SLURM_PTY_PORT" in env
+
+
+def fit_to_launch(args: RunArgs, typed: Collection[str], env: Mapping[str, str] | None = None) -> list[str]:
+    """Give `args` the number of nodes and devices of the launcher, and return what there is to say about it.
+
+    Raises ValueError for a typed --devices or --num_nodes that contradicts the launcher, and where a job of several
+    tasks has started one process without srun.
+    """
+    env = os.environ if env is None else env
+    launch = find_launch(env)
+    if launch is None:
+        return _alone(args, typed, env)
+    lines, said = [], f"{launch.by} started {launch.devices} processes on each of {launch.num_nodes} nodes"
+    for name, here in (("num_nodes", launch.num_nodes), ("devices", launch.devices)):
+        asked = getattr(args, name)
+        if asked in (here, "auto"):
+            continue
+        if name in typed:
+            how = "--ntasks-per-node and --nodes" if launch.by == "srun" else "--nproc-per-node and --nnodes"
+            raise ValueError(f"--{name} {asked}: but {said}; leave the flag out, or start as many ({how})")
+        lines.append(f"{said}: {name} {here} replaces the config's {asked}")
+    args.num_nodes, args.devices = launch.num_nodes, launch.devices
+    if "train.micro_batch_samples" not in typed:
+        lines += _fit_micro_batch(args, launch.world_size)
+    if launch.by == "srun" and args.accelerator == "cpu" and "accelerator" not in typed and has_gpus(env):
+        lines.append("SLURM gave this job GPUs: accelerator auto replaces the config's cpu (or type --accelerator cpu)")
+        args.accelerator = "auto"
+    return lines
+
+
+def _alone(args: RunArgs, typed: Collection[str], env: Mapping[str, str]) -> list[str]:
+    """The case of no launcher: this process is to start the others, if any."""
+    if "SLURM_JOB_ID" not in env or "LOCAL_RANK" in env:
+        return []
+    n_tasks = int(env.get("SLURM_NTASKS") or sum(tasks_per_node(env.get("SLURM_TASKS_PER_NODE", ""))) or 1)
+    if n_tasks == 1 or "devices" in typed:
+        return []
+    said = f"this SLURM job has {n_tasks} tasks, but srun has not started this process"
+    if is_shell(env):
+        return [f"{said}: it runs alone (`srun python pretrain/fabric_train.py ...` starts all)"]
+    raise ValueError(
+        f"{said}, and would wait for the others: start it by `srun python pretrain/fabric_train.py ...`, or give "
+        "--devices N for N processes of this node without srun"
+    )
+
+
+def _fit_micro_batch(args: RunArgs, world_size: int) -> list[str]:
+    """Lower a config's micro-batch to the largest that divides the global batch among so many devices."""
+    train = args.train
+    of_a_device, left = divmod(train.global_batch_samples, world_size)
+    if left or of_a_device % train.micro_batch_samples == 0:
+        return []  # nothing fits, or it does already
+    fitting = max(m for m in range(1, min(of_a_device, train.micro_batch_samples) + 1) if of_a_device % m == 0)
+    line = (
+        f"train.micro_batch_samples {fitting} replaces {train.micro_batch_samples}: {world_size} devices share the "
+        f"{train.global_batch_samples} rows of a step"
+    )
+    args.train = dataclasses.replace(train, micro_batch_samples=fitting)
+    return [line]
+
+
+def has_gpus(env: Mapping[str, str]) -> bool:
+    """Whether SLURM gave GPUs to this job or step."""
+    return bool(env.get("SLURM_STEP_GPUS") or env.get("SLURM_JOB_GPUS") or env.get("SLURM_GPUS_ON_NODE", "0") != "0")
+
+
+def gpu_index(launch: Launch, n_visible: int, env: Mapping[str, str] | None = None) -> int:
+    """Which of the GPUs that this process sees is its own. Raises ValueError if there are too few for all.
+
+    With --gpus-per-task or --gpu-bind each task of srun sees its own alone, as number 0.
+    """
+    env = os.environ if env is None else env
+    if n_visible >= launch.devices:
+        return launch.local_rank
+    on_node = env.get("SLURM_GPUS_ON_NODE", "")
+    bound = n_visible == 1 or "SLURM_GPUS_PER_TASK" in env or "SLURM_GPU_BIND" in env
+    if n_visible == 0 or not bound or (on_node.isdigit() and 0 < int(on_node) < launch.devices):
+        n = int(on_node) if on_node.isdigit() and bound else n_visible
+        raise ValueError(f"{launch.by} started {launch.devices} processes on this node, which has {n} GPUs")
+    return 0
+
+
+class StepEnvironment(SLURMEnvironment):
+    """A task of srun as Fabric is to see it: each is a node of its own, with one device that we choose.
+
+    So the step's variables decide, where Lightning reads the job's, wants --ntasks-per-node, and takes a job that is
+    named interactive for one without srun.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        super().__init__(auto_requeue=False)
+        self.launch = launch
+
+    @staticmethod
+    def _validate_srun_used() -> None: ...
+
+    @staticmethod
+    def _validate_srun_variables() -> None: ...
+
+    @property
+    def main_address(self) -> str:
+        if "MASTER_ADDR" not in os.environ:
+            names = ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
+            nodes = next((os.environ[name] for name in names if os.environ.get(name)), "127.0.0.1")
+            os.environ["MASTER_ADDR"] = self.resolve_root_node_address(nodes)
+        return os.environ["MASTER_ADDR"]
+
+    @property
+    def main_port(self) -> int:
+        if "MASTER_PORT" not in os.environ:
+            # Steps of one job that run at once must not meet each other.
+            number = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ["SLURM_STEP_ID"])
+            os.environ["MASTER_PORT"] = str(15000 + number % 10000)
+        return int(os.environ["MASTER_PORT"])
+
+    def world_size(self) -> int:
+        return self.launch.world_size
+
+    def global_rank(self) -> int:
+        return self.launch.rank
+
+    def node_rank(self) -> int:
+        return self.launch.rank
+
+    def local_rank(self) -> int:
+        return 0
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None: ...
+
+
+def environment_for_fabric(launch: Launch | None) -> ClusterEnvironment | None:
+    """What tells Fabric about the processes; None: it finds that out itself, as it does for torchrun."""
+    if launch is not None and launch.by == "srun":
+        return StepEnvironment(launch) if launch.world_size > 1 else LightningEnvironment()
+    # Without srun SLURM's variables say nothing about this process.
+    return LightningEnvironment() if launch is None and "SLURM_JOB_ID" in os.environ else None
+
+
+class SaysThatItWaits:
+    """Around the start of the processes: after a minute each says that it waits, where nobody would know why."""
+
+    def __init__(self, world_size: int) -> None:
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or "0"
+        message = f"rank {rank} is still waiting for the other ranks: {world_size} processes have to be started"
+        self.timer = threading.Timer(WAITING_S, print, [message], {"flush": True})
+        self.timer.daemon = True
+
+    def __enter__(self) -> None:
+        self.timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.timer.cancel()

@@ -18,6 +18,7 @@ from lit_model.init import initialise
 from lit_model.model import GPT
 from pretrain.args import RunArgs, TrainArgs
 from pretrain.compiling import compile_blocks
+from pretrain.launch import SaysThatItWaits, environment_for_fabric, find_launch, gpu_index
 
 T = TypeVar("T")
 
@@ -53,7 +54,16 @@ def check_shapes(args: RunArgs) -> int:
     devices = (
         args.devices if isinstance(args.devices, int) else max(1, torch.cuda.device_count()) if kind == "cuda" else 1
     )
-    if kind == "cuda" and devices > torch.cuda.device_count():
+    launch = find_launch()
+    if launch is None and args.num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK", "GROUP_RANK"} & set(os.environ):
+        raise ValueError(
+            f"--num_nodes {args.num_nodes}: this process cannot start others on other nodes; use srun "
+            "(cluster/train.sbatch) or torchrun, or give --num_nodes 1"
+        )
+    if launch is not None and launch.by == "srun":
+        if kind == "cuda":
+            gpu_index(launch, torch.cuda.device_count())
+    elif kind == "cuda" and devices > torch.cuda.device_count():
         raise ValueError(f"--devices {devices}: this machine has {torch.cuda.device_count()} GPUs")
     if kind == "cpu" and args.precision == "fp16":
         raise ValueError("--precision fp16 is not supported on a CPU; use bf16 or fp32")
@@ -115,12 +125,24 @@ def build_fabric(args: RunArgs, devices: int) -> Fabric:
         )
     elif args.strategy in ("ddp", "fsdp") or devices * args.num_nodes > 1:
         strategy = DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False, timeout=timeout)
+    launch, num_nodes = find_launch(), args.num_nodes
+    environment = environment_for_fabric(launch)
+    chosen: int | list[int] = devices
+    if launch is not None and launch.by == "srun":  # see StepEnvironment
+        num_nodes = launch.world_size
+        chosen = [gpu_index(launch, torch.cuda.device_count())] if device_kind(args) == "cuda" else 1
     fabric = Fabric(
-        accelerator=device_kind(args), devices=devices, num_nodes=args.num_nodes, strategy=strategy, precision="32-true"
+        accelerator=device_kind(args),
+        devices=chosen,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision="32-true",
+        plugins=None if environment is None else [environment],
     )
     if "OMP_NUM_THREADS" not in os.environ and device_kind(args) == "cpu":
         torch.set_num_threads(max(1, usable_cores() // devices))
-    fabric.launch()
+    with SaysThatItWaits(devices * args.num_nodes):
+        fabric.launch()
     return fabric
 
 

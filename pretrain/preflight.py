@@ -23,7 +23,7 @@ from rich.text import Text
 from pretrain.args import RunArgs
 from pretrain.launch import is_first_process
 from pretrain.parallel import build_fabric, check_shapes, device_kind
-from pretrain.preflight_checks import check_devices, check_disk, check_environment, check_network, launcher_mismatch
+from pretrain.preflight_checks import check_devices, check_disk, check_environment, check_network
 from pretrain.preflight_ranks import Outcome, RankLostError, Ranks, describe
 from pretrain.preflight_run import check_data, check_memory, check_one_step, check_run_folder, check_tracker_setup
 from pretrain.preflight_situation import Finding, Situation, Verdict, faults
@@ -69,7 +69,7 @@ def preflight(args: RunArgs) -> int:
 
 
 def start(args: RunArgs) -> Situation:
-    """Start or join the processes, where devices and launcher fit the flags; else say why not."""
+    """Start or join the processes, where the devices fit the flags; else say why not."""
     s = Situation(args, Ranks(None, timedelta(seconds=args.timeout_s)))
     folder = s.folder.absolute()
     s.new_folders = [p for p in (folder, *folder.parents) if not p.exists()]
@@ -78,9 +78,6 @@ def start(args: RunArgs) -> Situation:
         s.devices = check_shapes(args)
     except ValueError as error:
         s.shape_fault = str(error)
-        return s
-    s.launcher_fault = launcher_mismatch(args, s.devices)
-    if s.launcher_fault:
         return s
     if args.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -94,7 +91,7 @@ def start(args: RunArgs) -> Situation:
 
 def leave_to_rank_zero(s: Situation) -> int:
     """On another rank that cannot join: say so, and give rank 0 the time to look at what it can."""
-    fault = s.shape_fault or s.launcher_fault or s.launch_fault
+    fault = s.shape_fault or s.launch_fault
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK")))
     print(f"preflight: rank {rank} (host {socket.gethostname()}) cannot begin: {fault}", file=sys.stderr, flush=True)
     time.sleep(FAREWELL_S)

@@ -17,13 +17,11 @@ import lightning
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from lit_files.cores import usable_cores
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
 from lit_model.load import list_checkpoints
-from pretrain.args import RunArgs
 from pretrain.preflight_ranks import Ranks
 from pretrain.preflight_situation import Finding, Situation, faults, odd_ones, results, show_bytes
 
@@ -102,33 +100,14 @@ def driver_version() -> str:
 # --- environment ------------------------------------------------------------------------------------------------------
 
 
-def launcher_mismatch(args: RunArgs, devices: int) -> str:
-    """How the launcher's variables contradict --devices and --num_nodes; empty if they do not."""
-    env, world = os.environ, devices * args.num_nodes
-    if TorchElasticEnvironment.detect():
-        wanted = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": devices}
-    elif SLURMEnvironment.detect():
-        wanted = {"SLURM_NTASKS": world, "SLURM_NTASKS_PER_NODE": devices, "SLURM_NNODES": args.num_nodes}
-        missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID") if name not in env]
-        if missing:
-            return f"SLURM_NTASKS is set but {missing[0]} is not: start the processes with srun"
-    else:
-        return ""
-    wrong = [f"{name} is {env[name]}" for name, value in wanted.items() if name in env and env[name] != str(value)]
-    asked = f"--num_nodes {args.num_nodes} and --devices {args.devices} ask for {world} processes, {devices} a node"
-    return f"{asked}; but {', '.join(wrong)}" if wrong else ""
-
-
 def check_environment(s: Situation) -> Finding:
-    """Threads, temporary folder, launcher, and that all ranks run the same code at the same time of day."""
+    """Threads, temporary folder, and that all ranks run the same code at the same time of day."""
     facts = s.ranks.together(environment_facts)
     s.ranks.gather(None)  # ends on all ranks within milliseconds; then the clocks are read
     clocks = s.ranks.gather(time.time())
     skew = max(clocks) - min(clocks)
     if fault := faults(facts):
         return Finding("failed", fault, "make the folder of temporary files (TMPDIR) writable there")
-    if s.launcher_fault:
-        return Finding("failed", s.launcher_fault, "give the flags and the launcher the same numbers")
     if s.launch_fault:
         return Finding(
             "failed", f"the processes could not meet: {s.launch_fault}", "look at MASTER_ADDR and the network"

@@ -38,7 +38,6 @@ class Situation:
     devices: int | None = None
     """Per node; None: they are not there as asked for, and no processes were started."""
     shape_fault: str = ""
-    launcher_fault: str = ""
     launch_fault: str = ""
     give_up: Callable[[list[Outcome[Any]]], None] = lambda _: None
     findings: dict[str, Finding] = field(default_factory=dict)

@@ -10,10 +10,8 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -22,105 +20,19 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from running import ROOT, flags, metrics, train, write_dataset
+from stand_ins import CLUSTER, PYTHON, STAND_INS, Cluster, wait_for
 
 from lit_data.trace import open_run
 from lit_data.verify import verify
 from lit_model.load import Checkpoint, list_checkpoints
 
-CLUSTER = ROOT / "cluster"
-STAND_INS = Path(__file__).parent / "fake_slurm"
 SCRIPTS = sorted([*CLUSTER.glob("*.sh"), *CLUSTER.glob("*.sbatch")])
 SIZE = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1")
-# Ends with the statuses of the file `statuses`, in turn; `wait` stands for a signal: it then ends with 75.
-PYTHON = """#!/usr/bin/env bash
-printf '%s\\n' "$*" >>"$FAKE_SLURM/python"
-[ "$SLURM_PROCID" = 0 ] || exit 0
-read -r status <"$FAKE_SLURM/statuses"
-sed -i 1d "$FAKE_SLURM/statuses"
-if [ "$status" = wait ]; then
-    trap 'echo caught USR1; exit 75' USR1
-    trap 'echo caught TERM; exit 75' TERM
-    touch "$FAKE_SLURM/ready"
-    for _ in {1..600}; do sleep 0.05; done
-fi
-if [ "$status" = killed ]; then kill -KILL $$; fi
-if [ "$status" = deaf ]; then
-    touch "$FAKE_SLURM/ready"
-    exec sleep 30
-fi
-exit "$status"
-"""
-
-
-class Cluster:
-    """A checkout in `folder`, and the stand-ins."""
-
-    def __init__(self, folder: Path) -> None:
-        self.checkout, self.state = folder / "checkout", folder / "slurm"
-        self.state.mkdir(parents=True)
-        shutil.copytree(CLUSTER, self.checkout / "cluster", ignore=shutil.ignore_patterns("env"))
-        for name in ("pretrain", "scripts", "lit_model", "lit_data", "lit_eval", "llammlein.def"):
-            (self.checkout / name).symlink_to(ROOT / name)
-        (self.checkout / "llammlein.sif").touch()
-        self.bin = folder / "bin"
-        self.bin.mkdir()
-        with socket.socket() as free:  # Lightning makes the port of the job's number
-            for self.job in range(31000, 39000, 7):
-                try:
-                    free.bind(("", self.job % 10000 + 15000))
-                    break
-                except OSError:
-                    continue
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "LLAMMLEIN_", "SBATCH_"))}
-        self.env |= {"FAKE_SLURM": str(self.state), "FAKE_SLURM_JOB_ID": str(self.job)}
-        path = [self.bin, STAND_INS, Path(sys.executable).parent]
-        self.env["PATH"] = os.pathsep.join([*map(str, path), os.environ["PATH"]])
-
-    def fake_python(self, *statuses: object) -> None:
-        """`python` in the image is the stand-in."""
-        (self.bin / "python").write_text(PYTHON)
-        (self.bin / "python").chmod(0o755)
-        (self.state / "statuses").write_text("".join(f"{status}\n" for status in statuses))
-
-    def start(self, *command: object) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [str(part) for part in command],
-            cwd=self.checkout, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
-    def run(self, *command: object) -> tuple[int, str]:
-        """(status, what it and its jobs printed)."""
-        process = self.start(*command)
-        output, _ = process.communicate(timeout=200)
-        return process.returncode, output + self.log
-
-    @property
-    def log(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.checkout.glob("*.log")))
-
-    def calls(self, name: str) -> list[str]:
-        """Calls of a stand-in of SLURM or Apptainer; of `python`, those that the tasks made."""
-        if name == "python":
-            return (self.state / "python").read_text().splitlines()
-        lines = (self.state / "calls").read_text().splitlines() if (self.state / "calls").exists() else []
-        return [line.removeprefix(f"{name} ") for line in lines if line.startswith(f"{name} ")]
-
-    def restarts(self) -> int:
-        assert set(self.calls("scontrol")) <= {f"requeue {self.job}"}
-        return len(self.calls("scontrol"))
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
-
-
-def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():  # type: ignore[operator]
-        assert process.poll() is None, f"the job ended: {process.communicate()[0]}"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 # Shell and definition file
@@ -236,9 +148,8 @@ def test_what_queues_again(cluster: Cluster, statuses: list[object], restarts: i
     status, output = cluster.run("sbatch", *SIZE, "cluster/train.sbatch", "--config", "configs/a b.yaml")
     assert (status, cluster.restarts()) == (end, restarts), output
     assert len(cluster.calls("python")) == 2 * (restarts + 1)
-    ours = "--num_nodes 1 --devices 2 --resume auto"
     assert set(cluster.calls("python")) == {
-        f"pretrain/fabric_train.py {ours} --config configs/a b.yaml --stop.exit_code 75"
+        "pretrain/fabric_train.py --resume auto --config configs/a b.yaml --stop.exit_code 75"
     }
     left = list(cluster.checkout.glob("*.restarts"))
     assert len(left) == (end == 76), left
@@ -308,7 +219,7 @@ def test_debug_job(cluster: Cluster) -> None:
     cluster.fake_python(1)
     status, _ = cluster.run("sbatch", "cluster/debug.sbatch", "--config", "configs/debug.yaml")
     assert status == 1 and cluster.restarts() == 0
-    assert cluster.calls("python") == ["pretrain/fabric_train.py --num_nodes 1 --devices 1 --config configs/debug.yaml"]
+    assert cluster.calls("python") == ["pretrain/fabric_train.py --config configs/debug.yaml"]
 
 
 def test_environment_of_the_tasks(cluster: Cluster) -> None:

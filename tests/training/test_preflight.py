@@ -97,7 +97,7 @@ def test_two_tasks_of_slurm_pass_beside_a_run(data: Path, tmp_path: Path) -> Non
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0"}
     slurm |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     changes: dict[str, Any] = {"devices": 2, "strategy": "fsdp", "resume": "latest", "save__state_dict_type": "sharded"}
     arguments = flags(data, run, train__max_steps=8, resume_allow="train.max_steps", **changes)
@@ -399,24 +399,6 @@ def test_step_that_raises(
 def test_step_that_is_not_finite(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, output = look(capsys, data, tmp_path / "run", optim__lr=1e30, optim__warmup_steps=0)
     assert status == 1 and "not finite" in told(output, "one step") and "--optim.lr" in told(output, "one step")
-
-
-def test_launcher_that_contradicts(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("PROCID", "LOCALID", "NODEID"):
-        monkeypatch.setenv(f"SLURM_{name}", "0")
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
-    monkeypatch.setenv("SLURM_JOB_NAME", "train")
-    status, output = look(capsys, data, tmp_path / "run")
-    line = told(output, "environment")
-    assert status == 1 and "ask for 1 processes" in line and "SLURM_NTASKS is 4" in line
-    skipped = {"network": "skipped", "one step": "skipped"}
-    assert settled(output) == FINE | {"environment": "failed"} | skipped
-    monkeypatch.delenv("SLURM_PROCID")
-    status, output = look(capsys, data, tmp_path / "run")
-    assert "start the processes with srun" in told(output, "environment")
 
 
 def test_folder_of_temporary_files(

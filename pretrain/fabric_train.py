@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         if args.preflight:
             return preflight(args)
-        run = set_up(args)
+        run = set_up(args, argv)
     except (ValueError, FileNotFoundError) as error:
         if rank_zero:
             print(f"error: {error}", file=sys.stderr)

@@ -444,6 +444,7 @@ def checkpoint_meta(run: Run) -> dict[str, object]:
         "world_size": run.world_size,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "environment": run.watchdog.log.attempt if run.watchdog is not None else None,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import platform
@@ -22,6 +21,7 @@ from lit_files.cores import usable_cores
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
 from lit_model.load import list_checkpoints
+from pretrain.environment import code_hash
 from pretrain.preflight_ranks import Ranks
 from pretrain.preflight_situation import Finding, Situation, faults, odd_ones, results, show_bytes
 
@@ -150,17 +150,6 @@ def environment_facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(usable_cores())),
     }
-
-
-def code_hash() -> str:
-    """Of the packages' Python files, names and contents; 12 hexadecimal digits."""
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for package in ("lit_data", "lit_eval", "lit_model", "pretrain"):
-        for path in sorted((root / package).rglob("*.py")):
-            content = path.read_bytes()
-            digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
-    return digest.hexdigest()[:12]
 
 
 # --- network ----------------------------------------------------------------------------------------------------------

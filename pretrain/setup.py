@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,6 +45,7 @@ from pretrain.args import DistillationArgs, RunArgs, TrainArgs, flat, plain
 from pretrain.checkpoint import STEP_COUNT, check_meta, find_checkpoint, load_state, remove, rewind, state_tensors
 from pretrain.compiling import compile_blocks
 from pretrain.encoding import check_bos, unlike_special_tokens
+from pretrain.environment import command_line, record_environment
 from pretrain.first_failure import begin_attempt, report_failure
 from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.init_from import load_optimizer, load_weights, model_config, optimizer_of
@@ -487,8 +488,11 @@ def check_history(meta: dict[str, Any], data: Data, path: Path) -> None:
         )
 
 
-def set_up(args: RunArgs) -> Run:
-    """Build the run. Raises ValueError or FileNotFoundError for a user's mistake, on every rank alike."""
+def set_up(args: RunArgs, argv: Sequence[str] | None = None) -> Run:
+    """Build the run. Raises ValueError or FileNotFoundError for a user's mistake, on every rank alike.
+
+    `argv` is the command line to record; default: this process's.
+    """
     devices = check_shapes(args)
     if args.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -601,6 +605,8 @@ def set_up(args: RunArgs) -> Run:
             restore(run, checkpoint_path)
         if not run.finished:
             begin_recording(run)
+            assert run.watchdog is not None
+            record_environment(run.folder, run.watchdog.log.attempt, run.step, command_line(argv), run.device)
     except (ValueError, FileNotFoundError):
         raise
     except Exception as error:

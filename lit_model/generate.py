@@ -5,6 +5,8 @@ Dimensions: T prompt tokens, n new tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,15 +27,18 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     eos_id: int | None = None,
+    excluded_ids: Sequence[int] = (),
 ) -> Tensor:
     """Continue `prompt` (int64 (T,)) by up to `max_new_tokens` tokens -> int64 (T + n,) on the prompt's device.
 
     Temperature 0 takes the likeliest token (ties: the smallest id); else tokens are drawn from the softmax of
     logits / temperature, cut to the `top_k` likeliest and to the smallest set that holds `top_p` of the mass, in this
-    order. Ends after `eos_id`, which is included. The same seed gives the same tokens. Raises ValueError for a
-    setting out of range, an empty prompt, ids outside the vocabulary, or more tokens than block_size.
+    order. `excluded_ids`, above all those that no token has, are never taken. Ends after `eos_id`, which is included.
+    The same seed gives the same tokens. Raises ValueError for a setting out of range, an empty prompt, ids outside the
+    vocabulary, or more tokens than block_size.
     """
     _check(model, prompt, max_new_tokens, temperature, top_k, top_p)
+    excluded = torch.tensor(excluded_ids, dtype=torch.int64)
     device = model.head_weight.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.head_weight.dtype
     total = prompt.numel() + max_new_tokens
@@ -47,7 +52,8 @@ def generate(
         for _ in range(max_new_tokens):
             logits = model(step, cache=cache)
             # Sync: the token decides whether to stop; and drawn on the host, a seed means the same on any device.
-            token = sample(logits[0, -1].float().cpu(), temperature, top_k, top_p, generator)
+            choice = logits[0, -1].float().cpu().index_fill(0, excluded, -torch.inf)  # (V,)
+            token = sample(choice, temperature, top_k, top_p, generator)
             tokens.append(token)
             if token == eos_id:
                 break

@@ -211,7 +211,7 @@ class DataArgs:
     synthetic: SyntheticArgs = field(default_factory=SyntheticArgs)
     """Make the data instead of reading it."""
     allow_tokenizer_mismatch: bool = False
-    """Train although the tokenizer of `val` or of the checkpoint differs from that of `train`."""
+    """Train although `val`, the model of `init_from` or a teacher has another tokenizer than `train`."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.prefetch_steps <= MAX_PREFETCH:

@@ -22,18 +22,16 @@ from lit_model.cost import count_parameters
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.gguf import architecture_of, write_gguf
 from lit_model.hf.io import read_folder, write_folder
-from lit_model.load import Checkpoint, checkpoint_step, is_hf_folder, load_tensors, resolve
+from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
 from pretrain.encoding import Encoding, encoding_of
-
-
-def find_tokenizer(path: Path) -> Path | None:
-    """The tokenizer of a run folder, of a checkpoint in one, or of a Hugging Face folder; None if there is none."""
-    path = Path(path)
-    if is_hf_folder(path):
-        has_files = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-        return path if has_files else None
-    run = path.parent if path.is_file() or checkpoint_step(path) is not None else path
-    return run / "tokenizer" if (run / "tokenizer").is_dir() else None
+from pretrain.model_tokenizer import (
+    KnownTokenizer,
+    check_own_tokenizer,
+    facts_of,
+    find_tokenizer,
+    ids_without_token,
+    of_files,
+)
 
 
 def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> Path:
@@ -51,17 +49,19 @@ def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> P
     config = checkpoint.model_config
     tokenizer_path = tokenizer or find_tokenizer(path)
     opened = open_tokenizer(tokenizer_path) if tokenizer_path is not None else None
-    facts: dict[str, Any] = (checkpoint.meta.get("data") or {}).get("tokenizer") or {}
+    facts = facts_of(checkpoint.meta)
     if opened is not None and opened.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer {tokenizer_path} has {opened.vocab_size} ids, the model {path} only {config.vocab_size}: "
             "give the one the model was trained with by --tokenizer"
         )
-    if opened is not None and facts and opened.fingerprint != facts["fingerprint"]:
-        raise ValueError(f"{tokenizer_path} is not the tokenizer that {path} was trained with (fingerprints differ)")
+    check_own_tokenizer(path, tokenizer_path)
     encoding = encoding_of(path, opened)
     eos_id = opened.eos_id if opened is not None else facts.get("eos_id")
     bos_id = declared_bos(opened, encoding.bos_id is not None) if opened is not None else encoding.bos_id
+    generation = _generation_config(opened, bos_id, eos_id)
+    if empty := ids_without_token(path, opened, config.vocab_size):  # transformers' generate never draws these
+        generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or []), *empty})
     layout = list(tensors_to_hf(config, checkpoint.model_layout()))
     dtype = str(layout[0][1].dtype).removeprefix("torch.")
     write_folder(
@@ -69,7 +69,7 @@ def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> P
         config_to_hf(config, bos_id=bos_id, eos_id=eos_id, dtype=dtype),
         tensors_to_hf(config, checkpoint.passing_tensors()),
         layout=layout,
-        generation_config=_generation_config(opened, bos_id, eos_id),
+        generation_config=generation,
         extra_files={**_tokenizer_files(opened, encoding), "README.md": model_card(checkpoint, opened, encoding)},
     )
     return path
@@ -98,6 +98,7 @@ def export_to_gguf(
     found = tokenizer or find_tokenizer(path)
     if found is None:
         raise ValueError(f"{path} has no tokenizer beside it: give one by --tokenizer")
+    check_own_tokenizer(path, found)
     opened = open_tokenizer(found)
     bos = encoding_of(path, opened).bos_id is not None
     keys = gguf_tokenizer(opened, config.vocab_size, pre_tokenizer, bos=bos)
@@ -217,14 +218,19 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def import_from_hf(source: Path, output: Path) -> None:
-    """Write a Hugging Face folder as a checkpoint file, for --init_from. Nothing is left of a failed attempt."""
+def import_from_hf(source: Path, output: Path) -> KnownTokenizer:
+    """Write a Hugging Face folder as a checkpoint file, for --init_from. Nothing is left of a failed attempt.
+
+    Returns the tokenizer that the checkpoint now names, as far as the folder has one.
+    """
     if output.exists():
         raise ValueError(f"output {output} exists already; give another name or remove it")
     if not is_hf_folder(source):
         raise FileNotFoundError(f"{source} is no Hugging Face folder: it has no config.json")
     config, tensors = read_folder(source)
-    meta = {"format_version": 1, "step": 0, "model_config": config.to_dict(), "source": source.resolve().name}
+    tokenizer = of_files(find_tokenizer(source))
+    meta: dict[str, Any] = {"format_version": 1, "step": 0, "model_config": config.to_dict()}
+    meta |= {"source": source.resolve().name, "tokenizer": tokenizer.facts_to_keep()}
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
     try:
@@ -235,3 +241,4 @@ def import_from_hf(source: Path, output: Path) -> None:
         os.rename(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
+    return tokenizer

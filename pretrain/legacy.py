@@ -20,6 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from lit_data.tokenizer import open_tokenizer
 from lit_files.publish import sync_file
 from lit_model.checksum import tensor_checksum
 from lit_model.config import ModelConfig
@@ -35,6 +36,7 @@ from lit_model.legacy import (
 from lit_model.load import checkpoint_step
 from lit_model.tensor_file import DAMAGED, fault, open_tensor_file
 from pretrain.checkpoint import FORMAT_VERSION
+from pretrain.model_tokenizer import KnownTokenizer, of_files
 from pretrain.saving import check_free_space
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -50,10 +52,17 @@ class Imported:
     step: int
     optimizer: bool
     settings: dict[str, Any]
+    tokenizer: KnownTokenizer
 
 
 def import_legacy(
-    source: Path, output: Path, *, model: str | None = None, vocab_size: int | None = None, weights_only: bool = False
+    source: Path,
+    output: Path,
+    *,
+    model: str | None = None,
+    vocab_size: int | None = None,
+    weights_only: bool = False,
+    tokenizer: Path | None = None,
 ) -> Imported:
     """Write a legacy checkpoint as one of ours, whole or not at all.
 
@@ -67,6 +76,8 @@ def import_legacy(
             config beside the file, or else the name among its hparams.
         vocab_size: number of token ids. Default: the model's.
         weights_only: leave the optimizer out.
+        tokenizer: the folder or file of the tokenizer it was trained with, which the output then names. Default: the
+            one beside the file, if there is one.
 
     Raises ValueError or FileNotFoundError that name what is wrong before anything is written, OSError without room.
     """
@@ -85,15 +96,17 @@ def import_legacy(
     tensors: dict[str, Any] = {"model": state.tensors(state.weights, "the model")}
     tensors["optimizer"] = {} if optimizer is None else optimizer.tensors
     settings = legacy_settings(content.get("hparams"), optimizer.group if optimizer is not None else {}, state.step)
+    known = find_own_tokenizer(path, tokenizer, state.config.vocab_size)
     meta = {
         "format_version": FORMAT_VERSION,
         "step": state.step,
         "model_config": state.config.to_dict(),
+        "tokenizer": known.facts_to_keep(),
         "source": path.resolve().name,
         "source_settings": settings,
     }
     _write(output, tensors, meta)
-    return Imported(path, state.config, state.step, optimizer is not None, settings)
+    return Imported(path, state.config, state.step, optimizer is not None, settings, known)
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -110,6 +123,19 @@ def find_file(source: Path) -> Path:
     if not source.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}: give a .pth file or a folder with lit_model.pth")
     return source
+
+
+def find_own_tokenizer(path: Path, given: Path | None, vocab_size: int) -> KnownTokenizer:
+    """The tokenizer that is given, or the one that litgpt puts beside a checkpoint. Raises ValueError if a given one
+    cannot be opened or has more ids than the model.
+    """
+    if given is None:
+        beside = any((path.parent / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        return of_files(path.parent if beside else None)
+    tokenizer = open_tokenizer(given)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"--tokenizer {given} has {tokenizer.vocab_size} ids, the model in {path} only {vocab_size}")
+    return of_files(given)
 
 
 def read_file(path: Path) -> dict[str, Any]:

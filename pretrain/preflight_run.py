@@ -118,7 +118,7 @@ def check_data(s: Situation) -> Finding:
     s.config = s.config or config_without_data(args)
 
     def look() -> tuple[int, int]:
-        s.datasets, s.config = open_datasets(args, lambda vocab_size: model_config(args, vocab_size, s.checkpoint))
+        s.datasets, s.config = open_datasets(args, s.checkpoint)
         return check_sample(s.datasets, s.ranks)
 
     outcomes = s.ranks.together(look)

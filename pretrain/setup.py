@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,6 +52,7 @@ from pretrain.init_from import load_optimizer, load_weights, model_config, optim
 from pretrain.messages import say
 from pretrain.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS, newest_step
 from pretrain.metrics import FILE as METRICS
+from pretrain.model_tokenizer import OVERRIDE, check_model_and_data, compare, of_data
 from pretrain.optim import AdamW, LossScale
 from pretrain.parallel import (
     DTYPES,
@@ -271,10 +272,12 @@ class Datasets:
     train: list[PackedDataset]
     val: PackedDataset | None
     block_size: int
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What could not be checked."""
 
 
-def open_datasets(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tuple[Datasets, ModelConfig]:
-    """Open the datasets, and see that they fit the model and the run."""
+def open_datasets(args: RunArgs, checkpoint: Path | None = None) -> tuple[Datasets, ModelConfig]:
+    """Open the datasets, and see that they fit the model and the run, which may resume a checkpoint."""
     if args.data.train is not None:
         train = [PackedDataset(args.data.train)]
     else:
@@ -283,7 +286,7 @@ def open_datasets(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tup
     val = PackedDataset(args.data.val) if args.data.val is not None else None
     if val is not None:
         named.append(("--data.val", val))
-    config = config_of(train[0].vocab_size)
+    config = model_config(args, train[0].vocab_size, checkpoint)
     router_losses(args.train, config)  # raises if they do not fit
     block_size = args.train.block_size or config.block_size
     check_memory(args, config, block_size)
@@ -293,11 +296,11 @@ def open_datasets(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tup
                 f"{flag} {dataset.path} was tokenized with {dataset.vocab_size} ids, but the model has a vocabulary of "
                 f"{config.vocab_size}: leave --model.vocab_size out, or prepare the data with the model's tokenizer"
             )
-        ours, theirs = (d.manifest.tokenizer["fingerprint"] for d in (train[0], dataset))
-        if ours != theirs and not args.data.allow_tokenizer_mismatch:
+        same = compare(of_data(train[0]), of_data(dataset)) == "same"
+        if not same and not args.data.allow_tokenizer_mismatch:
             raise ValueError(
                 f"{flag} {dataset.path} was made with another tokenizer than {named[0][0]} {train[0].path}: prepare "
-                "both with the same, or override with --data.allow_tokenizer_mismatch true"
+                f"both with the same, or override with {OVERRIDE}"
             )
         if flag != "--data.val" and dataset.n_tokens < block_size:
             raise ValueError(
@@ -305,6 +308,10 @@ def open_datasets(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tup
                 "text or a smaller --train.block_size"
             )
     check_bos(named)
+    notes = []
+    if args.init_from is not None and checkpoint is None and not args.data.allow_tokenizer_mismatch:
+        unknown = check_model_and_data(args.init_from, train[0], f"--init_from {args.init_from}")
+        notes += [unknown] if unknown is not None else []
     check_teachers(args, config, train[0], block_size)
     if args.distillation.cache is not None:
         facts = (train[0], args.data.packing, block_size, args.data.document_mask, config.vocab_size)
@@ -312,7 +319,7 @@ def open_datasets(args: RunArgs, config_of: Callable[[int], ModelConfig]) -> tup
     weights_of(args)
     if args.train.max_epochs is None or args.data.packing == "concat":  # else it takes a plan, and is seen later
         length_of(args, block_size, count_windows(train[0].n_tokens, block_size), first_segments(args))
-    return Datasets(train, val, block_size), config
+    return Datasets(train, val, block_size, notes), config
 
 
 def check_memory(args: RunArgs, config: ModelConfig, block_size: int) -> None:
@@ -503,7 +510,7 @@ def set_up(args: RunArgs, argv: Sequence[str] | None = None) -> Run:
     opened: tuple[Datasets, ModelConfig] | None = None
 
     def open_once(checkpoint: Path | None) -> tuple[Datasets, ModelConfig]:
-        return opened or open_datasets(args, lambda vocab_size: model_config(args, vocab_size, checkpoint))
+        return opened or open_datasets(args, checkpoint)
 
     if there and not is_rank():
         opened = open_once(None)  # a mistake in what is there already is said before any process starts
@@ -518,6 +525,8 @@ def set_up(args: RunArgs, argv: Sequence[str] | None = None) -> Run:
             args.data, train=train, val=val, synthetic=dataclasses.replace(args.data.synthetic, tokens=0)
         )
     datasets, config = opened or on_rank_zero(fabric, lambda: open_once(checkpoint_path))
+    for note in datasets.notes:
+        fabric.print(f"warning: {note}")
     args.out_dir, args.devices = folder, devices
 
     step, segments = 0, first_segments(args)

@@ -16,17 +16,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lit_data.packed import PackedDataset
-from lit_data.tokenizer import Tokenizer, open_tokenizer
 from lit_files.checksum import file_sha256
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters, largest_block, root_parameters
 from lit_model.distillation import Teacher
 from lit_model.init import copy_slice
-from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
+from lit_model.load import is_hf_folder, load_tensors, resolve
 from lit_model.model import GPT
 from pretrain.args import DistillationArgs, RunArgs, TeacherEntry
 from pretrain.compiling import compile_blocks
-from pretrain.export import find_tokenizer
+from pretrain.model_tokenizer import OVERRIDE, check_model_and_data
 from pretrain.parallel import DTYPES
 
 
@@ -59,28 +58,11 @@ def check_teacher(path: Path, vocab_size: int, block_size: int, where: str) -> N
         )
 
 
-def check_tokenizer(path: Path, dataset: PackedDataset, where: str) -> None:
-    """See that a teacher was trained with the tokenizer of the data. Raises ValueError that says how they differ."""
-    wanted = dataset.manifest.tokenizer["fingerprint"]
-    resolved = resolve(path)
-    tokenizer: Tokenizer | None = None
-    if is_hf_folder(resolved):
-        folder = find_tokenizer(resolved)
-        tokenizer = open_tokenizer(folder) if folder is not None else None
-        found = tokenizer.fingerprint if tokenizer is not None else None
-    else:
-        found = ((Checkpoint(resolved).meta.get("data") or {}).get("tokenizer") or {}).get("fingerprint")
-    if found == wanted:
-        return
-    override = "or, if you know that ids mean the same, override with --data.allow_tokenizer_mismatch true"
-    if found is None:
-        raise ValueError(f"{where} does not say which tokenizer it was trained with: put that beside it, {override}")
-    how = f"its fingerprint is {found[:12]}, that of {dataset.path} is {wanted[:12]}"
-    if tokenizer is not None and tokenizer.vocab_size != dataset.vocab_size:
-        how += f"; it has {tokenizer.vocab_size} ids, and that of the data {dataset.vocab_size}"
-    raise ValueError(
-        f"{where} was trained with another tokenizer: {how}. Prepare the data with the teacher's, {override}"
-    )
+def check_tokenizer(path: Path, dataset: PackedDataset, where: str, override: str = OVERRIDE) -> None:
+    """See that a teacher was trained with the tokenizer of the data. Raises ValueError, also if that is not known."""
+    unknown = check_model_and_data(path, dataset, where, override=override)
+    if unknown is not None:
+        raise ValueError(f"{unknown}. Put the tokenizer beside it, or override with {override}")
 
 
 def identify(teachers: Sequence[TeacherEntry]) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def main() -> int:
             where = f"--teachers {entry.path}"
             check_teacher(entry.path, vocab_size, args.block_size, where)
             if not args.allow_tokenizer_mismatch:
-                check_tokenizer(entry.path, dataset, where)
+                check_tokenizer(entry.path, dataset, where, "--allow_tokenizer_mismatch")
         if args.k > vocab_size:
             raise ValueError(f"--k {args.k} exceeds the teachers' vocabulary of {vocab_size}")
         rows = open_rows(dataset, args.packing, args.block_size, args.plan_dir)

@@ -17,11 +17,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="checkpoint file to write; must not exist")
     args = parser.parse_args()
     try:
-        import_from_hf(args.input, args.output)
+        tokenizer = import_from_hf(args.input, args.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{args.input} -> {args.output}: train on with --init_from {args.output}")
+    if not tokenizer.named:
+        why = tokenizer.unreadable or "there is none in the folder"
+        print(f"warning: its tokenizer is not known ({why}): training cannot see whether the data fits it")
     return 0
 
 

@@ -40,11 +40,23 @@ def main() -> int:
         "name among its hparams",
     )
     parser.add_argument("--vocab_size", type=int, help="number of token ids; default: the model's")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="folder or file of the tokenizer it was trained with, so that training can see whether the data fits it; "
+        "default: the one beside SOURCE",
+    )
     parser.add_argument("--weights_only", action="store_true", help="leave the optimizer's state out")
     args = parser.parse_args()
     try:
         imported = import_legacy(
-            args.source, args.output, model=args.model, vocab_size=args.vocab_size, weights_only=args.weights_only
+            args.source,
+            args.output,
+            model=args.model,
+            vocab_size=args.vocab_size,
+            weights_only=args.weights_only,
+            tokenizer=args.tokenizer,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -53,6 +65,9 @@ def main() -> int:
     optimizer = "with its optimizer's state" if imported.optimizer else "without an optimizer's state"
     print(f"{imported.path} -> {args.output}: step {imported.step:,}, {optimizer}")
     print(f"  model {config.name or 'custom'}: {count_parameters(config):,} parameters, {config.vocab_size:,} ids")
+    if not imported.tokenizer.named:
+        why = imported.tokenizer.unreadable or "give it by --tokenizer"
+        print(f"warning: its tokenizer is not known ({why}): training cannot see whether the data fits it")
     print(f"train on with: {command_to_go_on(imported, args.output)} --data.train DIR --out_dir DIR")
     return 0
 

@@ -17,7 +17,7 @@ from lit_model.generate import generate
 from lit_model.load import load_model
 from pretrain.command_line import ScriptParser
 from pretrain.encoding import encode_prompt, encoding_of
-from pretrain.export import find_tokenizer
+from pretrain.model_tokenizer import check_own_tokenizer, find_tokenizer, ids_without_token
 
 
 def parser() -> ScriptParser:
@@ -67,14 +67,24 @@ def parse_ids(ids: str) -> list[int]:
         raise ValueError(f"--prompt_ids {ids!r}: give whole numbers separated by commas, as 5,6") from None
 
 
+def warn_of_another_tokenizer(model: Path, tokenizer: Path) -> None:
+    try:
+        check_own_tokenizer(model, tokenizer)
+    except ValueError as error:
+        print(f"warning: {error}", file=sys.stderr)
+
+
 def main() -> int:
     args = parser().parse_args()
     try:
         tokenizer_path = args.tokenizer or find_tokenizer(args.model)
         tokenizer = open_tokenizer(tokenizer_path) if tokenizer_path is not None else None
+        if args.tokenizer is not None:
+            warn_of_another_tokenizer(args.model, args.tokenizer)
         prompts = encode_prompts(args, tokenizer)
-        model, _ = load_model(args.model)
+        model, config = load_model(args.model)
         model = model.to(args.device)
+        excluded = ids_without_token(args.model, tokenizer, config.vocab_size)
         outs = [
             generate(
                 model,
@@ -85,6 +95,7 @@ def main() -> int:
                 top_p=args.top_p,
                 seed=args.seed,
                 eos_id=tokenizer.eos_id if tokenizer is not None else None,
+                excluded_ids=excluded,
             ).tolist()
             for _, ids in prompts
         ]

@@ -15,6 +15,7 @@ from lit_data.trace import find_recorded
 from lit_eval.agreement import largest_difference, our_span_losses, transformers_span_losses
 from lit_model.load import Checkpoint, resolve
 from pretrain.command_line import ScriptParser
+from pretrain.model_tokenizer import compare, describe_difference, of_data, of_model
 
 TOLERANCE = 1e-4
 
@@ -40,11 +41,20 @@ def main() -> int:
         checkpoint = Checkpoint(resolve(args.run))
         dataset = PackedDataset(find_recorded(args.run, data["val"], MANIFEST))
         block_size = checkpoint.meta["config"]["train"]["block_size"] or checkpoint.model_config.block_size
+        known, data_known = of_model(args.hf), of_data(dataset)
+        verdict = compare(known, data_known)
+        if verdict == "different":
+            raise ValueError(
+                f"--hf {args.hf} holds another tokenizer than the run's data: "
+                f"{describe_difference(known, data_known, str(dataset.path))}"
+            )
         ours = our_span_losses(args.run, dataset, block_size)
         theirs = transformers_span_losses(args.hf, dataset, ours)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if verdict == "unknown":
+        print("warning: whether the folder's tokenizer is that of the data is not known: one of them names none")
     worst, trainer = largest_difference(ours, theirs), last_validation(args.run)
     print(
         f"{len(ours.loss)} spans, {ours.targets.sum()} targets: mean loss {ours.mean:.6f} here, "

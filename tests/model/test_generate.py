@@ -53,6 +53,19 @@ def test_greedy_equals_transformers(model, tmp_path):
     assert torch.equal(generate(model, PROMPT, 40, temperature=0), theirs[0])
 
 
+def test_excluded_ids_are_never_taken(model):
+    likely = generate(model, PROMPT, 10, temperature=0).tolist()[4:]
+    greedy = generate(model, PROMPT, 10, temperature=0, excluded_ids=likely)
+    with torch.no_grad():
+        logits = model(greedy[None, :-1])[0, 3:]
+    logits[:, likely] = -torch.inf
+    assert torch.equal(greedy[4:], logits.argmax(-1))
+    allowed = [7, 30, 299]
+    others = [id for id in range(300) if id not in allowed]
+    for settings in ({}, {"top_k": 50}, {"top_p": 0.5}, {"temperature": 100.0}):
+        assert set(generate(model, PROMPT, 20, excluded_ids=others, **settings).tolist()[4:]) <= set(allowed)
+
+
 def test_seed_decides(model):
     a, b, c = (generate(model, PROMPT, 30, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)

@@ -19,7 +19,7 @@ from lit_data.corpus.files import (
     part_of_files,
     train_and_held_out,
 )
-from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS, SplitDocuments
+from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS, SplitDocuments, check_metadata
 from lit_data.tokenizer import Tokenizer, open_tokenizer
 from lit_files.publish import create_json
 from lit_files.reading import read_record
@@ -178,6 +178,7 @@ class Plan:
             _refuse_mixed_splits(val, "--val_input")
             errors.warnings += [*mixed_split_names(train), *mixed_split_names(val)]
         errors.warnings += compressed_copies(train + val)
+        check_metadata(train + val, settings.metadata)
         tokenizer = open_tokenizer(settings.tokenizer, settings.eos_token)
         if settings.bos:
             tokenizer.need_bos()

@@ -39,6 +39,7 @@ __all__ = [
     "ReadErrors",
     "SplitDocuments",
     "TextFile",
+    "check_metadata",
     "list_files",
     "part_of_files",
     "read_documents",
@@ -158,7 +159,7 @@ class _Fields:
     @property
     def required(self) -> list[str]:
         """Those that each table must have."""
-        return list(dict.fromkeys((self.text, *self.metadata, *((self.id,) if self.require_id else ()))))
+        return [self.text, self.id] if self.require_id else [self.text]
 
 
 @dataclass(frozen=True)
@@ -341,13 +342,11 @@ class _FileReader:
             yield from table.iter_batches(rows, [group], columns=columns)
 
     def _columns(self, schema: Any) -> list[str]:
-        """Those of the columns to be read that a table has; it must have all but the id, which may be optional."""
+        """Those of the columns to be read that a table has; metadata may be in others only."""
         for column in self.fields.required:
             if not _has(schema, column):
-                have = ", ".join(map(_shown, schema))
-                raise ValueError(
-                    f"{self.file.path} has no column {column!r} (--{self._flag(column)}); its columns are {have}"
-                )
+                flag = "text_field" if column == self.fields.text else "id_field"
+                raise _no_column(self.file.path, column, flag, schema)
         if (count := schema.names.count(self.fields.text)) > 1:
             raise ValueError(
                 f"{self.file.path} has {count} columns named {self.fields.text!r} (--text_field), and either could be "
@@ -355,12 +354,10 @@ class _FileReader:
             )
         return [c for c in self.fields.all if _has(schema, c)]
 
-    def _flag(self, field: str) -> str:
-        return {self.fields.text: "text_field", self.fields.id: "id_field"}.get(field, "metadata")
-
     def _hub(self, after: int) -> Iterator[Document]:
         assert self.file.hub is not None
-        for place, record in enumerate(self.file.hub.rows(after, self.fields.required, self.fields.id), after + 1):
+        required = [*self.fields.required, *self.fields.metadata]  # the shards of a dataset have the same columns
+        for place, record in enumerate(self.file.hub.rows(after, required, self.fields.id), after + 1):
             document = self._document(place, record, "row")
             if document is not None:
                 yield document
@@ -457,6 +454,31 @@ def _page_bytes(path: Path, offset: int | None) -> int | None:
         if byte < 0x80:
             return value >> 1
     return None
+
+
+def check_metadata(files: Sequence[TextFile], metadata: Sequence[str]) -> None:
+    """Raise ValueError for a metadata column that none of some Parquet files has, before they are read.
+
+    With files of other kinds among them, only reading could tell.
+    """
+    missing = list(metadata)
+    if any(f.kind != PARQUET for f in files):
+        return
+    for file in files:
+        if not missing:
+            return
+        try:
+            schema = pq.read_schema(file.path)
+        except (pa.ArrowException, OSError):  # reading it will say so, or leave it out
+            return
+        missing = [m for m in missing if not _has(schema, m)]
+    if missing:
+        raise _no_column(file.path, missing[0], "metadata", schema)
+
+
+def _no_column(path: Path, column: str, flag: str, schema: Any) -> ValueError:
+    have = ", ".join(map(_shown, schema))
+    return ValueError(f"{path} has no column {column!r} (--{flag}); its columns are {have}")
 
 
 def _has(schema: Any, name: str) -> bool:

@@ -158,7 +158,9 @@ def test_absurd_vocabularies_are_refused(tmp_path, corpus, size):
 def test_inputs_given_twice_and_held_out_text(tmp_path, corpus):
     """Point 6: a tokenizer learns from each file once too, and a warning says so where it sees held-out text."""
     once = train(corpus, tmp_path / "once")
-    twice = train(tmp_path, tmp_path / "twice", "--input", corpus, tmp_path / "corpus.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(corpus)
+    given = ("--input", corpus, tmp_path / "link.jsonl", "--output", tmp_path / "twice", "--vocab_size", 340)
+    twice = script("train_tokenizer.py", *given)
     assert once.returncode == twice.returncode == 0 and "it is read once" in twice.stderr
     assert open_tokenizer(tmp_path / "once").fingerprint == open_tokenizer(tmp_path / "twice").fingerprint
     (tmp_path / "in").mkdir()

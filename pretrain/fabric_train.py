@@ -91,7 +91,7 @@ def parse(argv: list[str] | None = None) -> RunArgs:
     namespace.pop("config", None)
     instance = parser.instantiate(namespace)
     args = RunArgs(**{k: v for k, v in vars(instance).items() if k != "config"})
-    lines += fit_to_launch(args, layers[-1].values)
+    lines += fit_to_launch(args, layers[-1].values, {key for layer in layers[:-1] for key in layer.values})
     if is_first_process():
         for line in lines:
             print(f"note: {line}", file=sys.stderr)

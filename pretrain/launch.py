@@ -87,8 +87,12 @@ def is_shell(env: Mapping[str, str]) -> bool:
     return env.get("SLURM_JOB_NAME") in SHELLS or "SLURM_PTY_PORT" in env
 
 
-def fit_to_launch(args: RunArgs, typed: Collection[str], env: Mapping[str, str] | None = None) -> list[str]:
+def fit_to_launch(
+    args: RunArgs, typed: Collection[str], configured: Collection[str] = (), env: Mapping[str, str] | None = None
+) -> list[str]:
     """Give `args` the number of nodes and devices of the launcher, and return what there is to say about it.
+
+    `typed` and `configured` are the settings of the command line and of configs.
 
     Raises ValueError for a typed --devices or --num_nodes that contradicts the launcher, and where a job of several
     tasks has started one process without srun.
@@ -105,7 +109,8 @@ def fit_to_launch(args: RunArgs, typed: Collection[str], env: Mapping[str, str] 
         if name in typed:
             how = "--ntasks-per-node and --nodes" if launch.by == "srun" else "--nproc-per-node and --nnodes"
             raise ValueError(f"--{name} {asked}: but {said}; leave the flag out, or start as many ({how})")
-        lines.append(f"{said}: {name} {here} replaces the config's {asked}")
+        if name in configured:
+            lines.append(f"{said}: {name} {here} replaces the config's {asked}")
     args.num_nodes, args.devices = launch.num_nodes, launch.devices
     if "train.micro_batch_samples" not in typed:
         lines += _fit_micro_batch(args, launch.world_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -90,6 +91,16 @@ def test_a_tokenizer_without_an_end_is_refused_with_the_remedy(tmp_path, tokeniz
     assert done.returncode == 2 and "--eos_token" in done.stderr and not (tmp_path / "out").exists()
 
 
+def writing_end(fifo, process):
+    """A descriptor that holds a FIFO open without writing, from when the process has begun to read it."""
+    while True:
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:  # ENXIO: nobody reads
+            assert error.errno == errno.ENXIO and process.poll() is None
+            time.sleep(0.02)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_nothing(tmp_path, tokenizer_file, number, code):
     os.mkfifo(tmp_path / "endless.txt")  # reading waits here
@@ -101,11 +112,10 @@ def test_a_signal_leaves_nothing(tmp_path, tokenizer_file, number, code):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     ) as process:
-        until = time.monotonic() + 60
-        while not list(tmp_path.glob(".out.tmp-*/.train*")) and time.monotonic() < until:
-            time.sleep(0.01)
+        held = writing_end(tmp_path / "endless.txt", process)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
+        os.close(held)
     assert process.returncode == code and "Traceback" not in stderr
     assert [p.name for p in tmp_path.iterdir()] == ["endless.txt"]
 

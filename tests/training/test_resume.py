@@ -89,7 +89,7 @@ def test_sigterm_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "pretrain" / "fabric_train.py"), *flags(data, run, **changes)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (run / "metrics.csv").exists() or len(metrics(run)) < 5:
-        time.sleep(0.002)
+        time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)

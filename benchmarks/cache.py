@@ -167,13 +167,14 @@ def measure(a: argparse.Namespace, data: PackedDataset, folder: Path) -> dict[st
     size.join()
     staged_mb = sum(r["staged_mb"] for r in results)
     read_mb = source.bytes_read / MB
-    caches[0].follow(iter([(starts[-2000:], stops[-2000:])]))
-    while caches[0].staged_rows < 2000:
+    last = min(2000, group_rows)  # more than a group may not fit into the budget at once
+    caches[0].follow(iter([(starts[-last:], stops[-last:])]))
+    while caches[0].staged_rows < last:
         time.sleep(0.01)
     misses = caches[0].misses
-    row_us = copy_us(caches[0].copy_tokens, starts[-2000:], a.row_tokens)
+    row_us = copy_us(caches[0].copy_tokens, starts[-last:], a.row_tokens)
     assert caches[0].misses == misses
-    map_us = copy_us(data.copy_tokens, starts[-2000:], a.row_tokens)
+    map_us = copy_us(data.copy_tokens, starts[-last:], a.row_tokens)
     failures = [c.failure for c in caches if c.failure]
     for cache in caches:
         cache.close()

@@ -44,7 +44,7 @@ class Place:
     device: str
     folder: Path
     data: Path
-    """A run folder with data/train and data/val, whose model is the base of the others."""
+    """The run folder of the first run: its data serve all the others, its model is the teacher."""
     log: Path
 
 
@@ -85,8 +85,8 @@ def train(place: Place, run: str, **changes: object) -> None:
     """A training run of a few steps. Changes are settings with dots as double underscores."""
     settings: dict[str, object] = {
         "out_dir": place.folder / run,
-        "data.train": place.data / "data" / "train",
-        "data.val": place.data / "data" / "val",
+        "data.train": place.data / "data" / "packed" / "train",
+        "data.val": place.data / "data" / "packed" / "val",
         "accelerator": place.device,
         "devices": 1,
         "model.name": "debug",
@@ -193,7 +193,15 @@ def taught(place: Place) -> None:
 def taught_by_a_cache(place: Place) -> None:
     cache = place.folder / "cache"
     options = ("--block_size", BLOCK_SIZE, "--k", 8, "--output", cache)
-    script(place, "cache_teacher.py", "--teachers", place.data, "--data", place.data / "data" / "train", *options)
+    script(
+        place,
+        "cache_teacher.py",
+        "--teachers",
+        place.data,
+        "--data",
+        place.data / "data" / "packed" / "train",
+        *options,
+    )
     train(
         place,
         "run",

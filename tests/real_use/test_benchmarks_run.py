@@ -1,0 +1,228 @@
+"""Every script of benchmarks/ runs at toy size and writes its result: figures of all sides, positive; never a time."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from running import ROOT, script
+
+# Started by the others, or imported by them.
+PARTS = {"corpus_runs", "peer_convert", "peer_loader", "peer_megatron", "peer_prepare", "peer_step", "provenance"}
+
+
+def benchmark(name: str, *arguments: object) -> tuple[int, str]:
+    """A benchmark as it is run by path, in this process: its status, and what it printed."""
+    path, out = str(ROOT / "benchmarks" / f"{name}.py"), io.StringIO()
+    with (
+        patch.object(sys, "argv", [path, *map(str, arguments)]),
+        patch.object(sys, "path", list(sys.path)),
+        contextlib.redirect_stdout(out),
+    ):
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as left:
+            assert left.code is None or isinstance(left.code, int), left.code
+            return left.code or 0, out.getvalue()
+    return 0, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DIR/text/train.jsonl, and DIR/tok made of it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    assert script("make_synthetic.py", "--output", folder / "text", "--tokens", 20000, "--seed", 1).returncode == 0
+    text, tok = folder / "text" / "train.jsonl", folder / "tok"
+    assert script("train_tokenizer.py", "--input", text, "--output", tok, "--vocab_size", 300).returncode == 0
+    return folder
+
+
+def positive(*figures: float) -> bool:
+    return bool(figures) and all(figure > 0 for figure in figures)
+
+
+# --- arguments and checks, by name -----------------------------------------------------------------------------------
+
+
+def cache_check(found: dict[str, Any]) -> None:
+    assert positive(found["peak_folder_mb"], found["staged_mb_s"]) and not found["failures"]
+
+
+def checkpoint_check(found: dict[str, Any]) -> None:
+    saves = {"full, sync", "full, async", "sharded, sync", "sharded, async"}
+    assert saves | {"none"} <= set(found["rows"])
+    assert positive(*(found["rows"][name]["median"]["total_s"] for name in saves))
+
+
+def convert_check(found: dict[str, Any]) -> None:
+    assert found["rows"]["warm"]["ours"] and found["rows"]["warm"]["copy"] and found["skipped"]
+
+
+def dedup_check(found: dict[str, Any]) -> None:
+    assert {"bloom", "exact", "near", "text"} <= set(found)
+    for name in ("bloom", "exact", "near"):
+        assert positive(*(v for k, v in found[name].items() if "seconds" in k))
+
+
+def distill_check(found: dict[str, Any]) -> None:
+    assert set(found["rows"]) == {"ours", "naive"}
+    assert positive(*(row["median"]["memory_bytes"] for row in found["rows"].values()))
+
+
+def families_check(found: dict[str, Any]) -> None:
+    assert set(found["families"]) == {"Llama", "GPT-J", "GPT-2"}
+    for facts in found["families"].values():
+        assert positive(facts["parameters"], *facts["runs"][0]["val_loss"])
+
+
+def loader_check(found: dict[str, Any]) -> None:
+    ours = [name for name in found["rows"] if name.startswith("llammlein")]
+    measured = [name for name, row in found["rows"].items() if "microseconds" in row]
+    assert set(ours) | {"gather", "gather-targets", "tinyllama"} <= set(measured)
+    assert positive(*(us for name in measured for us in found["rows"][name]["microseconds"]))
+
+
+def prepare_check(found: dict[str, Any]) -> None:
+    rows = found["rows"]
+    assert positive(*rows["llammlein json"]["mb_per_s"], *rows["encode_batch_fast"]["mb_per_s"])
+    assert all("skipped" in row or positive(*row["mb_per_s"]) for row in rows.values())
+
+
+def real_model_check(found: dict[str, Any]) -> None:
+    assert found["bits_per_byte"]["relative_difference"] <= 1e-4
+
+
+def record_check(found: dict[str, Any]) -> None:
+    assert found["made"]["rows"] >= 20000
+    assert found["answers"] and positive(*(a["lines"] for a in found["answers"]))
+
+
+def students_check(found: dict[str, Any]) -> None:
+    assert positive(*(value for run in found["bits_per_byte"] for facts in run.values() for value in facts.values()))
+
+
+def train_step_check(found: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in found["rows"]}
+    assert {"llammlein", "llammlein-documents"} <= set(rows) and set(rows) | set(found["skipped"]) >= {"transformers"}
+    assert all(positive(row["tokens_per_s"], row["loss"], row["rate_to_ours"]) for row in rows.values())
+
+
+Arguments = Callable[[Path, Path], list[object]]  # of the corpus and a folder for what is made
+SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
+    "cache": (
+        lambda corpus, made: [
+            *("--dataset_mb", 4, "--source_mb_s", 400, "--use_mb_s", 20, "--budget_mb", 2, "--chunk_mb", 0.0625),
+            *("--row_tokens", 256, "--block_rows", 256, "--group_blocks", 4, "--epochs", 1, "--cache_dir", made),
+        ],
+        cache_check,
+    ),
+    "checkpoint": (lambda corpus, made: ["--model", "debug", "--steps", 4, "--rounds", 1], checkpoint_check),
+    "convert": (
+        lambda corpus, made: ["--model", "debug", "--ranks", 2, "--rounds", 1, "--cold_rounds", 0, "--folder", made],
+        convert_check,
+    ),
+    "dedup": (
+        lambda corpus, made: [
+            *("--paragraphs", 20000, "--signatures", 500, "--corpus", corpus / "text" / "train.jsonl"),
+            *("--documents", 50),
+        ],
+        dedup_check,
+    ),
+    "distill": (lambda corpus, made: ["--rounds", 1, "--passes", 1, "--threads", 1], distill_check),
+    "families": (lambda corpus, made: ["--input", corpus / "text" / "train.jsonl", "--steps", 2], families_check),
+    "loader": (
+        lambda corpus, made: [
+            *("--corpus", corpus / "text" / "train.jsonl", "--tokenizer", corpus / "tok"),
+            *("--rounds", 1, "--seconds", 0.01),
+        ],
+        loader_check,
+    ),
+    "prepare": (
+        lambda corpus, made: [
+            *("--corpus", corpus / "text" / "train.jsonl", "--tokenizer", corpus / "tok"),
+            *("--megabytes", 0.02, "--rounds", 1, "--workers", 1),
+        ],
+        prepare_check,
+    ),
+    "record": (lambda corpus, made: ["--rows", 20000, "--dir", made], record_check),
+    "students": (
+        lambda corpus, made: [
+            *("--input", corpus / "text" / "train.jsonl", "--documents", 40, "--val_documents", 4, "--seeds", 1),
+            *("--epochs", 1, "--k", 4),
+        ],
+        students_check,
+    ),
+    "train_step": (
+        lambda corpus, made: [
+            *("--model", "debug", "--batch", 2, "--block_size", 64, "--document_tokens", 40, "--threads", 1),
+            *("--steps", 1, "--rounds", 1, "--warmup_steps", 1),
+        ],
+        train_step_check,
+    ),
+}
+QUICK = {"cache"}
+OTHERS = {"gpu_matrix", "megatron_round_trip", "real_model"}  # tested below
+
+
+def test_every_script_is_run_here() -> None:
+    """Must 7: a new benchmark without a test is a failure."""
+    there = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert there == PARTS | set(SCRIPTS) | OTHERS
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SCRIPTS])
+def test_it_runs_at_toy_size(name: str, corpus: Path, tmp_path: Path) -> None:
+    """Must 7: the script ends with 0, and its JSON has figures of every side."""
+    arguments, check = SCRIPTS[name]
+    (tmp_path / "made").mkdir()
+    status, printed = benchmark(name, *arguments(corpus, tmp_path / "made"), "--json", tmp_path / "result.json")
+    assert status == 0, printed
+    check(json.loads((tmp_path / "result.json").read_text()))
+
+
+def test_a_comparison_without_its_peer_says_so() -> None:
+    """Must 7: without megatron-core nothing is compared, and the status is not that of a success."""
+    status, printed = benchmark("megatron_round_trip")
+    assert status == 3 and "nothing was compared" in printed
+
+
+def test_a_trainer_that_breaks_is_an_error_of_the_benchmark(tmp_path: Path) -> None:
+    """Must 7: train_step ended with 0 and a table of its peers although our own side had failed."""
+    with patch.object(sys, "path", list(sys.path)):
+        module = runpy.run_path(str(ROOT / "benchmarks" / "train_step.py"), run_name="train_step")
+    for name in ("litgpt", "llammlein-documents"):
+        (tmp_path / f"{name}.log").write_text("Traceback\nValueError: no\n")
+    assert module["last_line"](tmp_path, "litgpt") == "ValueError: no"
+    with pytest.raises(SystemExit, match="(?s)ValueError: no.*llammlein-documents ended before its first round"):
+        module["last_line"](tmp_path, "llammlein-documents")
+
+
+def test_our_step_runs_at_toy_size(tmp_path: Path) -> None:
+    """Must 7: our side of train_step, which ended at once since its documents lacked their end."""
+    plan = ["--model", "debug", "--batch", 2, "--block_size", 64, "--document_tokens", 40, "--threads", 1]
+    plan += ["--steps", 1, "--rounds", 1, "--warmup_steps", 1, "--only", "llammlein-documents"]
+    status, printed = benchmark("train_step", *plan, "--json", tmp_path / "result.json")
+    assert status == 0, printed
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["llammlein-documents"] and not found["skipped"]
+    assert positive(found["rows"][0]["tokens_per_s"], found["rows"][0]["loss"])
+
+
+@pytest.mark.slow
+def test_the_matrix_of_a_gpu_machine_runs_on_a_cpu(tmp_path: Path) -> None:
+    """Must 8: every entry that needs no compiler passes, and what needs CUDA is skipped with the reason."""
+    only = ("--only", "^(?!compile)", "--jobs", 2)
+    status, printed = benchmark("gpu_matrix", "--output", tmp_path / "matrix", "--device", "cpu", *only)
+    assert status == 0, printed
+    lines = printed.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("SKIP")] == ["fp16"]
+    assert "fp16 is not supported on a CPU" in printed
+    assert sum(line.startswith("PASS") for line in lines) >= 15

@@ -405,9 +405,9 @@ def test_a_bomb_is_refused_in_bounded_memory(tmp_path, tokenizer, name, on_error
     path = tmp_path / "in" / name
     path.parent.mkdir()
     if name == "b.jsonl":
-        path.write_bytes(b"0" * (20 << 20))
+        path.write_bytes(b"0" * (30 << 20))
     else:
-        bomb(path, 20)
+        bomb(path, 40)
     (path.parent / "z.jsonl").write_text(lines({"text": "gut"}))
     tracemalloc.start()
     done = prepare(
@@ -416,7 +416,7 @@ def test_a_bomb_is_refused_in_bounded_memory(tmp_path, tokenizer, name, on_error
     )  # fmt: skip
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 12e6
+    assert peak < 25e6  # a step of zstd gives 8 MB
     said = done.stderr if on_error == "stop" else done.stdout
     assert name in said and "of more than 1 MB (--max_document_mb" in said and "Traceback" not in done.stderr
     if on_error == "stop":

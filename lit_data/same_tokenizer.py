@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from itertools import zip_longest
 
 from lit_data.tokenizer import SPACE_MARK, Tokenizer
 
@@ -49,8 +50,10 @@ def difference(one: Tokenizer, other: Tokenizer) -> str | None:
         return f"{len(ours)} ids in the one, {len(theirs)} in the other; all that both have are the same tokens"
     texts = list(_texts(one))
     for text, ids, their_ids in zip(texts, one.encode_plain(texts), other.encode_plain(texts), strict=True):
-        if list(ids) != list(their_ids):
-            return f"all ids are the same tokens, but {text!r} has other ids"
+        for id, their_id in zip_longest(ids, their_ids):
+            if id != their_id:
+                a, b = (repr(ours[i]) if i is not None else "no token" for i in (id, their_id))
+                return f"all ids are the same tokens, but {text[:40]!r} gives {a} in the one, {b} in the other"
     return None
 
 

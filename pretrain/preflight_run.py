@@ -155,6 +155,8 @@ def check_data(s: Situation) -> Finding:
     if epochs > MANY_EPOCHS:
         said = f"{measured}; rows are seen more than {MANY_EPOCHS:g} times"
         return Finding("warning", said, "shorten the run (--train.max_steps, --train.max_tokens), or add data")
+    if s.datasets.notes:
+        return Finding("warning", "; ".join([measured, *s.datasets.notes]), "put the tokenizer beside the model")
     return Finding("ok", measured)
 
 

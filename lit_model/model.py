@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -184,8 +184,13 @@ class GPT(nn.Module):
         load_balance_loss, router_z_loss: for models with experts, the weights of two losses of the routers (see
             lit_model.moe), each times the number of valid targets, so that they count like the mean cross-entropy.
 
+    Attributes:
+        observe: called with each block's number and output (B, T, C), outside of what is compiled.
+
     The parameters hold PyTorch's defaults until `lit_model.init.initialise`.
     """
+
+    observe: Callable[[int, Tensor], None] | None
 
     def __init__(
         self,
@@ -201,6 +206,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.attention = attention
+        self.observe = None
         self.z_loss = z_loss
         self.load_balance_loss = load_balance_loss
         self.router_z_loss = router_z_loss
@@ -262,6 +268,8 @@ class GPT(nn.Module):
         routers = []
         for i, block in enumerate(self.blocks()):
             x, router = block(x, layout, kernels[i], None if cache is None else cache.layers[i], valid)
+            if self.observe is not None:
+                self.observe(i, x)
             if router is not None:
                 routers.append(router)
         x = self.transformer["ln_f"](x)

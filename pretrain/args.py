@@ -491,6 +491,9 @@ class LogArgs:
     """Project at the tracker."""
     run_name: str | None = None
     """Name of the run at the tracker. Default: the name of out_dir."""
+    layers: bool = False
+    """Also write the norms of each layer's gradients, activations and updates at log steps, to layers.csv and the
+    trackers. Costs the memory of a copy of the weights."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:

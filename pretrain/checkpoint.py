@@ -25,6 +25,7 @@ from lit_model.init import copy_slice
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint, checkpoint_step, list_checkpoints
 from lit_model.sharded import load_into
 from pretrain.args import SaveArgs
+from pretrain.layers import FILE as LAYERS
 from pretrain.metrics import COLUMNS, cut_metrics
 from pretrain.metrics import FILE as METRICS
 
@@ -166,8 +167,8 @@ def rewind(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
     """Make a run folder what it was after `step` steps. Rank 0 calls this before anyone writes.
 
     Later checkpoints and their part of the record move to abandoned/; parts that no checkpoint had committed, which
-    a killed run leaves, are removed; metrics.csv, whose `columns` are given, is cut. Killed on the way, the run can be
-    resumed from any checkpoint that is still in its place.
+    a killed run leaves, are removed; metrics.csv, whose `columns` are given, and layers.csv are cut. Killed on the way,
+    the run can be resumed from any checkpoint that is still in its place.
     """
     datapoints = run / "datapoints"
     for leftover in [*run.glob(".iter-*.tmp"), *run.glob(".deleting-*")]:
@@ -179,9 +180,10 @@ def rewind(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
         number = sum(1 for _ in abandoned.iterdir()) if abandoned.is_dir() else 0
         grave = abandoned / f"{number:03d}-from-{step:08d}"
         (grave / "datapoints").mkdir(parents=True)
-        with contextlib.suppress(OSError):  # damaged: cut_metrics sees to it
-            if (run / METRICS).is_file():
-                shutil.copy2(run / METRICS, grave / METRICS)
+        for name in (METRICS, LAYERS):
+            with contextlib.suppress(OSError):  # damaged: cut_metrics sees to it
+                if (run / name).is_file():
+                    shutil.copy2(run / name, grave / name)
         # Copied, not moved: as long as a later checkpoint is in its place, the record must reach up to it.
         if datapoints.is_dir():
             copy_record(run, step, grave / "datapoints")
@@ -191,6 +193,7 @@ def rewind(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
     if datapoints.is_dir():
         cut_record(datapoints, step)
     cut_metrics(run / METRICS, step, columns)
+    cut_metrics(run / LAYERS, step)
 
 
 def retain(run: Path, args: SaveArgs) -> None:

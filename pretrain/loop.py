@@ -29,6 +29,8 @@ from pretrain.args import plain
 from pretrain.compiling import CompiledBlocks
 from pretrain.encoding import encoding_facts
 from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
+from pretrain.layers import FILE as LAYERS
+from pretrain.layers import LayerNorms
 from pretrain.metrics import FILE as METRICS
 from pretrain.metrics import ROUTER_COLUMNS, MetricsFile, router_values
 from pretrain.objective import distillation_values, teaching
@@ -97,6 +99,8 @@ def run_steps(run: Run) -> str | None:
     args, max_steps = run.args, run.data.max_steps
     rank_zero = run.fabric.global_rank == 0
     metrics = MetricsFile(run.folder / METRICS, metrics_columns(run)) if rank_zero else None
+    norms = LayerNorms(run.raw_model, run.optimizer.parameters, run.device) if args.log.layers else None
+    layers = MetricsFile(run.folder / LAYERS, ["step", *norms.columns]) if rank_zero and norms is not None else None
     throughput = Throughput(run.config, run.data.block_size, run.device, run.world_size)
     slots = args.train.global_batch_samples * run.data.block_size
     progress = ProgressDisplay(run.step, max_steps, slots, show=rank_zero)
@@ -110,21 +114,24 @@ def run_steps(run: Run) -> str | None:
             progress.phase("compiling")
         for data in steps:
             run.beat("step")
-            result = train_step(run, data)
+            last = run.step + 1 == max_steps
+            log_step = last or (run.step + 1) % args.log.every_steps == 0
+            result = train_step(run, data, norms if log_step else None)
             run.step += 1
             if compiled is not None:
                 progress.say(compiled.describe())
                 compiled = None
             throughput.add(slots)
-            last = run.step == max_steps
-            log_step = last or run.step % args.log.every_steps == 0
             if run.recorder is not None:
                 run.recorder.add(data, result.span_losses)
             row = measure(run, result, throughput) if log_step else {}
             if last or run.step % args.eval.every_steps == 0:
                 row |= validate(run, throughput, progress)
+            by_layer = norms.read() if norms is not None and log_step else {}
+            if by_layer and layers is not None:
+                layers.write({"step": run.step} | by_layer)
             if row:
-                publish_row(run, metrics, progress, {"step": run.step} | row)
+                publish_row(run, metrics, progress, {"step": run.step} | row, by_layer)
             stopped, failed = run.stop.agreed()
             if failed:
                 raise_fault(run)
@@ -146,8 +153,9 @@ def run_steps(run: Run) -> str | None:
         steps.close()  # type: ignore[attr-defined]
         run.loader.close()
         progress.close()
-        if metrics is not None:
-            metrics.close()
+        for file in (metrics, layers):
+            if file is not None:
+                file.close()
         if run.recorder is not None:
             run.recorder.close()
         if run.compactor is not None:
@@ -155,7 +163,7 @@ def run_steps(run: Run) -> str | None:
     return None if run.step == max_steps else stopped
 
 
-def train_step(run: Run, data: StepData) -> StepResult:
+def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> StepResult:
     """One optimizer step: forward and backward of each micro-batch, clipping, update. Nothing waits for the device.
 
     The loss is the mean over the targets of the global batch: each micro-batch backpropagates
@@ -181,6 +189,8 @@ def train_step(run: Run, data: StepData) -> StepResult:
     divergence_sum = None if teach is None else torch.zeros_like(loss_sum)
     piece_losses: list[Tensor] = []
     routers: list[RouterStatistics] = []
+    if norms is not None:
+        norms.begin()
     for m, batch in enumerate(data.micro_batches):
         last = m == len(data.micro_batches) - 1
         with sync_gradients(run, last):
@@ -199,9 +209,14 @@ def train_step(run: Run, data: StepData) -> StepResult:
             divergence_sum += out.divergence_sum
 
     scale = None if run.loss_scale is None else run.loss_scale.scale
+    if norms is not None:
+        norms.gradients(scale)
+        norms.before_update()
     norm = clip_gradients(run.optimizer.parameters.values(), args.train.clip_norm, scale)
     skip = skip_if_not_finite(norm)
     run.optimizer.step(learning_rate(args.optim, data.step, run.data.max_steps), skip)
+    if norms is not None:
+        norms.after_update()
     run.optimizer.zero_grad()
     norm, skip = norm.to(run.device), skip.to(run.device)  # from the host under CPU offload
     if run.loss_scale is not None:
@@ -362,13 +377,19 @@ def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dic
     return row
 
 
-def publish_row(run: Run, metrics: MetricsFile | None, progress: ProgressDisplay, row: dict[str, float]) -> None:
+def publish_row(
+    run: Run,
+    metrics: MetricsFile | None,
+    progress: ProgressDisplay,
+    row: dict[str, float],
+    by_layer: dict[str, float] | None = None,
+) -> None:
     """Write a row of metrics, to the trackers too, and show it."""
     if metrics is None:
         return
     metrics.write(row)
     if run.trackers is not None:
-        run.trackers.log(row)
+        run.trackers.log(row | {f"layers/{name}": value for name, value in (by_layer or {}).items()})
     progress.row(row)
 
 

@@ -101,7 +101,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: T
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     assert grads, "clip_gradients needs gradients"
-    squares = [_sum_of_squares(layout, shards) for layout, shards in _by_layout(grads).items()]
+    squares = [sum_of_squares(layout, shards) for layout, shards in by_layout(grads).items()]
     norm = torch.stack(squares).sum().sqrt()
     coefficient = torch.ones_like(norm)
     if scale is not None:
@@ -118,7 +118,7 @@ Layout = tuple[DeviceMesh, tuple[Placement, ...]] | None
 """How a tensor lies on the ranks; None: plain."""
 
 
-def _by_layout(grads: list[Tensor]) -> dict[Layout, list[Tensor]]:
+def by_layout(grads: list[Tensor]) -> dict[Layout, list[Tensor]]:
     """Local parts by layout, in the order of the first of each: the same on every rank."""
     groups: dict[Layout, list[Tensor]] = {}
     for g in grads:
@@ -127,7 +127,7 @@ def _by_layout(grads: list[Tensor]) -> dict[Layout, list[Tensor]]:
     return groups
 
 
-def _sum_of_squares(layout: Layout, shards: list[Tensor]) -> Tensor:
+def sum_of_squares(layout: Layout, shards: list[Tensor]) -> Tensor:
     """Of whole tensors that lie alike, from this rank's parts; a float32 scalar, the same on all ranks."""
     total = torch.stack(torch._foreach_norm(shards, 2.0)).to(torch.float32).square().sum()
     mesh, placements = layout if layout is not None else (None, ())

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from lit_files.publish import write_json
 from pretrain.args import LogArgs
+from pretrain.layers import FILE as LAYERS
 from pretrain.messages import warn
 from pretrain.metrics import FILE as METRICS
 
@@ -265,17 +266,18 @@ class WandB:
 
 
 def rows_until(run: Path, step: int) -> list[tuple[dict[str, float], int]]:
-    """The rows of metrics.csv up to a step, as (values, step): for a tracker that has none of them yet."""
-    path = run / METRICS
-    if step == 0 or not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
-    return [
-        ({k: float(v) for k, v in row.items() if k != "step"}, int(row["step"]))
-        for row in rows
-        if int(row["step"]) <= step
-    ]
+    """What was logged up to a step, as (values, step): for a tracker that has none of it yet."""
+    rows: dict[int, dict[str, float]] = {}
+    for name, prefix in ((METRICS, ""), (LAYERS, "layers/")):
+        path = run / name
+        if step == 0 or not path.exists():
+            continue
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                n = int(row.pop("step"))
+                if n <= step:
+                    rows.setdefault(n, {}).update({f"{prefix}{k}": float(v) for k, v in row.items() if v})
+    return [(rows[n], n) for n in sorted(rows)]
 
 
 def cause(error: BaseException) -> str:

@@ -93,10 +93,10 @@ def work(args: RunArgs, request: dict[str, Any]) -> None:
     steps: dict[int, dict[str, Any]] = {}
     train_step = pretrain.loop.train_step
 
-    def watched_step(run: Run, data: Any) -> Any:
+    def watched_step(run: Run, data: Any, *more: Any) -> Any:
         if data.step in request["gradient_steps"]:
             steps[data.step] = {"counts": everyone([m.n_targets for m in data.micro_batches])}
-        return train_step(run, data)
+        return train_step(run, data, *more)
 
     def watched_clip(*arguments: Any) -> Tensor:
         seen = steps.get(run.step)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # build_image.sh [--flash_attn REQUIREMENT] [IMAGE]: build llammlein.def into an Apptainer image (default: llammlein.sif in
-# the checkout). REQUIREMENT is what pip installs as flash-attn: `compile` for the version below, which takes hours, or
-# the address of a wheel; without it there is none, and attention uses what torch has.
+# the checkout). REQUIREMENT is the flash-attn: `fa4` (the default: wheels), `none` (attention uses what torch has),
+# `compile` for the version of FA2 below, which takes hours, or the address of a wheel of FA2 or FA3.
 # Needs network access and about 30 GB of free space in APPTAINER_TMPDIR. On many clusters: run it on a build or login node.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-flash_attn=none
+flash_attn=fa4
 if [ "${1:-}" = --flash_attn ]; then
     flash_attn=${2:?--flash_attn needs a value}
     shift 2

@@ -8,6 +8,8 @@ if [ ! -f pretrain/fabric_train.py ]; then
 fi
 # Of the shell that called sbatch; the ranks meet at the job's first node.
 unset MASTER_ADDR MASTER_PORT
+# Of its modules and environments: apptainer would pass them on, and the image has another Python and other libraries.
+unset PYTHONPATH PYTHONHOME LD_LIBRARY_PATH
 if [ -f cluster/env ]; then
     # shellcheck disable=SC1091
     . cluster/env

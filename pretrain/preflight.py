@@ -22,6 +22,7 @@ from rich.text import Text
 
 from pretrain.args import RunArgs
 from pretrain.launch import is_first_process
+from pretrain.nccl_transport import ask_for_log
 from pretrain.parallel import build_fabric, check_shapes, device_kind
 from pretrain.preflight_checks import check_devices, check_disk, check_environment, check_network
 from pretrain.preflight_ranks import Outcome, RankLostError, Ranks, describe
@@ -82,6 +83,8 @@ def start(args: RunArgs) -> Situation:
     if args.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
+        if s.kind == "cuda":
+            s.nccl_logs = ask_for_log()
         fabric = build_fabric(args, s.devices)
         s.ranks = Ranks(fabric, timedelta(seconds=args.timeout_s))
     except Exception as error:
@@ -151,6 +154,8 @@ def show(s: Situation) -> None:
 def clean(s: Situation) -> None:
     """Remove what was written, and the folders that were not there before, if nothing else is in them. On every rank:
     where out_dir is not shared each node has its own."""
+    if s.nccl_logs is not None:
+        shutil.rmtree(s.nccl_logs, ignore_errors=True)
     if s.scratch is not None:
         shutil.rmtree(s.scratch, ignore_errors=True)
     for folder in s.new_folders:

@@ -22,6 +22,7 @@ from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
 from lit_model.load import list_checkpoints
 from pretrain.environment import code_hash
+from pretrain.nccl_transport import has_verbs, infiniband_devices, read_log, slow_for, transports
 from pretrain.preflight_ranks import Ranks
 from pretrain.preflight_situation import Finding, Situation, faults, odd_ones, results, show_bytes
 
@@ -182,9 +183,20 @@ def check_network(s: Situation) -> Finding:
         told.append(f"{size >> 20} MiB {algorithm:.3f} GB/s (bus {bus:.3f})")
         slow = bus < LEAST_BUS_GBS.get(backend, 0.0)  # of the last, the largest
     measured = f"{backend}, {n} ranks, all-reduce: {', '.join(told)}"
+    reason = ""
+    if backend != "gloo":
+        facts = s.ranks.together(lambda: (transports(read_log(s.nccl_logs)), infiniband_devices(), has_verbs()))
+        some, n_hosts = results(facts), len({o.host for o in facts})
+        used = sorted({name for names, _, _ in some for name in names})
+        measured += f"; by {', '.join(used) or 'a transport that its log does not tell'}"
+        reasons = [slow_for(used, devices, verbs, n_hosts) for _, devices, verbs in some]
+        reason = next((r for r in reasons if r), "")
+        measured += f"; {reason}" * bool(reason)
     if slow:
         said = f"{measured}; at least {LEAST_BUS_GBS[backend]:g} GB/s on the bus is expected"
         return Finding("failed", said, "the fast network is not in use: see NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME")
+    if reason:
+        return Finding("warning", measured, "install libibverbs1 and ibverbs-providers where the ranks run")
     return Finding("ok", measured)
 
 

@@ -49,6 +49,8 @@ class Situation:
     loader_tokens_per_s: float | None = None
     """Of the slowest rank."""
     memory: TrainingMemory | None = None
+    nccl_logs: Path | None = None
+    """Folder of this process for what NCCL says of its choices."""
     scratch: Path | None = None
     """Where temporary files go."""
     new_folders: list[Path] = field(default_factory=list)

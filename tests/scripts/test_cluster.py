@@ -119,7 +119,7 @@ def test_build_image(cluster: Cluster) -> None:
     image = cluster.checkout / "new.sif"
     status, output = cluster.run("cluster/build_image.sh", image)
     assert status == 0 and f"built {image}" in output and image.exists()
-    assert "flash_attn=none" in cluster.calls("apptainer")[0]
+    assert "flash_attn=fa4" in cluster.calls("apptainer")[0]
     status, output = cluster.run("cluster/build_image.sh", image)
     assert status == 2 and "exists already" in output
     status, _ = cluster.run("cluster/build_image.sh", "--flash_attn", "compile", cluster.checkout / "flash.sif")

@@ -176,7 +176,12 @@ class Plan:
         if not settings.allow_mixed_splits:
             _refuse_mixed_splits(train, "--input")
             _refuse_mixed_splits(val, "--val_input")
-            errors.warnings += [*mixed_split_names(train), *mixed_split_names(val)]
+            errors.warnings += [
+                f"{a} and {b} go into one dataset, as if both were training text; give the held-out one with "
+                "--val_input, or leave it out"
+                for a, b in mixed_split_names(train)
+            ]
+            errors.warnings += [f"{a} and {b} are both validation text" for a, b in mixed_split_names(val)]
         errors.warnings += compressed_copies(train + val)
         check_metadata(train + val, settings.metadata)
         tokenizer = open_tokenizer(settings.tokenizer, settings.eos_token)

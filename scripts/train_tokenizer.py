@@ -91,8 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     if tokenizer.vocab_size < args.vocab_size:
         print(
-            f"warning: the text gives {tokenizer.vocab_size} ids, fewer than --vocab_size {args.vocab_size}: the "
-            "tokenizer has so many",
+            f"warning: the text gives {tokenizer.vocab_size} ids, fewer than --vocab_size {args.vocab_size}; the "
+            "tokenizer is smaller accordingly",
             file=sys.stderr,
         )
     print(f"{tokenizer.path}: {tokenizer.vocab_size} ids, end of document {tokenizer.eos_token} = {tokenizer.eos_id}")

@@ -160,8 +160,8 @@ def train_and_held_out(files: Sequence[TextFile]) -> tuple[TextFile, TextFile] |
     return None if train is None or held_out is None else (train, held_out)
 
 
-def mixed_split_names(files: Sequence[TextFile]) -> list[str]:
-    """A warning for folders, or files, beside each other that are named after training and held-out splits."""
+def mixed_split_names(files: Sequence[TextFile]) -> list[tuple[str, str]]:
+    """Folders, or files, beside each other that are named after training and held-out splits: (training, held-out)."""
     splits: dict[tuple[str, ...], dict[bool, str]] = {}  # by the folder they are in, files apart from folders
     for file in files:
         parts = file.path.parts if file.hub is None else ()
@@ -171,12 +171,7 @@ def mixed_split_names(files: Sequence[TextFile]) -> list[str]:
             if is_train is not None:
                 key = (*parts[:i], "/") if is_file else parts[:i]
                 splits.setdefault(key, {}).setdefault(is_train, str(Path(*parts[: i + 1])))
-    return [
-        f"{names[True]} and {names[False]} go into one dataset, as if both were training text; give the held-out one "
-        "with --val_input, or leave it out"
-        for names in splits.values()
-        if len(names) == 2
-    ]
+    return [(names[True], names[False]) for names in splits.values() if len(names) == 2]
 
 
 def large_plain_text(files: Sequence[TextFile]) -> list[str]:

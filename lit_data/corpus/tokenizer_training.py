@@ -90,9 +90,9 @@ def train_tokenizer(
         raise ValueError(f"--max_sample_mb {max_sample_mb}: at least 1 is needed")
     errors = errors if errors is not None else ReadErrors()
     files = list_files(paths, errors)
-    if (mixed := train_and_held_out(files)) is not None:
-        errors.warnings.append(f"the tokenizer learns from {mixed[0].path} and from held-out text, {mixed[1].path}")
-    errors.warnings += mixed_split_names(files)
+    mixed = train_and_held_out(files)
+    for a, b in [(mixed[0].path, mixed[1].path)] if mixed is not None else mixed_split_names(files):
+        errors.warnings.append(f"the tokenizer learns from {a} and from held-out text, {b}")
     errors.print_warnings()
     options: dict[str, Any] = {
         "on_error": on_error,

@@ -22,13 +22,12 @@ def check_bos(named: Sequence[tuple[str, PackedDataset]]) -> None:
     for flag, dataset in named[1:]:
         if dataset.manifest.bos_id != first.manifest.bos_id:
             raise ValueError(
-                f"{flag} {dataset.path}: documents begin {_beginning(dataset)}, those of {first_flag} {first.path} "
-                f"{_beginning(first)}: prepare both with --bos, or both without"
+                f"{flag} {dataset.path}: documents begin {_beginning(dataset.manifest.bos_id)}, those of {first_flag} "
+                f"{first.path} {_beginning(first.manifest.bos_id)}: prepare both with --bos, or both without"
             )
 
 
-def _beginning(dataset: PackedDataset) -> str:
-    id = dataset.manifest.bos_id
+def _beginning(id: int | None) -> str:
     return "with their text" if id is None else f"with BOS (id {id})"
 
 
@@ -80,6 +79,21 @@ def encoding_of(path: Path, tokenizer: Tokenizer | None) -> Encoding:
         return Encoding(bos_id, "parse" if parses_special_tokens(tokenizer) else "text")
     data = Checkpoint(path).meta.get("data")
     return Encoding() if data is None else Encoding(data.get("bos_id"), data.get("special_tokens", "text"))
+
+
+def check_folder(run: Path, folder: Path, tokenizer: Tokenizer, validation: PackedDataset) -> None:
+    """See that validation data and a converted folder begin texts as a run's training data did. Raises ValueError."""
+    trained, converted = encoding_of(run, None).bos_id, encoding_of(folder, tokenizer).bos_id
+    if validation.manifest.bos_id != trained:
+        raise ValueError(
+            f"{validation.path}: documents begin {_beginning(validation.manifest.bos_id)}, those that {run} was "
+            f"trained on {_beginning(trained)}: the dataset was replaced"
+        )
+    if converted != trained:
+        raise ValueError(
+            f"{folder}: its tokenizer begins texts {_beginning(converted)}, and {run} was trained on documents that "
+            f"begin {_beginning(trained)}: convert it again"
+        )
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, encoding: Encoding) -> list[int]:

@@ -15,6 +15,7 @@ from lit_data.trace import find_recorded
 from lit_eval.agreement import largest_difference, our_span_losses, transformers_span_losses
 from lit_model.load import Checkpoint, resolve
 from pretrain.command_line import ScriptParser
+from pretrain.encoding import check_folder
 from pretrain.model_tokenizer import compare, describe_difference, of_data, of_model
 
 TOLERANCE = 1e-4
@@ -48,6 +49,8 @@ def main() -> int:
                 f"--hf {args.hf} holds another tokenizer than the run's data: "
                 f"{describe_difference(known, data_known, str(dataset.path))}"
             )
+        if known.opened is not None:
+            check_folder(args.run, args.hf, known.opened, dataset)
         ours = our_span_losses(args.run, dataset, block_size)
         theirs = transformers_span_losses(args.hf, dataset, ours)
     except (ValueError, OSError) as error:

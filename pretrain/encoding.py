@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lit_data.hf_tokenizer import begins_with_bos, parses_special_tokens
 from lit_data.packed import PackedDataset
 from lit_data.tokenizer import Tokenizer
+from lit_files.reading import as_object, build
 from lit_model.load import Checkpoint, is_hf_folder, resolve
 
 
@@ -66,7 +67,7 @@ class Encoding:
     """
 
     bos_id: int | None = None
-    special_tokens: str | None = None
+    special_tokens: Literal["text", "parse", "mixed"] | None = None
 
 
 def encoding_of(path: Path, tokenizer: Tokenizer | None) -> Encoding:
@@ -78,7 +79,10 @@ def encoding_of(path: Path, tokenizer: Tokenizer | None) -> Encoding:
         bos_id = tokenizer.bos_id if begins_with_bos(tokenizer) else None
         return Encoding(bos_id, "parse" if parses_special_tokens(tokenizer) else "text")
     data = Checkpoint(path).meta.get("data")
-    return Encoding() if data is None else Encoding(data.get("bos_id"), data.get("special_tokens", "text"))
+    if data is None:
+        return Encoding()
+    known = {name: data[name] for name in ("bos_id", "special_tokens") if name in as_object(data, f"{path}: its meta")}
+    return build(Encoding, {"special_tokens": "text", **known}, f"{path}: its meta")
 
 
 def check_folder(run: Path, folder: Path, tokenizer: Tokenizer, validation: PackedDataset) -> None:

@@ -131,7 +131,11 @@ def _generation_config(tokenizer: Tokenizer | None, bos_id: int | None, eos_id: 
     ends = ends if eos_id is None or eos_id in ends else [eos_id, *ends]
     if not known(kept.get("pad_token_id")):
         kept.pop("pad_token_id", None)
-    return {**kept, "bos_token_id": bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+    return {
+        **kept,
+        "bos_token_id": bos_id,
+        "eos_token_id": ends if isinstance(given, list) or len(ends) > 1 else eos_id,
+    }
 
 
 def tokenizer_notes(tokenizer: Tokenizer, encoding: Encoding) -> list[str]:

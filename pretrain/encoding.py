@@ -15,6 +15,7 @@ from lit_data.packed import PackedDataset
 from lit_data.tokenizer import Tokenizer
 from lit_files.reading import as_object, build
 from lit_model.load import Checkpoint, is_hf_folder, resolve
+from pretrain.model_tokenizer import of_model
 
 
 def check_bos(named: Sequence[tuple[str, PackedDataset]]) -> None:
@@ -71,18 +72,34 @@ class Encoding:
 
 
 def encoding_of(path: Path, tokenizer: Tokenizer | None) -> Encoding:
-    """Of a checkpoint, as its training data; of a Hugging Face folder, as its tokenizer does by default."""
+    """Of a checkpoint, as its training data; of a Hugging Face folder, as its tokenizer does by default; of a
+    checkpoint made of one, as was noted then."""
     path = resolve(path)
     if is_hf_folder(path):
         if tokenizer is None:
             return Encoding()
         bos_id = tokenizer.bos_id if begins_with_bos(tokenizer) else None
         return Encoding(bos_id, "parse" if parses_special_tokens(tokenizer) else "text")
-    data = Checkpoint(path).meta.get("data")
+    meta, source = Checkpoint(path).meta, f"{path}: its meta"
+    data = meta.get("data")
     if data is None:
-        return Encoding()
-    known = {name: data[name] for name in ("bos_id", "special_tokens") if name in as_object(data, f"{path}: its meta")}
-    return build(Encoding, {"special_tokens": "text", **known}, f"{path}: its meta")
+        return build(Encoding, meta.get("encoding") or {}, source)
+    known = {name: value for name, value in as_object(data, source).items() if name in ("bos_id", "special_tokens")}
+    return build(Encoding, {"special_tokens": "text", **known}, source)
+
+
+def unlike_start(path: Path, dataset: PackedDataset) -> str | None:
+    """A line about a model to start from whose texts begin otherwise than those of the data; None if they don't, or if
+    it is not known."""
+    model = encoding_of(path, of_model(path).opened)
+    ours, theirs = dataset.manifest.bos_id, model.bos_id
+    if (ours is None) == (theirs is None) or model == Encoding():
+        return None
+    advice = "prepare the data with --bos" if ours is None else "prepare the data without --bos"
+    return (
+        f"--init_from {path} knows texts that begin {_beginning(theirs)}, and documents of {dataset.path} begin "
+        f"{_beginning(ours)}: to train it as it was, {advice}"
+    )
 
 
 def check_folder(run: Path, folder: Path, tokenizer: Tokenizer, validation: PackedDataset) -> None:

@@ -235,6 +235,8 @@ def import_from_hf(source: Path, output: Path) -> KnownTokenizer:
     tokenizer = of_files(find_tokenizer(source))
     meta: dict[str, Any] = {"format_version": 1, "step": 0, "model_config": config.to_dict()}
     meta |= {"source": source.resolve().name, "tokenizer": tokenizer.facts_to_keep()}
+    if (bos_id := encoding_of(source, tokenizer.opened).bos_id) is not None:
+        meta["encoding"] = {"bos_id": bos_id}
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
     try:

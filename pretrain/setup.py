@@ -44,7 +44,7 @@ from lit_model.model import GPT
 from pretrain.args import DistillationArgs, RunArgs, TrainArgs, flat, plain
 from pretrain.checkpoint import STEP_COUNT, check_meta, find_checkpoint, load_state, remove, rewind, state_tensors
 from pretrain.compiling import compile_blocks
-from pretrain.encoding import check_bos, unlike_special_tokens
+from pretrain.encoding import check_bos, unlike_special_tokens, unlike_start
 from pretrain.environment import command_line, record_environment
 from pretrain.first_failure import begin_attempt, report_failure
 from pretrain.guards import SpikeDetector, StopRequest
@@ -311,7 +311,8 @@ def open_datasets(args: RunArgs, checkpoint: Path | None = None) -> tuple[Datase
     notes = []
     if args.init_from is not None and checkpoint is None and not args.data.allow_tokenizer_mismatch:
         unknown = check_model_and_data(args.init_from, train[0], f"--init_from {args.init_from}")
-        notes += [unknown] if unknown is not None else []
+        unlike = unlike_start(args.init_from, train[0])
+        notes += [note for note in (unknown, unlike) if note is not None]
     check_teachers(args, config, train[0], block_size)
     if args.distillation.cache is not None:
         facts = (train[0], args.data.packing, block_size, args.data.document_mask, config.vocab_size)

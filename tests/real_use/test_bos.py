@@ -16,6 +16,11 @@ from running import flags, script, train
 from lit_data.packed import MANIFEST, PackedDataset, read_manifest
 from lit_data.tokenizer import open_tokenizer
 from lit_data.units import UnitEncoder
+from lit_model.config import ModelConfig
+from lit_model.hf.families import config_to_hf, tensors_to_hf
+from lit_model.hf.io import write_folder
+from lit_model.model import GPT
+from pretrain.encoding import unlike_start
 
 CHATTY = [
     "<|im_start|>user\nWas?<|im_end|>\n",
@@ -149,6 +154,30 @@ def test_imported_tokens_say_that_they_begin_with_bos(tmp_path: Path) -> None:
     done = script("import_tokens.py", "--input", flat, "--output", tmp_path / "d", "--bos", "--vocab_size", 400,
                   "--eos_id", 1)  # fmt: skip
     assert done.returncode == 2 and "--bos needs --tokenizer" in done.stderr
+
+
+def test_a_model_to_start_from_that_knows_bos(tmp_path: Path) -> None:
+    """Point 3: data without BOS for a model that was trained with it gets a line; so does the opposite."""
+    source = write_tokenizer(tmp_path / "llama3", "llama3")
+    corpus = write_corpus(tmp_path, PLAIN)
+    for name, more in (("plain", []), ("bos", ["--bos"])):
+        assert prepare(corpus, source, tmp_path / name, *more).returncode == 0
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=8, intermediate_size=8, block_size=16, vocab_size=385)
+    write_folder(tmp_path / "model", config_to_hf(config), tensors_to_hf(config, GPT(config).state_dict()))
+    for path in source.iterdir():
+        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    done = script("convert_from_hf.py", "--input", tmp_path / "model", "--output", tmp_path / "start.pth")
+    assert done.returncode == 0, done.stderr
+    plain, bos = (PackedDataset(tmp_path / name / "train") for name in ("plain", "bos"))
+    for start in (tmp_path / "model", tmp_path / "start.pth"):
+        assert unlike_start(start, bos) is None
+        assert "prepare the data with --bos" in (unlike_start(start, plain) or "")
+    ids = json.loads((source / "generation_config.json").read_text())
+    call = ["generate.py", "--model", tmp_path / "start.pth", "--tokenizer", source, "--max_new_tokens", 1, "--json"]
+    assert json.loads(script(*call, "--prompt", "").stdout)["prompt_ids"] == [ids["bos_token_id"]]
+    write_tokenizer(tmp_path / "model", "llama3", add_bos_token=False)
+    assert unlike_start(tmp_path / "model", plain) is None
+    assert "without --bos" in (unlike_start(tmp_path / "model", bos) or "")
 
 
 def test_datasets_of_a_run_begin_alike(tmp_path: Path) -> None:

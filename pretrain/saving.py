@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from lit_model.checksum import tensor_checksum
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX
 from pretrain.args import SaveArgs
 from pretrain.checkpoint import FORMAT_VERSION, checkpoint_name, remove, retain
+from pretrain.messages import say, warn
 
 T = TypeVar("T")
 
@@ -154,10 +154,7 @@ class Saver:
                 raise
             self.skipped += 1
             if self.rank == 0:
-                print(
-                    f"warning: {error}; training goes on without this checkpoint (--save.on_error skip)",
-                    file=sys.stderr,
-                )
+                warn(f"{error}; training goes on without this checkpoint (--save.on_error skip)")
 
     def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A copy of the ranks' shards in host memory, in buffers that are used again by the next save.
@@ -193,7 +190,7 @@ class Saver:
         if self.rank == 0:
             retain(self.run, self.args)
             self.published()
-            print(f"step {meta['step']}: saved {path}", flush=True)
+            say(f"step {meta['step']}: saved {path}")
 
     def _write(
         self,

@@ -6,12 +6,15 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import flags, metrics, train
+from running import ROOT, flags, metrics, train
 
+from lit_model.load import list_checkpoints
 from pretrain.metrics import MetricsFile, cut_metrics
 
 
@@ -138,3 +141,19 @@ def test_metrics_csv_that_may_not_be_written(tmp_path: Path) -> None:
     file.write({"step": 2, "train_loss": 1.25})
     file.close()
     assert path.read_text().splitlines() == ["step,train_loss", "1,1.5", "2,1.25"]
+
+
+def test_training_while_its_log_takes_no_line(data: Path, tmp_path: Path) -> None:
+    """Point 12: the disk of the log (here /dev/full) takes nothing, not even warnings; the run trains and saves."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    run = tmp_path / "run"
+    script = (
+        "import sys; from pretrain.fabric_train import main; full = open('/dev/full', 'w'); "
+        "sys.stdout = sys.stderr = full; import os; status = main(sys.argv[1:]); os._exit(status)"
+    )
+    arguments = [*flags(data, run, train__max_steps=4), "--save.asynchronous=true"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, timeout=200)
+    assert done.returncode == 0
+    assert [path.name for path in list_checkpoints(run)] == ["iter-00000004-ckpt.pth"]

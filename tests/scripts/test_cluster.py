@@ -252,6 +252,17 @@ def test_prepare_submits_its_stages_in_order(cluster: Cluster) -> None:
         [], *([f"afterok:{first + i}"] for i in range(3))]  # fmt: skip
 
 
+def test_workers_that_are_typed_are_those_of_prepare(cluster: Cluster) -> None:
+    """A flag counts once: the job leaves its own out."""
+    cluster.fake_python(0, 0)
+    status, output = cluster.run("cluster/prepare.sh", 1, "--", "--input", "a", "--workers=2")
+    assert status == 0 and all(call.count("--workers") == 1 for call in cluster.calls("python")), output
+    cluster = Cluster(cluster.checkout.parent / "train")
+    cluster.fake_python(0)
+    status, output = cluster.run("sbatch", *SIZE, "cluster/train.sbatch", "--resume", "latest")
+    assert status == 0 and all(call.count("--resume") == 1 for call in cluster.calls("python")), output
+
+
 def test_prepare_does_not_merge_what_failed(cluster: Cluster) -> None:
     cluster.fake_python(0, 1, 0)
     status, _ = cluster.run("cluster/prepare.sh", 2, "--", "--input", "a", "--dedup", "bloom")

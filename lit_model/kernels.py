@@ -173,7 +173,8 @@ def attention(
         if torch.compiler.is_compiling() and not variant.dropout:
             out = _plain_operator(q, k, v, cu_seqlens, variant.scale, variant.window, variant.softcap)
         else:
-            out = _plain_loop(q, k, v, cu_seqlens, variant)
+            # As plain arguments: dynamo of torch 2.11 cannot rebuild a replaced NamedTuple where a graph ends.
+            out = _plain_loop(q, k, v, cu_seqlens, *variant)
         return out
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
@@ -322,8 +323,18 @@ _BLOCK = 128
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _plain_loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, variant: AttentionVariant) -> Tensor:
+def _plain_loop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
     """Pieces one by one. Sync: off the CPU the host reads the boundaries, since no kernel here takes them."""
+    variant = AttentionVariant(scale, window, softcap, dropout)
     if cu_seqlens is None:
         return cached_attention(q, k, v, variant)
     runs = list(_runs(cu_seqlens))
@@ -379,7 +390,7 @@ def _plain_operator(
 
     A graph that ends inside a recomputed block leaves the whole block uncompiled.
     """
-    out: Tensor = _plain_loop(q, k, v, cu_seqlens, AttentionVariant(scale, window, softcap))
+    out: Tensor = _plain_loop(q, k, v, cu_seqlens, scale, window, softcap, 0.0)
     return out.contiguous()
 
 

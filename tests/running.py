@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,8 @@ def flags(data: Path, out_dir: Path, **changes: object) -> list[str]:
 
 
 @functools.cache
-def _zygote() -> Any:
+def shared_zygote() -> Any:
+    """The tests/zygote.py of this process: starting one costs as much as importing torch and Lightning."""
     from zygote import Zygote  # which imports this module
 
     zygote = Zygote(Path(tempfile.mkdtemp(prefix="llammlein-ranks-")))
@@ -89,12 +90,24 @@ def train(
 
     tests/chaos/test_train_kill.py shows that both do the same. Standard output and error come as one.
     """
-    devices = next((int(a.partition("=")[2]) for a in arguments if a.startswith("--devices=")), 1)
-    run = next((a.partition("=")[2] for a in arguments if a.startswith("--out_dir=")), ".")
-    answer = _zygote().run(devices, Path(run), arguments, env=env, timeout_s=timeout)
+    answer = shared_zygote().run(*ranks_and_folder(arguments), arguments, env=env, timeout_s=timeout)
     status = next((status for status in answer.statuses if status), 0)
     assert not check or status == 0, answer.output
     return subprocess.CompletedProcess(arguments, status, answer.output, answer.output)
+
+
+def train_killed(step: int, *arguments: str) -> None:
+    """Likewise, but all ranks are ended by SIGKILL when rank 0 begins its `step`-th step."""
+    moment = {"rank": 0, "phase": "step", "entry": step, "delay_s": 0.0, "everyone": True}
+    answer = shared_zygote().run(*ranks_and_folder(arguments), arguments, watch=True, moment=moment)
+    assert answer.killed and set(answer.statuses) == {-signal.SIGKILL}, answer.output
+
+
+def ranks_and_folder(arguments: Sequence[str]) -> tuple[int, Path]:
+    """What --devices and --out_dir say."""
+    devices = next((int(a.partition("=")[2]) for a in arguments if a.startswith("--devices=")), 1)
+    run = next((a.partition("=")[2] for a in arguments if a.startswith("--out_dir=")), ".")
+    return devices, Path(run)
 
 
 def command(

@@ -106,7 +106,7 @@ def test_every_variant_equals_the_formula(batch, variant, block, name):
     expected = run(qkv, grad, [H, G, G], rows(lambda q, k, v: formula(q, k, v, pieces, **asked)))
     with mock.patch.object(kernels, "_BLOCK", block):
         if name == "other devices":
-            got = run(qkv, grad, [H, G, G], lambda q, k, v: kernels._plain_loop(q, k, v, tensor(bounds), variant))
+            got = run(qkv, grad, [H, G, G], lambda q, k, v: kernels._plain_loop(q, k, v, tensor(bounds), *variant))
         else:
             got = run(qkv, grad, [H, G, G], lambda q, k, v: attention(q, k, v, tensor(bounds), name, variant))
     assert_equal(got, expected)

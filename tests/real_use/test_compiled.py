@@ -139,6 +139,16 @@ def test_a_block_that_cannot_be_traced_is_counted_and_the_cause_named() -> None:
     assert "torch.compiler.disable" in counted.describe()
 
 
+def test_rows_within_the_window_compile_with_dropout() -> None:
+    """Point 9: Gemma 2 with rows within its window, as on torch 2.11: "tuple index out of range" where a graph ends."""
+    changes = {**GEMMA_2, "n_layer": 2, "sliding_window_size": 64}
+    for dropout in (0.0, 0.1):
+        model = build(**changes, attention_dropout=dropout)
+        assert model.config.block_size > 64
+        compile_blocks(model, backend="eager")
+        assert step(model, 8).loss_sum.isfinite()
+
+
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize("options", [{"window": 5}, {"softcap": 2.0, "scale": 0.3}, {"softcap": 1.0, "window": 140}])
 def test_attention_compiled_equals_eager(options: dict[str, Any], documents: bool) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from running import command, flags, kill_once, metrics, same_checkpoints, script, train
+from running import command, flags, kill_once, metrics, same_checkpoints, script, train, train_killed
 from strategies import column
 
 from lit_data.datapoints import read_record
@@ -171,8 +171,7 @@ def test_a_killed_student_goes_on_bit_for_bit(data: Path, teachers: list[Path], 
         changes |= {"distillation__teachers": entries(teachers)}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(*flags(data, whole, **changes))
-    saved = killed / "iter-00000015-ckpt.pth"
-    kill_once(saved.exists, "pretrain/fabric_train.py", *flags(data, killed, **changes))
+    train_killed(18, *flags(data, killed, **changes))
     assert len(metrics(killed)) < 60, "the run was not interrupted"
     train(*flags(data, killed, **changes, resume="auto"))
     same_checkpoints(whole / "iter-00000060-ckpt.pth", killed / "iter-00000060-ckpt.pth")

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from running import flags, metrics
-from zygote import Answer, Zygote
+from running import flags, metrics, shared_zygote
+from zygote import Answer
 
 from lit_data.datapoints import read_record
 from lit_data.trace import left_out_of_document, open_run
@@ -26,11 +26,10 @@ Ranks = Callable[..., Answer]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+def ranks() -> Ranks:
     """Runs training on forked ranks: ranks(world_size, run, flags, plants=[...])."""
-    zygote = Zygote(tmp_path_factory.mktemp("zygote"))
-    yield zygote.run
-    zygote.close()
+    run: Ranks = shared_zygote().run
+    return run
 
 
 def two(**changes: object) -> dict[str, object]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import ROOT, flags, kill_once, metrics, same_checkpoints, train
+from running import ROOT, flags, metrics, same_checkpoints, train, train_killed
 
 from lit_data.datapoints import read_record
 from lit_data.trace import open_run
@@ -43,8 +43,7 @@ def test_killed_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, changes: dic
     changes = {**changes, "train__max_steps": STEPS, "save__every_steps": 15, "eval__every_steps": 40}
     train(*flags(data, tmp_path / "whole", **changes))
     killed = tmp_path / "killed"
-    saved = killed / "iter-00000045-ckpt.pth"
-    kill_once(saved.exists, "pretrain/fabric_train.py", *flags(data, killed, **changes))
+    train_killed(50, *flags(data, killed, **changes))
     assert len(metrics(killed)) < STEPS, "the run was not interrupted"
     train(*flags(data, killed, resume="auto", **changes))
 

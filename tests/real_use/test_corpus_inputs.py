@@ -362,9 +362,8 @@ def test_a_large_plain_text_is_named_once(tmp_path, tokenizer):
     (line,) = done.stderr.splitlines()
     assert "a.train (1.2 MB) is read as one document, and so are 1 more" in line and "--split_documents" in line
     assert "3 documents" in done.stdout
-    for split, count in (("file", 3), ("line", 221)):
-        done = prepare(*base, "--split_documents", split, tokenizer=tokenizer, output=tmp_path / "out")
-        assert done.returncode == 0 and done.stderr == "" and f"{count:,} documents" in done.stdout
+    done = prepare(*base, "--split_documents", "line", tokenizer=tokenizer, output=tmp_path / "out")
+    assert done.returncode == 0 and done.stderr == "" and "221 documents" in done.stdout
 
 
 @pytest.mark.parametrize("profile", ["babylm", "babylm-paper"])

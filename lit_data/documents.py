@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lit_data.packed import HEADER, PackedDataset
+from lit_data.packed import HEADER, PackedDataset, check_documents_table
 from lit_data.parquet import group_rows, open_table, read_footer
 from lit_files.cores import usable_cores
 from lit_files.descriptors import OpenFiles
@@ -96,8 +96,9 @@ class Documents:
     def batches(self) -> Iterator[pa.Table]:
         """All documents: number, id, source, place, bytes, tokens and the metadata, BATCH at a time."""
         number = 0
-        for path in self.files:
+        for path, shard in zip(self.files, self.dataset.manifest.shards, strict=True):
             with open_table(path) as file:
+                check_documents_table(file, shard)
                 for batch in file.iter_batches(BATCH, use_threads=False):
                     numbers = np.arange(number, number + batch.num_rows + 1, dtype=np.int64)
                     tokens = np.diff(self.dataset.document_start(numbers))
@@ -108,11 +109,9 @@ class Documents:
     def _groups(self, shard: int) -> list[int]:
         """The number of each row group's first document."""
         if shard not in self._begins:
-            path, documents = self.files[shard], self.dataset.manifest.shards[shard].documents
-            with open_table(path) as file:
+            with open_table(self.files[shard]) as file:
+                check_documents_table(file, self.dataset.manifest.shards[shard])
                 rows = group_rows(file.metadata)
-            if sum(rows) != documents:
-                raise ValueError(f"{path} has {sum(rows)} rows, the manifest says {documents}: prepare it again")
             self._begins[shard] = (self._first[shard] + np.cumsum([0, *rows])[:-1]).tolist()
         return self._begins[shard]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lit_data.packed import HEADER, IntArray, PackedDataset, read_manifest
+from lit_data.packed import HEADER, IntArray, PackedDataset, check_documents_table, read_manifest
 from lit_data.parquet import open_table
 from lit_data.record_sql import open_database
 from lit_data.tokenizer import Tokenizer, open_tokenizer
@@ -254,6 +254,7 @@ def _rows(dataset: PackedDataset, columns: Sequence[str]) -> pa.RecordBatchReade
         first = 0
         for shard in dataset.manifest.shards:
             with open_table(dataset.path / f"{shard.name}.docs.parquet") as docs:
+                check_documents_table(docs, shard)
                 for batch in docs.iter_batches(BLOCK_DOCUMENTS, columns=list(columns)):
                     starts = dataset.document_start(np.arange(first, first + batch.num_rows + 1))
                     first += batch.num_rows

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lit_data.parquet import open_table
+from lit_data.parquet import group_rows, open_table
 from lit_files.checksum import file_sha256
 from lit_files.mapping import MAX_MAPS, live_maps, map_array
 from lit_files.publish import sync_file, write_json
@@ -589,6 +589,16 @@ def _check_manifest(manifest: Manifest) -> None:
             raise ValueError(f"{shard.name} cannot hold {shard.documents} documents and {shard.tokens} tokens")
 
 
+def check_documents_table(file: pq.ParquetFile, shard: Shard) -> None:
+    """See that an opened docs.parquet is that of a shard. Raises ValueError that says what is wrong."""
+    schema = {field.name: field.type for field in file.schema_arrow}
+    for name, kind in DOCUMENT_COLUMNS:
+        if schema.get(name) != kind and not (name == "words" and name not in schema):  # older datasets have none
+            raise ValueError(f"its column {name} is {schema.get(name, 'missing')} instead of {kind}")
+    if (rows := sum(group_rows(file.metadata))) != shard.documents:
+        raise ValueError(f"it has {rows} rows, the manifest says {shard.documents}; prepare the dataset again")
+
+
 def _by_shard(starts: IntArray, values: IntArray) -> Iterator[tuple[int, IntArray | slice]]:
     """Each shard that holds some of the values, and which: their indices. Shard s holds [starts[s], starts[s + 1])."""
     if not len(values):
@@ -838,6 +848,7 @@ class PackedDataset:
         row = number - int(self._document_start[shard])
         facts: dict[str, Any] = {}
         with open_table(self.path / f"{self.manifest.shards[shard].name}.docs.parquet") as file:
+            check_documents_table(file, self.manifest.shards[shard])
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
                 if row < rows:

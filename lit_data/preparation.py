@@ -27,7 +27,7 @@ from lit_data.corpus.bloom import BloomDedup
 from lit_data.corpus.exact_dedup import Dropped, HashWriter, find_duplicates
 from lit_data.corpus.near_dedup import NearDuplicates, SignatureWriter, find_near_duplicates
 from lit_data.corpus.readers import Document, OnError, Place, ReadErrors, read_documents
-from lit_data.packed import PackedDataset, PackedWriter, read_manifest
+from lit_data.packed import PackedDataset, PackedWriter, check_documents_table, read_manifest
 from lit_data.parquet import open_table
 from lit_data.plan import Plan
 from lit_data.pool import Pool
@@ -602,6 +602,7 @@ def _read_back(folder: Path, first: int) -> Iterator[tuple[Any, Any, dict[str, A
             number += shard.documents
             continue
         with open_table(folder / f"{shard.name}.docs.parquet") as table:
+            check_documents_table(table, shard)
             for rows in table.iter_batches(batch_size=MERGE_DOCUMENTS):
                 skip = max(0, min(first - number, rows.num_rows))
                 number += rows.num_rows

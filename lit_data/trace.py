@@ -67,7 +67,12 @@ def open_run(folder: str | Path, data: str | Path | Sequence[str | Path] | None 
     paths = [data] if isinstance(data, (str, Path)) else list(data or recorded)
     if len(paths) != len(facts.datasets):
         raise ValueError(f"{folder} was trained on {len(facts.datasets)} datasets; --data names {len(paths)}")
-    datasets = [PackedDataset(path) for path in paths]
+    try:
+        datasets = [PackedDataset(path) for path in paths]
+    except FileNotFoundError as error:
+        if data:
+            raise
+        raise FileNotFoundError(f"{error}; {facts_file} names it: give its folder with --data") from error
     for dataset, fact in zip(datasets, facts.datasets, strict=True):
         if dataset.fingerprint != fact.fingerprint:
             raise ValueError(

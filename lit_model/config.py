@@ -45,6 +45,7 @@ class RopeScaling:
     """Context, in tokens, that the frequencies were first trained for."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.factor < 1:
             raise ValueError(f"rope_scaling.factor is {self.factor}; it must be at least 1")
         if not 0 < self.low_freq_factor < self.high_freq_factor:
@@ -179,6 +180,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", _build(RopeScaling, self.rope_scaling, "rope_scaling."))
+        _check_types(self)
         for field in (
             "n_layer",
             "n_head",
@@ -333,6 +335,19 @@ class ModelConfig:
         """The inverse of `to_dict`. Raises ValueError for an unknown key."""
         config: ModelConfig = _build(cls, fields, "")
         return config
+
+
+def _check_types(config: Any) -> None:
+    """Raise ValueError for a field that a file gives as something else than a number, a string, true or false."""
+    kinds: dict[str, tuple[Any, str]] = {
+        "int": (int, "a whole number"), "float": (int | float, "a number"), "bool": (bool, "true or false"),
+        "str": (str, "a string"),
+    }  # fmt: skip
+    for field in dataclasses.fields(config):
+        value, (kind, name) = getattr(config, field.name), kinds.get(str(field.type).split(" ")[0], (object, ""))
+        optional = value is None and field.default is None
+        if not optional and (not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object))):
+            raise ValueError(f"{field.name} is {value!r:.80}; it must be {name}")
 
 
 def check_size(field: str, value: Any) -> None:

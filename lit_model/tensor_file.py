@@ -31,4 +31,9 @@ def open_tensor_file(path: Path) -> Any:
     """A file's content, its tensors as maps of the file where the format allows. Raises one of DAMAGED."""
     regular(path)
     # Files of PyTorch before 1.6 are no archives, and cannot be mapped.
-    return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise ValueError(f"it cannot be mapped: {error}") from error  # an empty file, or one cut in its header

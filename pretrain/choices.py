@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from lit_files.reading import read_text
 from lit_model.registry import MODELS
 from pretrain.args import ModelArgs, RunArgs, flat
 from pretrain.command_line import spell_switches
@@ -31,6 +32,7 @@ def switches_of(fields: type, prefix: str = "--") -> set[str]:
 
 
 SWITCHES = switches_of(RunArgs)
+MAX_CONFIG_VALUES = 100_000  # in a config
 
 LIVE_TEACHERS = tuple(
     f"distillation.{name}"
@@ -140,10 +142,42 @@ class Words:
 
     def layers(self) -> list[Layer]:
         """What was given where, from the first config to the flags. To be called once the parser has read them."""
-        configs = [
-            Layer(path, flat(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})) for path in self.configs
-        ]
+        configs = [Layer(path, flat(read_config(path))) for path in self.configs]
         return [*configs, Layer(None, self.typed)]
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The settings in a YAML file. Raises ValueError that names it for what is no such file.
+
+    A pipe that the shell has opened, as for `--config <(...)`, can be read once, by the parser: it gives nothing here.
+    """
+    if Path(path).is_fifo() and Path(path).is_relative_to("/dev/fd"):
+        return {}
+    text = read_text(path)
+    try:
+        settings = yaml.safe_load(text)
+        if expanded(settings) > MAX_CONFIG_VALUES:
+            raise ValueError(f"it holds more than {MAX_CONFIG_VALUES} values")
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"--config {path} is no YAML file of settings: {reason}") from error
+    if settings is not None and not isinstance(settings, dict):
+        raise ValueError(f"--config {path} holds no settings: it is a {type(settings).__name__}")
+    return {str(key): value for key, value in (settings or {}).items()}
+
+
+def expanded(value: Any, known: dict[int, int] | None = None) -> int:
+    """How many values a document holds, what its aliases repeat included."""
+    known = {} if known is None else known
+    if not isinstance(value, dict | list):
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("a setting holds a zero byte")
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MAX_CONFIG_VALUES + 1  # until it is known: a list that holds itself has no end
+        items = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(expanded(item, known) for item in items)
+    return known[id(value)]
 
 
 def read_words(argv: Sequence[str], known: Collection[str]) -> Words:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -33,7 +34,7 @@ from lit_model.load import list_checkpoints
 from pretrain.args import RunArgs
 from pretrain.checkpoint import checkpoint_name
 from pretrain.choices import describe as describe_replaced
-from pretrain.choices import read_words, replaced, sizes_over_name
+from pretrain.choices import read_config, read_words, replaced, sizes_over_name
 from pretrain.command_line import explain, make_printable
 from pretrain.first_failure import lost_connection, report_failure
 from pretrain.guards import AgreedError
@@ -74,6 +75,16 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+@contextlib.contextmanager
+def named_faults(configs: list[str]) -> Iterator[None]:
+    """Name the configs in what the parser raises where one of them gives a setting as something of another form."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        where = f"--config {', '.join(configs)}" if configs else "the command line"
+        raise ValueError(f"{where} holds settings that cannot be read: {error}") from error
+
+
 def parse(argv: list[str] | None = None) -> RunArgs:
     """The command line -> RunArgs, with the launcher's number of processes. Exits with a message and status 2 on an
     unknown flag or a wrong value; raises ValueError for settings that contradict each other or the launcher.
@@ -81,7 +92,11 @@ def parse(argv: list[str] | None = None) -> RunArgs:
     parser = build_parser()
     known = [flag for action in parser._actions for flag in action.option_strings]
     given = read_words(sys.argv[1:] if argv is None else argv, known)
-    namespace: Namespace = parser.parse_args(given.words)
+    for config in given.configs:
+        if Path(config).exists():
+            read_config(config)  # before the parser meets it
+    with named_faults(given.configs):
+        namespace: Namespace = parser.parse_args(given.words)
     layers, defaults = given.layers(), parser.get_defaults()
     gone = replaced(layers)
     for one in gone:
@@ -89,7 +104,8 @@ def parse(argv: list[str] | None = None) -> RunArgs:
     lines = [f"--{flag} is given more than once; the last, {value}, is used" for flag, value in given.repeated.items()]
     lines += [*describe_replaced(gone), *sizes_over_name(layers, namespace["model.name"])]
     namespace.pop("config", None)
-    instance = parser.instantiate(namespace)
+    with named_faults(given.configs):
+        instance = parser.instantiate(namespace)
     args = RunArgs(**{k: v for k, v in vars(instance).items() if k != "config"})
     lines += fit_to_launch(args, layers[-1].values, {key for layer in layers[:-1] for key in layer.values})
     if is_first_process():

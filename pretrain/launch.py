@@ -21,10 +21,17 @@ from pretrain.args import RunArgs
 SHELLS = ("interactive", "bash", "sh", "zsh", "fish", "tcsh")
 WAITING_S = 60.0  # until a process says that it is waiting for the others
 
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
 
 def is_first_process() -> bool:
     """Whether this process is rank 0, as far as the environment says, or starts the others itself."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)
+
+
+def is_rank() -> bool:
+    """Whether this process was started as one of several, so that others may be waiting for it."""
+    return any(name in os.environ for name in RANK_VARIABLES)
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,6 @@ T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, of Fabric for those it starts, of srun
-
-
-def is_rank() -> bool:
-    """Whether this process was started as one of several, so that others may be waiting for it."""
-    return any(name in os.environ for name in RANK_VARIABLES)
-
-
 def uses_fsdp(args: RunArgs) -> bool:
     return args.strategy == "fsdp" and args.sharding_strategy != "NO_SHARD"
 

@@ -49,6 +49,7 @@ from pretrain.environment import command_line, record_environment
 from pretrain.first_failure import begin_attempt, report_failure
 from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.init_from import load_optimizer, load_weights, model_config, optimizer_of
+from pretrain.launch import is_rank
 from pretrain.messages import say
 from pretrain.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS, newest_step
 from pretrain.metrics import FILE as METRICS
@@ -59,7 +60,6 @@ from pretrain.parallel import (
     build_fabric,
     check_shapes,
     device_kind,
-    is_rank,
     on_rank_zero,
     uses_fsdp,
 )
@@ -106,7 +106,7 @@ MECHANICS = (
 
 LOAD_BALANCE_LOSS = 0.001  # its weight where none is given: that of Llama 4 in transformers (router_aux_loss_coef)
 MAX_SAMPLES = 1 << 60  # of a run: their numbers are 64-bit integers
-MAX_MICRO_BATCH_TOKENS = 1 << 26  # of one device; ids and targets alone take 1 GB then
+MAX_MICRO_BATCH_TOKENS = 1 << 24  # of one device, far beyond what fits in its memory
 STOPPED = "stopped.json"  # in the run folder: what a signal has ended
 
 

@@ -187,6 +187,8 @@ def tensors_from_hf(
     Args:
         where: what the tensors are from, for messages.
     """
+    if config.n_layer > len(tensors):  # before a model of so many layers is laid out
+        raise ValueError(f"{where} holds {len(tensors)} tensors, too few for a model of {config.n_layer} layers")
     entries = {entry.ours: entry for entry in family.entries(config)}
     shapes = parameter_shapes(config)
     assert entries.keys() == shapes.keys(), sorted(entries.keys() ^ shapes.keys())
@@ -223,7 +225,8 @@ def tensors_from_hf(
                 tensor = torch.cat((tensor, tensor.new_zeros(padding, *tensor.shape[1:])))
         if tensor is None or tuple(tensor.shape) != shapes[ours]:
             found = " and ".join(str(tuple(part.shape)) for part in parts)
-            raise ValueError(f"{' + '.join(theirs)} give shape {found}; the config asks for {shapes[ours]} ({ours})")
+            names = " + ".join(theirs)
+            raise ValueError(f"{where}: {names} give shape {found}; the config asks for {shapes[ours]} ({ours})")
         return tensor
 
     return LazyTensors(entries, build)

@@ -1,0 +1,33 @@
+"""Must show 3: every file that the system reads, mutated; tests/fuzzed_files.py says how, and prints the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from running import ROOT
+
+
+def fuzz(count: int, folder: Path) -> None:
+    environment = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false", "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, str(ROOT / "tests" / "fuzzed_files.py"), f"--count={count}", f"--json={folder / 'found'}"]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((folder / "found").read_text())
+    assert len(found) > 20 and all(outcomes["mutations"] == count for outcomes in found.values())
+    assert all(outcomes["refused"] for name, outcomes in found.items() if name != "metrics.csv"), "damage passes unseen"
+
+
+def test_every_file_with_few_mutations(tmp_path: Path) -> None:
+    """Must 3: 20 mutations of each file: a clean error that names it, or a value within its schema."""
+    fuzz(20, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_file_with_many_mutations(tmp_path: Path) -> None:
+    """Must 3: 200 mutations of each file."""
+    fuzz(200, tmp_path)

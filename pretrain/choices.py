@@ -181,7 +181,7 @@ def expanded(value: Any, known: dict[int, int] | None = None) -> int:
 
 
 def read_words(argv: Sequence[str], known: Collection[str]) -> Words:
-    """Take the command line apart. What the parser, which has the flags `known`, will refuse is left as it is."""
+    """Split the command line. What the parser, whose flags are `known`, will refuse stays as it is."""
     configs: list[str] = []
     rest: list[str] = []
     typed: dict[str, Any] = {}
@@ -211,7 +211,7 @@ def read_words(argv: Sequence[str], known: Collection[str]) -> Words:
 
 
 def in_full(word: str, known: Collection[str]) -> str:
-    """A flag that is typed in part, so far as one flag alone begins so, as a whole."""
+    """The full name of an abbreviated flag, if only one flag begins with it."""
     flag, equals, value = word.partition("=")
     if not flag.startswith("--") or flag in known or flag == "--":
         return word
@@ -220,7 +220,7 @@ def in_full(word: str, known: Collection[str]) -> str:
 
 
 def load(value: str) -> Any:
-    """A flag's value as YAML reads it, for a look at it."""
+    """A flag's value as YAML reads it."""
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError:

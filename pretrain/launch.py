@@ -97,7 +97,7 @@ def is_shell(env: Mapping[str, str]) -> bool:
 def fit_to_launch(
     args: RunArgs, typed: Collection[str], configured: Collection[str] = (), env: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Give `args` the number of nodes and devices of the launcher, and return what there is to say about it.
+    """Give `args` the number of nodes and devices of the launcher, and return the lines to print about it.
 
     `typed` and `configured` are the settings of the command line and of configs.
 
@@ -108,16 +108,16 @@ def fit_to_launch(
     launch = find_launch(env)
     if launch is None:
         return _alone(args, typed, env)
-    lines, said = [], f"{launch.by} started {launch.devices} processes on each of {launch.num_nodes} nodes"
+    lines, started = [], f"{launch.by} started {launch.devices} processes on each of {launch.num_nodes} nodes"
     for name, here in (("num_nodes", launch.num_nodes), ("devices", launch.devices)):
         asked = getattr(args, name)
         if asked in (here, "auto"):
             continue
         if name in typed:
             how = "--ntasks-per-node and --nodes" if launch.by == "srun" else "--nproc-per-node and --nnodes"
-            raise ValueError(f"--{name} {asked}: but {said}; leave the flag out, or start as many ({how})")
+            raise ValueError(f"--{name} {asked}: but {started}; leave the flag out, or start as many ({how})")
         if name in configured:
-            lines.append(f"{said}: {name} {here} replaces the config's {asked}")
+            lines.append(f"{started}: {name} {here} replaces the config's {asked}")
     args.num_nodes, args.devices = launch.num_nodes, launch.devices
     if "train.micro_batch_samples" not in typed:
         lines += _fit_micro_batch(args, launch.world_size)
@@ -134,11 +134,11 @@ def _alone(args: RunArgs, typed: Collection[str], env: Mapping[str, str]) -> lis
     n_tasks = int(env.get("SLURM_NTASKS") or sum(tasks_per_node(env.get("SLURM_TASKS_PER_NODE", ""))) or 1)
     if n_tasks == 1 or "devices" in typed:
         return []
-    said = f"this SLURM job has {n_tasks} tasks, but srun has not started this process"
+    problem = f"this SLURM job has {n_tasks} tasks, but srun has not started this process"
     if is_shell(env):
-        return [f"{said}: it runs alone (`srun python pretrain/fabric_train.py ...` starts all)"]
+        return [f"{problem}: it runs alone (`srun python pretrain/fabric_train.py ...` starts all)"]
     raise ValueError(
-        f"{said}, and would wait for the others: start it by `srun python pretrain/fabric_train.py ...`, or give "
+        f"{problem}, and would wait for the others: start it by `srun python pretrain/fabric_train.py ...`, or give "
         "--devices N for N processes of this node without srun"
     )
 
@@ -235,8 +235,8 @@ def environment_for_fabric(launch: Launch | None) -> ClusterEnvironment | None:
     return LightningEnvironment() if launch is None and "SLURM_JOB_ID" in os.environ else None
 
 
-class SaysThatItWaits:
-    """Around the start of the processes: after a minute each says that it waits, where nobody would know why."""
+class WaitingNotice:
+    """Around the start of the processes: after a minute each prints that it is waiting for the others."""
 
     def __init__(self, world_size: int) -> None:
         rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or "0"

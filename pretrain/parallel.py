@@ -18,7 +18,7 @@ from lit_model.init import initialise
 from lit_model.model import GPT
 from pretrain.args import RunArgs, TrainArgs
 from pretrain.compiling import compile_blocks
-from pretrain.launch import SaysThatItWaits, environment_for_fabric, find_launch, gpu_index
+from pretrain.launch import WaitingNotice, environment_for_fabric, find_launch, gpu_index
 
 T = TypeVar("T")
 
@@ -133,7 +133,7 @@ def build_fabric(args: RunArgs, devices: int) -> Fabric:
     )
     if "OMP_NUM_THREADS" not in os.environ and device_kind(args) == "cpu":
         torch.set_num_threads(max(1, usable_cores() // devices))
-    with SaysThatItWaits(devices * args.num_nodes):
+    with WaitingNotice(devices * args.num_nodes):
         fabric.launch()
     return fabric
 

@@ -254,6 +254,6 @@ def test_where_the_tasks_meet(inside: Any) -> None:
 def test_waiting_is_said(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Point 15: a rank that waits for others that were never started does not do so in silence."""
     monkeypatch.setattr(launch, "WAITING_S", 0.0)
-    with launch.SaysThatItWaits(4) as _:
+    with launch.WaitingNotice(4) as _:
         subprocess.run(["sleep", "0.2"], check=True)
     assert "rank 0 is still waiting for the other ranks: 4 processes" in capfd.readouterr().out

@@ -1,7 +1,8 @@
 """Text <-> ids: one face for a Hugging Face `tokenizer.json` and a sentencepiece `.model`.
 
 No special tokens are added, and special tokens that occur in the text are encoded as the text they are: a page that
-talks about `</s>` does not end there. EOS is appended by whoever packs the documents.
+talks about `</s>` does not end there. `encode_parsed` gives them their ids instead, for text that a chat template made.
+BOS and EOS are added by whoever packs the documents.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from chat_tokenizers import CHAT, FAMILIES, PLAIN, write_tokenizer
 from running import ROOT, flags, script, train
 from tokenizers import Tokenizer as Backend
 
+from lit_data.gguf_tokenizer import gguf_tokenizer
 from lit_data.hf_tokenizer import write_hf_tokenizer
 from lit_data.packed import PackedDataset
 from lit_data.tokenizer import open_tokenizer
@@ -113,7 +114,10 @@ def trained(source: Path) -> Path:
     return train_on(source, source.parent.name, source.parent)
 
 
-families = pytest.mark.parametrize("source", FAMILIES, indirect=True)
+# Training two of the four shows the way; tokenizers of all four are compared below without it.
+SLOW = {"llama3", "smollm2"}
+ALL = [pytest.param(family, marks=pytest.mark.slow if family in SLOW else ()) for family in FAMILIES]
+families = pytest.mark.parametrize("source", ALL, indirect=True)
 
 
 def compare(source: Path, trained: Path, family: str, python: str | None = None) -> None:
@@ -172,6 +176,7 @@ def test_generation_begins_as_the_data_did(source: Path, trained: Path) -> None:
     assert ended[-1] == tokenizer.eos_id, "a Hugging Face folder's prompts are parsed as transformers does"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["llama3", "smollm2"], indirect=True)
 def test_gguf_and_verification_follow(source: Path, trained: Path, tmp_path: Path) -> None:
     """Point 3: llama.cpp is told to begin with BOS where the data did, and gets the chat template; a folder that begins
@@ -203,6 +208,28 @@ def test_without_bos_in_the_data(family: str, tmp_path: Path) -> None:
     assert [found(t)["input_ids"] for t in PLAIN] == [was(t, add_special_tokens=False)["input_ids"] for t in PLAIN]
     assert found.bos_token == was.bos_token  # all of these templates print it
     assert found.apply_chat_template(CHAT, tokenize=False) == was.apply_chat_template(CHAT, tokenize=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_exported_tokenizer_is_the_source(family: str, tmp_path: Path) -> None:
+    """Point 2: chats, ids of text with special tokens, EOS, BOS and padding as in the source, for all four families."""
+    source = write_tokenizer(tmp_path / "source", family)
+    bos = family in BOS
+    write_hf_tokenizer(source, tmp_path / "hf", bos=bos)
+    for folder in (source, tmp_path / "hf"):
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "hf" / "generation_config.json").write_text((source / "generation_config.json").read_text())
+    was, became = opened(source), opened(tmp_path / "hf")
+    differ = {key for key in was if was[key] != became[key]}
+    assert not differ
+    found, before = (transformers.AutoTokenizer.from_pretrained(f) for f in (tmp_path / "hf", source))
+    text = "".join(before.all_special_tokens) + " a " + "b".join(before.all_special_tokens)
+    assert found(text)["input_ids"] == before(text)["input_ids"]
+    assert found.pad_token == (before.pad_token or before.eos_token)
+    if family in ("llama3", "smollm2"):  # kinds that GGUF can hold
+        tokenizer = open_tokenizer(source)
+        keys = gguf_tokenizer(tokenizer, tokenizer.vocab_size, bos=bos)
+        assert keys["tokenizer.ggml.add_bos_token"] == bos and keys["tokenizer.chat_template"] == was["template"]
 
 
 @pytest.mark.parametrize("template", [None, "{# bos_token #}{{ messages[0]['content'] }}"])

@@ -332,7 +332,7 @@ def check_memory(args: RunArgs, config: ModelConfig, block_size: int) -> None:
                 "are supported: give a smaller --train.micro_batch_samples, --eval.micro_batch_samples or "
                 "--train.block_size"
             )
-    if device_kind(args) == "cpu":
+    if args.accelerator != "cuda" and device_kind(args) == "cpu":
         weights = 4 * config.least_parameters // args.num_nodes
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if weights > memory:

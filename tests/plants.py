@@ -41,10 +41,10 @@ def _before_step(fault: dict[str, Any], act: Callable[[Any, Any], None]) -> None
     """Call `act(run, data)` before each step of the fault's rank."""
     original = loop.train_step
 
-    def train_step(run: Any, data: Any) -> Any:
+    def train_step(run: Any, data: Any, *more: Any) -> Any:
         if fault.get("rank", run.fabric.global_rank) == run.fabric.global_rank:
             act(run, data)
-        return original(run, data)
+        return original(run, data, *more)
 
     loop.train_step = train_step
 
@@ -72,8 +72,8 @@ def _spike(fault: dict[str, Any]) -> None:
     first, end = fault["samples"]
     original = loop.train_step
 
-    def train_step(run: Any, data: Any) -> Any:
-        result = original(run, data)
+    def train_step(run: Any, data: Any, *more: Any) -> Any:
+        result = original(run, data, *more)
         begin, count = loop.first_sample_of_step(run.segments, data.step)
         if begin < end and begin + count > first:
             with torch.no_grad():

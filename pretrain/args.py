@@ -537,16 +537,21 @@ class GuardArgs:
 
 @dataclass
 class StopArgs:
-    """What happens after SIGTERM or SIGUSR1: the run saves a checkpoint and ends."""
+    """Stopping early: after SIGTERM, SIGUSR1 or Ctrl-C, or after a time, the run saves a checkpoint and ends."""
 
+    after_minutes: float | None = None
+    """Stop so many minutes after the start of the process, as SIGTERM does. For queues with a time limit: choose it
+    smaller by what a step, a validation and a save take."""
     exit_code: int = 0
-    """Exit status of a run that was stopped by a signal and saved."""
+    """Exit status of a run that was stopped and saved. After Ctrl-C it is 130."""
     requeue: bool = False
     """Call `scontrol requeue` for this SLURM job after saving, where the process can reach it (not from an image)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.exit_code <= 255:
             raise ValueError(f"--stop.exit_code {self.exit_code} must lie in 0 to 255")
+        if self.after_minutes is not None and not self.after_minutes > 0:
+            raise ValueError(f"--stop.after_minutes {self.after_minutes} must be greater than 0")
 
 
 @dataclass

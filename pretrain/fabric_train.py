@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
+import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +20,6 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
-from torch.distributed.distributed_c10d import _get_default_store as get_store
 
 from lit_files.descriptors import raise_open_file_limit
 from lit_files.publish import write_json
@@ -30,23 +28,20 @@ from lit_model.config import ModelConfig
 from lit_model.cost import count_active_parameters, count_parameters
 from lit_model.hf.families import family_of
 from lit_model.kernels import AttentionChoice, choose_attention
-from lit_model.load import list_checkpoints
 from pretrain.args import RunArgs
 from pretrain.checkpoint import checkpoint_name
 from pretrain.choices import describe as describe_replaced
 from pretrain.choices import read_config, read_words, replaced, sizes_over_name
 from pretrain.command_line import explain, make_printable
-from pretrain.first_failure import lost_connection, report_failure
-from pretrain.guards import AgreedError
+from pretrain.first_failure import lost_connection
+from pretrain.guards import AgreedError, Interrupted, StopSignals
 from pretrain.launch import fit_to_launch, has_gpus, is_first_process
 from pretrain.loop import fit
 from pretrain.parallel import DTYPES
 from pretrain.preflight import preflight
+from pretrain.ranks import Mistake, status_of
 from pretrain.saving import SaveError
 from pretrain.setup import STOPPED, Run, set_up
-from pretrain.watchdog import EXIT_HUNG, Watchdog
-
-MEET = timedelta(seconds=60)
 
 
 class RunParser(ArgumentParser):
@@ -115,75 +110,83 @@ def parse(argv: list[str] | None = None) -> RunArgs:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run. Returns the exit status: 0 when the run is done, `stop.exit_code` when a signal stopped it after saving, 1
-    when all ranks agreed that it cannot go on, 2 on a mistake. An exception of one rank alone is raised."""
+    """Run. Returns the exit status: 0 when the run is done; `stop.exit_code` when it was stopped after saving, 130 by
+    Ctrl-C; 1 when all ranks agreed that it cannot continue; 2 on a mistake. An exception of one rank alone ends the
+    process."""
     make_printable()
     raise_open_file_limit()
-    rank_zero = is_first_process()
-    try:
-        args = parse(argv)
-        if args.preflight:
-            return preflight(args)
-        run = set_up(args, argv)
-    except (ValueError, FileNotFoundError) as error:
-        if rank_zero:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+    with StopSignals() as signals:
+        try:
+            args = parse(argv)
+            signals.exit_code = args.stop.exit_code
+            if args.preflight:
+                return preflight(args)
+            run = set_up(args, argv)
+            signals.kept = True
+        except (ValueError, OSError) as error:
+            # Before the ranks have met each sees its own: a file may be missing on one node.
+            if is_first_process():
+                print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+            elif not isinstance(error, Mistake):
+                print(f"error: rank {rank_name()} on {socket.gethostname()}: {error}", file=sys.stderr)
+            return 2
+        except (Interrupted, KeyboardInterrupt) as error:
+            if is_first_process():
+                print(str(error) or "interrupted", file=sys.stderr)
+            return status_of(error)
+        status = train(run, signals)
+        run.peers.meet()
+        return status
+
+
+def train(run: Run, signals: StopSignals) -> int:
+    """Train, and say how it ended. Returns the exit status."""
     say = run.say
     if run.finished:
         run.release()
         say(f"{run.folder} is finished: {run.step} of {run.data.max_steps} steps are done; nothing to do")
         return 0
-    describe(run)
     assert run.watchdog is not None
     try:
+        describe(run)
+        run.stop.signals = signals
         stopped = fit(run)
-    except (AgreedError, SaveError) as error:
+        run.watchdog.close()
+        run.watchdog.log.close()
+        if stopped is None:
+            run.release()
+            say(f"done: {run.step} steps; the run is in {run.folder}")
+            return 0
+        if run.fabric.global_rank == 0:
+            mark_stopped(run, stopped)
+        run.release()
+        say(f"stopped by {stopped} after step {run.step}; resume with --resume latest")
+        return 130 if stopped == "SIGINT" else run.args.stop.exit_code
+    except (AgreedError, SaveError, Mistake) as error:
         if lost_connection(error):  # a save that ended since another rank has gone
-            give_up(run, run.watchdog, error)
+            run.peers.give_up(error, run.step)
         run.watchdog.close()
         run.watchdog.log.exception(error)
-        if rank_zero:
-            print(f"error: {error}\nthe newest checkpoint is {newest_checkpoint(run)}", file=sys.stderr)
+        if is_first_process():
+            print(f"error: {error}\nthe newest checkpoint is {run.peers.newest_checkpoint}", file=sys.stderr)
         return 1
     except BaseException as error:
-        give_up(run, run.watchdog, error)
-    run.watchdog.close()
-    run.watchdog.log.close()
-    if stopped is None:
-        run.release()
-        say(f"done: {run.step} steps; the run is in {run.folder}")
-        return 0
-    if run.fabric.global_rank == 0:
-        mark_stopped(run, stopped)
-    run.release()
-    say(f"stopped by {stopped} after step {run.step}; go on with --resume latest")
-    return args.stop.exit_code
+        run.peers.give_up(error, run.step)
 
 
-def newest_checkpoint(run: Run) -> str:
-    """Its name, for a message."""
-    return next((p.name for p in reversed(list_checkpoints(run.folder))), "none")
-
-
-def give_up(run: Run, watchdog: Watchdog, error: BaseException) -> NoReturn:
-    """End a rank by its own exception: the others may be anywhere, so nothing is saved and nothing is waited for."""
-    first = report_failure(error, run.step, watchdog)
-    if first.rank == run.fabric.global_rank:
-        traceback.print_exception(error)
-    print(f"the newest checkpoint is {newest_checkpoint(run)}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # A rank that was lost without a word (its host has gone) is worth another try; an error of a program is not.
-    os._exit(130 if isinstance(error, KeyboardInterrupt) else EXIT_HUNG if first.error == "Silent" else 1)
+def rank_name() -> str:
+    return next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
 
 
 def mark_stopped(run: Run, by: str) -> None:
     """Leave RUN/stopped.json, and queue the job again if that was asked for."""
     facts = {"signal": by, "step": run.step, "checkpoint": checkpoint_name(run.step), "time": time.time()}
-    write_json(run.folder / STOPPED, facts)
+    try:
+        write_json(run.folder / STOPPED, facts)
+    except OSError as error:
+        print(f"warning: {STOPPED} could not be written: {error}", file=sys.stderr)
     job = os.environ.get("SLURM_JOB_ID")
-    if not run.args.stop.requeue or run.step == run.data.max_steps:
+    if not run.args.stop.requeue or run.step == run.data.max_steps or by == "SIGINT":
         return
     if job is None:
         print("warning: --stop.requeue: this is no SLURM job (SLURM_JOB_ID is not set)", file=sys.stderr)
@@ -257,36 +260,16 @@ def leave(status: int) -> NoReturn:
     gloo that are still at work there end a process by a signal now and then, after all work is done.
     """
     if dist.is_initialized():
-        if status != 2:  # a mistake may be seen before all ranks have met
-            meet()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
 
-def meet() -> None:
-    """Wait until every rank is here, at the store. It may end with rank 0, so at the end nobody asks it for anything.
-
-    Rank 0 goes first: if it started the others, Fabric would end it by SIGKILL for one that has another status than 0.
-    """
-    store, rank, others = get_store(), dist.get_rank(), range(1, dist.get_world_size())
-    with contextlib.suppress(dist.DistError):  # a rank that is gone is not waited for longer
-        if rank == 0 and others:
-            store.wait([f"llammlein/here/{other}" for other in others], MEET)
-            store.set("llammlein/go", "")
-            store.wait([f"llammlein/gone/{other}" for other in others], MEET)
-        elif rank != 0:
-            store.set(f"llammlein/here/{rank}", "")
-            store.wait(["llammlein/go"], MEET)
-            store.set(f"llammlein/gone/{rank}", "")
-            time.sleep(0.1)
-
-
 if __name__ == "__main__":
     try:
         leave(main())
-    except Exception:  # of this rank alone: the interpreter's tear-down would wait for the others
+    except (Exception, KeyboardInterrupt):  # of this rank alone: the interpreter's tear-down would wait for the others
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)

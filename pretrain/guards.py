@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import signal
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,7 +20,11 @@ from torch import Tensor
 
 from pretrain.args import GuardArgs
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+AFTER_MINUTES = "stop.after_minutes"
+REASONS = (*(s.name for s in STOP_SIGNALS), AFTER_MINUTES)
+RELAYED_S = 2.0
+"""torchrun passes Ctrl-C on to ranks that have had it from the terminal; so much later it is the user's second one."""
 
 
 class AgreedError(RuntimeError):
@@ -27,27 +35,106 @@ class AgreedError(RuntimeError):
         self.sound = sound
 
 
-class StopRequest:
-    """What one rank wants all to know: that it got a signal, or that a thread of its own has failed.
+class Interrupted(BaseException):
+    """A signal has come where there is nothing to save. Like KeyboardInterrupt no Exception, so that it passes."""
 
-    It rides on the all-reduce of counts that each step begins with, so all ranks see it after the same step without a
-    collective of its own. On CUDA it is read a step later, from memory that the copy has filled by then: waiting for
-    it only keeps the host from running more than a step ahead.
+    def __init__(self, name: str, exit_code: int) -> None:
+        super().__init__(f"ended by {name} before the first step")
+        self.name, self.status = name, 130 if name == "SIGINT" else exit_code
+
+
+class StopSignals:
+    """Receives the signals that stop a run, in a `with` block around all of it.
+
+    Until training begins one raises Interrupted. Then it is kept, for the ranks to agree on; a second SIGINT ends the
+    process at once.
+
+    Attributes:
+        received: the name of the first.
+        kept: whether training has begun.
+        exit_code: of Interrupted by another signal than SIGINT.
     """
 
-    def __init__(self, device: torch.device, failed: Callable[[], bool] = lambda: False) -> None:
-        self.failed = failed
-        self._signal: int | None = None
-        self._lag = 1 if device.type == "cuda" else 0
-        self._flags: deque[tuple[Tensor, Callable[[], None]]] = deque()
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self.kept, self.exit_code = False, 0
+        self._received_at = 0.0
+        self._old: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
         self._old = {s: signal.signal(s, self._receive) for s in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number).name, now
+            if not self.kept:
+                raise Interrupted(self.received, self.exit_code)
+            if number == signal.SIGINT:
+                say("Ctrl-C: saving after this step, then ending; once more ends at once, without saving")
+        elif number == signal.SIGINT and now - self._received_at > (RELAYED_S if launched_by_torchrun() else 0):
+            say("Ctrl-C again: ending without saving")
+            os._exit(130)
+
+
+def say(text: str) -> None:
+    """Write a line in a signal handler, where printing may fall into another print; of rank 0 only."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))) == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{text}\n".encode())
+
+
+def launched_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def process_age_s() -> float:
+    """Seconds since this process began; without /proc, since this module was imported."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.monotonic() - IMPORTED
+
+
+IMPORTED = time.monotonic()
+
+
+class StopRequest:
+    """What one rank wants all to know: that it got a signal, that its time is up, or that a thread of its own has
+    failed.
+
+    It rides on the all-reduce of counts that each step begins with, so all ranks see it after the same step without a
+    collective of its own; validation has one for it. On CUDA it is read a step later, from memory that the copy has
+    filled by then: waiting for it only keeps the host from running more than a step ahead.
+
+    Attributes:
+        signals: of this process; None where nobody listens.
+        after_minutes: since the process began, or None.
+        reason: what the ranks agreed to stop for, once they have.
+        rank_failed: whether they agreed that one has failed.
+    """
+
+    def __init__(
+        self, device: torch.device, failed: Callable[[], bool] = lambda: False, after_minutes: float | None = None
+    ) -> None:
+        self.device, self.failed, self.after_minutes = device, failed, after_minutes
+        self.signals: StopSignals | None = None
+        self.reason: str | None = None
+        self.rank_failed = False
+        self._lag = 1 if device.type == "cuda" else 0
+        self._flags: deque[tuple[Tensor, Callable[[], None]]] = deque()
 
     def flags(self) -> tuple[float, ...]:
-        """What this rank adds to the sum: one number for each signal, one for a failure."""
-        return (*(float(self._signal == s) for s in STOP_SIGNALS), float(self.failed()))
+        """What this rank adds to the sum: one number for each of REASONS, one for a failure."""
+        received = self.signals.received if self.signals is not None else None
+        late = self.after_minutes is not None and process_age_s() > 60 * self.after_minutes
+        return (*(float(s.name == received) for s in STOP_SIGNALS), float(late), float(self.failed()))
 
     def summed(self, flags: Tensor) -> None:
         """Take the sums over the ranks, as they lie on the device, for `agreed` to read."""
@@ -61,18 +148,14 @@ class StopRequest:
             self._flags.append((flags.clone(), lambda: None))
 
     def agreed(self) -> tuple[str | None, bool]:
-        """(name of the signal to stop for, whether a rank has failed), the same on every rank after the same step."""
-        if len(self._flags) <= self._lag:
-            return None, False
-        flags, wait = self._flags.popleft()
-        wait()
-        *signals, failed = flags.tolist()
-        name = next((s.name for s, n in zip(STOP_SIGNALS, signals, strict=True) if n), None)
-        return name, failed > 0
-
-    def close(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+        """(`reason`, `rank_failed`), the same on every rank after the same step."""
+        if len(self._flags) > self._lag:
+            flags, wait = self._flags.popleft()
+            wait()
+            *reasons, failed = flags.tolist()
+            self.reason = self.reason or next((r for r, n in zip(REASONS, reasons, strict=True) if n), None)
+            self.rank_failed |= failed > 0
+        return self.reason, self.rank_failed
 
 
 def check_progress(skipped_in_row: int, most: int, step: int, last_checkpoint: str) -> None:

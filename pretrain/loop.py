@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from lit_model.moe import RouterStatistics
 from pretrain.args import plain
+from pretrain.checkpoint import checkpoint_name
 from pretrain.compiling import CompiledBlocks
 from pretrain.encoding import encoding_facts
 from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
@@ -35,8 +37,10 @@ from pretrain.metrics import FILE as METRICS
 from pretrain.metrics import ROUTER_COLUMNS, MetricsFile, router_values
 from pretrain.objective import distillation_values, teaching
 from pretrain.optim import clip_gradients
-from pretrain.parallel import on_rank_zero, uses_fsdp
+from pretrain.parallel import uses_fsdp
 from pretrain.progress import ProgressDisplay
+from pretrain.ranks import Mistake, on_rank_zero
+from pretrain.saving import SaveError
 from pretrain.schedule import learning_rate
 from pretrain.setup import Run, go_back, metrics_columns
 from pretrain.teachers import Teachers
@@ -77,8 +81,8 @@ class RollBack(Exception):
 def fit(run: Run) -> str | None:
     """Train to the end of the run. Returns the signal that stopped it early, if one did.
 
-    Raises AgreedError or SaveError, on every rank at the same step, when the run cannot go on; anything else is the
-    exception of one rank alone.
+    Raises AgreedError, Mistake or SaveError, on every rank at the same step, when the run cannot continue. Any other
+    exception is that of one rank alone, or of all ranks; then the state has been saved, if it was sound.
     """
     try:
         while True:
@@ -88,7 +92,6 @@ def fit(run: Run) -> str | None:
                 run.say(f"{back.reason}: going back to {back.checkpoint.name}, leaving out the samples since")
                 go_back(run, back.checkpoint, back.reason)
     finally:
-        run.stop.close()
         run.saver.close()
         if run.trackers is not None:
             run.trackers.close()
@@ -109,6 +112,10 @@ def run_steps(run: Run) -> str | None:
     try:
         if run.step == 0:
             publish_row(run, metrics, progress, {"step": 0, "tokens": 0} | validate(run, throughput, progress))
+            if run.stop.reason is not None:
+                save(run, throughput)
+                run.saver.wait()
+                return run.stop.reason
         compiled = compiled_blocks(run)
         if compiled is not None:
             progress.phase("compiling")
@@ -118,12 +125,13 @@ def run_steps(run: Run) -> str | None:
             log_step = last or (run.step + 1) % args.log.every_steps == 0
             result = train_step(run, data, norms if log_step else None)
             run.step += 1
+            if run.recorder is not None:
+                run.recorder.add(data, result.span_losses)
+            run.sound = True
             if compiled is not None:
                 progress.say(compiled.describe())
                 compiled = None
             throughput.add(slots)
-            if run.recorder is not None:
-                run.recorder.add(data, result.span_losses)
             row = measure(run, result, throughput) if log_step else {}
             if last or run.step % args.eval.every_steps == 0:
                 row |= validate(run, throughput, progress)
@@ -148,6 +156,11 @@ def run_steps(run: Run) -> str | None:
         if error.sound:
             save(run, throughput)
             run.saver.wait()
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        agreed = isinstance(error, (SaveError, Mistake, RollBack))
+        if not agreed and may_save(run) and run.peers.all_reach(error, run.step):
+            save_before_the_end(run, throughput)
         raise
     finally:
         steps.close()  # type: ignore[attr-defined]
@@ -179,7 +192,6 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
         dist.all_reduce(counts)
     run.stop.summed(counts[2:])
     n_targets = counts[0]
-    run.tokens += counts[1]
     factor = (run.world_size / n_targets.clamp(min=1)).float()
     if run.loss_scale is not None:
         factor = factor * run.loss_scale.scale
@@ -214,6 +226,8 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
         norms.before_update()
     norm = clip_gradients(run.optimizer.parameters.values(), args.train.clip_norm, scale)
     skip = skip_if_not_finite(norm)
+    run.sound = False
+    run.tokens += counts[1]
     run.optimizer.step(learning_rate(args.optim, data.step, run.data.max_steps), skip)
     if norms is not None:
         norms.after_update()
@@ -354,6 +368,8 @@ def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dic
     total = torch.zeros(2, dtype=torch.float64, device=run.device)  # summed loss, targets
     for i, data in enumerate(run.val_loader.steps(0, n_steps)):
         run.beat("validation")
+        if stop_validation(run):
+            break
         progress.phase("validating", i, n_steps)
         for batch in data.micro_batches:
             tokens, targets, cu_seqlens = to_device(batch, run.device)
@@ -367,6 +383,9 @@ def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dic
         dist.all_reduce(total)
     loss_sum, n_targets = total.tolist()
     throughput.go_on(paused)
+    if run.stop.reason is not None:
+        run.fabric.print(f"step {run.step}: the validation is left unfinished ({run.stop.reason})")
+        return {}
     if n_targets == 0:
         return {}
     loss = loss_sum / n_targets
@@ -375,6 +394,15 @@ def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dic
     if val.manifest.bytes:
         row["val_bits_per_byte"] = loss / math.log(2) * val.n_tokens / val.manifest.bytes
     return row
+
+
+def stop_validation(run: Run) -> bool:
+    """Whether the ranks have agreed to stop the run: a validation may take longer than a signal leaves."""
+    flags = torch.tensor(run.stop.flags(), dtype=torch.float64, device=run.device)
+    if run.world_size > 1:
+        dist.all_reduce(flags)
+    run.stop.summed(flags)
+    return run.stop.agreed()[0] is not None
 
 
 def publish_row(
@@ -433,6 +461,24 @@ def save(run: Run, throughput: Throughput) -> None:
     finish_part = run.recorder.publish_later() if run.recorder is not None else lambda: None
     run.saver.save(run.step, run.tensors(), checkpoint_meta(run), finish_part)
     throughput.go_on(paused)
+
+
+def may_save(run: Run) -> bool:
+    """Whether the state after `run.step` steps is whole and can be saved after an error in any place: without
+    collectives of training, in which the ranks may have come to different points."""
+    gathers = uses_fsdp(run.args) and run.args.save.state_dict_type == "full" and run.world_size > 1
+    return run.sound and not gathers and run.fault() is None
+
+
+def save_before_the_end(run: Run, throughput: Throughput) -> None:
+    """After an error of all ranks. What goes wrong now is not what ends the run."""
+    try:
+        if (run.folder / checkpoint_name(run.step)).exists():
+            return
+        save(run, throughput)
+        run.saver.wait()
+    except (Exception, KeyboardInterrupt) as error:
+        print(f"warning: step {run.step} could not be saved after the error: {error}", file=sys.stderr)
 
 
 def checkpoint_meta(run: Run) -> dict[str, object]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -19,8 +18,6 @@ from lit_model.model import GPT
 from pretrain.args import RunArgs, TrainArgs
 from pretrain.compiling import compile_blocks
 from pretrain.launch import WaitingNotice, environment_for_fabric, find_launch, gpu_index
-
-T = TypeVar("T")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -185,17 +182,3 @@ def prefetch(model: GPT, n_blocks: int) -> None:
     for i, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + n_blocks])
         block.set_modules_to_backward_prefetch(blocks[max(0, i - n_blocks) : i][::-1])
-
-
-def on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and give every rank its result, or its mistake (ValueError, FileNotFoundError)."""
-    outcome: tuple[str, Any] = ("", None)
-    if fabric.global_rank == 0:
-        try:
-            outcome = ("result", work())
-        except (ValueError, FileNotFoundError) as error:
-            outcome = (type(error).__name__, str(error))
-    kind, value = fabric.broadcast(outcome)
-    if kind == "result":
-        return value  # type: ignore[no-any-return]
-    raise (FileNotFoundError if kind == "FileNotFoundError" else ValueError)(value)

@@ -410,7 +410,7 @@ def take_steps(s: Situation, folder: Path) -> StepMeasure:
     fabric = s.ranks.fabric
     assert fabric is not None
     before = begin_peak(fabric.device)
-    run = set_up(args)
+    run = set_up(args, watched=False)
     seconds, losses = [], []
     try:
         throughput = Throughput(run.config, run.data.block_size, run.device, run.world_size)
@@ -431,7 +431,6 @@ def take_steps(s: Situation, folder: Path) -> StepMeasure:
     finally:
         run.loader.close()
         run.saver.close()
-        run.stop.close()
         if run.watchdog is not None:
             run.watchdog.close()
             run.watchdog.log.close()

@@ -46,7 +46,7 @@ from pretrain.checkpoint import STEP_COUNT, check_meta, find_checkpoint, load_st
 from pretrain.compiling import compile_blocks
 from pretrain.encoding import check_bos, unlike_special_tokens, unlike_start
 from pretrain.environment import command_line, record_environment
-from pretrain.first_failure import begin_attempt, report_failure
+from pretrain.first_failure import begin_attempt
 from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.init_from import load_optimizer, load_weights, model_config, optimizer_of
 from pretrain.launch import is_rank
@@ -60,10 +60,10 @@ from pretrain.parallel import (
     build_fabric,
     check_shapes,
     device_kind,
-    on_rank_zero,
     uses_fsdp,
 )
 from pretrain.rank_log import RankLog
+from pretrain.ranks import Peers, on_rank_zero
 from pretrain.saving import Saver
 from pretrain.synthetic import make_synthetic_data
 from pretrain.teacher_cache import FILE as CACHE_FILE
@@ -157,8 +157,10 @@ class Run:
     trackers: Trackers | None  # on rank 0
     taught_by: list[dict[str, Any]]  # name, sha256 and weight of each teacher
     teachers: Teachers | CachedTeacher | None = None
+    peers: Peers = dataclasses.field(default_factory=Peers)
     stop: StopRequest = dataclasses.field(init=False)
     watchdog: Watchdog | None = None
+    sound: bool = True  # the state is that after `step` steps: not between an update and the count of it
     step: int = 0
     finished: bool = False
     changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of settings, allowed when resuming
@@ -168,7 +170,7 @@ class Run:
     skipped_in_row: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
 
     def __post_init__(self) -> None:
-        self.stop = StopRequest(self.device, lambda: self.fault() is not None)
+        self.stop = StopRequest(self.device, lambda: self.fault() is not None, self.args.stop.after_minutes)
 
     def fault(self) -> str | None:
         """What a thread of this rank has failed in, so that the run must end; None if nothing has."""
@@ -496,8 +498,9 @@ def check_history(meta: dict[str, Any], data: Data, path: Path) -> None:
         )
 
 
-def set_up(args: RunArgs, argv: Sequence[str] | None = None) -> Run:
-    """Build the run. Raises ValueError or FileNotFoundError for a user's mistake, on every rank alike.
+def set_up(args: RunArgs, argv: Sequence[str] | None = None, *, watched: bool = True) -> Run:
+    """Build the run. Raises ValueError or OSError for a user's mistake: Mistake once there are several ranks, on all of
+    them alike. Any other error of one of several ranks ends the process, and the others, unless they are not `watched`.
 
     `argv` is the command line to record; default: this process's.
     """
@@ -509,16 +512,33 @@ def set_up(args: RunArgs, argv: Sequence[str] | None = None) -> Run:
         torch.set_float32_matmul_precision("high")
     there = not args.data.synthetic.tokens and args.resume is None
     opened: tuple[Datasets, ModelConfig] | None = None
+    if there and not is_rank():  # a mistake in what is there already is said before any process starts
+        opened = open_datasets(args, None)
+    fabric = build_fabric(args, devices)
+    peers = Peers(watched)
+    try:
+        return build(args, fabric, devices, peers, opened, argv)
+    except BaseException as error:
+        peers.end_set_up(error)
+
+
+def build(
+    args: RunArgs,
+    fabric: Fabric,
+    devices: int,
+    peers: Peers,
+    opened: tuple[Datasets, ModelConfig] | None,
+    argv: Sequence[str] | None,
+) -> Run:
+    """The run, once the ranks have met. `opened`: the data, where this process has opened it before that."""
 
     def open_once(checkpoint: Path | None) -> tuple[Datasets, ModelConfig]:
         return opened or open_datasets(args, checkpoint)
 
-    if there and not is_rank():
-        opened = open_once(None)  # a mistake in what is there already is said before any process starts
-    fabric = build_fabric(args, devices)
-    if there:  # thousands of shards are looked at by one rank, for all
-        opened = on_rank_zero(fabric, lambda: open_once(None))
+    if not args.data.synthetic.tokens and args.resume is None:
+        opened = on_rank_zero(fabric, lambda: open_once(None))  # thousands of shards are looked at by one rank, for all
     folder, checkpoint_path, lock, trackers = open_folder(fabric, args)
+    peers.folder = folder
     if args.data.synthetic.tokens:
         train, val = on_rank_zero(fabric, lambda: make_synthetic_data(args.data.synthetic, folder / "data", args.seed))
         args = dataclasses.replace(args)
@@ -597,6 +617,7 @@ def set_up(args: RunArgs, argv: Sequence[str] | None = None) -> Run:
         lock=lock,
         trackers=trackers,
         taught_by=taught_by,
+        peers=peers,
         step=step,
         changes=changes,
         skipped=zero.clone(),
@@ -607,22 +628,15 @@ def set_up(args: RunArgs, argv: Sequence[str] | None = None) -> Run:
         run.finished = step == data.max_steps and checkpoint_step(list_checkpoints(folder)[-1]) == step
     if not run.finished:
         run.teachers = open_teachers(args, fabric.device)
-        run.watchdog = open_watchdog(run)
-    try:
-        if not run.finished and run.world_size > 2 and not uses_fsdp(args):
-            settle_buckets(run)
-        if checkpoint_path is not None:
-            restore(run, checkpoint_path)
-        if not run.finished:
-            begin_recording(run)
-            assert run.watchdog is not None
-            record_environment(run.folder, run.watchdog.log.attempt, run.step, command_line(argv), run.device)
-    except (ValueError, FileNotFoundError):
-        raise
-    except Exception as error:
-        if run.watchdog is not None:
-            report_failure(error, run.step, run.watchdog)
-        raise
+        run.watchdog = peers.watchdog = open_watchdog(run)
+    if not run.finished and run.world_size > 2 and not uses_fsdp(args):
+        settle_buckets(run)
+    if checkpoint_path is not None:
+        restore(run, checkpoint_path)
+    if not run.finished:
+        begin_recording(run)
+        assert run.watchdog is not None
+        record_environment(run.folder, run.watchdog.log.attempt, run.step, command_line(argv), run.device)
     return run
 
 

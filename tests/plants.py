@@ -5,6 +5,9 @@ spike   {samples: [a, b), factor}           the parameters are multiplied after 
 signal  {rank, name, when, number}          the process signals itself at the number-th step | validation | saving
 hang    {rank, step}                        the rank sleeps for ever before this step
 raise   {rank, step}                        the rank raises before this step
+error   {ranks, where, type, file}          the ranks raise an error of this type, once: in set-up | resume | save |
+                                            validation | end; when that is is written to the file
+hide    {rank, path}                        the rank finds no dataset at this path
 ballast {rank, file, from_step, to_step}    a file fills the disk before one step, and is removed before the other
 blind   {}                                  no look at the free space before a save: it meets the full disk
 kill    {rank, step}                        the rank is killed before this step
@@ -12,6 +15,7 @@ kill    {rank, step}                        the rank is killed before this step
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import os
 import signal
@@ -26,8 +30,10 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
-from pretrain import loop, saving  # noqa: E402
+from lit_data.datapoints import DatapointRecorder  # noqa: E402
+from pretrain import loop, saving, setup  # noqa: E402
 from pretrain.optim import local  # noqa: E402
 
 
@@ -127,6 +133,43 @@ def fail() -> None:
     raise RuntimeError("planted failure")
 
 
+def throw(kind: str) -> None:
+    """Raise an error of a kind: the name of a built-in one, or "C++" for one of torch's own."""
+    if kind == "C++":
+        torch.ones(2) @ torch.ones(3)
+    raise getattr(builtins, kind)("planted")
+
+
+def _error(fault: dict[str, Any]) -> None:
+    owner, name = {
+        "set-up": (setup, "open_data"),
+        "resume": (setup, "restore"),
+        "save": (saving.Saver, "save"),
+        "validation": (loop, "validate"),
+        "end": (DatapointRecorder, "close"),
+    }[fault["where"]]
+    original, armed = getattr(owner, name), [True]
+
+    def fail_once(*arguments: Any, **keywords: Any) -> Any:
+        if armed[0] and dist.get_rank() in fault["ranks"]:
+            armed[0] = False
+            Path(fault["file"]).write_text(str(time.monotonic()))
+            throw(fault["type"])
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, fail_once)
+
+
+def _hide(fault: dict[str, Any]) -> None:
+    original = setup.PackedDataset
+
+    def open_dataset(path: Path) -> Any:
+        hidden = dist.is_initialized() and dist.get_rank() == fault["rank"] and str(path) == fault["path"]
+        return original(Path(fault["path"]) / "hidden" if hidden else path)
+
+    setup.PackedDataset = open_dataset  # type: ignore[misc, assignment]
+
+
 def _ballast(fault: dict[str, Any]) -> None:
     file = Path(fault["file"])
 
@@ -150,6 +193,8 @@ PLANTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "spike": _spike,
     "signal": _signal,
     "hang": lambda fault: _before_step(fault, _at_step(fault["step"], hang_for_ever)),
+    "error": _error,
+    "hide": _hide,
     "raise": lambda fault: _before_step(fault, _at_step(fault["step"], fail)),
     "kill": lambda fault: _before_step(fault, _at_step(fault["step"], lambda: os.kill(os.getpid(), signal.SIGKILL))),
     "ballast": _ballast,

@@ -114,6 +114,7 @@ def work(args: RunArgs, request: dict[str, Any]) -> None:
     run.watchdog.close()
     if run.fabric.global_rank == 0:
         torch.save(steps, f"{request['report']}.pt")
+    run.peers.meet()
 
 
 def check_loaded(run: Run, path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pretrain.args import GuardArgs
-from pretrain.guards import AgreedError, SpikeDetector, StopRequest, check_progress
+from pretrain.guards import AgreedError, SpikeDetector, StopRequest, StopSignals, check_progress
 
 
 def losses(n: int, seed: int = 0) -> list[float]:
@@ -82,15 +82,14 @@ def test_a_signal_is_agreed_on_by_the_sum() -> None:
     failed: list[bool] = []
     before = signal.getsignal(signal.SIGUSR1)
     request = StopRequest(torch.device("cpu"), lambda: bool(failed))
-    try:
+    with StopSignals() as signals:
+        request.signals, signals.kept = signals, True
         request.summed(torch.tensor(request.flags(), dtype=torch.float64))
         assert request.agreed() == (None, False)
         os.kill(os.getpid(), signal.SIGUSR1)
         mine = torch.tensor(request.flags(), dtype=torch.float64)
-        request.summed(mine + torch.tensor([0.0, 0.0, 2.0]))  # two other ranks have failed
+        request.summed(mine + torch.tensor([0.0, 0.0, 0.0, 0.0, 2.0]))  # two other ranks have failed
         assert request.agreed() == ("SIGUSR1", True)
         failed.append(True)
         assert request.flags()[-1] == 1.0
-    finally:
-        request.close()
     assert signal.getsignal(signal.SIGUSR1) == before

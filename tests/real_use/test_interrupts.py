@@ -1,0 +1,182 @@
+"""Point 11 and 29: Ctrl-C, other signals and a time limit stop a run wherever it is, and what was done is saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import ROOT, flags, metrics, same_checkpoints, train, write_dataset
+from zygote import Zygote
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder / "train", [60] * 60)
+    write_dataset(folder / "val", [60] * 20, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(*flags(data, run))
+    return run
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    zygote = Zygote(tmp_path_factory.mktemp("ranks"))
+    yield zygote
+    zygote.close()
+
+
+def test_ctrl_c_saves_and_a_resume_ends_as_if_nothing_had_been(
+    data: Path, whole: Path, tmp_path: Path, ranks: Any
+) -> None:
+    """Point 11: Ctrl-C after step 6 saves step 6, exits with 130 whatever stop.exit_code is, and says so."""
+    run = tmp_path / "run"
+    strike = {"kind": "signal", "rank": 0, "name": "SIGINT", "when": "step", "number": 6}
+    done = ranks.run(1, run, flags(data, run, stop__exit_code=7), plants=[strike])
+    assert done.statuses == [130], done.output
+    assert "stopped by SIGINT after step 6; resume with --resume latest" in done.output
+    assert "once more ends at once" in done.output and "Traceback" not in done.output
+    assert (run / "iter-00000006-ckpt.pth").exists()
+    assert json.loads((run / "stopped.json").read_text())["signal"] == "SIGINT"
+    train(*flags(data, run, stop__exit_code=7, resume="latest"))
+    same_checkpoints(run / "iter-00000012-ckpt.pth", whole / "iter-00000012-ckpt.pth")
+
+
+def test_ctrl_c_reaches_all_ranks(data: Path, tmp_path: Path, ranks: Any) -> None:
+    """Point 11: two ranks that both get SIGINT, or one alone, save at the same step; both end with 130."""
+    for name, struck in (("both", (0, 1)), ("one", (1,))):
+        run = tmp_path / name
+        plants = [{"kind": "signal", "rank": r, "name": "SIGINT", "when": "step", "number": 4} for r in struck]
+        done = ranks.run(2, run, flags(data, run, devices=2, strategy="ddp"), plants=plants)
+        assert done.statuses == [130, 130], done.output
+        assert (run / "iter-00000004-ckpt.pth").exists() and "Traceback" not in done.output
+
+
+def test_other_signals_keep_their_status(data: Path, tmp_path: Path, ranks: Any) -> None:
+    """Point 11: stop.exit_code is the status after SIGTERM, as before."""
+    run = tmp_path / "run"
+    strike = {"kind": "signal", "rank": 0, "name": "SIGTERM", "when": "step", "number": 3}
+    done = ranks.run(1, run, flags(data, run, stop__exit_code=7), plants=[strike])
+    assert done.statuses == [7] and (run / "iter-00000003-ckpt.pth").exists(), done.output
+
+
+def test_a_signal_in_the_first_validation_leaves_a_run_to_resume(
+    data: Path, whole: Path, tmp_path: Path, ranks: Any
+) -> None:
+    """Point 11: a signal before the first step, in the validation there, ends the run within a batch of it; what is
+    saved can be resumed, and ends like a run that was not stopped."""
+    run = tmp_path / "run"
+    strike = {"kind": "signal", "rank": 0, "name": "SIGTERM", "when": "validation", "number": 1}
+    done = ranks.run(1, run, flags(data, run), plants=[strike])
+    assert done.statuses == [0] and "after step 0" in done.output, done.output
+    assert "step 0: the validation is left unfinished (SIGTERM)" in done.output
+    assert (run / "iter-00000000-ckpt.pth").exists()
+    train(*flags(data, run, resume="latest"))
+    same_checkpoints(run / "iter-00000012-ckpt.pth", whole / "iter-00000012-ckpt.pth")
+    assert [r["step"] for r in metrics(run)] == [r["step"] for r in metrics(whole)]
+
+
+def test_a_signal_during_a_validation_does_not_wait_for_its_end(data: Path, tmp_path: Path, ranks: Any) -> None:
+    """Point 11: a signal to one of two ranks during a validation is heeded by both before the next batch."""
+    run = tmp_path / "run"
+    strike = {"kind": "signal", "rank": 1, "name": "SIGUSR1", "when": "validation", "number": 2}
+    done = ranks.run(2, run, flags(data, run, devices=2, strategy="ddp"), plants=[strike])
+    assert done.statuses == [0, 0] and "stopped by SIGUSR1 after step 6" in done.output, done.output
+    assert "step 6: the validation is left unfinished" in done.output
+    assert [r["val_loss"] != "" for r in metrics(run)] == [True] + [False] * 6
+    assert (run / "iter-00000006-ckpt.pth").exists()
+
+
+def test_stop_after_minutes(data: Path, tmp_path: Path, ranks: Any) -> None:
+    """Point 29: --stop.after_minutes stops like a signal: after a step, saved, with stop.exit_code; on all ranks."""
+    run = tmp_path / "run"
+    limit = flags(data, run, stop__after_minutes=1e-6, stop__exit_code=9, devices=2, strategy="ddp", data__val=None)
+    done = ranks.run(2, run, limit)
+    assert done.statuses == [9, 9] and "stopped by stop.after_minutes after step 1" in done.output, done.output
+    assert (run / "iter-00000001-ckpt.pth").exists()
+    assert json.loads((run / "stopped.json").read_text())["step"] == 1
+    refused = train(*flags(data, tmp_path / "no", stop__after_minutes=0), check=False)
+    assert refused.returncode == 2 and "--stop.after_minutes 0.0 must be greater than 0" in refused.stderr
+
+
+def begun(data: Path, run: Path, **changes: object) -> subprocess.Popen[str]:
+    """A long run as a user starts it, in a process group of its own, as in a terminal."""
+    line = [sys.executable, str(ROOT / "pretrain" / "fabric_train.py")]
+    line += flags(
+        data, run, train__max_steps=1_000_000, save__every_steps=500_000, eval__every_steps=500_000, **changes
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def steps_of(run: Path) -> int:
+    path = run / "metrics.csv"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for(what: Any, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not what():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_ctrl_c_in_a_terminal(devices: int, data: Path, tmp_path: Path) -> None:
+    """Point 11: Ctrl-C in a terminal reaches the launching process and all ranks it started: one save, status 130."""
+    run = tmp_path / "run"
+    process = begun(data, run, devices=devices, strategy="ddp" if devices > 1 else None)
+    wait_for(lambda: steps_of(run) > 4, process)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert len(list(run.glob("iter-*-ckpt.pth"))) == 1 and "Traceback" not in output
+    assert output.count("stopped by SIGINT after step") == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun(data: Path, tmp_path: Path) -> None:
+    """Point 11: torchrun passes Ctrl-C on to its ranks, which have had it from the terminal: it counts once."""
+    run = tmp_path / "run"
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line += [str(ROOT / "pretrain" / "fabric_train.py")]
+    line += flags(data, run, train__max_steps=1_000_000, save__every_steps=500_000, devices=2, strategy="ddp")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
+    wait_for(lambda: steps_of(run) > 4, process)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert "stopped by SIGINT after step" in output and len(list(run.glob("iter-*-ckpt.pth"))) == 1
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once(data: Path, tmp_path: Path) -> None:
+    """Point 11: a second Ctrl-C ends the process with 130 without saving; here while the step hangs."""
+    run = tmp_path / "run"
+    process = begun(data, run)
+    wait_for(lambda: steps_of(run) > 4, process)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGSTOP)
+        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGCONT)
+        time.sleep(0.005)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "ending without saving" in output or "stopped by SIGINT" in output

@@ -1,0 +1,175 @@
+"""Point 10 and "Must show" 4: an error of one rank, or of both, in each collective step of a run of two ranks.
+
+    python -m pytest -m slow -s tests/real_use/test_rank_errors.py
+
+prints the table of docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from running import flags, train, write_dataset
+from zygote import Answer, Zygote
+
+from pretrain.ranks import NOTICE_S, TOGETHER_S
+
+LIMIT_S = 20.0
+STEPS = ("set-up", "resume", "save", "validation", "end")
+KINDS = ("ValueError", "OSError", "MemoryError", "KeyboardInterrupt", "C++")
+WHO: tuple[tuple[int, ...], ...] = ((0,), (1,), (0, 1))
+NEWEST = {"set-up": None, "resume": 4, "save": 4, "validation": 4, "end": 12}  # its step when the error comes
+
+
+@dataclass
+class Trials:
+    """Runs of two ranks with one planted error each."""
+
+    zygote: Zygote
+    data: Path
+    folder: Path
+    stopped: Path  # a run that has saved step 4
+
+    def run(self, where: str, kind: str, ranks: tuple[int, ...]) -> tuple[Answer, Path, float]:
+        """What became of it, the run folder, and seconds from the error to the end of the last rank."""
+        run, mark = self.folder / f"{where}-{kind}-{ranks}", self.folder / "mark"
+        changes: dict[str, object] = {"devices": 2, "strategy": "ddp", "eval__every_steps": 6, "log__every_steps": 2}
+        if where in ("resume", "save", "validation"):  # from step 4; the error comes in step 6 or 8
+            shutil.copytree(self.stopped, run)
+            changes["resume"] = "latest"
+        plant = {"kind": "error", "ranks": list(ranks), "where": where, "type": kind, "file": str(mark)}
+        answer = self.zygote.run(2, run, flags(self.data, run, **changes), plants=[plant], timeout_s=90)
+        return answer, run, time.monotonic() - float(mark.read_text())
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trials]:
+    folder = tmp_path_factory.mktemp("trials")
+    write_dataset(folder / "data" / "train", [60] * 60)
+    write_dataset(folder / "data" / "val", [60] * 10, seed=1)
+    stopped = folder / "stopped"
+    zygote = Zygote(folder)
+    strike = {"kind": "signal", "rank": 0, "name": "SIGTERM", "when": "step", "number": 4}
+    command = flags(folder / "data", stopped, devices=2, strategy="ddp", log__every_steps=2)
+    assert zygote.run(2, stopped, command, plants=[strike]).statuses == [0, 0]
+    yield Trials(zygote, folder / "data", folder, stopped)
+    zygote.close()
+
+
+def newest(run: Path) -> str:
+    names = sorted(p.name for p in run.glob("iter-*-ckpt.pth"))
+    return names[-1] if names else "none"
+
+
+def check(answer: Answer, run: Path, seconds: float, where: str, kind: str, ranks: tuple[int, ...]) -> str:
+    """See that all ends as it must; how, in a few words."""
+    name = {"C++": "RuntimeError"}.get(kind, kind)
+    text = "size" if kind == "C++" else "planted"
+    output, both = answer.output, len(ranks) == 2
+    assert not answer.exceeded and all(status > 0 for status in answer.statuses), (answer.statuses, output)
+    assert seconds < LIMIT_S, (seconds, output)
+    early = where in ("set-up", "resume")
+    if both and early and kind in ("ValueError", "OSError"):  # a mistake that all ranks see: said once
+        assert answer.statuses == [2, 2] and output.count("error: planted") == 1, output
+        assert "Traceback" not in output
+        how = "one message, status 2"
+    elif both and early and kind == "KeyboardInterrupt":
+        assert answer.statuses == [130, 130] and output.count("planted") == 1 and "Traceback" not in output, output
+        how = "one line, status 130"
+    else:
+        status = 130 if kind == "KeyboardInterrupt" else 1
+        assert set(answer.statuses) == {status}, (answer.statuses, output)
+        named = [r for r in (0, 1) if f"rank {r} failed first (host " in output or f"rank {r} failed (host " in output]
+        assert named and set(named) <= set(ranks), output
+        assert f"{name}: " in output and text in output
+        for rank in ranks:
+            assert text in answer.outputs[rank]
+        for rank in {0, 1} - set(ranks):
+            assert f"rank {rank} stopped since rank {ranks[0]} failed first (host " in answer.outputs[rank], output
+        how = f"named by both, status {status}"
+    if not (early and where == "set-up"):
+        assert f"the newest checkpoint is {newest(run)}" in output, output
+    saved = newest(run)
+    before = NEWEST[where]
+    if before is None:
+        assert saved == "none"
+    elif both and where in ("save", "validation"):  # the state was sound: saved before the end
+        assert saved == f"iter-{8 if where == 'save' else 6:08d}-ckpt.pth", (saved, output)
+        how += ", saved first"
+    else:
+        assert saved == f"iter-{before:08d}-ckpt.pth", (saved, output)
+    return how
+
+
+@pytest.mark.parametrize(
+    ("where", "kind", "ranks"),
+    [
+        ("set-up", "ValueError", (1,)),
+        ("set-up", "OSError", (0, 1)),
+        ("resume", "KeyboardInterrupt", (0,)),
+        ("validation", "C++", (0, 1)),
+        ("save", "MemoryError", (1,)),
+    ],
+)
+def test_an_error_ends_all_ranks(trials: Trials, where: str, kind: str, ranks: tuple[int, ...]) -> None:
+    """Point 10: an error in set-up, resume, validation or a save, of one rank or both: all end, the right one named."""
+    check(*trials.run(where, kind, ranks), where, kind, ranks)
+
+
+@pytest.mark.slow
+def test_the_table_of_errors(trials: Trials, tmp_path: Path) -> None:
+    """Must show 4: 75 trials: each step, each type, on rank 0, on rank 1 and on both."""
+    trials.folder = tmp_path
+    rows: dict[tuple[str, tuple[int, ...]], dict[str, tuple[str, float]]] = {}
+    failed: list[str] = []
+    for where, ranks, kind in itertools.product(STEPS, WHO, KINDS):
+        answer, run, seconds = trials.run(where, kind, ranks)
+        try:
+            how = check(answer, run, seconds, where, kind, ranks)
+        except AssertionError as error:
+            how = "FAILED"
+            failed.append(f"{where} {kind} {ranks}: {error}")
+        rows.setdefault((where, ranks), {})[kind] = how, seconds
+        shutil.rmtree(run, ignore_errors=True)
+    print(f"\n| step | on rank | {' | '.join(KINDS)} |\n|{'---|' * (len(KINDS) + 2)}")
+    for (where, ranks), cells in rows.items():
+        who = " and ".join(map(str, ranks))
+        print(f"| {where} | {who} | " + " | ".join(f"{how}; {s:.1f} s" for how, s in cells.values()) + " |")
+    assert not failed, "\n\n".join(failed)
+
+
+def test_a_folder_that_only_rank_zero_finds_unusable(trials: Trials, tmp_path: Path) -> None:
+    """Point 10: an out_dir that cannot be made, on two ranks: one message, status 2 on both, no waiting."""
+    (tmp_path / "file").write_text("x")
+    run = tmp_path / "file" / "run"
+    answer = trials.zygote.run(2, run, flags(trials.data, run, devices=2, strategy="ddp"), timeout_s=60)
+    assert answer.statuses == [2, 2] and answer.output.count("error: ") == 1, answer.output
+    assert f"--out_dir {run} cannot be used: Not a directory" in answer.outputs[0]
+
+
+def test_data_that_one_rank_does_not_find(trials: Trials, tmp_path: Path) -> None:
+    """Point 10: a dataset that is missing on one node: that rank says so with its host, and no rank is left waiting."""
+    run = tmp_path / "run"
+    hide = {"kind": "hide", "rank": 1, "path": str(trials.data / "train")}
+    answer = trials.zygote.run(2, run, flags(trials.data, run, devices=2, strategy="ddp"), plants=[hide], timeout_s=60)
+    assert not answer.exceeded and answer.statuses == [1, 1], answer.output
+    assert "error: rank 1 failed (host " in answer.outputs[1] and "/hidden" in answer.outputs[1]
+    assert "rank 0 stopped since rank 1 failed first (host " in answer.outputs[0]
+    assert "Traceback" not in answer.output
+    assert TOGETHER_S + NOTICE_S < LIMIT_S
+
+
+def test_a_single_process_saves_before_an_error_ends_it(trials: Trials, tmp_path: Path) -> None:
+    """Point 11: an error that every rank reaches saves first where the state is sound: here of the only rank."""
+    run = tmp_path / "run"
+    answer = trials.zygote.run(1, run, flags(trials.data, run), plants=[{"kind": "raise", "rank": 0, "step": 6}])
+    assert answer.statuses == [1] and "planted failure" in answer.output
+    assert "the newest checkpoint is iter-00000006-ckpt.pth" in answer.output
+    train(*flags(trials.data, run, resume="latest"))
+    assert newest(run) == "iter-00000012-ckpt.pth"

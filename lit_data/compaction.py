@@ -187,16 +187,32 @@ def remove_covered(folder: Path, steps: int) -> None:
             part.path.unlink()
 
 
-def cut_record(folder: Path, steps: int) -> None:
-    """Remove everything beyond the first `steps` steps. Killed on the way, it can be done again."""
-    parts = list_parts(folder)
+def cut_record(folder: Path, steps: int) -> list[str]:
+    """Remove everything beyond the first `steps` steps. Killed on the way, it can be done again.
+
+    A damaged file of which earlier steps were needed is kept under another name. Returns a line for each.
+    """
+    parts, damaged = list_parts(folder), []
     later = {part.path for part in parts if part.end_step > steps}
     for part in believe(parts, steps):
         if part.path in later:
-            merge([part], folder)
+            try:
+                merge([part], folder)
+            except (pa.ArrowException, OSError, ValueError, EOFError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # of the file system; Arrow's own for damage have no number
+                aside = part.path.with_name(part.path.name + ".damaged")
+                os.rename(part.path, aside)
+                later.discard(part.path)
+                steps_of = f"steps {part.first_step} to {part.end_step - 1}"
+                damaged.append(f"the record of {steps_of} is damaged ({error}); kept as {aside}")
     for path in later:
-        path.unlink()
+        try:
+            path.unlink()
+        except OSError:  # what must not be read gets another name
+            os.rename(path, path.with_name(path.name + ".deleting"))
     sync_file(folder)  # before anyone writes other rows for the same steps
+    return damaged
 
 
 def copy_record(run: Path, first_step: int, folder: Path) -> None:

@@ -314,7 +314,8 @@ def remove_temporaries(folder: Path) -> None:
     """Remove what writers that were killed left behind."""
     for pattern in (".part-*.tmp", ".steps-*.tmp"):
         for path in folder.glob(pattern):
-            path.unlink()
+            with contextlib.suppress(OSError):  # a writer truncates what is there
+                path.unlink()
 
 
 def rows_of(table: pa.Table) -> Iterable[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -191,10 +192,20 @@ def write_order(folder: Path, facts: dict[str, Any], layout: tuple[int, int, int
     Args:
         facts: of `describe_order`.
         layout: (from_step, world_size, micro_batch_samples) from now on; earlier ones are kept.
+
+    A file that cannot be read is kept as order.json.damaged, and earlier layouts are lost with it; a warning says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "order.json"
-    earlier = read_record(_Facts, path).layouts if path.exists() else []
+    try:
+        earlier = read_record(_Facts, path).layouts if os.path.lexists(path) else []
+    except (OSError, ValueError) as error:
+        aside = path.with_name("order.json.damaged")
+        os.replace(path, aside)
+        warnings.warn(
+            f"{error}; kept as {aside}, and the layouts of ranks before step {layout[0]} are lost", stacklevel=2
+        )
+        earlier = []
     layouts = [list(entry) for entry in earlier if entry[0] < layout[0]] + [list(layout)]
     write_json(path, {**facts, "layouts": layouts})
 

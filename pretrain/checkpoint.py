@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint, checkpoin
 from lit_model.sharded import load_into
 from pretrain.args import SaveArgs
 from pretrain.layers import FILE as LAYERS
-from pretrain.metrics import COLUMNS, cut_metrics
+from pretrain.messages import warn
+from pretrain.metrics import COLUMNS, cut_metrics, set_aside
 from pretrain.metrics import FILE as METRICS
 
 FORMAT_VERSION = 1
@@ -163,50 +165,71 @@ def same_state(one: Path, other: Path) -> bool:
     return one.samefile(other) or facts[0] == facts[1]
 
 
-def rewind(run: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
+def rewind(run: Path, step: int, columns: Sequence[str] = COLUMNS, *, again: bool = False) -> None:
     """Make a run folder what it was after `step` steps. Rank 0 calls this before anyone writes.
 
     Later checkpoints and their part of the record move to abandoned/; parts that no checkpoint had committed, which
-    a killed run leaves, are removed; metrics.csv, whose `columns` are given, and layers.csv are cut. Killed on the way,
-    the run can be resumed from any checkpoint that is still in its place.
+    a killed run leaves, are removed; metrics.csv, whose `columns` are given, and layers.csv are cut, the former before
+    the row of `step` if that is to be written `again`. Killed on the way, the run can be resumed from any checkpoint
+    that is still in its place.
     """
     datapoints = run / "datapoints"
     for leftover in [*run.glob(".iter-*.tmp"), *run.glob(".deleting-*")]:
-        remove(leftover)
+        remove_if_possible(leftover)
     remove_temporaries(datapoints)
     later = [p for p in list_checkpoints(run) if (checkpoint_step(p) or 0) > step]
     if later:
-        abandoned = run / ABANDONED
-        number = sum(1 for _ in abandoned.iterdir()) if abandoned.is_dir() else 0
-        grave = abandoned / f"{number:03d}-from-{step:08d}"
-        (grave / "datapoints").mkdir(parents=True)
+        grave = new_grave(run / ABANDONED, step)
         for name in (METRICS, LAYERS):
             with contextlib.suppress(OSError):  # damaged: cut_metrics sees to it
                 if (run / name).is_file():
                     shutil.copy2(run / name, grave / name)
         # Copied, not moved: as long as a later checkpoint is in its place, the record must reach up to it.
         if datapoints.is_dir():
-            copy_record(run, step, grave / "datapoints")
+            try:
+                copy_record(run, step, grave / "datapoints")
+            except Exception as error:  # whatever a damaged part raises; it is of no step that the run keeps
+                warn(f"the record from step {step} on could not be copied whole to {grave}: {error}")
         for path in reversed(later):
             os.rename(path, grave / path.name)
         sync_file(run)
     if datapoints.is_dir():
-        cut_record(datapoints, step)
-    cut_metrics(run / METRICS, step, columns)
+        for damage in cut_record(datapoints, step):
+            warn(damage)
+    cut_metrics(run / METRICS, step, columns, again=again)
     cut_metrics(run / LAYERS, step)
 
 
-def retain(run: Path, args: SaveArgs) -> None:
-    """Delete old checkpoints: keep the newest `keep_last` and multiples of `keep_every`. Never the newest one."""
+def new_grave(abandoned: Path, step: int) -> Path:
+    """A new folder in abandoned/ for what comes after `step`, with a folder `datapoints` in it."""
+    if os.path.lexists(abandoned) and not abandoned.is_dir():
+        warn(f"{abandoned} is not a folder; kept as {set_aside(abandoned).name}")
+    for number in itertools.count(sum(1 for _ in abandoned.iterdir()) if abandoned.is_dir() else 0):
+        grave = abandoned / f"{number:03d}-from-{step:08d}"
+        with contextlib.suppress(FileExistsError):  # the numbers have gaps where some were deleted
+            (grave / "datapoints").mkdir(parents=True)
+            return grave
+    raise AssertionError
+
+
+def retain(run: Path, args: SaveArgs, undeletable: set[Path]) -> None:
+    """Delete old checkpoints: keep the newest `keep_last` and multiples of `keep_every`. Never the newest one.
+
+    One that can't be deleted is warned of once, and added to `undeletable`.
+    """
     if args.keep_last == 0:
         return
     for path in list_checkpoints(run)[: -args.keep_last]:
         step = checkpoint_step(path) or 0
-        if args.keep_every and step % args.keep_every == 0:
+        if path in undeletable or (args.keep_every and step % args.keep_every == 0):
             continue
-        aside = path.with_name(f".deleting-{path.name}")
-        os.rename(path, aside)  # a name that exists is whole, also while it is being deleted
-        remove(aside)
+        try:
+            aside = path.with_name(f".deleting-{path.name}")
+            os.rename(path, aside)  # a name that exists is whole, also while it is being deleted
+            remove(aside)
+        except OSError as error:
+            undeletable.add(path)
+            warn(f"{path} could not be deleted: {error}")
 
 
 def state_tensors(
@@ -219,9 +242,17 @@ def state_tensors(
     return tensors
 
 
+def remove_if_possible(path: Path) -> None:
+    """Remove a file or folder that nothing depends on; warn if it can't be."""
+    try:
+        remove(path)
+    except OSError as error:
+        warn(f"{path} could not be deleted: {error}")
+
+
 def remove(path: Path) -> None:
     """Remove a file or folder, if it is there."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import io
 import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from types import TracebackType
 from typing import Any, NoReturn
 
 # Names of lit-gpt, TinyLlama, litgpt and transformers -> ours. Of each, those are suggested that a command line has.
@@ -247,6 +248,19 @@ class ScriptParser(argparse.ArgumentParser):
         flags = (flag for parser in parsers for action in parser._actions for flag in action.option_strings)
         known = list(dict.fromkeys(flag.lstrip("-") for flag in flags))
         self.exit(2, f"error: {explain(message, known)}\n{self.prog} --help lists the flags\n")
+
+
+def end_on_ctrl_c() -> None:
+    """From now on Ctrl-C ends this script with one line and status 130. For the imports too, which take seconds."""
+    usual = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
+        usual(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def make_printable() -> None:

@@ -17,6 +17,10 @@ if __name__ == "__main__":
     # The checkout in place of this folder: `import pretrain` finds it, and no module here can shadow another library's.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+    from pretrain.command_line import end_on_ctrl_c
+
+    end_on_ctrl_c()
+
 import torch
 import torch.distributed as dist
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
@@ -37,6 +41,7 @@ from pretrain.first_failure import lost_connection
 from pretrain.guards import AgreedError, Interrupted, StopSignals
 from pretrain.launch import fit_to_launch, has_gpus, is_first_process
 from pretrain.loop import fit
+from pretrain.messages import Unfailing
 from pretrain.parallel import DTYPES
 from pretrain.preflight import preflight
 from pretrain.ranks import Mistake, status_of
@@ -267,6 +272,8 @@ def leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    make_printable()
+    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
     try:
         leave(main())
     except (Exception, KeyboardInterrupt):  # of this rank alone: the interpreter's tear-down would wait for the others

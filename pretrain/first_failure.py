@@ -26,6 +26,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from pretrain.checkpoint import remove
+from pretrain.messages import warn
 from pretrain.rank_log import FOLDER, RankLog
 from pretrain.watchdog import SILENT_INTERVALS, Watchdog
 
@@ -70,8 +72,12 @@ class Failure:
 
 def begin_attempt(run: Path) -> str:
     """Rank 0, before any other may report: remove an earlier attempt's failure. Returns the name of this attempt."""
-    (run / FOLDER).mkdir(parents=True, exist_ok=True)
-    (run / FOLDER / FILE).unlink(missing_ok=True)
+    path = run / FOLDER / FILE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(path)
+    except OSError as error:
+        warn(f"{path} cannot be used ({error}); a first failure is not kept there")
     return secrets.token_hex(8)
 
 
@@ -195,8 +201,11 @@ def in_time(ask: Callable[[], T]) -> T | None:
 
 def to_failure(text: str | None, attempt: str) -> Failure | None:
     """A failure from its JSON; None for another attempt's, or none."""
-    facts = json.loads(text) if text else None
-    return Failure(**facts) if facts is not None and facts["attempt"] == attempt else None
+    try:
+        facts = json.loads(text) if text else None
+        return Failure(**facts) if facts is not None and facts["attempt"] == attempt else None
+    except (ValueError, TypeError, KeyError):  # damaged
+        return None
 
 
 def utc_now() -> str:

@@ -110,8 +110,10 @@ def run_steps(run: Run) -> str | None:
     stopped = None
     steps = run.loader.steps(run.step, max_steps)
     try:
-        if run.step == 0:
-            publish_row(run, metrics, progress, {"step": 0, "tokens": 0} | validate(run, throughput, progress))
+        if run.step == 0 or run.unfinished is not None:
+            row = with_validation(run, run.unfinished or {"tokens": 0}, throughput, progress)
+            if row:
+                publish_row(run, metrics, progress, {"step": run.step} | row)
             if run.stop.reason is not None:
                 save(run, throughput)
                 run.saver.wait()
@@ -133,13 +135,14 @@ def run_steps(run: Run) -> str | None:
                 compiled = None
             throughput.add(slots)
             row = measure(run, result, throughput) if log_step else {}
+            whole = row
             if last or run.step % args.eval.every_steps == 0:
-                row |= validate(run, throughput, progress)
+                whole = with_validation(run, row, throughput, progress)
             by_layer = norms.read() if norms is not None and log_step else {}
             if by_layer and layers is not None:
                 layers.write({"step": run.step} | by_layer)
-            if row:
-                publish_row(run, metrics, progress, {"step": run.step} | row, by_layer)
+            if whole:
+                publish_row(run, metrics, progress, {"step": run.step} | whole, by_layer)
             stopped, failed = run.stop.agreed()
             if failed:
                 raise_fault(run)
@@ -173,7 +176,7 @@ def run_steps(run: Run) -> str | None:
             run.recorder.close()
         if run.compactor is not None:
             run.compactor.close(finish=run.step == max_steps)
-    return None if run.step == max_steps else stopped
+    return None if run.step == max_steps and run.unfinished is None else stopped
 
 
 def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> StepResult:
@@ -352,9 +355,21 @@ def epoch_columns(run: Run, epochs: list[float]) -> list[tuple[str, float]]:
     return [(f"epoch_{d}", epoch) for d, epoch in enumerate(epochs)]
 
 
+def with_validation(
+    run: Run, row: dict[str, float], throughput: Throughput, progress: ProgressDisplay
+) -> dict[str, float]:
+    """A row of metrics with the columns of validation. Nothing if a stop has cut that short: then the checkpoint keeps
+    the row, and a resume begins with the validation.
+    """
+    values = validate(run, throughput, progress)
+    run.unfinished = row if values is None else None
+    return {} if values is None else row | values
+
+
 @torch.no_grad()
-def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dict[str, float]:
+def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dict[str, float] | None:
     """Mean loss over every target of the validation split (sum over count, all ranks), and bits per byte of its text.
+    None if the ranks have agreed to stop.
 
     Bits per byte is the mean loss in bits times tokens per byte of the whole split: a document's first token, which
     is never a target, is charged the mean.
@@ -384,8 +399,8 @@ def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dic
     loss_sum, n_targets = total.tolist()
     throughput.go_on(paused)
     if run.stop.reason is not None:
-        run.fabric.print(f"step {run.step}: the validation is left unfinished ({run.stop.reason})")
-        return {}
+        progress.say(f"step {run.step}: {run.stop.reason}; the validation is left to the resume")
+        return None
     if n_targets == 0:
         return {}
     loss = loss_sum / n_targets
@@ -486,6 +501,7 @@ def checkpoint_meta(run: Run) -> dict[str, object]:
     datasets = run.data.train
     return {
         "step": run.step,
+        "unfinished_row": run.unfinished,
         "max_steps": run.data.max_steps,
         "tokens": int(run.tokens.item()),
         "segments": [s.to_dict() for s in run.segments],

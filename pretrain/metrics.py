@@ -124,7 +124,7 @@ def newest_step(path: Path) -> int | None:
         return None
 
 
-def cut_metrics(path: Path, step: int, columns: Sequence[str] = COLUMNS) -> None:
+def cut_metrics(path: Path, step: int, columns: Sequence[str] = COLUMNS, *, again: bool = False) -> None:
     """Drop the rows after `step` from metrics.csv, and a last row that a killed run left unfinished.
 
     A run at step 0 begins with a row of its own, so that none is kept. A damaged file never raises: it is kept beside
@@ -132,6 +132,7 @@ def cut_metrics(path: Path, step: int, columns: Sequence[str] = COLUMNS) -> None
 
     Args:
         columns: of a file whose header was lost.
+        again: drop the row of `step` as well.
     """
     if not os.path.lexists(path):
         return
@@ -143,7 +144,7 @@ def cut_metrics(path: Path, step: int, columns: Sequence[str] = COLUMNS) -> None
         content, rows, damage = None, read_rows(b"", columns), f"it cannot be read ({error.strerror})"
     if step == 0 and content is not None and b"\n" not in content:
         damage = None  # killed before the header was written
-    kept = [row for row, n in zip(rows.text, rows.steps(), strict=True) if n <= step and step > 0]
+    kept = [row for row, n in zip(rows.text, rows.steps(), strict=True) if n <= step - again and step > 0]
     new = b"".join([rows.header, *kept])
     try:
         if damage is None and content is not None and content.startswith(new):

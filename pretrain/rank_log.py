@@ -5,18 +5,33 @@ A line begins with the time in UTC, rank, host and process id. Tracebacks and st
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
+from pretrain.messages import warn
+
 FOLDER = "logs"  # in the run folder
+
+
+class _Handler(logging.FileHandler):
+    """Says once, in a line, that the log takes nothing more."""
+
+    said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.said:
+            self.said = True
+            warn(f"{self.baseFilename}: {sys.exc_info()[1]}; some lines are missing there")
 
 
 class RankLog:
@@ -37,8 +52,13 @@ class RankLog:
         self.run, self.rank, self.world_size, self.attempt = folder, rank, world_size, attempt
         self.host = socket.gethostname()
         self.path = folder / FOLDER / f"rank-{rank:05d}.log"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._handler = logging.FileHandler(self.path, encoding="utf-8")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._handler = _Handler(self.path, encoding="utf-8")
+        except OSError as error:  # no reason not to train
+            self.path = Path(tempfile.mkdtemp(prefix="llammlein-logs-")) / self.path.name
+            warn(f"rank {rank}: no log can be written to {folder / FOLDER} ({error}); it goes to {self.path}")
+            self._handler = _Handler(self.path, encoding="utf-8")
         form = logging.Formatter(
             f"%(asctime)s.%(msecs)03dZ rank {rank} {self.host} {os.getpid()}: %(message)s", "%Y-%m-%dT%H:%M:%S"
         )
@@ -78,7 +98,8 @@ class RankLog:
             faulthandler.enable(sys.__stderr__ or 2)
         else:
             faulthandler.disable()
-        self._handler.close()
+        with contextlib.suppress(OSError):  # the disk is full
+            self._handler.close()
 
     def _thread_failed(self, arguments: threading.ExceptHookArgs) -> None:
         if arguments.exc_value is not None and arguments.exc_type is not SystemExit:

@@ -111,8 +111,12 @@ class Peers:
             while not (here := store.check(keys)) and time.monotonic() < until:
                 time.sleep(0.02)
             same = here and len(set(store.multi_get(keys))) == 1
-            return store.compare_set("llammlein/together", "", "yes" if same else "no") == b"yes"
-        except RuntimeError:  # the store has gone with its host
+            together = store.compare_set("llammlein/together", "", "yes" if same else "no") == b"yes"
+            store.set(f"llammlein/told/{self.rank}", "")
+            if together and self.rank == 0:  # the store may end with this process
+                store.wait([f"llammlein/told/{rank}" for rank in range(self.world_size)], timedelta(seconds=NOTICE_S))
+            return together
+        except RuntimeError:  # the store has gone with its host, or a rank that agreed has not answered
             return False
 
     def end_set_up(self, error: BaseException) -> NoReturn:
@@ -120,6 +124,8 @@ class Peers:
         process and, within seconds, the others."""
         if (newest := self.newest_checkpoint) != "none":
             error.add_note(f"the newest checkpoint is {newest}")
+        if isinstance(error, Mistake):
+            self.all_reach(error)  # rank 0 stays until all have it
         if isinstance(error, Mistake) or not self.several:
             self.close()
             raise error

@@ -85,6 +85,7 @@ class Saver:
         self.rank = dist.get_rank() if several else 0
         self.group = dist.new_group(backend="gloo", timeout=timeout) if several else None
         self.times, self.skipped = SaveTimes(), 0
+        self._undeletable: set[Path] = set()
         self._thread: ThreadPoolExecutor | None = None
         self._staged: dict[str, Tensor] = {}
         self._pending: Future[None] | None = None
@@ -188,7 +189,7 @@ class Saver:
             raise
         self.times.total_s = time.perf_counter() - began
         if self.rank == 0:
-            retain(self.run, self.args)
+            retain(self.run, self.args, self._undeletable)
             self.published()
             say(f"step {meta['step']}: saved {path}")
 
@@ -204,7 +205,7 @@ class Saver:
 
         def begin() -> None:
             if self.rank == 0:
-                remove(temporary)
+                clear(temporary)
                 check_free_space(self.run, sum(t.numel() * t.element_size() for t in tensors.values()))
                 if sharded:
                     temporary.mkdir()
@@ -275,6 +276,14 @@ class Saver:
             told = "; ".join(f"rank {rank}: {f}" for rank, f in list(faults.items())[:3])
             raise SaveError(f"{path} could not be written: {told}")
         return [r for _, r in outcomes]
+
+
+def clear(temporary: Path) -> None:
+    """Make way for a new file or folder: what a killed save left is removed, or renamed where it can't be."""
+    try:
+        remove(temporary)
+    except OSError:
+        os.rename(temporary, temporary.with_name(f".deleting-{temporary.name}-{time.time_ns()}"))
 
 
 class _ShardWriter(FileSystemWriter):

@@ -31,6 +31,7 @@ from lit_data.tokenizer_files import copy_tokenizer
 from lit_data.trace import describe_order, write_order
 from lit_files.checksum import file_sha256
 from lit_files.lock import FileLock, lock_folder
+from lit_files.publish import write_text
 from lit_model.config import ModelConfig
 from lit_model.init import initialise
 from lit_model.load import (
@@ -42,7 +43,16 @@ from lit_model.load import (
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from pretrain.args import DistillationArgs, RunArgs, TrainArgs, flat, plain
-from pretrain.checkpoint import STEP_COUNT, check_meta, find_checkpoint, load_state, remove, rewind, state_tensors
+from pretrain.checkpoint import (
+    STEP_COUNT,
+    check_meta,
+    find_checkpoint,
+    load_state,
+    remove,
+    remove_if_possible,
+    rewind,
+    state_tensors,
+)
 from pretrain.compiling import compile_blocks
 from pretrain.encoding import check_bos, unlike_special_tokens, unlike_start
 from pretrain.environment import command_line, record_environment
@@ -50,7 +60,7 @@ from pretrain.first_failure import begin_attempt
 from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.init_from import load_optimizer, load_weights, model_config, optimizer_of
 from pretrain.launch import is_rank
-from pretrain.messages import say
+from pretrain.messages import say, warn
 from pretrain.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS, newest_step
 from pretrain.metrics import FILE as METRICS
 from pretrain.model_tokenizer import OVERRIDE, check_model_and_data, compare, of_data
@@ -163,6 +173,7 @@ class Run:
     sound: bool = True  # the state is that after `step` steps: not between an update and the count of it
     step: int = 0
     finished: bool = False
+    unfinished: dict[str, float] | None = None  # the row of metrics of `step`, whose validation a stop has cut short
     changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of settings, allowed when resuming
     skips: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # samples left out after a loss spike
     tokens: Tensor = dataclasses.field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # inputs seen
@@ -626,6 +637,7 @@ def build(
     )
     if checkpoint_path is not None and meta is not None:
         run.finished = step == data.max_steps and checkpoint_step(list_checkpoints(folder)[-1]) == step
+        run.finished &= meta.get("unfinished_row") is None
     if not run.finished:
         run.teachers = open_teachers(args, fabric.device)
         run.watchdog = peers.watchdog = open_watchdog(run)
@@ -696,6 +708,7 @@ def restore(run: Run, path: Path) -> None:
     run.skipped.fill_(meta["skipped"])
     run.skipped_in_row.fill_(meta.get("skipped_in_row", 0))
     run.tokens.fill_(meta["tokens"])
+    run.unfinished = meta.get("unfinished_row")
     run.skips = list(meta.get("skips", []))
     run.spikes = SpikeDetector(run.args.guard, meta.get("spikes"))
     if run.loss_scale is not None and meta["loss_scale"] is not None:
@@ -791,16 +804,17 @@ def prepare_folder(run: Run) -> None:
     goes_back = (newest_step(run.folder / METRICS) or 0) > run.step
     if goes_back:
         abandon(run.folder, run.args.log)
-    rewind(run.folder, run.step, metrics_columns(run))
+    rewind(run.folder, run.step, metrics_columns(run), again=run.unfinished is not None)
     if run.args.log.trackers and (run.trackers is None or goes_back):
         if run.trackers is not None:
             run.trackers.close()
         run.trackers = Trackers(run.folder, run.args.log, plain(run.args), run.step, strict=False)
-    (run.folder / STOPPED).unlink(missing_ok=True)
+    remove_if_possible(run.folder / STOPPED)
     text = yaml.safe_dump(plain(dataclasses.replace(run.args, resume=None)), sort_keys=False, allow_unicode=True)
-    temporary = run.folder / ".config.yaml.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, run.folder / "config.yaml")
+    try:
+        write_text(run.folder / "config.yaml", text)
+    except OSError as error:  # a checkpoint holds it as well
+        warn(f"{run.folder / 'config.yaml'} could not be written: {error}")
     if run.args.data.datapoints and not run.args.data.mock:
         facts = describe_order(
             run.data.rows,
@@ -815,4 +829,9 @@ def prepare_folder(run: Run) -> None:
         write_order(run.folder / "datapoints", facts, layout)
     source = run.data.train[0].tokenizer_folder
     if source is not None and not (run.folder / "tokenizer").exists():
-        copy_tokenizer(source, run.folder / "tokenizer")
+        try:
+            copy_tokenizer(source, run.folder / "tokenizer")
+        except (OSError, ValueError) as error:
+            if run.step == 0:
+                raise
+            warn(f"the tokenizer could not be copied to {run.folder}: {error}")

@@ -7,6 +7,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from pretrain.command_line import end_on_ctrl_c
+
+end_on_ctrl_c()
+
 from pretrain.command_line import ScriptParser
 from pretrain.export import import_from_hf
 

@@ -14,6 +14,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from pretrain.command_line import end_on_ctrl_c
+
+end_on_ctrl_c()
+
 from lit_model.cost import count_parameters
 from pretrain.command_line import ScriptParser
 from pretrain.legacy import Imported, import_legacy

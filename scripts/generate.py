@@ -10,6 +10,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from pretrain.command_line import end_on_ctrl_c
+
+end_on_ctrl_c()
+
 import torch
 
 from lit_data.tokenizer import Tokenizer, open_tokenizer

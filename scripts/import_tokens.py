@@ -16,6 +16,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from pretrain.command_line import end_on_ctrl_c
+
+end_on_ctrl_c()
+
 from lit_data.foreign import FLAT_DTYPES
 from lit_data.token_import import Cutting, import_tokens
 from pretrain.command_line import ScriptParser

@@ -16,6 +16,10 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from pretrain.command_line import end_on_ctrl_c
+
+end_on_ctrl_c()
+
 from lit_data.inventory import (
     RepeatedIds,
     Sample,

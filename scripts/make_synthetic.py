@@ -8,6 +8,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from pretrain.command_line import end_on_ctrl_c
+
+end_on_ctrl_c()
+
 from lit_data.corpus.synthetic import LEVELS, entropy_per_document, words_per_document, write_synthetic
 from pretrain.command_line import ScriptParser
 

@@ -20,6 +20,10 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from pretrain.command_line import end_on_ctrl_c
+
+end_on_ctrl_c()
+
 from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS
 from lit_data.executors import run_on_executors
 from lit_data.plan import Settings

@@ -12,6 +12,10 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from pretrain.command_line import end_on_ctrl_c
+
+end_on_ctrl_c()
+
 from lit_data.datapoints import CHECKPOINT_NAME, rows_of
 from lit_data.documents import Documents
 from lit_data.exposures import count_exposures, draw_exposures

@@ -15,6 +15,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from pretrain.command_line import end_on_ctrl_c
+
+end_on_ctrl_c()
+
 from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS, ReadErrors
 from lit_data.corpus.tokenizer_training import KINDS, train_tokenizer
 from pretrain.command_line import ScriptParser

@@ -7,7 +7,6 @@ hang    {rank, step}                        the rank sleeps for ever before this
 raise   {rank, step}                        the rank raises before this step
 error   {ranks, where, type, file}          the ranks raise an error of this type, once: in set-up | resume | save |
                                             validation | end; when that is is written to the file
-hide    {rank, path}                        the rank finds no dataset at this path
 ballast {rank, file, from_step, to_step}    a file fills the disk before one step, and is removed before the other
 blind   {}                                  no look at the free space before a save: it meets the full disk
 kill    {rank, step}                        the rank is killed before this step
@@ -160,16 +159,6 @@ def _error(fault: dict[str, Any]) -> None:
     setattr(owner, name, fail_once)
 
 
-def _hide(fault: dict[str, Any]) -> None:
-    original = setup.PackedDataset
-
-    def open_dataset(path: Path) -> Any:
-        hidden = dist.is_initialized() and dist.get_rank() == fault["rank"] and str(path) == fault["path"]
-        return original(Path(fault["path"]) / "hidden" if hidden else path)
-
-    setup.PackedDataset = open_dataset  # type: ignore[misc, assignment]
-
-
 def _ballast(fault: dict[str, Any]) -> None:
     file = Path(fault["file"])
 
@@ -194,7 +183,6 @@ PLANTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "signal": _signal,
     "hang": lambda fault: _before_step(fault, _at_step(fault["step"], hang_for_ever)),
     "error": _error,
-    "hide": _hide,
     "raise": lambda fault: _before_step(fault, _at_step(fault["step"], fail)),
     "kill": lambda fault: _before_step(fault, _at_step(fault["step"], lambda: os.kill(os.getpid(), signal.SIGKILL))),
     "ballast": _ballast,

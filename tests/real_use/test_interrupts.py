@@ -82,7 +82,7 @@ def test_a_signal_in_the_first_validation_leaves_a_run_to_resume(
     strike = {"kind": "signal", "rank": 0, "name": "SIGTERM", "when": "validation", "number": 1}
     done = ranks.run(1, run, flags(data, run), plants=[strike])
     assert done.statuses == [0] and "after step 0" in done.output, done.output
-    assert "step 0: the validation is left unfinished (SIGTERM)" in done.output
+    assert "step 0: SIGTERM; the validation is left to the resume" in done.output
     assert (run / "iter-00000000-ckpt.pth").exists()
     train(*flags(data, run, resume="latest"))
     same_checkpoints(run / "iter-00000012-ckpt.pth", whole / "iter-00000012-ckpt.pth")
@@ -95,9 +95,13 @@ def test_a_signal_during_a_validation_does_not_wait_for_its_end(data: Path, tmp_
     strike = {"kind": "signal", "rank": 1, "name": "SIGUSR1", "when": "validation", "number": 2}
     done = ranks.run(2, run, flags(data, run, devices=2, strategy="ddp"), plants=[strike])
     assert done.statuses == [0, 0] and "stopped by SIGUSR1 after step 6" in done.output, done.output
-    assert "step 6: the validation is left unfinished" in done.output
-    assert [r["val_loss"] != "" for r in metrics(run)] == [True] + [False] * 6
+    assert "step 6: SIGUSR1; the validation is left to the resume" in done.output
+    assert [r["step"] for r in metrics(run)] == [str(n) for n in range(6)]
     assert (run / "iter-00000006-ckpt.pth").exists()
+    assert ranks.run(2, run, flags(data, run, devices=2, strategy="ddp", resume="latest")).statuses == [0, 0]
+    rows = metrics(run)
+    assert [r["step"] for r in rows] == [str(n) for n in range(13)]
+    assert [int(r["step"]) for r in rows if r["val_loss"]] == [0, 6, 12] and all(r["train_loss"] for r in rows[1:])
 
 
 def test_stop_after_minutes(data: Path, tmp_path: Path, ranks: Any) -> None:
@@ -180,3 +184,15 @@ def test_a_second_ctrl_c_ends_at_once(data: Path, tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "ending without saving" in output or "stopped by SIGINT" in output
+
+
+def test_a_signal_in_the_last_validation(data: Path, whole: Path, tmp_path: Path, ranks: Any) -> None:
+    """Point 11: a run that is stopped in its last validation is not done; a resume validates, and then it is."""
+    run = tmp_path / "run"
+    strike = {"kind": "signal", "rank": 0, "name": "SIGINT", "when": "validation", "number": 3}
+    done = ranks.run(1, run, flags(data, run), plants=[strike])
+    assert done.statuses == [130] and "stopped by SIGINT after step 12" in done.output, done.output
+    train(*flags(data, run, resume="latest"))
+    for column in ("step", "val_loss", "train_loss"):
+        assert [r[column] for r in metrics(run)] == [r[column] for r in metrics(whole)]
+    same_checkpoints(run / "iter-00000012-ckpt.pth", whole / "iter-00000012-ckpt.pth")

@@ -18,8 +18,6 @@ import pytest
 from running import flags, train, write_dataset
 from zygote import Answer, Zygote
 
-from pretrain.ranks import NOTICE_S, TOGETHER_S
-
 LIMIT_S = 20.0
 STEPS = ("set-up", "resume", "save", "validation", "end")
 KINDS = ("ValueError", "OSError", "MemoryError", "KeyboardInterrupt", "C++")
@@ -151,18 +149,6 @@ def test_a_folder_that_only_rank_zero_finds_unusable(trials: Trials, tmp_path: P
     answer = trials.zygote.run(2, run, flags(trials.data, run, devices=2, strategy="ddp"), timeout_s=60)
     assert answer.statuses == [2, 2] and answer.output.count("error: ") == 1, answer.output
     assert f"--out_dir {run} cannot be used: Not a directory" in answer.outputs[0]
-
-
-def test_data_that_one_rank_does_not_find(trials: Trials, tmp_path: Path) -> None:
-    """Point 10: a dataset that is missing on one node: that rank says so with its host, and no rank is left waiting."""
-    run = tmp_path / "run"
-    hide = {"kind": "hide", "rank": 1, "path": str(trials.data / "train")}
-    answer = trials.zygote.run(2, run, flags(trials.data, run, devices=2, strategy="ddp"), plants=[hide], timeout_s=60)
-    assert not answer.exceeded and answer.statuses == [1, 1], answer.output
-    assert "error: rank 1 failed (host " in answer.outputs[1] and "/hidden" in answer.outputs[1]
-    assert "rank 0 stopped since rank 1 failed first (host " in answer.outputs[0]
-    assert "Traceback" not in answer.output
-    assert TOGETHER_S + NOTICE_S < LIMIT_S
 
 
 def test_a_single_process_saves_before_an_error_ends_it(trials: Trials, tmp_path: Path) -> None:

@@ -196,3 +196,31 @@ def test_a_signal_in_the_last_validation(data: Path, whole: Path, tmp_path: Path
     for column in ("step", "val_loss", "train_loss"):
         assert [r[column] for r in metrics(run)] == [r[column] for r in metrics(whole)]
     same_checkpoints(run / "iter-00000012-ckpt.pth", whole / "iter-00000012-ckpt.pth")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
+def test_every_script_ends_with_one_line(path: Path) -> None:
+    """Point 11: Ctrl-C ends each script with one line and 130: its hook is set before the imports that take seconds."""
+    text = path.read_text()
+    hook = text.find("end_on_ctrl_c()")
+    if hook < 0:  # of the standard library only, and quick to import
+        assert "except KeyboardInterrupt" in text and "import torch" not in text
+    else:
+        ours = ("from lit_", "import lit_", "import torch", "from pretrain.")
+        before = [line for line in text[:hook].splitlines() if line.startswith(ours)]
+        assert before == ["from pretrain.command_line import end_on_ctrl_c"]
+
+
+def test_ctrl_c_ends_a_script_with_one_line() -> None:
+    """Point 11: Ctrl-C during a script's imports: one line, status 130."""
+    line = [sys.executable, "-X", "importtime", str(ROOT / "scripts" / "inspect_dataset.py"), "--help"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for text in process.stderr:  # written as each import ends
+        if "pretrain.command_line" in text:
+            break
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (0, 130), errors  # 0: it was quicker
+    assert "Traceback" not in errors and (process.returncode == 0 or errors.rstrip().endswith("interrupted"))

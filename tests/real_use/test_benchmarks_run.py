@@ -63,13 +63,16 @@ def checkpoint_check(found: dict[str, Any]) -> None:
 
 
 def convert_check(found: dict[str, Any]) -> None:
-    assert found["rows"]["warm"]["ours"] and found["rows"]["warm"]["copy"] and found["skipped"]
+    assert positive(found["summary"]["warm"]["ours / copy"]) and found["skipped"] == "no --peer litgpt=PYTHON"
 
 
 def dedup_check(found: dict[str, Any]) -> None:
     assert {"bloom", "exact", "near", "text"} <= set(found)
-    for name in ("bloom", "exact", "near"):
-        assert positive(*(v for k, v in found[name].items() if "seconds" in k))
+    rates = (v for k, v in found["text"].items() if k.endswith("_mb_per_s"))
+    assert positive(
+        found["bloom"]["million_paragraphs_per_s"], found["exact"]["join_s"], found["near"]["join_s"], *rates
+    )
+    assert found["bloom"]["missed"] == 0
 
 
 def distill_check(found: dict[str, Any]) -> None:

@@ -98,8 +98,9 @@ def of_data(dataset: PackedDataset) -> KnownTokenizer:
 
 def facts_of(meta: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of its tokenizer; empty if nothing."""
-    facts: dict[str, Any] = (meta.get("data") or {}).get("tokenizer") or meta.get("tokenizer") or {}
-    return facts
+    data = meta.get("data")
+    facts = (data.get("tokenizer") if isinstance(data, dict) else None) or meta.get("tokenizer")
+    return facts if isinstance(facts, dict) else {}
 
 
 def ids_without_token(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:

@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         except (Interrupted, KeyboardInterrupt) as error:
             if is_first_process():
-                print(str(error) or "interrupted", file=sys.stderr)
+                print("\n".join([str(error) or "interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
             return status_of(error)
         status = train(run, signals)
         run.peers.meet()

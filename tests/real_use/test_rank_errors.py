@@ -110,7 +110,7 @@ def check(answer: Answer, run: Path, seconds: float, where: str, kind: str, rank
     [
         ("set-up", "ValueError", (1,)),
         ("set-up", "OSError", (0, 1)),
-        ("resume", "KeyboardInterrupt", (0,)),
+        ("resume", "KeyboardInterrupt", (0, 1)),
         ("validation", "C++", (0, 1)),
         ("save", "MemoryError", (1,)),
     ],

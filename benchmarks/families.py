@@ -60,13 +60,14 @@ def main() -> int:
     parser.add_argument("--input", type=Path, required=True, help="text, as scripts/prepare_data.py reads it")
     parser.add_argument("--steps", type=int, default=250, help=f"of {ROWS} rows of {BLOCK_SIZE} tokens (250)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each family (1)")
+    parser.add_argument("--val_fraction", type=float, default=0.003, help="of the documents, held out (0.003)")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each (1)")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        data = corpus_runs.prepare(args.input.resolve(), work, 8192, "--val_fraction", 0.003)
+        data = corpus_runs.prepare(args.input.resolve(), work, 8192, "--val_fraction", args.val_fraction)
 
         def one(job: tuple[str, int]) -> dict[str, list[float]]:
             family, seed = job

@@ -66,9 +66,11 @@ def gather_stacked(plan: Plan) -> Batches:
 def tinyllama(plan: Plan) -> Batches:
     """A model of TinyLlama's PackedDataset, written from its description: files of fixed chunks, the blocks of
     `n_chunks` = 8 of them shuffled in memory at a time, a row at a time, batched by torch's DataLoader."""
-    t = plan["block_size"]
-    chunk_blocks, n_chunks = 2048 // 8, 8  # blocks of t + 1 tokens in a chunk
+    t, n_chunks = plan["block_size"], 8
     tokens = np.memmap(plan["tokens"], dtype=np.uint16, mode="r")
+    chunk_blocks = min(256, len(tokens) // ((t + 1) * n_chunks))  # blocks of t + 1 tokens in a chunk
+    if chunk_blocks == 0:
+        raise SystemExit(f"tinyllama: {len(tokens)} tokens are fewer than {n_chunks} blocks of {t + 1}")
     n_files = len(tokens) // (chunk_blocks * (t + 1))
 
     class Packed(torch.utils.data.IterableDataset[torch.Tensor]):

@@ -140,7 +140,10 @@ SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
         dedup_check,
     ),
     "distill": (lambda corpus, made: ["--rounds", 1, "--passes", 1, "--threads", 1], distill_check),
-    "families": (lambda corpus, made: ["--input", corpus / "text" / "train.jsonl", "--steps", 2], families_check),
+    "families": (
+        lambda corpus, made: ["--input", corpus / "text" / "train.jsonl", "--steps", 2, "--val_fraction", 0.1],
+        families_check,
+    ),
     "loader": (
         lambda corpus, made: [
             *("--corpus", corpus / "text" / "train.jsonl", "--tokenizer", corpus / "tok"),

@@ -198,19 +198,19 @@ class StepEnvironment(SLURMEnvironment):
 
     @property
     def main_address(self) -> str:
-        if "MASTER_ADDR" not in os.environ:
-            names = ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
-            nodes = next((os.environ[name] for name in names if os.environ.get(name)), "127.0.0.1")
-            os.environ["MASTER_ADDR"] = self.resolve_root_node_address(nodes)
-        return os.environ["MASTER_ADDR"]
+        if address := os.environ.get("MASTER_ADDR"):
+            return address
+        names = ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
+        nodes = next((os.environ[name] for name in names if os.environ.get(name)), "127.0.0.1")
+        return self.resolve_root_node_address(nodes)
 
     @property
     def main_port(self) -> int:
-        if "MASTER_PORT" not in os.environ:
-            # Steps of one job that run at once must not meet each other.
-            number = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ["SLURM_STEP_ID"])
-            os.environ["MASTER_PORT"] = str(15000 + number % 10000)
-        return int(os.environ["MASTER_PORT"])
+        if port := os.environ.get("MASTER_PORT"):
+            return int(port)
+        # Steps of one job that run at once must not meet each other.
+        number = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ["SLURM_STEP_ID"])
+        return 15000 + number % 10000
 
     def world_size(self) -> int:
         return self.launch.world_size

@@ -108,7 +108,7 @@ def config_from_hf(hf: Mapping[str, Any], name: str = "") -> ModelConfig:
     fields.refuse_quantized()
     (vocab_size,) = fields.needed("vocab_size")
     for key in ("num_hidden_layers", "n_layer"):  # before anything is made for each layer
-        if key in hf:
+        if hf.get(key) is not None:
             check_size("n_layer", hf[key])
     shared = {
         "name": name,

@@ -229,7 +229,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
         "e.txt": b"",
     }.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} is no "):
+        with pytest.raises(ValueError, match=f"{name} is (no|damaged)"):
             open_tokenizer(tmp_path / name)
 
 

@@ -128,7 +128,8 @@ def test_a_published_file_has_masks_and_frequencies():
         "vocab_size": 50,
     }
     read_config = config_from_hf(published)
-    assert read_config.to_dict() == {**config.to_dict(), "activation": "gelu", "init": "normal"}
+    known = {"activation": "gelu", "init": "normal", "family": "gpt_neox"}
+    assert read_config.to_dict() == {**config.to_dict(), **known}
     state = build(read_config).state_dict()
     stored = dict(tensors_to_hf(read_config, state))
     for i in range(config.n_layer):

@@ -95,7 +95,8 @@ def of_seed(
 
 def leave_out(work: Path, seed: int, temperature: float) -> list[dict[str, float]]:
     """For each k: bytes a token, mean probability of the other tokens, and relative errors."""
-    rows = ConcatRows(PackedDataset(work / "data" / "val"), BLOCK_SIZE)
+    dataset = PackedDataset(work / "data" / "val")
+    rows, vocab_size = ConcatRows(dataset, BLOCK_SIZE), dataset.vocab_size  # a small text has fewer ids than VOCAB_SIZE
     windows = np.arange(min(rows.n_windows, ROWS))
     batch = read_rows(rows, windows, windows, document_mask=True)
 
@@ -112,7 +113,7 @@ def leave_out(work: Path, seed: int, temperature: float) -> list[dict[str, float
     def measure(setting: Distillation, teacher: list[Teacher] | TopK) -> tuple[Tensor, Tensor]:
         hidden = student.hidden.clone().requires_grad_()
         out = chunked_distillation(
-            hidden, student.weight, batch.targets, VOCAB_SIZE, teacher, setting, alpha=0.0, bias=student.bias
+            hidden, student.weight, batch.targets, vocab_size, teacher, setting, alpha=0.0, bias=student.bias
         )
         out.loss_sum.backward()
         assert hidden.grad is not None
@@ -120,9 +121,9 @@ def leave_out(work: Path, seed: int, temperature: float) -> list[dict[str, float
 
     divergence, gradient = measure(Distillation("forward_kl", temperature), teachers)
     table = []
-    for k in KEPT:
+    for k in (k for k in KEPT if k <= vocab_size):
         setting = Distillation("topk_kl", temperature, top_k=k)
-        kept = ensemble_top_k(teachers, setting, VOCAB_SIZE, k)
+        kept = ensemble_top_k(teachers, setting, vocab_size, k)
         rounded = TopK(kept.ids, kept.log_probs.half().float())  # as the cache holds them
         less, other = measure(setting, rounded)
         rest = 1 - kept.log_probs.exp().sum(-1)
@@ -144,13 +145,15 @@ def main() -> int:
     parser.add_argument("--documents", type=int, default=6, help="to train on (6)")
     parser.add_argument("--val_documents", type=int, default=4, help="to hold out (4)")
     parser.add_argument("--seeds", type=int, default=3, help="(3)")
-    parser.add_argument("--epochs", type=float, help="in place of the configs'")
+    parser.add_argument("--epochs", type=float, help="in place of the configs', with warm-up over the first tenth")
     parser.add_argument("--k", type=int, default=32, help="tokens in the cache; 0: no student of a cache (32)")
     parser.add_argument("--temperature", type=float, default=2.0, help="of the distillation (2)")
     parser.add_argument("--jobs", type=int, default=1, help="seeds side by side, one thread each (1)")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
-    settings: dict[str, object] = {} if args.epochs is None else {"train.max_epochs": args.epochs}
+    settings: dict[str, object] = {}
+    if args.epochs is not None:
+        settings = {"train.max_epochs": args.epochs, "optim.warmup_fraction": 0.1}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         text, held_out = cut(args.input, work, args.documents, args.val_documents)

@@ -12,7 +12,9 @@ Dimensions: B rows in a micro-batch, T tokens in a row, k cached tokens, V vocab
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
 import tokenize
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -184,18 +186,21 @@ def read_facts(folder: Path) -> CacheFacts:
 
 def check_finished(folder: Path, facts: CacheFacts) -> None:
     """Raises ValueError if files are missing, or are not as long as they must be."""
-    missing = []
-    for file in range(facts.n_files):
+    there = {path.name for path in folder.iterdir()}  # a damaged number of rows must not decide how long this takes
+    numbers = {int(found[1]) for name in there if (found := re.fullmatch(rf"{LAST}-(\d+)\.npy", name))}
+    whole = {
+        file
+        for file in numbers
+        if file < facts.n_files and all(facts.path(folder, name, file).name in there for name in NAMES)
+    }
+    for file in sorted(whole):
         for name in NAMES:
-            path = facts.path(folder, name, file)
-            if not path.is_file():
-                missing.append(file)
-                break
-            _open(path, facts.shape(file), facts.dtype_of(name))
-    if missing:
+            _open(facts.path(folder, name, file), facts.shape(file), facts.dtype_of(name))
+    if missing := facts.n_files - len(whole):
+        first = next(file for file in itertools.count() if file not in whole)
         raise ValueError(
-            f"{folder} is not finished: {len(missing)} of {facts.n_files} files are missing (the first is number "
-            f"{missing[0]}); call scripts/cache_teacher.py again as before"
+            f"{folder} is not finished: {missing} of {facts.n_files} files are missing (the first is number {first}); "
+            "call scripts/cache_teacher.py again as before"
         )
 
 

@@ -156,6 +156,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     bench.zygote.close()
 
 
+@pytest.mark.slow
 def test_forked_ranks_equal_the_command(bench: Bench, tmp_path: Path) -> None:
     setting = SETTINGS[1]
     command(*setting.arguments(bench.data, tmp_path / "run"))

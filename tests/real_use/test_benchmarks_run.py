@@ -141,7 +141,7 @@ SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
     ),
     "distill": (lambda corpus, made: ["--rounds", 1, "--passes", 1, "--threads", 1], distill_check),
     "families": (
-        lambda corpus, made: ["--input", corpus / "text" / "train.jsonl", "--steps", 2, "--val_fraction", 0.1],
+        lambda corpus, made: ["--input", corpus / "text" / "train.jsonl", "--steps", 2, "--val_fraction", 0.02],
         families_check,
     ),
     "loader": (

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import running
 import torch
 from running import ROOT, flags, metrics, train
 
@@ -103,7 +104,7 @@ def test_mistakes_are_named(run: Path, hf: Path, tmp_path: Path) -> None:
         (("trace_data.py", "verify", tmp_path), "no run folder"),
     ]
     for arguments, message in cases:
-        done = script(*arguments, check=False)
+        done = running.script(*arguments)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -22,7 +22,7 @@ from pretrain.parallel import check_batch
 
 STEPS = 300
 CLIP_NORM = 0.5
-QUICK = ("ddp2", "full2", "sgo2", "hybrid4")
+QUICK = ("ddp2", "full2")
 EVERY = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGURATIONS if n != "single"]
 
 

@@ -33,7 +33,7 @@ def mixed(data: Path, out: Path, **changes: object) -> list[str]:
 PHASES = "[{from_step: 6, weights: [0.25, 0.75]}]"
 
 
-@pytest.mark.parametrize("packing", ["concat", "best_fit", "pad"])
+@pytest.mark.parametrize("packing", ["concat", "best_fit", pytest.param("pad", marks=pytest.mark.slow)])
 def test_a_mixture_with_a_phase_is_recorded_truly_and_resumes(data, tmp_path, packing):
     """Through a cache and in a local order; then without the cache, stopped and gone on with."""
     common = {

@@ -78,7 +78,7 @@ def open_run(folder: str | Path, data: str | Path | Sequence[str | Path] | None 
         if dataset.fingerprint != fact.fingerprint:
             raise ValueError(
                 f"{dataset.path} is not the data that {folder} was trained on (fingerprint {dataset.fingerprint[:12]} "
-                f"instead of {fact.fingerprint[:12]}); give the right folder with --data"
+                f"instead of {fact.fingerprint[:12]}, which {facts_file} names); give the right folder with --data"
             )
     plan_dir = find_recorded(folder, facts.plan_dir) if facts.plan_dir is not None else None
     rows = [open_rows(dataset, facts.packing, facts.block_size, plan_dir) for dataset in datasets]

@@ -134,7 +134,7 @@ def _build(kind: Any, value: Any, place: str) -> Any:
         return value
     if (origin or kind) is list and isinstance(value, list):
         of = arguments[0] if arguments else Any
-        return [_build(of, item, f"{place}[{i}]") for i, item in enumerate(value)]
+        return [item if _is_leaf(of, item) else _build(of, item, f"{place}[{i}]") for i, item in enumerate(value)]
     if (origin or kind) is tuple and isinstance(value, list):
         if arguments[-1] is Ellipsis:
             return tuple(_build(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value))
@@ -142,14 +142,22 @@ def _build(kind: Any, value: Any, place: str) -> Any:
             return tuple(_build(of, item, f"{place}[{i}]") for i, (of, item) in enumerate(zip(arguments, value)))  # noqa: B905
     if (origin or kind) is dict and isinstance(value, dict):
         of = arguments[1] if arguments else Any
-        return {key: _build(of, item, f"{place}.{key}" if place else key) for key, item in value.items()}
-    if kind is int and isinstance(value, int) and not isinstance(value, bool) and -INT64 <= value < INT64:
+        return {
+            key: item if _is_leaf(of, item) else _build(of, item, f"{place}.{key}" if place else key)
+            for key, item in value.items()
+        }
+    if _is_leaf(kind, value):
         return value
     if kind is float and (isinstance(value, float) or (type(value) is int and -INT64 <= value < INT64)):
         return float(value)
-    if kind in (str, bool, type(None)) and type(value) is kind:
-        return value
     raise _mismatch(kind, value, place)
+
+
+def _is_leaf(kind: Any, value: Any) -> bool:
+    """Whether the value is right as it is. Asked first: a manifest has tens of thousands of numbers and strings."""
+    if kind is int:
+        return type(value) is int and -INT64 <= value < INT64
+    return kind in (str, bool, type(None)) and type(value) is kind
 
 
 def _build_dataclass(kind: Any, value: Any, place: str) -> Any:
@@ -159,7 +167,10 @@ def _build_dataclass(kind: Any, value: Any, place: str) -> Any:
     if unknown := sorted(set(value) - set(fields)):
         raise ValueError(f"{_at(place)}unknown field {unknown[0]!r:.80}")
     types_of = _types_of(kind)
-    given = {name: _build(types_of[name], v, f"{place}.{name}" if place else name) for name, v in value.items()}
+    given = {
+        name: v if _is_leaf(types_of[name], v) else _build(types_of[name], v, f"{place}.{name}" if place else name)
+        for name, v in value.items()
+    }
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in given:

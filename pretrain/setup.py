@@ -525,6 +525,9 @@ def set_up(args: RunArgs, argv: Sequence[str] | None = None, *, watched: bool = 
     opened: tuple[Datasets, ModelConfig] | None = None
     if there and not is_rank():  # a mistake in what is there already is said before any process starts
         opened = open_datasets(args, None)
+    if args.data.synthetic.tokens and args.resume is None:  # of its sizes before text is made
+        config = model_config(args, args.data.synthetic.vocab_size)
+        check_memory(args, config, args.train.block_size or config.block_size)
     fabric = build_fabric(args, devices)
     peers = Peers(watched)
     try:

@@ -155,6 +155,7 @@ def test_a_config_of_absurd_size_is_refused(field: str, tmp_path: Path) -> None:
         {"guard__spike_window": 10**30},
         {"optim__warmup_steps": 10**30},
         {"data__train": None, "data__val": None, "data__synthetic__tokens": 10**18},
+        {"data__train": None, "data__val": None, "data__synthetic__tokens": 9000, "model__n_layer": 10**9},
     ],
 )
 def test_a_run_of_absurd_size_is_refused(

@@ -1,4 +1,4 @@
-"""Tokenizers of kinds that are not opened here: told apart by what is in a file, with the way to a tokenizer.json."""
+"""Tokenizer formats that are not supported: recognized by their content, with the way to a tokenizer.json."""
 
 from __future__ import annotations
 

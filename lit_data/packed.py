@@ -331,9 +331,9 @@ class PackedWriter:
         if self.folder.exists():
             raise ValueError(f"{self.folder} exists already; choose another output folder or remove it")
         if not 0 <= eos_id < vocab_size:
-            raise ValueError(f"the end-of-document id {eos_id} lies outside the vocabulary of {vocab_size}")
+            raise ValueError(f"the end-of-document id {eos_id} is outside the vocabulary of {vocab_size}")
         if bos_id is not None and not 0 <= bos_id < vocab_size:
-            raise ValueError(f"the beginning-of-sequence id {bos_id} lies outside the vocabulary of {vocab_size}")
+            raise ValueError(f"the beginning-of-sequence id {bos_id} is outside the vocabulary of {vocab_size}")
         self.tokenizer, self.vocab_size, self.eos_id = tokenizer, vocab_size, eos_id
         self.bos_id, self.special_tokens = bos_id, special_tokens
         self.name, self.metadata, self.shard_tokens = name, tuple(metadata), shard_tokens

@@ -40,7 +40,7 @@ def add_word_counts(folder: str | Path, tokenizer_path: str | Path | None = None
 
     Args:
         folder: of the dataset. Where its words are counted, nothing is done.
-        tokenizer_path: default: the one that lies beside the dataset.
+        tokenizer_path: default: the one stored with the dataset.
         workers: processes, of which each takes a shard.
 
     Raises:

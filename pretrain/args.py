@@ -540,8 +540,8 @@ class StopArgs:
     """Stopping early: after SIGTERM, SIGUSR1 or Ctrl-C, or after a time, the run saves a checkpoint and ends."""
 
     after_minutes: float | None = None
-    """Stop so many minutes after the start of the process, as SIGTERM does. For queues with a time limit: choose it
-    smaller by what a step, a validation and a save take."""
+    """Stop this many minutes after the process started, as SIGTERM does. For queues with a time limit: leave room for
+    one step, one validation and one save."""
     exit_code: int = 0
     """Exit status of a run that was stopped and saved. After Ctrl-C it is 130."""
     requeue: bool = False

@@ -155,7 +155,7 @@ class Saver:
                 raise
             self.skipped += 1
             if self.rank == 0:
-                warn(f"{error}; training goes on without this checkpoint (--save.on_error skip)")
+                warn(f"{error}; training continues without this checkpoint (--save.on_error skip)")
 
     def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A copy of the ranks' shards in host memory, in buffers that are used again by the next save.

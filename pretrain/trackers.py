@@ -1,6 +1,6 @@
 """TensorBoard and Weights & Biases beside metrics.csv. A tracker shows the rows of metrics.csv, and never ends a run.
 
-A run has a unique id, kept in RUN/run_id.json. When a run goes back, TensorBoard's readers are told to drop the later
+A run has a unique id, kept in RUN/run_id.json. When a run returns to an older checkpoint, TensorBoard drops the later
 steps. Weights & Biases cannot drop steps in general: its rewind is enabled server by server, and not offline. So the
 run there is left as it is, and another begins with the rows that are still valid.
 """
@@ -105,7 +105,7 @@ def has_key(wandb: Any) -> bool:
     """Whether wandb would log in without asking at the terminal."""
     if "prompt" in inspect.signature(wandb.login).parameters:
         return bool(wandb.login(prompt=False))
-    return wandb.api.api_key is not None  # before wandb.login could be told not to ask
+    return wandb.api.api_key is not None  # before wandb.login had a parameter to suppress its prompt
 
 
 def open_id(run: Path, name: str) -> RunId:

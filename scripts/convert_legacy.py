@@ -48,7 +48,7 @@ def main() -> int:
         "--tokenizer",
         type=Path,
         metavar="PATH",
-        help="folder or file of the tokenizer it was trained with, so that training can see whether the data fits it; "
+        help="folder or file of the tokenizer it was trained with, so that training can check the data against it; "
         "default: the one beside SOURCE",
     )
     parser.add_argument("--weights_only", action="store_true", help="leave the optimizer's state out")

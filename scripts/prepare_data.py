@@ -79,7 +79,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--split_documents",
         choices=SPLITS,
-        help="what is a document in plain text: the file, what stands between blank lines, or a line (file)",
+        help="how to split plain text into documents: per file, per block between blank lines, or per line (file)",
     )
     add("--max_document_mb", type=int, metavar="N", help=f"a longer document is an error ({MAX_DOCUMENT_MB})")
     add(

@@ -56,14 +56,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--split_documents",
         choices=SPLITS,
         default="file",
-        help="what is a document in plain text; bounds the memory for large files (default: %(default)s)",
+        help="how to split plain text into documents; bounds memory for large files (default: %(default)s)",
     )
     add(
         "--max_document_mb",
         type=int,
         default=MAX_DOCUMENT_MB,
         metavar="N",
-        help="a longer document is an error (default: %(default)s)",
+        help="refuse longer documents (default: %(default)s)",
     )
     add("--overwrite", action="store_true", help="replace an OUTPUT that holds a tokenizer, once the new one is whole")
     return parser.parse_args(arguments)

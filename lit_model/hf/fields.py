@@ -11,7 +11,7 @@ from lit_model.config import ModelConfig, RopeScaling
 
 # Keys that any config.json may have and that change nothing in the model: transformers' bookkeeping, notes of programs
 # for training and serving, fine-tuning tasks, and settings of generation, which old files keep here. auto_map names
-# Python code for a model_type that transformers knows by itself: like transformers, unless it is told to trust that
+# Python code for a model_type that transformers knows by itself: like transformers, unless asked to trust that
 # code, we compute the model_type.
 BOOKKEEPING = (
     "model_type",

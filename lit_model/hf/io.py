@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lit_files.publish import publish, sync_file
 from lit_files.reading import read_object, read_record, regular
 from lit_model.checksum import byte_view
 from lit_model.config import ModelConfig
@@ -93,11 +94,11 @@ def write_folder(
         for name, text in (extra_files or {}).items():
             (temporary / name).parent.mkdir(exist_ok=True)
             _write_text(temporary / name, text)
-        _sync(temporary)
+            sync_file((temporary / name).parent)
+        sync_file(temporary)
         if directory.exists():
             directory.rmdir()  # empty, as checked; os.replace does not put a folder over one on every system
-        os.replace(temporary, directory)
-        _sync(directory.parent)
+        publish(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -312,13 +313,4 @@ def _open(path: Path) -> Any:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(path)

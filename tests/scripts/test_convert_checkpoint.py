@@ -6,10 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from running import flags, script, train, write_dataset
+from running import flags, script, train
 
 from lit_model.hf.families import config_to_hf
 from lit_model.load import Checkpoint
@@ -17,15 +16,6 @@ from pretrain import saving
 
 FIRST, LAST = "iter-00000004-ckpt.pth", "iter-00000008-ckpt.pth"
 SETTINGS = {"save__every_steps": 4, "train__max_steps": 8, "eval__every_steps": 8}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed")
-    rng = np.random.default_rng(7)
-    write_dataset(folder / "train", rng.integers(1, 90, size=90).tolist())
-    write_dataset(folder / "val", rng.integers(1, 90, size=9).tolist(), seed=1)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from running import write_dataset
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, help="of kills at calls only every N-th (tests/chaos)")
+    parser.addoption("--write_golden", metavar="FILE", help="write the golden numbers of this machine (tests/golden)")
 
 
 @pytest.fixture(scope="session")

@@ -143,7 +143,7 @@ def main() -> None:
         **provenance(
             f"python benchmarks/checkpoint.py --model {args.model} --steps {args.steps} --rounds {args.rounds}",
             "torch",
-            "lightning",
+            "lightning-fabric",
         ),
         "rows": rows,
     }

@@ -2,7 +2,7 @@
 # Everything worth checking on a CUDA machine, without a network. First what is right, in under five minutes on an H100: the
 # tests marked `gpu`, the model and training tests of the CPU suite under this machine's torch, and a matrix of small real
 # runs. Then what is fast: the step benchmark at 120M and 1B in bf16 with compile, in under five minutes more.
-# Needs: Python >= 3.11, torch >= 2.11, numpy, lightning, transformers, safetensors, tokenizers, pytest, pytest-xdist,
+# Needs: Python >= 3.11, torch >= 2.11, numpy, lightning-fabric, transformers, safetensors, tokenizers, pytest, pytest-xdist,
 #   pytest-timeout, hypothesis and pyarrow zstandard jsonargparse pyyaml rich sentencepiece (and what they need); our packages
 #   come from the checkout.
 #   benchmarks/gpu_check.sh [OUTPUT_FOLDER]
@@ -29,6 +29,12 @@ step() {
     fi
 }
 export HF_HUB_OFFLINE=1
+missing=$("$python" -c '
+import importlib.util as util
+names = "torch numpy lightning_fabric transformers safetensors tokenizers pytest xdist pytest_timeout hypothesis pyarrow"
+names += " zstandard jsonargparse yaml rich sentencepiece"
+print(*(name for name in names.split() if util.find_spec(name) is None))')
+[ -z "$missing" ] || { echo "missing Python modules: $missing"; exit 2; }
 if [ "$device" = cuda ]; then
     "$python" -c 'import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())' |
         tee "$out/machine.log" || { echo "no CUDA device: nothing to check (DEVICE=cpu tries the script)"; exit 2; }

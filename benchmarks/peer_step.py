@@ -50,7 +50,7 @@ def peak_memory_gib() -> float:
 def versions() -> dict[str, str]:
     """Of what decides the speed."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "lightning", "transformers", "litgpt"):
+    for package in ("torch", "lightning-fabric", "transformers", "litgpt"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

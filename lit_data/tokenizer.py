@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +69,8 @@ class Tokenizer(ABC):
             "keep" the space it begins with, "drop" it, or None if neither does.
         separators: characters (of space and newline) before which no token begins earlier, so that what lies between
             them is encoded independently; empty if this can't be relied on. See `lit_data/units.py`.
+
+    The last two are found by encoding some thousand samples, when they are first asked for.
     """
 
     kind: str
@@ -79,8 +81,6 @@ class Tokenizer(ABC):
     eos_token: str
     bos_id: int | None
     pad_id: int | None
-    continuation: str | None
-    separators: str
 
     @cached_property
     @abstractmethod
@@ -192,7 +192,7 @@ class Tokenizer(ABC):
         return self._continued(pieces)
 
     def _continued(self, pieces: list[str]) -> list[str]:
-        return [pieces[0], *(p[1:] for p in pieces[1:])] if self.continuation == "drop" else pieces
+        return without_first_spaces(pieces) if self.continuation == "drop" else pieces
 
     def facts(self) -> dict[str, Any]:
         """What a dataset's manifest keeps of its tokenizer."""
@@ -237,22 +237,37 @@ class Tokenizer(ABC):
             return native[role]
         return next((id for token in common if (id := self.token_to_id(token)) is not None), None)
 
-    def _find_continuation(self) -> str | None:
-        """Try on hard samples, cut at each place where they can be cut, which way gives the tokens of the whole."""
+    @cached_property
+    def continuation(self) -> Literal["keep", "drop"] | None:
+        """Tried on hard samples, cut at each place where they can be cut: which way gives the tokens of the whole."""
+        if self._may_cross_a_cut():
+            return None
         samples = cut_samples(self.added_texts())
         wholes = self.encode_plain(samples)
-        for self.continuation in ("keep", "drop"):
-            pieces = [self._continued(cut(sample, 1)) for sample in samples]
+        kept = [cut(sample, 1) for sample in samples]
+        ways: dict[Literal["keep", "drop"], list[list[str]]] = {
+            "keep": kept,
+            "drop": [without_first_spaces(pieces) for pieces in kept],
+        }
+        for way, pieces in ways.items():
             encoded = iter(self.encode_plain([p for parts in pieces for p in parts]))
-            joined = [[id for _ in parts for id in next(encoded)] for parts in pieces]
-            if joined == wholes:
-                return self.continuation
+            if [[id for _ in parts for id in next(encoded)] for parts in pieces] == wholes:
+                return way
         return None
 
-    def _find_separators(self) -> str:
-        if self.continuation is None:
+    @cached_property
+    def separators(self) -> str:
+        if self._weighs_whole_texts() or self.continuation is None:
             return ""
         return " " if any(_BEFORE_NEWLINE.search(text) for _, text in self.vocabulary()) else " \n"
+
+    @abstractmethod
+    def _may_cross_a_cut(self) -> bool:
+        """Whether a token could reach over a cut: one with a space inside, or one that takes the space beside it."""
+
+    @abstractmethod
+    def _weighs_whole_texts(self) -> bool:
+        """Whether scores are summed over the whole text, so that ties depend on what was before (unigram models)."""
 
     def added_texts(self) -> list[str]:
         """Tokens that are looked for in the text before the model sees it."""
@@ -275,12 +290,7 @@ class JsonTokenizer(Tokenizer):
         if self._make_special({self.eos_id, self.bos_id, self.pad_id}):
             self._open_backend()
         self._byte_level = '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("normalizer")])
-        vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.continuation = None if self._may_cross_a_cut(vocabulary) else self._find_continuation()
-        # A unigram model weighs whole texts, and ties of its scores depend on what was before.
-        whole_text = content["model"].get("type", "BPE") == "Unigram"
-        self.separators = self._find_separators() if not whole_text else ""
+        self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def _open_backend(self) -> None:
         self.backend = self._make_backend()
@@ -368,11 +378,14 @@ class JsonTokenizer(Tokenizer):
     def added_texts(self) -> list[str]:
         return [t.content for t in self._matched()]
 
-    def _may_cross_a_cut(self, vocabulary: dict[str, int]) -> bool:
-        """Whether a token could reach over a cut: one with a space inside, or one that takes the space beside it."""
+    def _weighs_whole_texts(self) -> bool:
+        return bool(self.content["model"].get("type", "BPE") == "Unigram")
+
+    def _may_cross_a_cut(self) -> bool:
         if any(t.lstrip or t.rstrip or t.single_word or " " in t.content for t in self._matched()):
             return True
         special = {t.content for t in self.backend.get_added_tokens_decoder().values()}
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
         return any(_joins(t, self._byte_level) for t in vocabulary if t not in special)
 
 
@@ -394,14 +407,19 @@ class SentencepieceTokenizer(Tokenizer):
         self._ids = {piece.text: id for id, piece in enumerate(self.content.pieces)}
         ids = {f"{role}_token": int(getattr(self.backend, f"{role}_id")()) for role in ("eos", "bos", "pad")}
         self._find_specials(eos_token, {role: id for role, id in ids.items() if id >= 0})
+
+    def _weighs_whole_texts(self) -> bool:
+        return bool(self.content.model_type == ModelType.UNIGRAM)
+
+    def _may_cross_a_cut(self) -> bool:
         learned = (PieceType.NORMAL, PieceType.USER_DEFINED, PieceType.UNUSED)
-        crosses = any(_joins(p.text) for p in self.content.pieces if p.type in learned)
-        crosses = crosses or self.content.treat_whitespace_as_suffix
         # Unigram scores are summed in float32 over the whole text: what was rounded before decides between
         # segmentations of equal score, so that pieces can give other tokens wherever they are cut.
-        crosses = crosses or self.content.model_type == ModelType.UNIGRAM
-        self.continuation = None if crosses else self._find_continuation()
-        self.separators = self._find_separators()
+        return (
+            self._weighs_whole_texts()
+            or self.content.treat_whitespace_as_suffix
+            or any(_joins(p.text) for p in self.content.pieces if p.type in learned)
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -497,6 +515,11 @@ def cut_samples(added: Sequence[str]) -> list[str]:
         "in the of and to the in der und die zu den",
         "Zeile eins \nzwei  drei \u00a0vier\u200bfünf ▁ sechs ▁▁sieben a\u0301 b",
     ]
+
+
+def without_first_spaces(pieces: list[str]) -> list[str]:
+    """Pieces of a text that was cut before spaces, without the space that each but the first begins with."""
+    return [pieces[0], *(piece[1:] for piece in pieces[1:])]
 
 
 def _joins(token: str, byte_level: bool = False) -> bool:

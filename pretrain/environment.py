@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CODE = ("lit_data", "lit_eval", "lit_files", "lit_model", "pretrain")
 GIT_S = 5.0  # at most, for one question to git on a slow file system
 PACKAGES = (
-    *("torch", "lightning", "numpy", "transformers", "tokenizers", "sentencepiece", "safetensors", "pyarrow"),
+    *("torch", "lightning-fabric", "numpy", "transformers", "tokenizers", "sentencepiece", "safetensors", "pyarrow"),
     *("jsonargparse", "zstandard", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cutlass-dsl"),
     *("nvidia-nccl-cu12", "nvidia-nccl-cu13", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "liger-kernel"),
     *("quack-kernels", "torchao", "wandb", "tensorboard"),

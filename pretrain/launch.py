@@ -13,9 +13,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
-
 from pretrain.args import RunArgs
+from pretrain.fabric import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
 # Names that SLURM gives to the job of a shell; there `python` is a process of its own, whatever the job's size.
 SHELLS = ("interactive", "bash", "sh", "zsh", "fish", "tcsh")

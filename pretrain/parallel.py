@@ -7,8 +7,6 @@ from datetime import timedelta
 from typing import Any, cast
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -17,6 +15,7 @@ from lit_model.init import initialise
 from lit_model.model import GPT
 from pretrain.args import RunArgs, TrainArgs
 from pretrain.compiling import compile_blocks
+from pretrain.fabric import DDPStrategy, Fabric, ModelParallelStrategy, Strategy
 from pretrain.launch import WaitingNotice, environment_for_fabric, find_launch, gpu_index
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,10 +9,10 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -145,7 +145,7 @@ def environment_facts() -> dict[str, Any]:
         "code": code_hash(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "lightning": lightning.__version__,
+        "lightning": metadata.version("lightning-fabric"),
         "numpy": np.__version__,
         "omp": os.environ.get("OMP_NUM_THREADS", "unset"),
         "threads": torch.get_num_threads(),

@@ -11,7 +11,8 @@ from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
-from lightning.fabric import Fabric
+
+from pretrain.fabric import Fabric
 
 T = TypeVar("T")
 

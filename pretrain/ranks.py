@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
-from lightning.fabric import Fabric
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lit_model.load import list_checkpoints
+from pretrain.fabric import Fabric
 from pretrain.first_failure import Failure, lost_connection, report_failure, utc_now
 from pretrain.guards import Interrupted
 from pretrain.watchdog import EXIT_HUNG, Watchdog, in_background

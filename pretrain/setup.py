@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from lit_data.cache import ShardCache
@@ -56,6 +55,7 @@ from pretrain.checkpoint import (
 from pretrain.compiling import compile_blocks
 from pretrain.encoding import check_bos, unlike_special_tokens, unlike_start
 from pretrain.environment import command_line, record_environment
+from pretrain.fabric import Fabric
 from pretrain.first_failure import begin_attempt
 from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.init_from import load_optimizer, load_weights, model_config, optimizer_of

@@ -6,6 +6,7 @@
 - No import cycle; no import of an own package inside a function.
 - No file named utils, helpers, common or misc. No module beside a script that shadows the standard library.
 - At the top of its files lit_model imports torch, safetensors and the standard library only.
+- Lightning Fabric comes by pretrain/fabric.py, which keeps what it would import for nothing out of every start.
 - No __init__.py in tests. No tracked text file names a package registry's host or a folder of one machine.
 """
 
@@ -122,6 +123,8 @@ def violations(root: Path) -> list[str]:
         for module, line, inside in imports(ast.parse(file.read_text(encoding="utf-8")), package):
             top = module.split(".")[0]
             if top not in ALLOWED:
+                if top in ("lightning", "lightning_fabric") and relative.as_posix() != "pretrain/fabric.py":
+                    found.append(f"{relative}:{line}: {module} comes by pretrain/fabric.py")
                 foreign = top not in sys.stdlib_module_names and top not in FOREIGN.get(own, {top})
                 if foreign and not inside and not module.startswith(f"{previous}."):
                     found.append(f"{relative}:{line}: {own} imports {module} at its top")
@@ -215,6 +218,7 @@ def test_tracked_files_are_found() -> None:
         ({"lit_eval/a.py": "import scripts"}, "lit_eval imports scripts"),
         ({"lit_data/common.py": ""}, "does not say what it is for"),
         ({"tests/pretrain/__init__.py": ""}, "hides the real package"),
+        ({"pretrain/a.py": "from lightning_fabric import Fabric"}, "comes by pretrain/fabric.py"),
         ({"pretrain/signal.py": ""}, "shadows the standard library's signal"),
         ({"scripts/statistics.py": ""}, "shadows the standard library's statistics"),
     ],

@@ -103,7 +103,7 @@ def test_requirements_of_the_definition(tmp_path: Path) -> None:
     assert script is not None
     made = subprocess.run([sys.executable, "-c", script[1]], cwd=ROOT, capture_output=True, text=True, check=True)
     names = {Requirement(line).name for line in made.stdout.splitlines()}
-    assert {"torch", "lightning", "transformers", "datasets", "pytest", "wandb", "tensorboard"} <= names
+    assert {"torch", "lightning-fabric", "transformers", "datasets", "pytest", "wandb", "tensorboard"} <= names
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     torch_version = header["From"].split(":")[1].split("-")[0]
     lines = (ROOT / "constraints.txt").read_text().splitlines()

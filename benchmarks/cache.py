@@ -29,9 +29,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from lit_data.cache import FileSource, ShardCache
-from lit_data.order import IntArray, Order
-from lit_data.packed import PackedDataset, PackedWriter
+from lit_data.loading.order import IntArray, Order
+from lit_data.loading.shard_cache import FileSource, ShardCache
+from lit_data.packed.dataset import PackedDataset, PackedWriter
 
 MB = 1e6
 STEP_ROWS = 16

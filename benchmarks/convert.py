@@ -42,7 +42,7 @@ from lit_model.cost import count_parameters
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint
 from lit_model.model import parameter_shapes
 from lit_model.registry import get_config
-from pretrain.export import export_to_hf
+from pretrain.convert.export import export_to_hf
 
 CHECKPOINT = "iter-00000001-ckpt.pth"
 SETTLE_S = 3.0

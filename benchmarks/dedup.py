@@ -27,11 +27,11 @@ import numpy.typing as npt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from lit_data.corpus.bloom import BloomDedup, bloom_bytes, bloom_rate
-from lit_data.corpus.exact_dedup import HashWriter, find_duplicates
-from lit_data.corpus.near_dedup import SignatureWriter, find_near_duplicates, signatures
-from lit_data.corpus.paragraphs import hash_paragraphs
 from lit_data.corpus.readers import read_documents
+from lit_data.prepare.bloom import BloomDedup, bloom_bytes, bloom_rate
+from lit_data.prepare.exact_dedup import HashWriter, find_duplicates
+from lit_data.prepare.near_dedup import SignatureWriter, find_near_duplicates, signatures
+from lit_data.prepare.paragraphs import hash_paragraphs
 
 BLOCK = 1 << 16
 DOCUMENT = 20  # paragraphs

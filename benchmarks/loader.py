@@ -36,13 +36,13 @@ import torch
 
 from benchmarks.peer_loader import LOADERS, serve
 from benchmarks.provenance import provenance
-from lit_data.loader import Layout, Loader
-from lit_data.mixture import Mixture
-from lit_data.order import Order, Segment
-from lit_data.packed import FORMAT_VERSION, HEADER, MAGIC, Manifest, PackedDataset, Shard
-from lit_data.packing import Packing, open_rows
-from lit_data.prepare import prepare
-from lit_data.span_hash import hash_spans
+from lit_data.loading.loader import Layout, Loader
+from lit_data.loading.mixture import Mixture
+from lit_data.loading.order import Order, Segment
+from lit_data.loading.rows import Packing, open_rows
+from lit_data.packed.dataset import FORMAT_VERSION, HEADER, MAGIC, Manifest, PackedDataset, Shard
+from lit_data.prepare.job import prepare
+from lit_data.record.span_hash import hash_spans
 from lit_files.publish import write_json
 
 OURS = ("llammlein", "llammlein-thread", "llammlein-hashes", "llammlein-best_fit")

@@ -30,13 +30,22 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from benchmarks.provenance import provenance
-from lit_data.compaction import MAX_ROWS, MergedFile
-from lit_data.datapoints import SCHEMA, open_writer
-from lit_data.mixture import Mixture
-from lit_data.order import IntArray, Order, Segment
-from lit_data.packed import DOCUMENTS_PER_GROUP, FORMAT_VERSION, HEADER, MAGIC, MANIFEST, Manifest, PackedDataset, Shard
-from lit_data.packing import ConcatRows
-from lit_data.trace import describe_order, write_order
+from lit_data.loading.mixture import Mixture
+from lit_data.loading.order import IntArray, Order, Segment
+from lit_data.loading.rows import ConcatRows
+from lit_data.packed.dataset import (
+    DOCUMENTS_PER_GROUP,
+    FORMAT_VERSION,
+    HEADER,
+    MAGIC,
+    MANIFEST,
+    Manifest,
+    PackedDataset,
+    Shard,
+)
+from lit_data.record.merge import MAX_ROWS, MergedFile
+from lit_data.record.parts import SCHEMA, open_writer
+from lit_data.record.trace import describe_order, write_order
 
 BLOCK_SIZE = 2048
 GLOBAL_BATCH, WORLD_SIZE, MICRO_BATCH = 1024, 64, 4

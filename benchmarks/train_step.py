@@ -30,13 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from benchmarks.peer_step import serve
-from lit_data.packed import PackedWriter
+from lit_data.packed.dataset import PackedWriter
 from lit_model.cost import count_parameters, flops_per_token
 from lit_model.registry import get_config
 from pretrain.fabric_train import parse
+from pretrain.logs.throughput import PEAK_FLOPS
 from pretrain.loop import train_step
 from pretrain.setup import set_up
-from pretrain.throughput import PEAK_FLOPS
 
 EOS_ID = 0
 CONTENDERS = ("llammlein", "llammlein-documents", "transformers", "litgpt")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_data.hf_tokenizer import begins_with_bos, parses_special_tokens
-from lit_data.packed import PackedDataset
-from lit_data.tokenizer import Tokenizer
+from lit_data.packed.dataset import PackedDataset
+from lit_data.tokenizers.hf_export import begins_with_bos, parses_special_tokens
+from lit_data.tokenizers.tokenizer import Tokenizer
 from lit_files.reading import as_object, build
 from lit_model.load import Checkpoint, is_hf_folder, resolve
 from pretrain.model_tokenizer import of_model

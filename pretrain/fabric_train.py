@@ -18,7 +18,7 @@ if __name__ == "__main__":
     # The checkout in place of this folder: `import pretrain` finds it, and no module here can shadow another library's.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-    from pretrain.command_line import end_on_ctrl_c
+    from pretrain.cli.command_line import end_on_ctrl_c
 
     end_on_ctrl_c()
 
@@ -34,19 +34,19 @@ from lit_model.cost import count_active_parameters, count_parameters
 from lit_model.hf.families import family_of
 from lit_model.kernels import AttentionChoice, choose_attention
 from pretrain.args import RunArgs
-from pretrain.checkpoint import checkpoint_name
-from pretrain.choices import describe as describe_replaced
-from pretrain.choices import read_config, read_words, replaced, sizes_over_name
-from pretrain.command_line import explain, make_printable
-from pretrain.first_failure import lost_connection
+from pretrain.checkpoint.files import checkpoint_name
+from pretrain.checkpoint.saving import SaveError
+from pretrain.cli.choices import describe as describe_replaced
+from pretrain.cli.choices import read_config, read_words, replaced, sizes_over_name
+from pretrain.cli.command_line import explain, make_printable
+from pretrain.failure.first_failure import lost_connection
 from pretrain.guards import AgreedError, Interrupted, StopSignals
 from pretrain.launch import fit_to_launch, has_gpus, is_first_process
+from pretrain.logs.messages import Unfailing
 from pretrain.loop import fit
-from pretrain.messages import Unfailing
 from pretrain.parallel import DTYPES
-from pretrain.preflight import preflight
+from pretrain.preflight.preflight import preflight
 from pretrain.ranks import Mistake, status_of
-from pretrain.saving import SaveError
 from pretrain.setup import STOPPED, Run, set_up
 
 

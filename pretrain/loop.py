@@ -1,6 +1,7 @@
 """Training: `fit` is a table of contents, `train_step` one optimizer step, `validate` the whole validation split.
 
-Dimensions: B rows in a micro-batch, T tokens in a row, P pieces of a micro-batch (padded, see lit_data/loader.py).
+Dimensions: B rows in a micro-batch, T tokens in a row, P pieces of a micro-batch (padded, see
+lit_data/loading/loader.py).
 """
 
 from __future__ import annotations
@@ -20,31 +21,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_data.loader import MicroBatch, StepData
-from lit_data.order import first_sample_of_step
+from lit_data.loading.loader import MicroBatch, StepData
+from lit_data.loading.order import first_sample_of_step
 from lit_model.load import checkpoint_step, list_checkpoints
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from lit_model.moe import RouterStatistics
 from pretrain.args import plain
-from pretrain.checkpoint import checkpoint_name
+from pretrain.checkpoint.files import checkpoint_name
+from pretrain.checkpoint.saving import SaveError
 from pretrain.compiling import CompiledBlocks
+from pretrain.distillation.objective import distillation_values, teaching
+from pretrain.distillation.teachers import Teachers
 from pretrain.encoding import encoding_facts
 from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
-from pretrain.layers import FILE as LAYERS
-from pretrain.layers import LayerNorms
-from pretrain.metrics import FILE as METRICS
-from pretrain.metrics import ROUTER_COLUMNS, MetricsFile, router_values
-from pretrain.objective import distillation_values, teaching
+from pretrain.logs.layer_norms import FILE as LAYERS
+from pretrain.logs.layer_norms import LayerNorms
+from pretrain.logs.metrics import FILE as METRICS
+from pretrain.logs.metrics import ROUTER_COLUMNS, MetricsFile, router_values
+from pretrain.logs.progress import ProgressDisplay
+from pretrain.logs.throughput import Throughput
 from pretrain.optim import clip_gradients
 from pretrain.parallel import uses_fsdp
-from pretrain.progress import ProgressDisplay
 from pretrain.ranks import Mistake, on_rank_zero
-from pretrain.saving import SaveError
 from pretrain.schedule import learning_rate
 from pretrain.setup import Run, go_back, metrics_columns
-from pretrain.teachers import Teachers
-from pretrain.throughput import Throughput
 
 SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_data.packed import PackedDataset
-from lit_data.same_tokenizer import difference, ids_digest
-from lit_data.tokenizer import Tokenizer, open_tokenizer
+from lit_data.packed.dataset import PackedDataset
+from lit_data.tokenizers.compare import difference, ids_digest
+from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_model.load import Checkpoint, checkpoint_step, is_hf_folder, resolve
 
 OVERRIDE = "--data.allow_tokenizer_mismatch true"
@@ -114,7 +114,7 @@ def ids_without_token(path: Path, tokenizer: Tokenizer | None, vocab_size: int) 
 
 
 def compare(one: KnownTokenizer, other: KnownTokenizer) -> Literal["same", "different", "unknown"]:
-    """Whether two give the same ids: by fingerprint, else by what they do; see lit_data/same_tokenizer.py."""
+    """Whether two give the same ids: by fingerprint, else by what they do; see lit_data/tokenizers/compare.py."""
     if one.fingerprint is not None and one.fingerprint == other.fingerprint:
         return "same"
     if not (one.named and other.named):

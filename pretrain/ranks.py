@@ -26,9 +26,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from lit_model.load import list_checkpoints
 from pretrain.fabric import Fabric
-from pretrain.first_failure import Failure, lost_connection, report_failure, utc_now
+from pretrain.failure.first_failure import Failure, lost_connection, report_failure, utc_now
+from pretrain.failure.watchdog import EXIT_HUNG, Watchdog, in_background
 from pretrain.guards import Interrupted
-from pretrain.watchdog import EXIT_HUNG, Watchdog, in_background
 
 T = TypeVar("T")
 

@@ -18,16 +18,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from lit_data.cache import ShardCache
-from lit_data.compaction import Compactor
-from lit_data.datapoints import DatapointRecorder
-from lit_data.loader import Layout, Loader, bucket
-from lit_data.mixture import Mixture, phase_list
-from lit_data.order import Order, Segment, first_sample_of_step
-from lit_data.packed import PackedDataset
-from lit_data.packing import Rows, count_windows, open_rows
-from lit_data.tokenizer_files import copy_tokenizer
-from lit_data.trace import describe_order, write_order
+from lit_data.loading.loader import Layout, Loader, bucket
+from lit_data.loading.mixture import Mixture, phase_list
+from lit_data.loading.order import Order, Segment, first_sample_of_step
+from lit_data.loading.rows import Rows, count_windows, open_rows
+from lit_data.loading.shard_cache import ShardCache
+from lit_data.packed.dataset import PackedDataset
+from lit_data.record.merge import Compactor
+from lit_data.record.parts import DatapointRecorder
+from lit_data.record.trace import describe_order, write_order
+from lit_data.tokenizers.files import copy_tokenizer
 from lit_files.checksum import file_sha256
 from lit_files.lock import FileLock, lock_folder
 from lit_files.publish import write_text
@@ -42,7 +42,7 @@ from lit_model.load import (
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from pretrain.args import DistillationArgs, RunArgs, TrainArgs, flat, plain
-from pretrain.checkpoint import (
+from pretrain.checkpoint.files import (
     STEP_COUNT,
     check_meta,
     find_checkpoint,
@@ -52,17 +52,24 @@ from pretrain.checkpoint import (
     rewind,
     state_tensors,
 )
+from pretrain.checkpoint.saving import Saver
 from pretrain.compiling import compile_blocks
+from pretrain.distillation.teacher_cache import FILE as CACHE_FILE
+from pretrain.distillation.teacher_cache import CachedTeacher, check_cache
+from pretrain.distillation.teachers import Teachers, check_teachers, identify
 from pretrain.encoding import check_bos, unlike_special_tokens, unlike_start
-from pretrain.environment import command_line, record_environment
 from pretrain.fabric import Fabric
-from pretrain.first_failure import begin_attempt
+from pretrain.failure.first_failure import begin_attempt
+from pretrain.failure.rank_log import RankLog
+from pretrain.failure.watchdog import Watchdog, control_store
 from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.init_from import load_optimizer, load_weights, model_config, optimizer_of
 from pretrain.launch import is_rank
-from pretrain.messages import say, warn
-from pretrain.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS, newest_step
-from pretrain.metrics import FILE as METRICS
+from pretrain.logs.environment import command_line, record_environment
+from pretrain.logs.messages import say, warn
+from pretrain.logs.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS, newest_step
+from pretrain.logs.metrics import FILE as METRICS
+from pretrain.logs.trackers import Trackers, abandon, check_trackers
 from pretrain.model_tokenizer import OVERRIDE, check_model_and_data, compare, of_data
 from pretrain.optim import AdamW, LossScale
 from pretrain.parallel import (
@@ -72,15 +79,8 @@ from pretrain.parallel import (
     device_kind,
     uses_fsdp,
 )
-from pretrain.rank_log import RankLog
 from pretrain.ranks import Peers, on_rank_zero
-from pretrain.saving import Saver
 from pretrain.synthetic import make_synthetic_data
-from pretrain.teacher_cache import FILE as CACHE_FILE
-from pretrain.teacher_cache import CachedTeacher, check_cache
-from pretrain.teachers import Teachers, check_teachers, identify
-from pretrain.trackers import Trackers, abandon, check_trackers
-from pretrain.watchdog import Watchdog, control_store
 
 # Settings that decide what a run means: a resume with another value is refused unless --resume_allow names it.
 MEANING = (

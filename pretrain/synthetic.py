@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_data.corpus.synthetic import write_synthetic
-from lit_data.corpus.tokenizer_training import train_tokenizer
-from lit_data.packed import MANIFEST
-from lit_data.prepare import prepare
+from lit_data.packed.dataset import MANIFEST
+from lit_data.prepare.job import prepare
+from lit_data.tokenizers.training import train_tokenizer
 from pretrain.args import SyntheticArgs
 
 

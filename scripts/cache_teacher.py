@@ -15,19 +15,19 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
 import torch
 
-from lit_data.packed import PackedDataset
-from lit_data.packing import open_rows
+from lit_data.loading.rows import open_rows
+from lit_data.packed.dataset import PackedDataset
 from lit_model.load import load_tensors, resolve
 from pretrain.args import DistillationArgs, TeacherEntry
-from pretrain.command_line import ScriptParser
-from pretrain.teacher_cache import CacheFacts, begin_cache, write_cache
-from pretrain.teachers import Teachers, check_teacher, check_tokenizer, identify
+from pretrain.cli.command_line import ScriptParser
+from pretrain.distillation.teacher_cache import CacheFacts, begin_cache, write_cache
+from pretrain.distillation.teachers import Teachers, check_teacher, check_tokenizer, identify
 
 
 def main() -> int:

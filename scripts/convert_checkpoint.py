@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from pretrain.command_line import ScriptParser
-from pretrain.conversion import convert_checkpoint
+from pretrain.cli.command_line import ScriptParser
+from pretrain.convert.state_dict_type import convert_checkpoint
 
 
 def main() -> int:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
 from lit_model.cost import count_parameters
-from pretrain.command_line import ScriptParser
-from pretrain.legacy import Imported, import_legacy
+from pretrain.cli.command_line import ScriptParser
+from pretrain.convert.legacy import Imported, import_legacy
 
 
 def command_to_go_on(imported: Imported, output: Path) -> str:

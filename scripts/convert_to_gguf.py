@@ -7,13 +7,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
 from lit_model.hf.gguf import DTYPES
-from pretrain.command_line import ScriptParser
-from pretrain.export import export_to_gguf
+from pretrain.cli.command_line import ScriptParser
+from pretrain.convert.export import export_to_gguf
 
 
 def main() -> int:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from pretrain.command_line import ScriptParser
-from pretrain.export import export_to_hf
+from pretrain.cli.command_line import ScriptParser
+from pretrain.convert.export import export_to_hf
 
 
 def main() -> int:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from lit_data.word_counts import add_word_counts
+from lit_data.packed.word_counts import add_word_counts
 from lit_files.cores import usable_cores
-from pretrain.command_line import ScriptParser
+from pretrain.cli.command_line import ScriptParser
 
 
 def main(arguments: list[str] | None = None) -> int:

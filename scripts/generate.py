@@ -10,16 +10,16 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
 import torch
 
-from lit_data.tokenizer import Tokenizer, open_tokenizer
+from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_model.generate import generate
 from lit_model.load import load_model
-from pretrain.command_line import ScriptParser
+from pretrain.cli.command_line import ScriptParser
 from pretrain.encoding import encode_prompt, encoding_of
 from pretrain.model_tokenizer import check_own_tokenizer, find_tokenizer, ids_without_token
 

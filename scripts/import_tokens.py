@@ -16,13 +16,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from lit_data.foreign import FLAT_DTYPES
-from lit_data.token_import import Cutting, import_tokens
-from pretrain.command_line import ScriptParser
+from lit_data.packed.foreign import FLAT_DTYPES
+from lit_data.packed.token_import import Cutting, import_tokens
+from pretrain.cli.command_line import ScriptParser
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -14,13 +14,13 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
 from lit_model.cost import count_parameters
 from lit_model.load import MODEL_PREFIX, Checkpoint, is_hf_folder, resolve
-from pretrain.command_line import ScriptParser
+from pretrain.cli.command_line import ScriptParser
 
 
 def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:

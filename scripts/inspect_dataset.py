@@ -16,11 +16,12 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from lit_data.inventory import (
+from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.inventory import (
     RepeatedIds,
     Sample,
     Sources,
@@ -34,8 +35,7 @@ from lit_data.inventory import (
     tokenizer_of,
     totals,
 )
-from lit_data.packed import PackedDataset
-from pretrain.command_line import ScriptParser
+from pretrain.cli.command_line import ScriptParser
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

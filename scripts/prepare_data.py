@@ -20,16 +20,16 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
 from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS
-from lit_data.executors import run_on_executors
-from lit_data.plan import Settings
-from lit_data.prepare import prepare, run_stage
+from lit_data.prepare.executors import run_on_executors
+from lit_data.prepare.job import prepare, run_stage
+from lit_data.prepare.settings import Settings
 from lit_files.cores import usable_cores
-from pretrain.command_line import ScriptParser
+from pretrain.cli.command_line import ScriptParser
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -23,12 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
 from lit_eval.overlap import longest_overlap
-from pretrain.command_line import ScriptParser
+from pretrain.cli.command_line import ScriptParser
 
 DEFAULT = Path("runs/quickstart")
 VOCAB_SIZE = 4096

@@ -13,12 +13,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
 from lit_data.corpus.plays import HELD_OUT, write_corpus
-from pretrain.command_line import ScriptParser
+from pretrain.cli.command_line import ScriptParser
 
 
 def main() -> int:

@@ -12,18 +12,18 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from lit_data.datapoints import CHECKPOINT_NAME, rows_of
-from lit_data.documents import Documents
-from lit_data.exposures import count_exposures, draw_exposures
-from lit_data.record_sql import SORTS, difference, export
-from lit_data.tokenizer import open_tokenizer
-from lit_data.trace import TracedRun, left_out_of_document, open_run, spans_of_document, spans_of_step
-from lit_data.verify import verify
-from pretrain.command_line import ScriptParser
+from lit_data.packed.documents import Documents
+from lit_data.record.exposures import count_exposures, draw_exposures
+from lit_data.record.parts import CHECKPOINT_NAME, rows_of
+from lit_data.record.sql import SORTS, difference, export
+from lit_data.record.trace import TracedRun, left_out_of_document, open_run, spans_of_document, spans_of_step
+from lit_data.record.verify import verify
+from lit_data.tokenizers.tokenizer import open_tokenizer
+from pretrain.cli.command_line import ScriptParser
 
 NUMBER = re.compile(r"#(?:(\d+):)?(\d+)")
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
 from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS, ReadErrors
-from lit_data.corpus.tokenizer_training import KINDS, train_tokenizer
-from pretrain.command_line import ScriptParser
+from lit_data.tokenizers.training import KINDS, train_tokenizer
+from pretrain.cli.command_line import ScriptParser
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -8,17 +8,17 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
 import yaml
 
-from lit_data.packed import MANIFEST, PackedDataset
-from lit_data.trace import find_recorded
+from lit_data.packed.dataset import MANIFEST, PackedDataset
+from lit_data.record.trace import find_recorded
 from lit_eval.agreement import largest_difference, our_span_losses, transformers_span_losses
 from lit_model.load import Checkpoint, resolve
-from pretrain.command_line import ScriptParser
+from pretrain.cli.command_line import ScriptParser
 from pretrain.encoding import check_folder
 from pretrain.model_tokenizer import compare, describe_difference, of_data, of_model
 

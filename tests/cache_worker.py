@@ -16,8 +16,8 @@ import time
 
 import numpy as np
 
-from lit_data.cache import FileSource, ShardCache
-from lit_data.packed import PackedDataset
+from lit_data.loading.shard_cache import FileSource, ShardCache
+from lit_data.packed.dataset import PackedDataset
 
 
 class SlowSource(FileSource):

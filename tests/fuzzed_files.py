@@ -34,25 +34,25 @@ import torch
 import yaml
 from running import VOCAB, flags, write_dataset
 
-from lit_data.corpus.tokenizer_training import train_on_texts
-from lit_data.datapoints import SCHEMA, read_record
-from lit_data.documents import Documents
-from lit_data.inventory import faults_of
-from lit_data.loader import read_rows
-from lit_data.packed import PackedDataset
-from lit_data.packing import open_rows
-from lit_data.plan import read_plan
-from lit_data.record import read_steps, stream_record
-from lit_data.tokenizer import open_tokenizer
-from lit_data.trace import open_run, spans_of_step
+from lit_data.loading.loader import read_rows
+from lit_data.loading.rows import open_rows
+from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.documents import Documents
+from lit_data.packed.inventory import faults_of
+from lit_data.prepare.settings import read_plan
+from lit_data.record.parts import SCHEMA, read_record
+from lit_data.record.reader import read_steps, stream_record
+from lit_data.record.trace import open_run, spans_of_step
+from lit_data.tokenizers.tokenizer import open_tokenizer
+from lit_data.tokenizers.training import train_on_texts
 from lit_files.publish import write_json
 from lit_model.load import Checkpoint, load_tensors
-from pretrain.checkpoint import check_meta, check_whole
-from pretrain.conversion import convert_checkpoint
-from pretrain.export import export_to_hf
+from pretrain.checkpoint.files import check_meta, check_whole
+from pretrain.convert.export import export_to_hf
+from pretrain.convert.state_dict_type import convert_checkpoint
+from pretrain.distillation.teacher_cache import CachedTeacher, CacheFacts, begin_cache, check_finished, read_facts
 from pretrain.fabric_train import build_parser, main, parse
-from pretrain.metrics import cut_metrics
-from pretrain.teacher_cache import CachedTeacher, CacheFacts, begin_cache, check_finished, read_facts
+from pretrain.logs.metrics import cut_metrics
 
 CPU_S, WALL_S, MEMORY_MB = 5.0, 120.0, 500
 CHECKPOINT = "iter-00000004-ckpt.pth"

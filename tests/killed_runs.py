@@ -15,9 +15,9 @@ from running import flags, metrics, write_dataset
 from torch import Tensor
 from zygote import Answer, Zygote
 
-from lit_data.datapoints import read_record
-from lit_data.trace import open_run
-from lit_data.verify import verify
+from lit_data.record.parts import read_record
+from lit_data.record.trace import open_run
+from lit_data.record.verify import verify
 from lit_model.load import Checkpoint, checkpoint_step, list_checkpoints
 
 STEPS = 8

@@ -31,8 +31,9 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from lit_data.datapoints import DatapointRecorder  # noqa: E402
-from pretrain import loop, saving, setup  # noqa: E402
+from lit_data.record.parts import DatapointRecorder  # noqa: E402
+from pretrain import loop, setup  # noqa: E402
+from pretrain.checkpoint import saving  # noqa: E402
 from pretrain.optim import local  # noqa: E402
 
 

@@ -13,15 +13,15 @@ import yaml
 from record_writer import RANKS, ROWS, STEPS
 from running import write_dataset
 
-from lit_data.datapoints import SCHEMA, newest_checkpoint_step, read_record
-from lit_data.loader import Layout, Loader
-from lit_data.mixture import Mixture
-from lit_data.order import Order, Segment, row_of
-from lit_data.packed import PackedDataset
-from lit_data.packing import ConcatRows
-from lit_data.span_hash import hash_spans
-from lit_data.trace import describe_order, open_run, write_order
-from lit_data.verify import verify
+from lit_data.loading.loader import Layout, Loader
+from lit_data.loading.mixture import Mixture
+from lit_data.loading.order import Order, Segment, row_of
+from lit_data.loading.rows import ConcatRows
+from lit_data.packed.dataset import PackedDataset
+from lit_data.record.parts import SCHEMA, newest_checkpoint_step, read_record
+from lit_data.record.span_hash import hash_spans
+from lit_data.record.trace import describe_order, open_run, write_order
+from lit_data.record.verify import verify
 
 BLOCK_SIZE, SEED = 16, 5
 WRITER = Path(__file__).resolve().parent / "record_writer.py"

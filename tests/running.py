@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_data.packed import PackedWriter
+from lit_data.packed.dataset import PackedWriter
 from lit_model.load import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -68,7 +68,7 @@ def write_gguf(
     Args:
         tensors: ours, by our names, in any precision; may load lazily.
         dtype: of the matrices, a key of DTYPES. Norms and biases are float32, as llama.cpp wants them.
-        tokenizer: keys and values of `lit_data.gguf_tokenizer`; None: without, which only programs that bring
+        tokenizer: keys and values of `lit_data.tokenizers.gguf`; None: without, which only programs that bring
             their own tokenizer can use.
 
     Raises ValueError for a model that llama.cpp does not compute, and for a file that exists.

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_data.cache import ShardCache
-from lit_data.packed import PackedDataset, PackedWriter
+from lit_data.loading.shard_cache import ShardCache
+from lit_data.packed.dataset import PackedDataset, PackedWriter
 
 pytestmark = pytest.mark.chaos
 
@@ -70,7 +70,7 @@ def read_all(data: PackedDataset, folder: Path, chunk: int) -> None:
 
 
 def test_a_kill_before_each_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_data.cache.POLL_SECONDS", 0.001)
+    monkeypatch.setattr("lit_data.loading.shard_cache.POLL_SECONDS", 0.001)
     chunk = 4096
     data = write(tmp_path / "data", 16 * chunk // 2)
     folder = tmp_path / "cache"

@@ -25,7 +25,7 @@ from record_writer import EVERY, RANKS, STEPS
 from recorded import WRITER, check, prepare
 from running import ROOT
 
-from lit_data.datapoints import SCHEMA, believe, list_parts, read_record
+from lit_data.record.parts import SCHEMA, believe, list_parts, read_record
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 
@@ -37,7 +37,7 @@ CALLS = {
 }
 REWIND = (
     "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
-    "from pretrain.checkpoint import rewind; rewind(Path(sys.argv[2]), int(sys.argv[3]))"
+    "from pretrain.checkpoint.files import rewind; rewind(Path(sys.argv[2]), int(sys.argv[3]))"
 )
 REWOUND = 14  # inside a merged file
 PARTS = tuple(f".part-rank{rank:05d}.tmp" for rank in range(RANKS))

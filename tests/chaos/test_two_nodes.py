@@ -23,8 +23,8 @@ import pytest
 import torch
 from running import ROOT, flags, metrics, train, write_dataset
 
-from lit_data.trace import open_run
-from lit_data.verify import verify
+from lit_data.record.trace import open_run
+from lit_data.record.verify import verify
 from lit_model.load import Checkpoint
 
 STEPS, EVERY = 120, 5

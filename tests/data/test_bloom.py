@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_data.corpus.bloom import HEADER_BYTES, BloomDedup, bloom_bytes, bloom_rate
+from lit_data.prepare.bloom import HEADER_BYTES, BloomDedup, bloom_bytes, bloom_rate
 
 
 def hashes(start: int, stop: int) -> list[bytes]:

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import lit_data.cache
+import lit_data.loading.shard_cache
 import lit_files.descriptors
-from lit_data.cache import FileSource, ShardCache
-from lit_data.cache_folder import CacheFolder
-from lit_data.packed import PackedDataset, PackedWriter
+from lit_data.loading.cache_folder import CacheFolder
+from lit_data.loading.shard_cache import FileSource, ShardCache
+from lit_data.packed.dataset import PackedDataset, PackedWriter
 
 CHUNK = 8192  # bytes
 ROW = 64  # tokens
@@ -258,7 +258,7 @@ def test_processes_share_what_is_staged(tmp_path: Path, data: PackedDataset) -> 
 
 def test_a_kill_in_the_middle_of_a_copy(tmp_path: Path, data: PackedDataset) -> None:
     folder = tmp_path / "cache"
-    chunk = 2 * lit_data.cache.PIECE_BYTES  # two pieces: it falls asleep between them
+    chunk = 2 * lit_data.loading.shard_cache.PIECE_BYTES  # two pieces: it falls asleep between them
     with PackedWriter(tmp_path / "large", tokenizer=data.manifest.tokenizer, vocab_size=60000, eos_id=0) as writer:
         writer.add([*np.random.default_rng(0).integers(1, 60000, size=chunk), 0], id="0")
     data = PackedDataset(tmp_path / "large")
@@ -546,7 +546,7 @@ def test_errors_of_the_source_and_of_the_order_are_raised(
 def test_few_files_are_open(
     tmp_path: Path, data: PackedDataset, opened: Callable[..., ShardCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lit_data.cache, "MAX_MAPS", 2)
+    monkeypatch.setattr(lit_data.loading.shard_cache, "MAX_MAPS", 2)
     monkeypatch.setattr(lit_files.descriptors, "MAX_OPEN", 2)
     source = FileSource(data)
     cache = opened(data, tmp_path, 100, source=source)

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from record_writer import MAX_ROWS, RANKS, STEPS
 from recorded import check, prepare, write
 
-from lit_data.compaction import Compactor, compact, copy_record, cut_record, next_merge
-from lit_data.datapoints import SCHEMA, Part, believe, committed_parts, list_parts, open_writer, read_record
-from lit_data.record import read_steps, stream_record
+from lit_data.record.merge import Compactor, compact, copy_record, cut_record, next_merge
+from lit_data.record.parts import SCHEMA, Part, believe, committed_parts, list_parts, open_writer, read_record
+from lit_data.record.reader import read_steps, stream_record
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lit_data.corpus import exact_dedup
-from lit_data.corpus.exact_dedup import Dropped, DuplicateCounts, HashWriter, find_duplicates
-from lit_data.corpus.paragraphs import drop_paragraphs, hash_paragraphs, split_paragraphs
+from lit_data.prepare import exact_dedup
+from lit_data.prepare.exact_dedup import Dropped, DuplicateCounts, HashWriter, find_duplicates
+from lit_data.prepare.paragraphs import drop_paragraphs, hash_paragraphs, split_paragraphs
 
 MEMORY = 1 << 28
 MIN_CHARACTERS = 12
@@ -80,7 +80,7 @@ def test_the_first_of_each_paragraph_stays_however_the_corpus_is_cut(
 def test_documents_may_be_asked_for_with_gaps_and_across_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_data.corpus.tables.READ_ROWS", 4)
+    monkeypatch.setattr("lit_data.prepare.tables.READ_ROWS", 4)
     rows = [(2, 0), (2, 1), (2, 5), (2, 6), (2, 7), (5, 1), (6, 0), (6, 2), (9, 3)]
     table = pa.table(list(zip(*rows, strict=True)), schema=exact_dedup.DUPLICATES)
     pq.write_table(table, tmp_path / "d.parquet")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_data.corpus import filters
-from lit_data.corpus.filters import language_filter, length_filter, open_filter, token_word_ratio
 from lit_data.corpus.readers import Document
+from lit_data.prepare import filters
+from lit_data.prepare.filters import language_filter, length_filter, open_filter, token_word_ratio
 
 GERMAN = "Die Würde des Menschen ist unantastbar. Sie zu achten und zu schützen ist Verpflichtung aller Gewalt."
 ENGLISH = "Everyone has the right to life, liberty and the security of person, and to recognition before the law."

@@ -13,11 +13,11 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_data import foreign
-from lit_data.foreign import MegatronIndex, find_token_files
-from lit_data.packed import MAX_DOCUMENT_TOKENS, PackedDataset, PackedWriter
-from lit_data.token_import import Cutting, import_tokens
-from lit_data.tokenizer import open_tokenizer
+from lit_data.packed import foreign
+from lit_data.packed.dataset import MAX_DOCUMENT_TOKENS, PackedDataset, PackedWriter
+from lit_data.packed.foreign import MegatronIndex, find_token_files
+from lit_data.packed.token_import import Cutting, import_tokens
+from lit_data.tokenizers.tokenizer import open_tokenizer
 
 CODES = {"B": 1, "b": 2, "h": 3, "i": 4, "q": 5, "H": 8}  # struct's letter -> Megatron's code
 EOS = 0

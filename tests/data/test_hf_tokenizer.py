@@ -14,9 +14,9 @@ import tokenizers
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 transformers = pytest.importorskip("transformers")
 
-from lit_data.corpus.tokenizer_training import train_on_texts  # noqa: E402
-from lit_data.hf_tokenizer import HARD_STRINGS, check_with_transformers, write_hf_tokenizer  # noqa: E402
-from lit_data.tokenizer import Tokenizer, open_tokenizer  # noqa: E402
+from lit_data.tokenizers.hf_export import HARD_STRINGS, check_with_transformers, write_hf_tokenizer  # noqa: E402
+from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer  # noqa: E402
+from lit_data.tokenizers.training import train_on_texts  # noqa: E402
 
 TEXTS = [
     "Der Hund läuft über die Straße, und die Katze (sie heißt Mia) schläft 24 Stunden am Tag. Ende gut, alles gut! "
@@ -147,7 +147,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"char\.model can't be written for transformers: its model is of type CHAR"):
         write_hf_tokenizer(path, tmp_path / "hf")
     path = train_sentencepiece(tmp_path / "m.model", model_type="bpe", vocab_size=150)
-    monkeypatch.setattr("lit_data.hf_tokenizer._merges", lambda pieces: [])
+    monkeypatch.setattr("lit_data.tokenizers.hf_export._merges", lambda pieces: [])
     with pytest.raises(ValueError, match=r"gives other ids for '.+'"):
         write_hf_tokenizer(path, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

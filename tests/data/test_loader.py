@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_data.cache import ShardCache
-from lit_data.loader import IGNORE_TARGET, PADDING, Layout, Loader, bucket, read_rows
-from lit_data.mixture import Mixture, phase_list
-from lit_data.order import Order, Segment
-from lit_data.packed import PackedDataset, PackedWriter
-from lit_data.packing import ConcatRows, Rows, count_windows, open_rows
-from lit_data.span_hash import hash_spans
-from lit_data.verify import naive_hash
+from lit_data.loading.loader import IGNORE_TARGET, PADDING, Layout, Loader, bucket, read_rows
+from lit_data.loading.mixture import Mixture, phase_list
+from lit_data.loading.order import Order, Segment
+from lit_data.loading.rows import ConcatRows, Rows, count_windows, open_rows
+from lit_data.loading.shard_cache import ShardCache
+from lit_data.packed.dataset import PackedDataset, PackedWriter
+from lit_data.record.span_hash import hash_spans
+from lit_data.record.verify import naive_hash
 
 
 def make_dataset(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_data.mixture import BLOCK, Mixture, phase_list, quotas
-from lit_data.order import Order
+from lit_data.loading.mixture import BLOCK, Mixture, phase_list, quotas
+from lit_data.loading.order import Order
 
 
 def mixture_of(sizes: list[int], phases: list[tuple[int, list[float]]], seed: int = 7) -> Mixture:

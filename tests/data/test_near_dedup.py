@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from lit_data.corpus import near_dedup
-from lit_data.corpus.near_dedup import (
+from lit_data.prepare import near_dedup
+from lit_data.prepare.near_dedup import (
     NearDuplicateCounts,
     NearDuplicates,
     SignatureWriter,
@@ -124,7 +124,7 @@ def test_the_outcome_does_not_depend_on_the_cut(tmp_path: Path, monkeypatch: pyt
     whole, counts = deduplicate(corpus, [], tmp_path / "1")
     assert len(whole) > 20
     monkeypatch.setattr(near_dedup, "ROWS_PER_GROUP", 7)
-    monkeypatch.setattr("lit_data.corpus.tables.READ_ROWS", 5)
+    monkeypatch.setattr("lit_data.prepare.tables.READ_ROWS", 5)
     for name, cuts in (("3", [20, 90]), ("7", [1, 1, 8, 30, 31, 100])):
         assert deduplicate(corpus, cuts, tmp_path / name) == (whole, counts)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_data.order import (
+from lit_data.loading.order import (
     Order,
     Segment,
     first_sample_of_step,

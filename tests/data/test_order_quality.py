@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lit_data.order import Order
+from lit_data.loading.order import Order
 
 SEEDS = 40
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_data import plans
-from lit_data.packed import PackedDataset, PackedWriter
-from lit_data.packing import open_rows
-from lit_data.plans import best_fit_decreasing, check_plan, pack
+from lit_data.loading import row_plans as plans
+from lit_data.loading.row_plans import best_fit_decreasing, check_plan, pack
+from lit_data.loading.rows import open_rows
+from lit_data.packed.dataset import PackedDataset, PackedWriter
 
 
 def dataset_of(folder: Path, lengths: list[int], shard_tokens: int = 64) -> PackedDataset:

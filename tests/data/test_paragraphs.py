@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_data.corpus.paragraphs import drop_paragraphs, hash_paragraphs, paragraph_hash, split_paragraphs
+from lit_data.prepare.paragraphs import drop_paragraphs, hash_paragraphs, paragraph_hash, split_paragraphs
 
 TEXTS = st.text(alphabet="ab .\n\r\t \u00a0\u2028", max_size=60)
 

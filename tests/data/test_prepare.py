@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
-from lit_data import preparation as module
-from lit_data import prepare as prepare_module
-from lit_data.executors import run_on_executors
-from lit_data.packed import PackedDataset
-from lit_data.prepare import in_validation, prepare, run_stage, work_folder
-from lit_data.tokenizer import open_tokenizer
-from lit_data.tokenizer_files import copy_tokenizer
+from lit_data.packed.dataset import PackedDataset
+from lit_data.prepare import job as prepare_module
+from lit_data.prepare import stages as module
+from lit_data.prepare.executors import run_on_executors
+from lit_data.prepare.job import in_validation, prepare, run_stage, work_folder
+from lit_data.tokenizers.files import copy_tokenizer
+from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_files.lock import lock_folder
 
 TEXT = "der die das Haus und ein Garten mit vielen Bäumen steht am Fluss wo die Vögel singen"

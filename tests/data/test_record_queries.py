@@ -14,13 +14,13 @@ import pytest
 from record_writer import STEPS
 from recorded import prepare, write
 
-from lit_data.datapoints import read_record
-from lit_data.documents import Documents
-from lit_data.exposures import count_exposures, draw_exposures, times_seen
-from lit_data.order import Segment, first_sample_of_step
-from lit_data.packed import PackedDataset, PackedWriter
-from lit_data.record_sql import difference, export, open_database, record_sql
-from lit_data.trace import open_run
+from lit_data.loading.order import Segment, first_sample_of_step
+from lit_data.packed.dataset import PackedDataset, PackedWriter
+from lit_data.packed.documents import Documents
+from lit_data.record.exposures import count_exposures, draw_exposures, times_seen
+from lit_data.record.parts import read_record
+from lit_data.record.sql import difference, export, open_database, record_sql
+from lit_data.record.trace import open_run
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_data.corpus.readers import Document
-from lit_data.corpus.report import StageReport, first_difference
+from lit_data.prepare.report import StageReport, first_difference
 
 
 def document(number: int, text: str = "") -> Document:

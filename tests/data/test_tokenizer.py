@@ -15,10 +15,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from lit_data import tokenizer as module
-from lit_data.corpus.tokenizer_training import train_on_texts
-from lit_data.sentencepiece_file import ModelType, PieceType, read_sentencepiece_file
-from lit_data.tokenizer import Tokenizer, cut, open_tokenizer
+from lit_data.tokenizers import tokenizer as module
+from lit_data.tokenizers.sentencepiece_file import ModelType, PieceType, read_sentencepiece_file
+from lit_data.tokenizers.tokenizer import Tokenizer, cut, open_tokenizer
+from lit_data.tokenizers.training import train_on_texts
 
 TEXT = (
     "Der Hund läuft über die Straße, und die Katze (sie heißt Mia) schläft 24 Stunden am Tag.\n  Ende  gut, alles gut! "

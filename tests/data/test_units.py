@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from lit_data import units as module
-from lit_data.corpus.tokenizer_training import train_on_texts
-from lit_data.tokenizer import SAFE, Tokenizer, open_tokenizer
-from lit_data.units import UnitEncoder, unit_patterns
+from lit_data.tokenizers import unit_encoder as module
+from lit_data.tokenizers.tokenizer import SAFE, Tokenizer, open_tokenizer
+from lit_data.tokenizers.training import train_on_texts
+from lit_data.tokenizers.unit_encoder import UnitEncoder, unit_patterns
 
 TEXTS = [
     "Der Hund läuft über die Straße, und die Katze (sie heißt Mia) schläft 24 Stunden am Tag.\n  Ende  gut!\n\n" * 4,

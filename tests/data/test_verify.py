@@ -15,10 +15,10 @@ import pytest
 from record_writer import RANKS, STEPS
 from recorded import prepare, write
 
-from lit_data.datapoints import SCHEMA, committed_parts, list_parts, read_record
-from lit_data.span_hash import hash_spans
-from lit_data.trace import open_run
-from lit_data.verify import hash_pieces, naive_hash, verify
+from lit_data.record.parts import SCHEMA, committed_parts, list_parts, read_record
+from lit_data.record.span_hash import hash_spans
+from lit_data.record.trace import open_run
+from lit_data.record.verify import hash_pieces, naive_hash, verify
 
 Rows = list[dict[str, Any]]
 

@@ -10,15 +10,15 @@ import torch
 from hf_checks import build, draw_tokens, transformers
 from running import ROOT
 
-from lit_data.gguf_tokenizer import gguf_tokenizer
-from lit_data.hf_tokenizer import HARD_STRINGS
-from lit_data.tokenizer import open_tokenizer
+from lit_data.tokenizers.gguf import gguf_tokenizer
+from lit_data.tokenizers.hf_export import HARD_STRINGS
+from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_model.config import ModelConfig, RopeScaling
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.gguf import write_gguf
 from lit_model.hf.io import write_folder
 from lit_model.rope import rope_frequencies
-from pretrain.export import export_to_gguf
+from pretrain.convert.export import export_to_gguf
 
 gguf = pytest.importorskip("gguf")
 

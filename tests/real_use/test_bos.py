@@ -13,9 +13,9 @@ import tokenizers
 from chat_tokenizers import FAMILIES, PLAIN, write_tokenizer
 from running import flags, script, train
 
-from lit_data.packed import MANIFEST, PackedDataset, read_manifest
-from lit_data.tokenizer import open_tokenizer
-from lit_data.units import UnitEncoder
+from lit_data.packed.dataset import MANIFEST, PackedDataset, read_manifest
+from lit_data.tokenizers.tokenizer import open_tokenizer
+from lit_data.tokenizers.unit_encoder import UnitEncoder
 from lit_model.config import ModelConfig
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.io import write_folder

@@ -20,10 +20,10 @@ from chat_tokenizers import CHAT, FAMILIES, PLAIN, write_tokenizer
 from running import ROOT, flags, script, train
 from tokenizers import Tokenizer as Backend
 
-from lit_data.gguf_tokenizer import gguf_tokenizer
-from lit_data.hf_tokenizer import write_hf_tokenizer
-from lit_data.packed import PackedDataset
-from lit_data.tokenizer import open_tokenizer
+from lit_data.packed.dataset import PackedDataset
+from lit_data.tokenizers.gguf import gguf_tokenizer
+from lit_data.tokenizers.hf_export import write_hf_tokenizer
+from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_model.config import ModelConfig
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.io import write_folder

@@ -16,12 +16,12 @@ import pytest
 import yaml
 from running import ROOT, flags, metrics, same_checkpoints, script, train, write_dataset
 
-from lit_data.corpus.tokenizer_training import train_tokenizer
+from lit_data.tokenizers.training import train_tokenizer
 from lit_model.load import Checkpoint
 from pretrain import fabric_train
 from pretrain.args import ModelArgs, OptimArgs
-from pretrain.choices import RULES, SWITCHES
-from pretrain.command_line import OTHER_NAMES, ScriptParser, make_printable
+from pretrain.cli.choices import RULES, SWITCHES
+from pretrain.cli.command_line import OTHER_NAMES, ScriptParser, make_printable
 from pretrain.fabric_train import build_parser, parse
 
 BASE = ["--data.train=x", "--train.max_steps=3"]

@@ -14,13 +14,13 @@ import pytest
 import zstandard
 from running import script
 
-from lit_data import preparation
 from lit_data.corpus.readers import Place, ReadErrors, read_documents
-from lit_data.corpus.tokenizer_training import train_on_texts
-from lit_data.documents import Documents
-from lit_data.packed import PackedDataset
-from lit_data.plan import Plan, Settings, differences
-from lit_data.tokenizer import open_tokenizer
+from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.documents import Documents
+from lit_data.prepare import stages as preparation
+from lit_data.prepare.settings import Plan, Settings, differences
+from lit_data.tokenizers.tokenizer import open_tokenizer
+from lit_data.tokenizers.training import train_on_texts
 
 TEXTS = ["der Hund und die Katze laufen über die Straße", "ein Satz\n\nnoch einer", "the cat sat on the mat"]
 

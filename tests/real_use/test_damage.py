@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from running import flags, script, train, write_dataset
 
-from lit_data.loader import Layout, Loader
-from lit_data.mixture import Mixture
-from lit_data.order import Order, Segment
-from lit_data.packed import HEADER, PackedDataset
-from lit_data.packing import ConcatRows
+from lit_data.loading.loader import Layout, Loader
+from lit_data.loading.mixture import Mixture
+from lit_data.loading.order import Order, Segment
+from lit_data.loading.rows import ConcatRows
+from lit_data.packed.dataset import HEADER, PackedDataset
 from lit_model.config import ModelConfig
 from lit_model.load import load_tensors
 from pretrain import fabric_train

@@ -14,7 +14,7 @@ import torch
 from running import flags, train
 
 from lit_model.load import Checkpoint
-from pretrain.environment import append_line, clean_command, code_hash, commit_of_files, git_facts
+from pretrain.logs.environment import append_line, clean_command, code_hash, commit_of_files, git_facts
 
 
 def entries(run: Path) -> list[dict[str, object]]:

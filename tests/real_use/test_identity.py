@@ -15,10 +15,10 @@ import yaml
 from legacy_files import litgpt_fields, save_legacy, to_legacy
 from running import flags, metrics, script, train
 
-from lit_data.corpus.tokenizer_training import train_on_texts
-from lit_data.packed import PackedDataset
-from lit_data.same_tokenizer import difference, ids_digest
-from lit_data.tokenizer import open_tokenizer
+from lit_data.packed.dataset import PackedDataset
+from lit_data.tokenizers.compare import difference, ids_digest
+from lit_data.tokenizers.tokenizer import open_tokenizer
+from lit_data.tokenizers.training import train_on_texts
 from lit_model.load import Checkpoint, load_tensors
 from pretrain.model_tokenizer import check_model_and_data, ids_without_token
 

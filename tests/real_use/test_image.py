@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 from running import ROOT
 from stand_ins import Cluster
 
-from pretrain import nccl_transport
-from pretrain.nccl_transport import ask_for_log, infiniband_devices, read_log, slow_for, transports
+from pretrain.preflight import nccl_transport
+from pretrain.preflight.nccl_transport import ask_for_log, infiniband_devices, read_log, slow_for, transports
 
 DEFINITION = (ROOT / "llammlein.def").read_text(encoding="utf-8")
 # Stands in for the image's python: its torch has the CUDA that is asked for, and pip only resolves.

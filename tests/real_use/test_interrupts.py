@@ -208,7 +208,7 @@ def test_every_script_ends_with_one_line(path: Path) -> None:
     else:
         ours = ("from lit_", "import lit_", "import torch", "from pretrain.")
         before = [line for line in text[:hook].splitlines() if line.startswith(ours)]
-        assert before == ["from pretrain.command_line import end_on_ctrl_c"]
+        assert before == ["from pretrain.cli.command_line import end_on_ctrl_c"]
 
 
 def test_ctrl_c_ends_a_script_with_one_line() -> None:
@@ -217,7 +217,7 @@ def test_ctrl_c_ends_a_script_with_one_line() -> None:
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for text in process.stderr:  # written as each import ends
-        if "pretrain.command_line" in text:
+        if "pretrain.cli.command_line" in text:
             break
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ from running import flags, train
 
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from pretrain.fabric_train import parse
-from pretrain.layers import LayerNorms
+from pretrain.logs.layer_norms import LayerNorms
 from pretrain.loop import train_step
 from pretrain.schedule import learning_rate
 from pretrain.setup import set_up

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from running import EOS, ROOT, VOCAB, flags
 
-import lit_data.packed
-from lit_data.documents import Documents
-from lit_data.loader import Layout, Loader
-from lit_data.mixture import Mixture
-from lit_data.order import Order, Segment
-from lit_data.packed import PackedDataset, PackedWriter
-from lit_data.packing import ConcatRows
+import lit_data.packed.dataset
+from lit_data.loading.loader import Layout, Loader
+from lit_data.loading.mixture import Mixture
+from lit_data.loading.order import Order, Segment
+from lit_data.loading.rows import ConcatRows
+from lit_data.packed.dataset import PackedDataset, PackedWriter
+from lit_data.packed.documents import Documents
 from lit_files.descriptors import MAX_OPEN, OpenFiles, raise_open_file_limit
 from lit_files.mapping import live_maps, map_array
 
@@ -83,12 +83,12 @@ def test_maps_keep_no_descriptor_and_are_let_go_of(two: Path) -> None:
 def test_a_process_has_one_budget_of_maps(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Point 13: two datasets share the maps that a process may have, and give the same tokens."""
     whole = PackedDataset(two / "b").tokens(0, 20 * SHARDS)
-    monkeypatch.setattr(lit_data.packed, "MAX_MAPS", live_maps() + 9)
+    monkeypatch.setattr(lit_data.packed.dataset, "MAX_MAPS", live_maps() + 9)
     one, other = PackedDataset(two / "a"), PackedDataset(two / "b")
     for at in range(0, 20 * SHARDS, 20):
         one.tokens(at, at + 20)
         assert np.array_equal(other.tokens(at, at + 20), whole[at : at + 20])
-        assert live_maps() <= lit_data.packed.MAX_MAPS + 1
+        assert live_maps() <= lit_data.packed.dataset.MAX_MAPS + 1
 
 
 def test_lookups_of_documents_leave_few_files_open(two: Path) -> None:

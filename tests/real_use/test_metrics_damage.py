@@ -15,7 +15,7 @@ import pytest
 from running import ROOT, flags, metrics, train
 
 from lit_model.load import list_checkpoints
-from pretrain.metrics import MetricsFile, cut_metrics
+from pretrain.logs.metrics import MetricsFile, cut_metrics
 
 
 def cut_off_tail(whole: bytes) -> bytes:

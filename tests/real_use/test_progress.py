@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from running import flags, metrics, train
 
-from pretrain.progress import ProgressDisplay
+from pretrain.logs.progress import ProgressDisplay
 
 
 class Clock:

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from running import ROOT, flags, metrics, same_checkpoints, train, write_dataset
 
-from lit_data.datapoints import list_parts, read_record
-from pretrain import checkpoint
+from lit_data.record.parts import list_parts, read_record
 from pretrain.args import SaveArgs
-from pretrain.checkpoint import retain, rewind
-from pretrain.first_failure import begin_attempt, to_failure
-from pretrain.rank_log import RankLog
-from pretrain.saving import clear
+from pretrain.checkpoint import files as checkpoint
+from pretrain.checkpoint.files import retain, rewind
+from pretrain.checkpoint.saving import clear
+from pretrain.failure.first_failure import begin_attempt, to_failure
+from pretrain.failure.rank_log import RankLog
 
 
 @pytest.fixture(scope="module")

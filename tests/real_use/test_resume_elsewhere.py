@@ -9,7 +9,7 @@ import pytest
 from running import flags, metrics, train, write_dataset
 
 from lit_model.load import Checkpoint, list_checkpoints
-from pretrain.checkpoint import find_checkpoint
+from pretrain.checkpoint.files import find_checkpoint
 
 NAME = "iter-00000004-ckpt.pth"
 

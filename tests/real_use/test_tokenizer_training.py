@@ -13,8 +13,8 @@ from running import ROOT, script
 
 from lit_data.corpus.files import list_files
 from lit_data.corpus.readers import read_documents
-from lit_data.corpus.tokenizer_training import _beginnings, train_on_texts
-from lit_data.tokenizer import open_tokenizer
+from lit_data.tokenizers.tokenizer import open_tokenizer
+from lit_data.tokenizers.training import _beginnings, train_on_texts
 
 LINES = [f"Zeile {i}: der Hund und die Katze laufen {i * 37} Meter über die Straße." for i in range(120)]
 

@@ -15,7 +15,7 @@ from running import flags, metrics
 
 from pretrain.args import LogArgs
 from pretrain.fabric_train import main
-from pretrain.trackers import Trackers, abandon
+from pretrain.logs.trackers import Trackers, abandon
 
 OLDER = "iter-00000004-ckpt.pth"
 

@@ -12,8 +12,8 @@ import pytest
 from chat_tokenizers import write_tokenizer
 from running import script
 
-from lit_data import word_counts
-from lit_data.packed import MANIFEST, PackedDataset, read_manifest
+from lit_data.packed import word_counts
+from lit_data.packed.dataset import MANIFEST, PackedDataset, read_manifest
 from lit_files.checksum import file_sha256
 
 TEXTS = ["one two  three\nfour", "eins\tzwei", "a", "  viele   Wörter \n\n hier und da ", "x " * 500]

@@ -22,8 +22,8 @@ from packaging.requirements import Requirement
 from running import ROOT, flags, metrics, train, write_dataset
 from stand_ins import CLUSTER, PYTHON, STAND_INS, Cluster, wait_for
 
-from lit_data.trace import open_run
-from lit_data.verify import verify
+from lit_data.record.trace import open_run
+from lit_data.record.verify import verify
 from lit_model.load import Checkpoint, list_checkpoints
 
 SCRIPTS = sorted([*CLUSTER.glob("*.sh"), *CLUSTER.glob("*.sbatch")])

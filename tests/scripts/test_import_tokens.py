@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_data.packed import PackedDataset
+from lit_data.packed.dataset import PackedDataset
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "import_tokens.py"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from lit_data.packed import PackedWriter
-from lit_data.tokenizer import open_tokenizer
+from lit_data.packed.dataset import PackedWriter
+from lit_data.tokenizers.tokenizer import open_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "inspect_dataset.py"
 LENGTHS = [1, 2, 3, 4, 7, 8, 9, 300, 5, 5, 2, 1]

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from lit_data.packed import PackedDataset
-from lit_data.tokenizer import open_tokenizer
+from lit_data.packed.dataset import PackedDataset
+from lit_data.tokenizers.tokenizer import open_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
 

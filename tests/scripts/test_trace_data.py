@@ -13,8 +13,8 @@ from record_writer import STEPS
 from recorded import prepare, write
 from running import ROOT
 
-from lit_data.datapoints import read_record
-from lit_data.packed import PackedDataset
+from lit_data.packed.dataset import PackedDataset
+from lit_data.record.parts import read_record
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_data.corpus.tokenizer_training import train_on_texts, train_tokenizer
-from lit_data.tokenizer import open_tokenizer
+from lit_data.tokenizers.tokenizer import open_tokenizer
+from lit_data.tokenizers.training import train_on_texts, train_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_tokenizer.py"
 LINES = [f"Zeile {i}: der Hund und die Katze </s> laufen {i * 37} Meter über die Straße.\n\n  Ende" for i in range(200)]

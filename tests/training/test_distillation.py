@@ -19,21 +19,21 @@ import torch.nn.functional as F
 from running import command, flags, kill_once, metrics, same_checkpoints, script, train, train_killed
 from strategies import column
 
-from lit_data.datapoints import read_record
-from lit_data.loader import read_rows
-from lit_data.mixture import Mixture
-from lit_data.order import Order
-from lit_data.packed import PackedDataset
-from lit_data.packing import ConcatRows
+from lit_data.loading.loader import read_rows
+from lit_data.loading.mixture import Mixture
+from lit_data.loading.order import Order
+from lit_data.loading.rows import ConcatRows
+from lit_data.packed.dataset import PackedDataset
+from lit_data.record.parts import read_record
 from lit_files.mapping import live_maps
 from lit_model.cost import count_parameters
 from lit_model.load import load_model, load_tensors
 from lit_model.registry import get_config
 from pretrain.args import DistillationArgs
+from pretrain.distillation.objective import alpha_at
+from pretrain.distillation.teacher_cache import CachedTeacher, CacheFacts, begin_cache, read_facts
 from pretrain.init_from import with_layers
-from pretrain.objective import alpha_at
-from pretrain.preflight_situation import show_bytes
-from pretrain.teacher_cache import CachedTeacher, CacheFacts, begin_cache, read_facts
+from pretrain.preflight.context import show_bytes
 
 CHANGES: dict[str, object] = {"objective": "distillation", "train__max_steps": 6, "save__every_steps": 3}
 
@@ -228,7 +228,7 @@ def test_parts_may_begin_at_the_same_moment(tmp_path: Path) -> None:
 
 
 def test_many_files_of_a_cache_are_open_by_turns(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.teacher_cache.MAX_MAPS", live_maps() + 2)
+    monkeypatch.setattr("pretrain.distillation.teacher_cache.MAX_MAPS", live_maps() + 2)
     before = len(os.listdir("/proc/self/fd"))
     facts = CacheFacts("d", "concat", 8, True, 9, 96, [], "logits", 2.0, "fp32", 4, "float16", 2)
     begin_cache(tmp_path, facts)

@@ -15,8 +15,8 @@ import torch
 from running import flags
 from strategies import CONFIGURATIONS, GLOBAL_BATCH, Trainer, column, settings_of
 
-from lit_data.packed import PackedDataset
-from lit_data.packing import count_windows
+from lit_data.loading.rows import count_windows
+from lit_data.packed.dataset import PackedDataset
 from pretrain.args import TrainArgs
 from pretrain.parallel import check_batch
 

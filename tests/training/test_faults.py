@@ -16,11 +16,11 @@ import torch
 from running import flags, metrics, shared_zygote
 from zygote import Answer
 
-from lit_data.datapoints import read_record
-from lit_data.trace import left_out_of_document, open_run
-from lit_data.verify import verify
+from lit_data.record.parts import read_record
+from lit_data.record.trace import left_out_of_document, open_run
+from lit_data.record.verify import verify
 from lit_model.load import Checkpoint, list_checkpoints
-from pretrain.watchdog import EXIT_HUNG
+from pretrain.failure.watchdog import EXIT_HUNG
 
 Ranks = Callable[..., Answer]
 

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from failing_ranks import Case, run_cases
 
-from pretrain.first_failure import FILE, Failure, begin_attempt, lost_connection, publish, report_failure
-from pretrain.rank_log import FOLDER, RankLog
-from pretrain.watchdog import RECENT_INTERVALS, Watchdog
+from pretrain.failure.first_failure import FILE, Failure, begin_attempt, lost_connection, publish, report_failure
+from pretrain.failure.rank_log import FOLDER, RankLog
+from pretrain.failure.watchdog import RECENT_INTERVALS, Watchdog
 
 CASES = ["one_fails", "one_fails_without_file", "two_fail", "one_killed", "host_killed"]
 FAILURE = Failure("now", 3, "h", 7, "ValueError", "planted", "2030-01-01", 3)

@@ -19,7 +19,7 @@ from lit_model.load import Checkpoint
 from lit_model.model import parameter_shapes
 from pretrain import fabric_train
 from pretrain.args import OptimArgs
-from pretrain.legacy import import_legacy
+from pretrain.convert.legacy import import_legacy
 from pretrain.schedule import learning_rate
 
 # The same rows in each step, so that a run that begins in the middle sees what one from the beginning does.

@@ -9,9 +9,9 @@ import pytest
 import torch
 from running import flags, metrics, train, write_dataset
 
-from lit_data.record import read_steps
-from lit_data.trace import open_run
-from lit_data.verify import verify
+from lit_data.record.reader import read_steps
+from lit_data.record.trace import open_run
+from lit_data.record.verify import verify
 from lit_model.load import load_tensors
 
 

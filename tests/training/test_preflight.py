@@ -17,12 +17,14 @@ import pytest
 import torch
 from running import ROOT, command, flags, write_dataset
 
-from pretrain import fabric_train, preflight_checks, preflight_run
+from pretrain import fabric_train
 from pretrain.fabric_train import main
-from pretrain.preflight_checks import check_network
-from pretrain.preflight_ranks import Outcome, Ranks
-from pretrain.preflight_run import host_memory_bytes
-from pretrain.preflight_situation import Situation
+from pretrain.preflight import machine as preflight_checks
+from pretrain.preflight import trial_run as preflight_run
+from pretrain.preflight.context import Situation
+from pretrain.preflight.machine import check_network
+from pretrain.preflight.ranks import Outcome, Ranks
+from pretrain.preflight.trial_run import host_memory_bytes
 
 ITEMS = ("devices", "environment", "network", "run folder", "trackers", "data", "disk", "memory", "one step")
 FINE = {name: "ok" for name in ITEMS}
@@ -129,7 +131,11 @@ sys.path[0] = {root!r}
 import os, types
 from pathlib import Path
 import torch.distributed as dist
-from pretrain import fabric_train, preflight, preflight_checks, preflight_ranks, preflight_run
+from pretrain import fabric_train
+from pretrain.preflight import preflight
+from pretrain.preflight import machine as preflight_checks
+from pretrain.preflight import ranks as preflight_ranks
+from pretrain.preflight import trial_run as preflight_run
 
 preflight_ranks.GRACE_S = 1.0
 preflight_checks.MARKER_WAIT_S = 0.5

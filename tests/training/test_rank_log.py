@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-from pretrain.rank_log import RankLog
+from pretrain.failure.rank_log import RankLog
 
 
 def test_lines(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_faulthandler_is_given_back(tmp_path: Path) -> None:
 
 def test_the_stacks_of_a_segmentation_fault(tmp_path: Path) -> None:
     code = (
-        "import ctypes, pathlib, sys; from pretrain.rank_log import RankLog\n"
+        "import ctypes, pathlib, sys; from pretrain.failure.rank_log import RankLog\n"
         "def break_memory(): ctypes.string_at(0)\n"
         "log = RankLog(pathlib.Path(sys.argv[1]), 0, 1)\n"
         "break_memory()"

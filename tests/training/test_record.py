@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from running import flags, metrics, train
 
-from lit_data.compaction import compact
-from lit_data.datapoints import SCHEMA, committed_parts, list_parts, read_record
-from lit_data.packed import PackedDataset
-from lit_data.packing import count_windows
-from lit_data.trace import open_run, spans_of_document, spans_of_step, steps_of_document
-from lit_data.verify import naive_hash, verify
+from lit_data.loading.rows import count_windows
+from lit_data.packed.dataset import PackedDataset
+from lit_data.record.merge import compact
+from lit_data.record.parts import SCHEMA, committed_parts, list_parts, read_record
+from lit_data.record.trace import open_run, spans_of_document, spans_of_step, steps_of_document
+from lit_data.record.verify import naive_hash, verify
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import pytest
 import torch
 from running import ROOT, flags, metrics, same_checkpoints, train, train_killed
 
-from lit_data.datapoints import read_record
-from lit_data.trace import open_run
-from lit_data.verify import verify
+from lit_data.record.parts import read_record
+from lit_data.record.trace import open_run
+from lit_data.record.verify import verify
 from lit_model.load import Checkpoint, list_checkpoints
 
 STEPS = 120

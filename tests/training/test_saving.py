@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lit_model.load import Checkpoint, list_checkpoints
 from pretrain.args import SaveArgs
-from pretrain.checkpoint import load_state
-from pretrain.saving import SaveError, Saver, local_tensor
+from pretrain.checkpoint.files import load_state
+from pretrain.checkpoint.saving import SaveError, Saver, local_tensor
 
 KINDS = ["full", "sharded"]
 
@@ -120,9 +120,9 @@ def test_full_disk(
     small_disk: Path, kind: str, asynchronous: bool, blind: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two states fit, three don't; with and without a look at the free space before."""
-    monkeypatch.setattr("pretrain.saving.SPARE_BYTES", 1 << 16)
+    monkeypatch.setattr("pretrain.checkpoint.saving.SPARE_BYTES", 1 << 16)
     if blind:
-        monkeypatch.setattr("pretrain.saving.check_free_space", lambda folder, n_bytes: None)
+        monkeypatch.setattr("pretrain.checkpoint.saving.check_free_space", lambda folder, n_bytes: None)
     writer = saver(small_disk, state_dict_type=kind, asynchronous=asynchronous)
     states = {step: state(step, n=10000) for step in (1, 2, 3)}
     for step in (1, 2):

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pretrain.first_failure import begin_attempt, report_failure
-from pretrain.rank_log import RankLog
-from pretrain.watchdog import Watchdog
+from pretrain.failure.first_failure import begin_attempt, report_failure
+from pretrain.failure.rank_log import RankLog
+from pretrain.failure.watchdog import Watchdog
 
 WORLD = 3
 TIMEOUT_S, INTERVAL_S = 2.5, 0.25

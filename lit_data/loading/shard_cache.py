@@ -1,0 +1,379 @@
+"""Tokens of a packed dataset, copied ahead of their use to memory or a disk of the node.
+
+A dataset is staged in chunks of a shard's .bin, in the order in which the rows to come need them, as far as the budget
+goes; a chunk stays until no row known ahead needs it. What is not staged is read from the source. `cache_folder` says
+how processes share the chunks.
+
+An order that needs each chunk many times and then no more reads the source about once an epoch: two levels, blocks no
+smaller than a chunk, groups of at most half the budget. One that jumps over a dataset much larger than the budget gains
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lit_data.loading.cache_folder import CacheFolder
+from lit_data.loading.order import IntArray
+from lit_data.packed.dataset import PackedDataset
+from lit_files.descriptors import OpenFiles
+from lit_files.mapping import map_array
+
+CHUNK_BYTES = 16 << 20
+PIECE_BYTES = 1 << 20  # of one read while staging: other readers of a slow source come between
+AHEAD_ROWS = 1 << 20  # rows known ahead of the consumer
+AHEAD_BUDGETS = 4  # or so many times the chunks of the budget: what lies beyond decides nothing
+# A chunk in regular use keeps its place between two rows that need it; one that comes again after a longer pause, as in
+# the next epoch, gives way meanwhile. The limit in rows, for each chunk of the budget:
+PAUSE_ROWS = 16
+POLL_SECONDS = 0.05
+MAX_MAPS = 4096  # chunks mapped at once, of a process's 65530 maps
+LINKS_A_LOOK = 256  # chunks looked for under one lock
+
+Ranges = Iterator[tuple[IntArray, IntArray]]
+
+
+class Source(Protocol):
+    """Where the tokens come from. Called by two threads at once."""
+
+    def pread(self, shard: int, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes of a shard's .bin from `offset` on."""
+        ...
+
+
+class FileSource:
+    """Reads the shards of a dataset by pread: a page fault would stop the whole process, a read waits alone."""
+
+    def __init__(self, dataset: PackedDataset) -> None:
+        self._paths = [dataset.path / f"{s.name}.bin" for s in dataset.manifest.shards]
+        self._files = OpenFiles()
+
+    def pread(self, shard: int, offset: int, size: int) -> bytes:
+        """See `Source`. Raises ValueError where the file ends too early."""
+        return self._files.read(self._paths[shard], size, offset)
+
+    def close(self) -> None:
+        self._files.close()
+
+
+class _StagingError(Exception):
+    """The cache folder failed, not the source."""
+
+
+class ShardCache:
+    """Reads tokens of a dataset from staged chunks, or from the source where one is not staged.
+
+    One thread may call `copy_tokens`; another one, of this object's own, stages.
+
+    Args:
+        folder: the cache, best on the node itself; shared with other holders.
+        budget_bytes: for everything in the folder, at least one chunk.
+        chunk_bytes: holders with different sizes share the budget, but no chunks.
+        source: read in place of the dataset's files.
+        keep: leave the chunks for the next job; else the last holder to leave removes them.
+
+    Attributes:
+        hits, misses: pieces of rows copied from a chunk, and from the source.
+        wait_seconds: spent in reading the source for `copy_tokens`.
+        staged_bytes: copied to the cache by this holder.
+        failure: why staging ended early, if it did: reads go on from the source.
+    """
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        folder: str | Path,
+        budget_bytes: int,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        source: Source | None = None,
+        keep: bool = True,
+    ) -> None:
+        if chunk_bytes < dataset.dtype.itemsize:
+            raise ValueError(f"chunks of {chunk_bytes} bytes hold no token")
+        if budget_bytes < chunk_bytes:
+            raise ValueError(
+                f"--data.cache_gb {budget_bytes / 1e9:g} is less than a chunk of {chunk_bytes} bytes; give several"
+            )
+        self.dataset, self.keep = dataset, keep
+        self.hits = self.misses = self.staged_bytes = 0
+        self.wait_seconds = 0.0
+        self.failure: str | None = None
+        self._files = FileSource(dataset)
+        self._source: Source = self._files if source is None else source
+        chunks = budget_bytes // chunk_bytes
+        self._pause_rows, self._ahead_chunks = PAUSE_ROWS * chunks, AHEAD_BUDGETS * chunks
+        self._dtype, self._chunk_tokens = dataset.dtype, chunk_bytes // dataset.dtype.itemsize
+        tokens = np.asarray([s.tokens for s in dataset.manifest.shards], dtype=np.int64)
+        self._shard_start = np.cumsum([0, *tokens], dtype=np.int64)  # stream position of each shard's first token
+        self._chunk_start = np.cumsum([0, *-(-tokens // self._chunk_tokens)], dtype=np.int64)  # its first chunk
+        self._shard_starts: list[int] = self._shard_start.tolist()  # lists: faster than numpy for one number
+        self._chunk_starts: list[int] = self._chunk_start.tolist()
+        self._cache = CacheFolder(folder, f"{dataset.fingerprint[:16]}-{chunk_bytes}", budget_bytes)
+
+        self._lock = threading.Lock()  # over the next two: no chunk is released while it is read
+        self._held: set[int] = set()
+        self._maps: dict[int, npt.NDArray[Any]] = {}  # of held chunks, at most MAX_MAPS
+
+        self._used = 0
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        # The thread's own.
+        self._known = 0  # rows taken from the iterator
+        self._needed: dict[int, list[tuple[int, int]]] = {}  # chunk -> its times of need: first row, last row
+        self._wanted: dict[int, int] = {}  # chunk that is needed and not held -> first row that needs it
+
+    # ------------------------------------------------------------ reading
+
+    def copy_tokens(self, out: npt.NDArray[Any], start: int, stop: int) -> None:
+        """Copy tokens [start, stop) of the stream to `out`, [stop - start] of any integer type that holds them.
+
+        Raises what the source raised, in this call or while staging.
+        """
+        if self._error is not None:
+            raise self._error
+        assert 0 <= start <= stop <= self._shard_starts[-1], f"[{start}, {stop}) lies outside the dataset"
+        starts, chunk_tokens = self._shard_starts, self._chunk_tokens
+        shard = bisect_right(starts, start) - 1
+        done = 0
+        while start < stop:
+            if start >= starts[shard + 1]:
+                shard += 1
+                continue
+            inside = start - starts[shard]
+            chunk = inside // chunk_tokens
+            at = inside - chunk * chunk_tokens
+            n = min(stop - start, chunk_tokens - at, starts[shard + 1] - start)
+            with self._lock:
+                number = self._chunk_starts[shard] + chunk
+                view = self._maps.get(number)
+                if view is None and number in self._held:
+                    view = self._map(number)
+                if view is not None:
+                    out[done : done + n] = view[at : at + n]
+            if view is not None:
+                self.hits += 1
+            else:
+                self._copy_from_source(out[done : done + n], shard, inside)
+            start += n
+            done += n
+
+    def _copy_from_source(self, out: npt.NDArray[Any], shard: int, inside: int) -> None:
+        begin = time.perf_counter()
+        size = self._dtype.itemsize
+        out[:] = np.frombuffer(self._source.pread(shard, inside * size, len(out) * size), dtype=self._dtype)
+        self.wait_seconds += time.perf_counter() - begin
+        self.misses += 1
+
+    def _map(self, chunk: int) -> npt.NDArray[Any] | None:
+        """Map a held chunk; None if someone took it away or cut it. The caller has the lock."""
+        name, size = self._chunk(chunk)
+        try:
+            path = self._cache.own / name
+            if (actual := path.stat().st_size) != size:
+                raise OSError(f"{name} has {actual} bytes instead of {size}")
+            view = map_array(path, self._dtype, (size // self._dtype.itemsize,))
+        except OSError as error:
+            self._held.discard(chunk)
+            self._end_staging(error)
+            return None
+        while len(self._maps) >= MAX_MAPS:
+            del self._maps[next(iter(self._maps))]  # first in, first out: nothing to note on each read
+        self._maps[chunk] = view
+        return view
+
+    def _chunk(self, chunk: int) -> tuple[str, int]:
+        """A chunk's file name and size in bytes."""
+        shard = bisect_right(self._chunk_starts, chunk) - 1
+        number = chunk - self._chunk_starts[shard]
+        rest = self._shard_starts[shard + 1] - self._shard_starts[shard] - number * self._chunk_tokens
+        return f"{shard:05d}-{number:06d}.bin", min(self._chunk_tokens, rest) * self._dtype.itemsize
+
+    # ------------------------------------------------------------ staging
+
+    def follow(self, ranges: Ranges) -> None:
+        """Stage ahead of a consumer, from now on.
+
+        Args:
+            ranges: the rows to come, a batch after another: first tokens and ends in the stream, int64 [n] each, in
+                the order of use; start == stop is a row without data. Read by the staging thread.
+        """
+        self._halt()
+        self._stop, self._used, self._known = threading.Event(), 0, 0
+        self._needed = {chunk: [] for chunk in self._held}
+        self._wanted.clear()
+        self._thread = threading.Thread(target=self._run, args=(ranges,), name="llammlein-cache", daemon=True)
+        self._thread.start()
+
+    def used(self, rows: int) -> None:
+        """The first `rows` rows since `follow` were copied: chunks needed by them only may go."""
+        self._used = max(self._used, rows)
+
+    @property
+    def staged_rows(self) -> int:
+        """Rows since `follow` before the first one that waits for a chunk, as far as rows are known."""
+        known = self._known  # read first: the other thread adds to it last
+        return min(list(self._wanted.values()), default=known)
+
+    def _run(self, ranges: Ranges) -> None:
+        try:
+            self._work(ranges)
+        except _StagingError as error:
+            self._end_staging(error.__cause__)
+        except BaseException as error:  # raised again in copy_tokens
+            self._error = error
+
+    def _end_staging(self, reason: BaseException | None) -> None:
+        self._stop.set()
+        if self.failure is None:
+            self.failure = f"{self._cache.folder}: {reason}"
+            print(
+                f"warning: staging to --data.cache_dir {self._cache.folder} ends ({reason}); what is not staged is "
+                f"read from {self.dataset.path} from now on, which may be slower",
+                file=sys.stderr,
+            )
+
+    def _work(self, ranges: Ranges) -> None:
+        batches = (
+            (starts[i : i + self._pause_rows], stops[i : i + self._pause_rows])
+            for starts, stops in ranges
+            for i in range(0, len(starts), self._pause_rows)
+        )
+        next_release = next_stage = 0.0
+        while not self._stop.is_set():
+            now = time.monotonic()
+            if now >= next_release:
+                next_release = now + POLL_SECONDS
+                if self._release():
+                    next_stage = 0.0
+            if self._wanted and now >= next_stage:
+                if self._stage():
+                    continue
+                next_stage = time.monotonic() + max(POLL_SECONDS, 20 * (time.monotonic() - now))
+            few = self._known - self._used < AHEAD_ROWS and len(self._needed) < self._ahead_chunks
+            if few and (batch := next(batches, None)) is not None:
+                self._learn(*batch)
+                continue
+            self._stop.wait(POLL_SECONDS)
+
+    def _learn(self, starts: IntArray, stops: IntArray) -> None:
+        """Note which rows of a batch need which chunks."""
+        rows = np.flatnonzero(stops > starts)
+        first, last = self._chunk_of(starts[rows]), self._chunk_of(stops[rows] - 1)
+        widest = int((last - first).max(initial=0)) + 1
+        chunks = np.minimum(first[:, None] + np.arange(widest), last[:, None]).reshape(-1)
+        rows = np.repeat(rows + self._known, widest)
+        unique, first_use = np.unique(chunks, return_index=True)
+        last_use = len(rows) - 1 - np.unique(chunks[::-1], return_index=True)[1]
+        uses = (x.tolist() for x in (unique, rows[first_use], rows[last_use]))
+        for chunk, begin, end in zip(*uses, strict=True):
+            if end < self._used:
+                continue
+            times = self._needed.setdefault(chunk, [])
+            if times and begin - times[-1][1] <= self._pause_rows:
+                times[-1] = times[-1][0], end
+            else:
+                times.append((begin, end))
+            if len(times) == 1 and chunk not in self._held:
+                self._wanted[chunk] = times[0][0]
+        self._known += len(starts)
+
+    def _chunk_of(self, positions: IntArray) -> IntArray:
+        shards = np.searchsorted(self._shard_start, positions, side="right") - 1
+        inside: IntArray = (positions - self._shard_start[shards]) // self._chunk_tokens
+        return self._chunk_start[shards] + inside
+
+    def _release(self) -> bool:
+        """Let go of the chunks whose time has passed; whether there was one."""
+        passed = [chunk for chunk, times in self._needed.items() if not times or times[0][1] < self._used]
+        for chunk in passed:
+            times = [t for t in self._needed[chunk] if t[1] >= self._used]
+            with self._lock:
+                held = chunk in self._held
+                self._held.discard(chunk)
+                self._maps.pop(chunk, None)
+            if held:
+                with _as_staging_error():
+                    self._cache.release(self._chunk(chunk)[0])
+            if times:
+                self._needed[chunk], self._wanted[chunk] = times, times[0][0]
+            else:
+                del self._needed[chunk]
+                self._wanted.pop(chunk, None)
+        return bool(passed)
+
+    def _stage(self) -> bool:
+        """Hold or copy some of the chunks that are needed next; False if there was none to be had."""
+        first = [
+            (chunk, *self._chunk(chunk)) for chunk in sorted(self._wanted, key=self._wanted.__getitem__)[:LINKS_A_LOOK]
+        ]
+        chunks = {name: chunk for chunk, name, _ in first}
+        with _as_staging_error():
+            held, claimed = self._cache.hold([(name, size) for _, name, size in first])
+        if not held and not claimed:
+            return False
+        for name in held:
+            self._hold(chunks[name])
+        try:
+            while claimed and self._copy(chunks[claimed[0]]):
+                self._hold(chunks[claimed.pop(0)])
+        finally:
+            for name in claimed:
+                with contextlib.suppress(OSError):  # of a folder that may have failed already; close removes the rest
+                    self._cache.drop(name)
+        return True
+
+    def _hold(self, chunk: int) -> None:
+        del self._wanted[chunk]
+        with self._lock:
+            self._held.add(chunk)
+
+    def _copy(self, chunk: int) -> bool:
+        """Copy a claimed chunk and publish it; False if the cache is being closed."""
+        name, size = self._chunk(chunk)
+        shard = bisect_right(self._chunk_starts, chunk) - 1
+        base = (chunk - self._chunk_starts[shard]) * self._chunk_tokens * self._dtype.itemsize
+        for at in range(0, size, PIECE_BYTES):
+            if self._stop.is_set():
+                return False
+            data = self._source.pread(shard, base + at, min(PIECE_BYTES, size - at))
+            with _as_staging_error():
+                self._cache.write(name, at, data)
+        with _as_staging_error():
+            self._cache.publish(name)
+        self.staged_bytes += size
+        return True
+
+    def _halt(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def close(self) -> None:
+        """End staging and release all chunks. Reading is over."""
+        self._halt()
+        with self._lock:
+            self._held.clear()
+            self._maps.clear()
+        self._cache.close(self.keep)
+        self._files.close()
+
+
+@contextlib.contextmanager
+def _as_staging_error() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _StagingError from error

@@ -1,0 +1,264 @@
+"""What a packed dataset holds: counts, lengths of its documents, its sources, ids that repeat, samples. In constant
+memory, also for 10^9 documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lit_data.packed.dataset import HEADER, IntArray, PackedDataset, check_documents_table, read_manifest
+from lit_data.record.sql import open_database
+from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
+from lit_files.checksum import file_sha256
+from lit_files.parquet import open_table
+
+BLOCK_DOCUMENTS = 1 << 16
+BAR_CHARACTERS = 40
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Documents of `low` to `high` tokens, EOS counted."""
+
+    low: int
+    high: int
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long documents are, in tokens, EOS counted. `bins` double in width, from the shortest to the longest."""
+
+    shortest: int
+    mean: float
+    longest: int
+    bins: list[Bin]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What came from one file."""
+
+    source: str
+    documents: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Sources:
+    """How many sources there are, and the largest of them."""
+
+    count: int
+    largest: list[Source]
+
+
+@dataclass(frozen=True)
+class RepeatedIds:
+    """How many ids stand for several documents, how many documents these are, and the most frequent ids."""
+
+    ids: int
+    documents: int
+    most: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A document, and the beginning of its text (of its ids, where the tokenizer is not there)."""
+
+    number: int
+    id: str
+    source: str
+    place: int
+    tokens: int
+    text: str
+
+
+def totals(dataset: PackedDataset) -> dict[str, Any]:
+    """What the manifest says, and the files' bytes."""
+    manifest = dataset.manifest
+    return {
+        "folder": str(dataset.path),
+        "documents": manifest.documents,
+        "tokens": manifest.tokens,
+        "text_bytes": manifest.bytes,
+        "words": manifest.words,
+        "shards": len(manifest.shards),
+        "file_bytes": sum(sum(s.sizes.values()) for s in manifest.shards),
+        "dtype": manifest.dtype,
+        "vocab_size": manifest.vocab_size,
+        "eos_id": manifest.eos_id,
+        "bos_id": manifest.bos_id,
+        "special_tokens": manifest.special_tokens,
+        "tokenizer": manifest.tokenizer["fingerprint"],
+        "fingerprint": dataset.fingerprint,
+    }
+
+
+def lengths_of(dataset: PackedDataset) -> Lengths:
+    """The distribution of the documents' lengths."""
+    documents = np.zeros(32, dtype=np.int64)
+    tokens = np.zeros(32, dtype=np.int64)
+    shortest, longest = np.iinfo(np.int64).max, 0
+    for lengths in _blocks_of_lengths(dataset):
+        bins = np.frexp(lengths)[1] - 1  # exact: log2 rounded down
+        documents += np.bincount(bins, minlength=32)
+        for number in np.unique(bins):
+            tokens[number] += lengths[bins == number].sum()
+        shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
+    filled = np.flatnonzero(documents)
+    bins_of = range(int(filled[0]), int(filled[-1]) + 1) if len(filled) else range(0)
+    found = [Bin(1 << b, (2 << b) - 1, int(documents[b]), int(tokens[b])) for b in bins_of]
+    total = int(documents.sum())
+    return Lengths(int(shortest) if total else 0, int(tokens.sum()) / max(total, 1), longest, found)
+
+
+def histogram(lengths: Lengths) -> str:
+    """Several lines of text: a bar of documents for each bin, and its share of the tokens."""
+    most = max((b.documents for b in lengths.bins), default=1)
+    total = max(1, sum(b.tokens for b in lengths.bins))
+    lines = [f"{'tokens':>21}  {'documents':>13}  {'of all tokens':>13}"]
+    for b in lengths.bins:
+        bar = "#" * -(-BAR_CHARACTERS * b.documents // most)
+        edges = f"{b.low:,} to {b.high:,}" if b.low < b.high else f"{b.low:,}"
+        lines.append(f"{edges:>21}  {b.documents:>13,}  {b.tokens / total:>13.1%}  {bar}".rstrip())
+    return "\n".join(lines)
+
+
+def draw_lengths(lengths: Lengths, title: str, file: Path) -> None:
+    """Draw the documents and the tokens of each bin as bars."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("--picture needs matplotlib: pip install 'llammlein[plots]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, 1, figsize=(8, 5), sharex=True)
+    for panel, name in zip(panels, ("documents", "tokens"), strict=True):
+        lows = [b.low for b in lengths.bins]
+        panel.bar(lows, [getattr(b, name) for b in lengths.bins], width=lows, align="edge", edgecolor="white")
+        panel.set_ylabel(name)
+    panels[0].set_title(title)
+    panels[1].set_xscale("log", base=2)
+    panels[1].set_xlabel("length of the document in tokens")
+    figure.savefig(file, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def sources_of(dataset: PackedDataset, largest: int = 20, temporary: Path | None = None) -> Sources:
+    """Documents, tokens and bytes of text per source, the ones with most tokens first.
+
+    Needs duckdb, which puts what exceeds 1 GB into the folder `temporary` (default: the system's).
+    """
+    with open_database(temporary=temporary) as database:
+        database.register("documents", _rows(dataset, ["source", "bytes"]))
+        database.execute(
+            "CREATE TABLE sources AS SELECT source, count(*) AS documents, sum(tokens)::BIGINT AS tokens, "
+            "sum(bytes)::BIGINT AS bytes FROM documents GROUP BY source"
+        )
+        (count,) = database.execute("SELECT count(*) FROM sources").fetchone()
+        rows = database.execute(f"SELECT * FROM sources ORDER BY tokens DESC, source LIMIT {largest}").fetchall()
+    return Sources(count, [Source(*row) for row in rows])
+
+
+def repeated_ids(dataset: PackedDataset, most: int = 5, temporary: Path | None = None) -> RepeatedIds:
+    """Ids that several documents have. Needs duckdb, as `sources_of` does."""
+    with open_database(temporary=temporary) as database:
+        database.register("documents", _rows(dataset, ["id"]))
+        database.execute(
+            "CREATE TABLE repeated AS SELECT id, count(*) AS n FROM documents GROUP BY id HAVING count(*) > 1"
+        )
+        ids, documents = database.execute("SELECT count(*), coalesce(sum(n), 0)::BIGINT FROM repeated").fetchone()
+        rows = database.execute(f"SELECT id, n FROM repeated ORDER BY n DESC, id LIMIT {most}").fetchall()
+    return RepeatedIds(ids, documents, dict(rows))
+
+
+def samples_of(
+    dataset: PackedDataset, tokenizer: Tokenizer | None, count: int, seed: int, max_characters: int
+) -> list[Sample]:
+    """Some documents, drawn by the seed, in the dataset's order."""
+    chosen = np.random.default_rng(seed).choice(dataset.n_documents, min(count, dataset.n_documents), replace=False)
+    found = []
+    for number in sorted(chosen.tolist()):
+        facts = dataset.document(number)
+        start, tokens = facts["start"], facts["tokens"]
+        ids = dataset.tokens(start, start + min(tokens, max_characters))  # a token is hardly ever less than a character
+        text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids.tolist()))
+        found.append(Sample(number, facts["id"], facts["source"], facts["place"], tokens, text[:max_characters]))
+    return found
+
+
+def tokenizer_of(
+    dataset: PackedDataset, path: str | Path | None = None, eos_token: str | None = None
+) -> Tokenizer | None:
+    """The tokenizer at `path`, or the one that lies beside the dataset; None if there is none.
+
+    Raises:
+        ValueError: it is not the one that made the tokens.
+    """
+    folder = path if path is not None else dataset.tokenizer_folder
+    if folder is None:
+        return None
+    tokenizer = open_tokenizer(folder, eos_token)
+    known = dataset.manifest.tokenizer
+    if tokenizer.fingerprint != known["fingerprint"] and known.get("kind") != "unknown":
+        raise ValueError(f"--tokenizer {folder} is not the one that {dataset.path} was made with (fingerprints differ)")
+    return tokenizer
+
+
+def faults_of(folder: str | Path) -> list[str]:
+    """What is wrong with a dataset's files: missing, of another size, of another content. Reads them all.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no manifest, or it is damaged.
+    """
+    found = []
+    for shard in read_manifest(Path(folder)).shards:
+        for kind, expected in shard.sha256.items():
+            file = Path(folder) / f"{shard.name}.{kind}"
+            if not file.is_file():
+                found.append(f"{file} is missing")
+            elif (size := file.stat().st_size) != shard.sizes[kind]:
+                found.append(f"{file} has {size} bytes instead of {shard.sizes[kind]}: truncated or replaced")
+            elif file_sha256(file) != expected:
+                found.append(f"{file} has other content than when it was written (SHA-256)")
+    return found
+
+
+def _blocks_of_lengths(dataset: PackedDataset) -> Iterator[IntArray]:
+    for shard in dataset.manifest.shards:
+        for start in range(0, shard.documents, BLOCK_DOCUMENTS):
+            count = min(BLOCK_DOCUMENTS, shard.documents - start)
+            offset = HEADER.size + 4 * start
+            path = dataset.path / f"{shard.name}.idx"
+            lengths = np.fromfile(path, "<i4", count, offset=offset).astype(np.int64)
+            if lengths.min() < 1:
+                raise ValueError(f"{path} is damaged: a document has {lengths.min()} tokens; prepare the dataset again")
+            yield lengths
+
+
+def _rows(dataset: PackedDataset, columns: Sequence[str]) -> pa.RecordBatchReader:
+    """The documents' rows, as a stream that is read once: some columns of docs.parquet, and `tokens`."""
+    kinds = {"id": pa.string(), "source": pa.string(), "bytes": pa.int64()}
+    schema = pa.schema([*((c, kinds[c]) for c in columns), ("tokens", pa.int64())])
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        first = 0
+        for shard in dataset.manifest.shards:
+            with open_table(dataset.path / f"{shard.name}.docs.parquet") as docs:
+                check_documents_table(docs, shard)
+                for batch in docs.iter_batches(BLOCK_DOCUMENTS, columns=list(columns)):
+                    starts = dataset.document_start(np.arange(first, first + batch.num_rows + 1))
+                    first += batch.num_rows
+                    arrays = [batch.column(c).cast(kinds[c]) for c in columns]
+                    yield pa.record_batch([*arrays, pa.array(np.diff(starts))], schema=schema)
+
+    return pa.RecordBatchReader.from_batches(schema, batches())

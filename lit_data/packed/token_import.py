@@ -1,0 +1,394 @@
+"""Token files of other programs -> a packed dataset; the tokens of Megatron's files are linked where they fit as they
+are. The folder is built under a temporary name and appears when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lit_data.corpus.files import ReadErrors
+from lit_data.packed.dataset import (
+    DOCUMENT_COLUMNS,
+    DOCUMENTS_PER_GROUP,
+    DTYPE_CODES,
+    FORMAT_VERSION,
+    HEADER,
+    MAGIC,
+    MANIFEST,
+    MAX_DOCUMENT_TOKENS,
+    IntArray,
+    Manifest,
+    PackedWriter,
+    Shard,
+    dtype_of,
+    remove_rows,
+)
+from lit_data.packed.foreign import (
+    Block,
+    MegatronIndex,
+    TokenFile,
+    Tokens,
+    datatrove_blocks,
+    find_token_files,
+    fixed_blocks,
+    megatron_blocks,
+    split_blocks,
+)
+from lit_data.tokenizers.files import save_tokenizer
+from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
+from lit_files.checksum import file_sha256
+from lit_files.publish import sync_file, write_json
+
+MAX_VOCAB_SIZE = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How token files without an index of documents are cut, and what becomes of documents without EOS.
+
+    Attributes:
+        split_at: the id that stands between documents; where it is not EOS, it is left out.
+        document_tokens: else the length of documents; else a file is one.
+        across_files: documents may go on in the next file (legacy chunks, shards of one stream).
+        append_eos: append EOS to documents that don't end with it; else they are an error.
+    """
+
+    split_at: int | None = None
+    document_tokens: int | None = None
+    across_files: bool = False
+    append_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.split_at is not None and self.document_tokens is not None:
+            raise ValueError("--split_at and --document_tokens exclude each other; give one of them")
+        if self.split_at is not None and not 0 <= self.split_at < 2**32:
+            raise ValueError(f"--split_at {self.split_at}: give an id, from 0 on")
+        if self.document_tokens is not None and not 1 <= self.document_tokens < MAX_DOCUMENT_TOKENS:
+            raise ValueError(f"--document_tokens {self.document_tokens}: at least 1 and below 2^31 - 1 is needed")
+        if self.across_files and self.split_at is None:
+            raise ValueError("--across_files needs --split_at: what else would end a document?")
+
+
+@dataclass
+class ImportReport:
+    """What an import did. `linked` counts shards whose tokens are the source's own file."""
+
+    output: Path
+    documents: int = 0
+    tokens: int = 0
+    shards: int = 0
+    linked: int = 0
+    appended_eos: int = 0
+    empty_documents: int = 0
+    seconds: float = 0.0
+
+    def summary(self) -> str:
+        """Several lines of text for a person."""
+        lines = [f"wrote {self.output}: {self.documents:,} documents, {self.tokens:,} tokens, {self.shards} shards"]
+        if self.linked:
+            lines.append(f"  the tokens of {self.linked} shards are links to the source's files: don't change these")
+        lines.append(f"  EOS appended to {self.appended_eos:,} documents; {self.empty_documents:,} empty ones left out")
+        lines.append(f"  {self.seconds:.1f} s")
+        return "\n".join(lines)
+
+
+def import_tokens(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    tokenizer_path: str | Path | None = None,
+    eos_token: str | None = None,
+    vocab_size: int | None = None,
+    eos_id: int | None = None,
+    bos: bool = False,
+    dtype: str | None = None,
+    cutting: Cutting | None = None,
+    copy: bool = False,
+    shard_tokens: int = 1 << 31,
+) -> ImportReport:
+    """Make a packed dataset of token files, all of it or nothing.
+
+    Args:
+        inputs: see `lit_data.packed.foreign.find_token_files`; `dtype` is that of flat .bin files.
+        output: the dataset's folder; must not exist.
+        tokenizer_path: the tokenizer that made the ids, copied to OUTPUT/tokenizer; `eos_token` names its end of
+            document. Without it, `vocab_size` and `eos_id` are needed.
+        bos: each document begins with the tokenizer's BOS; else that is an error.
+        copy: never link the source's files.
+        shard_tokens: size of a shard, where tokens are not linked.
+
+    Raises:
+        FileNotFoundError: an input or the tokenizer does not exist.
+        ValueError: any other mistake; the message names the thing.
+    """
+    began = time.monotonic()
+    output, cutting = Path(os.path.abspath(output)), cutting or Cutting()
+    if os.path.lexists(output):
+        raise ValueError(f"--output {output} exists already; choose another folder or remove it")
+    if shard_tokens < 1:
+        raise ValueError(f"--shard_tokens {shard_tokens}: at least 1 is needed")
+    target = _target(tokenizer_path, eos_token, vocab_size, eos_id, bos)
+    errors = ReadErrors()
+    files = find_token_files(inputs, dtype, errors)
+    _check_cutting(cutting, files)
+    errors.print_warnings()
+    source = {"imported": [str(f.path) for f in files], "kinds": sorted({f.kind for f in files})}
+    importer = _Importer(files, target, cutting, ImportReport(output))
+
+    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        if all(f.kind == "megatron" and importer.fits(f) for f in files):
+            manifest = importer.link(temporary, source, copy)
+        else:
+            manifest = importer.convert(temporary, output, source, shard_tokens)
+        if target.tokenizer is not None:
+            save_tokenizer(target.tokenizer, temporary / "tokenizer")
+        sync_file(temporary)
+        os.rename(temporary, output)
+        sync_file(output.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    report = importer.report
+    report.documents, report.tokens, report.shards = manifest.documents, manifest.tokens, len(manifest.shards)
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _check_cutting(cutting: Cutting, files: Sequence[TokenFile]) -> None:
+    indexed = [f for f in files if f.has_index]
+    flag = "--split_at" if cutting.split_at is not None else "--document_tokens"
+    cut = cutting.split_at is not None or cutting.document_tokens is not None
+    if indexed and cut and len(indexed) == len(files):
+        raise ValueError(f"{flag}: {indexed[0].path} has an index that says where its documents end")
+    if indexed and cutting.across_files:
+        raise ValueError(f"--across_files: {indexed[0].path} has an index that says where its documents end")
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What the ids mean."""
+
+    vocab_size: int
+    eos_id: int
+    facts: dict[str, Any]
+    tokenizer: Tokenizer | None
+    bos_id: int | None = None
+
+
+def _target(
+    tokenizer_path: str | Path | None, eos_token: str | None, vocab_size: int | None, eos_id: int | None, bos: bool
+) -> _Target:
+    if bos and tokenizer_path is None:
+        raise ValueError("--bos needs --tokenizer, which says what BOS is")
+    if tokenizer_path is not None:
+        if vocab_size is not None or eos_id is not None:
+            raise ValueError("--tokenizer says the vocabulary and EOS; leave out --vocab_size and --eos_id")
+        tokenizer = open_tokenizer(tokenizer_path, eos_token)
+        facts = {**tokenizer.facts(), "folder": "tokenizer"}
+        bos_id = tokenizer.need_bos() if bos else None
+        return _Target(tokenizer.vocab_size, tokenizer.eos_id, facts, tokenizer, bos_id)
+    if vocab_size is None or eos_id is None:
+        raise ValueError("give --tokenizer, or --vocab_size and --eos_id: the ids are checked against the vocabulary")
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(f"--vocab_size {vocab_size} is too large: ids are of 31 bits, give {MAX_VOCAB_SIZE} or less")
+    if vocab_size < 1 or not 0 <= eos_id < vocab_size:
+        raise ValueError(f"--eos_id {eos_id} lies outside a vocabulary of --vocab_size {vocab_size}")
+    # All that is known; datasets imported alike count as of one tokenizer.
+    fingerprint = hashlib.sha256(f"unknown tokenizer {vocab_size} {eos_id}".encode()).hexdigest()
+    facts = {"kind": "unknown", "fingerprint": fingerprint, "vocab_size": vocab_size, "eos_id": eos_id, "folder": None}
+    return _Target(vocab_size, eos_id, facts, None)
+
+
+@dataclass(frozen=True)
+class _Importer:
+    files: list[TokenFile]
+    target: _Target
+    cutting: Cutting
+    report: ImportReport
+
+    def blocks(self) -> Iterator[Block]:
+        """The documents of all files in order; those without tokens are counted and left out."""
+        for block, separator in self._all_blocks():
+            kept = block.lengths > 0
+            if separator is not None:
+                last = block.tokens[np.maximum(np.cumsum(block.lengths), 1) - 1]
+                kept &= (block.lengths > 1) | (last != separator)
+            yield from self._only(block, kept)
+
+    def _only(self, block: Block, kept: npt.NDArray[np.bool_]) -> Iterator[Block]:
+        self.report.empty_documents += len(kept) - int(kept.sum())
+        if kept.any():
+            yield block.only(kept)
+
+    def _all_blocks(self) -> Iterator[tuple[Block, int | None]]:
+        """Blocks, and the separator where documents hold it."""
+        split_at, across = self.cutting.split_at, self.cutting.across_files
+        for files in [self.files] if across else [[file] for file in self.files]:
+            if files[0].kind == "megatron":
+                yield from ((block, None) for block in megatron_blocks(files[0]))
+            elif files[0].kind == "datatrove":
+                yield from ((block, None) for block in datatrove_blocks(files[0]))
+            elif split_at is not None:
+                keep = split_at == self.target.eos_id
+                for block in split_blocks(files, split_at, keep, across):
+                    yield block, split_at if keep else None
+            else:
+                yield from ((block, None) for block in fixed_blocks(files[0], self.cutting.document_tokens))
+
+    def convert(self, temporary: Path, output: Path, source: dict[str, Any], shard_tokens: int) -> Manifest:
+        """Write the documents anew."""
+        writer = PackedWriter(
+            output,
+            tokenizer=self.target.facts,
+            vocab_size=self.target.vocab_size,
+            eos_id=self.target.eos_id,
+            shard_tokens=shard_tokens,
+            source=source,
+            work=temporary,
+            bos_id=self.target.bos_id,
+        )
+        try:
+            for block in self.blocks():
+                tokens, lengths = self._ended(block)
+                writer.add_batch(tokens, lengths, _rows(block.file, block.numbers))
+            manifest = writer.finish()
+            remove_rows(temporary)
+            return manifest
+        finally:
+            writer.abandon()
+
+    def _ended(self, block: Block) -> tuple[Tokens, IntArray]:
+        """The block with EOS after each document that lacks it."""
+        ends = np.cumsum(block.lengths)
+        open_ones = np.flatnonzero(block.tokens[ends - 1] != self.target.eos_id)
+        if not len(open_ones):
+            return block.tokens, block.lengths
+        if not self.cutting.append_eos:
+            raise ValueError(
+                f"{block.file.path}: document {block.numbers[open_ones[0]] + 1} does not end with the id "
+                f"{self.target.eos_id} of EOS; give --append_eos to append it where it is missing"
+            )
+        self.report.appended_eos += len(open_ones)
+        lengths = block.lengths.copy()
+        lengths[open_ones] += 1
+        wide = np.promote_types(block.tokens.dtype, dtype_of(self.target.vocab_size))  # EOS may not fit the source's
+        return np.insert(block.tokens.astype(wide, copy=False), ends[open_ones], self.target.eos_id), lengths
+
+    def fits(self, file: TokenFile) -> bool:
+        """Whether a Megatron file, as it is, is documents one after another, each closed by EOS, of our dtype."""
+        index = MegatronIndex(file.path.with_suffix(".idx"))
+        if file.dtype != dtype_of(self.target.vocab_size) or index.end_byte != file.path.stat().st_size:
+            return False
+        if not index.end_byte or not index.is_plain():
+            return False
+        for block in megatron_blocks(file):
+            ends = np.cumsum(block.lengths)[block.lengths > 0]
+            if block.lengths.max() > MAX_DOCUMENT_TOKENS or (block.tokens[ends - 1] != self.target.eos_id).any():
+                return False
+        return True
+
+    def link(self, temporary: Path, source: dict[str, Any], copy: bool) -> Manifest:
+        """Link or copy the tokens and write what stands beside them: one shard a file."""
+        temporary.mkdir()
+        shards = [self._link_shard(file, temporary, f"data-{n:05d}", copy) for n, file in enumerate(self.files)]
+        manifest = Manifest(
+            FORMAT_VERSION,
+            self.target.facts,
+            self.target.vocab_size,
+            self.target.eos_id,
+            dtype_of(self.target.vocab_size).name,
+            sum(s.documents for s in shards),
+            sum(s.tokens for s in shards),
+            0,
+            shards,
+            source,
+            self.target.bos_id,
+        )
+        write_json(temporary / MANIFEST, manifest.to_dict())
+        return manifest
+
+    def _link_shard(self, file: TokenFile, folder: Path, name: str, copy: bool) -> Shard:
+        paths = {kind: folder / f"{name}.{kind}" for kind in ("bin", "idx", "docs.parquet")}
+        self.report.linked += _link(file.path, paths["bin"], copy)
+        digest, all_lengths = hashlib.sha256(), []
+        with pq.ParquetWriter(paths["docs.parquet"], _SCHEMA, compression="zstd") as docs:
+            for block in (b for found in megatron_blocks(file) for b in self._only(found, found.lengths > 0)):
+                self._check(block)
+                digest.update(np.ascontiguousarray(block.tokens).data.cast("B"))
+                all_lengths.append(block.lengths.astype(np.int32))
+                docs.write_table(pa.table(_rows(file, block.numbers), _SCHEMA), row_group_size=DOCUMENTS_PER_GROUP)
+        lengths = np.concatenate(all_lengths)
+        _write_index(paths["idx"], lengths, file.dtype)
+        for path in paths.values():
+            sync_file(path)
+        sums = {k: digest.hexdigest() if k == "bin" else file_sha256(path) for k, path in paths.items()}
+        sizes = {k: path.stat().st_size for k, path in paths.items()}
+        return Shard(name, len(lengths), int(lengths.sum(dtype=np.int64)), 0, sizes, sums)
+
+    def _check(self, block: Block) -> None:
+        if block.tokens.min() < 0 or block.tokens.max() >= self.target.vocab_size:
+            bad = int(np.flatnonzero((block.tokens < 0) | (block.tokens >= self.target.vocab_size))[0])
+            number = block.numbers[np.searchsorted(np.cumsum(block.lengths), bad, side="right")]
+            raise ValueError(
+                f"{block.file.path}: document {number + 1} holds token id {block.tokens[bad]}, outside the vocabulary "
+                f"of {self.target.vocab_size}; check that the tokenizer is the one the ids were made with"
+            )
+        if self.target.bos_id is not None:
+            unbegun = np.flatnonzero(block.tokens[np.cumsum(block.lengths) - block.lengths] != self.target.bos_id)
+            if len(unbegun):
+                raise ValueError(
+                    f"{block.file.path}: document {block.numbers[unbegun[0]] + 1} does not begin with the id "
+                    f"{self.target.bos_id} of BOS; leave out --bos if documents begin with their text"
+                )
+
+
+_SCHEMA = pa.schema(DOCUMENT_COLUMNS)
+
+
+def _rows(file: TokenFile, numbers: IntArray) -> dict[str, list[Any]]:
+    """Columns of docs.parquet. A document's place is its number in its file, from 1; of its text nothing is known."""
+    places = (numbers + 1).tolist()
+    return {
+        "id": [f"{file.name}:{place}" for place in places],
+        "source": [str(file.path)] * len(places),
+        "place": places,
+        "bytes": [0] * len(places),
+        "words": [None] * len(places),
+    }
+
+
+def _link(source: Path, target: Path, copy: bool) -> bool:
+    """Give a file a second name, or copy it where that can't be (another file system). Returns whether it is linked."""
+    if not copy:
+        try:
+            os.link(os.path.realpath(source), target)
+            return True
+        except OSError:
+            pass
+    shutil.copyfile(source, target)
+    return False
+
+
+def _write_index(path: Path, lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> None:
+    """An .idx of one sequence a document."""
+    code = next(c for c, d in DTYPE_CODES.items() if np.dtype(d) == dtype)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    with open(path, "wb") as f:
+        f.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        f.write(lengths.tobytes())
+        f.write(((ends - lengths) * dtype.itemsize).tobytes())
+        f.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())

@@ -1,0 +1,101 @@
+"""Deduplication by a Bloom filter (Bloom, 1970), for corpora whose paragraph hashes do not fit: one pass, in order.
+
+A filter never misses a paragraph it has seen, but takes some new ones for seen: `false_positive_rate` of them once the
+expected number has been added, fewer before, more after.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from lit_data.prepare.tables import publish_file, temporary_name
+
+HEADER_BYTES = 8  # of a saved filter: the number of hash functions
+
+
+def bloom_bytes(expected_paragraphs: int, false_positive_rate: float) -> int:
+    """Size of a filter: n ln(1/p) / ln(2)^2 bits, in whole bytes; 1.8 bytes a paragraph for p = 0.001."""
+    bits = -expected_paragraphs * math.log(false_positive_rate) / math.log(2) ** 2
+    return max(1, math.ceil(int(bits) / 8))  # as rbloom rounds
+
+
+def bloom_rate(paragraphs: float, size_bytes: int, n_hashes: int) -> float:
+    """The false positive rate once so many different paragraphs are in: (1 - exp(-k n / m))^k."""
+    return float((1 - math.exp(-n_hashes * paragraphs / (8 * size_bytes))) ** n_hashes)
+
+
+def _as_integer(paragraph_hash: bytes) -> int:
+    return int.from_bytes(paragraph_hash, "big", signed=True)  # what rbloom wants: 128 bits, the same in every process
+
+
+class BloomDedup:
+    """Which paragraphs were seen before, in constant memory.
+
+    Args:
+        expected_paragraphs: different ones, that is.
+        false_positive_rate: at that number, below 0.5. The number of hash functions is rounded down, which makes the
+            rate a little higher (0.00102 for 0.001, 0.33 for 0.3).
+        path: a filter saved before, to go on with.
+
+    Raises:
+        ValueError: the number or the rate is impossible, the file is no filter of this size, or rbloom is missing.
+    """
+
+    def __init__(self, expected_paragraphs: int, false_positive_rate: float, path: Path | None = None) -> None:
+        try:
+            import rbloom
+        except ImportError as error:
+            raise ValueError("--dedup bloom needs the package rbloom: pip install 'llammlein[data]'") from error
+        if expected_paragraphs < 1:
+            raise ValueError(f"--bloom_paragraphs {expected_paragraphs}: at least 1 is needed")
+        if not 0 < false_positive_rate < 0.5:
+            raise ValueError(f"--bloom_false_positives {false_positive_rate}: give a rate above 0 and below 0.5")
+        self.size_bytes = bloom_bytes(expected_paragraphs, false_positive_rate)
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if self.size_bytes > memory_bytes:  # asked for more, the library ends the process
+            raise ValueError(
+                f"--bloom_paragraphs {expected_paragraphs} with --bloom_false_positives {false_positive_rate} takes "
+                f"{self.size_bytes / 2**30:,.0f} GB of memory, and this machine has {memory_bytes / 2**30:,.0f}"
+            )
+        self.n_hashes = int(-math.log2(false_positive_rate))
+        self._rbloom = rbloom
+        if path is None:
+            self._filter = rbloom.Bloom(expected_paragraphs, false_positive_rate, _as_integer)
+        else:
+            self.load(path)
+        assert self._filter.size_in_bits == 8 * self.size_bytes, "rbloom computes sizes in another way"
+
+    def seen(self, paragraph_hash: bytes) -> bool:
+        """Whether the paragraph (by its hash of 16 bytes) was seen before; it is from now on."""
+        if paragraph_hash in self._filter:
+            return True
+        self._filter.add(paragraph_hash)
+        return False
+
+    def rate(self) -> float:
+        """The false positive rate now, from an estimate of how many are in. Reads the whole filter."""
+        return bloom_rate(self._filter.approx_items, self.size_bytes, self.n_hashes)
+
+    def save(self, path: Path) -> None:
+        """Write the filter, `size_bytes` and 8 more; the file appears whole and is durable."""
+        self._filter.save(temporary_name(path))
+        publish_file(path)
+
+    def load(self, path: Path) -> None:
+        """Go on with a saved filter, which must have been made for the same number and rate."""
+        expected = self.size_bytes + HEADER_BYTES
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: there is no such Bloom filter")
+        if os.path.getsize(path) != expected:
+            raise ValueError(
+                f"{path} has {os.path.getsize(path)} bytes, a Bloom filter for the --bloom_paragraphs and "
+                f"--bloom_false_positives given has {expected}: it is damaged or belongs to another preparation"
+            )
+        with open(path, "rb") as file:
+            n_hashes = int.from_bytes(file.read(HEADER_BYTES), "little")
+        if abs(n_hashes - self.n_hashes) > 1:  # for powers of 1/2 the rounding of floats decides
+            raise ValueError(f"{path} is damaged or no Bloom filter: {n_hashes} hash functions, not {self.n_hashes}")
+        self.n_hashes = n_hashes
+        self._filter = self._rbloom.Bloom.load(path, _as_integer)

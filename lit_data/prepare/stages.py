@@ -1,0 +1,625 @@
+"""The stages of a preparation in its working folder, each of which goes on where it was killed.
+
+`hash` (one part at a time): what is needed to find duplicates; only if they are to be found.
+`join`: the duplicates of all parts, the first place of each aside.
+`encode` (one part at a time): text to tokens, a packed dataset of each part and side.
+`merge`: the parts' datasets one after another; the same files as one part would give.
+
+A stage takes documents in segments. At the end of each, what it made is synced and its place is written to
+`STAGE.json` of the part's folder; a stage that was killed cuts off what came after and reads on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lit_data.corpus.readers import Document, OnError, Place, ReadErrors, read_documents
+from lit_data.packed.dataset import PackedDataset, PackedWriter, check_documents_table, read_manifest
+from lit_data.prepare.bloom import BloomDedup
+from lit_data.prepare.exact_dedup import Dropped, HashWriter, find_duplicates
+from lit_data.prepare.near_dedup import NearDuplicates, SignatureWriter, find_near_duplicates
+from lit_data.prepare.pool import Pool
+from lit_data.prepare.settings import Plan
+from lit_data.prepare.worker import Encoded, Hashed, Item, Report, Treatment
+from lit_files.parquet import open_table
+from lit_files.publish import write_json
+from lit_files.reading import read_object, read_record
+
+BATCH_CHARACTERS = 1 << 18  # what a worker gets at once: enough to hide the cost of sending it
+BATCH_DOCUMENTS = 512
+COMMIT_SHARE = 20  # a commit may take this fraction of the time
+JOIN_MEMORY_BYTES = 2 << 30
+MERGE_DOCUMENTS = 4096
+MAX_WORKERS = 1024
+COUNTED = ("documents", "tokens", "bytes", "words")
+
+
+@dataclasses.dataclass
+class Options:
+    """How a preparation is done; nothing here changes the result.
+
+    Attributes:
+        workers: processes; with 1 all is done in this one.
+        on_error: what to do about a document that can't be read.
+        commit_seconds: time between commits, at least; a kill costs what was done since the last.
+        dry_run: treat everything, write nothing but temporary files of the working folder.
+    """
+
+    workers: int = 1
+    on_error: OnError = "stop"
+    commit_seconds: float = 30.0
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.workers <= MAX_WORKERS:
+            raise ValueError(f"--workers {self.workers}: give a number of processes from 1 to {MAX_WORKERS}")
+        if not self.commit_seconds >= 0:
+            raise ValueError(f"--commit_seconds {self.commit_seconds}: 0 or more is needed")
+
+
+class _Sink(Protocol):
+    """Where a stage's results go."""
+
+    def write(self, result: Any) -> None: ...
+    def commit(self, number: int, done: bool) -> dict[str, Any]:
+        """Make durable what was written, of documents before `number`, and say what a new sink goes on from."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what is open, whole or not."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A _Progress as its file holds it."""
+
+    done: bool
+    number: int
+    place: tuple[int, int] | None
+    errors: int
+    first_errors: list[str]
+    state: dict[str, Any] | None
+
+
+@dataclasses.dataclass
+class _Progress:
+    """How far a stage has come in a part: documents before `number` are done, the last of which is at `place`."""
+
+    done: bool = False
+    number: int = 0
+    place: Place | None = None
+    errors: ReadErrors = dataclasses.field(default_factory=ReadErrors)
+    state: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> _Progress:
+        if not path.is_file():
+            return cls()
+        content = read_record(_Written, path)
+        place = Place(*content.place) if content.place is not None else None
+        errors = ReadErrors(content.errors, content.first_errors)
+        return cls(content.done, content.number, place, errors, content.state)
+
+    def write(self, path: Path) -> None:
+        write_json(
+            path,
+            {
+                "done": self.done,
+                "number": self.number,
+                "place": [self.place.file, self.place.place] if self.place is not None else None,
+                "errors": self.errors.count,
+                "first_errors": self.errors.first,
+                "state": self.state,
+            },
+        )
+
+
+class Preparation:
+    """A preparation in progress: a plan and the folder it is worked out in."""
+
+    def __init__(self, plan: Plan, work: Path, options: Options) -> None:
+        self.plan, self.work, self.options = plan, work, options
+        self.settings = plan.settings
+
+    def part_folder(self, part: int) -> Path:
+        """Where a part is worked out."""
+        return self.work / f"part-{part:05d}"
+
+    def run(self) -> None:
+        """All stages, those that are done left out."""
+        parts = range(self.settings.parts)
+        if self.settings.needs_hashes:
+            for part in parts:
+                self.hash_part(part)
+            self.join()
+        for part in parts:
+            self.encode_part(part)
+        self.merge()
+
+    def is_done(self, stage: str, part: int) -> bool:
+        """Whether a stage of a part is done."""
+        return _Progress.read(self.part_folder(part) / f"{stage}.json").done
+
+    def committed(self) -> bool:
+        """Whether something is there that would be worth going on from."""
+        return any(_Progress.read(path).number for path in self.work.glob("part-*/*.json"))
+
+    def hash_part(self, part: int) -> None:
+        """First pass over a part."""
+        folder = self.part_folder(part)
+        folder.mkdir(exist_ok=True)
+
+        def sink(state: dict[str, Any] | None, number: int) -> _HashSink:
+            return _HashSink(folder, self.settings.near_dedup > 0, state, number)
+
+        self._run(part, "hash", sink, lambda pool, batches: pool.map("hash", batches))
+
+    def join(self) -> None:
+        """Find the duplicates of all parts."""
+        done = self.work / "join.json"
+        if done.is_file():
+            return
+        chunks: list[Path] = []  # folders, with the number of the chunk as name
+        for part in range(self.settings.parts):
+            if not self.is_done("hash", part):
+                raise ValueError(f"--stage join: part {part} is not hashed yet (--stage hash --part {part})")
+            folder = self.part_folder(part)
+            chunks += [folder / str(k) for k in range(len(_chunks(folder)))]
+        facts = {}
+        temporary = self.work / "join.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        near: list[Path] | None = None
+        if self.settings.near_dedup:
+            signatures, near = ([_chunk_file(kind, c) for c in chunks] for kind in ("signatures", "near"))
+            near_counts = find_near_duplicates(
+                signatures,
+                near,
+                threshold=self.settings.near_dedup,
+                memory_bytes=JOIN_MEMORY_BYTES,
+                temporary=temporary,
+            )
+            facts["near_duplicates"] = dataclasses.asdict(near_counts)
+        if self.settings.dedup == "exact":
+            hashes, dropped = ([_chunk_file(kind, c) for c in chunks] for kind in ("hashes", "dropped"))
+            counts = find_duplicates(
+                hashes, dropped, memory_bytes=JOIN_MEMORY_BYTES, temporary=temporary, excluded=near
+            )
+            facts["paragraphs"] = dataclasses.asdict(counts)
+        shutil.rmtree(temporary)
+        write_json(done, facts)
+
+    def encode_part(self, part: int) -> None:
+        """Text of a part to tokens."""
+        folder = self.part_folder(part)
+        folder.mkdir(exist_ok=True)
+        if self.settings.needs_hashes and not (self.work / "join.json").is_file():
+            raise ValueError(f"--stage encode --part {part}: the duplicates are not known yet (--stage join)")
+        bloom: BloomDedup | None = None
+
+        def sink(state: dict[str, Any] | None, number: int) -> _EncodeSink | _CountSink:
+            nonlocal bloom
+            if self.settings.dedup == "bloom":
+                size = (self.settings.bloom_paragraphs, self.settings.bloom_false_positives)
+                bloom = BloomDedup(*size, path=folder / state["bloom"] if state else None)
+            if self.options.dry_run:
+                return _CountSink(self.settings.sides, state)
+            return _EncodeSink(self, folder, bloom, state)
+
+        def treat(pool: Pool, batches: Iterable[list[Item]]) -> Iterator[Encoded]:
+            if bloom is not None:
+                batches = _drop_by_bloom(pool, batches, bloom)
+            elif self.settings.needs_hashes:
+                batches = self._drop_by_list(folder, batches)
+            return pool.map("encode", batches)
+
+        self._run(part, "encode", sink, treat)
+
+    def _drop_by_list(self, folder: Path, batches: Iterable[list[Item]]) -> Iterator[list[Item]]:
+        chunks = _chunks(folder)
+        files = [folder / str(k) for k in range(len(chunks))]
+        exact = self.settings.dedup == "exact"
+        dropped = _ByChunk(chunks, [_chunk_file("dropped", f) for f in files], Dropped) if exact else None
+        near = (
+            _ByChunk(chunks, [_chunk_file("near", f) for f in files], NearDuplicates)
+            if self.settings.near_dedup
+            else None
+        )
+        for batch in batches:
+            for item in batch:
+                if dropped is not None:
+                    item.dropped = dropped.of(item.number)
+                if near is not None:
+                    similarity = near.of(item.number)
+                    item.near = f"near duplicate: similarity {similarity:.2f}" if similarity is not None else ""
+            yield batch
+
+    def _run(self, part: int, stage: str, make_sink: Any, treat: Any) -> None:
+        """Documents of a part through a stage, segment by segment, from where it was."""
+        path = self.part_folder(part) / f"{stage}.json"
+        progress = _Progress.read(path)
+        if progress.done:
+            return
+        sink: _Sink = make_sink(progress.state, progress.number)
+        try:
+            documents = _Source(self, part, progress)
+            make = functools.partial(Treatment, self.settings, with_tokenizer=stage == "encode")
+            with Pool(self.options.workers, make) as pool:
+                while not progress.done:
+                    for result in treat(pool, _batches(documents.segment())):
+                        sink.write(result)
+                    began = time.monotonic()
+                    state = sink.commit(documents.number, documents.ended)
+                    progress = _Progress(documents.ended, documents.number, documents.place, documents.errors, state)
+                    progress.write(path)
+                    documents.committed(time.monotonic() - began)
+        finally:
+            sink.close()
+
+    def merge(self) -> None:
+        """Write the parts' datasets one after another, as one machine would have written them."""
+        for part in range(self.settings.parts):
+            if not self.is_done("encode", part):
+                raise ValueError(f"--stage merge: part {part} is not encoded yet (--stage encode --part {part})")
+        if self.settings.parts == 1 or self.options.dry_run:
+            return
+        for side in self.settings.sides:
+            self._merge_side(side)
+
+    def _merge_side(self, side: str) -> None:
+        folder = self.work / "merged"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{side}.json"
+        content: dict[str, Any] = {"part": 0, "documents": 0}
+        if path.is_file():
+            content = read_object(path)
+        if content.get("done"):
+            return
+        writer = self.writer(folder, side, content.get("state"))
+        last = time.monotonic()
+        try:
+            for part in range(content["part"], self.settings.parts):
+                done = content["documents"] if part == content["part"] else 0
+                for tokens, lengths, rows in _read_back(self.part_folder(part) / side, done):
+                    writer.add_batch(tokens, lengths, rows)
+                    done += len(lengths)
+                    if time.monotonic() - last >= self.options.commit_seconds:
+                        write_json(path, {"part": part, "documents": done, "state": writer.state()})
+                        last = time.monotonic()
+            writer.finish()
+            write_json(path, {"done": True})
+        finally:
+            writer.abandon()
+
+    def writer(self, folder: Path, side: str, state: dict[str, Any] | None) -> PackedWriter:
+        """The writer of a side's dataset in a folder of the working folder."""
+        s, tokenizer = self.settings, self.plan.tokenizer
+        return PackedWriter(
+            folder / f"{side}.published",
+            tokenizer={**tokenizer.facts(), "folder": "../tokenizer"},
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            name=s.name,
+            metadata=s.metadata,
+            shard_tokens=s.shard_tokens,
+            source=self._provenance(side),
+            work=folder / side,
+            state=state,
+            allow_empty=True,
+            bos_id=tokenizer.bos_id if s.bos else None,
+            special_tokens=s.special_tokens,
+        )
+
+    def _provenance(self, side: str) -> dict[str, Any]:
+        """What the manifest says of where the text came from: the settings that are not the defaults."""
+        s = self.settings
+        facts: dict[str, Any] = {"inputs": list(s.val_input if side == "val" and s.val_input is not None else s.input)}
+        if s.val_fraction is not None:
+            facts |= {"split": side, "val_fraction": s.val_fraction, "seed": s.seed}
+        told = {"input", "val_input", "val_fraction", "seed", "tokenizer", "eos_token", "parts", "name", "shard_tokens"}
+        for f in dataclasses.fields(s):
+            value = getattr(s, f.name)
+            if f.name not in told and value != f.default:
+                facts[f.name] = list(value) if isinstance(value, tuple) else value
+        return facts
+
+    def datasets(self) -> dict[str, Path]:
+        """The folder of each side's dataset, once all stages are done; in `assembled` when it was moved there."""
+        folder = self.part_folder(0) if self.settings.parts == 1 else self.work / "merged"
+        moved = {side: self.assembled / side for side in self.settings.sides}
+        return {side: path if path.exists() else folder / side for side, path in moved.items()}
+
+    @property
+    def assembled(self) -> Path:
+        """Where the output is put together."""
+        return self.work / "output"
+
+    def report(self) -> tuple[Report, ReadErrors]:
+        """What the encoding of all parts reported."""
+        report, errors = Report(), ReadErrors()
+        errors.ignored_files, errors.ignored_first = self.plan.errors.ignored_files, self.plan.errors.ignored_first
+        for part in range(self.settings.parts):
+            progress = _Progress.read(self.part_folder(part) / "encode.json")
+            assert progress.state is not None
+            report.merge(Report.from_dict(progress.state["report"]))
+            for message in progress.errors.first:
+                errors.add(message)
+            errors.count += progress.errors.count - len(progress.errors.first)
+        return report, errors
+
+    def bloom_rate(self) -> float | None:
+        """The share of new paragraphs that looked old to the Bloom filter at the end; None without one."""
+        state = _Progress.read(self.part_folder(0) / "encode.json").state
+        assert state is not None
+        rate: float | None = state.get("bloom_rate")
+        return rate
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Documents, tokens, bytes and words of each side."""
+        if not self.options.dry_run:
+            manifests = {side: read_manifest(folder) for side, folder in self.datasets().items()}
+            return {k: {kind: getattr(m, kind) for kind in COUNTED} for k, m in manifests.items()}
+        total = {side: dict.fromkeys(COUNTED, 0) for side in self.settings.sides}
+        for part in range(self.settings.parts):
+            state = _Progress.read(self.part_folder(part) / "encode.json").state
+            assert state is not None
+            for side, counts in state["counts"].items():
+                for kind, count in counts.items():
+                    total[side][kind] += count
+        return total
+
+
+class _Source:
+    """The documents of a part, in segments that end when a commit is due."""
+
+    def __init__(self, preparation: Preparation, part: int, progress: _Progress) -> None:
+        self.plan, self.settings, self.options = preparation.plan, preparation.settings, preparation.options
+        files = self.plan.part_files(part)
+        self._first_file = files[0][0]
+        self.errors = progress.errors
+        self.number, self.place, self.ended = progress.number, progress.place, False
+        self._documents = read_documents(
+            [f for _, f in files],
+            on_error=self.options.on_error,
+            text_field=self.settings.text_field,
+            id_field=self.settings.id_field,
+            require_id=self.settings.require_id,
+            metadata=self.settings.metadata,
+            split_documents=self.settings.split_documents,
+            max_document_mb=self.settings.max_document_mb,
+            errors=self.errors,
+            start=progress.place,
+        )
+        self._last_commit = time.monotonic()
+        self._interval = self.options.commit_seconds
+
+    def segment(self) -> Iterator[Item]:
+        """Documents until a commit is due, or all that are left (then `ended`)."""
+        for document in self._documents:
+            yield Item(self.number, self._side(document), document)
+            self.number += 1
+            self.place = Place(document.file, document.place)
+            if time.monotonic() - self._last_commit >= self._interval:
+                return
+        self.ended = True
+
+    def committed(self, seconds: float) -> None:
+        """A commit took so long: the next is due so much later that commits stay a small share of the time."""
+        self._last_commit = time.monotonic()
+        self._interval = max(self.options.commit_seconds, COMMIT_SHARE * seconds)
+
+    def _side(self, document: Document) -> str:
+        if self._first_file + document.file >= self.plan.n_train:
+            return "val"
+        fraction = self.settings.val_fraction
+        return "val" if fraction is not None and in_validation(document.id, fraction, self.settings.seed) else "train"
+
+
+def in_validation(id: str, fraction: float, seed: int) -> bool:
+    """Whether the document belongs to val: SHA-256 of (seed, id) read as a number in [0, 1) lies below `fraction`."""
+    digest = hashlib.sha256(f"{seed}\n{id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
+
+
+def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    characters = 0
+    for item in items:
+        batch.append(item)
+        characters += len(item.document.text)
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _HashSink:
+    """Hashes and signatures, a chunk of files a commit: PART/hashes-00000.parquet and so on."""
+
+    def __init__(self, folder: Path, near: bool, state: dict[str, Any] | None, number: int) -> None:
+        self.folder, self.near = folder, near
+        self.chunks: list[list[int]] = state["chunks"] if state else []
+        self._open(number)
+
+    def _open(self, number: int) -> None:
+        self._first = number
+        chunk = self.folder / str(len(self.chunks))
+        self._hashes = HashWriter(_chunk_file("hashes", chunk))
+        self._signatures = SignatureWriter(_chunk_file("signatures", chunk)) if self.near else None
+
+    def write(self, result: Hashed) -> None:
+        for number, hashes in zip(result.numbers, result.paragraphs, strict=True):
+            self._hashes.add(number, hashes)
+        if self._signatures is not None:
+            for number, signature in zip(result.numbers, result.signatures, strict=True):
+                self._signatures.add(number, signature)
+
+    def commit(self, number: int, done: bool) -> dict[str, Any]:
+        self._hashes.close()
+        if self._signatures is not None:
+            self._signatures.close()
+        self.chunks.append([self._first, number])
+        if not done:
+            self._open(number)
+        return {"chunks": self.chunks}
+
+    def close(self) -> None:
+        self._hashes.abandon()
+        if self._signatures is not None:
+            self._signatures.abandon()
+
+
+class _EncodeSink:
+    """The packed datasets of a part, PART/train and PART/val, and the Bloom filter that goes with them."""
+
+    def __init__(
+        self,
+        preparation: Preparation,
+        folder: Path,
+        bloom: BloomDedup | None,
+        state: dict[str, Any] | None,
+    ) -> None:
+        self.folder, self.bloom = folder, bloom
+        self._bloom_file: str | None = state.get("bloom") if state else None  # which the progress file names
+        self.report = Report.from_dict(state["report"]) if state else Report()
+        self.writers = {
+            side: preparation.writer(folder, side, state["sides"][side] if state else None)
+            for side in preparation.settings.sides
+        }
+
+    def write(self, result: Encoded) -> None:
+        self.report.merge(result.report)
+        for side, (tokens, lengths, rows) in result.sides.items():
+            self.writers[side].add_batch(tokens, lengths, rows)
+
+    def commit(self, number: int, done: bool) -> dict[str, Any]:
+        state: dict[str, Any] = {"report": self.report.to_dict()}
+        if done:
+            for writer in self.writers.values():
+                writer.finish()
+            if self.bloom is not None:
+                state["bloom_rate"] = self.bloom.rate()
+            return state
+        state["sides"] = {side: writer.state() for side, writer in self.writers.items()}
+        if self.bloom is not None:
+            for path in self.folder.glob("bloom-*.bin"):
+                if path.name != self._bloom_file:
+                    path.unlink()
+            self._bloom_file = state["bloom"] = f"bloom-{number}.bin"
+            self.bloom.save(self.folder / self._bloom_file)
+        return state
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.abandon()
+
+
+class _CountSink:
+    """Counts what would be written."""
+
+    def __init__(self, sides: Iterable[str], state: dict[str, Any] | None) -> None:
+        assert state is None, "a dry run is never gone on with"
+        self.report = Report()
+        self.counts = {side: dict.fromkeys(COUNTED, 0) for side in sides}
+
+    def write(self, result: Encoded) -> None:
+        self.report.merge(result.report)
+        for side, (tokens, lengths, rows) in result.sides.items():
+            counts = (len(lengths), len(tokens), sum(rows["bytes"]), sum(rows["words"]))
+            for kind, n in zip(COUNTED, counts, strict=True):
+                self.counts[side][kind] += n
+
+    def commit(self, number: int, done: bool) -> dict[str, Any]:
+        return {"report": self.report.to_dict(), "counts": self.counts}
+
+    def close(self) -> None:
+        pass
+
+
+class _ByChunk:
+    """Looks documents up, in ascending order, in files that each cover a range of them."""
+
+    def __init__(self, chunks: list[list[int]], files: list[Path], open_file: Any) -> None:
+        self._waiting = deque(zip(chunks, files, strict=True))
+        self._open_file = open_file
+        self._end = -1
+        self._file: Any = None
+
+    def of(self, number: int) -> Any:
+        while number >= self._end:
+            (_, self._end), path = self._waiting.popleft()
+            self._file = self._open_file(path) if number < self._end else None
+        return self._file.of(number)
+
+
+def _chunks(folder: Path) -> list[list[int]]:
+    """The ranges of documents [first, end) of the chunks that a part's first pass wrote."""
+    state = _Progress.read(folder / "hash.json").state
+    assert state is not None
+    chunks: list[list[int]] = state["chunks"]
+    return chunks
+
+
+def _chunk_file(kind: str, chunk: Path) -> Path:
+    return chunk.with_name(f"{kind}-{int(chunk.name):05d}.parquet")
+
+
+def _drop_by_bloom(pool: Pool, batches: Iterable[list[Item]], bloom: BloomDedup) -> Iterator[list[Item]]:
+    """Hash the paragraphs in the workers, look them up here, in the order of the documents."""
+    sent: deque[list[Item]] = deque()
+
+    def send() -> Iterator[list[Item]]:
+        for batch in batches:
+            sent.append(batch)
+            yield batch
+
+    for hashed in pool.map("hash", send()):
+        batch = sent.popleft()
+        for number, hashes in zip(hashed.numbers, hashed.paragraphs, strict=True):
+            seen = [i for i, h in enumerate(hashes) if h is not None and bloom.seen(h)]
+            batch[number - batch[0].number].dropped = seen
+        yield batch
+
+
+def _read_back(folder: Path, first: int) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+    """Documents of a packed dataset from number `first` on, as `add_batch` takes them."""
+    dataset = PackedDataset(folder)
+    number = 0
+    for shard in dataset.manifest.shards:
+        if number + shard.documents <= first:
+            number += shard.documents
+            continue
+        with open_table(folder / f"{shard.name}.docs.parquet") as table:
+            check_documents_table(table, shard)
+            for rows in table.iter_batches(batch_size=MERGE_DOCUMENTS):
+                skip = max(0, min(first - number, rows.num_rows))
+                number += rows.num_rows
+                rows = rows.slice(skip)
+                if not rows.num_rows:
+                    continue
+                starts = dataset.document_start(np.arange(number - rows.num_rows, number + 1, dtype=np.int64))
+                # Documents of a shard are short or few; a batch of long ones is read document by document.
+                for a, b in _ranges(starts):
+                    columns = {name: rows[name].slice(a, b - a) for name in rows.schema.names}
+                    yield dataset.tokens(int(starts[a]), int(starts[b])), np.diff(starts[a : b + 1]), columns
+
+
+def _ranges(starts: np.ndarray[Any, Any], tokens: int = 1 << 24) -> Iterator[tuple[int, int]]:
+    """Cut documents, given by where they start, into ranges [a, b) of at most so many tokens, or one document."""
+    a = 0
+    while a < len(starts) - 1:
+        b = max(a + 1, int(np.searchsorted(starts, starts[a] + tokens, side="right")) - 1)
+        yield a, b
+        a = b

@@ -1,0 +1,269 @@
+"""Merging the record's parts in the background: few files, sorted by step, row, document and start.
+
+A checkpoint leaves one part of each rank. Committed parts are merged into one file of all ranks; neighbouring files are
+merged again once the result is at least twice its largest source, up to MAX_ROWS. So a row is rewritten at most
+log2(MAX_ROWS / rows between two checkpoints) + 1 times, and n rows lie in about 2 n / MAX_ROWS large files and a few
+small ones.
+
+A merged file is written under a temporary name, synced, renamed, and the folder synced, before its sources are deleted.
+In between both are there, and `believe` reads each step from the merged file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from lit_data.record.parts import (
+    ROWS_PER_GROUP,
+    SCHEMA,
+    Part,
+    believe,
+    committed_parts,
+    list_parts,
+    newest_checkpoint_step,
+    open_writer,
+)
+from lit_data.record.reader import stream, stretches
+from lit_files.parquet import read_footer
+from lit_files.publish import sync_file
+
+MAX_ROWS = 1 << 26  # of a merged file: about 2 GB
+FAN_IN = 4  # files are merged again when so many have come together
+
+
+class MergeStoppedError(Exception):
+    """The run ends: an unfinished merge is given up."""
+
+
+class MergedFile:
+    """One merged file while it is written, in row groups of ROWS_PER_GROUP."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.folder, self.first_step = folder, first_step
+        self.rows = 0
+        self._temporary = folder / f".steps-{first_step:08d}.tmp"
+        self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 - closed by publish or abandon
+        self._writer = open_writer(self._file)
+        self._pending: list[pa.Table] = []
+        self._pending_rows = 0
+
+    def add(self, table: pa.Table) -> None:
+        self.rows += table.num_rows
+        self._pending.append(table)
+        self._pending_rows += table.num_rows
+        if self._pending_rows >= ROWS_PER_GROUP:
+            self._write(self._pending_rows // ROWS_PER_GROUP * ROWS_PER_GROUP)
+
+    def publish(self, end_step: int) -> None:
+        """Give the file the name of its steps, for good."""
+        self._write(self._pending_rows)
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.rename(self._temporary, self.folder / f"steps-{self.first_step:08d}-{end_step:08d}.parquet")
+        sync_file(self.folder)
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the disk may be full
+            self._writer.close()
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _write(self, rows: int) -> None:
+        table = pa.concat_tables(self._pending) if self._pending else SCHEMA.empty_table()
+        if rows:
+            self._writer.write_table(table.slice(0, rows), row_group_size=ROWS_PER_GROUP)
+        self._pending, self._pending_rows = [table.slice(rows)], self._pending_rows - rows
+
+
+def merge(
+    sources: list[Part],
+    folder: Path,
+    max_rows: int = MAX_ROWS,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Write the rows of adjacent parts to merged files in `folder`, each begun where the one before reached `max_rows`.
+
+    Memory: about one row group of each rank. Raises MergeStoppedError when `stopped()`.
+    """
+    first_step, end_step = sources[0].first_step, sources[-1].end_step
+    out = MergedFile(folder, first_step)
+    try:
+        for table in (table for stretch in stretches(sources) for table in stream(stretch)):
+            if stopped():
+                raise MergeStoppedError
+            for whole in _split(table, max_rows):
+                if out.rows and out.rows + whole.num_rows > max_rows:
+                    at = whole["step"][0].as_py()
+                    out.publish(at)
+                    out = MergedFile(folder, at)
+                out.add(whole)
+        out.publish(end_step)
+    except BaseException:
+        out.abandon()
+        raise
+
+
+def _split(table: pa.Table, max_rows: int) -> Iterator[pa.Table]:
+    """A table of whole steps in pieces of whole steps, of at most `max_rows` rows where one step has no more."""
+    steps = table["step"].to_numpy()
+    begins = [0, *(np.flatnonzero(steps[1:] != steps[:-1]) + 1).tolist(), len(steps)]
+    start = 0
+    for at, after in pairwise(begins):
+        if after - start > max_rows and at > start:
+            yield table.slice(start, at - start)
+            start = at
+    yield table.slice(start)
+
+
+def next_merge(parts: list[Part], rows_of: Callable[[Path], int], max_rows: int = MAX_ROWS) -> list[Part]:
+    """The parts to merge next, adjacent and in order of their steps; empty when there is nothing to do.
+
+    Args:
+        parts: the committed ones, as `believe` gives them.
+        rows_of: the rows in a merged file.
+    """
+    fresh: list[Part] = []
+    merged: list[Part] = []
+    for part in parts:
+        if part.rank is not None:
+            if fresh and part.first_step not in (fresh[-1].first_step, fresh[-1].end_step):
+                break
+            fresh.append(part)
+        elif fresh:
+            break
+        else:
+            if merged and part.first_step != merged[-1].end_step:
+                merged = []
+            merged.append(part)
+    if fresh:
+        return fresh
+    rows = [rows_of(part.path) for part in merged]
+    for i in range(len(merged) - 1):
+        total = sum(rows[i:])
+        enough = len(merged) - i >= FAN_IN or 2 * total >= max_rows
+        if enough and total <= max_rows and total >= 2 * max(rows[i:]):
+            return merged[i:]
+    return []
+
+
+def compact(run: Path, max_rows: int = MAX_ROWS, stopped: Callable[[], bool] = lambda: False) -> int:
+    """Merge all that is due in a run's record; returns the number of merges. Raises MergeStoppedError and OSError."""
+    folder, merges = run / "datapoints", 0
+    rows: dict[Path, int] = {}
+
+    def rows_of(path: Path) -> int:
+        if path not in rows:
+            rows[path] = read_footer(path).num_rows
+        return rows[path]
+
+    remove_covered(folder, newest_checkpoint_step(run))
+    while sources := next_merge(committed_parts(run), rows_of, max_rows):
+        merge(sources, folder, max_rows, stopped)
+        remove_covered(folder, newest_checkpoint_step(run))
+        merges += 1
+    return merges
+
+
+def remove_covered(folder: Path, steps: int) -> None:
+    """Delete files of the first `steps` steps of which nothing is believed any more."""
+    parts = list_parts(folder)
+    believed = {part.path for part in believe(parts, steps)}
+    for part in parts:
+        if part.end_step <= steps and part.path not in believed:
+            part.path.unlink()
+
+
+def cut_record(folder: Path, steps: int) -> list[str]:
+    """Remove everything beyond the first `steps` steps. Killed on the way, it can be done again.
+
+    A damaged file of which earlier steps were needed is kept under another name. Returns a line for each.
+    """
+    parts, damaged = list_parts(folder), []
+    later = {part.path for part in parts if part.end_step > steps}
+    for part in believe(parts, steps):
+        if part.path in later:
+            try:
+                merge([part], folder)
+            except (pa.ArrowException, OSError, ValueError, EOFError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # of the file system; Arrow's own for damage have no number
+                aside = part.path.with_name(part.path.name + ".damaged")
+                os.rename(part.path, aside)
+                later.discard(part.path)
+                steps_of = f"steps {part.first_step} to {part.end_step - 1}"
+                damaged.append(f"the record of {steps_of} is damaged ({error}); kept as {aside}")
+    for path in later:
+        try:
+            path.unlink()
+        except OSError:  # what must not be read gets another name
+            os.rename(path, path.with_name(path.name + ".deleting"))
+    sync_file(folder)  # before anyone writes other rows for the same steps
+    return damaged
+
+
+def copy_record(run: Path, first_step: int, folder: Path) -> None:
+    """Copy the committed record from `first_step` on to another folder: links where the file system has them."""
+    whole = list_parts(run / "datapoints")
+    for stretch in stretches(committed_parts(run)):
+        if stretch[0].first_step >= first_step and all(part in whole for part in stretch):
+            for part in stretch:
+                try:
+                    os.link(part.path, folder / part.path.name)
+                except OSError:
+                    shutil.copy2(part.path, folder / part.path.name)
+        elif stretch[0].end_step > first_step:
+            merge([replace(part, first_step=max(part.first_step, first_step)) for part in stretch], folder)
+    sync_file(folder)
+
+
+class Compactor:
+    """Merges a run's record in a thread of its own, so that training never waits for it.
+
+    An error is said once and ends compaction, nothing else: the parts stay as they are.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._due, self._stopped = threading.Event(), threading.Event()
+        self._ending = False
+        self._thread = threading.Thread(target=self._work, name="llammlein-compaction", daemon=True)
+        self._thread.start()
+
+    def start(self) -> None:
+        """Merge what checkpoints have committed up to now. Returns at once."""
+        self._due.set()
+
+    def close(self, finish: bool) -> None:
+        """End the thread: with `finish` when all is merged that is due, else now."""
+        if not finish:
+            self._stopped.set()
+        self._ending = True
+        self._due.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            ending = False
+            while not ending:
+                self._due.wait()
+                self._due.clear()
+                ending = self._ending
+                compact(self.run, stopped=self._stopped.is_set)
+        except MergeStoppedError:
+            pass
+        except Exception as error:  # the record is whole without it; whatever it is must not end the run
+            print(f"warning: parts of {self.run / 'datapoints'} stay unmerged: {error!r}", file=sys.stderr)

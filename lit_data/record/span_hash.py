@@ -1,0 +1,58 @@
+"""The hash of a span's tokens in the record. No torch: the record is written and read without it.
+
+A multilinear hash (Carter and Wegman 1979): sum of (token + 1) * key[place] mod 2^64, place counted in the span. The
+keys are fixed, odd, and drawn by SplitMix64. A change of one token is always seen, since an odd key has an inverse. Two
+spans of which neither was made to fool these keys collide with probability 2^(v - 63) at most, where 2^v divides all
+differences of their tokens: 2^-63 as a rule, 2^-46 in the worst case with ids below 2^17.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+from lit_data.loading.order import IntArray, mix64
+
+_UintArray = npt.NDArray[np.uint64]
+
+
+class _Keys:
+    """The keys of the places in a span, and their sums; they grow with the longest span seen."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.keys = self.sums = np.zeros(0, dtype=np.uint64)
+
+    def get(self, n: int) -> tuple[_UintArray, _UintArray]:
+        """The first n keys or more, and the sums of the first 0, 1, ... of them."""
+        with self.lock:
+            if n > len(self.keys):
+                places = np.arange(1, 2 * n + 1, dtype=np.uint64)
+                with np.errstate(over="ignore"):
+                    self.keys = mix64(places * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
+                    self.sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(self.keys, dtype=np.uint64)])
+            return self.keys, self.sums
+
+
+_KEYS = _Keys()
+
+
+def hash_spans(tokens: npt.NDArray[np.int64], lengths: IntArray) -> _UintArray:
+    """Hash the spans that follow each other in a flat array of tokens.
+
+    Args:
+        tokens: int64 (N,), not negative.
+        lengths: int64 (P,), at least 1 each; they sum to N.
+
+    Returns:
+        uint64 (P,).
+    """
+    if not len(lengths):
+        return np.zeros(0, dtype=np.uint64)
+    keys, sums = _KEYS.get(int(lengths.max()))
+    products = np.concatenate([keys[:n] for n in lengths.tolist()])  # one copy; a gather by place costs five times that
+    products *= tokens.view(np.uint64)
+    found: _UintArray = np.add.reduceat(products, np.cumsum(lengths) - lengths)
+    return found + sums[lengths]

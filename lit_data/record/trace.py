@@ -1,0 +1,268 @@
+"""Questions to a run's datapoint record: what a step saw, and who saw a document. `verify` is in verify.py."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lit_data.loading.mixture import Mixture, Phase, check_phases
+from lit_data.loading.order import Order, Segment, check_segments, first_sample_of_step, steps_of_sample
+from lit_data.loading.rows import Packing, Rows, open_rows
+from lit_data.packed.dataset import MANIFEST, PackedDataset
+from lit_data.record.parts import newest_checkpoint_step
+from lit_data.record.reader import read_steps
+from lit_files.publish import write_json
+from lit_files.reading import read_record
+
+
+@dataclass
+class TracedRun:
+    """A run folder opened for questions.
+
+    Attributes:
+        datasets, rows: by their number in the record, and how they fill rows.
+        layouts: (from_step, world_size, micro_batch_samples).
+        steps: of the newest checkpoint.
+        skips: samples that were left out after a loss spike: {"step", "first_sample", "end_sample", "reason"}.
+    """
+
+    folder: Path
+    datasets: list[PackedDataset]
+    rows: list[Rows]
+    mixture: Mixture
+    segments: list[Segment]
+    block_size: int
+    document_mask: bool
+    layouts: list[tuple[int, int, int]]
+    steps: int
+    end_sample: int | None
+    skips: list[dict[str, Any]]
+
+
+def open_run(folder: str | Path, data: str | Path | Sequence[str | Path] | None = None) -> TracedRun:
+    """Open a run folder. `data` is where its packed datasets lie now, if they were moved since.
+
+    Raises FileNotFoundError or ValueError that say what is missing.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
+    if not (folder / "datapoints").is_dir():
+        raise FileNotFoundError(f"{folder} has no datapoint record (it ran with --data.datapoints false)")
+    steps = newest_checkpoint_step(folder)
+    if steps == 0:
+        raise ValueError(f"{folder} has no checkpoint yet: nothing of its record is committed")
+    facts_file = folder / "datapoints" / "order.json"
+    if not facts_file.is_file():
+        raise FileNotFoundError(f"{facts_file} is missing: the order of the data cannot be known without it")
+    facts = read_record(_Facts, facts_file)
+    recorded: list[str | Path] = [find_recorded(folder, d.path, MANIFEST) for d in facts.datasets]
+    paths = [data] if isinstance(data, (str, Path)) else list(data or recorded)
+    if len(paths) != len(facts.datasets):
+        raise ValueError(f"{folder} was trained on {len(facts.datasets)} datasets; --data names {len(paths)}")
+    try:
+        datasets = [PackedDataset(path) for path in paths]
+    except FileNotFoundError as error:
+        if data:
+            raise
+        raise FileNotFoundError(f"{error}; {facts_file} names it: give its folder with --data") from error
+    for dataset, fact in zip(datasets, facts.datasets, strict=True):
+        if dataset.fingerprint != fact.fingerprint:
+            raise ValueError(
+                f"{dataset.path} is not the data that {folder} was trained on (fingerprint {dataset.fingerprint[:12]} "
+                f"instead of {fact.fingerprint[:12]}, which {facts_file} names); give the right folder with --data"
+            )
+    plan_dir = find_recorded(folder, facts.plan_dir) if facts.plan_dir is not None else None
+    rows = [open_rows(dataset, facts.packing, facts.block_size, plan_dir) for dataset in datasets]
+    orders = (Order(r.n_windows, facts.seed, d, **asdict(facts.shuffle)) for d, r in enumerate(rows))
+    return TracedRun(
+        folder,
+        datasets,
+        rows,
+        Mixture(tuple(orders), tuple(facts.phases), facts.seed),
+        facts.segments,
+        facts.block_size,
+        facts.document_mask,
+        facts.layouts,
+        steps,
+        facts.end_sample,
+        [asdict(skip) for skip in facts.skips],
+    )
+
+
+def find_recorded(run: Path, path: str | Path, holding: str = "") -> Path:
+    """Where a path that a run has recorded leads, from any working folder; `holding` is a file that is there.
+
+    A relative path began in the folder that training was called from, which is one of those that the run folder lies
+    in, as a rule. Where nothing is found the path is given back as it is.
+    """
+    places = [Path(path), *(above / path for above in run.resolve().parents)]
+    return next((place for place in places if (place / holding).exists()), Path(path))
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Shuffle:
+    block_windows: int
+    group_blocks: int
+
+
+@dataclass(frozen=True)
+class _Skip:
+    step: int
+    first_sample: int
+    end_sample: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """order.json, as `describe_order` and `write_order` make it."""
+
+    datasets: list[_Dataset]
+    packing: Packing
+    plan_dir: str | None
+    seed: int
+    shuffle: _Shuffle
+    phases: list[Phase]
+    block_size: int
+    document_mask: bool
+    end_sample: int | None
+    segments: list[Segment]
+    layouts: list[tuple[int, int, int]]
+    skips: list[_Skip] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_segments(self.segments)
+        check_phases(self.phases, len(self.datasets))
+        if not self.datasets or self.block_size < 1:
+            raise ValueError(f"it names {len(self.datasets)} datasets and rows of {self.block_size} tokens")
+        if self.shuffle.block_windows < 0 or self.shuffle.group_blocks < 1:
+            raise ValueError(f"shuffle is {asdict(self.shuffle)}")
+        if any(step < 0 or world < 1 or rows < 1 for step, world, rows in self.layouts):
+            raise ValueError(f"layouts is {self.layouts!r:.80}")
+
+
+def describe_order(
+    rows: Sequence[Rows],
+    mixture: Mixture,
+    segments: Sequence[Segment],
+    *,
+    document_mask: bool = True,
+    end_sample: int | None = None,
+    plan_dir: Path | None = None,
+    skips: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """What the order of a run follows from, as JSON.
+
+    `skips` are samples that were left out on purpose: {"step", "first_sample", "end_sample", "reason"}.
+    """
+    order = mixture.orders[0]
+    return {
+        "datasets": [{"path": os.path.abspath(r.dataset.path), "fingerprint": r.dataset.fingerprint} for r in rows],
+        "packing": rows[0].packing,
+        "plan_dir": os.path.abspath(plan_dir) if plan_dir is not None else None,
+        "seed": mixture.seed,
+        "shuffle": {"block_windows": order.block_windows, "group_blocks": order.group_blocks},
+        "phases": [p.to_dict() for p in mixture.phases],
+        "block_size": rows[0].block_size,
+        "document_mask": document_mask,
+        "end_sample": end_sample,
+        "segments": [s.to_dict() for s in segments],
+        "skips": list(skips),
+    }
+
+
+def write_order(folder: Path, facts: dict[str, Any], layout: tuple[int, int, int]) -> None:
+    """Write what the order of a run follows from beside its record (RUN/datapoints/order.json). Atomic.
+
+    Args:
+        facts: of `describe_order`.
+        layout: (from_step, world_size, micro_batch_samples) from now on; earlier ones are kept.
+
+    A file that cannot be read is kept as order.json.damaged, and earlier layouts are lost with it; a warning says so.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "order.json"
+    try:
+        earlier = read_record(_Facts, path).layouts if os.path.lexists(path) else []
+    except (OSError, ValueError) as error:
+        aside = path.with_name("order.json.damaged")
+        os.replace(path, aside)
+        warnings.warn(
+            f"{error}; kept as {aside}, and the layouts of ranks before step {layout[0]} are lost", stacklevel=2
+        )
+        earlier = []
+    layouts = [list(entry) for entry in earlier if entry[0] < layout[0]] + [list(layout)]
+    write_json(path, {**facts, "layouts": layouts})
+
+
+def spans_of_step(run: TracedRun, step: int) -> pa.Table:
+    """The record's rows of one step, in the order of the rows. Reads only the parts that hold the step."""
+    if not 0 <= step < run.steps:
+        raise ValueError(f"step {step} is not in the record, which holds steps 0 to {run.steps - 1}")
+    return _read(run, {step})
+
+
+def steps_of_document(run: TracedRun, document: int, dataset: int = 0) -> list[tuple[int, int]]:
+    """All (step, row) that saw a part of a document, by inverting the order: no scan of the record."""
+    found = []
+    for sample in _samples_of_document(run, document, dataset):
+        found.extend(steps_of_sample(run.segments, sample, run.steps))
+    return sorted(found)
+
+
+def left_out_of_document(run: TracedRun, document: int, dataset: int = 0) -> list[tuple[int, str]]:
+    """All samples with a part of a document that no step saw since a rollback left them out, and why."""
+    return [
+        (sample, skip["reason"])
+        for sample in sorted(_samples_of_document(run, document, dataset))
+        for skip in run.skips
+        if skip["first_sample"] <= sample < skip["end_sample"]
+    ]
+
+
+def _samples_of_document(run: TracedRun, document: int, dataset: int) -> list[int]:
+    """Of the run so far, those that were left out among them."""
+    windows = run.rows[dataset].windows_of_document(document)
+    ends = [first_sample_of_step(run.segments, step) for step in _last_steps(run)]
+    end_sample = max(first + count for first, count in ends)
+    if run.end_sample is not None:
+        end_sample = min(end_sample, run.end_sample)
+    epochs = -(-int(run.mixture.counts(end_sample)[dataset]) // run.rows[dataset].n_windows)
+    epoch, window = (x.reshape(-1) for x in np.meshgrid(np.arange(epochs), windows, indexing="ij"))
+    samples = run.mixture.sample(dataset, epoch, window)
+    found: list[int] = samples[(samples >= 0) & (samples < end_sample)].tolist()
+    return found
+
+
+def _last_steps(run: TracedRun) -> list[int]:
+    """The last step of each segment that the record holds."""
+    begins = sorted(s.from_step for s in run.segments if s.from_step < run.steps)
+    return [end - 1 for end in [*begins[1:], run.steps]]
+
+
+def spans_of_document(run: TracedRun, document: int, dataset: int = 0) -> pa.Table:
+    """The record's rows of one document (its number in the dataset): every step that saw it, and its loss there."""
+    data = run.datasets[dataset]
+    if not 0 <= document < data.n_documents:
+        raise ValueError(f"document {document} is not in {data.path}, which has {data.n_documents}")
+    table = _read(run, {step for step, _ in steps_of_document(run, document, dataset)}, document)
+    return table.filter(pc.equal(table["dataset"], dataset))
+
+
+def _read(run: TracedRun, steps: set[int], document: int | None = None) -> pa.Table:
+    return read_steps(run.folder, steps, None if document is None else lambda t: pc.equal(t["document"], document))

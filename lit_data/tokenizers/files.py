@@ -1,0 +1,66 @@
+"""Copies of a tokenizer's files: beside the data made with it, beside a run, beside an exported model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_data.tokenizers.tokenizer import COMPANIONS, MAIN_FILES, Tokenizer, companions_in, open_tokenizer
+from lit_files.publish import sync_file, write_json
+from lit_files.reading import read_object
+
+
+def copy_tokenizer(source_folder: str | Path, target_folder: str | Path) -> None:
+    """Copy a tokenizer's files (and no others, such as weights) to a new folder, which appears whole or not at all."""
+    source = Path(source_folder)
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is no folder of a tokenizer")
+    main = [file for pattern in MAIN_FILES for file in sorted(source.glob(pattern)) if file.is_file()]
+    files = [*main, *companions_in(source)]
+    if not files:
+        names = ", ".join((*MAIN_FILES, *COMPANIONS))
+        raise ValueError(f"{source} holds no tokenizer: none of its files is named like {names}")
+    _copy_files(files, source, Path(target_folder))
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Copy an opened tokenizer's files to a new folder; the copy says by itself which token ends a document."""
+    _copy_files(tokenizer.files, tokenizer.path.parent, folder)
+    _name_eos(folder, tokenizer)
+
+
+def _copy_files(files: Sequence[Path], source: Path, target: Path) -> None:
+    if target.exists():
+        raise ValueError(f"{target} exists already; remove it or choose another folder")
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        for file in files:
+            name = file.relative_to(source)
+            if file.suffix == ".json" and not any(name.match(pattern) for pattern in COMPANIONS):
+                name = Path("tokenizer.json")  # given under another name, it would not be found in a folder
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, temporary / name)
+            sync_file(temporary / name)
+        for folder in (*(path for path in temporary.iterdir() if path.is_dir()), temporary):
+            sync_file(folder)
+        os.rename(temporary, target)
+        sync_file(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _name_eos(folder: Path, tokenizer: Tokenizer) -> None:
+    """Have a copied tokenizer say by itself which token ends a document, where it did not (--eos_token)."""
+    with contextlib.suppress(ValueError):
+        if open_tokenizer(folder).eos_id == tokenizer.eos_id:
+            return
+    path = folder / "tokenizer_config.json"
+    content = read_object(path) if path.exists() else {}
+    write_json(path, content | {"eos_token": tokenizer.eos_token})
+    copied = open_tokenizer(folder)
+    assert (copied.eos_id, copied.fingerprint) == (tokenizer.eos_id, tokenizer.fingerprint), f"{folder} is no true copy"

@@ -1,0 +1,124 @@
+"""A tokenizer as the metadata of a GGUF file, for llama.cpp to encode as it was prepared.
+
+llama.cpp knows two kinds that can give the same ids: byte-level BPE (`gpt2`), whose pre-tokenizer it chooses by name
+from those built into it; and sentencepiece BPE (`llama`), which it applies without normalisation.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lit_data.tokenizers.hf_export import chat_templates
+from lit_data.tokenizers.sentencepiece_file import ModelType, PieceType
+from lit_data.tokenizers.tokenizer import JsonTokenizer, SentencepieceTokenizer, Tokenizer
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+_NO_REGEX = {"type": "ByteLevel", "use_regex": False}
+# What a tokenizer.json has where llama.cpp's pre-tokenizer of that name does the same.
+PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [{"type": "ByteLevel", "use_regex": True}],
+    "smollm": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}],
+    "llama-bpe": [{"type": "Split", "pattern": {"Regex": _WORDS % "{1,3}"}}, _NO_REGEX],
+    "qwen2": [{"type": "Split", "pattern": {"Regex": _WORDS % ""}}, _NO_REGEX],
+}
+
+
+def gguf_tokenizer(
+    tokenizer: Tokenizer, vocab_size: int, pre_tokenizer: str | None = None, *, bos: bool = False
+) -> dict[str, Any]:
+    """Keys and values for a model of `vocab_size` ids; ids beyond the tokenizer's become unused tokens.
+
+    `pre_tokenizer` is a name that llama.cpp knows, for byte-level BPE; None: the one that cuts texts as the file says.
+    `bos`: training documents began with BOS, so that texts do.
+    Raises ValueError for a tokenizer that llama.cpp would apply otherwise, and for one with more ids than the model.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model only {vocab_size}")
+    if isinstance(tokenizer, SentencepieceTokenizer):
+        keys = _sentencepiece(tokenizer, vocab_size)
+    else:
+        assert isinstance(tokenizer, JsonTokenizer)
+        keys = _byte_level_bpe(tokenizer, vocab_size, pre_tokenizer)
+    for role, id in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("padding", tokenizer.pad_id)):
+        if id is not None:
+            keys[f"{role}_token_id"] = int(id)
+    keys |= {"add_bos_token": bos, "add_eos_token": False}  # as prepared
+    template = chat_templates(tokenizer).get("default")
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | (
+        {"tokenizer.chat_template": template} if template is not None else {}
+    )
+
+
+def _padded(tokens: list[str], types: list[int], vocab_size: int) -> dict[str, Any]:
+    """Tokens and their types, which are numbered as in sentencepiece."""
+    unused = [f"[UNUSED{id}]" for id in range(len(tokens), vocab_size)]
+    return {"tokens": tokens + unused, "token_type": types + [int(PieceType.UNUSED)] * len(unused)}
+
+
+def _sentencepiece(tokenizer: SentencepieceTokenizer, vocab_size: int) -> dict[str, Any]:
+    content = tokenizer.content
+    obstacles = {
+        "is no BPE": content.model_type != ModelType.BPE,
+        f"normalises ({content.normalizer_name})": bool(content.precompiled_charsmap),
+        "removes spaces": content.remove_extra_whitespaces,
+        "has spaces at the end of words": content.treat_whitespace_as_suffix,
+        "has no bytes to fall back on": not content.byte_fallback,
+    }
+    found = [obstacle for obstacle, there in obstacles.items() if there]
+    if found:
+        raise ValueError(f"{tokenizer.path} {', '.join(found)}: llama.cpp would give other ids")
+    pieces = content.pieces
+    keys = _padded([p.text for p in pieces], [int(p.type) for p in pieces], vocab_size)
+    scores = [float(p.score) for p in pieces] + [-1e4] * (vocab_size - len(pieces))
+    unknown = next((id for id, p in enumerate(pieces) if p.type == PieceType.UNKNOWN), 0)
+    prefix = content.add_dummy_prefix
+    return {"model": "llama", "pre": "default", **keys, "scores": scores, "unknown_token_id": unknown} | {
+        "add_space_prefix": prefix
+    }
+
+
+def _byte_level_bpe(tokenizer: JsonTokenizer, vocab_size: int, pre_tokenizer: str | None) -> dict[str, Any]:
+    content = tokenizer.content
+    model = content["model"]
+    if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in json.dumps(content.get("pre_tokenizer")):
+        raise ValueError(f"{tokenizer.path} is no byte-level BPE; of tokenizer.json files GGUF holds only these")
+    if content.get("normalizer") is not None:
+        raise ValueError(f"{tokenizer.path} has a normalizer, and llama.cpp none: it would give other ids")
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    added = {token["id"]: token for token in content.get("added_tokens") or []}
+    by_id = {id: token for token, id in model["vocab"].items()} | {id: t["content"] for id, t in added.items()}
+    special = {True: int(PieceType.CONTROL), False: int(PieceType.USER_DEFINED)}
+    tokens, types = [], []
+    for id in range(tokenizer.vocab_size):
+        tokens.append(by_id.get(id, f"[UNUSED{id}]"))
+        kind = PieceType.NORMAL if id in by_id else PieceType.UNUSED
+        types.append(special[bool(added[id].get("special"))] if id in added else int(kind))
+    pre = pre_tokenizer or _pre_tokenizer_of(tokenizer)
+    return {"model": "gpt2", "pre": pre, **_padded(tokens, types, vocab_size), "merges": merges}
+
+
+def _pre_tokenizer_of(tokenizer: JsonTokenizer) -> str:
+    """The name of llama.cpp's pre-tokenizer that cuts as the file says."""
+    described = tokenizer.content["pre_tokenizer"]
+    parts = described["pretokenizers"] if described["type"] == "Sequence" else [described]
+    for name, wanted in PRE_TOKENIZERS.items():
+        if len(parts) == len(wanted) and all(_says(*pair) for pair in zip(parts, wanted, strict=True)):
+            return name
+    raise ValueError(
+        f"{tokenizer.path} cuts words as no pre-tokenizer that is known here in llama.cpp does "
+        f"({', '.join(PRE_TOKENIZERS)}); --pre_tokenizer takes one of llama.cpp's by name, with which some texts get "
+        "other ids than they were trained with (llama-bpe is nearest to the tokenizers trained by "
+        "scripts/train_tokenizer.py: it differs at combining marks and at words such as 'tis)"
+    )
+
+
+def _says(part: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    defaults = {"use_regex": True, "add_prefix_space": False, "invert": False}
+    given = {**defaults, **part}
+    return all(given.get(key) == value for key, value in wanted.items()) and not (
+        given["add_prefix_space"] or given["invert"] or given.get("behavior", "Isolated") != "Isolated"
+    )

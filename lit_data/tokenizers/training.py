@@ -1,0 +1,317 @@
+"""Train a tokenizer on text: byte-level BPE (tokenizers) or BPE with byte fallback (sentencepiece).
+
+Both encode every text and give it back unchanged: nothing is normalised, no space is added in front (so a word at the
+very beginning of a document is not the same token as inside), and what no piece holds is written in bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_data.corpus.files import list_files, mixed_split_names, sizes_of, train_and_held_out
+from lit_data.corpus.readers import (
+    MAX_DOCUMENT_MB,
+    OnError,
+    ReadErrors,
+    SplitDocuments,
+    TextFile,
+    read_documents,
+)
+from lit_data.tokenizers.hf_export import config_for_transformers
+from lit_data.tokenizers.tokenizer import Tokenizer, cut, open_tokenizer
+
+Kind = Literal["byte_bpe", "sentencepiece"]
+KINDS: tuple[Kind, ...] = ("byte_bpe", "sentencepiece")
+
+EOS, BOS, PAD, UNK = "</s>", "<s>", "<pad>", "<unk>"
+BYTE_BPE_SPECIALS = (EOS, BOS, PAD)
+SENTENCEPIECE_SPECIALS = (UNK, BOS, EOS, PAD)
+BYTES = 256
+MAX_VOCAB_SIZE = 10_000_000  # a trainer allocates it ahead; ten times the largest vocabulary in use
+
+# What BPE may join. As in the tokenizers of GPT-4 and Llama 3: English clitics, a word with the character before it,
+# up to three digits, punctuation with line ends, line ends, spaces. Combining marks belong to their word.
+WORDS = "|".join(
+    (
+        r"'(?i:s|t|m|d|ll|re|ve)(?![\p{L}\p{M}])",
+        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+TEXT_CHARACTERS = 1 << 16  # longer documents are given to the trainer in pieces; bounds its memory
+LINE_CHARACTERS = 1 << 12
+LINE_BYTES = 4 * (LINE_CHARACTERS + 1)
+
+
+def train_tokenizer(
+    paths: Sequence[str | Path],
+    vocab_size: int,
+    kind: Kind,
+    output: str | Path,
+    *,
+    special_tokens: Sequence[str] = (),
+    max_sample_mb: int | None = None,
+    overwrite: bool = False,
+    on_error: OnError = "stop",
+    text_field: str = "text",
+    split_documents: SplitDocuments = "file",
+    max_document_mb: int = MAX_DOCUMENT_MB,
+    errors: ReadErrors | None = None,
+) -> Tokenizer:
+    """Train on the documents of files and folders and write the tokenizer to the folder `output`, whole or not at all.
+
+    Args:
+        paths: what `read_documents` reads.
+        vocab_size: ids in all, bytes and special tokens counted. The tokenizer has fewer if the text gives fewer.
+        kind: "byte_bpe" writes tokenizer.json, "sentencepiece" tokenizer.model, each with the files that name EOS.
+        special_tokens: more of them, after those that are always there.
+        max_sample_mb: learn from so much text (of 2^20 bytes each) at most: the beginning of each file, in proportion
+            to its size.
+        overwrite: replace an `output` that holds a tokenizer.
+        on_error, text_field, split_documents, max_document_mb, errors: see `read_documents`.
+
+    Raises:
+        FileNotFoundError: an input does not exist.
+        ValueError: no text, a vocabulary too small, an `output` that exists.
+    """
+    check_arguments(vocab_size, kind, Path(output), overwrite, special_tokens)
+    if max_sample_mb is not None and max_sample_mb < 1:
+        raise ValueError(f"--max_sample_mb {max_sample_mb}: at least 1 is needed")
+    errors = errors if errors is not None else ReadErrors()
+    files = list_files(paths, errors)
+    mixed = train_and_held_out(files)
+    for a, b in [(mixed[0].path, mixed[1].path)] if mixed is not None else mixed_split_names(files):
+        errors.warnings.append(f"the tokenizer learns from {a} and from held-out text, {b}")
+    errors.print_warnings()
+    options: dict[str, Any] = {
+        "on_error": on_error,
+        "text_field": text_field,
+        "split_documents": split_documents,
+        "max_document_mb": max_document_mb,
+        "errors": errors,
+    }
+    texts = (d.text for d in read_documents(files, **options))
+    if max_sample_mb is not None:
+        texts = _beginnings(files, max_sample_mb << 20, options)
+    source = f"--input {', '.join(map(str, paths))}"
+    return train_on_texts(
+        texts, vocab_size, kind, output, special_tokens=special_tokens, overwrite=overwrite, source=source
+    )
+
+
+def _beginnings(files: Sequence[TextFile], sample_bytes: int, options: dict[str, Any]) -> Generator[str, None, None]:
+    """Text from the beginning of each file, in proportion to its size."""
+    sizes = sizes_of(files)
+    for file, size in zip(files, sizes, strict=True):
+        left = sample_bytes * size // max(1, sum(sizes))
+        for document in read_documents([file], **options):
+            data = document.text.encode()
+            yield document.text if len(data) <= left else data[:left].decode("utf-8", "ignore")
+            left -= len(data)
+            if left <= 0:
+                break
+
+
+def train_on_texts(
+    texts: Iterable[str],
+    vocab_size: int,
+    kind: Kind,
+    output: str | Path,
+    *,
+    special_tokens: Sequence[str] = (),
+    overwrite: bool = False,
+    source: str = "the text",
+) -> Tokenizer:
+    """`train_tokenizer` on texts at hand; `source` names them in errors."""
+    folder = Path(output)
+    check_arguments(vocab_size, kind, folder, overwrite, special_tokens)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        corpus = _Corpus(texts)
+        train: Callable[[_Corpus, int, Sequence[str], Path, str], None] = (
+            _train_byte_bpe if kind == "byte_bpe" else _train_sentencepiece
+        )
+        train(corpus, vocab_size, special_tokens, temporary, source)
+        open_tokenizer(temporary)
+        if folder.exists():
+            aside = temporary.with_name(temporary.name + "-old")
+            os.rename(folder, aside)
+            os.rename(temporary, folder)
+            shutil.rmtree(aside)
+        else:
+            os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return open_tokenizer(folder)
+
+
+def check_arguments(
+    vocab_size: int, kind: str, output: Path, overwrite: bool, special_tokens: Sequence[str] = ()
+) -> None:
+    """What can be refused before any text is read. Raises ValueError."""
+    if kind not in KINDS:
+        raise ValueError(f"--type {kind}: choose {' or '.join(KINDS)}")
+    specials = [*(BYTE_BPE_SPECIALS if kind == "byte_bpe" else SENTENCEPIECE_SPECIALS), *special_tokens]
+    for token in special_tokens:
+        if not token.strip() or specials.count(token) > 1:
+            raise ValueError(f"--special_tokens {token!r}: give each one once, not blank, and none of those always in")
+    if vocab_size <= BYTES + len(specials):
+        raise ValueError(
+            f"--vocab_size {vocab_size} is too small: {BYTES} bytes and {len(specials)} special tokens "
+            f"({' '.join(specials)}) are always in; give {BYTES + len(specials) + 1} or more"
+        )
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(f"--vocab_size {vocab_size} is too large: give {MAX_VOCAB_SIZE} or less")
+    if output.suffix in (".json", ".model") and not output.is_dir():
+        named = output.stem == "tokenizer" and output.parent.name
+        raise ValueError(
+            f"--output {output} looks like a file, and a tokenizer is written as a folder: give "
+            f"{output.parent if named else output.with_suffix('')}, which will hold "
+            f"tokenizer{'.json' if kind == 'byte_bpe' else '.model'}"
+        )
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise ValueError(f"--output {output} exists already; choose another folder, or replace it with --overwrite")
+    if not any((output / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ValueError(
+            f"--output {output} is no folder of a tokenizer: --overwrite replaces only such; remove it yourself"
+        )
+
+
+def _starts(text: str) -> range:
+    return range(0, len(text), LINE_CHARACTERS)
+
+
+class _Corpus:
+    """The texts in handy pieces; keeps an error of the reader, which the trainers would turn into one of their own."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts, self.n_characters = texts, 0
+        self.error: Exception | None = None
+
+    def pieces(self) -> Iterator[str]:
+        try:
+            for text in self.texts:
+                self.n_characters += len(text.strip())
+                yield from cut(text, TEXT_CHARACTERS)
+        except Exception as error:
+            self.error = error
+
+    def lines(self) -> Iterator[str]:
+        """Lines without their ends, which sentencepiece encodes as bytes; long ones in parts."""
+        for piece in self.pieces():
+            for line in re.split(r"[\r\n]", piece):
+                parts = (p[i : i + LINE_CHARACTERS] for p in cut(line, LINE_CHARACTERS // 2) for i in _starts(p))
+                yield from (part for part in parts if part and "\0" not in part)
+
+    def check(self, source: str) -> None:
+        if self.error is not None:
+            raise self.error
+        if not self.n_characters:
+            raise ValueError(f"{source} holds no text to train a tokenizer on")
+
+
+def _train_byte_bpe(corpus: _Corpus, vocab_size: int, special_tokens: Sequence[str], folder: Path, source: str) -> None:
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.encode_special_tokens = True  # `</s>` in the corpus is text, here too
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*BYTE_BPE_SPECIALS, *special_tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(corpus.pieces(), trainer)
+    corpus.check(source)
+    backend.save(str(folder / "tokenizer.json"))
+    special = {"eos_token": EOS, "bos_token": BOS, "pad_token": PAD, **_further(special_tokens)}
+    _write_companions(folder, special, config_for_transformers(special))
+
+
+def _further(special_tokens: Sequence[str]) -> dict[str, Any]:
+    return {"additional_special_tokens": list(special_tokens)} if special_tokens else {}
+
+
+def _train_sentencepiece(
+    corpus: _Corpus, vocab_size: int, special_tokens: Sequence[str], folder: Path, source: str
+) -> None:
+    import sentencepiece
+
+    lines = corpus.lines()
+    first = next(lines, None)
+    corpus.check(source)
+    if first is None:
+        raise ValueError(f"{source} holds no text to train a tokenizer on")
+    model = io.BytesIO()
+    settings: dict[str, Any] = {
+        f"{name}_id": SENTENCEPIECE_SPECIALS.index(t) for name, t in _SENTENCEPIECE_ROLES.items()
+    }
+    settings |= {f"{name}_piece": token for name, token in _SENTENCEPIECE_ROLES.items()}
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_chain(first, lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=LINE_BYTES,
+            hard_vocab_limit=False,  # fewer ids where the text gives fewer
+            control_symbols=list(special_tokens),
+            minloglevel=2,
+            **settings,
+        )
+    except RuntimeError as error:
+        corpus.check(source)
+        if found := re.search(r"smaller than required_chars\D+\d+\D+(\d+)", str(error)):
+            raise ValueError(
+                f"--vocab_size {vocab_size} is too small: bytes, special tokens and frequent characters of {source} "
+                f"take {found.group(1)}; give more"
+            ) from error
+        raise ValueError(f"sentencepiece can't train on {source}: {error}") from error
+    corpus.check(source)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    special = {f"{name}_token": token for name, token in _SENTENCEPIECE_ROLES.items()} | _further(special_tokens)
+    _write_companions(folder, special, special)
+
+
+_SENTENCEPIECE_ROLES = {"unk": UNK, "bos": BOS, "eos": EOS, "pad": PAD}
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _write_companions(folder: Path, special: dict[str, Any], config: dict[str, Any]) -> None:
+    for name, content in (("special_tokens_map.json", special), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,238 @@
+"""The words of the trainer's command line, and settings that exclude each other.
+
+Flags override configs, wherever they are typed, and a second --config the first. A later choice replaces the earlier
+one's rivals. Two rivals in one place, both typed for example, stay, and are refused by the classes of pretrain/args.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from lit_files.reading import read_text
+from lit_model.registry import MODELS
+from pretrain.args import ModelArgs, RunArgs, flat
+from pretrain.cli.command_line import spell_switches
+
+
+def switches_of(fields: type, prefix: str = "--") -> set[str]:
+    """The flags of a dataclass that are true or false."""
+    found: set[str] = set()
+    for name, kind in get_type_hints(fields).items():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            found |= switches_of(kind, f"{prefix}{name}.")
+        elif kind in (bool, bool | None):
+            found.add(f"{prefix}{name}")
+    return found
+
+
+SWITCHES = switches_of(RunArgs)
+MAX_CONFIG_VALUES = 100_000  # in a config
+
+LIVE_TEACHERS = tuple(
+    f"distillation.{name}"
+    for name in ("teachers", "teacher_precision", "teacher_device", "shard_teachers", "compile_teachers")
+)
+SHARDED_ONLY = (
+    "train.cpu_offload",
+    "train.prefetch_blocks",
+    "train.defer_gradient_sync",
+    "distillation.shard_teachers",
+)
+SIZES = tuple(
+    f"model.{field.name}"
+    for field in dataclasses.fields(ModelArgs)
+    if field.name not in ("name", "vocab_size", "padding_multiple", "dropout", "attention_dropout")
+)
+
+
+def is_set(value: Any) -> bool:
+    return value not in (None, False, 0, [], "")
+
+
+# (setting, whether a value of it is a choice, what that choice replaces)
+RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    ("train.max_steps", is_set, ("train.max_tokens", "train.max_epochs")),
+    ("train.max_tokens", is_set, ("train.max_steps", "train.max_epochs")),
+    ("train.max_epochs", is_set, ("train.max_steps", "train.max_tokens")),
+    ("data.train", is_set, ("data.mixture", "data.phases", "data.synthetic.tokens")),
+    ("data.mixture", is_set, ("data.train", "data.synthetic.tokens")),
+    ("data.synthetic.tokens", is_set, ("data.train", "data.val", "data.mixture", "data.phases")),
+    ("optim.warmup_steps", lambda v: v is not None, ("optim.warmup_fraction",)),
+    ("optim.warmup_fraction", lambda v: v is not None, ("optim.warmup_steps",)),
+    ("model.name", is_set, ("init_from", "init_optimizer", "init_layers", *SIZES)),
+    ("init_from", is_set, ("model.name", "model.vocab_size", "model.padding_multiple", *SIZES)),
+    ("init_optimizer", is_set, ("init_layers",)),
+    ("init_layers", is_set, ("init_optimizer",)),
+    ("objective", lambda v: v == "cross_entropy", ("distillation.cache", *LIVE_TEACHERS)),
+    ("distillation.teachers", is_set, ("distillation.cache",)),
+    ("distillation.cache", is_set, LIVE_TEACHERS),
+    ("distillation.divergence", lambda v: v != "topk_kl", ("distillation.top_k",)),
+    ("distillation.teacher_device", is_set, ("distillation.shard_teachers",)),
+    ("distillation.shard_teachers", is_set, ("distillation.teacher_device",)),
+    ("strategy", lambda v: v != "fsdp", SHARDED_ONLY),
+    ("sharding_strategy", lambda v: v == "NO_SHARD", SHARDED_ONLY),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Settings that were given in one place, with dots between the names: a config, or (`config` None) the flags."""
+
+    config: str | None
+    values: Mapping[str, Any]
+
+    def show(self, key: str) -> str:
+        return f"--{key}" if self.config is None else f"{key} of {self.config}"
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A setting of `old` that the choice of `key` in `new` has replaced."""
+
+    new: Layer
+    key: str
+    old: Layer
+    other: str
+
+
+def replaced(layers: Sequence[Layer]) -> list[Replaced]:
+    """What the choices of later layers have replaced in earlier ones."""
+    live: dict[str, Layer] = {}
+    gone: dict[str, Replaced] = {}
+    for layer in layers:
+        for key in layer.values:
+            live[key] = layer
+            gone.pop(key, None)
+        for key, chooses, rivals in RULES:
+            if key in layer.values and chooses(layer.values[key]):
+                for other in rivals:
+                    if other in live and live[other] is not layer and is_set(live[other].values[other]):
+                        gone[other] = Replaced(layer, key, live.pop(other), other)
+    return list(gone.values())
+
+
+def describe(gone: Sequence[Replaced]) -> list[str]:
+    """A line for each choice that has replaced something."""
+    choices: dict[tuple[Layer, str], list[Replaced]] = {}
+    for one in gone:
+        choices.setdefault((one.new, one.key), []).append(one)
+    return [
+        f"{new.show(key)} {new.values[key]} replaces "
+        + ", ".join(f"{one.other} {one.old.values[one.other]}" for one in some)
+        + f" of {some[0].old.config}"
+        for (new, key), some in choices.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Words:
+    """A command line: `words` for the parser, configs first; the paths of the configs; the flags and their values."""
+
+    words: list[str]
+    configs: list[str]
+    typed: dict[str, Any]
+    repeated: dict[str, Any]
+    """Flags that were given more than once, and the value that is used."""
+
+    def layers(self) -> list[Layer]:
+        """What was given where, from the first config to the flags. To be called once the parser has read them."""
+        configs = [Layer(path, flat(read_config(path))) for path in self.configs]
+        return [*configs, Layer(None, self.typed)]
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The settings in a YAML file. Raises ValueError that names it for what is no such file.
+
+    A pipe that the shell has opened, as for `--config <(...)`, can be read once, by the parser: it gives nothing here.
+    """
+    if Path(path).is_fifo() and Path(path).is_relative_to("/dev/fd"):
+        return {}
+    text = read_text(path)
+    try:
+        settings = yaml.safe_load(text)
+        if expanded(settings) > MAX_CONFIG_VALUES:
+            raise ValueError(f"it holds more than {MAX_CONFIG_VALUES} values")
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"--config {path} is no YAML file of settings: {reason}") from error
+    if settings is not None and not isinstance(settings, dict):
+        raise ValueError(f"--config {path} holds no settings: it is a {type(settings).__name__}")
+    return {str(key): value for key, value in (settings or {}).items()}
+
+
+def expanded(value: Any, known: dict[int, int] | None = None) -> int:
+    """How many values a document holds, what its aliases repeat included."""
+    known = {} if known is None else known
+    if not isinstance(value, dict | list):
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("a setting holds a zero byte")
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MAX_CONFIG_VALUES + 1  # until it is known: a list that holds itself has no end
+        items = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(expanded(item, known) for item in items)
+    return known[id(value)]
+
+
+def read_words(argv: Sequence[str], known: Collection[str]) -> Words:
+    """Split the command line. What the parser, whose flags are `known`, will refuse stays as it is."""
+    configs: list[str] = []
+    rest: list[str] = []
+    typed: dict[str, Any] = {}
+    repeated: dict[str, Any] = {}
+    words = spell_switches([in_full(word, known) for word in argv], SWITCHES)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--"):
+            rest.append(word)
+            continue
+        if not equals:
+            if not words or words[0].startswith("--"):
+                rest.append(word)
+                continue
+            value = words.pop(0)
+        if flag == "--config":
+            configs.append(value)
+            continue
+        rest += [word] if equals else [word, value]
+        name = flag.removeprefix("--")
+        if name in typed and not name.endswith("+"):
+            repeated[name] = value
+        typed[name] = value
+    values = {name.removesuffix("+"): load(value) for name, value in typed.items()}
+    return Words([*(f"--config={path}" for path in configs), *rest], configs, flat(values), repeated)
+
+
+def in_full(word: str, known: Collection[str]) -> str:
+    """The full name of an abbreviated flag, if only one flag begins with it."""
+    flag, equals, value = word.partition("=")
+    if not flag.startswith("--") or flag in known or flag == "--":
+        return word
+    begin = [name for name in known if name.startswith(flag)]
+    return f"{begin[0]}{equals}{value}" if len(begin) == 1 else word
+
+
+def load(value: str) -> Any:
+    """A flag's value as YAML reads it."""
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def sizes_over_name(layers: Sequence[Layer], name: str | None) -> list[str]:
+    """A line if flags change sizes of a registered model that a config has chosen."""
+    typed = layers[-1].values
+    changed = [key for key in SIZES if key in typed and is_set(typed[key])]
+    if name not in MODELS or not changed or "model.name" in typed:
+        return []
+    was = [f"{key} {getattr(MODELS[name], key.removeprefix('model.'))}" for key in changed]
+    now = [f"--{key} {typed[key]}" for key in changed]
+    return [f"{', '.join(now)} replace{'s' * (len(now) == 1)} {', '.join(was)} of the model {name}"]

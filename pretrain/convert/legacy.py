@@ -1,0 +1,371 @@
+"""A checkpoint of TinyLlama, LLäMmlein, lit-gpt or litgpt -> one of ours, optimizer and all, for --init_from.
+
+Theirs is one file of torch.save: {"model", "optimizer", "hparams", "iter_num", "step_count"}, or a model's state dict
+alone; litgpt puts it as lit_model.pth into a folder, beside model_config.yaml. Their names are `lit_model/legacy.py`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from lit_data.tokenizers.tokenizer import open_tokenizer
+from lit_files.publish import sync_file
+from lit_model.checksum import tensor_checksum
+from lit_model.config import ModelConfig
+from lit_model.legacy import (
+    EMBEDDING,
+    HEAD,
+    config_by_name,
+    config_from_litgpt,
+    fit_vocabulary,
+    legacy_tensors,
+    match_names,
+)
+from lit_model.load import checkpoint_step
+from lit_model.tensor_file import DAMAGED, fault, open_tensor_file
+from pretrain.checkpoint.files import FORMAT_VERSION
+from pretrain.checkpoint.saving import check_free_space
+from pretrain.model_tokenizer import KnownTokenizer, of_files
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+CONFIG_FILES = ("model_config.yaml", "lit_config.json")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was imported. `settings` are those of the run that wrote it, as far as it says: our flags -> values."""
+
+    path: Path
+    config: ModelConfig
+    step: int
+    optimizer: bool
+    settings: dict[str, Any]
+    tokenizer: KnownTokenizer
+
+
+def import_legacy(
+    source: Path,
+    output: Path,
+    *,
+    model: str | None = None,
+    vocab_size: int | None = None,
+    weights_only: bool = False,
+    tokenizer: Path | None = None,
+) -> Imported:
+    """Write a legacy checkpoint as one of ours, whole or not at all.
+
+    Weights and moments keep their precision. They are maps of the source file; only what is rearranged, the grouped
+    projections of queries, keys and values, takes memory, at most a quarter of the file, and so does a
+    vocabulary that must be padded.
+
+    Args:
+        source: the file, or a folder with lit_model.pth.
+        model: a name in the registry or in the trainers' lists, or a model_config.yaml or lit_config.json. Default: the
+            config beside the file, or else the name among its hparams.
+        vocab_size: number of token ids. Default: the model's.
+        weights_only: leave the optimizer out.
+        tokenizer: the folder or file of the tokenizer it was trained with, which the output then names. Default: the
+            one beside the file, if there is one.
+
+    Raises ValueError or FileNotFoundError that name what is wrong before anything is written, OSError without room.
+    """
+    if output.exists():
+        raise ValueError(f"output {output} exists already; give another name or remove it")
+    path = find_file(source)
+    content = read_file(path)
+    try:
+        state = Legacy(path, content, model, vocab_size)
+        optimizer = None if weights_only or "optimizer" not in content else state.optimizer(content["optimizer"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    named = checkpoint_step(output)
+    if named is not None and named != state.step:
+        raise ValueError(f"output {output} names step {named}, {path} is of step {state.step}")
+    tensors: dict[str, Any] = {"model": state.tensors(state.weights, "the model")}
+    tensors["optimizer"] = {} if optimizer is None else optimizer.tensors
+    settings = legacy_settings(content.get("hparams"), optimizer.group if optimizer is not None else {}, state.step)
+    known = find_own_tokenizer(path, tokenizer, state.config.vocab_size)
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "step": state.step,
+        "model_config": state.config.to_dict(),
+        "tokenizer": known.facts_to_keep(),
+        "source": path.resolve().name,
+        "source_settings": settings,
+    }
+    _write(output, tensors, meta)
+    return Imported(path, state.config, state.step, optimizer is not None, settings, known)
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def find_file(source: Path) -> Path:
+    """The checkpoint file that is meant. Raises FileNotFoundError or ValueError that say what was looked for."""
+    if source.is_dir():
+        if (source / "lit_model.pth").is_file():
+            return source / "lit_model.pth"
+        if (source / ".metadata").is_file():
+            raise ValueError(f"{source} is a sharded checkpoint of Fabric: make a file of it by `fabric consolidate`")
+        raise FileNotFoundError(f"{source} holds no lit_model.pth: give the checkpoint's file")
+    if not source.is_file():
+        raise FileNotFoundError(f"no checkpoint at {source}: give a .pth file or a folder with lit_model.pth")
+    return source
+
+
+def find_own_tokenizer(path: Path, given: Path | None, vocab_size: int) -> KnownTokenizer:
+    """The tokenizer that is given, or the one that litgpt puts beside a checkpoint. Raises ValueError if a given one
+    cannot be opened or has more ids than the model.
+    """
+    if given is None:
+        beside = any((path.parent / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        return of_files(path.parent if beside else None)
+    tokenizer = open_tokenizer(given)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"--tokenizer {given} has {tokenizer.vocab_size} ids, the model in {path} only {vocab_size}")
+    return of_files(given)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """{"model": {name: tensor}, ...}, the tensors as maps of the file where its format has them. No code of it runs.
+
+    Raises ValueError for a file with anything but tensors and plain values, naming the class, and for a damaged one.
+    """
+    try:
+        content = open_tensor_file(path)
+    except pickle.UnpicklingError as error:
+        classes = re.findall(r"GLOBAL ([\w.]+)", str(error))
+        if not classes:
+            raise ValueError(f"{path} is damaged, or no file of torch.save: {fault(error)}") from error
+        raise ValueError(
+            f"{path} holds objects of {classes[0]}, which only code of the file can build: it is not read. Where it "
+            "comes from, load it, leave out what is neither a tensor nor a plain value, and save it again"
+        ) from error
+    except DAMAGED as error:
+        raise ValueError(f"{path} is damaged, or no file of torch.save: {fault(error)}") from error
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path} holds a {type(content).__name__}, no state dict")
+    if "meta" in content:
+        raise ValueError(f"{path} is a checkpoint of this project already")
+    if "model" not in content:
+        content = {"model": content}
+    weights = content["model"]
+    foreign = (
+        [n for n, t in weights.items() if not isinstance(t, Tensor)] if isinstance(weights, Mapping) else ["model"]
+    )
+    if foreign or not weights:
+        raise ValueError(f"{path} is no checkpoint of a model: {foreign[0] if foreign else 'model'} is not a tensor")
+    return dict(content)
+
+
+def find_config(path: Path, hparams: Any, model: str | None, rows: int) -> ModelConfig:
+    """The config by --model, by the file beside the checkpoint, or by the model's name in its hparams."""
+    files = [path.parent / name for name in CONFIG_FILES]
+    if model is not None and Path(model).suffix in (".yaml", ".yml", ".json"):
+        files = [Path(model)]
+        if not files[0].is_file():
+            raise FileNotFoundError(f"--model {model}: no such file")
+    elif model is not None:
+        return config_by_name(model, rows)
+    for file in files:
+        if file.is_file():
+            try:
+                text = file.read_text(encoding="utf-8")
+                # YAML would do for both, but reads the 1e-05 that JSON writes as a string.
+                fields = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+                if not isinstance(fields, dict):
+                    raise ValueError("it holds no fields")
+                return config_from_litgpt(fields)
+            except (ValueError, TypeError, yaml.YAMLError) as error:
+                raise ValueError(f"{file}: {error}") from error
+    name = hparams.get("model_name") if isinstance(hparams, Mapping) else None
+    if name is None:
+        raise ValueError(
+            f"it does not say which model it is of: give --model NAME, or a {' or '.join(CONFIG_FILES)} as --model FILE"
+        )
+    try:
+        return config_by_name(str(name), rows)
+    except ValueError as error:
+        raise ValueError(f"its hparams name a model that is not known here: {error}. Give --model") from error
+
+
+# --- Content ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moments:
+    """An optimizer's part of a checkpoint: {name: {key: tensor}}, and the settings of its parameter group."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    group: dict[str, Any]
+
+
+class Legacy:
+    """The content of a legacy checkpoint, checked against its config.
+
+    Attributes:
+        weights: {our name: tensor as it lies in the file}.
+        order: our names in the order of the file's parameters; a matrix that is embedding and head comes once.
+        step: optimizer steps done.
+    """
+
+    def __init__(self, path: Path, content: dict[str, Any], model: str | None, vocab_size: int | None) -> None:
+        stored = content["model"]
+        self.names = match_names(stored)
+        if EMBEDDING not in self.names:
+            raise ValueError(f"it lacks {EMBEDDING}")
+        self.weights: dict[str, Tensor] = {ours: stored[theirs] for ours, theirs in self.names.items()}
+        ours_of = {theirs: ours for ours, theirs in self.names.items()}
+        self.order = [ours_of[theirs] for theirs in stored]
+        rows = self.weights[EMBEDDING].shape[0]
+        config = fit_vocabulary(find_config(path, content.get("hparams"), model, rows), rows, vocab_size)
+        tied = HEAD not in self.weights or same(self.weights[HEAD], self.weights[EMBEDDING])
+        if config.tie_embeddings and not tied:
+            raise ValueError(f"its {HEAD} differs from its embedding, but model {config.name} has one matrix for both")
+        self.config = dataclasses.replace(config, tie_embeddings=tied)
+        if tied and HEAD in self.weights:
+            del self.weights[HEAD], self.names[HEAD]
+            self.order.remove(EMBEDDING)  # it is the head there, whose module was built first
+            self.order[self.order.index(HEAD)] = EMBEDDING
+        step = content.get("step_count", 0)
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"step_count is {step!r}")
+        self.step = step
+        self.tensors(self.weights, "the model")  # raises for names and shapes
+
+    def tensors(self, stored: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
+        """Parameters, or a moment of each, as ours; see `legacy_tensors`."""
+        return legacy_tensors(self.config, self.names, {self.names[ours]: t for ours, t in stored.items()}, where)
+
+    def optimizer(self, optimizer: Any) -> Moments:
+        """AdamW's moments and count of updates, from torch's state dict: by number, or by name as FSDP writes it.
+
+        A number stands for a place in the order of the model's parameters, which the trainers put into one group.
+        Raises ValueError naming what does not fit.
+        """
+        if not isinstance(optimizer, Mapping) or not {"state", "param_groups"} <= set(optimizer):
+            raise ValueError(f"optimizer holds no state and param_groups {_LEAVE_OUT}")
+        state, groups = optimizer["state"], optimizer["param_groups"]
+        if not state:
+            raise ValueError(f"the optimizer has made no step: there is no state of it {_LEAVE_OUT}")
+        entries = self._by_name(state) if all(isinstance(k, str) for k in state) else self._by_number(state, groups)
+        lacking = [ours for ours in self.order if ours not in entries]
+        if lacking:
+            raise ValueError(f"the optimizer has no state of {lacking[0]} {_LEAVE_OUT}")
+        counts = set()
+        for ours, entry in entries.items():
+            if set(entry) != {"step", *MOMENTS}:
+                wanted = ", ".join(("step", *MOMENTS))
+                raise ValueError(f"the optimizer keeps {', '.join(entry)} of {ours}; AdamW's are {wanted} {_LEAVE_OUT}")
+            counts.add(float(entry["step"]))
+        if len(counts) > 1:
+            raise ValueError(f"the optimizer's parameters were updated {sorted(counts)} times: not alike {_LEAVE_OUT}")
+        for key in ("amsgrad", "maximize"):
+            if any(group.get(key) for group in groups):
+                raise ValueError(f"the optimizer has {key}, which is not supported {_LEAVE_OUT}")
+        if any(group.get("weight_decay") and group.get("decoupled_weight_decay") is False for group in groups):
+            raise ValueError(f"the optimizer is Adam, with weight decay in its moments, not AdamW {_LEAVE_OUT}")
+        moments = {
+            key: self.tensors({o: e[key] for o, e in entries.items()}, f"the optimizer's {key}") for key in MOMENTS
+        }
+        tensors = {name: {key: moments[key][name] for key in MOMENTS} for name in moments[MOMENTS[0]]}
+        tensors["all"] = {"step_count": torch.tensor(counts.pop(), dtype=torch.float32)}
+        return Moments(tensors, dict(groups[0]))
+
+    def _by_number(self, state: Mapping[Any, Any], groups: Any) -> dict[str, Any]:
+        if len(groups) != 1:
+            raise ValueError(
+                f"the optimizer has {len(groups)} groups of numbered parameters: which parameter a number stands for "
+                f"is not known {_LEAVE_OUT}"
+            )
+        if list(groups[0]["params"]) != list(range(len(self.order))):
+            raise ValueError(
+                f"the optimizer numbers {len(groups[0]['params'])} parameters, the model has {len(self.order)} "
+                f"{_LEAVE_OUT}"
+            )
+        # `names` is in the order in which the trainers build the modules; numbers mean nothing in any other order.
+        for here, there in zip(self.order, self.names, strict=True):
+            if here != there:
+                raise ValueError(
+                    f"the model's parameters are in another order than its trainers': {here} where {there} belongs; "
+                    f"the optimizer's numbers cannot be told {_LEAVE_OUT}"
+                )
+        return {self.order[number]: entry for number, entry in state.items()}
+
+    def _by_name(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        names = match_names(state)
+        if HEAD in names and self.config.tie_embeddings:
+            names.setdefault(EMBEDDING, names[HEAD])
+            del names[HEAD]
+        return {ours: state[theirs] for ours, theirs in names.items()}
+
+
+_LEAVE_OUT = "(--weights_only leaves the optimizer out)"
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one, or hold the same numbers."""
+    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+
+
+# Names in TinyLlama's hparams -> our flags.
+_HPARAMS = {
+    "learning_rate": "optim.lr",
+    "min_lr": "optim.lr_min",
+    "warmup_steps": "optim.warmup_steps",
+    "grad_clip": "train.clip_norm",
+    "global_batch_size": "train.global_batch_samples",
+}
+
+
+def legacy_settings(hparams: Any, group: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What a run here is to be given so that it goes on as the old one would have: {flag: number}, as far as known."""
+    told = hparams if isinstance(hparams, Mapping) else {}
+    settings = {ours: told[theirs] for theirs, ours in _HPARAMS.items() if theirs in told}
+    if isinstance(told.get("max_step"), int):
+        settings["train.max_steps"] = told["max_step"] - step
+    if isinstance(group.get("betas"), (tuple, list)) and len(group["betas"]) == 2:
+        settings["optim.beta1"], settings["optim.beta2"] = group["betas"]
+    settings.update({f"optim.{key}": group[key] for key in ("eps", "weight_decay") if key in group})
+    return {flag: value for flag, value in settings.items() if isinstance(value, (int, float))}
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def _write(output: Path, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+    model = {name: _alone(t) for name, t in tensors["model"].items()}
+    optimizer = {n: {key: _alone(t) for key, t in entry.items()} for n, entry in tensors["optimizer"].items()}
+    named = {f"model.{name}": t for name, t in model.items()}
+    named.update({f"optimizer.{n}/{key}": t for n, entry in optimizer.items() for key, t in entry.items()})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    check_free_space(output.parent, sum(t.nbytes for t in named.values()))
+    meta["checksums"] = {name: tensor_checksum(t) for name, t in named.items()}
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save({"model": model, "optimizer": optimizer, "meta": json.dumps(meta)}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.rename(temporary, output)
+        sync_file(output.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor with a storage of its own size: torch.save writes whole storages, whatever a tensor sees of them."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,112 @@
+"""A checkpoint in the other form: one file (`full`) <-> a folder of torch's distributed checkpoint (`sharded`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import save as dcp_save
+
+from lit_files.checksum import file_sha256
+from lit_files.publish import sync_file
+from lit_model.checksum import byte_view, tensor_checksum
+from lit_model.load import Checkpoint, checkpoint_step, is_hf_folder, resolve
+from pretrain.checkpoint.files import remove
+from pretrain.checkpoint.saving import check_free_space, nested
+
+
+def convert_checkpoint(source: Path, output: Path, to: Literal["full", "sharded"]) -> Path:
+    """Write a checkpoint (or a run folder's newest), optimizer and all, in the other form; whole or not at all.
+
+    Tensors and facts are the same; checksums are taken anew, and the output is compared with them before it gets its
+    name. Training resumes from it as from the original. Returns the checkpoint that was read. Raises ValueError or
+    FileNotFoundError that name the path, OSError if there is no room.
+    """
+    path = resolve(source)
+    if is_hf_folder(path):
+        raise ValueError(f"{path} is a Hugging Face folder: scripts/convert_from_hf.py makes a checkpoint of it")
+    if output.exists():
+        raise ValueError(f"output {output} exists already; give another name or remove it")
+    checkpoint = Checkpoint(path)
+    if checkpoint.sharded == (to == "sharded"):
+        raise ValueError(f"{path} is {to} already")
+    named = checkpoint_step(output)
+    if named is not None and named != checkpoint.meta.get("step"):
+        raise ValueError(
+            f"output {output} names step {named}, the checkpoint is of step {checkpoint.meta.get('step')}: {path}"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    layouts = {name: checkpoint.layout(name) for name in checkpoint.names()}
+    check_free_space(output.parent, sum(t.nbytes for t in layouts.values()))
+    meta = {key: value for key, value in checkpoint.meta.items() if key != "checksums"}
+    temporary = output.with_name(f".{output.name}.tmp")
+    remove(temporary)
+    try:
+        (_write_folder if to == "sharded" else _write_file)(temporary, checkpoint, meta)
+        faults = Checkpoint(temporary).verify()
+        if faults:
+            raise ValueError(f"the output is not what was to be written: {faults[0]}")
+        os.rename(temporary, output)
+        sync_file(output.parent)
+    finally:
+        remove(temporary)
+    return path
+
+
+def _write_folder(folder: Path, checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
+    """By DCP's writer in one process. The tensors are maps of the file: its pages, which the system can drop."""
+    folder.mkdir()
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process writes, as meant
+        dcp_save(tensors, storage_writer=FileSystemWriter(folder, sync_files=True), no_dist=True)
+    files = sorted(folder.iterdir())
+    meta["checksums"] = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files}
+    with open(folder / "meta.json", "w", encoding="utf-8") as f:
+        json.dump(meta, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    sync_file(folder)
+
+
+def _write_file(path: Path, checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
+    """torch.save writes everything but the tensors' bytes, for which it leaves room; they follow one at a time.
+
+    What it is given for the tensors is memory that is never touched. The checksums are among the facts, which come
+    first: each tensor is read twice.
+    """
+    meta["checksums"] = {name: tensor_checksum(checkpoint.tensor(name)) for name in checkpoint.names()}
+    untouched = {name: torch.empty_like(checkpoint.layout(name), device="cpu") for name in checkpoint.names()}
+    content = nested(untouched)
+    name_of = {id(tensor): name for name, tensor in untouched.items()}
+    with torch.serialization.skip_data(), open(path, "wb") as f:
+        torch.save({**content, "meta": json.dumps(meta)}, f)
+    with zipfile.ZipFile(path) as archive, open(path, "rb+", buffering=0) as file:
+        records = {r.filename.partition("/")[2]: r for r in archive.infolist()}
+        for number, tensor in enumerate(_in_order(content)):  # data/N is the N-th tensor in the pickle
+            record = records[f"data/{number}"]
+            assert record.file_size == tensor.nbytes, "torch.save numbers the tensors in another order"
+            file.seek(record.header_offset + 26)
+            header = file.read(4)  # of a local header: the lengths of its name and of its extra field
+            file.seek(int.from_bytes(header[:2], "little") + int.from_bytes(header[2:], "little"), os.SEEK_CUR)
+            view = byte_view(checkpoint.tensor(name_of[id(tensor)]))
+            while view:
+                view = view[file.write(view[: 1 << 16]) :]
+        os.fsync(file.fileno())
+
+
+def _in_order(content: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors of nested dictionaries as a pickle meets them."""
+    for value in content.values():
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            yield from _in_order(value)

@@ -1,0 +1,299 @@
+"""What teachers say of a dataset, written once for many students: the k likeliest tokens and their log-probabilities.
+
+A folder: `cache.json`, which says of what and by whom; and for each so many rows of the dataset `ids-NNNNN.npy`,
+integers [rows, T, k], and `log_probs-NNNNN.npy`, floating [rows, T, k], at the temperature of the distillation. Rows
+lie in it by their number in the dataset (its windows), not in the order of a run: one cache serves every seed, epoch
+and batch. What the k tokens leave of 1 is the probability of all others. The files are numpy's, which everyone reads,
+and they are mapped, not read whole.
+
+Dimensions: B rows in a micro-batch, T tokens in a row, k cached tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import tokenize
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lit_data.loading.loader import MicroBatch, read_rows
+from lit_data.loading.rows import Rows
+from lit_data.packed.dataset import PackedDataset
+from lit_files.lock import FileLock, LockBusy
+from lit_files.mapping import MAX_MAPS, live_maps, map_array
+from lit_files.publish import create_json, sync_file
+from lit_files.reading import build, open_regular, read_object
+from lit_model.distillation import Distillation, Ensemble, TopK, ensemble_top_k
+from pretrain.args import DistillationArgs
+from pretrain.distillation.teachers import Teachers
+
+VERSION = 1
+FILE = "cache.json"
+NAMES = ("ids", "log_probs")
+LAST = NAMES[-1]
+"""Files get their names in this order: where this one is, all are."""
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What a cache is of: everything that its numbers depend on."""
+
+    dataset: str
+    """Fingerprint of the packed dataset."""
+    packing: str
+    block_size: int
+    document_mask: bool
+    n_windows: int
+    """Rows of the dataset."""
+    vocab_size: int
+    teachers: list[dict[str, Any]]
+    """As `identify` names them."""
+    ensemble: Ensemble
+    temperature: float
+    precision: str
+    k: int
+    dtype: str
+    """Of the log-probabilities."""
+    rows_per_file: int
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "n_windows", "vocab_size", "k", "rows_per_file"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.k > self.vocab_size or self.vocab_size >= 1 << 31:
+            raise ValueError(f"k is {self.k} and vocab_size {self.vocab_size}")
+        if self.dtype not in ("float16", "float32"):
+            raise ValueError(f"dtype is {self.dtype!r:.40}; it must be float16 or float32")
+
+    def dtype_of(self, name: str) -> np.dtype[Any]:
+        """Of the files of this name."""
+        if name == "ids":
+            return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
+        return np.dtype(self.dtype)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """On the disk."""
+        return self.k * sum(self.dtype_of(name).itemsize for name in NAMES)
+
+    @property
+    def n_files(self) -> int:
+        return -(-self.n_windows // self.rows_per_file)
+
+    def path(self, folder: Path, name: str, file: int) -> Path:
+        return folder / f"{name}-{file:05d}.npy"
+
+    def shape(self, file: int) -> tuple[int, int, int]:
+        return len(self.rows_of(file)), self.block_size, self.k
+
+    def rows_of(self, file: int) -> range:
+        return range(file * self.rows_per_file, min((file + 1) * self.rows_per_file, self.n_windows))
+
+
+def begin_cache(folder: Path, facts: CacheFacts) -> None:
+    """Make the folder, or see that what is there is the same cache. Raises ValueError that says what differs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / FILE).exists():
+        others = [p for p in folder.iterdir() if not p.name.startswith(".")]
+        if not others and create_json(folder / FILE, asdict(facts)):  # parts begin at the same moment
+            return
+        if not (folder / FILE).exists():
+            raise ValueError(f"{folder} holds something else; give an empty folder or a new one")
+    differs = _differences(read_facts(folder), facts)
+    if differs:
+        raise ValueError(f"{folder} is another cache: {differs}. Give another folder, or the same settings")
+
+
+def write_cache(
+    folder: Path, facts: CacheFacts, teachers: Teachers, rows: Rows, batch: int, part: int, parts: int
+) -> tuple[int, int]:
+    """Write the files that are this part's and not there yet, each whole or not at all.
+
+    Returns how many were written, and how many were left to another call on this machine that is writing them.
+    """
+    written = left = 0
+    for file in range(part, facts.n_files, parts):
+        final = {name: facts.path(folder, name, file) for name in NAMES}
+        temporary = {name: folder / f".{path.name}.tmp" for name, path in final.items()}
+        if final[LAST].exists():
+            continue
+        lock_path = folder / f".{file:05d}.lock"
+        try:
+            lock = FileLock(lock_path, f"file {file} of {folder}", "wait for it", remove=True)
+        except LockBusy:
+            left += 1
+            continue
+        try:
+            if final[LAST].exists():  # since then: another call has finished it
+                continue
+            with contextlib.ExitStack() as stack:
+                files = {name: stack.enter_context(open(path, "wb")) for name, path in temporary.items()}
+                _write_rows(files, facts, teachers, rows, file, batch)
+            for name in NAMES:
+                os.replace(temporary[name], final[name])
+            sync_file(folder)
+            written += 1
+        finally:
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+            lock.close()
+    return written, left
+
+
+def _write_rows(
+    files: Mapping[str, BinaryIO], facts: CacheFacts, teachers: Teachers, rows: Rows, number: int, batch: int
+) -> None:
+    """Write one file of each name, from its start, and see that it is on the disk."""
+    setting = Distillation("topk_kl", facts.temperature, facts.ensemble, facts.k)
+    device, windows = teachers.student_device, facts.rows_of(number)
+    for name, file in files.items():
+        header = {"descr": facts.dtype_of(name).str, "fortran_order": False, "shape": facts.shape(number)}
+        np.lib.format.write_array_header_1_0(file, header)
+    for first in range(0, len(windows), batch):
+        some = np.asarray(windows[first : first + batch], dtype=np.int64)
+        read = read_rows(rows, some, some, facts.document_mask)
+        bounds = read.cu_seqlens.to(device) if facts.document_mask else None
+        said = ensemble_top_k(teachers(read.tokens.to(device), bounds), setting, facts.vocab_size, facts.k)
+        for name, values in (("ids", said.ids), ("log_probs", said.log_probs)):
+            files[name].write(values.cpu().numpy().astype(facts.dtype_of(name)).data)
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_facts(folder: Path) -> CacheFacts:
+    """Raises FileNotFoundError or ValueError that name the folder."""
+    if not (folder / FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder} is no cache of a teacher: it has no {FILE} (scripts/cache_teacher.py makes it)"
+        )
+    fields = read_object(folder / FILE)
+    if fields.get("version") != VERSION:
+        raise ValueError(f"{folder / FILE}: its version is {fields.get('version')}, this is {VERSION}")
+    return build(CacheFacts, fields, folder / FILE)
+
+
+def check_finished(folder: Path, facts: CacheFacts) -> None:
+    """Raises ValueError if files are missing, or are not as long as they must be."""
+    there = {path.name for path in folder.iterdir()}  # a damaged number of rows must not decide how long this takes
+    numbers = {int(found[1]) for name in there if (found := re.fullmatch(rf"{LAST}-(\d+)\.npy", name))}
+    whole = {
+        file
+        for file in numbers
+        if file < facts.n_files and all(facts.path(folder, name, file).name in there for name in NAMES)
+    }
+    for file in sorted(whole):
+        for name in NAMES:
+            _open(facts.path(folder, name, file), facts.shape(file), facts.dtype_of(name))
+    if missing := facts.n_files - len(whole):
+        first = next(file for file in itertools.count() if file not in whole)
+        raise ValueError(
+            f"{folder} is not finished: {missing} of {facts.n_files} files are missing (the first is number {first}); "
+            "call scripts/cache_teacher.py again as before"
+        )
+
+
+def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Map a file. Raises ValueError that names it if it is damaged, or not what it must be."""
+    try:
+        with open_regular(path) as file:
+            if (version := np.lib.format.read_magic(file)) != (1, 0):
+                raise ValueError(f"it is of version {version} of numpy's format")
+            found = np.lib.format.read_array_header_1_0(file)
+            offset = file.tell()
+        if found == (shape, False, dtype):
+            return map_array(path, dtype, shape, offset, random=True)
+        fault = f"it holds {found[2]} {found[0]} in place of {dtype} {shape}"
+    except (ValueError, TypeError, SyntaxError, EOFError, RecursionError, MemoryError, tokenize.TokenError) as error:
+        fault = str(error)
+    raise ValueError(
+        f"{path} is damaged: {fault}. Remove the files of this number and call scripts/cache_teacher.py again as before"
+    )
+
+
+def _differences(there: CacheFacts, here: CacheFacts) -> str:
+    one, two = asdict(there), asdict(here)
+    return "; ".join(f"{k}: {one[k]!r} there, {two[k]!r} here" for k in one if one[k] != two[k])
+
+
+class CachedTeacher:
+    """Reads what was cached, for the rows of micro-batches."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self.device, self.facts = folder, device, read_facts(folder)
+        self._maps: OrderedDict[tuple[str, int], npt.NDArray[Any]] = OrderedDict()
+
+    def __call__(self, batch: MicroBatch) -> TopK:
+        """ids int64 and log-probabilities float32, both (B, T, k), on the student's device."""
+        facts = self.facts
+        B, T = batch.tokens.shape
+        ids = np.zeros((B, T, facts.k), dtype=facts.dtype_of("ids"))
+        log_probs = np.zeros((B, T, facts.k), dtype=facts.dtype_of("log_probs"))
+        for row, window in enumerate(batch.spans.window.tolist()):
+            if window >= 0:  # a row without data has no targets
+                file, place = divmod(window, facts.rows_per_file)
+                ids[row] = self._map("ids", file)[place]
+                log_probs[row] = self._map("log_probs", file)[place]
+        signed = torch.from_numpy(ids.astype(np.int32))
+        if signed.max() >= facts.vocab_size or signed.min() < 0 or not (log_probs <= 0).all():
+            raise ValueError(
+                f"{self.folder} is damaged: it holds ids outside the vocabulary or probabilities above 1 for a row of "
+                f"{batch.spans.window.tolist()}; make it again with scripts/cache_teacher.py"
+            )
+        return TopK(
+            signed.to(self.device, non_blocking=True).long(),
+            torch.from_numpy(log_probs).to(self.device, non_blocking=True).float(),
+        )
+
+    def _map(self, name: str, file: int) -> npt.NDArray[Any]:
+        """A file, mapped when first asked for."""
+        found = self._maps.get((name, file))
+        if found is None:
+            path = self.facts.path(self.folder, name, file)
+            found = self._maps[name, file] = _open(path, self.facts.shape(file), self.facts.dtype_of(name))
+            while live_maps() > MAX_MAPS and len(self._maps) > 1:
+                self._maps.popitem(last=False)
+        return found
+
+
+def check_cache(
+    args: DistillationArgs, dataset: PackedDataset, packing: str, block_size: int, document_mask: bool, vocab_size: int
+) -> None:
+    """See that a cache is of this data and setting. Raises ValueError naming what differs, with the flag."""
+    assert args.cache is not None
+    facts = read_facts(args.cache)
+    check_finished(args.cache, facts)
+    here = {
+        "dataset": (dataset.fingerprint, "--data.train"),
+        "packing": (packing, "--data.packing"),
+        "block_size": (block_size, "--train.block_size"),
+        "document_mask": (document_mask, "--data.document_mask"),
+        "vocab_size": (vocab_size, "--model.vocab_size"),
+        "temperature": (args.temperature, "--distillation.temperature"),
+        "ensemble": (args.ensemble, "--distillation.ensemble"),
+    }
+    wrong = [
+        f"{name} {getattr(facts, name)!r} there, {value!r} here ({flag})"
+        for name, (value, flag) in here.items()
+        if getattr(facts, name) != value
+    ]
+    if wrong:
+        raise ValueError(f"--distillation.cache {args.cache} is of something else: {'; '.join(wrong)}")
+    if args.divergence == "forward_kl" and facts.k != vocab_size:
+        raise ValueError(
+            f"--distillation.cache {args.cache} holds {facts.k} of {vocab_size} tokens: give --distillation.divergence "
+            "topk_kl"
+        )
+    if args.top_k not in (None, facts.k):
+        raise ValueError(f"--distillation.top_k {args.top_k}: the cache holds the {facts.k} likeliest; leave it out")

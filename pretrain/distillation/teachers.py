@@ -1,0 +1,154 @@
+"""Frozen teachers: opened, checked against the student's data, and what they say of a batch.
+
+Dimensions: B rows in a micro-batch, T tokens in a row, P pieces of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from lit_data.packed.dataset import PackedDataset
+from lit_files.checksum import file_sha256
+from lit_model.config import ModelConfig
+from lit_model.cost import count_parameters, largest_block, root_parameters
+from lit_model.distillation import Teacher
+from lit_model.init import copy_slice
+from lit_model.load import is_hf_folder, load_tensors, resolve
+from lit_model.model import GPT
+from pretrain.args import DistillationArgs, RunArgs, TeacherEntry
+from pretrain.compiling import compile_blocks
+from pretrain.model_tokenizer import OVERRIDE, check_model_and_data
+from pretrain.parallel import DTYPES
+
+
+def check_teachers(args: RunArgs, config: ModelConfig, dataset: PackedDataset, block_size: int) -> None:
+    """See that the teachers can teach. Raises ValueError or FileNotFoundError naming the one that cannot, and why.
+
+    Reads configs, tokenizers, and names and shapes of tensors; no weights.
+    """
+    top_k = args.distillation.top_k
+    if top_k is not None and top_k > config.vocab_size:
+        raise ValueError(f"--distillation.top_k {top_k} exceeds the vocabulary of {config.vocab_size}")
+    for entry in args.distillation.teachers:
+        where = f"--distillation.teachers {entry.path}"
+        check_teacher(entry.path, config.vocab_size, block_size, where)
+        if not args.data.allow_tokenizer_mismatch:
+            check_tokenizer(entry.path, dataset, where)
+
+
+def check_teacher(path: Path, vocab_size: int, block_size: int, where: str) -> None:
+    """See that a teacher has the student's vocabulary, and room for a row. Raises ValueError."""
+    teacher, _ = load_tensors(path)
+    if teacher.vocab_size != vocab_size:
+        raise ValueError(
+            f"{where} has a vocabulary of {teacher.vocab_size} ids, the student (or the first teacher) one of "
+            f"{vocab_size}: both must be the tokenizer's"
+        )
+    if block_size > teacher.block_size:
+        raise ValueError(
+            f"{where} has a context of {teacher.block_size} tokens, less than a row's {block_size}: use shorter rows"
+        )
+
+
+def check_tokenizer(path: Path, dataset: PackedDataset, where: str, override: str = OVERRIDE) -> None:
+    """See that a teacher was trained with the tokenizer of the data. Raises ValueError, also if that is not known."""
+    unknown = check_model_and_data(path, dataset, where, override=override)
+    if unknown is not None:
+        raise ValueError(f"{unknown}. Put the tokenizer beside it, or override with {override}")
+
+
+def identify(teachers: Sequence[TeacherEntry]) -> list[dict[str, Any]]:
+    """Which teachers these are: of each its name, one checksum of the files that hold it, and its weight."""
+    found = []
+    for entry in teachers:
+        path = resolve(entry.path)
+        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+        if is_hf_folder(path):
+            files = [p for p in files if p.suffix in (".safetensors", ".bin") or p.name == "config.json"]
+        sums = "\n".join(file_sha256(p) for p in files)
+        name = path.name if is_hf_folder(path) else f"{path.absolute().parent.name}/{path.name}"
+        found.append({"name": name, "sha256": hashlib.sha256(sums.encode()).hexdigest(), "weight": entry.weight})
+    return found
+
+
+def teacher_precision(d: DistillationArgs, run_precision: str) -> str:
+    """fp32 or bf16, of the teachers' weights and arithmetic."""
+    return d.teacher_precision or ("fp32" if run_precision == "fp32" else "bf16")
+
+
+def teacher_bytes(d: DistillationArgs, run_precision: str, kind: str, world_size: int) -> int:
+    """Bytes of the teachers' weights on a device of a kind (cpu, cuda) that trains."""
+    elsewhere = d.teacher_device is not None and not torch.device(d.teacher_device).type == kind == "cpu"
+    n_parameters = 0
+    for entry in d.teachers:
+        config, _ = load_tensors(entry.path)
+        if elsewhere:  # the head comes over for the loss
+            n_parameters += config.padded_vocab_size * config.n_embd
+        elif d.shard_teachers:  # the root stays whole, and a block is gathered
+            root, block = root_parameters(config), largest_block(config)
+            n_parameters += root + (count_parameters(config) - root) // world_size + block
+        else:
+            n_parameters += count_parameters(config)
+    return n_parameters * DTYPES[teacher_precision(d, run_precision)].itemsize
+
+
+class Teachers:
+    """The ensemble on its devices. Every rank holds it whole, or with `shard_teachers` its share of it."""
+
+    def __init__(self, d: DistillationArgs, run_precision: str, device: torch.device) -> None:
+        self.device = torch.device(d.teacher_device) if d.teacher_device is not None else device
+        self.student_device = device
+        self.precision = teacher_precision(d, run_precision)
+        self.sharded = d.shard_teachers
+        total = sum(entry.weight for entry in d.teachers)
+        self.shares = [entry.weight / total for entry in d.teachers]
+        self.models = [self._open(entry.path, d.compile_teachers) for entry in d.teachers]
+
+    def _open(self, path: Path, compiled: bool) -> GPT:
+        config, tensors = load_tensors(path)
+        with torch.device("meta"):
+            model = GPT(config).to(DTYPES[self.precision])
+        model.requires_grad_(False).eval()
+        if compiled:
+            compile_blocks(model)
+        for block in model.blocks():
+            if self.sharded:
+                fully_shard(block)
+        if self.sharded:  # the root stays whole after its forward: the student's loss reads the head
+            fully_shard(model, reshard_after_forward=False)
+        model.to_empty(device=self.device)
+        for name, parameter in model.named_parameters():
+            copy_slice(parameter, tensors[name])
+        return model
+
+    def __call__(self, tokens: Tensor, cu_seqlens: Tensor | None) -> list[Teacher]:
+        """What each says of a micro-batch: tokens int64 (B, T), boundaries int32 (P + 1,), on the student's device."""
+        lasting = self.device.type != "cpu"  # a copy to the host that nobody waits for is read before it is there
+        here = tokens.to(self.device, non_blocking=lasting)
+        bounds = None if cu_seqlens is None else cu_seqlens.to(self.device, non_blocking=lasting)
+        # FSDP's hooks count the versions of what they gather, which inference tensors do not have.
+        quiet = torch.no_grad() if self.sharded else torch.inference_mode()
+        said = []
+        with quiet, torch.autocast(self.student_device.type, enabled=False):
+            for model, share in zip(self.models, self.shares, strict=True):
+                teacher = model(here, cu_seqlens=bounds, as_teacher=share)
+                assert isinstance(teacher, Teacher)
+                said.append(self._for_student(teacher))
+        return said
+
+    def _for_student(self, teacher: Teacher) -> Teacher:
+        assert not isinstance(teacher.weight, DTensor), "a head must be whole"
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(self.student_device, non_blocking=True)
+
+        bias = None if teacher.bias is None else moved(teacher.bias)
+        return teacher._replace(hidden=moved(teacher.hidden), weight=moved(teacher.weight), bias=bias)

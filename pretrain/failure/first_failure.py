@@ -1,0 +1,212 @@
+"""Names the rank that failed first: the error to look at, among all those that follow from it.
+
+The failure is kept in RUN/logs/first_failure.json, which one rank alone can create, and under a key of the store, which
+one alone can set. The file decides; the store is for a file system that is full or not shared. Either may be out of
+reach: the store ends with its host, rank 0.
+
+A failure carries the attempt, a random name of this start of the run. Rank 0 makes it in `begin_attempt`, after it has
+removed an earlier attempt's file; the others can't report before they were told the name. What a straggler of an
+earlier attempt writes afterwards carries another name, and counts for nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from pretrain.checkpoint.files import remove
+from pretrain.failure.rank_log import FOLDER, RankLog
+from pretrain.failure.watchdog import SILENT_INTERVALS, Watchdog
+from pretrain.logs.messages import warn
+
+T = TypeVar("T")
+
+FILE = "first_failure.json"
+KEY = "first_failure"
+STORE_S = 3.0  # a store whose host has stopped would keep the caller for ever
+# In what gloo, NCCL and the store say when another process has gone. gloo raises plain RuntimeError.
+LOST = (
+    "gloo/transport",
+    "closed by peer",
+    "Connection closed",
+    "Connection reset",
+    "Broken pipe",
+    "Timed out waiting",
+    "ncclRemoteError",
+    "communicator was aborted",
+    "collective operation timeout",
+)
+OWN_FAULT = ("unhandled cuda error", "CUDA error")  # in an error of NCCL: of this rank's own device
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first failure of an attempt. Of a rank that another found silent, `step` is the one it told last, and
+    `seen_by` is the rank that found it; else `seen_by` is the rank itself."""
+
+    attempt: str
+    rank: int
+    host: str
+    step: int
+    error: str
+    message: str
+    time: str
+    seen_by: int
+
+    def __str__(self) -> str:
+        first_line = self.message.strip().partition("\n")[0]
+        return f"host {self.host}, step {self.step}, {self.error}: {first_line}"
+
+
+def begin_attempt(run: Path) -> str:
+    """Rank 0, before any other may report: remove an earlier attempt's failure. Returns the name of this attempt."""
+    path = run / FOLDER / FILE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(path)
+    except OSError as error:
+        warn(f"{path} cannot be used ({error}); a first failure is not kept there")
+    return secrets.token_hex(8)
+
+
+def report_failure(error: BaseException, step: int, watchdog: Watchdog) -> Failure:
+    """Write an exception that ends this rank to its log, and name the rank that failed first, there and on standard
+    error. Called by the training thread. Every rank that calls this names the same one.
+
+    An error that only says that another process has gone is no failure of its own while there is another reason: up to
+    5 intervals of the watchdog are spent on waiting for the other's report, or until it is seen to be silent. Then the
+    silent rank is named; this one, if it was itself stopped for a while: the others have given it up.
+    """
+    log, lost = watchdog.log, lost_connection(error)
+    watchdog.beat(step, f"failed, {type(error).__name__}")
+    log.exception(error)
+    watchdog.stand_by()
+    first = cause_elsewhere(watchdog) if lost else None
+    if first is None:
+        kind, message = type(error).__name__, str(error)
+        first = claim(Failure(log.attempt, log.rank, log.host, step, kind, message, utc_now(), log.rank), watchdog)
+    text = f"rank {first.rank} failed first ({first})"
+    if first.rank != log.rank:
+        text = f"rank {log.rank} stopped since {text}"
+        if not lost:
+            text += f"; it has an error of its own: {type(error).__name__}: {error}"
+    log.event(text)
+    print(f"error: {text}; see {log.path.parent}", file=sys.stderr, flush=True)
+    return first
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether an exception, or one that it comes from, says that another process has gone."""
+    link: BaseException | None = error
+    while link is not None:
+        text = str(link)
+        lost = isinstance(link, dist.DistError) or (isinstance(link, RuntimeError) and any(t in text for t in LOST))
+        if lost and not any(t in text for t in OWN_FAULT):
+            return True
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return False
+
+
+def cause_elsewhere(watchdog: Watchdog) -> Failure | None:
+    """What another rank has reported, or which gives no sign of life; None if nothing of that is seen in time."""
+    until = time.monotonic() + (SILENT_INTERVALS + 2) * watchdog.interval_s
+    while time.monotonic() < until:
+        if (told := read_failure(watchdog.log)) is not None:
+            return told
+        if (stopped_s := watchdog.stopped_s()) > 0:
+            return claim(of_stopped(stopped_s, watchdog), watchdog)
+        if silent := watchdog.silent_ranks():
+            return claim(of_silent(silent, watchdog), watchdog)
+        time.sleep(watchdog.interval_s / 4)
+    return None
+
+
+def of_silent(silent: list[tuple[int, float]], watchdog: Watchdog) -> Failure:
+    """The failure of a rank that could not report it."""
+    rank, seconds = silent[0]
+    sign, log = watchdog.last_sign(rank), watchdog.log
+    also = f", nor from ranks {', '.join(str(r) for r, _ in silent[1:])}" if silent[1:] else ""
+    message = f"no sign of life for {seconds:.1f} s{also}: killed, stopped, or its host is gone"
+    host, step = (sign.host, sign.step) if sign is not None else ("unknown", 0)
+    return Failure(log.attempt, rank, host, step, "Silent", message, utc_now(), log.rank)
+
+
+def of_stopped(seconds: float, watchdog: Watchdog) -> Failure:
+    """The failure of this rank, which the others took for a silent one."""
+    log = watchdog.log
+    message = f"this process itself did not run for {seconds:.1f} s: it was stopped, or its host was"
+    return Failure(log.attempt, log.rank, log.host, watchdog.step, "Silent", message, utc_now(), log.rank)
+
+
+def claim(failure: Failure, watchdog: Watchdog) -> Failure:
+    """Write the failure down as the first one, unless there is one. Returns the one that counts."""
+    text = json.dumps(vars(failure), indent=1)
+    store = watchdog.store if watchdog.store_silent_s() == 0 else None
+    kept = in_time(lambda: store.compare_set(KEY, "", text).decode()) if store is not None else None
+    log = watchdog.log
+    try:
+        return publish(log.run / FOLDER / FILE, to_failure(kept, log.attempt) or failure)
+    except OSError as error:
+        log.event(f"{FILE} could not be written: {error}")
+        return to_failure(kept, log.attempt) or failure
+
+
+def publish(path: Path, failure: Failure) -> Failure:
+    """Create the file with its content at once, unless it exists; then read it."""
+    temporary = path.with_name(f".{path.name}.{failure.attempt}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(vars(failure), indent=1), encoding="utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)  # fails, on network file systems too, if there is one
+        there = to_failure(path.read_text(encoding="utf-8"), failure.attempt)
+        if there is None:  # of an attempt that should be over
+            os.replace(temporary, path)
+        return there or failure
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_failure(log: RankLog) -> Failure | None:
+    """The first failure of this attempt, if its file is there."""
+    with contextlib.suppress(OSError):
+        return to_failure((log.run / FOLDER / FILE).read_text(encoding="utf-8"), log.attempt)
+    return None
+
+
+def in_time(ask: Callable[[], T]) -> T | None:
+    """What the store answers, if it does."""
+    answers: list[T] = []
+
+    def work() -> None:
+        with contextlib.suppress(RuntimeError):  # the store has gone; the file is there
+            answers.append(ask())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(STORE_S)
+    return answers[0] if answers else None
+
+
+def to_failure(text: str | None, attempt: str) -> Failure | None:
+    """A failure from its JSON; None for another attempt's, or none."""
+    try:
+        facts = json.loads(text) if text else None
+        return Failure(**facts) if facts is not None and facts["attempt"] == attempt else None
+    except (ValueError, TypeError, KeyError):  # damaged
+        return None
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,398 @@
+"""Ends a run that no longer gets on, and says which rank holds it up.
+
+Each rank posts a sign of life to the store and reads those of the others. A rank whose training thread has shown no
+progress for `timeout_s` raises the alarm there. Every rank that still can then writes the stacks of its threads to its
+log, and ends with status 76 after a message that names the ranks behind. Clocks of hosts are never compared: the age of
+a sign is how long ago the reader saw it change.
+
+Two threads, since a call to a store whose host has stopped never returns: one talks to the store, the other decides.
+What even these cannot see to, a process whose C code keeps the interpreter's lock, is left to a timer of faulthandler:
+it writes the stacks and ends the process, with status 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import json
+import os
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from pretrain.failure.rank_log import RankLog
+
+EXIT_HUNG = 76
+
+GRACE_INTERVALS = 12
+"""A run that hangs has ended, on every rank, `timeout_s` plus so many intervals after its last progress: one until that
+is seen, up to four until the others know, four for the last signs of life, three for files that are slow to write."""
+
+SILENT_INTERVALS = 3
+"""A rank whose sign of life has not changed for longer is silent."""
+
+RECENT_INTERVALS = 10
+"""A stop of this process that ended longer ago is no reason for what happens now."""
+
+ALARM = "alarm"
+LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
+COLLECTIVES = os.path.dirname(dist.__file__)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a rank says of itself.
+
+    Attributes:
+        idle_s: since its last progress.
+        frame: where its training thread is.
+        collective: whether that is inside torch.distributed.
+        alarmed: it knows of the alarm.
+        ended: it has closed its watchdog; nothing more will come.
+        number: counts the signs of this rank, so that each differs from the one before.
+    """
+
+    step: int
+    phase: str
+    idle_s: float
+    frame: str
+    collective: bool
+    host: str
+    alarmed: bool
+    ended: bool
+    number: int
+
+    def __str__(self) -> str:
+        return f"in step {self.step}, {self.phase}, without progress for {self.idle_s:.0f} s, at {self.frame}"
+
+
+def control_store(attempt: str) -> dist.Store | None:
+    """The store that the processes met by, under a prefix of this attempt. None for one process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.PrefixStore(f"llammlein-{attempt}", _get_default_store())
+
+
+def default_interval_s(timeout_s: float, world_size: int) -> float:
+    """Seconds between two signs of life: 20 in the time-out, and not too many for the one process with the store.
+
+    That process answers `world_size` requests an interval, each for as many keys; one for 512 keys takes it 2 ms.
+    """
+    interval_s = 1 + world_size / 64
+    return min(interval_s, timeout_s / 20) if timeout_s else interval_s
+
+
+class Watchdog:
+    """Watches the training thread, which is the one that makes it.
+
+    Args:
+        store: where the ranks meet; calls go over a connection of its own. None: one process, nothing is exchanged.
+        timeout_s: without progress, until the alarm. 0: no alarm is raised; signs of life are exchanged all the same.
+        interval_s: between two signs of life. None: as `default_interval_s` says.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store | None,
+        rank: int,
+        world_size: int,
+        log: RankLog,
+        timeout_s: float,
+        interval_s: float | None = None,
+    ) -> None:
+        self.store, self.rank, self.world_size, self.log, self.timeout_s = store, rank, world_size, log, timeout_s
+        self.interval_s = interval_s if interval_s is not None else default_interval_s(timeout_s, world_size)
+        self.grace_s = GRACE_INTERVALS * self.interval_s
+        self._training_thread = threading.get_ident()
+        now = time.monotonic()
+        self._beat = (0, "set-up", now)
+        self._raised: str | None = None  # this rank's own alarm
+        self._alarm: str | None = None  # the one that counts, of whichever rank
+        self._store_error: str | None = None
+        self._round_at = now  # when the last exchange was complete
+        self._seen: dict[int, tuple[bytes, float]] = {}  # rank: its newest sign, when that was first seen
+        self._began = now
+        self._number = 0
+        self._final: Sign | None = None  # of the moment of the alarm
+        self._watch_at: float | None = None  # when the watching thread ran last
+        self._stopped = (0.0, 0.0)  # the last time in which it did not run: seconds, and when that ended
+        self._closing = threading.Event()
+        self._exchange_now = threading.Event()
+        self._threads: list[threading.Thread] = []
+        if store is not None:
+            self._client: dist.Store = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+            self._start(self._exchange_signs, "llammlein-signs")
+        if timeout_s:
+            self._arm()
+            self._start(self._watch, "llammlein-watchdog")
+
+    def _start(self, work: Callable[[], None], name: str) -> None:
+        self._threads.append(threading.Thread(target=work, name=name, daemon=True))
+        self._threads[-1].start()
+
+    def beat(self, step: int, phase: str) -> None:
+        """Say that training gets on: at each step, batch of validation, save. About 0.1 microseconds."""
+        self._beat = (step, phase, time.monotonic())
+
+    def silent_ranks(self) -> list[tuple[int, float]]:
+        """(rank, seconds since its last sign of life) of ranks from which none came for more than 3 intervals.
+
+        When the store itself is silent nothing can be said of the others, but for its host: rank 0, unless torchrun's
+        agent keeps it.
+        """
+        now, patience_s, silent = time.monotonic(), SILENT_INTERVALS * self.interval_s, []
+        for rank in self._others():
+            text, since = self._seen.get(rank, (None, self._began))
+            if self._round_at - since > patience_s and not (text is not None and to_sign(text).ended):
+                silent.append((rank, now - since))
+        if self.store_silent_s() > 0 and self.rank != 0 and not agent_keeps_store() and 0 not in dict(silent):
+            silent.insert(0, (0, now - self._round_at))
+        return silent
+
+    def store_silent_s(self) -> float:
+        """Seconds for which the store has given no answer; 0.0 while it does."""
+        waited_s = time.monotonic() - self._round_at
+        if self.store is None or (self._store_error is None and waited_s <= SILENT_INTERVALS * self.interval_s):
+            return 0.0
+        return waited_s
+
+    @property
+    def step(self) -> int:
+        """Of the last beat."""
+        return self._beat[0]
+
+    def stopped_s(self) -> float:
+        """Seconds for which this process did not run, until just now: it was stopped, or its host was. 0.0 if that was
+        less than 3 intervals, or ended more than 10 ago. Not known without a time-out."""
+        now, watch_at = time.monotonic(), self._watch_at
+        if watch_at is not None and self._is_stop(now - watch_at):
+            return now - watch_at
+        seconds, until = self._stopped
+        return seconds if now - until <= RECENT_INTERVALS * self.interval_s else 0.0
+
+    def _is_stop(self, seconds: float) -> bool:
+        return seconds - self.interval_s > SILENT_INTERVALS * self.interval_s
+
+    def last_sign(self, rank: int) -> Sign | None:
+        """What the rank said of itself last; None if it never did."""
+        return to_sign(self._seen[rank][0]) if rank in self._seen else None
+
+    def stand_by(self) -> None:
+        """After an alarm this does not return: the process is about to end. When the first ranks end, the collectives
+        of the others fail; that is no news any more."""
+        while self.timeout_s and (self._alarm is not None or self._raised is not None):
+            time.sleep(self.interval_s)
+
+    def close(self) -> None:
+        """End the threads and what is armed; the other ranks are told that this one is done. Before the last barrier:
+        a store whose host has ended makes torch print warnings."""
+        self._closing.set()
+        self._exchange_now.set()
+        for thread in self._threads:
+            thread.join(timeout=SILENT_INTERVALS * self.interval_s)  # one that waits for a dead store is left behind
+        if self.timeout_s:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.world_size) if rank != self.rank]
+
+    def _sign(self) -> Sign:
+        """This rank now; after an alarm as it was then, since its collectives fail when the first ranks end."""
+        self._number += 1
+        if self._final is not None:
+            return dataclasses.replace(self._final, number=self._number)
+        step, phase, at = self._beat
+        frame = sys._current_frames().get(self._training_thread)
+        sign = Sign(
+            step=step,
+            phase=phase,
+            idle_s=time.monotonic() - at,
+            frame=place(frame),
+            collective=frame is not None and frame.f_code.co_filename.startswith(COLLECTIVES),
+            host=self.log.host,
+            alarmed=self._alarm is not None,
+            ended=self._closing.is_set(),
+            number=self._number,
+        )
+        if sign.alarmed:
+            self._final = sign
+        return sign
+
+    def _exchange_signs(self) -> None:
+        """The thread that talks to the store."""
+        while True:
+            sign = self._sign()
+            try:
+                self._client.set(f"rank-{self.rank}", json.dumps(vars(sign)))
+                if sign.ended:
+                    return
+                self._read_signs()
+            except RuntimeError as error:  # torch's DistError is one
+                if not self._closing.is_set():
+                    self._store_error = str(error).splitlines()[0]
+                    self.log.event(f"the store is gone ({self._store_error}): its process has ended, or the network")
+                return
+            self._round_at = time.monotonic()
+            self._exchange_now.wait(self.interval_s)
+            self._exchange_now.clear()
+
+    def _read_signs(self) -> None:
+        here = [rank for rank in self._others() if rank in self._seen or self._client.check([f"rank-{rank}"])]
+        if here:
+            for rank, text in zip(here, self._client.multi_get([f"rank-{rank}" for rank in here]), strict=True):
+                if rank not in self._seen or self._seen[rank][0] != text:
+                    self._seen[rank] = (text, time.monotonic())
+        if self._raised is not None:
+            self._client.compare_set(ALARM, "", self._raised)
+        if self._alarm is None and self._client.check([ALARM]):
+            self._alarm = self._client.get(ALARM).decode()
+
+    def _arm(self) -> None:
+        """Let faulthandler end the process unless this is called again in time."""
+        faulthandler.dump_traceback_later(self.timeout_s + self.grace_s, exit=True, file=self.log.file)
+
+    def _watch(self) -> None:
+        """The thread that decides."""
+        self._watch_at = time.monotonic()
+        while not self._closing.wait(self.interval_s):
+            self._arm()
+            now = time.monotonic()
+            if self._is_stop(now - self._watch_at):
+                self._stopped = (now - self._watch_at, now)
+            self._watch_at = now
+            if self._alarm is None and (idle_s := time.monotonic() - self._beat[2]) > self.timeout_s:
+                self._raised = f"rank {self.rank} made no progress for {idle_s:.0f} s"
+                self._exchange_now.set()
+                if self.store is None or self.store_silent_s() > 0:
+                    self._alarm = self._raised  # there is nobody to agree with
+            if self._alarm is not None:
+                self._end(self._alarm)
+
+    def _end(self, alarm: str) -> NoReturn:
+        """Write the stacks, wait for the last signs of life, say who holds the run up, end the process."""
+        until = time.monotonic() + SILENT_INTERVALS * self.interval_s
+        if self.rank == 0:
+            until += self.interval_s  # the store may end with this process
+        self._exchange_now.set()
+        try:
+            dump = stacks()
+        except OSError as error:
+            dump = f"the stacks could not be taken: {error}"
+        in_background(lambda: self.log.event(f"alarm: {alarm}; this rank is {self._sign()}\n{dump}"))
+        time.sleep(max(0.0, until - time.monotonic()))
+        signs = {rank: self.last_sign(rank) for rank in self._others()} | {self.rank: self._sign()}
+        silent = {rank: s for rank, s in self.silent_ranks() if (sign := signs[rank]) is None or not sign.alarmed}
+        text = f"error: the run hangs: {alarm} (--guard.hang_timeout_s {self.timeout_s:g}); {blame(signs, silent)}"
+        if (silent_s := self.store_silent_s()) > 0:
+            text += f"; the store has given no answer for {silent_s:.0f} s, so this is what was known before"
+        if (stopped_s := self.stopped_s()) > 0:
+            text += f"; this process itself did not run for {stopped_s:.0f} s"
+        text += f"; the stacks are in {self.log.path.parent}"
+        told = in_background(lambda: print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True))
+        logged = in_background(lambda: self.log.event(text))
+        told.join(self.interval_s)
+        logged.join(2 * self.interval_s)
+        os._exit(EXIT_HUNG)
+
+
+def blame(signs: Mapping[int, Sign | None], silent: Mapping[int, float]) -> str:
+    """Which ranks hold the others up, as far as it can be told, and where the others are.
+
+    Args:
+        signs: the last of each rank, None where there never was one.
+        silent: seconds of silence of the ranks that no longer answer.
+    """
+    known = {r: s for r, s in signs.items() if s is not None and r not in silent and not s.ended}
+    found, why, how = dict[int, Sign](), "", "the others"
+    if silent:
+        told = []
+        for rank, seconds in silent.items():
+            sign = signs[rank]
+            last = f"; last seen on {sign.host} {sign}" if sign is not None else ""
+            told.append(f"rank {rank} has given no sign of life for {seconds:.0f} s{last}")
+        why = "; ".join(told) + " (killed, stopped, its host gone, or in C code that keeps the interpreter's lock)"
+    elif len({s.step for s in known.values()}) > 1:
+        least = min(s.step for s in known.values())
+        found = {r: s for r, s in known.items() if s.step == least}
+        why = f"behind: {places(found)}"
+    elif 0 < len(found := {r: s for r, s in known.items() if not s.collective}) < len(known):
+        why, how = f"held up by {places(found)}", "waiting in torch.distributed"
+    elif len(known) > 1:
+        found, why = known, f"all are in the same step: {places(known)}"
+    else:
+        found, why = known, places(known)
+    rest = {r: s for r, s in known.items() if r not in found}
+    ended = {r: s for r, s in signs.items() if s is not None and s.ended}
+    return why + (f"; {how}: {places(rest)}" if rest else "") + (f"; ended already: {places(ended)}" if ended else "")
+
+
+def places(signs: Mapping[int, Sign]) -> str:
+    """Where ranks are; those in the same place are named together, the fewest first."""
+    groups: dict[tuple[int, str, str, str], list[int]] = {}
+    for rank, sign in sorted(signs.items()):
+        groups.setdefault((sign.step, sign.phase, sign.frame, sign.host), []).append(rank)
+    told = []
+    for (_, _, _, host), ranks in sorted(groups.items(), key=lambda item: len(item[1])):
+        name = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {spans(ranks)}"
+        told.append(f"{name} on {host} {signs[ranks[0]]}")
+    return ", ".join(told)
+
+
+def spans(ranks: list[int]) -> str:
+    """[0, 2, 3, 4] -> "0, 2-4"."""
+    told: list[list[int]] = []
+    for rank in ranks:
+        if told and rank == told[-1][1] + 1:
+            told[-1][1] = rank
+        else:
+            told.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in told)
+
+
+def place(frame: FrameType | None) -> str:
+    """The innermost Python frame of a thread, and the innermost that is in no library."""
+    if frame is None:
+        return "no Python frame"
+    told, outer = spot(frame), frame
+    while outer.f_code.co_filename.startswith(LIBRARIES) and outer.f_back is not None:
+        outer = outer.f_back
+    return told if outer is frame else f"{told}, from {spot(outer)}"
+
+
+def spot(frame: FrameType) -> str:
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def stacks() -> str:
+    """The stacks of all threads. faulthandler keeps the interpreter's lock while it writes, so this goes to a local
+    file first: a log that cannot be written to then holds up one thread only."""
+    names = ", ".join(f"{thread.name} 0x{thread.ident or 0:016x}" for thread in threading.enumerate())
+    with tempfile.TemporaryFile("w+") as f:
+        faulthandler.dump_traceback(f, all_threads=True)
+        f.seek(0)
+        return f"threads: {names}\n{f.read().rstrip()}"
+
+
+def in_background(write: Callable[[], None]) -> threading.Thread:
+    """Write to a file that may take nothing, for the very reason that the training hangs."""
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    return thread
+
+
+def to_sign(text: bytes) -> Sign:
+    return Sign(**json.loads(text))
+
+
+def agent_keeps_store() -> bool:
+    """Whether torchrun's agent, not rank 0, is the host of the store."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)

@@ -1,0 +1,164 @@
+"""What a run shows of itself while it trains: a bar on a terminal, lines in a log.
+
+Lines go to standard output: one at a log step, but not within 10 s of the line before, except for the first, the last
+and validations. Where a minute passes without one, a line says how far the run is, from the host's clock alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from pretrain.logs.messages import say
+
+LINE_S = 10.0  # at least, between two lines of log steps
+QUIET_S = 60.0  # at most, without a line
+WIDE = 100  # columns of a terminal that has room for the bar itself
+
+
+class ProgressDisplay:
+    """Shows a run's progress, on rank 0; the others show nothing.
+
+    Args:
+        step_tokens: of one optimizer step.
+        clock: seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        first_step: int,
+        max_steps: int,
+        step_tokens: int,
+        *,
+        show: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.step, self.max_steps, self.step_tokens = first_step, max_steps, step_tokens
+        self._clock = clock
+        self._begun: tuple[int, float] | None = None  # after the first step, which compiles
+        self._line = (first_step, clock())  # of the newest line
+        self._said = False
+        self._bar = Bar(first_step, max_steps) if show and Console(stderr=True).is_terminal else None
+        self._lines = show and (self._bar is None or not sys.stdout.isatty())
+        self._show = show
+
+    def phase(self, name: str, done: int | None = None, of: int | None = None) -> None:
+        """Say what the run does other than training: compiling, validating (`done` of so many steps), saving."""
+        text = name if done is None else f"{name} {done}/{of}"
+        if self._bar is not None:
+            self._bar.update(doing=text)
+        if self._lines and (name == "compiling" or self._quiet_s() >= QUIET_S):
+            self.say(f"{self._position()}: {text}")
+
+    def advance(self, step: int) -> None:
+        """A step is done, on the host: the device may still be at work on it."""
+        self.step = step
+        if self._begun is None:
+            self._begun = (step, self._clock())
+        if self._bar is not None:
+            self._bar.update(doing="training", completed=step, left=self._left())
+        if self._lines and self._quiet_s() >= QUIET_S:
+            since, then = self._line
+            rate = (step - since) * self.step_tokens / max(self._clock() - then, 1e-9)
+            self.say(", ".join(filter(None, [f"{self._position()}: {rate:,.0f} tokens/s", self._left()])))
+
+    def row(self, row: dict[str, float]) -> None:
+        """Show the numbers of a log step or a validation."""
+        self.step = int(row["step"])
+        if not self._show or not row.keys() & {"train_loss", "val_loss"}:
+            return
+        losses, rates = describe_losses(row), describe_rates(row)
+        if self._bar is not None and "train_loss" in row:
+            self._bar.update(note="  ".join([f"loss {row['train_loss']:.3f}", *rates]))
+        if "val_loss" not in row:
+            first, last = not self._said, self.step == self.max_steps
+            if not self._lines or (self._quiet_s() < LINE_S and not first and not last):
+                return
+        self._said |= "train_loss" in row
+        self.say(f"{self._position()}: {', '.join(filter(None, [*losses, *rates, self._left()]))}")
+
+    def say(self, text: str) -> None:
+        """A line in the log, or above the bar."""
+        if self._show:
+            self._line = (self.step, self._clock())
+            say(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _position(self) -> str:
+        return f"step {self.step}/{self.max_steps}"
+
+    def _quiet_s(self) -> float:
+        return self._clock() - self._line[1]
+
+    def _left(self) -> str:
+        """The time left at the mean pace since the first step of this start; empty where it is not known."""
+        if self._begun is None or self.step <= self._begun[0] or self.step >= self.max_steps:
+            return ""
+        first, then = self._begun
+        seconds = (self._clock() - then) / (self.step - first) * (self.max_steps - self.step)
+        return f"{timedelta(seconds=round(seconds))} left"
+
+
+def describe_losses(row: dict[str, float]) -> list[str]:
+    parts = [f"loss {row['train_loss']:.4f}"] if "train_loss" in row else []
+    if "val_loss" in row:
+        loss = row["val_loss"]
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        bits = f", {row['val_bits_per_byte']:.4f} bits per byte" if "val_bits_per_byte" in row else ""
+        parts.append(f"validation loss {loss:.4f} (perplexity {perplexity:,.2f}{bits})")
+    return parts
+
+
+def describe_rates(row: dict[str, float]) -> list[str]:
+    parts = [f"{row['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in row else []
+    if "memory_gib" in row:
+        parts.append(f"{row['memory_gib']:.1f} GiB")
+    return parts
+
+
+def whole(text: str) -> ProgressColumn:
+    """A column that keeps its width on a narrow terminal."""
+    return TextColumn(text, table_column=Column(no_wrap=True))
+
+
+class Note(ProgressColumn):
+    """The newest numbers, cut short on a narrow terminal."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+
+class Bar:
+    """A bar on standard error. A terminal that has gone is no reason to stop."""
+
+    def __init__(self, first_step: int, max_steps: int) -> None:
+        console = Console(stderr=True)
+        columns = [whole("[bold]{task.fields[doing]}"), whole("{task.completed}/{task.total}")]
+        columns += [BarColumn(bar_width=None)] if console.width >= WIDE else []
+        columns += [Note(), whole("{task.fields[left]}")]
+        # Lines for a log file that standard output is sent to must not land on the terminal.
+        self._progress = Progress(*columns, console=console, expand=True, redirect_stdout=sys.stdout.isatty())
+        with contextlib.suppress(OSError):
+            self._progress.start()
+        self._task = self._progress.add_task(
+            "", total=max_steps, completed=first_step, note="", left="", doing="training"
+        )
+
+    def update(self, **fields: object) -> None:
+        self._progress.update(self._task, **fields)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._progress.stop()

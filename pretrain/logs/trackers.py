@@ -1,0 +1,288 @@
+"""TensorBoard and Weights & Biases beside metrics.csv. A tracker shows the rows of metrics.csv, and never ends a run.
+
+A run has a unique id, kept in RUN/run_id.json. When a run returns to an older checkpoint, TensorBoard drops the later
+steps. Weights & Biases cannot drop steps in general: its rewind is enabled server by server, and not offline. So the
+run there is left as it is, and another begins with the rows that are still valid.
+"""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from lit_files.publish import write_json
+from pretrain.args import LogArgs
+from pretrain.logs.layer_norms import FILE as LAYERS
+from pretrain.logs.messages import warn
+from pretrain.logs.metrics import FILE as METRICS
+
+ID_FILE = "run_id.json"
+FORBIDDEN = "/\\#?%:"  # in a name of a project of Weights & Biases
+LONGEST_NAME = 128
+
+
+@dataclass
+class RunId:
+    """Who a run is, to trackers.
+
+    Attributes:
+        id: unique, made once.
+        folder: of the run when this was written, absolute; tells a copy of it from the run itself.
+        wandb: the id at Weights & Biases of the run that shows this one's rows; None before there is one.
+        wandb_runs: runs begun there so far.
+    """
+
+    id: str
+    folder: str
+    wandb: str | None = None
+    wandb_runs: int = 0
+
+    def save(self) -> None:
+        write_json(Path(self.folder) / ID_FILE, vars(self))
+
+
+class Tracker(Protocol):
+    name: str
+
+    def log(self, values: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_trackers(args: LogArgs, run: Path) -> None:
+    """Raise ValueError if a tracker could not start here: no package, no key, a name that it refuses.
+
+    Uses no network, and leaves nothing behind.
+    """
+    if "tensorboard" in args.trackers:
+        import_tensorboard()
+    if "wandb" in args.trackers:
+        check_wandb(args, args.run_name or run.resolve().name)
+
+
+def import_tensorboard() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--log.trackers tensorboard: install it with `pip install llammlein[tensorboard]`") from error
+    return SummaryWriter
+
+
+def import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("--log.trackers wandb: install it with `pip install llammlein[wandb]`") from error
+    return wandb
+
+
+def check_wandb(args: LogArgs, name: str) -> None:
+    for flag, value in (("--log.project", args.project), ("--log.run_name", name)):
+        bad = sorted(set(value) & set(FORBIDDEN)) if flag == "--log.project" else []
+        if bad or not value.strip() or len(value) > LONGEST_NAME:
+            raise ValueError(
+                f"{flag} {value!r}: Weights & Biases takes 1 to {LONGEST_NAME} characters"
+                + (f", none of {' '.join(FORBIDDEN)}" if flag == "--log.project" else "")
+            )
+    wandb = import_wandb()
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode not in ("online", "offline", "disabled", "shared", "dryrun", "run"):
+        raise ValueError(f"WANDB_MODE {mode!r} is not online, offline or disabled")
+    if mode in ("online", "shared", "run") and not has_key(wandb):
+        raise ValueError(
+            "--log.trackers wandb: no key of Weights & Biases is configured; run `wandb login`, set WANDB_API_KEY, or "
+            "set WANDB_MODE=offline"
+        )
+
+
+def has_key(wandb: Any) -> bool:
+    """Whether wandb would log in without asking at the terminal."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False))
+    return wandb.api.api_key is not None  # before wandb.login had a parameter to suppress its prompt
+
+
+def open_id(run: Path, name: str) -> RunId:
+    """The id of the run in this folder, which gets one if it has none yet.
+
+    A copy of a run's folder is a run of its own from then on. A run from before there were ids keeps its name at
+    Weights & Biases, which was its id.
+    """
+    here = run.resolve()
+    known = read_id(here)
+    if known is None:
+        used = name if (here / "wandb").is_dir() else None
+        known = RunId(secrets.token_hex(8), str(here), used, int(used is not None))
+    elif known.folder != str(here):
+        original = read_id(Path(known.folder))
+        copied = original is not None and original.id == known.id
+        known = RunId(secrets.token_hex(8), str(here)) if copied else RunId(**{**vars(known), "folder": str(here)})
+    else:
+        return known
+    known.save()
+    return known
+
+
+def read_id(run: Path) -> RunId | None:
+    """None where there is none, or none that can be read."""
+    try:
+        facts = json.loads((run / ID_FILE).read_text(encoding="utf-8"))
+        known = RunId(**facts)
+    except (OSError, ValueError, TypeError):
+        return None
+    strings = isinstance(known.id, str) and isinstance(known.folder, str) and isinstance(known.wandb, str | None)
+    return known if strings and isinstance(known.wandb_runs, int) else None
+
+
+class Trackers:
+    """The trackers of a run, on rank 0.
+
+    Args:
+        config: the settings, shown beside the run.
+        step: optimizer steps done; what a tracker shows of later ones is dropped, see `abandon`.
+        strict: raise ValueError for a tracker that cannot start. Else a warning names it, and the run has it not.
+    """
+
+    def __init__(self, run: Path, args: LogArgs, config: dict[str, Any], step: int, *, strict: bool) -> None:
+        self._open: list[Tracker] = []
+        self._failed: set[str] = set()
+        for name in args.trackers:
+            try:
+                check_trackers(LogArgs(trackers=[name], project=args.project, run_name=args.run_name), run)
+                begin: type[TensorBoard | WandB] = TensorBoard if name == "tensorboard" else WandB
+                self._open.append(begin(run, args, config, step))
+            except Exception as error:  # of a library, which may raise anything
+                is_mistake = isinstance(error, ValueError)
+                message = one_line(error) if is_mistake else f"--log.trackers {name}: {cause(error)}"
+                if strict:
+                    self.close()
+                    hint = "; WANDB_MODE=offline needs no network" if name == "wandb" and not is_mistake else ""
+                    raise ValueError(message + hint) from error
+                warn(f"{message}; training continues without it")
+
+    def log(self, row: dict[str, float]) -> None:
+        """Show a row of metrics.csv."""
+        values, step = {k: v for k, v in row.items() if k != "step"}, int(row["step"])
+        for tracker in self._open:
+            try:
+                tracker.log(values, step)
+            except Exception as error:
+                self._warn(tracker, error)
+
+    def close(self) -> None:
+        for tracker in self._open:
+            try:
+                tracker.close()
+            except Exception as error:
+                self._warn(tracker, error)
+        self._open = []
+
+    def _warn(self, tracker: Tracker, error: Exception) -> None:
+        """Once for each tracker."""
+        if tracker.name not in self._failed:
+            warn(f"{tracker.name} lost a row ({cause(error)}); training continues, and so do the rows if it recovers")
+        self._failed.add(tracker.name)
+
+
+def abandon(run: Path, args: LogArgs) -> None:
+    """Before rows are cut from metrics.csv: what Weights & Biases shows is no longer this run."""
+    if not (run / ID_FILE).exists() and not (run / "wandb").is_dir():
+        return
+    try:
+        known = open_id(run, args.run_name or run.resolve().name)
+        if known.wandb is not None:
+            known.wandb = None
+            known.save()
+    except OSError as error:
+        warn(f"{run / ID_FILE} cannot be written ({error.strerror}): wandb may keep abandoned steps")
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    name = "tensorboard"
+
+    def __init__(self, run: Path, args: LogArgs, config: dict[str, Any], step: int) -> None:
+        self._folder = run / "tensorboard"
+        first = not any(self._folder.glob("events.*"))
+        self._writer = import_tensorboard()(str(self._folder), purge_step=None if first else step + (step > 0))
+        if first:
+            for row in rows_until(run, step):
+                self.log(*row)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if self._writer is None:
+            self._writer = import_tensorboard()(str(self._folder))
+        try:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+        except Exception:
+            self._writer = None  # a writer whose thread has failed fails for ever
+            raise
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WandB:
+    """A run at Weights & Biases. WANDB_MODE, WANDB_API_KEY, WANDB_ENTITY and the like come from the environment."""
+
+    name = "wandb"
+
+    def __init__(self, run: Path, args: LogArgs, config: dict[str, Any], step: int) -> None:
+        name = args.run_name or run.resolve().name
+        known = open_id(run, name)
+        first, number = known.wandb is None, known.wandb_runs + 1
+        if known.wandb is None:
+            known.wandb = known.id if number == 1 else f"{known.id}-{number}"
+            known.wandb_runs = number
+            name = name if number == 1 else f"{name} ({number})"
+        self._run = import_wandb().init(
+            project=args.project,
+            name=name,
+            id=known.wandb,
+            dir=str(run),
+            config={**config, "run_id": known.id},
+            resume="allow",
+        )
+        if first:
+            for row in rows_until(run, step):
+                self.log(*row)
+            known.save()
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def rows_until(run: Path, step: int) -> list[tuple[dict[str, float], int]]:
+    """What was logged up to a step, as (values, step): for a tracker that has none of it yet."""
+    rows: dict[int, dict[str, float]] = {}
+    for name, prefix in ((METRICS, ""), (LAYERS, "layers/")):
+        path = run / name
+        if step == 0 or not path.exists():
+            continue
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                n = int(row.pop("step"))
+                if n <= step:
+                    rows.setdefault(n, {}).update({f"{prefix}{k}": float(v) for k, v in row.items() if v})
+    return [(rows[n], n) for n in sorted(rows)]
+
+
+def cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,113 @@
+"""What the items of a preflight share, and how they say what they found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from lit_model.config import ModelConfig
+from lit_model.cost import TrainingMemory
+from pretrain.args import RunArgs
+from pretrain.preflight.ranks import Outcome, Ranks
+from pretrain.setup import Data, Datasets, named_folder
+
+T = TypeVar("T")
+Verdict = Literal["ok", "warning", "failed", "skipped"]
+
+
+@dataclass
+class Finding:
+    """What an item found. `advice`: what to do, where it is not ok."""
+
+    verdict: Verdict
+    measured: str
+    advice: str = ""
+
+
+@dataclass
+class Situation:
+    """What the items share. They fill in what later ones use; None: not known, for a reason that a finding names."""
+
+    args: RunArgs
+    ranks: Ranks
+    kind: str | None = None
+    """cpu, cuda or mps."""
+    devices: int | None = None
+    """Per node; None: they are not there as asked for, and no processes were started."""
+    shape_fault: str = ""
+    launch_fault: str = ""
+    give_up: Callable[[list[Outcome[Any]]], None] = lambda _: None
+    findings: dict[str, Finding] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    datasets: Datasets | None = None
+    data: Data | None = None
+    config: ModelConfig | None = None
+    max_steps: int | None = None
+    loader_tokens_per_s: float | None = None
+    """Of the slowest rank."""
+    memory: TrainingMemory | None = None
+    nccl_logs: Path | None = None
+    """Folder of this process for what NCCL says of its choices."""
+    scratch: Path | None = None
+    """Where temporary files go."""
+    new_folders: list[Path] = field(default_factory=list)
+    """Folders that are not there before the preflight, innermost first."""
+
+    @property
+    def launched(self) -> bool:
+        return self.ranks.fabric is not None
+
+    @property
+    def not_launched(self) -> str:
+        """Why an item that needs the processes is skipped."""
+        return "the processes were not started: see devices and environment"
+
+    @property
+    def world_size(self) -> int:
+        """As asked for, whether it is there or not."""
+        if self.launched:
+            return self.ranks.world_size
+        return (self.devices or (self.args.devices if isinstance(self.args.devices, int) else 1)) * self.args.num_nodes
+
+    @property
+    def folder(self) -> Path:
+        """The run's, or where it will be made."""
+        return named_folder(self.args) or Path("runs")
+
+    def failed(self, name: str) -> bool:
+        return name in self.findings and self.findings[name].verdict == "failed"
+
+    def watched(self, work: Callable[[], T]) -> list[Outcome[T]]:
+        return self.ranks.watched(work, self.give_up)
+
+
+def faults(outcomes: Sequence[Outcome[Any]]) -> str:
+    """What the ranks raised, named by rank and host; the same fault of many ranks comes once. Empty: nothing."""
+    told: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        if outcome.fault is not None:
+            told.setdefault(outcome.fault, []).append(outcome.who)
+    return "; ".join(
+        f"{', '.join(who[:3])}{f' and {len(who) - 3} more' if len(who) > 3 else ''}: {fault}"
+        for fault, who in told.items()
+    )
+
+
+def results(outcomes: Sequence[Outcome[T]]) -> list[T]:
+    """Of ranks none of which failed."""
+    return [outcome.result for outcome in outcomes if outcome.fault is None]  # type: ignore[misc]
+
+
+def odd_ones(outcomes: Sequence[Outcome[dict[str, Any]]], key: str) -> str:
+    """Which ranks differ from most of them in one of their facts; empty if none does."""
+    values = [facts[key] for facts in results(outcomes)]
+    most = Counter(values).most_common(1)[0][0]
+    odd = [f"{o.who} has {v}" for o, v in zip(outcomes, values, strict=True) if v != most]
+    return f"{'; '.join(odd[:3])}{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}, most have {most}" if odd else ""
+
+
+def show_bytes(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"

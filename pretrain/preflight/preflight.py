@@ -1,0 +1,163 @@
+"""Preflight: what a run will meet, looked at before it starts. `python pretrain/fabric_train.py --preflight ...`
+
+Nothing of a run is touched: what is written lies in one temporary folder in out_dir, and is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pretrain.args import RunArgs
+from pretrain.launch import is_first_process
+from pretrain.parallel import build_fabric, check_shapes, device_kind
+from pretrain.preflight.context import Finding, Situation, Verdict, faults
+from pretrain.preflight.machine import check_devices, check_disk, check_environment, check_network
+from pretrain.preflight.nccl_transport import ask_for_log
+from pretrain.preflight.ranks import Outcome, RankLostError, Ranks, describe
+from pretrain.preflight.trial_run import check_data, check_memory, check_one_step, check_run_folder, check_tracker_setup
+
+# Each looks at one thing and is called on all ranks alike. What differs between ranks is done in `ranks.together` (no
+# rank needs another) or `situation.watched` (ranks wait for each other); the finding is made of all outcomes, the same
+# on all ranks.
+ITEMS: tuple[tuple[str, Callable[[Situation], Finding]], ...] = (
+    ("devices", check_devices),
+    ("environment", check_environment),
+    ("network", check_network),
+    ("run folder", check_run_folder),
+    ("trackers", check_tracker_setup),
+    ("data", check_data),
+    ("disk", check_disk),
+    ("memory", check_memory),
+    ("one step", check_one_step),
+)
+
+COLOURS: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "cyan"}
+MEETING_S = 600  # at most, for the ranks to meet and for any collective
+FAREWELL_S = 30.0  # a rank that cannot begin leaves rank 0 this long to say why, before its end ends the job
+
+
+def preflight(args: RunArgs) -> int:
+    """Look at everything, and print a table from rank 0. Returns the exit status: 0 if nothing failed, else 1.
+
+    Every rank calls this; it starts the processes as a run does.
+    """
+    args = copy.deepcopy(args)
+    args.timeout_s = min(args.timeout_s, MEETING_S)
+    s = start(args)
+    if not s.launched and not is_first_process():
+        return leave_to_rank_zero(s)
+    try:
+        look(s)
+        failed = any(finding.verdict == "failed" for finding in s.findings.values())
+        if s.ranks.rank == 0:
+            show(s)
+        return int(failed)
+    finally:
+        clean(s)
+
+
+def start(args: RunArgs) -> Situation:
+    """Start or join the processes, where the devices fit the flags; else say why not."""
+    s = Situation(args, Ranks(None, timedelta(seconds=args.timeout_s)))
+    folder = s.folder.absolute()
+    s.new_folders = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        s.kind = device_kind(args)
+        s.devices = check_shapes(args)
+    except ValueError as error:
+        s.shape_fault = str(error)
+        return s
+    if args.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        if s.kind == "cuda":
+            s.nccl_logs = ask_for_log()
+        fabric = build_fabric(args, s.devices)
+        s.ranks = Ranks(fabric, timedelta(seconds=args.timeout_s))
+    except Exception as error:
+        s.launch_fault = describe(error)
+    return s
+
+
+def leave_to_rank_zero(s: Situation) -> int:
+    """On another rank that cannot join: say so, and give rank 0 the time to look at what it can."""
+    fault = s.shape_fault or s.launch_fault
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK")))
+    print(f"preflight: rank {rank} (host {socket.gethostname()}) cannot begin: {fault}", file=sys.stderr, flush=True)
+    time.sleep(FAREWELL_S)
+    return 1
+
+
+def look(s: Situation) -> None:
+    """Go through the items; a failure of one does not keep the others from it."""
+    for i, (name, item) in enumerate(ITEMS):
+
+        def give_up(outcomes: list[Outcome[Any]], name: str = name, later: int = i + 1) -> NoReturn:
+            """The ranks wait for each other for ever: say what is known, and end this process."""
+            s.findings[name] = Finding("failed", faults(outcomes), "mend this rank first; the others wait for it")
+            for skipped, _ in ITEMS[later:]:
+                s.findings[skipped] = Finding("skipped", f"the ranks were lost in: {name}")
+            end_stuck(s)
+
+        s.give_up = give_up
+        try:
+            s.findings[name] = item(s)
+        except RankLostError as error:
+            give_up([Outcome(s.ranks.rank, socket.gethostname(), str(error), None)])
+        except Exception as error:
+            s.findings[name] = Finding("failed", describe(error), "see the message")
+
+
+def end_stuck(s: Situation) -> NoReturn:
+    if s.ranks.rank == 0:
+        show(s)
+    clean(s)
+    sys.stdout.flush()
+    try:
+        s.ranks.gather(None)  # the others wait for the table: the first to end may end all
+    except RankLostError:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def show(s: Situation) -> None:
+    """The table, and below it what to do: one unbroken line for each item that is not ok."""
+    console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=False)
+    table = Table(title=f"Preflight: {s.world_size} x {s.kind or s.args.accelerator}", show_lines=True)
+    table.add_column("item", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("measured", overflow="fold")
+    for name, finding in s.findings.items():
+        table.add_row(name, Text(finding.verdict, COLOURS[finding.verdict]), Text(finding.measured))
+    console.print(table)
+    for name, finding in s.findings.items():
+        if finding.verdict != "ok":
+            advice = f" -> {finding.advice}" if finding.advice else ""
+            console.print(Text(f"{finding.verdict:8} {name}: {finding.measured}{advice}"), soft_wrap=True)
+    counts = {v: sum(f.verdict == v for f in s.findings.values()) for v in COLOURS}
+    console.print(Text("preflight: " + ", ".join(f"{n} {v}" for v, n in counts.items())), soft_wrap=True)
+
+
+def clean(s: Situation) -> None:
+    """Remove what was written, and the folders that were not there before, if nothing else is in them. On every rank:
+    where out_dir is not shared each node has its own."""
+    if s.nccl_logs is not None:
+        shutil.rmtree(s.nccl_logs, ignore_errors=True)
+    if s.scratch is not None:
+        shutil.rmtree(s.scratch, ignore_errors=True)
+    for folder in s.new_folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -1,0 +1,495 @@
+"""Items of a preflight that look at the run: its folder, data, memory, and one step (see preflight.py beside it)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lit_data.packed.dataset import PackedDataset
+from lit_files.checksum import file_sha256
+from lit_model.config import ModelConfig
+from lit_model.cost import TrainingMemory, TrainingSetting, training_memory
+from lit_model.load import Checkpoint, list_checkpoints
+from lit_model.registry import get_config
+from pretrain.args import RunArgs
+from pretrain.checkpoint.files import check_meta, find_checkpoint
+from pretrain.distillation.teachers import teacher_bytes
+from pretrain.init_from import model_config
+from pretrain.logs.throughput import Throughput, peak_memory_gib
+from pretrain.logs.trackers import check_trackers
+from pretrain.loop import train_step
+from pretrain.parallel import uses_fsdp
+from pretrain.preflight.context import Finding, Situation, faults, results, show_bytes
+from pretrain.preflight.machine import checkpoint_bytes
+from pretrain.preflight.ranks import Ranks
+from pretrain.setup import (
+    Datasets,
+    check_resume,
+    first_segments,
+    length_of,
+    open_data,
+    open_datasets,
+    set_up,
+    settle_teachers,
+    training_loader,
+)
+
+CHECKSUM_BYTES = 256 << 20  # of shards that one rank reads again
+MANY_EPOCHS = 4.0  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
+LOADER_STEPS, LOADER_S = 20, 3.0  # at most
+
+CUDA_RESERVE_BYTES = 1536 << 20  # context, NCCL's buffers, kernels' workspaces, fragmentation
+TIGHT = 0.9  # of the memory that is there
+
+STEPS = 2  # the first compiles and fills caches, the last is measured
+# A fresh model's loss above and below ln(vocabulary): logits of standard deviation s add about s^2 / 2.
+LOSS_ABOVE, LOSS_BELOW = 1.5, 0.5
+
+
+# --- run folder -------------------------------------------------------------------------------------------------------
+
+
+def check_run_folder(s: Situation) -> Finding:
+    """Whether the run begins, goes on, or would be refused."""
+
+    def look() -> tuple[Path | None, str]:
+        folder, resume = s.folder, s.args.resume
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out_dir {folder} is a file")
+        if resume is None:
+            if s.args.out_dir is not None and ((folder / "config.yaml").exists() or list_checkpoints(folder)):
+                raise ValueError(f"--out_dir {folder} holds a run already, which a start without --resume refuses")
+            return None, f"{s.args.out_dir or 'runs/NAME-DATE-TIME'}: a new run"
+        checkpoint = find_checkpoint(resume, folder)
+        if checkpoint is None:
+            return None, f"{folder}: a new run (--resume {resume} finds no checkpoint)"
+        opened = Checkpoint(checkpoint)
+        kind = "sharded" if opened.sharded else "full"
+        return (
+            checkpoint,
+            f"goes on from {checkpoint}, step {opened.meta['step']}, {kind}, {len(opened.names())} tensors",
+        )
+
+    outcomes = s.ranks.together(lambda: look() if s.ranks.rank == 0 else None)
+    if fault := faults(outcomes):
+        return Finding(
+            "failed", fault, "choose another --out_dir, go on with --resume latest, or name an older checkpoint"
+        )
+    assert outcomes[0].result is not None
+    s.checkpoint, measured = outcomes[0].result
+    return Finding("ok", measured)
+
+
+# --- trackers ---------------------------------------------------------------------------------------------------------
+
+
+def check_tracker_setup(s: Situation) -> Finding:
+    """Whether the trackers could start: what a start looks at before it makes the run folder."""
+    names = ", ".join(s.args.log.trackers)
+    if not names:
+        return Finding("ok", "metrics.csv alone (--log.trackers)")
+    outcomes = s.ranks.together(lambda: check_trackers(s.args.log, s.folder) if s.ranks.rank == 0 else None)
+    if fault := faults(outcomes):
+        if s.checkpoint is not None:
+            return Finding("warning", f"{fault}; a resumed run continues without it", "see the message")
+        return Finding("failed", fault, "see the message, or leave the tracker out of --log.trackers")
+    return Finding("ok", f"{names}: installed, and its settings are accepted; no connection was tried")
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def check_data(s: Situation) -> Finding:
+    """Datasets open on every rank and fit the model; rows, epochs, a sample of checksums, the loader's speed."""
+    args = s.args
+    if args.data.synthetic.tokens:
+        s.config = model_config(args, args.data.synthetic.vocab_size, s.checkpoint)
+        return Finding("skipped", "the data is made when the run begins (--data.synthetic.tokens)")
+    s.config = s.config or config_without_data(args)
+
+    def look() -> tuple[int, int]:
+        s.datasets, s.config = open_datasets(args, s.checkpoint)
+        return check_sample(s.datasets, s.ranks)
+
+    outcomes = s.ranks.together(look)
+    if fault := faults(outcomes):
+        return Finding("failed", fault, "see the message; the folder must be the same on all nodes")
+    assert s.datasets is not None
+    read = [sum(r[i] for r in results(outcomes)) for i in range(2)]
+    tokens = sum(d.n_tokens for d in s.datasets.train)
+    measured = f"{len(s.datasets.train)} dataset{'s' * (len(s.datasets.train) > 1)}, {tokens:,} tokens, "
+    checked = f"checksums of {read[0]} files ({read[1] / 1e9:.2f} GB) right"
+    if not s.launched or s.failed("network"):
+        why = "network failed" if s.launched else s.not_launched
+        with_steps = args.train.max_epochs is None
+        s.max_steps = length_of(args, s.datasets.block_size, 0, first_segments(args))[0] if with_steps else None
+        return Finding("ok", f"{measured}{checked}; loader not tried: {why}")
+
+    loaded = s.watched(lambda: load_some(s))
+    if fault := faults(loaded):
+        return Finding("failed", fault, "see the message")
+    assert s.data is not None
+    rows, s.max_steps = sum(r.n_windows for r in s.data.rows), s.data.max_steps
+    s.loader_tokens_per_s = min(results(loaded))
+    slowest = min((o for o in loaded if o.result is not None), key=lambda o: o.result or 0.0)
+    G = args.train.global_batch_samples
+    epochs = max(s.data.epochs(s.data.end_sample or s.data.max_steps * G))
+    measured += (
+        f"{rows:,} rows of {s.data.block_size}, {s.data.max_steps:,} steps are {epochs:.2f} epochs; {checked}; "
+        f"loader {s.loader_tokens_per_s:,.0f} tokens/s" + (f" on {slowest.who}" if s.ranks.world_size > 1 else "")
+    )
+    if rows < G:
+        return Finding(
+            "warning", f"{measured}; fewer rows than the {G} of a step", "lower --train.global_batch_samples"
+        )
+    if epochs > MANY_EPOCHS:
+        said = f"{measured}; rows are seen more than {MANY_EPOCHS:g} times"
+        return Finding("warning", said, "shorten the run (--train.max_steps, --train.max_tokens), or add data")
+    if s.datasets.notes:
+        return Finding("warning", "; ".join([measured, *s.datasets.notes]), "put the tokenizer beside the model")
+    return Finding("ok", measured)
+
+
+def config_without_data(args: RunArgs) -> ModelConfig | None:
+    """The model as far as the flags say it: for its memory where no data opens."""
+    try:
+        vocab_size = args.model.vocab_size or (get_config(args.model.name).vocab_size if args.model.name else None)
+        return None if vocab_size is None else args.model.config(vocab_size, args.train.block_size)
+    except ValueError:
+        return None
+
+
+def check_sample(datasets: Datasets, ranks: Ranks) -> tuple[int, int]:
+    """Compare files of this rank's share of the shards with the manifest. Returns (files, bytes) read."""
+    opened: list[PackedDataset] = [*datasets.train, *([datasets.val] if datasets.val is not None else [])]
+    files = [
+        (dataset.path / f"{shard.name}.{kind}", shard.sizes[kind], sha256)
+        for dataset in opened
+        for shard in dataset.manifest.shards
+        for kind, sha256 in shard.sha256.items()
+    ]
+    n_files = n_bytes = 0
+    for path, size, sha256 in files[ranks.rank :: ranks.world_size]:
+        if n_bytes + size > CHECKSUM_BYTES:
+            continue
+        if file_sha256(path) != sha256:
+            raise ValueError(f"{path}: its content does not match the manifest's checksum; prepare the dataset again")
+        n_files, n_bytes = n_files + 1, n_bytes + size
+    return n_files, n_bytes
+
+
+def load_some(s: Situation) -> float:
+    """Open the rows, see that a checkpoint fits, and read some steps: this rank's tokens a second."""
+    assert s.ranks.fabric is not None and s.datasets is not None and s.config is not None
+    segments = first_segments(s.args)
+    s.data = open_data(s.args, s.ranks.fabric, s.datasets, segments)
+    if s.checkpoint is not None:
+        meta = Checkpoint(s.checkpoint).meta
+        check_meta(meta, s.checkpoint)
+        _, taught_by = settle_teachers(s.args.distillation)
+        check_resume(s.args, meta, s.data, s.config, taught_by, s.checkpoint)
+    loader = training_loader(without_traces(s.args), s.ranks.fabric, s.data, segments)
+    try:
+        began, tokens = time.perf_counter(), 0
+        for step in range(min(LOADER_STEPS, s.data.max_steps)):
+            tokens += sum(batch.tokens.numel() for batch in loader.read_step(step).micro_batches)
+            if time.perf_counter() - began > LOADER_S:
+                break
+        return tokens / (time.perf_counter() - began)
+    finally:
+        loader.close()
+
+
+def without_traces(args: RunArgs) -> RunArgs:
+    """The same settings, but nothing is staged in the cache, no record is written and no tracker started."""
+    data, log = replace(args.data, cache_dir=None, datapoints=False), replace(args.log, trackers=[])
+    return replace(args, data=data, log=log, preflight=False)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def check_memory(s: Situation) -> Finding:
+    """The estimate from the config alone beside what each rank has. Nothing of the model is allocated for it."""
+    if s.config is None:
+        return Finding("skipped", "the model's size is not known without the data: see data")
+    setting = training_setting(s, s.config)
+    s.memory = memory = training_memory(s.config, setting)
+    host_need = host_bytes(s, memory)
+    parts = f"state {show_bytes(memory.parameters + memory.gradients + memory.optimizer)}, activations "
+    parts += f"{show_bytes(memory.activations)}, loss {show_bytes(memory.loss + memory.workspace)}"
+    parts += f", weights gathered or cast {show_bytes(memory.gathered)}" if memory.gathered else ""
+    parts += f", teachers {show_bytes(memory.frozen)}" if memory.frozen else ""
+    measured = f"estimate {show_bytes(memory.total)} a device ({parts})"
+    if s.kind is None:
+        return Finding("skipped", f"{measured}; there is no such device here to compare with")
+    neighbours = s.ranks.gather(socket.gethostname()).count(socket.gethostname())
+    outcomes = s.ranks.together(lambda: available_bytes(s, neighbours))
+    if fault := faults(outcomes):
+        return Finding("failed", fault, "")
+    on_cpu = s.kind == "cpu"
+    least = min((o for o in outcomes if o.result), key=lambda o: (o.result or (0, 0))[0])
+    device, host = min(d for d, _ in results(outcomes)), min(h for _, h in results(outcomes))
+    need = memory.total + (0 if s.kind != "cuda" else CUDA_RESERVE_BYTES) + (host_need if on_cpu else 0)
+    measured += f" of {show_bytes(device)} on {least.who}" if s.ranks.world_size > 1 else f" of {show_bytes(device)}"
+    measured += f", host {show_bytes(host_need)} of {show_bytes(host)}" if host_need else ""
+    if need > device:
+        return Finding("failed", measured, memory_advice(s, s.config, setting, device - (need - memory.total)))
+    if host_need > host:
+        return Finding(
+            "failed", measured, "host memory: --save.state_dict_type sharded, no --save.asynchronous or offload"
+        )
+    if need > TIGHT * device:
+        return Finding("warning", measured, memory_advice(s, s.config, setting, TIGHT * device - (need - memory.total)))
+    return Finding("ok", measured)
+
+
+def training_setting(s: Situation, config: ModelConfig) -> TrainingSetting:
+    args, t, world = s.args, s.args.train, s.world_size
+    sharding, shards = ("none" if world == 1 and args.strategy != "ddp" else "ddp"), 1
+    if uses_fsdp(args):
+        sharding, shards = args.sharding_strategy, world
+        if sharding == "HYBRID_SHARD":
+            shards = max(1, world // args.num_nodes if args.num_nodes > 1 else world // 2)
+    return TrainingSetting(
+        micro_batch_samples=t.micro_batch_samples,
+        block_size=t.block_size or config.block_size,
+        compute_bytes=4 if args.precision == "fp32" else 2,
+        sharding=sharding,
+        shards=shards,
+        recompute=t.activation_checkpointing,
+        recompute_every=t.activation_checkpointing_every,
+        accumulates=t.global_batch_samples > world * t.micro_batch_samples,
+        defer_gradient_sync=t.defer_gradient_sync,
+        cpu_offload=t.cpu_offload,
+        prefetch_blocks=t.prefetch_blocks,
+        reduce_bytes=4 if t.reduce_dtype == "fp32" else 2,
+        on_cpu=s.kind == "cpu",
+        frozen=teacher_bytes(args.distillation, args.precision, s.kind or "cuda", world),
+    )
+
+
+def host_bytes(s: Situation, memory: TrainingMemory) -> int:
+    """Host memory of one rank beside the process itself: offloaded state, and the checkpoint while it is written."""
+    state = memory.parameters + memory.optimizer
+    need = state + memory.gradients if s.args.train.cpu_offload else 0
+    if s.args.save.state_dict_type == "full":  # rank 0 holds the whole
+        assert s.config is not None
+        copies = s.kind == "cuda" or uses_fsdp(s.args) or s.args.save.asynchronous
+        return need + (checkpoint_bytes(s.config) if copies and s.ranks.rank == 0 else 0)
+    return need + (state if s.args.save.asynchronous else 0)
+
+
+def available_bytes(s: Situation, neighbours: int) -> tuple[int, int]:
+    """(bytes for this rank on its device, on the host); `neighbours` ranks share the host's memory."""
+    host = host_memory_bytes() // neighbours
+    if s.kind != "cuda":
+        return host, host
+    device = s.ranks.fabric.device if s.ranks.fabric is not None else torch.device("cuda", 0)
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), host
+
+
+def host_memory_bytes(root: Path = Path("/")) -> int:
+    """Memory that the processes of this host may still take: what is available, and the control groups' limits."""
+    if hasattr(os, "sysconf") and not (root / "proc/meminfo").exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    facts = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+    available = int(facts["MemAvailable"].split()[0]) * 1024
+    return min([available, *cgroup_rooms(root)])
+
+
+def cgroup_rooms(root: Path) -> Iterator[int]:
+    """Room that each limit of this process's control groups leaves, of version 2 and 1. A file cache can be dropped."""
+    groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    for _, controllers, path in groups:
+        if controllers == "":
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            if not place.is_relative_to(base):
+                break
+            try:
+                limit, used = ((place / name).read_text().strip() for name in names[:2])
+                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            except OSError:
+                continue
+            if limit != "max":
+                yield max(0, int(limit) - int(used) + int(stat.get(names[2], 0)))
+
+
+def memory_advice(s: Situation, config: ModelConfig, setting: TrainingSetting, room: float) -> str:
+    """The changes that help most, each with its estimate; those that are enough by themselves come first."""
+    t, world = s.args.train, s.world_size
+    tried: dict[str, TrainingSetting] = {}
+    if setting.micro_batch_samples > 1:
+        tried["--train.micro_batch_samples 1"] = replace(setting, micro_batch_samples=1, accumulates=True)
+    if t.activation_checkpointing != "full":
+        tried["--train.activation_checkpointing full"] = replace(setting, recompute="full")
+    if world > 1 and setting.sharding != "FULL_SHARD":
+        tried["--strategy fsdp"] = replace(setting, sharding="FULL_SHARD", shards=world)
+    if setting.sharded and not setting.cpu_offload:
+        tried["--train.cpu_offload true"] = replace(setting, cpu_offload=True)
+    if setting.micro_batch_samples > 1:
+        everything = replace(setting, micro_batch_samples=1, accumulates=True, recompute="full")
+        if world > 1:
+            everything = replace(everything, sharding="FULL_SHARD", shards=world)
+        all_of_it = "--train.micro_batch_samples 1 with --train.activation_checkpointing full"
+        tried[all_of_it + (" and --strategy fsdp" if world > 1 else "")] = everything
+    totals = {name: training_memory(config, changed).total for name, changed in tried.items()}
+    told = [
+        f"{name} takes {show_bytes(n)}"
+        for name, n in sorted(totals.items(), key=lambda item: (item[1] > room, item[1]))
+    ]
+    enough = any(n <= room for n in totals.values())
+    more = "" if enough else "; it takes more devices that share the state (--strategy fsdp), or larger ones"
+    return "; ".join(told) + more
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StepMeasure:
+    """What one rank saw of the steps."""
+
+    loss: float
+    """Of the first, nats per target, all ranks."""
+    last_loss: float
+    skipped: int
+    first_s: float
+    last_s: float
+    throughput: dict[str, float]
+    peak: int
+    """Bytes beyond what was there before the model was built."""
+
+
+def check_one_step(s: Situation) -> Finding:
+    """Optimizer steps of the run itself, with its model, optimizer, loader and shapes, in a folder of their own."""
+    if not s.launched:
+        return Finding("skipped", s.not_launched)
+    if s.failed("memory"):
+        return Finding("skipped", "the estimate is larger than the memory: see memory")
+    if (cause := next((n for n in ("devices", "network", "data") if s.failed(n)), None)) is not None:
+        return Finding("skipped", f"{cause} failed")
+    if s.scratch is None:  # out_dir is not writable
+        made = s.ranks.together(lambda: tempfile.mkdtemp(prefix="preflight-") if s.ranks.rank == 0 else None)
+        if fault := faults(made):
+            return Finding("failed", fault, "make the folder of temporary files (TMPDIR) writable there")
+        s.scratch = Path(made[0].result or "")
+    folder = s.scratch / "run"
+    outcomes = s.watched(lambda: take_steps(s, folder))
+    if fault := faults(outcomes):
+        return Finding("failed", fault, step_advice(s, fault))
+    return judge_steps(s, results(outcomes))
+
+
+def take_steps(s: Situation, folder: Path) -> StepMeasure:
+    """Set the run up as `main` does, and train."""
+    args = without_traces(s.args)
+    args.out_dir, args.resume = folder, None
+    if args.data.synthetic.tokens:
+        small = min(args.data.synthetic.tokens, 200_000)
+        args.data.synthetic = replace(args.data.synthetic, tokens=small)
+    if args.init_from is not None and s.checkpoint is not None:
+        args.init_from, args.init_layers = s.checkpoint, None  # what the run began with may be gone
+    fabric = s.ranks.fabric
+    assert fabric is not None
+    before = begin_peak(fabric.device)
+    run = set_up(args, watched=False)
+    seconds, losses = [], []
+    try:
+        throughput = Throughput(run.config, run.data.block_size, run.device, run.world_size)
+        for data in run.loader.steps(0, min(STEPS, run.data.max_steps)):
+            began = time.perf_counter()
+            throughput.read()
+            result = train_step(run, data)
+            run.step += 1
+            total = result.loss_sum.clone()
+            if run.world_size > 1:
+                dist.all_reduce(total)
+            losses.append(float(total / result.n_targets.clamp(min=1)))  # waits for the device
+            throughput.add(args.train.global_batch_samples * run.data.block_size)
+            seconds.append(time.perf_counter() - began)
+        row = throughput.read()
+        peak = peak_bytes(run.device) - before
+        return StepMeasure(losses[0], losses[-1], int(run.skipped.item()), seconds[0], seconds[-1], row, peak)
+    finally:
+        run.loader.close()
+        run.saver.close()
+        if run.watchdog is not None:
+            run.watchdog.close()
+            run.watchdog.log.close()
+        if run.lock is not None:
+            run.lock.close()
+
+
+def begin_peak(device: torch.device) -> int:
+    """Forget earlier peaks of memory. Returns what the estimate does not count: on a CPU, what is resident now."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return 0
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is resident now
+    return peak_bytes(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory of this process: allocated on CUDA, else resident; since `begin_peak` where the system can tell."""
+    try:
+        status = Path("/proc/self/status").read_text() if device.type != "cuda" else ""
+    except OSError:
+        status = ""
+    resident = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(resident[0]) * 1024 if resident else int(peak_memory_gib(device) * 2**30)
+
+
+def judge_steps(s: Situation, measures: list[StepMeasure]) -> Finding:
+    assert s.config is not None and s.ranks.fabric is not None
+    slowest, expected = max(measures, key=lambda m: m.last_s), math.log(s.config.vocab_size)
+    rate, mfu = slowest.throughput["tokens_per_s"], slowest.throughput.get("mfu")
+    estimate = f", estimate {show_bytes(s.memory.total)}" if s.memory is not None else ""
+    measured = (
+        f"{slowest.last_s:.3f} s a step (the first {slowest.first_s:.1f}), {rate:,.0f} tokens/s"
+        + (f", MFU {mfu:.1%}" if mfu is not None else "")
+        + f", peak {show_bytes(max(m.peak for m in measures))}{estimate}, loss {slowest.loss:.3f}"
+        + f" (ln of the vocabulary {expected:.3f})"
+    )
+    finite = math.isfinite(slowest.loss) and math.isfinite(slowest.last_loss)
+    if not finite or (slowest.skipped and s.args.precision != "fp16"):
+        said = f"{measured}; then {slowest.last_loss:.3f}, {slowest.skipped} steps were not finite"
+        return Finding(
+            "failed", said, "lower --optim.lr, lengthen --optim.warmup_steps, or look at --precision and the data"
+        )
+    fresh = s.args.init_from is None
+    if slowest.loss > expected + LOSS_ABOVE or (fresh and slowest.loss < expected - LOSS_BELOW):
+        return Finding("warning", f"{measured}; it is far from that", "look at the initialisation and at the tokenizer")
+    loader = s.loader_tokens_per_s
+    if loader is not None and loader < rate / s.ranks.world_size:
+        said = f"{measured}; the loader gives {loader:,.0f} tokens/s a rank, less than a step takes"
+        return Finding("warning", said, "use --data.cache_dir, or a faster file system")
+    return Finding("ok", measured)
+
+
+def step_advice(s: Situation, fault: str) -> str:
+    if "OutOfMemory" in fault or "allocate memory" in fault or "MemoryError" in fault:
+        assert s.config is not None
+        return "out of memory: " + memory_advice(
+            s, s.config, training_setting(s, s.config), 0.9 * (s.memory.total if s.memory else 0)
+        )
+    return "see the message; a run would fail in the same way"

@@ -20,37 +20,37 @@ from lit_data.packed.dataset import PackedDataset
 from pretrain.args import TrainArgs
 from pretrain.parallel import check_batch
 
-STEPS = 300
 CLIP_NORM = 0.5
-QUICK = ("ddp2", "full2")
-EVERY = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGURATIONS if n != "single"]
+EVERY = [(45, "ddp2"), (45, "full2")]  # steps, configuration
+EVERY += [pytest.param(300, n, marks=pytest.mark.slow) for n in CONFIGURATIONS if n != "single"]
 
 
 class Runs:
-    """One run of 300 steps by each configuration, made when first asked for."""
+    """A run of each length by each configuration, made when first asked for."""
 
     def __init__(self, data: Path, folder: Path) -> None:
         self.data, self.folder = data, folder
         self.trainer = Trainer(folder)
-        self.gradients: dict[str, dict[int, dict[str, Any]]] = {}
+        self.gradients: dict[Path, dict[int, dict[str, Any]]] = {}
 
-    def of(self, name: str) -> Path:
+    def of(self, name: str, steps: int) -> Path:
         """The run's folder."""
-        if name not in self.gradients:
+        run = self.folder / f"{name}-{steps}"
+        if run not in self.gradients:
             rows = count_windows(PackedDataset(self.data / "train").n_tokens, 32)
             changes: dict[str, object] = {
                 "train__max_steps": None,
                 # Ends three rows into the last step, so that its later micro-batches have no row at all.
-                "train__max_epochs": (GLOBAL_BATCH * (STEPS - 1) + 3) / rows,
+                "train__max_epochs": (GLOBAL_BATCH * (steps - 1) + 3) / rows,
                 "train__clip_norm": CLIP_NORM,
                 "optim__lr": 2e-3,
-                "eval__every_steps": 100,
-                "save__every_steps": STEPS,
+                "eval__every_steps": steps // 3,
+                "save__every_steps": steps,
                 "data__datapoints": "false",
             }
-            arguments = flags(self.data, self.folder / name, **changes, **settings_of(name))
-            self.gradients[name] = self.trainer.run(name, arguments, gradient_steps=(0, STEPS - 1))
-        return self.folder / name
+            arguments = flags(self.data, run, **changes, **settings_of(name))
+            self.gradients[run] = self.trainer.run(name, arguments, gradient_steps=(0, steps - 1))
+        return run
 
 
 @pytest.fixture(scope="module")
@@ -60,30 +60,30 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]
     made.trainer.close()
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_300_losses_and_norms_and_every_gradient_agree(runs: Runs, name: str) -> None:
+@pytest.mark.parametrize(("steps", "name"), EVERY)
+def test_losses_and_norms_and_every_gradient_agree(runs: Runs, steps: int, name: str) -> None:
     """In one test, so that no two processes of the suite make the same runs."""
-    for measured, count in (("train_loss", STEPS), ("grad_norm", STEPS), ("val_loss", 4)):
-        ours, theirs = column(runs.of("single"), measured), column(runs.of(name), measured)
+    single, run = runs.of("single", steps), runs.of(name, steps)
+    for measured, count in (("train_loss", steps), ("grad_norm", steps), ("val_loss", 4)):
+        ours, theirs = column(single, measured), column(run, measured)
         assert len(ours) == count
         torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=0)
-    norms = column(runs.of("single"), "grad_norm")
-    assert (norms > CLIP_NORM).sum() > STEPS // 3, (
+    assert (column(single, "grad_norm") > CLIP_NORM).sum() > steps // 3, (
         "clipping must be active in many steps for this test to mean anything"
     )
-    for step in (0, STEPS - 1):
-        gradients_agree(runs, name, step)
+    for step in (0, steps - 1):
+        one, other = runs.gradients[single][step], runs.gradients[run][step]
+        gradients_agree(name, one, other)
+        if step == steps - 1:
+            assert any(0 in c for c in other["counts"]), "a micro-batch without targets must be among them"
 
 
-def gradients_agree(runs: Runs, name: str, step: int) -> None:
-    one, other = (runs.gradients[n][step] for n in ("single", name))
+def gradients_agree(name: str, one: dict[str, Any], other: dict[str, Any]) -> None:
     counts = other["counts"]
     assert len(counts) == CONFIGURATIONS[name].world_size and all(len(c) == 2 for c in counts), "accumulation 2"
     assert sum(map(sum, counts)) == sum(map(sum, one["counts"]))
     if len(counts) > 1:
         assert len({sum(c) for c in counts}) > 1, "the ranks must have unequal numbers of targets"
-    if step == STEPS - 1:
-        assert any(0 in c for c in counts), "a micro-batch without targets must be among them"
     torch.testing.assert_close(other["norm"], one["norm"], rtol=1e-5, atol=0)
     torch.testing.assert_close(other["norm"].double(), norm_of(other["gradients"].values()), rtol=1e-6, atol=0)
     assert set(other["gradients"]) == set(one["gradients"])
@@ -147,6 +147,7 @@ CASES += [pytest.param("ddp2", o, marks=pytest.mark.slow) for o in ("op", "full"
 def test_memory_options_change_no_bit(runs: Runs, tmp_path: Path, name: str, option: str) -> None:
     """Neither of the losses nor of the gradients' norms, with dropout."""
     base: dict[str, object] = {**settings_of(name), "model__dropout": 0.1, "model__n_layer": 4}
+    base |= {"train__max_steps": 4, "eval__every_steps": 2}
     for run, changes in (("plain", {}), ("with", OPTIONS[option])):
         runs.trainer.run(name, flags(runs.data, tmp_path / run, **base, **changes))
     for measured in ("train_loss", "grad_norm", "val_loss"):
@@ -154,9 +155,9 @@ def test_memory_options_change_no_bit(runs: Runs, tmp_path: Path, name: str, opt
 
 
 def test_z_loss_is_trained_on_and_not_logged(runs: Runs, tmp_path: Path) -> None:
-    answers = {}
+    answers, short = {}, {"train__max_steps": 3, "save__every_steps": 100}
     for name, configuration, z_loss in (("plain", "single", 0.0), ("z", "single", 0.1), ("z2", "full2", 0.1)):
-        arguments = flags(runs.data, tmp_path / name, train__z_loss=z_loss, **settings_of(configuration))
+        arguments = flags(runs.data, tmp_path / name, train__z_loss=z_loss, **short, **settings_of(configuration))
         answers[name] = runs.trainer.run(configuration, arguments, gradient_steps=(0,))[0]
     losses = {name: column(tmp_path / name, "train_loss") for name in answers}
     assert losses["plain"][0] == losses["z"][0] and losses["plain"][-1] != losses["z"][-1]

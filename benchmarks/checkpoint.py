@@ -28,10 +28,11 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, async_save
 
 from benchmarks.provenance import provenance
+from pretrain.build import set_up
 from pretrain.fabric_train import parse
 from pretrain.logs.throughput import Throughput
 from pretrain.loop import save, train_step
-from pretrain.setup import Run, set_up
+from pretrain.run import Run
 
 ROWS = ("none", "full, sync", "full, async", "sharded, sync", "sharded, async", "dcp.async_save")
 

@@ -33,10 +33,10 @@ from benchmarks.peer_step import serve
 from lit_data.packed.dataset import PackedWriter
 from lit_model.cost import count_parameters, flops_per_token
 from lit_model.registry import get_config
+from pretrain.build import set_up
 from pretrain.fabric_train import parse
 from pretrain.logs.throughput import PEAK_FLOPS
 from pretrain.loop import train_step
-from pretrain.setup import set_up
 
 EOS_ID = 0
 CONTENDERS = ("llammlein", "llammlein-documents", "transformers", "litgpt")

@@ -34,6 +34,7 @@ from lit_model.cost import count_active_parameters, count_parameters
 from lit_model.hf.families import family_of
 from lit_model.kernels import AttentionChoice, choose_attention
 from pretrain.args import RunArgs
+from pretrain.build import set_up
 from pretrain.checkpoint.files import checkpoint_name
 from pretrain.checkpoint.saving import SaveError
 from pretrain.cli.choices import describe as describe_replaced
@@ -47,7 +48,8 @@ from pretrain.loop import fit
 from pretrain.parallel import DTYPES
 from pretrain.preflight.preflight import preflight
 from pretrain.ranks import Mistake, status_of
-from pretrain.setup import STOPPED, Run, set_up
+from pretrain.run import Run
+from pretrain.run_folder import STOPPED
 
 
 class RunParser(ArgumentParser):

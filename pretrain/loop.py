@@ -44,8 +44,10 @@ from pretrain.logs.throughput import Throughput
 from pretrain.optim import clip_gradients
 from pretrain.parallel import uses_fsdp
 from pretrain.ranks import Mistake, on_rank_zero
+from pretrain.resume import go_back
+from pretrain.run import Run
+from pretrain.run_folder import metrics_columns
 from pretrain.schedule import learning_rate
-from pretrain.setup import Run, go_back, metrics_columns
 
 SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 

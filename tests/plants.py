@@ -32,7 +32,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from lit_data.record.parts import DatapointRecorder  # noqa: E402
-from pretrain import loop, setup  # noqa: E402
+from pretrain import build, loop  # noqa: E402
 from pretrain.checkpoint import saving  # noqa: E402
 from pretrain.optim import local  # noqa: E402
 
@@ -142,8 +142,8 @@ def throw(kind: str) -> None:
 
 def _error(fault: dict[str, Any]) -> None:
     owner, name = {
-        "set-up": (setup, "open_data"),
-        "resume": (setup, "restore"),
+        "set-up": (build, "open_data"),
+        "resume": (build, "restore"),
         "save": (saving.Saver, "save"),
         "validation": (loop, "validate"),
         "end": (DatapointRecorder, "close"),

@@ -13,7 +13,7 @@ from lit_model.distillation import Distillation
 from lit_model.model import Teaching
 from pretrain.args import DistillationArgs
 from pretrain.distillation.teacher_cache import CachedTeacher
-from pretrain.setup import Run
+from pretrain.run import Run
 
 
 def setting_of(args: DistillationArgs) -> Distillation:

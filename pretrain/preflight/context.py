@@ -11,8 +11,9 @@ from typing import Any, Literal, TypeVar
 from lit_model.config import ModelConfig
 from lit_model.cost import TrainingMemory
 from pretrain.args import RunArgs
+from pretrain.data import Data, Datasets
 from pretrain.preflight.ranks import Outcome, Ranks
-from pretrain.setup import Data, Datasets, named_folder
+from pretrain.run_folder import named_folder
 
 T = TypeVar("T")
 Verdict = Literal["ok", "warning", "failed", "skipped"]

@@ -22,7 +22,9 @@ from lit_model.cost import TrainingMemory, TrainingSetting, training_memory
 from lit_model.load import Checkpoint, list_checkpoints
 from lit_model.registry import get_config
 from pretrain.args import RunArgs
+from pretrain.build import set_up, settle_teachers
 from pretrain.checkpoint.files import check_meta, find_checkpoint
+from pretrain.data import Datasets, first_segments, length_of, open_data, open_datasets, training_loader
 from pretrain.distillation.teachers import teacher_bytes
 from pretrain.init_from import model_config
 from pretrain.logs.throughput import Throughput, peak_memory_gib
@@ -32,17 +34,7 @@ from pretrain.parallel import uses_fsdp
 from pretrain.preflight.context import Finding, Situation, faults, results, show_bytes
 from pretrain.preflight.machine import checkpoint_bytes
 from pretrain.preflight.ranks import Ranks
-from pretrain.setup import (
-    Datasets,
-    check_resume,
-    first_segments,
-    length_of,
-    open_data,
-    open_datasets,
-    set_up,
-    settle_teachers,
-    training_loader,
-)
+from pretrain.resume import check_resume
 
 CHECKSUM_BYTES = 256 << 20  # of shards that one rank reads again
 MANY_EPOCHS = 4.0  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)

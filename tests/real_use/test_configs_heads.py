@@ -15,9 +15,9 @@ from running import ROOT, write_dataset
 from lit_model.load import list_checkpoints
 from pretrain import fabric_train
 from pretrain.args import RunArgs
+from pretrain.data import open_datasets
 from pretrain.init_from import model_config
 from pretrain.launch import find_launch
-from pretrain.setup import open_datasets
 
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
 # Trained for two steps by their own command; teachers before their student. The others are too large for a test.

@@ -10,11 +10,11 @@ import torch
 from running import flags, train
 
 from lit_model.hf.families import config_to_hf, tensors_to_hf
+from pretrain.build import set_up
 from pretrain.fabric_train import parse
 from pretrain.logs.layer_norms import LayerNorms
 from pretrain.loop import train_step
 from pretrain.schedule import learning_rate
-from pretrain.setup import set_up
 
 CLIP = 0.5
 

@@ -30,9 +30,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 import pretrain.loop
 from lit_model.load import Checkpoint
 from pretrain.args import RunArgs
+from pretrain.build import set_up
 from pretrain.fabric_train import leave, parse
 from pretrain.optim import clip_gradients
-from pretrain.setup import Run, set_up
+from pretrain.run import Run
 
 
 def train(request: dict[str, Any]) -> list[int]:

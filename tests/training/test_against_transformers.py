@@ -9,10 +9,10 @@ import torch
 from running import flags
 
 from lit_model.hf.families import config_to_hf, tensors_to_hf
+from pretrain.build import set_up
 from pretrain.fabric_train import parse
 from pretrain.loop import train_step
 from pretrain.schedule import learning_rate
-from pretrain.setup import set_up
 
 STEPS = 300
 

@@ -14,9 +14,9 @@ from lit_model.config import ModelConfig
 from lit_model.load import Checkpoint
 from lit_model.moe import RouterStatistics, load_balance_loss
 from pretrain.args import TrainArgs
+from pretrain.data import router_losses
 from pretrain.logs.metrics import ROUTER_COLUMNS, router_values
 from pretrain.loop import add_routers
-from pretrain.setup import router_losses
 
 # A dense layer before one with experts.
 EXPERTS: dict[str, object] = {

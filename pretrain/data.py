@@ -1,0 +1,266 @@
+"""What a run reads: opens the packed datasets, checks them against the model and the run, makes their loaders."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from lit_data.loading.loader import Layout, Loader
+from lit_data.loading.mixture import Mixture, phase_list
+from lit_data.loading.order import Order, Segment, first_sample_of_step
+from lit_data.loading.rows import Rows, count_windows, open_rows
+from lit_data.loading.shard_cache import ShardCache
+from lit_data.packed.dataset import PackedDataset
+from lit_model.config import ModelConfig
+from pretrain.args import RunArgs, TrainArgs
+from pretrain.distillation.teacher_cache import check_cache
+from pretrain.distillation.teachers import check_teachers
+from pretrain.encoding import check_bos, unlike_special_tokens, unlike_start
+from pretrain.fabric import Fabric
+from pretrain.init_from import model_config
+from pretrain.model_tokenizer import OVERRIDE, check_model_and_data, compare, of_data
+from pretrain.parallel import (
+    device_kind,
+)
+from pretrain.ranks import on_rank_zero
+
+MAX_SAMPLES = 1 << 60  # of a run: their numbers are 64-bit integers
+MAX_MICRO_BATCH_TOKENS = 1 << 24  # of one device, far beyond what fits in its memory
+LOAD_BALANCE_LOSS = 0.001  # its weight where none is given: that of Llama 4 in transformers (router_aux_loss_coef)
+
+
+@dataclass
+class Data:
+    """The opened data and what follows from it. `rows` are those of each dataset of the mixture."""
+
+    rows: list[Rows]
+    val: Rows | None
+    mixture: Mixture
+    block_size: int
+    max_steps: int
+    end_sample: int | None
+
+    @property
+    def train(self) -> list[PackedDataset]:
+        return [r.dataset for r in self.rows]
+
+    def epochs(self, samples: int) -> list[float]:
+        """How often the rows of each dataset were seen in the first `samples` samples, on average."""
+        if self.end_sample is not None:
+            samples = min(samples, self.end_sample)  # the last step is filled up with empty rows
+        counts = self.mixture.counts(samples).tolist()
+        return [count / r.n_windows for count, r in zip(counts, self.rows, strict=True)]
+
+
+@dataclass
+class Datasets:
+    """Packed datasets that fit the model and each other."""
+
+    train: list[PackedDataset]
+    val: PackedDataset | None
+    block_size: int
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What could not be checked."""
+
+
+def open_datasets(args: RunArgs, checkpoint: Path | None = None) -> tuple[Datasets, ModelConfig]:
+    """Open the datasets, and see that they fit the model and the run, which may resume a checkpoint."""
+    if args.data.train is not None:
+        train = [PackedDataset(args.data.train)]
+    else:
+        train = [PackedDataset(entry.path) for entry in args.data.mixture]
+    named = [("--data.train" if args.data.train is not None else "--data.mixture", dataset) for dataset in train]
+    val = PackedDataset(args.data.val) if args.data.val is not None else None
+    if val is not None:
+        named.append(("--data.val", val))
+    config = model_config(args, train[0].vocab_size, checkpoint)
+    router_losses(args.train, config)  # raises if they do not fit
+    block_size = args.train.block_size or config.block_size
+    check_memory(args, config, block_size)
+    for flag, dataset in named:
+        if dataset.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"{flag} {dataset.path} was tokenized with {dataset.vocab_size} ids, but the model has a vocabulary of "
+                f"{config.vocab_size}: leave --model.vocab_size out, or prepare the data with the model's tokenizer"
+            )
+        same = compare(of_data(train[0]), of_data(dataset)) == "same"
+        if not same and not args.data.allow_tokenizer_mismatch:
+            raise ValueError(
+                f"{flag} {dataset.path} was made with another tokenizer than {named[0][0]} {train[0].path}: prepare "
+                f"both with the same, or override with {OVERRIDE}"
+            )
+        if flag != "--data.val" and dataset.n_tokens < block_size:
+            raise ValueError(
+                f"{flag} {dataset.path} has {dataset.n_tokens} tokens, less than one row of {block_size}: use more "
+                "text or a smaller --train.block_size"
+            )
+    check_bos(named)
+    notes = []
+    if args.init_from is not None and checkpoint is None and not args.data.allow_tokenizer_mismatch:
+        unknown = check_model_and_data(args.init_from, train[0], f"--init_from {args.init_from}")
+        unlike = unlike_start(args.init_from, train[0])
+        notes += [note for note in (unknown, unlike) if note is not None]
+    check_teachers(args, config, train[0], block_size)
+    if args.distillation.cache is not None:
+        facts = (train[0], args.data.packing, block_size, args.data.document_mask, config.vocab_size)
+        check_cache(args.distillation, *facts)
+    weights_of(args)
+    if args.train.max_epochs is None or args.data.packing == "concat":  # else it takes a plan, and is seen later
+        length_of(args, block_size, count_windows(train[0].n_tokens, block_size), first_segments(args))
+    return Datasets(train, val, block_size, notes), config
+
+
+def check_memory(args: RunArgs, config: ModelConfig, block_size: int) -> None:
+    """Refuse sizes that no device has room for. Raises ValueError that names them."""
+    for rows in (args.train.micro_batch_samples, args.eval.micro_batch_samples or 1):
+        if rows * block_size > MAX_MICRO_BATCH_TOKENS:
+            raise ValueError(
+                f"a micro-batch of {rows} rows of {block_size} tokens is more than the {MAX_MICRO_BATCH_TOKENS} that "
+                "are supported: give a smaller --train.micro_batch_samples, --eval.micro_batch_samples or "
+                "--train.block_size"
+            )
+    if args.accelerator != "cuda" and device_kind(args) == "cpu":
+        weights = 4 * config.least_parameters // args.num_nodes
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if weights > memory:
+            raise ValueError(
+                f"the model's weights alone take {weights / 1e9:,.0f} GB on a node, which has {memory / 1e9:,.0f} GB: "
+                "give a smaller model (--model.name, --model.n_layer, --model.n_embd)"
+            )
+
+
+def router_losses(args: TrainArgs, config: ModelConfig) -> dict[str, float]:
+    """The weights of the losses that steer routers, for GPT. Raises ValueError for one that has nothing to steer."""
+    given = {"load_balance_loss": args.load_balance_loss, "router_z_loss": args.router_z_loss}
+    for name, value in given.items():
+        if value and not config.n_expert:
+            raise ValueError(f"--train.{name} {value} is for a model with experts (--model.n_expert): leave it out")
+    default = {"load_balance_loss": LOAD_BALANCE_LOSS if config.n_expert else 0.0, "router_z_loss": 0.0}
+    return {name: default[name] if value is None else value for name, value in given.items()}
+
+
+def first_segments(args: RunArgs) -> list[Segment]:
+    """Of a run from its beginning."""
+    return [Segment(0, 0, args.train.global_batch_samples)]
+
+
+def length_of(args: RunArgs, block_size: int, n_windows: int, segments: list[Segment]) -> tuple[int, int | None]:
+    """The run's steps, and the sample it ends before (None: the last step is full)."""
+    t, last = args.train, segments[-1]
+    end_sample = None
+    if t.max_steps is not None:
+        max_steps = t.max_steps
+    elif t.max_tokens is not None:
+        used = sum((b.from_step - a.from_step) * a.global_batch for a, b in pairwise(segments))
+        rows = -(-t.max_tokens // block_size)
+        max_steps = last.from_step + max(0, -(-(rows - used) // last.global_batch))
+    else:
+        assert t.max_epochs is not None
+        end_sample = max(1, round(n_windows * t.max_epochs))
+        max_steps = last.from_step + max(0, -(-(end_sample - last.first_sample) // last.global_batch))
+    if max_steps * last.global_batch > MAX_SAMPLES:
+        raise ValueError(
+            f"the run would have {max_steps} steps of {last.global_batch} rows: at most 2^60 rows are supported; give "
+            "a smaller --train.max_steps (or max_tokens, max_epochs)"
+        )
+    if args.optim.warmup_steps > max_steps + args.optim.steps_before:
+        raise ValueError(f"--optim.warmup_steps {args.optim.warmup_steps} exceeds the run's {max_steps} steps")
+    return max_steps, end_sample
+
+
+def weights_of(args: RunArgs) -> list[tuple[int, list[float]]]:
+    """(first step, weights) of each phase. Raises ValueError for weights that cannot be kept."""
+    if args.data.train is not None:
+        return [(0, [1.0])]
+    weights = [(0, [entry.weight for entry in args.data.mixture])]
+    weights += [(phase.from_step, phase.weights) for phase in args.data.phases]
+    for step, some in weights:
+        try:
+            phase_list([(0, some)])
+        except ValueError as error:
+            flag = f"--data.phases from step {step}" if step else "--data.mixture"
+            raise ValueError(f"{flag}: {error}") from error
+    return weights
+
+
+def open_data(args: RunArgs, fabric: Fabric, datasets: Datasets, segments: list[Segment]) -> Data:
+    """The rows of the datasets, of which rank 0 makes the plans, their order, and the length of the run."""
+
+    def rows_of(dataset: PackedDataset) -> Rows:
+        return open_rows(dataset, args.data.packing, datasets.block_size, args.data.plan_dir)
+
+    def make_plans() -> None:
+        for dataset in [*datasets.train, *([datasets.val] if datasets.val is not None else [])]:
+            rows_of(dataset)
+
+    val = [datasets.val] if datasets.val is not None else []
+    if (line := unlike_special_tokens([*datasets.train, *val])) is not None:
+        fabric.print(f"warning: {line}")
+    on_rank_zero(fabric, make_plans)
+    rows = [rows_of(dataset) for dataset in datasets.train]
+    n_rows = sum(r.n_windows for r in rows)
+    if n_rows < args.train.global_batch_samples:
+        fabric.print(
+            f"warning: the data has {n_rows} rows of {datasets.block_size} tokens, fewer than the "
+            f"{args.train.global_batch_samples} of a step (--train.global_batch_samples): rows come several times in it"
+        )
+    max_steps, end_sample = length_of(args, datasets.block_size, rows[0].n_windows, segments)
+    block, group = args.data.shuffle_block_rows, args.data.shuffle_group_blocks
+    orders = (Order(r.n_windows, args.seed, d, block_windows=block, group_blocks=group) for d, r in enumerate(rows))
+    phases = phase_list([(first_sample_of_step(segments, step)[0], w) for step, w in weights_of(args)])
+    return Data(
+        rows,
+        rows_of(datasets.val) if datasets.val is not None else None,
+        Mixture(tuple(orders), phases, args.seed),
+        datasets.block_size,
+        max_steps,
+        end_sample,
+    )
+
+
+def training_loader(args: RunArgs, fabric: Fabric, data: Data, segments: list[Segment]) -> Loader:
+    """Reads this rank's rows of each step."""
+    micro_batch = args.train.micro_batch_samples
+    return Loader(
+        data.rows,
+        data.mixture,
+        Layout(data.block_size, micro_batch, fabric.global_rank, fabric.world_size, args.data.document_mask),
+        segments,
+        end_sample=data.end_sample,
+        prefetch_steps=args.data.prefetch_steps,
+        pin_memory=fabric.device.type == "cuda",
+        caches=open_caches(args, data),
+        mock=args.data.mock,
+    )
+
+
+def validation_loader(args: RunArgs, fabric: Fabric, data: Data) -> Loader | None:
+    """Reads the validation split in its own order, dealt out to the ranks; the last rows may be without data."""
+    if data.val is None:
+        return None
+    micro_batch = args.eval.micro_batch_samples or args.train.micro_batch_samples
+    n_windows = data.val.n_windows
+    return Loader(
+        [data.val],
+        Mixture.single(Order(n_windows, shuffle=False)),
+        Layout(data.block_size, micro_batch, fabric.global_rank, fabric.world_size, args.data.document_mask),
+        [Segment(0, 0, micro_batch * fabric.world_size)],
+        end_sample=min(n_windows, args.eval.max_samples or n_windows),
+        pin_memory=fabric.device.type == "cuda",
+    )
+
+
+def open_caches(args: RunArgs, data: Data) -> list[ShardCache] | None:
+    """A cache before each dataset, in one folder with one budget; None without --data.cache_dir."""
+    if args.data.cache_dir is None:
+        return None
+    budget, chunks = int(args.data.cache_gb * 1e9), []
+    for dataset in data.train:
+        # A block that spans several chunks is read without much of its neighbours.
+        block_bytes = args.data.shuffle_block_rows * data.block_size * dataset.dtype.itemsize
+        chunks.append(min(16 << 20, max(1 << 20, block_bytes // 4)) if block_bytes else 16 << 20)
+    folder = args.data.cache_dir
+    return [ShardCache(d, folder, budget, chunk_bytes=c) for d, c in zip(data.train, chunks, strict=True)]

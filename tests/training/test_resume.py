@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,13 @@ from lit_data.record.trace import open_run
 from lit_data.record.verify import verify
 from lit_model.load import Checkpoint, list_checkpoints
 
-STEPS = 120
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 12 steps that is finished; tests work on a copy."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train(*flags(data, run))
+    return run
 
 
 def test_more_than_two_ranks_add_up_in_one_order(data: Path, tmp_path: Path) -> None:
@@ -30,6 +37,7 @@ def test_more_than_two_ranks_add_up_in_one_order(data: Path, tmp_path: Path) -> 
     same_checkpoints(before, run / "iter-00000004-ckpt.pth")
 
 
+@pytest.mark.parametrize("steps", [24, pytest.param(120, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -39,16 +47,18 @@ def test_more_than_two_ranks_add_up_in_one_order(data: Path, tmp_path: Path) -> 
     ],
     ids=["one", "ddp", "fsdp-sharded"],
 )
-def test_killed_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, changes: dict[str, object]) -> None:
-    changes = {**changes, "train__max_steps": STEPS, "save__every_steps": 15, "eval__every_steps": 40}
+def test_killed_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, changes: dict[str, object], steps: int) -> None:
+    schedule = {"train__max_steps": steps, "save__every_steps": steps // 8, "eval__every_steps": steps // 3}
+    changes = {**changes, **schedule}
     train(*flags(data, tmp_path / "whole", **changes))
     killed = tmp_path / "killed"
-    train_killed(50, *flags(data, killed, **changes))
-    assert len(metrics(killed)) < STEPS, "the run was not interrupted"
+    train_killed(5 * steps // 12, *flags(data, killed, **changes))
+    assert len(metrics(killed)) < steps, "the run was not interrupted"
+    assert list_checkpoints(killed), "the run did not save before it was killed"
     train(*flags(data, killed, resume="auto", **changes))
 
     assert [p.name for p in list_checkpoints(killed)] == [p.name for p in list_checkpoints(tmp_path / "whole")]
-    last = f"iter-{STEPS:08d}-ckpt.pth"
+    last = f"iter-{steps:08d}-ckpt.pth"
     same_checkpoints(tmp_path / "whole" / last, killed / last)
     for a, b in zip(metrics(tmp_path / "whole"), metrics(killed), strict=True):
         for column in ("step", "tokens", "train_loss", "val_loss", "lr", "grad_norm"):
@@ -58,9 +68,8 @@ def test_killed_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, changes: dic
     assert not list(killed.glob("**/*.tmp"))
 
 
-def test_finished_run_is_left_alone(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train(*flags(data, run))
+def test_finished_run_is_left_alone(data: Path, tmp_path: Path, finished: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(run.rglob("*")) if p.name != ".lock"}
     again = train(*flags(data, run, resume="latest"))
     assert "nothing to do" in again.stdout
@@ -68,9 +77,8 @@ def test_finished_run_is_left_alone(data: Path, tmp_path: Path) -> None:
     assert {p: v for p, v in before.items() if p.is_file()} == {p: v for p, v in after.items() if p.is_file()}
 
 
-def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train(*flags(data, run))
+def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(data: Path, tmp_path: Path, finished: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
     first = Checkpoint(run / "iter-00000012-ckpt.pth")
     reference = {n: first.tensor(n).clone() for n in first.names()}
     train(*flags(data, run, resume="iter-00000004-ckpt.pth"))
@@ -82,26 +90,26 @@ def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(data: Path, t
 
 
 def test_sigterm_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
-    changes = {"train__max_steps": STEPS, "save__every_steps": 1000, "eval__every_steps": 1000}
+    steps = 60
+    changes = {"train__max_steps": steps, "save__every_steps": 1000, "eval__every_steps": 1000}
     train(*flags(data, tmp_path / "whole", **changes))
     run = tmp_path / "stopped"
     command = [sys.executable, str(ROOT / "pretrain" / "fabric_train.py"), *flags(data, run, **changes)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (run / "metrics.csv").exists() or len(metrics(run)) < 5:
+    while not (run / "metrics.csv").exists() or len(metrics(run)) < 3:
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped by SIGTERM" in output
-    assert len(list_checkpoints(run)) > 0 and len(metrics(run)) < STEPS
+    assert len(list_checkpoints(run)) > 0 and len(metrics(run)) < steps
     train(*flags(data, run, resume="latest", **changes))
-    last = f"iter-{STEPS:08d}-ckpt.pth"
+    last = f"iter-{steps:08d}-ckpt.pth"
     same_checkpoints(tmp_path / "whole" / last, run / last)
 
 
-def test_resume_refuses_another_run(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train(*flags(data, run))
+def test_resume_refuses_another_run(data: Path, tmp_path: Path, finished: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
     refused = train(*flags(data, run, resume="latest", seed=5, optim__lr=0.5), check=False)
     assert refused.returncode == 2
     assert "seed: 1337 there, 5 here" in refused.stderr and "optim.lr" in refused.stderr
@@ -116,5 +124,5 @@ def test_resume_refuses_another_run(data: Path, tmp_path: Path) -> None:
 
 def test_retention_keeps_the_newest(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(*flags(data, run, save__every_steps=2, save__keep_last=2, save__keep_every=4))
-    assert [p.name for p in list_checkpoints(run)] == [f"iter-{s:08d}-ckpt.pth" for s in (4, 8, 10, 12)]
+    train(*flags(data, run, train__max_steps=10, save__every_steps=2, save__keep_last=2, save__keep_every=4))
+    assert [p.name for p in list_checkpoints(run)] == [f"iter-{s:08d}-ckpt.pth" for s in (4, 8, 10)]

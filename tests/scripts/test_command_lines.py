@@ -1,0 +1,121 @@
+"""Every command line in the README, the guides, cluster/, the configs and the scripts' docstrings can be parsed by the
+script it names, and every setting that the guides name exists."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from running import ROOT
+
+from pretrain import fabric_train
+
+SCRIPT = r"(?:pretrain|scripts|cluster)/\w+\.(?:py|sh|sbatch)"
+LAUNCHERS = r"(?:[\w./-]*python3? |torchrun .*?|srun .*?|sbatch .*?|bash )?"
+# Jobs that pass their arguments on.
+PASSED_ON = {
+    "cluster/train.sbatch": "pretrain/fabric_train.py",
+    "cluster/debug.sbatch": "pretrain/fabric_train.py",
+    "cluster/prepare.sh": "scripts/prepare_data.py",
+    "cluster/prepare.sbatch": "scripts/prepare_data.py",
+    "cluster/convert.sbatch": "scripts/convert_to_hf.sh",
+}
+# What the guides write in place of values, and of flags that they leave out.
+VALUES = {"configs/X.yaml": "configs/debug.yaml", "N": "1"}
+FLAGS = {
+    "pretrain/fabric_train.py": "--config configs/debug.yaml",
+    "scripts/prepare_data.py": "--input corpus/ --tokenizer tokenizer/ --output data/",
+}
+# Commands without arguments to parse, or that run before the project is installed.
+WITHOUT = {"cluster/build_image.sh", "scripts/install.py", "scripts/run_checks.py", "scripts/run_tests.py"}
+
+
+def sources() -> list[Path]:
+    guides = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "pretrain" / "fabric_train.py"]
+    files = (p for folder in ("cluster", "configs", "scripts") for p in (ROOT / folder).rglob("*") if p.is_file())
+    return [*guides, *(p for p in files if p.suffix in (".py", ".sh", ".sbatch", ".yaml"))]
+
+
+def commands_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """(script, words behind it) of each command that a file names, complete enough to be parsed."""
+    text = re.sub(r"\s*\\\n[ \t]*#?[ \t]*", " ", path.read_text(encoding="utf-8"))  # continued lines
+    found = []
+    for line in text.splitlines():
+        inline = [code for code in re.findall(r"`([^`]+)`", line) if re.search(SCRIPT, code)]
+        for code in inline or [line.lstrip("# ")]:
+            match = re.match(rf"{LAUNCHERS}({SCRIPT})( .*)", code)
+            # In text and in shell a script's name may be followed by anything.
+            if match and "$" not in match[2] and (inline or re.match(r" (-|[\w./]+( |$))", match[2])):
+                script = PASSED_ON.get(match[1], match[1])
+                if (words := words_of(match[1], script, match[2])) is not None and script not in WITHOUT:
+                    found.append((script, words))
+    return found
+
+
+def words_of(job: str, script: str, rest: str) -> tuple[str, ...] | None:
+    rest = re.sub(r" #.*|(?<=\S)   +\S.*", "", rest)  # a remark behind it
+    rest = re.sub(r"\[(--\w+[^\]]*)\]", r"\1", rest.replace("[--any.field value]", ""))  # optional flags, given
+    rest = re.sub(r"(--config )?\.\.\.|FLAGS", FLAGS.get(script, ""), rest)
+    words = [VALUES.get(word, word.split("|")[0]) for word in shlex.split(rest)]
+    if job == "cluster/prepare.sh":  # PARTS [flags of sbatch] -- flags
+        return tuple(words[words.index("--") + 1 :]) if "[flags" not in words else None
+    if job == "cluster/prepare.sbatch":
+        return ("--stage", *words)
+    return tuple(words)
+
+
+COMMANDS = sorted({command: path for path in sources() for command in commands_of(path)}.items())
+
+
+class Parsed(Exception):
+    """The parser has taken the command line."""
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [pytest.param(*command, id=f"{path.relative_to(ROOT)}: {' '.join(command[1])}") for command, path in COMMANDS],
+)
+def test_parses(script: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    if script == "scripts/convert_to_hf.sh":
+        script, words = "scripts/convert_to_hf.py", ("--checkpoint", words[0], "--output", *words[1:])
+    if script == "pretrain/fabric_train.py":
+        if words != ("--help",):
+            try:
+                fabric_train.parse(list(words))
+            except ValueError as error:  # some commands leave the data out
+                assert "give" in str(error) and "--data.train" in str(error) and "--data.train" not in words
+                fabric_train.parse([*words, "--data.train", "data/train"])
+        return
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(self: argparse.ArgumentParser, *arguments: object) -> None:
+        raise Parsed(parse(self, *arguments))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(Parsed):
+        runpy.run_path(script, run_name="__main__")
+
+
+def test_all_are_found() -> None:
+    """The search is not blind: it finds a command for each config and for each script that the guides describe."""
+    words = {word for (_, words), _ in COMMANDS for word in words}
+    assert words >= {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
+    unnamed = {"convert_to_hf", "make_synthetic", "quickstart", "install", "run_checks", "run_tests"}
+    scripts = {f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py") if path.stem not in unnamed}
+    assert {script for (script, _), _ in COMMANDS} >= scripts | {"pretrain/fabric_train.py", "scripts/convert_to_hf.sh"}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_settings_exist(path: Path) -> None:
+    known = {flag for action in fabric_train.build_parser()._actions for flag in action.option_strings}
+    named = re.findall(r"(?<![\w-])--[a-z_]+\.[a-z_.]*[a-z_]", path.read_text(encoding="utf-8"))
+    assert {name for name in named if name not in known} <= {"--any.field"}

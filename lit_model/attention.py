@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_model.config import ModelConfig
-from lit_model.kernels import AttentionVariant, attention, cached_attention
+from lit_model.kernels.choose import attention
+from lit_model.kernels.plain import cached_attention
+from lit_model.kernels.variant import AttentionVariant
 from lit_model.norm import RMSNorm, unit_norm
 from lit_model.rope import apply_rope
 
@@ -64,7 +66,7 @@ class RowLayout(NamedTuple):
     """float32 (B or 1, T, 1, R/2); None: no layer rotates."""
     sin: Tensor | None
     cu_seqlens: Tensor | None
-    """Boundaries of document pieces, int32 (P+1,), see lit_model.kernels; None: each row is one piece."""
+    """Boundaries of document pieces, int32 (P+1,), see lit_model/kernels/variant.py; None: each row is one piece."""
     chunks: Tensor | None
     """The same for chunked layers; None: a row is one chunk."""
     temperature: Tensor | None
@@ -82,6 +84,24 @@ def attention_variant(config: ModelConfig, layer: int) -> AttentionVariant:
         softcap=config.attention_logit_softcapping,
         dropout=config.attention_dropout,
     )
+
+
+def chunk_boundaries(cu_seqlens: Tensor | None, B: int, T: int, chunk: int, device: torch.device | str) -> Tensor:
+    """The boundaries with every piece cut into chunks of `chunk` tokens, counted from the piece's start: no sync.
+
+    int32 (P+1 + N // chunk,), with the last N repeated: a piece of n tokens adds (n-1) // chunk boundaries, so there is
+    room for all, and the size depends on shapes only. `cu_seqlens` and the result as in lit_model/kernels/variant.py.
+    """
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, (B + 1) * T, T, device=device)
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()  # (P,)
+    chunks = (ends - starts + chunk - 1) // chunk  # (P,)
+    behind = chunks.cumsum(0)  # (P,) chunks up to the end of each piece
+    slots = torch.arange(cu_seqlens.shape[0] + B * T // chunk, device=device)
+    piece = torch.searchsorted(behind, slots, right=True)  # P for the slots behind the last chunk
+    of = piece.clamp(max=starts.shape[0] - 1)
+    bounds = starts[of] + (slots - (behind - chunks)[of]) * chunk
+    return torch.where(piece < starts.shape[0], bounds, B * T).int()
 
 
 class Attention(nn.Module):

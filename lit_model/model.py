@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lit_model.attention import Attention, KVCache, LayerCache, RowLayout, attention_variant
+from lit_model.attention import Attention, KVCache, LayerCache, RowLayout, attention_variant, chunk_boundaries
 from lit_model.config import ModelConfig
 from lit_model.distillation import Distillation, Teacher, TopK, chunked_distillation
-from lit_model.kernels import choose_attention, chunk_boundaries
+from lit_model.kernels.choose import choose_attention
 from lit_model.loss import IGNORE_INDEX, LossOutput, chunked_cross_entropy, head_logits
 from lit_model.mlp import MLP, GatedMLP
 from lit_model.moe import MoE, RouterStatistics, load_balance_loss, router_z_loss, stack_statistics
@@ -129,7 +129,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, RouterStatistics | None]:
         """(B, T, C) -> (B, T, C), and what the router did if there are experts.
 
-        `kernel` is a name of lit_model.kernels; `valid` bool (B, T) the tokens that count in the router's statistics.
+        `kernel` is an implementation in lit_model/kernels/; `valid` bool (B, T) marks the tokens that count in the
+        router's statistics.
         """
         if self.recompute == "none" or not (self.training and torch.is_grad_enabled()):
             return self._compute(x, layout, kernel, cache, valid)
@@ -176,7 +177,7 @@ class GPT(nn.Module):
     """A decoder-only language model. Buildable under `torch.device("meta")`; it registers no buffers.
 
     Args:
-        attention: "auto" or a name of lit_model.kernels.
+        attention: "auto" or an implementation in lit_model/kernels/.
         activation_checkpointing: what is recomputed in the backward, time for memory: each block ("full"), every
             n-th block ("block"), or each block but for its matrix multiplies and attention ("op").
         activation_checkpointing_every: the n of "block".
@@ -247,8 +248,9 @@ class GPT(nn.Module):
     ) -> Tensor | LossOutput | Teacher:
         """tokens int64 (B, T) -> logits (B, T, vocab_size), or with targets int64 (B, T) the losses.
 
-        `cu_seqlens` (int32 (P+1,), see lit_model.kernels) keeps document pieces apart: no attention between them, and
-        positions restart. Without it each row is one causal sequence. With a `cache`, tokens continue those in it.
+        `cu_seqlens` (int32 (P+1,), see lit_model/kernels/variant.py) keeps document pieces apart: no attention between
+        them, and positions restart. Without it each row is one causal sequence. With a `cache`, tokens continue those
+        in it.
         With `teaching` the losses are those of a student. `as_teacher`, a share in an ensemble, gives what a student
         needs of its teacher: the last hidden states, and the head, which is whole only inside of this call when it is
         sharded.
@@ -315,7 +317,7 @@ class GPT(nn.Module):
         return RowLayout(cos, sin, cu_seqlens, chunks, temperature)
 
     def _choose_kernels(self, x: Tensor, layout: RowLayout) -> list[str]:
-        """A name of lit_model.kernels for each layer."""
+        """The attention implementation of each layer."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         training = self.training and torch.is_grad_enabled()

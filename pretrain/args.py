@@ -277,7 +277,7 @@ class TrainArgs:
     deterministic: bool = False
     """Only deterministic kernels: runs repeat bit for bit on CUDA too, at some cost in speed."""
     attention: str = "auto"
-    """Attention kernel: auto, or a name of lit_model/kernels.py."""
+    """Attention kernel: auto, or one of lit_model/kernels/: fa4, fa3, fa2, varlen, sdpa, loop."""
 
     def __post_init__(self) -> None:
         lengths = {k: getattr(self, k) for k in ("max_steps", "max_tokens", "max_epochs")}

@@ -32,7 +32,7 @@ from lit_model.attention import attention_variant
 from lit_model.config import ModelConfig
 from lit_model.cost import count_active_parameters, count_parameters
 from lit_model.hf.families import family_of
-from lit_model.kernels import AttentionChoice, choose_attention
+from lit_model.kernels.choose import AttentionChoice, choose_attention
 from pretrain.args import RunArgs
 from pretrain.build import set_up
 from pretrain.checkpoint.files import checkpoint_name

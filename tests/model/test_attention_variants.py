@@ -10,17 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lit_model import kernels
-from lit_model.kernels import (
-    NAMES,
-    PLAIN,
-    SERVES,
-    AttentionVariant,
-    attention,
-    cached_attention,
-    choose_attention,
-    chunk_boundaries,
-)
+from lit_model.attention import chunk_boundaries
+from lit_model.kernels import choose as choosing
+from lit_model.kernels import cuda, plain
+from lit_model.kernels.choose import attention, choose_attention
+from lit_model.kernels.plain import cached_attention
+from lit_model.kernels.variant import NAMES, PLAIN, SERVES, AttentionVariant
 
 
 def formula(q, k, v, bounds, *, scale=None, window=None, softcap=None, chunk=None, keep=None):
@@ -104,9 +99,9 @@ def test_every_variant_equals_the_formula(batch, variant, block, name):
     asked = {"scale": variant.scale, "window": variant.window, "softcap": variant.softcap}
     pieces = list(range(0, B * T + 1, T)) if bounds is None else bounds
     expected = run(qkv, grad, [H, G, G], rows(lambda q, k, v: formula(q, k, v, pieces, **asked)))
-    with mock.patch.object(kernels, "_BLOCK", block):
+    with mock.patch.object(plain, "QUERY_BLOCK", block):
         if name == "other devices":
-            got = run(qkv, grad, [H, G, G], lambda q, k, v: kernels._plain_loop(q, k, v, tensor(bounds), *variant))
+            got = run(qkv, grad, [H, G, G], lambda q, k, v: plain.plain_loop(q, k, v, tensor(bounds), *variant))
         else:
             got = run(qkv, grad, [H, G, G], lambda q, k, v: attention(q, k, v, tensor(bounds), name, variant))
     assert_equal(got, expected)
@@ -176,7 +171,7 @@ def test_dropout_repeats_with_its_seed_and_its_gradient_is_the_formulas():
 
     def attend(q, k, v, seed=7):
         torch.manual_seed(seed)
-        with mock.patch.object(kernels, "_BLOCK", 4):
+        with mock.patch.object(plain, "QUERY_BLOCK", 4):
             return attention(q, k, v, tensor(bounds), "loop", variant)
 
     q, k, v = qkv.split([4, 2, 2], dim=2)
@@ -210,7 +205,7 @@ def test_cached_attention_equals_the_formula(S, T, variant, chunk, block, G):
     bounds = [0, S, 2 * S]
     whole = rows(lambda q, k, v: formula(q, k, v, bounds, **asked))
     expected = run(qkv, grad[:, S - T :], [H, G, G], lambda q, k, v: whole(q, k, v)[:, S - T :])
-    with mock.patch.object(kernels, "_BLOCK", block):
+    with mock.patch.object(plain, "QUERY_BLOCK", block):
         got = run(
             qkv, grad[:, S - T :], [H, G, G], lambda q, k, v: cached_attention(q[:, S - T :], k, v, variant, chunk)
         )
@@ -288,10 +283,10 @@ def pretend(monkeypatch):
         )
         for name, module in modules.items():
             monkeypatch.setitem(sys.modules, name, module)  # None: the import fails
-        kernels._choose.cache_clear()
+        choosing._choose.cache_clear()
 
     yield make
-    kernels._choose.cache_clear()
+    choosing._choose.cache_clear()
 
 
 def choose(requested="auto", documents=True, variant=PLAIN, dtype=torch.bfloat16):
@@ -316,7 +311,9 @@ def test_table_is_what_is_chosen(pretend):
 
 def test_auto_falls_to_one_that_is_right_and_says_so(pretend):
     pretend((9, 0), (fa4_func, fa4_func), varlen_func, varlen_func)
-    assert choose(variant=SOFTCAP).name == "fa3"
+    assert choose() == ("fa4", "fastest variable-length kernel that runs here")
+    softcap = choose(variant=SOFTCAP)
+    assert softcap.name == "fa3" and softcap.reason.endswith(" (not fa4: it has no soft-cap)")
     dropped = choose(variant=DROPOUT)
     assert dropped.name == "fa2"
     assert "fa3: it has no attention dropout" in dropped.reason and "fa4: it has no attention" in dropped.reason
@@ -326,7 +323,7 @@ def test_auto_falls_to_one_that_is_right_and_says_so(pretend):
     assert choose(documents=False).name == "sdpa"
     assert choose(documents=False, variant=SCALE).name == "sdpa"
     windowed = choose(documents=False, variant=WINDOW)
-    assert windowed.name == "fa3" and "sdpa: it has no sliding window" in windowed.reason
+    assert windowed.name == "fa4" and "not sdpa: it has no sliding window" in windowed.reason
     assert choose(documents=False, variant=DROPOUT, dtype=torch.float32).name == "loop"
     with pytest.raises(ValueError, match="soft-cap together"):
         choose("fa2", variant=AttentionVariant(softcap=50.0, dropout=0.1))
@@ -352,7 +349,7 @@ def test_releases_are_asked_for_their_arguments(pretend):
 
 def test_torch_without_a_window(pretend, monkeypatch):
     pretend((8, 0))
-    monkeypatch.setattr(kernels, "_VARLEN_OPTIONS", frozenset({"cu_seq_q", "is_causal"}))
+    monkeypatch.setattr(cuda, "VARLEN_ARGUMENTS", frozenset({"cu_seq_q", "is_causal"}))
     assert choose().name == "varlen"
     for variant, lacking in ((SCALE, "scale"), (WINDOW, "sliding window")):
         choice = choose(variant=variant)
@@ -375,7 +372,7 @@ def test_attention_refuses_what_a_kernel_never_does():
         ("sdpa", WINDOW),
         ("fa4", SOFTCAP),
     ):
-        with pytest.raises(ValueError, match=f"attention '{name}' has no"):
+        with pytest.raises(ValueError, match=f"attention '{name}' can't run here: it has no"):
             attention(q, k, v, None, name, variant)
 
 
@@ -396,7 +393,7 @@ def test_kernels_are_told_the_variant(monkeypatch, name, variant):
     module = types.SimpleNamespace(flash_attn_varlen_func=varlen_func, varlen_attn=varlen_attn)
     for path in ("flash_attn", "flash_attn_interface", "torch.nn.attention.varlen"):
         monkeypatch.setitem(sys.modules, path, module)
-    monkeypatch.setattr(kernels, "_VARLEN_OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
+    monkeypatch.setattr(cuda, "VARLEN_ARGUMENTS", frozenset({"scale", "window_size", "enable_gqa"}))
     qkv, _ = draw_qkv(2, 12, 4, 2, 6)
     q, k, v = qkv.split([4, 2, 2], dim=2)
     asked = {"scale": variant.scale, "window": variant.window, "softcap": variant.softcap}
@@ -406,5 +403,5 @@ def test_kernels_are_told_the_variant(monkeypatch, name, variant):
 
 
 def test_fa4_is_told_the_variant():
-    assert kernels._options("fa4", AttentionVariant(0.2, 8)) == {"softmax_scale": 0.2, "window_size_left": 7}
-    assert kernels._options("fa4", PLAIN) == {}
+    assert cuda.options("fa4", AttentionVariant(0.2, 8)) == {"softmax_scale": 0.2, "window_size_left": 7}
+    assert cuda.options("fa4", PLAIN) == {}

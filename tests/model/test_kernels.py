@@ -3,15 +3,9 @@
 import pytest
 import torch
 
-from lit_model.kernels import (
-    PLAIN,
-    SERVES,
-    AttentionVariant,
-    _plain_loop,
-    attention,
-    choose_attention,
-    dense_attention,
-)
+from lit_model.kernels.choose import attention, choose_attention
+from lit_model.kernels.plain import dense_attention, plain_loop
+from lit_model.kernels.variant import PLAIN, SERVES, AttentionVariant
 
 # (B, T, boundaries): unequal pieces, pieces of one token, whole rows, equal neighbours, padded boundaries
 PACKINGS = {
@@ -75,7 +69,7 @@ def test_loop_of_other_devices():
     B, T, bounds = PACKINGS["padded"]
     cu = torch.tensor(bounds, dtype=torch.int32)
     qkv, grad, split = draw(B, T, 6, 2, 24, torch.float64)
-    y, g = run(qkv, grad, split, lambda q, k, v: _plain_loop(q, k, v, cu, *PLAIN))
+    y, g = run(qkv, grad, split, lambda q, k, v: plain_loop(q, k, v, cu, *PLAIN))
     exact_y, exact_g = run(qkv, grad, split, lambda q, k, v: dense_attention(q, k, v, cu))
     torch.testing.assert_close(y, exact_y, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(g, exact_g, rtol=1e-11, atol=1e-11)

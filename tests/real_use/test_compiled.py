@@ -11,7 +11,8 @@ import torch
 from running import flags, train, write_dataset
 
 from lit_model.init import initialise
-from lit_model.kernels import AttentionVariant, attention
+from lit_model.kernels.choose import attention
+from lit_model.kernels.variant import AttentionVariant
 from lit_model.model import GPT, LossOutput
 from lit_model.moe import Experts
 from lit_model.registry import get_config

@@ -15,7 +15,7 @@ import torch
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
 from lit_model.hf.families import FAMILIES, config_from_hf
-from lit_model.kernels import SERVES
+from lit_model.kernels.variant import SERVES
 from lit_model.model import GPT
 from lit_model.registry import MODELS
 from pretrain.fabric_train import parse

@@ -1,0 +1,186 @@
+"""Variable-length attention on CUDA: FlashAttention 4, 3 and 2, and torch's varlen_attn.
+
+Dimensions and `cu_seqlens` as in lit_model/kernels/variant.py. Each kernel is a function (q (N, H, D), k and v
+(N, G, D), cu_seqlens, T, variant) -> (N, H, D). The packages are optional and imported when first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_model.kernels.operators import attention_operator
+from lit_model.kernels.variant import SERVES, AttentionVariant, lacking
+
+
+def options(name: str, variant: AttentionVariant) -> dict[str, Any]:
+    """The keyword arguments that carry `variant` to the function of `name`.
+
+    Defaults are left out, so that an old release need not know them.
+    """
+    values: dict[str, Any] = {feature: getattr(variant, feature) for feature in variant.features()}
+    if variant.window is not None:
+        left = variant.window - 1  # the kernels count the tokens to the left
+        values["window"] = left if name == "fa4" else (left, 0)
+    return {SERVES[name][feature]: value for feature, value in values.items()}
+
+
+def _fa2(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, variant: AttentionVariant) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
+
+    return _flash_attention(flash_attn_varlen_func, q, k, v, cu_seqlens, T, options("fa2", variant))
+
+
+def _fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, variant: AttentionVariant) -> Tensor:
+    from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
+
+    return _flash_attention(flash_attn_varlen_func, q, k, v, cu_seqlens, T, options("fa3", variant))
+
+
+def _flash_attention(
+    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, options: dict[str, Any]
+) -> Tensor:
+    y = function(
+        *(q, k, v, cu_seqlens, cu_seqlens, T, T),
+        causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **options,
+    )
+    out: Tensor = y[0] if isinstance(y, tuple) else y  # early releases of FA3 return (out, logsumexp)
+    return out
+
+
+def _fa4_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, scale: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_fwd  # type: ignore[import-not-found,unused-ignore]
+
+    arguments = _known(_flash_attn_fwd, max_seqlen_q=T, max_seqlen_k=T, return_lse=True)
+    arguments |= options("fa4", AttentionVariant(scale, window))
+    out, lse, *_ = _flash_attn_fwd(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, causal=True, **arguments)
+    return out, lse
+
+
+def _fa4_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    T: int,
+    scale: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd  # type: ignore[import-not-found,unused-ignore]
+
+    arguments = _known(
+        _flash_attn_bwd, max_seqlen_q=T, max_seqlen_k=T, deterministic=torch.are_deterministic_algorithms_enabled()
+    )
+    arguments |= options("fa4", AttentionVariant(scale, window))
+    dq, dk, dv, *_ = _flash_attn_bwd(
+        q, k, v, out, grad.contiguous(), lse, causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, **arguments
+    )
+    return dq, dk, dv
+
+
+# FA4 is Python that generates kernels: torch.compile must not trace into it.
+_fa4_operator = attention_operator(
+    "fa4",
+    "Tensor cu_seqlens, SymInt T, float? scale, SymInt? window",
+    _fa4_forward,
+    _fa4_backward,
+    empty_lse=lambda q: q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32),
+    device_types="cuda",
+)
+
+
+def _fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, variant: AttentionVariant) -> Tensor:
+    # The kernel generator needs 16-byte aligned, contiguous rows; views into the fused projection are not.
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out: Tensor = _fa4_operator(q, k, v, cu_seqlens, T, variant.scale, variant.window)[0]
+    return out
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, variant: AttentionVariant) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # The signature grew from release to release; all of this is constant when the block is compiled.
+    arguments: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in VARLEN_ARGUMENTS else {"is_causal": True}
+    arguments |= options("varlen", variant)
+    if k.shape[1] != q.shape[1]:
+        if "enable_gqa" in VARLEN_ARGUMENTS:
+            arguments["enable_gqa"] = True
+        else:  # torch 2.11 has no such argument: repeat the heads, whose gradients autograd sums
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, **arguments)
+    assert isinstance(y, Tensor)
+    return y
+
+
+def _varlen_arguments() -> frozenset[str]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+VARLEN_ARGUMENTS = _varlen_arguments()
+# In order of preference. FA4 is ahead of FA3 on Hopper too: on an H100 it gives right gradients, 1.06 times the 1B step
+# of varlen, and its wheels install; FA3 has not run there.
+KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, AttentionVariant], Tensor]] = {
+    "fa4": _fa4,
+    "fa3": _fa3,
+    "fa2": _fa2,
+    "varlen": _varlen,
+}
+_MODULES = {"fa4": "flash_attn.cute.interface", "fa3": "flash_attn_interface", "fa2": "flash_attn.flash_attn_interface"}
+
+
+def _known(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
+    """Those of `arguments` that this release of `function` accepts."""
+    parameters = inspect.signature(function).parameters
+    return {key: value for key, value in arguments.items() if key in parameters}
+
+
+def obstacle(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    deterministic: bool,
+    features: tuple[str, ...],
+) -> str | None:
+    """Why one of KERNELS can't run, as a clause; None if it can."""
+    if device.type != "cuda":
+        return f"it needs CUDA, the device is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    largest = 128 if name == "fa4" else 256
+    if head_size % 8 or head_size > largest:
+        return f"head_size {head_size} is not a multiple of 8 up to {largest}"
+    major, minor = torch.cuda.get_device_capability(device)
+    supported = {"fa4": major in (9, 10), "fa3": major == 9}.get(name, major >= 8)
+    if not supported:
+        return f"it doesn't support compute capability {major}.{minor}"
+    if name == "varlen":
+        if not VARLEN_ARGUMENTS:
+            return "this torch has no torch.nn.attention.varlen"
+        return lacking(name, features, VARLEN_ARGUMENTS)
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except Exception as error:  # a broken build of an optional package must not rule out the others; the log shows it
+        first_line = (str(error).splitlines() or [""])[0]
+        return f"{_MODULES[name]} does not import ({type(error).__name__}: {first_line})"
+    functions = ("_flash_attn_fwd", "_flash_attn_bwd") if name == "fa4" else ("flash_attn_varlen_func",)
+    parameters = [set(inspect.signature(getattr(module, function)).parameters) for function in functions]
+    if name == "fa4" and deterministic and "deterministic" not in parameters[1]:
+        return "this release has no deterministic backward"
+    return lacking(name, features, set.intersection(*parameters))

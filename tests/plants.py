@@ -10,6 +10,7 @@ error   {ranks, where, type, file}          the ranks raise an error of this typ
 ballast {rank, file, from_step, to_step}    a file fills the disk before one step, and is removed before the other
 blind   {}                                  no look at the free space before a save: it meets the full disk
 kill    {rank, step}                        the rank is killed before this step
+code    {rank, text}                        the rank, or each where none is given, runs this Python first
 """
 
 from __future__ import annotations
@@ -178,6 +179,11 @@ def _blind(fault: dict[str, Any]) -> None:
     saving.check_free_space = lambda folder, n_bytes: None
 
 
+def _code(fault: dict[str, Any]) -> None:
+    if fault.get("rank", int(os.environ["RANK"])) == int(os.environ["RANK"]):
+        exec(fault["text"], {})
+
+
 PLANTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "nan": _nan,
     "spike": _spike,
@@ -188,4 +194,5 @@ PLANTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "kill": lambda fault: _before_step(fault, _at_step(fault["step"], lambda: os.kill(os.getpid(), signal.SIGKILL))),
     "ballast": _ballast,
     "blind": _blind,
+    "code": _code,
 }

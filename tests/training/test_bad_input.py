@@ -28,6 +28,14 @@ CASES: dict[str, tuple[dict[str, object], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 4 steps."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train(*flags(data, run, train__max_steps=4))
+    return run
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_mistake_is_named(data: Path, tmp_path: Path, case: str) -> None:
     changes, message = CASES[case]
@@ -45,9 +53,8 @@ def test_unknown_key_in_config(data: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "micro_batch" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_run_folder_in_use_is_refused_without_resume(data: Path, tmp_path: Path) -> None:
-    train(*flags(data, tmp_path / "run", train__max_steps=4))
-    done = train(*flags(data, tmp_path / "run"), check=False)
+def test_run_folder_in_use_is_refused_without_resume(data: Path, finished: Path) -> None:
+    done = train(*flags(data, finished), check=False)
     assert done.returncode == 2 and "holds a run already" in done.stderr and "--resume latest" in done.stderr
 
 
@@ -70,8 +77,8 @@ def test_validation_of_another_tokenizer_is_refused(data: Path, tmp_path: Path) 
     assert done.returncode == 2 and "another tokenizer" in done.stderr
 
 
-def test_checkpoint_of_another_model_is_refused(data: Path, tmp_path: Path) -> None:
-    train(*flags(data, tmp_path / "run", train__max_steps=4))
+def test_checkpoint_of_another_model_is_refused(data: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
     done = train(*flags(data, tmp_path / "run", resume="latest", train__max_steps=4, model__n_embd=64), check=False)
     assert done.returncode == 2 and "model.n_embd" in done.stderr
     (tmp_path / "run" / "iter-00000004-ckpt.pth").write_bytes(b"not a checkpoint")
@@ -79,10 +86,8 @@ def test_checkpoint_of_another_model_is_refused(data: Path, tmp_path: Path) -> N
     assert done.returncode == 2 and "damaged" in done.stderr
 
 
-def test_run_folder_of_another_job_is_refused(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train(*flags(data, run, train__max_steps=4))
-    with open(run / ".lock", "a+") as f:
+def test_run_folder_of_another_job_is_refused(data: Path, finished: Path) -> None:
+    with open(finished / ".lock", "a+") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        done = train(*flags(data, run, train__max_steps=4, resume="latest"), check=False)
+        done = train(*flags(data, finished, train__max_steps=4, resume="latest"), check=False)
     assert done.returncode == 2 and "in use by another job" in done.stderr

@@ -21,15 +21,11 @@ from lit_model.load import load_model, load_tensors
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def script(name: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [str(ROOT / "scripts" / name), *map(str, arguments)]
-    if name.endswith(".py"):
-        command.insert(0, sys.executable)
-    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+def script(name: str, *arguments: object) -> str:
+    """What a script prints, that is run in this process."""
+    done = running.script(name, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +39,12 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hf(run: Path) -> Path:
+    """The run's export, by the command that a user types."""
     output = run.parent / "hf"
-    script("convert_to_hf.sh", run / "iter-00000008-ckpt.pth", output)
+    line = [ROOT / "scripts" / "convert_to_hf.sh", run / "iter-00000008-ckpt.pth", output]
+    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=200, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
     return output
 
 
@@ -57,8 +57,7 @@ def test_transformers_agrees_span_by_span(run: Path, hf: Path, data: Path) -> No
     assert json.loads((hf / "config.json").read_text())["vocab_size"] == 96
     assert "Data fingerprint" in (hf / "README.md").read_text()
     assert str(run.parent) not in (hf / "README.md").read_text(), "the card must not name folders of this machine"
-    done = script("verify_hf.py", "--run", run, "--hf", hf)
-    assert "largest relative difference" in done.stdout
+    assert "largest relative difference" in script("verify_hf.py", "--run", run, "--hf", hf)
 
 
 def test_there_and_back_is_exact_and_trains_on(run: Path, hf: Path, data: Path, tmp_path: Path) -> None:
@@ -82,7 +81,7 @@ def test_there_and_back_is_exact_and_trains_on(run: Path, hf: Path, data: Path, 
 def test_generate_opens_everything(run: Path, hf: Path, kind: str) -> None:
     path = {"run": run, "checkpoint": run / "iter-00000008-ckpt.pth", "hf": hf}[kind]
     arguments = ["--model", path, "--prompt_ids", "5,6", "--max_new_tokens", 5, "--temperature", 0, "--json"]
-    answer = json.loads(script("generate.py", *arguments).stdout)
+    answer = json.loads(script("generate.py", *arguments))
     model, _ = load_model(run)
     expected = [5, 6]
     for _ in range(5):
@@ -113,18 +112,18 @@ def test_debug_mode_makes_its_own_data(tmp_path: Path) -> None:
     """Two runs of configs/debug.yaml end in the same weights; its export speaks the tokenizer that preparation used."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for name in ("a", "b"):
-        train("--config", str(ROOT / "configs" / "debug.yaml"), "--out_dir", str(tmp_path / name))
+    for name in ("a", "b"):  # half its text and steps
+        shorter = ("--data.synthetic.tokens=15000", "--train.max_steps=30")
+        train("--config", str(ROOT / "configs" / "debug.yaml"), *shorter, "--out_dir", str(tmp_path / name))
     one, two = load_tensors(tmp_path / "a")[1], load_tensors(tmp_path / "b")[1]
     assert all(torch.equal(one[n], two[n]) for n in one)
     rows = metrics(tmp_path / "a")
     assert float(rows[-1]["val_loss"]) < 0.6 * float(rows[0]["val_loss"])
-    script("convert_to_hf.sh", tmp_path / "a", tmp_path / "hf")
+    script("convert_to_hf.py", "--checkpoint", tmp_path / "a", "--output", tmp_path / "hf")
     ours, theirs = open_tokenizer(tmp_path / "a" / "tokenizer"), AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in ("The cat sat. It slept!", "  two  spaces\n\nand lines", "Größe, naïve, 日本"):
         assert theirs(text)["input_ids"] == list(ours.encode(text)), text
     assert ours.eos_id in theirs(f"a {ours.eos_token} in the text")["input_ids"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.eos_token_id == ours.eos_id
-    done = script("trace_data.py", "verify", tmp_path / "a")
-    assert "no fault" in done.stdout
-    assert "row    0" in script("trace_data.py", "step", tmp_path / "a", 3).stdout
+    assert "no fault" in script("trace_data.py", "verify", tmp_path / "a")
+    assert "row    0" in script("trace_data.py", "step", tmp_path / "a", 3)

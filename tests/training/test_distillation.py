@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from running import command, flags, kill_once, metrics, same_checkpoints, script, train, train_killed
+from running import flags, kill_once, metrics, same_checkpoints, script, train, train_killed
 from strategies import column
 
 from lit_data.loading.loader import read_rows
@@ -123,7 +123,7 @@ def test_two_ranks_train_as_one_and_resume_bit_for_bit(
 def test_preflight_counts_the_teachers(data: Path, teachers: list[Path], tmp_path: Path) -> None:
     """In the memory; and in the step that it takes."""
     taught = {**CHANGES, "distillation__teachers": entries(teachers)}
-    done = command(*flags(data, tmp_path / "run", **taught), "--preflight")
+    done = train(*flags(data, tmp_path / "run", **taught), "--preflight")
     n_bytes = 4 * sum(count_parameters(load_tensors(t)[0]) for t in teachers)
     assert f", teachers {show_bytes(n_bytes)})" in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from running import ROOT, command, flags, write_dataset
+from running import ROOT, flags, shared_zygote, write_dataset
+from zygote import TIMEOUT_S
 
 from pretrain import fabric_train
 from pretrain.fabric_train import main
@@ -84,11 +85,26 @@ def look(capsys: pytest.CaptureFixture[str], data: Path, run: Path, **changes: o
 # --- what is sound -------------------------------------------------------------------------------------------------
 
 
-def test_one_process_passes_and_leaves_nothing(data: Path, tmp_path: Path) -> None:
-    done = command(*flags(data, tmp_path / "runs" / "a"), "--preflight")
-    assert settled(done.stdout) == FINE | {"network": "skipped"}, done.stdout
-    assert "one process" in told(done.stdout, "network")
+def test_one_process_passes_and_leaves_nothing(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, output = look(capsys, data, tmp_path / "runs" / "a")
+    assert status == 0 and settled(output) == FINE | {"network": "skipped"}, output
+    assert "one process" in told(output, "network")
     assert list(tmp_path.iterdir()) == [], "neither the run folder nor the one above was there before"
+
+
+SMALL_AND_SHORT = """
+from pretrain.preflight import machine as preflight_checks
+from pretrain.preflight import ranks as preflight_ranks
+preflight_ranks.GRACE_S = 1.0
+preflight_checks.MARKER_WAIT_S = 0.5
+preflight_checks.DISK_BYTES = 1 << 20
+"""
+SLURM_TASK = """
+import os
+for name, theirs in (("SLURM_PROCID", "RANK"), ("SLURM_LOCALID", "LOCAL_RANK"), ("SLURM_NTASKS", "WORLD_SIZE")):
+    os.environ[name] = os.environ.pop(theirs)
+del os.environ["LOCAL_WORLD_SIZE"], os.environ["TORCHELASTIC_RUN_ID"]
+"""
 
 
 def test_two_tasks_of_slurm_pass_beside_a_run(data: Path, tmp_path: Path) -> None:
@@ -96,69 +112,26 @@ def test_two_tasks_of_slurm_pass_beside_a_run(data: Path, tmp_path: Path) -> Non
     run = tmp_path / "run"
     assert main(flags(data, run, train__max_steps=4)) == 0
     before = contents(run)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0"}
-    slurm |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    slurm = {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0"}
+    slurm |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train"}
     changes: dict[str, Any] = {"devices": 2, "strategy": "fsdp", "resume": "latest", "save__state_dict_type": "sharded"}
     arguments = flags(data, run, train__max_steps=8, resume_allow="train.max_steps", **changes)
-    command = [sys.executable, str(ROOT / "pretrain" / "fabric_train.py"), *arguments, "--preflight"]
-    tasks = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **slurm, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    outputs = [task.communicate(timeout=240) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
-    output = outputs[0][0]
+    tasks = [{"kind": "code", "text": SMALL_AND_SHORT + SLURM_TASK}]
+    answer = shared_zygote().run(2, run, [*arguments, "--preflight"], plants=tasks, env=slurm)
+    assert answer.statuses == [0, 0], answer.output
+    output = answer.outputs[0]
     assert settled(output) == FINE, output
     assert "iter-00000004-ckpt.pth, step 4, full" in " ".join(output.split())
-    assert "Preflight" not in outputs[1][0], "rank 0 alone prints"
+    assert "Preflight" not in answer.outputs[1], "rank 0 alone prints"
     assert contents(run) == before
 
 
 # --- several ranks, of which one is not sound ----------------------------------------------------------------------
 
-WORKER = """
-import sys
-sys.path[0] = {root!r}
-import os, types
-from pathlib import Path
+SPOILED = """
+import types
 import torch.distributed as dist
-from pretrain import fabric_train
-from pretrain.preflight import preflight
 from pretrain.preflight import machine as preflight_checks
-from pretrain.preflight import ranks as preflight_ranks
-from pretrain.preflight import trial_run as preflight_run
-
-preflight_ranks.GRACE_S = 1.0
-preflight_checks.MARKER_WAIT_S = 0.5
-preflight_checks.DISK_BYTES = 1 << 20
-if os.environ.get("LOCAL_RANK") == "1":
-{plant}
-fabric_train.leave(fabric_train.main())
-"""
-
-
-def plant(tmp_path: Path, code: str) -> str:
-    """A script like fabric_train.py, whose rank 1 runs `code` first."""
-    script = tmp_path / "worker.py"
-    lines = "\n".join("    " + line for line in code.strip().splitlines())
-    script.write_text(WORKER.format(root=str(ROOT), plant=lines))
-    return str(script)
-
-
-def test_a_rank_that_differs_is_named(data: Path, tmp_path: Path) -> None:
-    """Rank 1 corrupts the sum, runs other code and does not see out_dir; the others' items still run. By torchrun."""
-    script = plant(
-        tmp_path,
-        """
 def spoiled(tensor):
     tensor[-1] += 1
     dist.all_reduce(tensor)
@@ -166,44 +139,65 @@ preflight_checks.dist = types.SimpleNamespace(all_reduce=spoiled, get_backend=di
 preflight_checks.code_hash = lambda: "other"
 see_marker = preflight_checks.see_marker
 preflight_checks.see_marker = lambda scratch, token: see_marker(scratch / "local", token)
-""",
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script]
-    done = subprocess.run(
-        [*launcher, *flags(data, tmp_path / "run", devices=2), "--preflight"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    found = settled(done.stdout)
+"""
+FAILING = """
+from pretrain.preflight import trial_run as preflight_run
+def train_step(run, data):
+    raise RuntimeError("planted")
+preflight_run.train_step = train_step
+"""
+
+
+def look_on_two(data: Path, run: Path, code: str, **changes: object) -> tuple[list[int], str]:
+    """A preflight of two ranks, of which rank 1 runs `code` first: their exit statuses, and what rank 0 printed."""
+    plants = [{"kind": "code", "text": SMALL_AND_SHORT}, {"kind": "code", "rank": 1, "text": code}]
+    arguments = [*flags(data, run, devices=2, **changes), "--preflight"]
+    answer = shared_zygote().run(2, run, arguments, plants=plants)
+    assert not answer.exceeded, answer.output
+    return answer.statuses, answer.outputs[0]
+
+
+def test_a_rank_that_differs_is_named(data: Path, tmp_path: Path) -> None:
+    """Rank 1 corrupts the sum, runs other code and does not see out_dir; the others' items still run."""
+    statuses, output = look_on_two(data, tmp_path / "run", SPOILED)
+    assert statuses == [1, 1], output
+    found = settled(output)
     assert {k: v for k, v in found.items() if v != "ok"} == {
         "environment": "failed",
         "network": "failed",
         "disk": "failed",
         "one step": "skipped",
-    }, done.stdout
+    }, output
     host = socket.gethostname()
-    assert f"rank 1 (host {host}) has other" in told(done.stdout, "environment")
-    assert "the sum of 1 MiB over 2 ranks is wrong on rank 0" in told(done.stdout, "network")
-    assert f"rank 1 (host {host}): it does not see what rank 0 wrote" in told(done.stdout, "disk")
+    assert f"rank 1 (host {host}) has other" in told(output, "environment")
+    assert "the sum of 1 MiB over 2 ranks is wrong on rank 0" in told(output, "network")
+    assert f"rank 1 (host {host}): it does not see what rank 0 wrote" in told(output, "disk")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_that_fails_in_a_step_is_named_while_the_other_waits(data: Path, tmp_path: Path) -> None:
-    script = plant(
-        tmp_path,
-        """
-def train_step(run, data):
-    raise RuntimeError("planted")
-preflight_run.train_step = train_step
-""",
-    )
+    """Rank 0 waits in a collective for longer than the ranks are given to end in."""
+    statuses, output = look_on_two(data, tmp_path / "run", FAILING, timeout_s=2 * TIMEOUT_S)
+    assert statuses == [1, 1], output
+    assert settled(output) == FINE | {"one step": "failed"}
+    assert f"rank 1 (host {socket.gethostname()}): RuntimeError: planted" in told(output, "one step")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ours", "torchrun"])
+def test_a_rank_of_a_launcher_that_fails_is_named(data: Path, tmp_path: Path, launcher: str) -> None:
+    """The first rank to end ends all: rank 0 has printed its table by then."""
+    script = tmp_path / "worker.py"
+    code = f"import os, sys\nsys.path[0] = {str(ROOT)!r}\n{SMALL_AND_SHORT}"
+    code += f"if os.environ.get('LOCAL_RANK') == '1':\n    exec({FAILING!r})\n"
+    script.write_text(f"{code}from pretrain import fabric_train\nfabric_train.leave(fabric_train.main())\n")
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"] if launcher == "torchrun" else []
     done = subprocess.run(
-        [sys.executable, script, *flags(data, tmp_path / "run", devices=2, timeout_s=200), "--preflight"],
+        [sys.executable, *words, script, *flags(data, tmp_path / "run", devices=2, timeout_s=500), "--preflight"],
         capture_output=True,
         text=True,
-        timeout=120,  # less than that of the collective in which rank 0 waits
+        timeout=240,  # less than that of the collective in which rank 0 waits
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert settled(done.stdout) == FINE | {"one step": "failed"}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +92,14 @@ class Trainer:
         assert self._process.stdin is not None
         self._process.stdin.close()
         assert self._process.wait(timeout=30) == 0
+
+
+@functools.cache
+def shared_trainer() -> Trainer:
+    """The trainer of this process: starting one costs as much as importing torch and Lightning."""
+    trainer = Trainer(Path(tempfile.mkdtemp(prefix="llammlein-strategies-")))
+    atexit.register(trainer.close)
+    return trainer
 
 
 def settings_of(name: str) -> dict[str, object]:

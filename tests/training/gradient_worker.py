@@ -9,6 +9,7 @@ would break is alive before it: no process group, and no thread of any library.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -31,7 +32,7 @@ import pretrain.loop
 from lit_model.load import Checkpoint
 from pretrain.args import RunArgs
 from pretrain.build import set_up
-from pretrain.fabric_train import leave, parse
+from pretrain.fabric_train import parse
 from pretrain.optim import clip_gradients
 from pretrain.run import Run
 
@@ -62,7 +63,9 @@ def train(request: dict[str, Any]) -> list[int]:
                 traceback.print_exc()
                 sys.stderr.flush()
                 os._exit(1)
-            leave(0)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)  # the interpreter's tear-down takes longer than most runs here
         ranks.append(pid)
     statuses, deadline = [], time.monotonic() + request["timeout_s"]
     for pid in ranks:
@@ -170,6 +173,7 @@ def everyone(value: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # a collection in a fork leaves what it shares with this process alone
     for line in sys.stdin:
         assert not dist.is_initialized() and len(os.listdir("/proc/self/task")) == 1
         print(json.dumps(train(json.loads(line))), flush=True)

@@ -6,14 +6,14 @@ How checkpoints of each go on in each other is in test_strategy_matrix.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from running import flags
-from strategies import CONFIGURATIONS, GLOBAL_BATCH, Trainer, column, settings_of
+from strategies import CONFIGURATIONS, GLOBAL_BATCH, column, settings_of, shared_trainer
 
 from lit_data.loading.rows import count_windows
 from lit_data.packed.dataset import PackedDataset
@@ -30,7 +30,7 @@ class Runs:
 
     def __init__(self, data: Path, folder: Path) -> None:
         self.data, self.folder = data, folder
-        self.trainer = Trainer(folder)
+        self.trainer = shared_trainer()
         self.gradients: dict[Path, dict[int, dict[str, Any]]] = {}
 
     def of(self, name: str, steps: int) -> Path:
@@ -54,10 +54,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    made = Runs(data, tmp_path_factory.mktemp("strategies"))
-    yield made
-    made.trainer.close()
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(data, tmp_path_factory.mktemp("strategies"))
 
 
 @pytest.mark.parametrize(("steps", "name"), EVERY)

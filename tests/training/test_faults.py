@@ -58,8 +58,17 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) ->
     return run
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
-@pytest.mark.parametrize(("when", "number"), [("step", 6), ("validation", 2), ("saving", 2)])
+@pytest.mark.parametrize(
+    ("when", "number", "asynchronous"),
+    [
+        ("step", 6, "false"),
+        pytest.param("step", 6, "true", marks=pytest.mark.slow),
+        pytest.param("validation", 2, "false", marks=pytest.mark.slow),
+        ("validation", 2, "true"),
+        ("saving", 2, "false"),
+        ("saving", 2, "true"),
+    ],
+)
 def test_a_signal_to_one_rank_saves_and_goes_on(
     data: Path, tmp_path: Path, whole: Path, ranks: Ranks, when: str, number: int, asynchronous: str
 ) -> None:
@@ -131,39 +140,39 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(
 ) -> None:
     run = tmp_path / "run"
     changes = two(
-        strategy=strategy, train__max_steps=40, save__every_steps=5, guard__spike_action="rollback",
+        strategy=strategy, train__max_steps=24, save__every_steps=5, guard__spike_action="rollback",
         guard__spike_window=12, guard__spike_rows=2, optim__lr=1e-3,
     )  # fmt: skip
-    # Samples of step 21: what they do is only seen in the losses of the steps after it.
-    fault = {"kind": "spike", "samples": [8 * 21, 8 * 21 + 1], "factor": 30.0}
+    # Samples of step 11: what they do is only seen in the losses of the steps after it.
+    fault = {"kind": "spike", "samples": [8 * 11, 8 * 11 + 1], "factor": 30.0}
     answer = ranks(2, run, flags(data, run, **changes), plants=[fault])
     assert answer.statuses == [0, 0], answer.output
-    assert "going back to iter-00000020-ckpt.pth" in answer.output
-    assert [int(r["step"]) for r in metrics(run)] == list(range(41))
+    assert "going back to iter-00000010-ckpt.pth" in answer.output
+    assert [int(r["step"]) for r in metrics(run)] == list(range(25))
     assert max(float(r["train_loss"]) for r in metrics(run)[1:]) < 8
     order = json.loads((run / "datapoints" / "order.json").read_text())
-    # Two high losses are a spike: those of steps 23 and 24. All samples since the checkpoint are left out.
+    # Two high losses are a spike: those of steps 13 and 14. All samples since the checkpoint are left out.
     assert order["segments"] == [
         {"from_step": 0, "first_sample": 0, "global_batch": 8},
-        {"from_step": 20, "first_sample": 24 * 8, "global_batch": 8},
+        {"from_step": 10, "first_sample": 14 * 8, "global_batch": 8},
     ]
     (skip,) = order["skips"]
-    assert (skip["step"], skip["first_sample"], skip["end_sample"]) == (20, 160, 192) and "spike" in skip["reason"]
+    assert (skip["step"], skip["first_sample"], skip["end_sample"]) == (10, 80, 112) and "spike" in skip["reason"]
     assert Checkpoint(list_checkpoints(run)[-1]).meta["skips"] == [skip]
     record = read_record(run)
     seen = set(record["sample"].to_pylist())
-    assert seen == set(range(160)) | set(range(192, 192 + 160)) and len(set(record["step"].to_pylist())) == 40
+    assert seen == set(range(80)) | set(range(112, 112 + 112)) and len(set(record["step"].to_pylist())) == 24
     traced = open_run(run)
     assert verify(traced) == []
     # Whoever asks after a document is told of its samples that were left out.
-    windows = traced.mixture.place(np.arange(160, 192))[2]
+    windows = traced.mixture.place(np.arange(80, 112))[2]
     documents = {d for w in windows.tolist() for d in traced.rows[0].pieces(np.array([w])).document.tolist()}
     left_out = {s for d in documents for s, reason in left_out_of_document(traced, d) if reason == skip["reason"]}
-    assert left_out == set(range(160, 192))
+    assert left_out == set(range(80, 112))
 
     # Killed after the rollback, the run goes on with the same samples to the same end.
     killed = tmp_path / "killed"
-    plants = [fault, {"kind": "kill", "rank": 1, "step": 33}]
+    plants = [fault, {"kind": "kill", "rank": 1, "step": 19}]
     arguments = flags(data, killed, **changes)
     assert ranks(2, killed, arguments, plants=plants).statuses[1] == -9
     assert ranks(2, killed, arguments, plants=[fault]).statuses == [0, 0]
@@ -173,10 +182,10 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(
 def test_a_spike_without_a_way_back_ends_the_run(data: Path, tmp_path: Path, ranks: Ranks) -> None:
     run = tmp_path / "run"
     changes = two(
-        train__max_steps=40, save__every_steps=40, guard__spike_action="rollback", guard__spike_window=12,
+        train__max_steps=20, save__every_steps=20, guard__spike_action="rollback", guard__spike_window=12,
         guard__spike_rows=2, optim__lr=1e-3,
     )  # fmt: skip
-    fault = {"kind": "spike", "samples": [8 * 21, 8 * 21 + 1], "factor": 30.0}
+    fault = {"kind": "spike", "samples": [8 * 11, 8 * 11 + 1], "factor": 30.0}
     answer = ranks(2, run, flags(data, run, **changes), plants=[fault])
     assert answer.statuses == [1, 1] and "there is no checkpoint from before it" in answer.output
     run = tmp_path / "warned"
@@ -184,8 +193,15 @@ def test_a_spike_without_a_way_back_ends_the_run(data: Path, tmp_path: Path, ran
     assert answer.statuses == [0, 0] and answer.output.count("warning: loss spike") == 1
 
 
-@pytest.mark.parametrize("policy", ["stop", "skip"])
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize(
+    ("policy", "asynchronous"),
+    [
+        ("stop", "false"),
+        pytest.param("stop", "true", marks=pytest.mark.slow),
+        pytest.param("skip", "false", marks=pytest.mark.slow),
+        ("skip", "true"),
+    ],
+)
 def test_full_disk_during_a_save(
     data: Path, tmp_path: Path, whole: Path, ranks: Ranks, policy: str, asynchronous: str
 ) -> None:

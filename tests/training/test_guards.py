@@ -27,7 +27,7 @@ def spikes(values: list[float], args: GuardArgs) -> list[tuple[int, int, int]]:
     return [(s.good_step, s.first_step, s.step) for s in found if s is not None]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(s, marks=pytest.mark.slow) for s in range(5, 20))])
 def test_no_alarm_without_a_spike(seed: int) -> None:
     assert spikes(losses(2000, seed), GuardArgs()) == []
 

@@ -6,17 +6,15 @@ The table of all pairs, which docs/parallelism.md has: `python -m pytest -m slow
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from running import flags
-from strategies import Trainer, column, difference, settings_of
+from strategies import column, difference, settings_of, shared_trainer
 
 from lit_model.load import Checkpoint
 
-STEPS, SAVED = 16, 8
 COLUMNS = ("train_loss", "grad_norm", "val_loss")
 NAMES = ("single", "ddp2", "ddp4", "full2", "full4", "sgo2", "hybrid4")
 KINDS = ("full", "sharded")
@@ -25,14 +23,14 @@ QUICK = [("full", "full2", "ddp2"), ("sharded", "hybrid4", "single"), ("sharded"
 
 
 class Matrix:
-    """Runs of 16 steps, and their continuations from step 8 by others."""
+    """Runs of some steps, and their continuations from the middle by others."""
 
-    def __init__(self, data: Path, folder: Path) -> None:
-        self.data, self.folder = data, folder
-        self.trainer = Trainer(folder)
+    def __init__(self, data: Path, folder: Path, steps: int) -> None:
+        self.data, self.folder, self.steps, self.saved = data, folder, steps, steps // 2
+        self.trainer = shared_trainer()
 
     def arguments(self, name: str, run: Path, **changes: object) -> list[str]:
-        settings = {"train__max_steps": STEPS, "save__every_steps": SAVED, "train__clip_norm": 0.5}
+        settings = {"train__max_steps": self.steps, "save__every_steps": self.saved, "train__clip_norm": 0.5}
         return flags(self.data, run, **settings, **settings_of(name), **changes)
 
     def undisturbed(self, name: str, kind: str = "full") -> Path:
@@ -47,7 +45,7 @@ class Matrix:
 
         The worker asserts that the loaded state equals the checkpoint's.
         """
-        saved = self.undisturbed(saves, kind) / f"iter-{SAVED:08d}-ckpt.pth"
+        saved = self.undisturbed(saves, kind) / f"iter-{self.saved:08d}-ckpt.pth"
         assert saved.is_dir() == (kind == "sharded")
         run = self.folder / f"{kind}-{saves}-{loads}"
         run.mkdir()
@@ -55,15 +53,18 @@ class Matrix:
         self.trainer.run(loads, self.arguments(loads, run, resume=saved.name), loaded=saved)
         single = self.undisturbed("single")
         for name in COLUMNS[:2]:
-            assert len(column(run, name, after=SAVED)) == STEPS - SAVED
-        return max(difference(column(run, c, after=SAVED), column(single, c, after=SAVED)) for c in COLUMNS)
+            assert len(column(run, name, after=self.saved)) == self.steps - self.saved
+        return max(difference(column(run, c, after=self.saved), column(single, c, after=self.saved)) for c in COLUMNS)
 
 
 @pytest.fixture(scope="module")
-def matrix(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
-    made = Matrix(data, tmp_path_factory.mktemp("matrix"))
-    yield made
-    made.trainer.close()
+def matrix(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    return Matrix(data, tmp_path_factory.mktemp("matrix"), steps=8)
+
+
+@pytest.fixture(scope="module")
+def long_matrix(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    return Matrix(data, tmp_path_factory.mktemp("long-matrix"), steps=16)
 
 
 @pytest.mark.parametrize(("kind", "saves", "loads"), QUICK)
@@ -73,8 +74,8 @@ def test_checkpoint_goes_on_in_another_configuration(matrix: Matrix, kind: str, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_pair(matrix: Matrix, kind: str) -> None:
-    worst = {(saves, loads): matrix.worst(kind, saves, loads) for saves in NAMES for loads in NAMES}
+def test_every_pair(long_matrix: Matrix, kind: str) -> None:
+    worst = {(saves, loads): long_matrix.worst(kind, saves, loads) for saves in NAMES for loads in NAMES}
     print(f"\n| {kind}: saved by | {' | '.join(NAMES)} |\n|{'---|' * (len(NAMES) + 1)}")
     for saves in NAMES:
         print(f"| {saves} | {' | '.join(f'{worst[saves, loads]:.0e}' for loads in NAMES)} |")
@@ -84,7 +85,7 @@ def test_every_pair(matrix: Matrix, kind: str) -> None:
 @pytest.mark.parametrize("name", [n if n == "full2" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_full_and_sharded_checkpoints_hold_the_same(matrix: Matrix, name: str) -> None:
     """Bit for bit; and what one process saves, up to the order of sums."""
-    path = f"iter-{SAVED:08d}-ckpt.pth"
+    path = f"iter-{matrix.saved:08d}-ckpt.pth"
     full, sharded = (Checkpoint(matrix.undisturbed(name, kind) / path) for kind in KINDS)
     single = Checkpoint(matrix.undisturbed("single") / path)
     assert sorted(full.names()) == sorted(sharded.names()) == sorted(single.names())

@@ -1,0 +1,46 @@
+"""docs/architecture.md shows the code as it is: its picture, and every file and name in it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "architecture.md"
+
+
+def names_in(path: Path) -> set[str]:
+    """Functions, classes, methods (`Class.method`) and assigned names at the top of a file."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                found |= {f"{node.name}.{child.name}" for child in node.body if isinstance(child, ast.FunctionDef)}
+    return found
+
+
+def faults(text: str) -> list[str]:
+    """Files and names of the page that the code does not have."""
+    gone = [p for p in re.findall(r"`([\w/]+\.(?:py|md|sh))`", text) if "/" in p and not (ROOT / p).exists()]
+    for name, path in re.findall(r"`([\w.]+)`\s+\(`([\w/]+\.py)`\)", text):
+        if (ROOT / path).exists() and name not in names_in(ROOT / path):
+            gone.append(f"{name} ({path})")
+    return gone
+
+
+def test_the_picture_is_that_of_the_code() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "docs" / "draw_architecture.py"), "--check"], cwd=ROOT)
+    assert done.returncode == 0
+
+
+def test_files_and_names_of_the_page_exist() -> None:
+    assert faults(PAGE.read_text(encoding="utf-8")) == []
+
+
+def test_a_name_that_is_gone_is_found() -> None:
+    text = "`no_such` (`pretrain/loop.py`), `pretrain/nothing.py`, `fit`\n(`pretrain/loop.py`), `Run.fault`\n(`pretrain/loop.py`)"
+    assert faults(text) == ["pretrain/nothing.py", "no_such (pretrain/loop.py)", "Run.fault (pretrain/loop.py)"]

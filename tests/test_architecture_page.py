@@ -42,5 +42,6 @@ def test_files_and_names_of_the_page_exist() -> None:
 
 
 def test_a_name_that_is_gone_is_found() -> None:
-    text = "`no_such` (`pretrain/loop.py`), `pretrain/nothing.py`, `fit`\n(`pretrain/loop.py`), `Run.fault`\n(`pretrain/loop.py`)"
+    where = "\n(`pretrain/loop.py`)"
+    text = f"`no_such`{where}, `pretrain/nothing.py`, `fit`{where}, `Run.fault`{where}"
     assert faults(text) == ["pretrain/nothing.py", "no_such (pretrain/loop.py)", "Run.fault (pretrain/loop.py)"]

@@ -3,8 +3,8 @@
     python docs/draw_architecture.py          # rewrites the picture in docs/architecture.md
     python docs/draw_architecture.py --check  # status 1 if the picture is not that of the code
 
-A box is a folder; the files at the root of `pretrain` are two boxes. An arrow A -> B says that a file of A imports one of
-B. An arrow that follows from others (A -> B -> C, so A -> C) is left out.
+A box is a folder; the files at the root of `pretrain` are two boxes. An arrow A -> B says that a file of A imports one
+of B. An arrow that follows from others (A -> B -> C, so A -> C) is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("scripts", "pretrain", "lit_eval", "lit_model", "lit_data", "lit_files")
-ROAD = ("fabric_train", "build", "data", "resume", "run", "loop")  # of pretrain: through these every run passes
+ROAD = ("fabric_train", "build", "data", "resume", "run", "run_folder", "loop")  # of pretrain: through these every run passes
 BEGIN, END = "```mermaid\n", "```\n"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("scripts", "pretrain", "lit_eval", "lit_model", "lit_data", "lit_files")
-ROAD = ("fabric_train", "build", "data", "resume", "run", "run_folder", "loop")  # of pretrain: through these every run passes
+ROAD = ("fabric_train", "build", "data", "resume", "run", "run_folder", "loop")  # of pretrain: every run passes these
 BEGIN, END = "```mermaid\n", "```\n"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from running import flags, metrics, write_dataset
+from running import flags, metrics, shared_zygote, write_dataset
 from torch import Tensor
 from zygote import Answer, Zygote
 
@@ -69,7 +69,7 @@ class Bench:
     """Runs trials of settings, and checks them against the undisturbed run of each."""
 
     def __init__(self, folder: Path, before: tuple[str, ...] = ()) -> None:
-        self.folder, self.zygote = folder, Zygote(folder, before)
+        self.folder, self.zygote = folder, Zygote(folder, before) if before else shared_zygote()
         self.data, self.killed = folder / "data", folder / "killed"
         rng = np.random.default_rng(7)
         write_dataset(self.data / "train", rng.integers(1, 90, size=60).tolist())

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
+import warm_python
 from plants import plant
 from watched_calls import PHASES, Call, Watch
 
@@ -162,12 +163,30 @@ def become(rank: int, request: dict[str, Any], port: int, slots: memoryview) -> 
         Reporter(rank, request, slots)
 
 
+def serve_python(address: str) -> dict[str, Any] | None:
+    """Fork the process that answers tests/warm_python.py at this address. None: a script of it has ended."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(32)
+    if os.fork():
+        listener.close()
+        return {"address": address}
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)  # the pipes of this process are not its child's
+    os.dup2(null, 1)
+    words = warm_python.serve(listener)
+    assert words is not None
+    warm_python.run(words)
+    return None
+
+
 def serve() -> list[str] | None:
     """Answer until the requests end (None). In a forked rank: its command line."""
     for line in sys.stdin:
         assert not dist.is_initialized() and len(os.listdir("/proc/self/task")) == 1
-        outcome = trial(json.loads(line))
-        if isinstance(outcome, list):
+        request = json.loads(line)
+        outcome = serve_python(request["address"]) if "address" in request else trial(request)
+        if outcome is None or isinstance(outcome, list):
             return outcome
         print(json.dumps(outcome), flush=True)
     return None

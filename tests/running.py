@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -81,6 +82,18 @@ def shared_zygote() -> Any:
     zygote = Zygote(Path(tempfile.mkdtemp(prefix="llammlein-ranks-")))
     atexit.register(zygote.close)
     return zygote
+
+
+@functools.cache
+def warm_python() -> str:
+    """A command that runs a script as python does, without the seconds that imports take: tests/warm_python.py."""
+    folder = Path(tempfile.mkdtemp(prefix="llammlein-python-"))
+    shared_zygote().serve_python(folder / "socket")
+    command = folder / "python"
+    client = [sys.executable, "-I", "-S", str(ROOT / "tests" / "warm_python.py"), str(folder / "socket")]
+    command.write_text(f'#!/bin/sh\nexec {shlex.join(client)} "$@"\n')
+    command.chmod(0o755)
+    return str(command)
 
 
 def train(

@@ -104,6 +104,13 @@ class Zygote:
         outputs = [(self.folder / f"rank-{rank}").read_text(errors="replace") for rank in ranks]
         return Answer(outputs=outputs, calls=[self._calls(rank) for rank in ranks] if watch else [], **outcome)
 
+    def serve_python(self, address: Path) -> None:
+        """Have what tests/warm_python.py asks for at this address answered."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"address": str(address)}) + "\n")
+        self._process.stdin.flush()
+        assert json.loads(self._process.stdout.readline()) == {"address": str(address)}
+
     def _calls(self, rank: int) -> list[Call]:
         """A rank may be killed while it writes its last line."""
         path = self.folder / f"rank-calls-{rank}"

@@ -13,8 +13,9 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from running import ROOT, script
+from running import ROOT, script, warm_python
 
+FORKED = {"train_step"}  # what they start may be forked from a process that has imported everything
 # Started by the others, or imported by them.
 PARTS = {"corpus_runs", "peer_convert", "peer_loader", "peer_megatron", "peer_prepare", "peer_step", "provenance"}
 
@@ -25,6 +26,7 @@ def benchmark(name: str, *arguments: object) -> tuple[int, str]:
     with (
         patch.object(sys, "argv", [path, *map(str, arguments)]),
         patch.object(sys, "path", list(sys.path)),
+        patch.object(sys, "executable", warm_python() if name in FORKED else sys.executable),
         contextlib.redirect_stdout(out),
     ):
         try:

@@ -308,7 +308,8 @@ def test_the_config_of_a_run_repeats_it(data: Path, tmp_path: Path) -> None:
     """
     config = write(tmp_path / "c.yaml", train={"max_epochs": 1}, optim={"warmup_steps": 5}, model={"name": "debug"})
     one, two, name = tmp_path / "one", tmp_path / "two", "iter-00000012-ckpt.pth"
-    typed = flags(data, one, optim__warmup_steps=None, optim__warmup_fraction=0.25)
+    quick = {"train__micro_batch_samples": 8, "eval__every_steps": 12}
+    typed = flags(data, one, **quick, optim__warmup_steps=None, optim__warmup_fraction=0.25)
     train(config, *typed)
     optim = yaml.safe_load((one / "config.yaml").read_text())["optim"]
     assert (optim["warmup_steps"], optim["warmup_fraction"]) == (3, None)
@@ -317,7 +318,7 @@ def test_the_config_of_a_run_repeats_it(data: Path, tmp_path: Path) -> None:
     train(f"--config={one / 'config.yaml'}", f"--out_dir={two}")
     same_checkpoints(one / name, two / name)
     assert Checkpoint(two / name).model_config == Checkpoint(one / name).model_config
-    done = train(config, *flags(data, one, optim__warmup_steps=3), "--resume=latest")
+    done = train(config, *flags(data, one, **quick, optim__warmup_steps=3), "--resume=latest")
     assert "is finished" in done.stdout
     assert OptimArgs(warmup_fraction=0.1, steps_before=50).resolved(150).warmup_steps == 20
 

@@ -28,6 +28,7 @@ LLAMA_4 = {
     "n_expert_per_token": 1,
     "moe_layers": (True, True, False, False),
 }
+LLAMA_4_OF_TWO_KINDS = {**LLAMA_4, "n_layer": 2, "moe_layers": (True, False)}
 
 
 @pytest.fixture(autouse=True)
@@ -73,23 +74,25 @@ def validate(model: GPT, size: int) -> None:
     ("recompute", "changes", "backend"),
     [
         ("block", GEMMA_2, "eager"),
-        ("full", LLAMA_4, "eager"),
+        ("full", LLAMA_4_OF_TWO_KINDS, "eager"),
+        pytest.param("full", LLAMA_4, "eager", marks=pytest.mark.slow),
         pytest.param("block", GEMMA_2, "aot_eager", marks=pytest.mark.slow),
         pytest.param("op", LLAMA_4, "aot_eager", marks=pytest.mark.slow),
         pytest.param("op", SLIDING, "aot_eager", marks=pytest.mark.slow),
         pytest.param("full", LLAMA_4, "inductor", marks=pytest.mark.slow),
     ],
-    ids=["gemma2", "llama4", "gemma2-traced", "llama4-op", "sliding-op", "llama4-inductor"],
+    ids=["gemma2", "llama4", "llama4-four-kinds", "gemma2-traced", "llama4-op", "sliding-op", "llama4-inductor"],
 )
 def test_every_block_of_every_kind_is_compiled(recompute: Any, changes: dict[str, Any], backend: str) -> None:
     """Point 7: sliding and full layers, experts, chunks, recomputed: all blocks run compiled, whatever the sizes."""
     eager, model = build(recompute, **changes), build(recompute, **changes)
     compile_blocks(model, backend=backend)
+    n = changes["n_layer"]
     for size in (8, 16):
         for run in (step, validate):
             counted = CompiledBlocks({"model": [model]})
             run(model, size)
-            assert counted.describe() == "compiled: 4 of 4 blocks of the model"
+            assert counted.describe() == f"compiled: {n} of {n} blocks of the model"
         for either in (eager, model):
             either.zero_grad()
             step(either, size)
@@ -150,8 +153,17 @@ def test_rows_within_the_window_compile_with_dropout() -> None:
         assert step(model, 8).loss_sum.isfinite()
 
 
-@pytest.mark.parametrize("documents", [True, False])
-@pytest.mark.parametrize("options", [{"window": 5}, {"softcap": 2.0, "scale": 0.3}, {"softcap": 1.0, "window": 140}])
+@pytest.mark.parametrize(
+    ("options", "documents"),
+    [
+        ({"window": 5}, True),
+        ({"softcap": 2.0, "scale": 0.3}, True),
+        ({"softcap": 1.0, "window": 140}, False),
+        pytest.param({"window": 5}, False, marks=pytest.mark.slow),
+        pytest.param({"softcap": 2.0, "scale": 0.3}, False, marks=pytest.mark.slow),
+        pytest.param({"softcap": 1.0, "window": 140}, True, marks=pytest.mark.slow),
+    ],
+)
 def test_attention_compiled_equals_eager(options: dict[str, Any], documents: bool) -> None:
     """Point 7: the operator that compiled blocks call has a backward of its own; in float64 both agree."""
     B, T, H, G, D = 2, 150, 4, 2, 8

@@ -24,7 +24,7 @@ def entries(run: Path) -> list[dict[str, object]]:
 def test_each_start_has_a_line(data: Path, tmp_path: Path) -> None:
     """Point 29: a start on two ranks and a resume on one: a line each, which their checkpoints name; no key in it."""
     run, key = tmp_path / "run", "0123456789abcdef" * 4
-    changes = {"devices": 2, "train__max_steps": 4, "log__run_name": f"hf_{key}"}
+    changes = {"devices": 2, "train__micro_batch_samples": 4, "train__max_steps": 4, "log__run_name": f"hf_{key}"}
     train(*flags(data, run, **changes), env={"WANDB_API_KEY": key, "SLURM_JOB_ID": "4711"})
     longer = {"train__max_steps": 8, "resume": "latest", "resume_allow": "train.max_steps"}
     train(*flags(data, run, **longer))

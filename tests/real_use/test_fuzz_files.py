@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT
+from running import ROOT, warm_python
 
 
 def fuzz(count: int, folder: Path) -> None:
-    environment = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false", "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, str(ROOT / "tests" / "fuzzed_files.py"), f"--count={count}", f"--json={folder / 'found'}"]
-    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | environment)
+    line = [warm_python(), str(ROOT / "tests" / "fuzzed_files.py"), f"--count={count}", f"--json={folder / 'found'}"]
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((folder / "found").read_text())
     assert len(found) > 20 and all(outcomes["mutations"] == count for outcomes in found.values())

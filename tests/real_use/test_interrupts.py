@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import ROOT, flags, metrics, same_checkpoints, train, write_dataset
-from zygote import Zygote
+from running import ROOT, flags, metrics, same_checkpoints, shared_zygote, train, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -24,53 +23,57 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def short(data: Path, run: Path, **changes: object) -> list[str]:
+    """A run of 6 steps that validates before the first, after the third and after the last."""
+    settings = {"train__max_steps": 6, "train__micro_batch_samples": 4, "save__every_steps": 2, "eval__every_steps": 3}
+    return flags(data, run, **settings | changes)
+
+
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody stopped."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    train(*flags(data, run))
+    train(*short(data, run))
     return run
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    zygote = Zygote(tmp_path_factory.mktemp("ranks"))
-    yield zygote
-    zygote.close()
+@pytest.fixture
+def ranks() -> Any:
+    return shared_zygote()
 
 
 def test_ctrl_c_saves_and_a_resume_ends_as_if_nothing_had_been(
     data: Path, whole: Path, tmp_path: Path, ranks: Any
 ) -> None:
-    """Point 11: Ctrl-C after step 6 saves step 6, exits with 130 whatever stop.exit_code is, and says so."""
+    """Point 11: Ctrl-C after step 3 saves step 3, exits with 130 whatever stop.exit_code is, and says so."""
     run = tmp_path / "run"
-    strike = {"kind": "signal", "rank": 0, "name": "SIGINT", "when": "step", "number": 6}
-    done = ranks.run(1, run, flags(data, run, stop__exit_code=7), plants=[strike])
+    strike = {"kind": "signal", "rank": 0, "name": "SIGINT", "when": "step", "number": 3}
+    done = ranks.run(1, run, short(data, run, stop__exit_code=7), plants=[strike])
     assert done.statuses == [130], done.output
-    assert "stopped by SIGINT after step 6; resume with --resume latest" in done.output
+    assert "stopped by SIGINT after step 3; resume with --resume latest" in done.output
     assert "once more ends at once" in done.output and "Traceback" not in done.output
-    assert (run / "iter-00000006-ckpt.pth").exists()
+    assert (run / "iter-00000003-ckpt.pth").exists()
     assert json.loads((run / "stopped.json").read_text())["signal"] == "SIGINT"
-    train(*flags(data, run, stop__exit_code=7, resume="latest"))
-    same_checkpoints(run / "iter-00000012-ckpt.pth", whole / "iter-00000012-ckpt.pth")
+    train(*short(data, run, stop__exit_code=7, resume="latest"))
+    same_checkpoints(run / "iter-00000006-ckpt.pth", whole / "iter-00000006-ckpt.pth")
 
 
 def test_ctrl_c_reaches_all_ranks(data: Path, tmp_path: Path, ranks: Any) -> None:
     """Point 11: two ranks that both get SIGINT, or one alone, save at the same step; both end with 130."""
     for name, struck in (("both", (0, 1)), ("one", (1,))):
         run = tmp_path / name
-        plants = [{"kind": "signal", "rank": r, "name": "SIGINT", "when": "step", "number": 4} for r in struck]
-        done = ranks.run(2, run, flags(data, run, devices=2, strategy="ddp"), plants=plants)
+        plants = [{"kind": "signal", "rank": r, "name": "SIGINT", "when": "step", "number": 2} for r in struck]
+        done = ranks.run(2, run, short(data, run, devices=2, strategy="ddp"), plants=plants)
         assert done.statuses == [130, 130], done.output
-        assert (run / "iter-00000004-ckpt.pth").exists() and "Traceback" not in done.output
+        assert (run / "iter-00000002-ckpt.pth").exists() and "Traceback" not in done.output
 
 
 def test_other_signals_keep_their_status(data: Path, tmp_path: Path, ranks: Any) -> None:
     """Point 11: stop.exit_code is the status after SIGTERM, as before."""
     run = tmp_path / "run"
-    strike = {"kind": "signal", "rank": 0, "name": "SIGTERM", "when": "step", "number": 3}
-    done = ranks.run(1, run, flags(data, run, stop__exit_code=7), plants=[strike])
-    assert done.statuses == [7] and (run / "iter-00000003-ckpt.pth").exists(), done.output
+    strike = {"kind": "signal", "rank": 0, "name": "SIGTERM", "when": "step", "number": 1}
+    done = ranks.run(1, run, short(data, run, stop__exit_code=7), plants=[strike])
+    assert done.statuses == [7] and (run / "iter-00000001-ckpt.pth").exists(), done.output
 
 
 def test_a_signal_in_the_first_validation_leaves_a_run_to_resume(
@@ -80,12 +83,12 @@ def test_a_signal_in_the_first_validation_leaves_a_run_to_resume(
     saved can be resumed, and ends like a run that was not stopped."""
     run = tmp_path / "run"
     strike = {"kind": "signal", "rank": 0, "name": "SIGTERM", "when": "validation", "number": 1}
-    done = ranks.run(1, run, flags(data, run), plants=[strike])
+    done = ranks.run(1, run, short(data, run), plants=[strike])
     assert done.statuses == [0] and "after step 0" in done.output, done.output
     assert "step 0: SIGTERM; the validation is left to the resume" in done.output
     assert (run / "iter-00000000-ckpt.pth").exists()
-    train(*flags(data, run, resume="latest"))
-    same_checkpoints(run / "iter-00000012-ckpt.pth", whole / "iter-00000012-ckpt.pth")
+    train(*short(data, run, resume="latest"))
+    same_checkpoints(run / "iter-00000006-ckpt.pth", whole / "iter-00000006-ckpt.pth")
     assert [r["step"] for r in metrics(run)] == [r["step"] for r in metrics(whole)]
 
 
@@ -93,26 +96,26 @@ def test_a_signal_during_a_validation_does_not_wait_for_its_end(data: Path, tmp_
     """Point 11: a signal to one of two ranks during a validation is heeded by both before the next batch."""
     run = tmp_path / "run"
     strike = {"kind": "signal", "rank": 1, "name": "SIGUSR1", "when": "validation", "number": 2}
-    done = ranks.run(2, run, flags(data, run, devices=2, strategy="ddp"), plants=[strike])
-    assert done.statuses == [0, 0] and "stopped by SIGUSR1 after step 6" in done.output, done.output
-    assert "step 6: SIGUSR1; the validation is left to the resume" in done.output
-    assert [r["step"] for r in metrics(run)] == [str(n) for n in range(6)]
-    assert (run / "iter-00000006-ckpt.pth").exists()
-    assert ranks.run(2, run, flags(data, run, devices=2, strategy="ddp", resume="latest")).statuses == [0, 0]
+    done = ranks.run(2, run, short(data, run, devices=2, strategy="ddp"), plants=[strike])
+    assert done.statuses == [0, 0] and "stopped by SIGUSR1 after step 3" in done.output, done.output
+    assert "step 3: SIGUSR1; the validation is left to the resume" in done.output
+    assert [r["step"] for r in metrics(run)] == [str(n) for n in range(3)]
+    assert (run / "iter-00000003-ckpt.pth").exists()
+    assert ranks.run(2, run, short(data, run, devices=2, strategy="ddp", resume="latest")).statuses == [0, 0]
     rows = metrics(run)
-    assert [r["step"] for r in rows] == [str(n) for n in range(13)]
-    assert [int(r["step"]) for r in rows if r["val_loss"]] == [0, 6, 12] and all(r["train_loss"] for r in rows[1:])
+    assert [r["step"] for r in rows] == [str(n) for n in range(7)]
+    assert [int(r["step"]) for r in rows if r["val_loss"]] == [0, 3, 6] and all(r["train_loss"] for r in rows[1:])
 
 
 def test_stop_after_minutes(data: Path, tmp_path: Path, ranks: Any) -> None:
     """Point 29: --stop.after_minutes stops like a signal: after a step, saved, with stop.exit_code; on all ranks."""
     run = tmp_path / "run"
-    limit = flags(data, run, stop__after_minutes=1e-6, stop__exit_code=9, devices=2, strategy="ddp", data__val=None)
+    limit = short(data, run, stop__after_minutes=1e-6, stop__exit_code=9, devices=2, strategy="ddp", data__val=None)
     done = ranks.run(2, run, limit)
     assert done.statuses == [9, 9] and "stopped by stop.after_minutes after step 1" in done.output, done.output
     assert (run / "iter-00000001-ckpt.pth").exists()
     assert json.loads((run / "stopped.json").read_text())["step"] == 1
-    refused = train(*flags(data, tmp_path / "no", stop__after_minutes=0), check=False)
+    refused = train(*short(data, tmp_path / "no", stop__after_minutes=0), check=False)
     assert refused.returncode == 2 and "--stop.after_minutes 0.0 must be greater than 0" in refused.stderr
 
 
@@ -190,12 +193,12 @@ def test_a_signal_in_the_last_validation(data: Path, whole: Path, tmp_path: Path
     """Point 11: a run that is stopped in its last validation is not done; a resume validates, and then it is."""
     run = tmp_path / "run"
     strike = {"kind": "signal", "rank": 0, "name": "SIGINT", "when": "validation", "number": 3}
-    done = ranks.run(1, run, flags(data, run), plants=[strike])
-    assert done.statuses == [130] and "stopped by SIGINT after step 12" in done.output, done.output
-    train(*flags(data, run, resume="latest"))
+    done = ranks.run(1, run, short(data, run), plants=[strike])
+    assert done.statuses == [130] and "stopped by SIGINT after step 6" in done.output, done.output
+    train(*short(data, run, resume="latest"))
     for column in ("step", "val_loss", "train_loss"):
         assert [r[column] for r in metrics(run)] == [r[column] for r in metrics(whole)]
-    same_checkpoints(run / "iter-00000012-ckpt.pth", whole / "iter-00000012-ckpt.pth")
+    same_checkpoints(run / "iter-00000006-ckpt.pth", whole / "iter-00000006-ckpt.pth")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)

@@ -7,13 +7,12 @@ import os
 import pickle
 import resource
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from running import EOS, ROOT, VOCAB, flags
+from running import EOS, ROOT, VOCAB, flags, warm_python
 
 import lit_data.packed.dataset
 from lit_data.loading.loader import Layout, Loader
@@ -47,13 +46,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def limited(*words: object) -> subprocess.CompletedProcess[str]:
-    """A command at `ulimit -n 256`, soft and hard."""
+    """A script at `ulimit -n 256`, soft and hard."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    line = [sys.executable, *map(str, words)]
+    line = [warm_python(), *map(str, words)]
     return subprocess.run(line, preexec_fn=limit, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 

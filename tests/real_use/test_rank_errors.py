@@ -10,18 +10,18 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from running import flags, train, write_dataset
+from running import flags, shared_zygote, train, write_dataset
 from zygote import Answer, Zygote
 
 LIMIT_S = 20.0
 STEPS = ("set-up", "resume", "save", "validation", "end")
 KINDS = ("ValueError", "OSError", "MemoryError", "KeyboardInterrupt", "C++")
 WHO: tuple[tuple[int, ...], ...] = ((0,), (1,), (0, 1))
+TWO_RANKS = {"devices": 2, "strategy": "ddp", "train__micro_batch_samples": 4, "log__every_steps": 2}
 NEWEST = {"set-up": None, "resume": 4, "save": 4, "validation": 4, "end": 12}  # its step when the error comes
 
 
@@ -37,7 +37,7 @@ class Trials:
     def run(self, where: str, kind: str, ranks: tuple[int, ...]) -> tuple[Answer, Path, float]:
         """What became of it, the run folder, and seconds from the error to the end of the last rank."""
         run, mark = self.folder / f"{where}-{kind}-{ranks}", self.folder / "mark"
-        changes: dict[str, object] = {"devices": 2, "strategy": "ddp", "eval__every_steps": 6, "log__every_steps": 2}
+        changes: dict[str, object] = {**TWO_RANKS, "eval__every_steps": 6}
         if where in ("resume", "save", "validation"):  # from step 4; the error comes in step 6 or 8
             shutil.copytree(self.stopped, run)
             changes["resume"] = "latest"
@@ -47,17 +47,16 @@ class Trials:
 
 
 @pytest.fixture(scope="module")
-def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trials]:
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
     folder = tmp_path_factory.mktemp("trials")
     write_dataset(folder / "data" / "train", [60] * 60)
     write_dataset(folder / "data" / "val", [60] * 10, seed=1)
     stopped = folder / "stopped"
-    zygote = Zygote(folder)
+    zygote = shared_zygote()
     strike = {"kind": "signal", "rank": 0, "name": "SIGTERM", "when": "step", "number": 4}
-    command = flags(folder / "data", stopped, devices=2, strategy="ddp", log__every_steps=2)
+    command = flags(folder / "data", stopped, **TWO_RANKS)
     assert zygote.run(2, stopped, command, plants=[strike]).statuses == [0, 0]
-    yield Trials(zygote, folder / "data", folder, stopped)
-    zygote.close()
+    return Trials(zygote, folder / "data", folder, stopped)
 
 
 def newest(run: Path) -> str:
@@ -154,8 +153,9 @@ def test_a_folder_that_only_rank_zero_finds_unusable(trials: Trials, tmp_path: P
 def test_a_single_process_saves_before_an_error_ends_it(trials: Trials, tmp_path: Path) -> None:
     """Point 11: an error that every rank reaches saves first where the state is sound: here of the only rank."""
     run = tmp_path / "run"
-    answer = trials.zygote.run(1, run, flags(trials.data, run), plants=[{"kind": "raise", "rank": 0, "step": 6}])
+    command = flags(trials.data, run, data__val=None, train__max_steps=4)
+    answer = trials.zygote.run(1, run, command, plants=[{"kind": "raise", "rank": 0, "step": 3}])
     assert answer.statuses == [1] and "planted failure" in answer.output
-    assert "the newest checkpoint is iter-00000006-ckpt.pth" in answer.output
-    train(*flags(trials.data, run, resume="latest"))
-    assert newest(run) == "iter-00000012-ckpt.pth"
+    assert "the newest checkpoint is iter-00000003-ckpt.pth" in answer.output
+    train(*command, "--resume=latest")
+    assert newest(run) == "iter-00000004-ckpt.pth"

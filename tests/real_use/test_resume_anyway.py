@@ -31,17 +31,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+QUICK: dict[str, object] = {"train__micro_batch_samples": 8}
+LONGER = {**QUICK, "train__max_steps": 12, "optim__schedule": "constant", "resume_allow": "train.max_steps"}
+
+
 @pytest.fixture(scope="module")
 def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 8 steps with checkpoints of 4 and 8, and what a run of 12 steps ends with."""
     folder = tmp_path_factory.mktemp("done")
-    train(*flags(data, folder / "run", train__max_steps=8, optim__schedule="constant"))
+    train(*flags(data, folder / "run", **QUICK, train__max_steps=8, optim__schedule="constant"))
     shutil.copytree(folder / "run", folder / "whole")
     train(*flags(data, folder / "whole", **LONGER, resume="latest"))
     return folder
-
-
-LONGER: dict[str, object] = {"train__max_steps": 12, "optim__schedule": "constant", "resume_allow": "train.max_steps"}
 
 
 def full(path: Path) -> None:

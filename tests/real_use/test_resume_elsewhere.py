@@ -12,6 +12,7 @@ from lit_model.load import Checkpoint, list_checkpoints
 from pretrain.checkpoint.files import find_checkpoint
 
 NAME = "iter-00000004-ckpt.pth"
+EIGHT: dict[str, object] = {"train__max_steps": 8, "train__micro_batch_samples": 8}
 
 
 def test_epoch_counts_real_rows(tmp_path: Path) -> None:
@@ -26,7 +27,7 @@ def test_epoch_counts_real_rows(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def first(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("first") / "first"
-    train(*flags(data, run, train__max_steps=8))
+    train(*flags(data, run, **EIGHT))
     return run
 
 
@@ -88,7 +89,7 @@ def test_path_without_out_dir(data: Path, tmp_path: Path, first: Path) -> None:
     """Point 8: --resume PATH alone resumes the run that the checkpoint lies in."""
     run = tmp_path / "run"
     shutil.copytree(first, run)
-    arguments = [flag for flag in flags(data, run, train__max_steps=8) if not flag.startswith("--out_dir")]
+    arguments = [flag for flag in flags(data, run, **EIGHT) if not flag.startswith("--out_dir")]
     train(*arguments, f"--resume={run / NAME}")
     assert [p.name for p in list_checkpoints(run)] == [NAME, "iter-00000008-ckpt.pth"]
     assert len(list((run / "abandoned").glob("*/iter-*"))) == 1

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from running import ROOT, flags, metrics, same_checkpoints, train, write_dataset
+from running import ROOT, flags, metrics, same_checkpoints, train, warm_python, write_dataset
 from stand_ins import Cluster
 
 from pretrain import fabric_train, launch, parallel
@@ -133,6 +133,7 @@ def test_every_config_under_the_jobs(script: str, tmp_path: Path, inside: Any) -
 def test_every_config_through_sbatch(path: Path, tmp_path: Path) -> None:
     """Must show 5, by real processes: a preflight of each config in a job of two tasks names two processes."""
     cluster = Cluster(tmp_path)
+    (cluster.bin / "python").symlink_to(warm_python())
     small = ["--accelerator=cpu", "--precision=fp32", "--data.train=nowhere", "--preflight"]
     small = [s for s in small if "synthetic:" not in path.read_text(encoding="utf-8") or "nowhere" not in s]
     size = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1")
@@ -145,6 +146,7 @@ def test_a_job_trains_with_as_many_processes_as_slurm_started(data: Path, tmp_pa
     weights of two processes started otherwise. The accelerator of the config stays: the job has no GPUs.
     """
     cluster = Cluster(tmp_path)
+    (cluster.bin / "python").symlink_to(warm_python())
     (tmp_path / "c.yaml").write_text("devices: 1\nnum_nodes: 16\naccelerator: cpu\n")
     settings = {"accelerator": None, "devices": None, "train__max_steps": 3, "eval__every_steps": 100}
     run, other = tmp_path / "run", tmp_path / "other"

@@ -163,8 +163,8 @@ def become(rank: int, request: dict[str, Any], port: int, slots: memoryview) -> 
         Reporter(rank, request, slots)
 
 
-def serve_python(address: str) -> dict[str, Any] | None:
-    """Fork the process that answers tests/warm_python.py at this address. None: a script of it has ended."""
+def serve_python(address: str) -> dict[str, Any]:
+    """Fork the process that answers tests/warm_python.py at this address; its scripts end in here."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(32)
@@ -175,9 +175,13 @@ def serve_python(address: str) -> dict[str, Any] | None:
     os.dup2(null, 0)  # the pipes of this process are not its child's
     os.dup2(null, 1)
     words = warm_python.serve(listener)
-    assert words is not None
-    warm_python.run(words)
-    return None
+    try:
+        warm_python.run(words)
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        end(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+    end(0)
 
 
 def serve() -> list[str] | None:
@@ -186,7 +190,7 @@ def serve() -> list[str] | None:
         assert not dist.is_initialized() and len(os.listdir("/proc/self/task")) == 1
         request = json.loads(line)
         outcome = serve_python(request["address"]) if "address" in request else trial(request)
-        if outcome is None or isinstance(outcome, list):
+        if isinstance(outcome, list):
             return outcome
         print(json.dumps(outcome), flush=True)
     return None

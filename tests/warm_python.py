@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGCONT)
 
 
-def serve(listener: socket.socket) -> list[str] | None:
-    """Answer while the parent lives (None). In a forked script's process: what its command line is, ready to run."""
+def serve(listener: socket.socket) -> list[str]:
+    """Answer while the parent lives. In a forked script's process: its command line."""
     parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that wait for the scripts
     listener.settimeout(1.0)

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from running import write_dataset
+
+# --hypothesis-profile=many; tests/model/test_many_examples.py runs with it.
+settings.register_profile("many", max_examples=300)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

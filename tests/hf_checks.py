@@ -25,7 +25,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, settings
+from examples import examples
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -42,13 +42,7 @@ transformers.logging.disable_progress_bar()
 # Both sides compute in float32 and round differently: logits of size 1 to 5 differ by a few 1e-6 at most.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
-few = settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.explicit, Phase.generate],  # a smaller example costs minutes to find, and these are small
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+few = examples(9)
 
 scalings = st.one_of(
     st.none(),

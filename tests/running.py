@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -170,17 +170,22 @@ def metrics(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
-def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A script as it is run by path, in this process."""
+def script(name: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A script as it is run by path, in this process, whose environment and handling of SIGTERM stay as they were."""
     out, errors, path = io.StringIO(), io.StringIO(), str(ROOT / "scripts" / name)
-    argv = [path, *map(str, arguments)]
+    argv, handler = [path, *map(str, arguments)], signal.getsignal(signal.SIGTERM)
     with (
+        chdir(cwd or Path.cwd()),
+        patch.dict(os.environ),
         patch.object(sys, "argv", argv),
         patch.object(sys, "path", list(sys.path)),
         redirect_stdout(out),
         redirect_stderr(errors),
         pytest.raises(SystemExit) as left,
     ):
-        runpy.run_path(path, run_name="__main__")
+        try:
+            runpy.run_path(path, run_name="__main__")
+        finally:
+            signal.signal(signal.SIGTERM, handler)
     assert isinstance(left.value.code, int)
     return subprocess.CompletedProcess(argv, left.value.code, out.getvalue(), errors.getvalue())

@@ -82,7 +82,7 @@ def fill(
     return NaiveRow(tokens, targets, [tuple(s) for s in spans])
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=25),
     block_size=st.integers(1, 40),

@@ -57,7 +57,7 @@ DOCUMENT = st.lists(st.integers(0, 99), max_size=12).map(lambda ids: [*ids, 0])
 DOCUMENTS = st.lists(DOCUMENT, min_size=1, max_size=20)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=DOCUMENTS, shard_tokens=st.integers(1, 60), wide=st.booleans())
 def test_round_trip_and_places(tmp_path_factory, documents, shard_tokens, wide):
     folder = tmp_path_factory.mktemp("packed") / "set"
@@ -78,7 +78,7 @@ def test_round_trip_and_places(tmp_path_factory, documents, shard_tokens, wide):
     assert dataset.verify() == []
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=DOCUMENTS, shard_tokens=st.integers(1, 60), data=st.data())
 def test_going_on_after_a_kill_gives_the_same_files(tmp_path_factory, documents, shard_tokens, data):
     """Documents come in batches of any size, the writer dies somewhere, a new one goes on from the last state."""

@@ -110,14 +110,14 @@ def test_the_result_is_the_text(corpus, tokenizer_folder, tmp_path):
 
 def test_the_result_does_not_depend_on_workers(corpus, tokenizer_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BATCH_DOCUMENTS", 7)  # many batches, more than may be in flight
-    for workers in (1, 2, 3):
+    for workers in (1, 3):
         out = tmp_path / f"out-{workers}"
         prepare(
             [corpus], tokenizer_folder, out, val_fraction=0.2, workers=workers, shard_tokens=500, metadata=["genre"]
         )
     first = content(tmp_path / "out-1")
     assert "train/data-00002.bin" in first and "val/manifest.json" in first
-    assert content(tmp_path / "out-2") == first and content(tmp_path / "out-3") == first
+    assert content(tmp_path / "out-3") == first
 
 
 def test_special_tokens_in_a_text_are_text(tokenizer_folder, tmp_path):
@@ -255,10 +255,12 @@ def test_a_replacement_that_fails_puts_the_old_folder_back(corpus, tokenizer_fol
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "out"] and (out / "val").is_dir()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize(
+    ("error", "workers"),
+    [(KeyboardInterrupt, 1), (OSError, 1), (KeyboardInterrupt, 2), pytest.param(OSError, 2, marks=pytest.mark.slow)],
+)
 def test_an_interruption_before_the_first_commit_leaves_nothing(
-    corpus, tokenizer_folder, tmp_path, monkeypatch, workers, error
+    corpus, tokenizer_folder, tmp_path, monkeypatch, error, workers
 ):
     interrupt(monkeypatch, error, after=100)
     with pytest.raises(error):
@@ -295,7 +297,7 @@ def test_interrupted_again_and_again_the_result_is_the_same(
     prepare([repetitive], tokenizer_folder, tmp_path / "whole", **call)
     expected = content(tmp_path / "whole")
     interruptions = 0
-    for after in range(20, 400, 20):
+    for after in range(20, 400, 30):
         with monkeypatch.context() as patch:
             interrupt(patch, KeyboardInterrupt, after)
             try:
@@ -402,7 +404,7 @@ def test_executors_of_datatrove_give_the_same(repetitive, tokenizer_folder, tmp_
     call = {"shard_tokens": 700, "workers": 1, "val_fraction": 0.2, **REPEATED}
     prepare([repetitive], tokenizer_folder, tmp_path / "one", **call)
     run_on_executors(
-        "local", [repetitive], tokenizer_folder, tmp_path / "out", tasks_at_once=2, parts=3,
+        "local", [repetitive], tokenizer_folder, tmp_path / "out", tasks_at_once=2, parts=2,
         val_inputs=None, on_error="stop", overwrite=False, work=None, **call,
     )  # fmt: skip
     assert content(tmp_path / "out") == content(tmp_path / "one")
@@ -450,7 +452,7 @@ def test_cleaner_and_filters_report_what_they_remove(tokenizer_folder, tmp_path,
         "cleaner": "own_rules:shout", "filter": ["own_rules:no_numbers"], "max_characters": 100, "workers": 2,
         "max_token_word_ratio": 10,
     }  # fmt: skip
-    dry = prepare([tmp_path / "x.jsonl"], tokenizer_folder, tmp_path / "out", dry_run=True, **call)
+    dry = prepare([tmp_path / "x.jsonl"], tokenizer_folder, tmp_path / "out", dry_run=True, **call | {"workers": 1})
     assert not (tmp_path / "out").exists() and "dry run: nothing was written" in dry.summary()
     report = prepare([tmp_path / "x.jsonl"], tokenizer_folder, tmp_path / "out", **call)
     assert texts(tmp_path / "out" / "train", open_tokenizer(tokenizer_folder)) == [t.upper() for t in kept]
@@ -469,7 +471,7 @@ def test_length_and_language(tokenizer_folder, tmp_path):
     english = "The house stands by the river, and the birds are singing in the trees of the garden."
     lines = [json.dumps({"id": name, "text": t}) for name, t in (("de", german), ("en", english), ("kurz", "Haus"))]
     (tmp_path / "x.jsonl").write_text("\n".join(lines) + "\n")
-    call = {"min_characters": 10, "language": ["de"], "workers": 2}
+    call = {"min_characters": 10, "language": ["de"], "workers": 1}
     report = prepare([tmp_path / "x.jsonl"], tokenizer_folder, tmp_path / "out", **call)
     assert texts(tmp_path / "out" / "train", open_tokenizer(tokenizer_folder)) == [german]
     assert [s.documents_kept for s in report.treatment.stages.values()] == [2, 1]

@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_model.attention import KVCache
@@ -18,16 +19,6 @@ from lit_model.model import GPT, IGNORE_INDEX
 
 BLOCK = 48  # the models' context
 B, T = 2, 24
-
-
-def examples(count):
-    return settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=True,
-        phases=[Phase.explicit, Phase.generate],
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
 
 
 @st.composite
@@ -137,7 +128,7 @@ def gradients(model, losses):
     return loss.detach(), {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
 
 
-@examples(40)
+@examples(15)
 @given(config=configs(), seed=st.integers(0, 1000))
 def test_packed_documents_equal_one_at_a_time(config, seed):
     """By the loop of the CPU and by the definition of attention; each alone is as it were in no batch."""
@@ -159,7 +150,7 @@ def test_packed_documents_equal_one_at_a_time(config, seed):
                 assert (grads[name] - wanted).norm() <= 1e-10 * largest, name
 
 
-@examples(30)
+@examples(15)
 @given(config=configs(), seed=st.integers(0, 1000), cuts=st.sets(st.integers(1, T - 1), max_size=6))
 def test_cache_equals_no_cache(config, seed, cuts):
     """Logits of rows that come in pieces, of one token and of several; and greedy tokens."""
@@ -177,7 +168,7 @@ def test_cache_equals_no_cache(config, seed, cuts):
 
 
 @pytest.mark.parametrize("kind", ["full", "op"])
-@examples(20)
+@examples(10)
 @given(config=configs(dropout=True), seed=st.integers(0, 1000))
 def test_recomputation_changes_no_bit(kind, config, seed):
     """Of the gradients, in training, with dropout and with the losses of the routers."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import weakref
+from itertools import product
 from math import prod
 
 import pytest
@@ -266,18 +267,33 @@ def estimate_over_measured(config, recompute="none", micro_batches=1, low_precis
     return cost.training_memory(config, setting).total / measured.peak
 
 
-@pytest.mark.parametrize("low_precision", [False, True])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("recompute", ["none", "full", "block", "op"])
-@pytest.mark.parametrize("changes", [{}, WIDE])
+# Each kind of recomputation, one and two micro-batches, and both precisions.
+QUICK = {("none", 1, False), ("none", 2, True), ("full", 2, False), ("block", 1, True), ("op", 1, True)}
+
+
+def steps_of_each_kind():
+    for changes, quick in (({}, QUICK), (WIDE, QUICK - {("none", 2, True), ("block", 1, True)})):
+        for case in product(("none", "full", "block", "op"), (1, 2), (False, True)):
+            marks = () if case in quick else pytest.mark.slow
+            name = "-".join(map(str, ("wide" if changes else "small", *case)))
+            yield pytest.param(changes, *case, marks=marks, id=name)
+
+
+@pytest.mark.parametrize(("changes", "recompute", "micro_batches", "low_precision"), steps_of_each_kind())
 def test_memory_estimate_against_the_tensors_of_a_step(changes, recompute, micro_batches, low_precision):
     """Within 5% of the most bytes that live at once; with recomputation up to 20% above on these small models."""
     ratio = estimate_over_measured(get_config("debug", **changes), recompute, micro_batches, low_precision)
     assert 0.95 < ratio < (1.05 if recompute == "none" else 1.2)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full", "op"])
-@pytest.mark.parametrize("family", FAMILIES)
+def families_with_recomputation():
+    quick = {"gpt2": "op", "gptj": "none", "gemma2": "none", "olmo2": "full", "qwen3": "op", "experts": "full"}
+    for family, recompute in product(FAMILIES, ("none", "full", "op")):
+        marks = () if recompute == quick[family] else pytest.mark.slow
+        yield pytest.param(family, recompute, marks=marks)
+
+
+@pytest.mark.parametrize(("family", "recompute"), families_with_recomputation())
 def test_memory_estimate_of_each_family(family, recompute):
     """In fp32; in bf16 those whose norms and attention a CPU has fused, as the estimate takes them to be."""
     # Scores that are capped have no fused kernel on a CPU.

@@ -2,13 +2,11 @@
 
 import dataclasses
 import io
-import subprocess
-import sys
 
 import pytest
 import torch
 from hf_checks import build, draw_tokens, transformers
-from running import ROOT
+from running import script
 
 from lit_data.tokenizers.gguf import gguf_tokenizer
 from lit_data.tokenizers.hf_export import HARD_STRINGS
@@ -190,16 +188,10 @@ def test_the_script_writes_a_model_with_its_tokenizer(tmp_path):
 
     with pytest.raises(ValueError, match="no tokenizer beside it"):
         export_to_gguf(tmp_path / "hf", tmp_path / "out/model.gguf")
-    command = [
-        sys.executable,
-        ROOT / "scripts/convert_to_gguf.py",
-        "--checkpoint",
-        tmp_path / "hf",
-        "--dtype",
-        "float32",
-    ]
-    command += ["--output", tmp_path / "out/model.gguf", "--tokenizer", tmp_path / "tokenizer.json"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = script(
+        "convert_to_gguf.py", "--checkpoint", tmp_path / "hf", "--dtype", "float32",
+        "--output", tmp_path / "out/model.gguf", "--tokenizer", tmp_path / "tokenizer.json",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     with torch.no_grad():

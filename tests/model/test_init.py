@@ -1,12 +1,10 @@
 """Initialisation: the standard deviations asked for, and the same bits on one device and under FSDP2."""
 
 import math
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo_ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -134,13 +132,15 @@ def shard(config, mesh, **kwargs):
     return model
 
 
-def worker(rank, world, store, changes):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+def worker(rank, world):
+    for tied in (False, True):
+        check_sharded(rank, world, get_config("debug", **SIZES, tie_embeddings=tied))
+
+
+def check_sharded(rank, world, config):
     meshes = [init_device_mesh("cpu", (world,))]
     if world == 4:
         meshes.append(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
-    config = get_config("debug", **changes)
     whole = build(config).state_dict()
     for mesh in meshes:
         sharded = shard(config, mesh, activation_checkpointing="full")
@@ -160,14 +160,9 @@ def worker(rank, world, store, changes):
         grad = p.grad.full_tensor()
         assert grad.dtype == torch.float32
         assert (grad - q.grad).norm() <= 0.05 * q.grad.norm(), name
-    dist.barrier()
-    dist.destroy_process_group()
-    # A gloo process now and then aborts while C++ tears down its threads ("terminate called without an active
-    # exception", once in about 60 exits with torch 2.13), after everything above has passed: leave without teardown.
-    os._exit(0)
 
 
-@pytest.mark.parametrize(("world", "tied"), [(2, False), (2, True), (4, False)])
-def test_equal_under_fsdp2_from_meta(world, tied, tmp_path):
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_equal_under_fsdp2_from_meta(world, tmp_path):
     """Two processes sharded; four also as a mesh of two replicas of two shards."""
-    mp.spawn(worker, args=(world, str(tmp_path / "store"), {**SIZES, "tie_embeddings": tied}), nprocs=world)
+    run_ranks(worker, world, tmp_path / "store")

@@ -6,17 +6,18 @@ import dataclasses
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from gloo_ranks import run_ranks
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint import load as dcp_load
 from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lit_model.load import Checkpoint, file_sha256, tensor_checksum
 from lit_model.sharded import ShardedTensors, load_into
@@ -24,21 +25,16 @@ from lit_model.sharded import ShardedTensors, load_into
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 # Two ranks: rows even and uneven, fewer rows than ranks, columns, both ways at once, replicated, and odd dtypes.
-TWO_RANKS = """
-import sys, torch, torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemWriter, save
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}.rendezvous", rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-torch.manual_seed(0)
-whole = torch.load(folder + ".pt", weights_only=True)
-how = {"rows": Shard(0), "uneven": Shard(0), "one_row": Shard(0), "columns": Shard(1), "replicated": Replicate()}
-tensors = {n: distribute_tensor(t, mesh, [how[n]]) if n in how else t for n, t in whole.items()}
-save(tensors, storage_writer=FileSystemWriter(folder))
-dist.destroy_process_group()
-"""
+LAYOUT = {"rows": Shard(0), "uneven": Shard(0), "one_row": Shard(0), "columns": Shard(1), "replicated": Replicate()}
+
+
+def save_sharded(rank: int, world_size: int, folder: str) -> None:
+    mesh = init_device_mesh("cpu", (world_size,))
+    whole = tensors()
+    dcp_save(
+        {n: distribute_tensor(t, mesh, [LAYOUT[n]]) if n in LAYOUT else t for n, t in whole.items()},
+        storage_writer=FileSystemWriter(folder),
+    )
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -60,13 +56,7 @@ def tensors() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def by_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded") / "checkpoint"
-    torch.save(tensors(), f"{folder}.pt")
-    command = [sys.executable, "-W", "ignore", "-c", TWO_RANKS, str(folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([*command, str(r)], env=env, stderr=subprocess.PIPE, text=True) for r in (0, 1)]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors
+    run_ranks(save_sharded, 2, folder.with_suffix(".rendezvous"), str(folder))
     return folder
 
 

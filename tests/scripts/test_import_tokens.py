@@ -5,19 +5,15 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
+from running import ROOT, script
 
 from lit_data.packed.dataset import PackedDataset
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "import_tokens.py"
-
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
+    return script("import_tokens.py", *arguments)
 
 
 def test_legacy_chunks(tmp_path):
@@ -26,10 +22,9 @@ def test_legacy_chunks(tmp_path):
     for number, ids in enumerate([[1, 5, 6, 1, 7], [8, 9, 1, 1, 1]]):
         data = b"LITPKDS" + struct.pack("<QBQ", 1, 8, 5) + struct.pack("<5H", *ids)
         (tmp_path / "in" / f"train_{number:010d}.bin").write_bytes(data)
-    done = call(
-        *("--input", tmp_path / "in", "--output", tmp_path / "out", "--vocab_size", 10, "--eos_id", 2),
-        *("--split_at", 1, "--across_files", "--append_eos"),
-    )
+    command = [sys.executable, str(ROOT / "scripts" / "import_tokens.py"), "--input", "in", "--output", "out"]
+    command += ["--vocab_size", "10", "--eos_id", "2", "--split_at", "1", "--across_files", "--append_eos"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)  # as a user calls it
     assert done.returncode == 0, done.stderr
     assert "2 documents, 7 tokens, 1 shards" in done.stdout and "EOS appended to 2 documents" in done.stdout
     dataset = PackedDataset(tmp_path / "out")

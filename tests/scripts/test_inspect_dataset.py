@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from running import ROOT, script
 
 from lit_data.packed.dataset import PackedWriter
 from lit_data.tokenizers.tokenizer import open_tokenizer
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "inspect_dataset.py"
+SCRIPT = ROOT / "scripts" / "inspect_dataset.py"
 LENGTHS = [1, 2, 3, 4, 7, 8, 9, 300, 5, 5, 2, 1]
 IDS = ["a", "b", "a", "c", "d", "b", "a", "e", "f", "g", "h", "i"]
 
@@ -40,9 +41,7 @@ def dataset(tmp_path_factory) -> Path:
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
+    return script("inspect_dataset.py", *arguments)
 
 
 def test_json(dataset):
@@ -121,6 +120,7 @@ def test_mistakes(dataset, tmp_path):
 def test_without_a_tokenizer_ids_are_shown(tmp_path):
     with PackedWriter(tmp_path / "set", tokenizer={"fingerprint": "f" * 64}, vocab_size=9, eos_id=0) as writer:
         writer.add([4, 5, 0], id="x")
-    done = call(tmp_path / "set", "--samples", 1)
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "set"), "--samples", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)  # as a user calls it
     assert done.returncode == 0 and "4 5 0" in done.stdout and "bytes of text unknown" in done.stdout
     assert "\n0 ids repeat\n" in done.stdout

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from running import ROOT, script
 
 from lit_data.packed.dataset import PackedDataset
 from lit_data.tokenizers.tokenizer import open_tokenizer
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
+SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +37,19 @@ def tokenizer_file(tmp_path_factory) -> Path:
 
 
 def call(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120
-    )
+    return script("prepare_data.py", *arguments, cwd=cwd)
 
 
 def test_prepare_with_two_workers(tmp_path, tokenizer_file):
     lines = [{"body": f"Zeile {i} äö", "key": f"k{i}", "genre": "prose"} for i in range(50)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + "{bad\n")
-    done = call(
-        "--input", "x.jsonl", "--tokenizer", tokenizer_file, "--output", "new/out", "--val_fraction", "0.3",
-        "--workers", 2, "--on_error", "skip", "--text_field", "body", "--id_field", "key", "--metadata", "genre",
-        "--shard_tokens", 200, "--seed", 1, "--eos_token", "[ENDE]", cwd=tmp_path,
-    )  # fmt: skip
+    command = [
+        sys.executable, str(SCRIPT),
+        "--input", "x.jsonl", "--tokenizer", str(tokenizer_file), "--output", "new/out", "--val_fraction", "0.3",
+        "--workers", "2", "--on_error", "skip", "--text_field", "body", "--id_field", "key", "--metadata", "genre",
+        "--shard_tokens", "200", "--seed", "1", "--eos_token", "[ENDE]",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)  # as a user calls it
     assert done.returncode == 0, done.stderr
     train, val = (PackedDataset(tmp_path / "new" / "out" / side) for side in ("train", "val"))
     assert train.n_documents + val.n_documents == 50 and len(train.manifest.shards) > 1

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from record_writer import STEPS
 from recorded import prepare, write
-from running import ROOT
+from running import ROOT, script
 
 from lit_data.packed.dataset import PackedDataset
 from lit_data.record.parts import read_record
@@ -25,8 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(command: str, run: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, str(ROOT / "scripts" / "trace_data.py"), command, str(run), *map(str, arguments)]
-    return subprocess.run(script, capture_output=True, text=True, timeout=120)
+    return script("trace_data.py", command, run, *arguments)
 
 
 def answers(command: str, run: Path, *arguments: object) -> list[dict[str, Any]]:
@@ -92,5 +91,7 @@ def test_mistakes_are_said(run: Path, arguments: tuple[object, ...], message: st
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    done = ask("step", tmp_path, 0)
+    """In a process of its own, as a user calls it."""
+    command = [sys.executable, str(ROOT / "scripts" / "trace_data.py"), "step", str(tmp_path), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "is no run folder" in done.stderr

@@ -30,7 +30,8 @@ import torch
 import transformers  # noqa: F401 - imported once, for verify_hf
 
 from lit_model.load import Checkpoint, list_checkpoints
-from pretrain.fabric_train import build_parser, leave
+from pretrain.cli.run_parser import build_parser
+from pretrain.fabric_train import leave
 from pretrain.fabric_train import main as train_main
 
 STEPS, BLOCK_SIZE = 4, 64

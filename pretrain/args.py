@@ -1,18 +1,18 @@
 """The dataclasses that are the command line: every field is a flag, its docstring the help.
 
-Nothing here touches torch: a wrong value is refused before anything heavy is imported.
+Nothing here touches torch: a wrong value is refused before anything heavy is imported. Annotations are not postponed
+(`from __future__ import annotations`), since jsonargparse would parse this file again for each class: 0.3 s a start.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from lit_model.config import ModelConfig, RopeScaling
+from lit_model.config import ModelConfig
 from lit_model.registry import get_config
 
 # Far beyond any run, and small enough that what follows from them fits in memory and in 64 bits.
@@ -24,102 +24,41 @@ MAX_SECONDS = 10**9
 MAX_NUMBER = 1 << 52
 
 
+def optional_fields(config: type, leave_out: Collection[str]) -> list[tuple[str, Any, Any]]:
+    """The fields of a config for `make_dataclass`, all optional; what is a tuple there is a list, as in YAML."""
+    hints = get_type_hints(config)
+    made = []
+    for f in dataclasses.fields(config):
+        if f.name not in leave_out:
+            kind = hints[f.name]
+            kind = list[get_args(kind)[0]] if get_origin(kind) is tuple else kind  # type: ignore[misc]
+            made.append((f.name, kind | None, field(default=None, metadata={"documented_by": config})))
+    return made
+
+
+if TYPE_CHECKING:
+
+    class ModelFields:
+        """Every field of ModelConfig that a command line sets; None where it was not given."""
+
+        def __init__(self, **fields: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    # block_size is train.block_size; the other two follow from what is given.
+    ModelFields = dataclasses.make_dataclass(
+        "ModelFields", optional_fields(ModelConfig, leave_out=("block_size", "padded_vocab_size", "family"))
+    )
+
+
 @dataclass
-class ModelArgs:
-    """Which model. Fields that are not set come from the registry's entry `name`."""
+class ModelArgs(ModelFields):
+    """Model. Fields that are not given come from the registry's entry `name`; they are those of ModelConfig."""
 
     name: str | None = None
-    """Name in lit_model/registry.py, for example LLaMmlein_120M. Without it the sizes below must be given."""
-    n_layer: int | None = None
-    """Number of blocks."""
-    n_head: int | None = None
-    """Number of query heads."""
-    n_query_groups: int | None = None
-    """Number of key/value heads (grouped-query attention)."""
-    n_embd: int | None = None
-    """Width of the residual stream."""
-    intermediate_size: int | None = None
-    """Width inside the MLP."""
+    """Name in lit_model/registry.py, for example LLaMmlein_120M. Without it give the sizes."""
     vocab_size: int | None = None
     """Number of token ids. Default: the dataset's."""
-    padding_multiple: int | None = None
-    """Rows of embedding and head are padded to a multiple of this."""
-    head_size: int | None = None
-    """Width of one head. Default: n_embd / n_head."""
-    tie_embeddings: bool | None = None
-    """Whether the head uses the embedding's matrix."""
-    scale_embeddings: bool | None = None
-    """Whether the embedding's output is multiplied by sqrt(n_embd)."""
-    norm_class_name: Literal["RMSNorm", "LayerNorm"] | None = None
-    """RMSNorm, or LayerNorm with a bias."""
-    norm_eps: float | None = None
-    """Epsilon of the norms."""
-    norm_offset: float | None = None
-    """Added to the weights of the norms; 1 in Gemma."""
-    pre_norm: bool | None = None
-    """Whether attention and MLP get a normed input."""
-    post_norm: bool | None = None
-    """Whether the output of attention and MLP is normed before it is added."""
-    parallel_residual: bool | None = None
-    """Whether the MLP sees the block's input, like the attention."""
-    shared_attention_norm: bool | None = None
-    """Whether one norm serves the inputs of attention and MLP; for parallel_residual only."""
-    position_embedding: Literal["rope", "learned"] | None = None
-    """Rotation of queries and keys, or a learned vector for each position."""
-    rope_base: float | None = None
-    """Base of the rotary frequencies (theta)."""
-    rope_scaling: RopeScaling | None = None
-    """Llama 3.1 frequency scaling: factor, low_freq_factor, high_freq_factor, original_block_size."""
-    rotary_size: int | None = None
-    """How many dimensions of a head are rotated. Default: all."""
-    rope_layers: list[bool] | None = None
-    """Which layers rotate, a pattern that is repeated over the layers."""
-    attention_bias: bool | None = None
-    """Biases in the attention's projections."""
-    attention_scores_scalar: float | None = None
-    """Attention scores are divided by this one's square root. Default: head_size."""
-    attention_logit_softcapping: float | None = None
-    """Attention scores s become c tanh(s / c)."""
-    attention_pattern: list[Literal["full", "sliding", "chunked"]] | None = None
-    """What a token sees of its document, a pattern that is repeated over the layers."""
-    sliding_window_size: int | None = None
-    """Tokens that a token of a sliding layer sees, itself included."""
-    attention_chunk_size: int | None = None
-    """Tokens of a chunk of a chunked layer."""
-    qk_norm: Literal["none", "head", "projection", "unit"] | None = None
-    """Norm of queries and keys: per head, over the whole projection, or per head without weights."""
-    attention_temperature_scale: float | None = None
-    """How much queries grow with the logarithm of their position, in layers that do not rotate."""
-    attention_temperature_floor: int | None = None
-    """Tokens from which attention_temperature_scale begins to work."""
-    mlp_gated: bool | None = None
-    """Whether the MLP is gated (SwiGLU, GeGLU)."""
-    activation: Literal["silu", "gelu", "gelu_tanh"] | None = None
-    """The MLP's activation."""
-    mlp_bias: bool | None = None
-    """Biases in the MLP's projections."""
-    n_expert: int | None = None
-    """Experts of a mixture-of-experts layer; 0: there are none."""
-    n_expert_per_token: int | None = None
-    """Experts that a token is sent to."""
-    moe_intermediate_size: int | None = None
-    """Width inside an expert. Default: intermediate_size."""
-    shared_expert: bool | None = None
-    """Whether one more expert sees every token."""
-    moe_layers: list[bool] | None = None
-    """Which layers have experts, a pattern that is repeated over the layers. Default: all if there are experts."""
-    lm_head_bias: bool | None = None
-    """Whether the head has a bias."""
-    final_logit_softcapping: float | None = None
-    """Logits z become c tanh(z / c)."""
-    dropout: float | None = None
-    """Probability of dropping an element of the embedding's output and of each residual branch."""
-    attention_dropout: float | None = None
-    """Probability of dropping an attention weight; most kernels have no such thing (docs/models.md)."""
-    init: Literal["llammlein", "normal", "gpt2"] | None = None
-    """Initialisation scheme, see lit_model/init.py."""
-    init_std: float | None = None
-    """Standard deviation of the schemes `normal` and `gpt2`."""
 
     def config(self, vocab_size: int, block_size: int | None) -> ModelConfig:
         """The model's config: the registry's entry with what is set here, and the data's vocabulary."""
@@ -348,7 +287,7 @@ class OptimArgs:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--optim.{name} {getattr(self, name)} must lie in [0, 1)")
 
-    def resolved(self, max_steps: int) -> OptimArgs:
+    def resolved(self, max_steps: int) -> "OptimArgs":
         """The same with the warm-up in steps, for a run of `max_steps`, those of steps_before not counted."""
         if self.warmup_fraction is None:
             return self

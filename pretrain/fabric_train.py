@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
 import socket
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,7 +21,6 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from lit_files.descriptors import raise_open_file_limit
 from lit_files.publish import write_json
@@ -37,12 +33,11 @@ from pretrain.args import RunArgs
 from pretrain.build import set_up
 from pretrain.checkpoint.files import checkpoint_name
 from pretrain.checkpoint.saving import SaveError
-from pretrain.cli.choices import describe as describe_replaced
-from pretrain.cli.choices import read_config, read_words, replaced, sizes_over_name
-from pretrain.cli.command_line import explain, make_printable
+from pretrain.cli.command_line import make_printable
+from pretrain.cli.run_parser import parse
 from pretrain.failure.first_failure import lost_connection
 from pretrain.guards import AgreedError, Interrupted, StopSignals
-from pretrain.launch import fit_to_launch, has_gpus, is_first_process
+from pretrain.launch import has_gpus, is_first_process
 from pretrain.logs.messages import Unfailing
 from pretrain.loop import fit
 from pretrain.parallel import DTYPES
@@ -50,71 +45,6 @@ from pretrain.preflight.preflight import preflight
 from pretrain.ranks import Mistake, status_of
 from pretrain.run import Run
 from pretrain.run_folder import STOPPED
-
-
-class RunParser(ArgumentParser):
-    """Says what is wrong in a line instead of after all flags."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:
-            super().error(message, ex)
-        if is_first_process():
-            known = [flag.removeprefix("--") for action in self._actions for flag in action.option_strings]
-            print(f"error: {explain(message, known)}\n{self.prog} --help lists the flags", file=sys.stderr)
-        self.exit(2)
-
-
-@functools.cache
-def build_parser() -> ArgumentParser:
-    """The command line: the fields of RunArgs, and --config."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = RunParser(prog="fabric_train.py", description="Pretrain a decoder-only language model.")
-    parser.add_argument(
-        "--config",
-        action=ActionConfigFile,
-        help="YAML file of these settings; flags override it, and so does a second --config.",
-    )
-    parser.add_class_arguments(RunArgs)
-    return parser
-
-
-@contextlib.contextmanager
-def named_faults(configs: list[str]) -> Iterator[None]:
-    """Name the configs in what the parser raises where one of them gives a setting as something of another form."""
-    try:
-        yield
-    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
-        where = f"--config {', '.join(configs)}" if configs else "the command line"
-        raise ValueError(f"{where} holds settings that cannot be read: {error}") from error
-
-
-def parse(argv: list[str] | None = None) -> RunArgs:
-    """The command line -> RunArgs, with the launcher's number of processes. Exits with a message and status 2 on an
-    unknown flag or a wrong value; raises ValueError for settings that contradict each other or the launcher.
-    """
-    parser = build_parser()
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    given = read_words(sys.argv[1:] if argv is None else argv, known)
-    for config in given.configs:
-        if Path(config).exists():
-            read_config(config)  # before the parser meets it
-    with named_faults(given.configs):
-        namespace: Namespace = parser.parse_args(given.words)
-    layers, defaults = given.layers(), parser.get_defaults()
-    gone = replaced(layers)
-    for one in gone:
-        namespace[one.other] = defaults[one.other]
-    lines = [f"--{flag} is given more than once; the last, {value}, is used" for flag, value in given.repeated.items()]
-    lines += [*describe_replaced(gone), *sizes_over_name(layers, namespace["model.name"])]
-    namespace.pop("config", None)
-    with named_faults(given.configs):
-        instance = parser.instantiate(namespace)
-    args = RunArgs(**{k: v for k, v in vars(instance).items() if k != "config"})
-    lines += fit_to_launch(args, layers[-1].values, {key for layer in layers[:-1] for key in layer.values})
-    if is_first_process():
-        for line in lines:
-            print(f"note: {line}", file=sys.stderr)
-    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,7 +29,8 @@ from plants import plant
 from watched_calls import PHASES, Call, Watch
 
 import pretrain.loop
-from pretrain.fabric_train import build_parser, leave, main
+from pretrain.cli.run_parser import build_parser
+from pretrain.fabric_train import leave, main
 
 SLOTS = 3 + len(PHASES)  # int64 in shared memory, of each rank:
 STEP, KILLED_NS, PHASE, ENTERED = 0, 1, 2, 3  # steps done, when it killed itself, what it does; how often it began to

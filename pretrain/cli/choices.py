@@ -117,7 +117,7 @@ def replaced(layers: Sequence[Layer]) -> list[Replaced]:
     return list(gone.values())
 
 
-def describe(gone: Sequence[Replaced]) -> list[str]:
+def describe_replaced(gone: Sequence[Replaced]) -> list[str]:
     """A line for each choice that has replaced something."""
     choices: dict[tuple[Layer, str], list[Replaced]] = {}
     for one in gone:

@@ -22,7 +22,7 @@ from pretrain import fabric_train
 from pretrain.args import ModelArgs, OptimArgs
 from pretrain.cli.choices import RULES, SWITCHES
 from pretrain.cli.command_line import OTHER_NAMES, ScriptParser, make_printable
-from pretrain.fabric_train import build_parser, parse
+from pretrain.cli.run_parser import build_parser, parse
 
 BASE = ["--data.train=x", "--train.max_steps=3"]
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-from pretrain import fabric_train
+from pretrain.args import RunArgs
+from pretrain.cli.fields import flags_of
+from pretrain.cli.run_parser import build_parser, parse
 
 SCRIPT = r"(?:pretrain|scripts|cluster)/\w+\.(?:py|sh|sbatch)"
 LAUNCHERS = r"(?:[\w./-]*python3? |torchrun .*?|srun .*?|sbatch .*?|bash )?"
@@ -87,15 +89,15 @@ def test_parses(script: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyP
     if script == "pretrain/fabric_train.py":
         if words != ("--help",):
             try:
-                fabric_train.parse(list(words))
+                parse(list(words))
             except ValueError as error:  # some commands leave the data out
                 assert "give" in str(error) and "--data.train" in str(error) and "--data.train" not in words
-                fabric_train.parse([*words, "--data.train", "data/train"])
+                parse([*words, "--data.train", "data/train"])
         return
-    parse = argparse.ArgumentParser.parse_args
+    parse_args = argparse.ArgumentParser.parse_args
 
     def parse_only(self: argparse.ArgumentParser, *arguments: object) -> None:
-        raise Parsed(parse(self, *arguments))  # type: ignore[arg-type]
+        raise Parsed(parse_args(self, *arguments))  # type: ignore[arg-type]
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
     monkeypatch.setattr(sys, "argv", [script, *words])
@@ -116,6 +118,21 @@ def test_all_are_found() -> None:
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
 def test_settings_exist(path: Path) -> None:
-    known = {flag for action in fabric_train.build_parser()._actions for flag in action.option_strings}
+    known = {flag for action in build_parser()._actions for flag in action.option_strings}
     named = re.findall(r"(?<![\w-])--[a-z_]+\.[a-z_.]*[a-z_]", path.read_text(encoding="utf-8"))
     assert {name for name in named if name not in known} <= {"--any.field"}
+
+
+def test_help_begins_with_what_most_runs_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Usage, examples and the main settings come first, in 80 columns, and every setting has its line behind them."""
+    monkeypatch.setenv("COLUMNS", "80")
+    start, _, rest = build_parser().format_help().partition("All settings")
+    assert start.startswith("usage: ") and start.index("examples:") < start.index("--data.train PATH") < 2500
+    assert max(map(len, start.splitlines())) <= 82
+    listed = re.findall(r"^  --([\w.]+)", rest, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(flag.name for flag in flags_of(RunArgs))
+    known = {flag.removeprefix("--") for action in build_parser()._actions for flag in action.option_strings}
+    sections = {name.rpartition(".")[0] for name in listed}  # --train FILE.yaml
+    others = {"-h", "help", "config", "print_config", "model.rope_scaling.help"}
+    assert {flag.removesuffix("+") for flag in known} - sections - others == set(listed)
+    assert all(flag.help for flag in flags_of(RunArgs))

@@ -32,7 +32,7 @@ MAX_MICRO_BATCH_TOKENS = 1 << 24  # of one device, far beyond what fits in its m
 LOAD_BALANCE_LOSS = 0.001  # its weight where none is given: that of Llama 4 in transformers (router_aux_loss_coef)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Data:
     """The opened data and what follows from it. `rows` are those of each dataset of the mixture."""
 
@@ -55,7 +55,7 @@ class Data:
         return [count / r.n_windows for count, r in zip(counts, self.rows, strict=True)]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Datasets:
     """Packed datasets that fit the model and each other."""
 
@@ -207,18 +207,17 @@ def open_data(args: RunArgs, fabric: Fabric, datasets: Datasets, segments: list[
             f"warning: the data has {n_rows} rows of {datasets.block_size} tokens, fewer than the "
             f"{args.train.global_batch_samples} of a step (--train.global_batch_samples): rows come several times in it"
         )
-    max_steps, end_sample = length_of(args, datasets.block_size, rows[0].n_windows, segments)
+    val_rows = rows_of(datasets.val) if datasets.val is not None else None
+    return in_order(args, rows, val_rows, datasets.block_size, segments)
+
+
+def in_order(args: RunArgs, rows: list[Rows], val: Rows | None, block_size: int, segments: list[Segment]) -> Data:
+    """The rows of each dataset with the order of training and the length of the run."""
+    max_steps, end_sample = length_of(args, block_size, rows[0].n_windows, segments)
     block, group = args.data.shuffle_block_rows, args.data.shuffle_group_blocks
     orders = (Order(r.n_windows, args.seed, d, block_windows=block, group_blocks=group) for d, r in enumerate(rows))
     phases = phase_list([(first_sample_of_step(segments, step)[0], w) for step, w in weights_of(args)])
-    return Data(
-        rows,
-        rows_of(datasets.val) if datasets.val is not None else None,
-        Mixture(tuple(orders), phases, args.seed),
-        datasets.block_size,
-        max_steps,
-        end_sample,
-    )
+    return Data(rows, val, Mixture(tuple(orders), phases, args.seed), block_size, max_steps, end_sample)
 
 
 def training_loader(args: RunArgs, fabric: Fabric, data: Data, segments: list[Segment]) -> Loader:

@@ -30,7 +30,7 @@ from lit_model.cost import count_active_parameters, count_parameters
 from lit_model.hf.families import family_of
 from lit_model.kernels.choose import AttentionChoice, choose_attention
 from pretrain.args import RunArgs
-from pretrain.build import set_up
+from pretrain.build import RunFinished, set_up
 from pretrain.checkpoint.files import checkpoint_name
 from pretrain.checkpoint.saving import SaveError
 from pretrain.cli.command_line import make_printable
@@ -38,7 +38,7 @@ from pretrain.cli.run_parser import parse
 from pretrain.failure.first_failure import lost_connection
 from pretrain.guards import AgreedError, Interrupted, StopSignals
 from pretrain.launch import has_gpus, is_first_process
-from pretrain.logs.messages import Unfailing
+from pretrain.logs.messages import Unfailing, say
 from pretrain.loop import fit
 from pretrain.parallel import DTYPES
 from pretrain.preflight.preflight import preflight
@@ -59,8 +59,12 @@ def main(argv: list[str] | None = None) -> int:
             signals.exit_code = args.stop.exit_code
             if args.preflight:
                 return preflight(args)
-            run = set_up(args, argv)
+            run = set_up(args, argv, signals)
             signals.kept = True
+        except RunFinished as finished:
+            if is_first_process():
+                say(str(finished))
+            return 0
         except (ValueError, OSError) as error:
             # Before the ranks have met each sees its own: a file may be missing on one node.
             if is_first_process():
@@ -72,41 +76,29 @@ def main(argv: list[str] | None = None) -> int:
             if is_first_process():
                 print("\n".join([str(error) or "interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
             return status_of(error)
-        status = train(run, signals)
-        run.peers.meet()
-        return status
+        return train(run)
 
 
-def train(run: Run, signals: StopSignals) -> int:
-    """Train, and say how it ended. Returns the exit status."""
-    say = run.say
-    if run.finished:
-        run.release()
-        say(f"{run.folder} is finished: {run.step} of {run.data.max_steps} steps are done; nothing to do")
-        return 0
-    assert run.watchdog is not None
+def train(run: Run) -> int:
+    """Train, and print how it ended. Returns the exit status."""
     try:
         describe(run)
-        run.stop.signals = signals
         stopped = fit(run)
-        run.watchdog.close()
-        run.watchdog.log.close()
-        if stopped is None:
-            run.release()
-            say(f"done: {run.step} steps; the run is in {run.folder}")
-            return 0
-        if run.fabric.global_rank == 0:
+        if stopped is not None and run.fabric.global_rank == 0:
             mark_stopped(run, stopped)
-        run.release()
-        say(f"stopped by {stopped} after step {run.step}; resume with --resume latest")
+        run.close()
+        if stopped is None:
+            run.say(f"done: {run.step} steps; the run is in {run.folder}")
+            return 0
+        run.say(f"stopped by {stopped} after step {run.step}; resume with --resume latest")
         return 130 if stopped == "SIGINT" else run.args.stop.exit_code
     except (AgreedError, SaveError, Mistake) as error:
         if lost_connection(error):  # a save that ended since another rank has gone
             run.peers.give_up(error, run.step)
-        run.watchdog.close()
         run.watchdog.log.exception(error)
         if is_first_process():
             print(f"error: {error}\nthe newest checkpoint is {run.peers.newest_checkpoint}", file=sys.stderr)
+        run.close()
         return 1
     except BaseException as error:
         run.peers.give_up(error, run.step)

@@ -121,20 +121,19 @@ class StopRequest:
     """
 
     def __init__(
-        self, device: torch.device, failed: Callable[[], bool] = lambda: False, after_minutes: float | None = None
+        self, device: torch.device, signals: StopSignals | None = None, after_minutes: float | None = None
     ) -> None:
-        self.device, self.failed, self.after_minutes = device, failed, after_minutes
-        self.signals: StopSignals | None = None
+        self.signals, self.after_minutes = signals, after_minutes
         self.reason: str | None = None
         self.rank_failed = False
         self._lag = 1 if device.type == "cuda" else 0
         self._flags: deque[tuple[Tensor, Callable[[], None]]] = deque()
 
-    def flags(self) -> tuple[float, ...]:
-        """What this rank adds to the sum: one number for each of REASONS, one for a failure."""
+    def flags(self, *, failed: bool) -> tuple[float, ...]:
+        """This rank's part of the sum: one number for each of REASONS, one for a failed thread."""
         received = self.signals.received if self.signals is not None else None
         late = self.after_minutes is not None and process_age_s() > 60 * self.after_minutes
-        return (*(float(s.name == received) for s in STOP_SIGNALS), float(late), float(self.failed()))
+        return (*(float(s.name == received) for s in STOP_SIGNALS), float(late), float(failed))
 
     def summed(self, flags: Tensor) -> None:
         """Take the sums over the ranks, as they lie on the device, for `agreed` to read."""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pretrain.args import RunArgs
+from pretrain.args import RunArgs, TrainArgs
 from pretrain.fabric import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
 # Names that SLURM gives to the job of a shell; there `python` is a process of its own, whatever the job's size.
@@ -95,8 +95,8 @@ def is_shell(env: Mapping[str, str]) -> bool:
 
 def fit_to_launch(
     args: RunArgs, typed: Collection[str], configured: Collection[str] = (), env: Mapping[str, str] | None = None
-) -> list[str]:
-    """Give `args` the number of nodes and devices of the launcher, and return the lines to print about it.
+) -> tuple[RunArgs, list[str]]:
+    """The settings with the launcher's number of nodes and devices, and the lines to print about it.
 
     `typed` and `configured` are the settings of the command line and of configs.
 
@@ -106,7 +106,7 @@ def fit_to_launch(
     env = os.environ if env is None else env
     launch = find_launch(env)
     if launch is None:
-        return _alone(args, typed, env)
+        return args, _alone(args, typed, env)
     lines, started = [], f"{launch.by} started {launch.devices} processes on each of {launch.num_nodes} nodes"
     for name, here in (("num_nodes", launch.num_nodes), ("devices", launch.devices)):
         asked = getattr(args, name)
@@ -117,17 +117,21 @@ def fit_to_launch(
             raise ValueError(f"--{name} {asked}: but {started}; leave the flag out, or start as many ({how})")
         if name in configured:
             lines.append(f"{started}: {name} {here} replaces the config's {asked}")
-    args.num_nodes, args.devices = launch.num_nodes, launch.devices
-    if "train.micro_batch_samples" not in typed:
-        lines += _fit_micro_batch(args, launch.world_size)
+    args = dataclasses.replace(args, num_nodes=launch.num_nodes, devices=launch.devices)
+    if "train.micro_batch_samples" not in typed and (fitting := _fitting(args.train, launch.world_size)) is not None:
+        lines.append(
+            f"train.micro_batch_samples {fitting} replaces {args.train.micro_batch_samples}: {launch.world_size} "
+            f"devices share the {args.train.global_batch_samples} rows of a step"
+        )
+        args = dataclasses.replace(args, train=dataclasses.replace(args.train, micro_batch_samples=fitting))
     if launch.by == "srun" and args.accelerator == "cpu" and "accelerator" not in typed and has_gpus(env):
         lines.append("SLURM gave this job GPUs: accelerator auto replaces the config's cpu (or type --accelerator cpu)")
-        args.accelerator = "auto"
-    return lines
+        args = dataclasses.replace(args, accelerator="auto")
+    return args, lines
 
 
 def _alone(args: RunArgs, typed: Collection[str], env: Mapping[str, str]) -> list[str]:
-    """The case of no launcher: this process is to start the others, if any."""
+    """Without a launcher this process starts the others, if any."""
     if "SLURM_JOB_ID" not in env or "LOCAL_RANK" in env:
         return []
     n_tasks = int(env.get("SLURM_NTASKS") or sum(tasks_per_node(env.get("SLURM_TASKS_PER_NODE", ""))) or 1)
@@ -142,19 +146,13 @@ def _alone(args: RunArgs, typed: Collection[str], env: Mapping[str, str]) -> lis
     )
 
 
-def _fit_micro_batch(args: RunArgs, world_size: int) -> list[str]:
-    """Lower a config's micro-batch to the largest that divides the global batch among so many devices."""
-    train = args.train
-    of_a_device, left = divmod(train.global_batch_samples, world_size)
-    if left or of_a_device % train.micro_batch_samples == 0:
-        return []  # nothing fits, or it does already
-    fitting = max(m for m in range(1, min(of_a_device, train.micro_batch_samples) + 1) if of_a_device % m == 0)
-    line = (
-        f"train.micro_batch_samples {fitting} replaces {train.micro_batch_samples}: {world_size} devices share the "
-        f"{train.global_batch_samples} rows of a step"
-    )
-    args.train = dataclasses.replace(train, micro_batch_samples=fitting)
-    return [line]
+def _fitting(train: TrainArgs, world_size: int) -> int | None:
+    """The largest smaller micro-batch that divides the global batch among the devices; None if there is none, or the
+    micro-batch fits."""
+    per_device, left = divmod(train.global_batch_samples, world_size)
+    if left or per_device % train.micro_batch_samples == 0:
+        return None
+    return max(m for m in range(1, min(per_device, train.micro_batch_samples) + 1) if per_device % m == 0)
 
 
 def has_gpus(env: Mapping[str, str]) -> bool:

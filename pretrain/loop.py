@@ -95,16 +95,15 @@ def fit(run: Run) -> str | None:
                 run.say(f"{back.reason}: going back to {back.checkpoint.name}, leaving out the samples since")
                 go_back(run, back.checkpoint, back.reason)
     finally:
-        run.saver.close()
-        if run.trackers is not None:
-            run.trackers.close()
+        run.stop_writing()
 
 
 def run_steps(run: Run) -> str | None:
     """The steps from `run.step` to the end, or to a signal, a fault or a loss spike."""
     args, max_steps = run.args, run.data.max_steps
     rank_zero = run.fabric.global_rank == 0
-    metrics = MetricsFile(run.folder / METRICS, metrics_columns(run)) if rank_zero else None
+    columns = metrics_columns(args, run.config, len(run.data.rows))
+    metrics = MetricsFile(run.folder / METRICS, columns) if rank_zero else None
     norms = LayerNorms(run.raw_model, run.optimizer.parameters, run.device) if args.log.layers else None
     layers = MetricsFile(run.folder / LAYERS, ["step", *norms.columns]) if rank_zero and norms is not None else None
     throughput = Throughput(run.config, run.data.block_size, run.device, run.world_size)
@@ -170,15 +169,10 @@ def run_steps(run: Run) -> str | None:
         raise
     finally:
         steps.close()  # type: ignore[attr-defined]
-        run.loader.close()
         progress.close()
         for file in (metrics, layers):
             if file is not None:
                 file.close()
-        if run.recorder is not None:
-            run.recorder.close()
-        if run.compactor is not None:
-            run.compactor.close(finish=run.step == max_steps)
     return None if run.step == max_steps and run.unfinished is None else stopped
 
 
@@ -192,7 +186,7 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
     run.model.train()
     if run.config.dropout or run.config.attention_dropout:
         seed_step(args.seed, data.step, run.fabric.global_rank)
-    numbers = (float(data.n_targets), float(data.n_inputs), *run.stop.flags())
+    numbers = (float(data.n_targets), float(data.n_inputs), *run.stop.flags(failed=run.fault() is not None))
     counts = torch.stack([torch.full((), n, dtype=torch.float64, device=run.device) for n in numbers])
     if run.world_size > 1:
         dist.all_reduce(counts)
@@ -416,7 +410,7 @@ def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dic
 
 def stop_validation(run: Run) -> bool:
     """Whether the ranks have agreed to stop the run: a validation may take longer than a signal leaves."""
-    flags = torch.tensor(run.stop.flags(), dtype=torch.float64, device=run.device)
+    flags = torch.tensor(run.stop.flags(failed=run.fault() is not None), dtype=torch.float64, device=run.device)
     if run.world_size > 1:
         dist.all_reduce(flags)
     run.stop.summed(flags)
@@ -503,11 +497,8 @@ def checkpoint_meta(run: Run) -> dict[str, object]:
     """What a checkpoint says besides its tensors; all of it JSON."""
     datasets = run.data.train
     return {
-        "step": run.step,
-        "unfinished_row": run.unfinished,
+        **run.to_meta(),
         "max_steps": run.data.max_steps,
-        "tokens": int(run.tokens.item()),
-        "segments": [s.to_dict() for s in run.segments],
         "config": plain(run.args),
         "model_config": run.config.to_dict(),
         "data": {
@@ -521,16 +512,11 @@ def checkpoint_meta(run: Run) -> dict[str, object]:
             **encoding_facts(datasets),
         },
         "teachers": run.taught_by,
-        "skipped": int(run.skipped.item()),
-        "skipped_in_row": int(run.skipped_in_row.item()),
-        "spikes": run.spikes.state(),
-        "skips": run.skips,
-        "changes": run.changes,
         "loss_scale": run.loss_scale.to_dict() if run.loss_scale is not None else None,
         "world_size": run.world_size,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "environment": run.watchdog.log.attempt if run.watchdog is not None else None,
+        "environment": run.watchdog.log.attempt,
     }
 
 

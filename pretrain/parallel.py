@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
 
@@ -23,6 +24,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def uses_fsdp(args: RunArgs) -> bool:
     return args.strategy == "fsdp" and args.sharding_strategy != "NO_SHARD"
+
+
+def autocast(args: RunArgs, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision of one forward. FSDP casts by its own policy."""
+    if args.precision == "fp32" or uses_fsdp(args):
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[args.precision])
 
 
 def device_kind(args: RunArgs) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lit_data.loading.order import Segment, first_sample_of_step
 from lit_model.config import ModelConfig
+from lit_model.load import Checkpoint, checkpoint_step, list_checkpoints
 from pretrain.args import DistillationArgs, RunArgs, flat, plain
-from pretrain.checkpoint.files import (
-    load_state,
-)
-from pretrain.data import Data, Datasets, open_data, training_loader
+from pretrain.checkpoint.files import check_meta, load_state, training_state
+from pretrain.data import Data, first_segments, in_order, training_loader
 from pretrain.guards import SpikeDetector
-from pretrain.run import Run
-from pretrain.run_folder import begin_recording
+from pretrain.optim import AdamW, LossScale
+from pretrain.run import Progress, Run
+from pretrain.run_folder import begin_recording, metrics_columns
 
 # Settings that decide what a run means: a resume with another value is refused unless --resume_allow names it.
 MEANING = (
@@ -49,10 +51,67 @@ MECHANICS = (
 )
 
 
+def new_progress(args: RunArgs, device: torch.device) -> Progress:
+    """Where a new run is: before its first step."""
+    segments = first_segments(args)
+    zero = torch.zeros((), device=device)
+    return Progress(
+        step=0,
+        segments=segments,
+        spikes=SpikeDetector(args.guard),
+        tokens=zero.double(),
+        skipped=zero.clone(),
+        skipped_in_row=zero.clone(),
+    )
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The meta of a checkpoint of a run. Raises ValueError for one that is damaged or was imported."""
+    meta = Checkpoint(path).meta
+    if "segments" not in meta:
+        raise ValueError(f"{path} was imported: begin a run with --init_from instead of --resume")
+    check_meta(meta, path)
+    return meta
+
+
+def saved_progress(meta: dict[str, Any], args: RunArgs, device: torch.device) -> Progress:
+    """Where the run of a checkpoint was. Older checkpoints lack some of the keys."""
+    return Progress(
+        step=int(meta["step"]),
+        segments=[Segment(**segment) for segment in meta["segments"]],
+        spikes=SpikeDetector(args.guard, meta.get("spikes")),
+        tokens=torch.tensor(meta["tokens"], dtype=torch.float64, device=device),
+        skipped=torch.tensor(meta["skipped"], dtype=torch.float32, device=device),
+        skipped_in_row=torch.tensor(meta.get("skipped_in_row", 0), dtype=torch.float32, device=device),
+        unfinished=meta.get("unfinished_row"),
+        skips=list(meta.get("skips", [])),
+        changes=list(meta.get("changes", [])),
+    )
+
+
+def resumed_progress(meta: dict[str, Any], args: RunArgs, device: torch.device) -> Progress:
+    """Where a resumed run is. Another global batch begins a new segment."""
+    progress = saved_progress(meta, args, device)
+    last = progress.segments[-1]
+    if last.global_batch != args.train.global_batch_samples:
+        first = last.first_sample + (progress.step - last.from_step) * last.global_batch
+        progress.segments.append(Segment(progress.step, first, args.train.global_batch_samples))
+    return progress
+
+
+def is_finished(folder: Path, progress: Progress, max_steps: int) -> bool:
+    """Whether the checkpoint to resume is the run's last, with its validation done."""
+    newest = checkpoint_step(list_checkpoints(folder)[-1])
+    return progress.step == max_steps == newest and progress.unfinished is None
+
+
 def check_resume(
     args: RunArgs, meta: dict[str, Any], data: Data, config: ModelConfig, taught_by: list[dict[str, Any]], path: Path
 ) -> dict[str, tuple[Any, Any]]:
-    """Refuse to go on with a run whose meaning would change, listing what differs. Returns what was allowed to."""
+    """Refuse to resume a run with settings that change its meaning. Returns the differences that --resume_allow names.
+
+    Raises ValueError that lists every other difference.
+    """
     # What older checkpoints lack had its default.
     later = {"optim.steps_before": 0, **flat({"objective": "cross_entropy", "distillation": plain(DistillationArgs())})}
     old, new = later | flat(meta["config"]), flat(plain(args))
@@ -114,32 +173,35 @@ def check_history(meta: dict[str, Any], data: Data, path: Path) -> None:
         )
 
 
-def restore(run: Run, path: Path) -> None:
-    """Load a checkpoint's tensors and counters. Raises ValueError, on every rank, if it is damaged or does not fit."""
-    meta = load_state(path, run.tensors())
-    run.step = int(meta["step"])
-    run.skipped.fill_(meta["skipped"])
-    run.skipped_in_row.fill_(meta.get("skipped_in_row", 0))
-    run.tokens.fill_(meta["tokens"])
-    run.unfinished = meta.get("unfinished_row")
-    run.skips = list(meta.get("skips", []))
-    run.spikes = SpikeDetector(run.args.guard, meta.get("spikes"))
-    if run.loss_scale is not None and meta["loss_scale"] is not None:
-        run.loss_scale.load(meta["loss_scale"])
+def restore(path: Path, optimizer: AdamW, loss_scale: LossScale | None) -> dict[str, Any]:
+    """Load a checkpoint's model and optimizer. Returns its meta.
+
+    Raises ValueError, on every rank, if it is damaged or does not fit.
+    """
+    meta = load_state(path, training_state(optimizer))
+    if loss_scale is not None and meta["loss_scale"] is not None:
+        loss_scale.load(meta["loss_scale"])
+    return meta
 
 
 def go_back(run: Run, path: Path, reason: str) -> None:
-    """Return to a checkpoint, and leave out the samples that were used since then. Every rank calls this."""
+    """Return to a checkpoint, and leave out the samples used since then. Every rank calls this."""
+    run.stop_writing()
     end_sample, global_batch = first_sample_of_step(run.segments, run.step)
-    skips = run.skips
-    restore(run, path)
-    first_sample, _ = first_sample_of_step(run.segments, run.step)
-    skip = {"step": run.step, "first_sample": first_sample, "end_sample": end_sample, "reason": reason}
-    run.skips = [*(s for s in skips if s["step"] <= run.step), skip]
-    earlier = [s for s in run.segments if s.from_step < run.step]
-    run.segments = [*earlier, Segment(run.step, end_sample, global_batch)]
-    val = run.data.val.dataset if run.data.val is not None else None
-    datasets = Datasets(run.data.train, val, run.data.block_size)
-    run.data = open_data(run.args, run.fabric, datasets, run.segments)
+    meta = restore(path, run.optimizer, run.loss_scale)
+    old = saved_progress(meta, run.args, run.device)
+    first_sample, _ = first_sample_of_step(run.segments, old.step)
+    skip = {"step": old.step, "first_sample": first_sample, "end_sample": end_sample, "reason": reason}
+    old.skips = [*(s for s in run.skips if s["step"] <= old.step), skip]
+    earlier = [s for s in run.segments if s.from_step < old.step]
+    old.segments = [*earlier, Segment(old.step, end_sample, global_batch)]
+    old.changes = run.changes
+    vars(run).update(vars(old))
+    data = run.data
+    run.data = in_order(run.args, data.rows, data.val, data.block_size, run.segments)
     run.loader = training_loader(run.args, run.fabric, run.data, run.segments)
-    begin_recording(run)
+    run.recorder, run.compactor, run.trackers = begin_recording(
+        run.args, run.fabric, run.folder, run.data, run, metrics_columns(run.args, run.config, len(data.rows)), None
+    )
+    if run.compactor is not None:
+        run.saver.published = run.compactor.start

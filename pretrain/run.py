@@ -1,9 +1,9 @@
-"""What a training run is: its arguments, model, optimizer, data, and the counters that a checkpoint restores."""
+"""What a training run is: settings, data, model and optimizer, its place in the data, and what it holds open."""
 
 from __future__ import annotations
 
 import dataclasses
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,7 @@ from lit_files.lock import FileLock
 from lit_model.config import ModelConfig
 from lit_model.model import GPT
 from pretrain.args import RunArgs
-from pretrain.checkpoint.files import (
-    STEP_COUNT,
-    state_tensors,
-)
+from pretrain.checkpoint.files import training_state
 from pretrain.checkpoint.saving import Saver
 from pretrain.data import Data
 from pretrain.distillation.teacher_cache import CachedTeacher
@@ -33,16 +30,60 @@ from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.logs.messages import say
 from pretrain.logs.trackers import Trackers
 from pretrain.optim import AdamW, LossScale
-from pretrain.parallel import (
-    DTYPES,
-    uses_fsdp,
-)
+from pretrain.parallel import autocast
 from pretrain.ranks import Peers
 
 
-@dataclass
-class Run:
-    """One run in progress. `step` counts the optimizer steps done."""
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is: what a checkpoint keeps beside its tensors.
+
+    Attributes:
+        step: optimizer steps done.
+        segments: which samples each step reads.
+        tokens: model inputs so far, float64 scalar on the device.
+        skipped: steps skipped for a non-finite gradient norm, float32 scalar on the device.
+        skipped_in_row: of these, the ones since the last applied step.
+        unfinished: the row of metrics of `step`, if a stop interrupted its validation.
+        skips: sample ranges left out after a loss spike.
+        changes: settings that --resume_allow let differ, by the step of the resume.
+    """
+
+    step: int
+    segments: list[Segment]
+    spikes: SpikeDetector
+    tokens: Tensor
+    skipped: Tensor
+    skipped_in_row: Tensor
+    unfinished: dict[str, float] | None = None
+    skips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def to_meta(self) -> dict[str, Any]:
+        """As a checkpoint keeps it, JSON-able; pretrain/resume.py reads it. Waits for the device."""
+        return {
+            "step": self.step,
+            "unfinished_row": self.unfinished,
+            "tokens": int(self.tokens.item()),
+            "segments": [segment.to_dict() for segment in self.segments],
+            "skipped": int(self.skipped.item()),
+            "skipped_in_row": int(self.skipped_in_row.item()),
+            "spikes": self.spikes.state(),
+            "skips": self.skips,
+            "changes": self.changes,
+        }
+
+
+@dataclass(kw_only=True)
+class Run(Progress):
+    """One run in progress.
+
+    Attributes:
+        model: `raw_model` as Fabric wraps it.
+        taught_by: name, sha256 and weight of each teacher.
+        trackers, compactor, lock: of rank 0.
+        sound: the state is that after `step` steps: not between an update and its count.
+    """
 
     args: RunArgs
     fabric: Fabric
@@ -53,35 +94,22 @@ class Run:
     model: Any
     optimizer: AdamW
     loss_scale: LossScale | None
+    teachers: Teachers | CachedTeacher | None
+    taught_by: list[dict[str, Any]]
     loader: Loader
     val_loader: Loader | None
-    segments: list[Segment]
+    saver: Saver
     recorder: DatapointRecorder | None
     compactor: Compactor | None
-    saver: Saver
-    spikes: SpikeDetector
+    trackers: Trackers | None
+    stop: StopRequest
+    watchdog: Watchdog
+    peers: Peers
     lock: FileLock | None
-    trackers: Trackers | None  # on rank 0
-    taught_by: list[dict[str, Any]]  # name, sha256 and weight of each teacher
-    teachers: Teachers | CachedTeacher | None = None
-    peers: Peers = dataclasses.field(default_factory=Peers)
-    stop: StopRequest = dataclasses.field(init=False)
-    watchdog: Watchdog | None = None
-    sound: bool = True  # the state is that after `step` steps: not between an update and the count of it
-    step: int = 0
-    finished: bool = False
-    unfinished: dict[str, float] | None = None  # the row of metrics of `step`, whose validation a stop has cut short
-    changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of settings, allowed when resuming
-    skips: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # samples left out after a loss spike
-    tokens: Tensor = dataclasses.field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # inputs seen
-    skipped: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
-    skipped_in_row: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
-
-    def __post_init__(self) -> None:
-        self.stop = StopRequest(self.device, lambda: self.fault() is not None, self.args.stop.after_minutes)
+    sound: bool = True
 
     def fault(self) -> str | None:
-        """What a thread of this rank has failed in, so that the run must end; None if nothing has."""
+        """The failure of a background thread of this rank that must end the run; None without one."""
         if self.saver.failed:
             return "a checkpoint could not be written"
         if self.recorder is not None and self.recorder.failed:
@@ -89,17 +117,33 @@ class Run:
         return None
 
     def beat(self, phase: str) -> None:
-        """Tell the watchdog that training gets on."""
-        if self.watchdog is not None:
-            self.watchdog.beat(self.step, phase)
+        """Report progress to the watchdog."""
+        self.watchdog.beat(self.step, phase)
 
-    def release(self) -> None:
-        """Let another job have the run folder."""
-        if self.lock is not None:
-            self.lock.close()
+    def stop_writing(self) -> None:
+        """Close the loader and the writers of record, checkpoints and trackers. Watchdog and log stay open."""
+        with ExitStack() as stack:  # closes the last one first, each even if another raises
+            if self.trackers is not None:
+                stack.callback(self.trackers.close)
+            stack.callback(self.saver.close)
+            if self.compactor is not None:
+                stack.callback(self.compactor.close, finish=self.step == self.data.max_steps)
+            if self.recorder is not None:
+                stack.callback(self.recorder.close)
+            stack.callback(self.loader.close)
+
+    def close(self) -> None:
+        """Close all that the run holds open, release the run folder, and wait for the other ranks."""
+        with ExitStack() as stack:
+            stack.callback(self.peers.meet)
+            if self.lock is not None:
+                stack.callback(self.lock.close)
+            stack.callback(self.watchdog.log.close)
+            stack.callback(self.watchdog.close)
+            stack.callback(self.stop_writing)
 
     def say(self, message: str) -> None:
-        """A line on standard output, from rank 0."""
+        """Print a line on rank 0."""
         if self.fabric.global_rank == 0:
             say(message)
 
@@ -113,11 +157,8 @@ class Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """The training state as a checkpoint holds it."""
-        state = state_tensors(self.optimizer.parameters, self.optimizer.state)
-        return state | {STEP_COUNT: self.optimizer.step_count}
+        return training_state(self.optimizer)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The arithmetic of one forward. FSDP casts by its own policy."""
-        if self.args.precision == "fp32" or uses_fsdp(self.args):
-            return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.args.precision])
+        """The precision of one forward. FSDP casts by its own policy."""
+        return autocast(self.args, self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -14,6 +15,7 @@ from lit_data.record.trace import describe_order, write_order
 from lit_data.tokenizers.files import copy_tokenizer
 from lit_files.lock import FileLock, lock_folder
 from lit_files.publish import write_text
+from lit_model.config import ModelConfig
 from lit_model.load import (
     checkpoint_step,
     list_checkpoints,
@@ -25,19 +27,20 @@ from pretrain.checkpoint.files import (
     remove_if_possible,
     rewind,
 )
+from pretrain.data import Data
 from pretrain.fabric import Fabric
 from pretrain.logs.messages import warn
 from pretrain.logs.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS, newest_step
 from pretrain.logs.metrics import FILE as METRICS
 from pretrain.logs.trackers import Trackers, abandon, check_trackers
 from pretrain.ranks import on_rank_zero
-from pretrain.run import Run
+from pretrain.run import Progress
 
-STOPPED = "stopped.json"  # in the run folder: what a signal has ended
+STOPPED = "stopped.json"  # in the folder of a run that a signal ended
 
 
 def named_folder(args: RunArgs) -> Path | None:
-    """The run folder as the command names it: --out_dir, or else the folder of a checkpoint that --resume names."""
+    """The run folder that the command names: --out_dir, or the folder of the checkpoint that --resume names."""
     if args.out_dir is None and args.resume is not None:
         path = Path(args.resume)
         if path.exists() and checkpoint_step(path) is not None:
@@ -46,7 +49,8 @@ def named_folder(args: RunArgs) -> Path | None:
 
 
 def open_folder(fabric: Fabric, args: RunArgs) -> tuple[Path, Path | None, FileLock | None, Trackers | None]:
-    """The run folder, the checkpoint to resume (None: a fresh start), rank 0's lock, and of a new run its trackers."""
+    """Lock the run folder. Returns it, the checkpoint to resume (None: a new run), and on rank 0 the lock and, for a
+    new run, its trackers. Raises Mistake."""
     lock: list[FileLock] = []
     trackers: list[Trackers] = []
 
@@ -88,61 +92,69 @@ def open_folder(fabric: Fabric, args: RunArgs) -> tuple[Path, Path | None, FileL
     return folder, checkpoint, lock[0] if lock else None, trackers[0] if trackers else None
 
 
-def begin_recording(run: Run) -> None:
-    """Bring the run folder to the state of `run.step`, and open the record there."""
-    on_rank_zero(run.fabric, lambda: prepare_folder(run))
-    if run.args.data.datapoints and not run.args.data.mock:
-        micro_batch_samples = run.args.train.micro_batch_samples
-        run.recorder = DatapointRecorder(
-            run.folder / "datapoints", run.fabric.global_rank, run.world_size, micro_batch_samples, run.step
-        )
-        if run.fabric.global_rank == 0:
-            run.compactor = Compactor(run.folder)
-            run.saver.published = run.compactor.start
-
-
-def prepare_folder(run: Run) -> None:
-    """Rank 0: bring the run folder to the state of `run.step`, and write what describes the run."""
-    goes_back = (newest_step(run.folder / METRICS) or 0) > run.step
-    if goes_back:
-        abandon(run.folder, run.args.log)
-    rewind(run.folder, run.step, metrics_columns(run), again=run.unfinished is not None)
-    if run.args.log.trackers and (run.trackers is None or goes_back):
-        if run.trackers is not None:
-            run.trackers.close()
-        run.trackers = Trackers(run.folder, run.args.log, plain(run.args), run.step, strict=False)
-    remove_if_possible(run.folder / STOPPED)
-    text = yaml.safe_dump(plain(dataclasses.replace(run.args, resume=None)), sort_keys=False, allow_unicode=True)
-    try:
-        write_text(run.folder / "config.yaml", text)
-    except OSError as error:  # a checkpoint holds it as well
-        warn(f"{run.folder / 'config.yaml'} could not be written: {error}")
-    if run.args.data.datapoints and not run.args.data.mock:
-        facts = describe_order(
-            run.data.rows,
-            run.data.mixture,
-            run.segments,
-            document_mask=run.args.data.document_mask,
-            end_sample=run.data.end_sample,
-            plan_dir=run.args.data.plan_dir,
-            skips=run.skips,
-        )
-        layout = (run.step, run.world_size, run.args.train.micro_batch_samples)
-        write_order(run.folder / "datapoints", facts, layout)
-    source = run.data.train[0].tokenizer_folder
-    if source is not None and not (run.folder / "tokenizer").exists():
-        try:
-            copy_tokenizer(source, run.folder / "tokenizer")
-        except (OSError, ValueError) as error:
-            if run.step == 0:
-                raise
-            warn(f"the tokenizer could not be copied to {run.folder}: {error}")
-
-
-def metrics_columns(run: Run) -> list[str]:
-    """The columns of the run's metrics.csv. A mixture has an epoch for each dataset, by its number."""
-    n_datasets = len(run.data.rows)
+def metrics_columns(args: RunArgs, config: ModelConfig, n_datasets: int) -> list[str]:
+    """The columns of metrics.csv. A mixture has an epoch for each dataset, by its number."""
     epochs = () if n_datasets == 1 else [f"epoch_{d}" for d in range(n_datasets)]
-    routers = ROUTER_COLUMNS if run.config.n_expert else ()
-    distillation = DISTILLATION_COLUMNS if run.args.objective == "distillation" else ()
+    routers = ROUTER_COLUMNS if config.n_expert else ()
+    distillation = DISTILLATION_COLUMNS if args.objective == "distillation" else ()
     return [*COLUMNS, *epochs, *routers, *distillation]
+
+
+def begin_recording(
+    args: RunArgs,
+    fabric: Fabric,
+    folder: Path,
+    data: Data,
+    progress: Progress,
+    columns: Sequence[str],
+    trackers: Trackers | None,
+) -> tuple[DatapointRecorder | None, Compactor | None, Trackers | None]:
+    """Cut the run folder back to `progress.step`, and open the writers of the record and, on rank 0, the trackers.
+
+    Args:
+        columns: of metrics.csv.
+        trackers: those of a new run, which are open already.
+    """
+    on_rank_zero(fabric, lambda: prepare_folder(args, fabric.world_size, folder, data, progress, columns))
+    rank = fabric.global_rank
+    if args.log.trackers and trackers is None and rank == 0:
+        trackers = Trackers(folder, args.log, plain(args), progress.step, strict=False)
+    if not args.data.datapoints or args.data.mock:
+        return None, None, trackers
+    micro_batch_samples = args.train.micro_batch_samples
+    recorder = DatapointRecorder(folder / "datapoints", rank, fabric.world_size, micro_batch_samples, progress.step)
+    return recorder, Compactor(folder) if rank == 0 else None, trackers
+
+
+def prepare_folder(
+    args: RunArgs, world_size: int, folder: Path, data: Data, progress: Progress, columns: Sequence[str]
+) -> None:
+    """Rank 0: cut the run folder back to `progress.step`, and write the files that describe the run."""
+    if (newest_step(folder / METRICS) or 0) > progress.step:
+        abandon(folder, args.log)
+    rewind(folder, progress.step, columns, again=progress.unfinished is not None)
+    remove_if_possible(folder / STOPPED)
+    text = yaml.safe_dump(plain(dataclasses.replace(args, resume=None)), sort_keys=False, allow_unicode=True)
+    try:
+        write_text(folder / "config.yaml", text)
+    except OSError as error:  # every checkpoint holds it too
+        warn(f"{folder / 'config.yaml'} could not be written: {error}")
+    if args.data.datapoints and not args.data.mock:
+        facts = describe_order(
+            data.rows,
+            data.mixture,
+            progress.segments,
+            document_mask=args.data.document_mask,
+            end_sample=data.end_sample,
+            plan_dir=args.data.plan_dir,
+            skips=progress.skips,
+        )
+        write_order(folder / "datapoints", facts, (progress.step, world_size, args.train.micro_batch_samples))
+    source = data.train[0].tokenizer_folder
+    if source is not None and not (folder / "tokenizer").exists():
+        try:
+            copy_tokenizer(source, folder / "tokenizer")
+        except (OSError, ValueError) as error:
+            if progress.step == 0:
+                raise
+            warn(f"the tokenizer could not be copied to {folder}: {error}")

@@ -30,6 +30,7 @@ from pretrain.logs.layer_norms import FILE as LAYERS
 from pretrain.logs.messages import warn
 from pretrain.logs.metrics import COLUMNS, cut_metrics, set_aside
 from pretrain.logs.metrics import FILE as METRICS
+from pretrain.optim import AdamW
 
 FORMAT_VERSION = 1
 ABANDONED = "abandoned"  # in the run folder: checkpoints and record of steps that it went back over
@@ -240,6 +241,11 @@ def state_tensors(
     for name, state in optimizer_state.items():
         tensors.update({f"{OPTIMIZER_PREFIX}{name}/{key}": value for key, value in state.items()})
     return tensors
+
+
+def training_state(optimizer: AdamW) -> dict[str, Tensor]:
+    """The parameters and the optimizer's state, all that a checkpoint holds as tensors."""
+    return state_tensors(optimizer.parameters, optimizer.state) | {STEP_COUNT: optimizer.step_count}
 
 
 def remove_if_possible(path: Path) -> None:

@@ -146,6 +146,7 @@ class Saver:
         """Give up what is being written: after an exception. Call `wait` before it at the end of a run."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
+            self._thread = None
 
     def _settle(self, job: Callable[[], None]) -> None:
         try:

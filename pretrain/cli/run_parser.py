@@ -139,7 +139,8 @@ def parse(argv: list[str] | None = None) -> RunArgs:
     with named_faults(given.configs):
         instance = parser.instantiate(namespace)
     args = RunArgs(**{k: v for k, v in vars(instance).items() if k != "config"})
-    lines += fit_to_launch(args, layers[-1].values, {key for layer in layers[:-1] for key in layer.values})
+    args, more = fit_to_launch(args, layers[-1].values, {key for layer in layers[:-1] for key in layer.values})
+    lines += more
     if is_first_process():
         for line in lines:
             print(f"note: {line}", file=sys.stderr)

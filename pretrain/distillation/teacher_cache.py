@@ -18,7 +18,7 @@ import re
 import tokenize
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,13 +29,15 @@ import torch
 from lit_data.loading.loader import MicroBatch, read_rows
 from lit_data.loading.rows import Rows
 from lit_data.packed.dataset import PackedDataset
+from lit_files.checksum import file_sha256
 from lit_files.lock import FileLock, LockBusy
 from lit_files.mapping import MAX_MAPS, live_maps, map_array
 from lit_files.publish import create_json, sync_file
 from lit_files.reading import build, open_regular, read_object
 from lit_model.distillation import Distillation, Ensemble, TopK, ensemble_top_k
+from lit_model.load import resolve
 from pretrain.args import DistillationArgs
-from pretrain.distillation.teachers import Teachers
+from pretrain.distillation.teachers import Teachers, identify
 
 VERSION = 1
 FILE = "cache.json"
@@ -297,3 +299,21 @@ def check_cache(
         )
     if args.top_k not in (None, facts.k):
         raise ValueError(f"--distillation.top_k {args.top_k}: the cache holds the {facts.k} likeliest; leave it out")
+
+
+def resolve_teachers(args: DistillationArgs) -> tuple[DistillationArgs, list[dict[str, Any]]]:
+    """The settings with checkpoints in place of runs, which may be saving new ones; and the identity of each teacher.
+
+    A cache, which holds the identity of its teachers, takes their place.
+    """
+    if args.cache is not None:
+        return args, [{"name": args.cache.name, "sha256": file_sha256(args.cache / FILE), "weight": 1.0}]
+    entries = [replace(entry, path=resolve(entry.path)) for entry in args.teachers]
+    return replace(args, teachers=entries), identify(entries)
+
+
+def open_teachers(args: DistillationArgs, run_precision: str, device: torch.device) -> Teachers | CachedTeacher | None:
+    """The teachers or their cache; None for a run without."""
+    if args.cache is not None:
+        return CachedTeacher(args.cache, device)
+    return Teachers(args, run_precision, device) if args.teachers else None

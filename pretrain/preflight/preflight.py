@@ -6,7 +6,7 @@ Nothing of a run is touched: what is written lies in one temporary folder in out
 from __future__ import annotations
 
 import contextlib
-import copy
+import dataclasses
 import os
 import shutil
 import socket
@@ -54,8 +54,7 @@ def preflight(args: RunArgs) -> int:
 
     Every rank calls this; it starts the processes as a run does.
     """
-    args = copy.deepcopy(args)
-    args.timeout_s = min(args.timeout_s, MEETING_S)
+    args = dataclasses.replace(args, timeout_s=min(args.timeout_s, MEETING_S))
     s = start(args)
     if not s.launched and not is_first_process():
         return leave_to_rank_zero(s)

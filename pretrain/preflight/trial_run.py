@@ -22,9 +22,10 @@ from lit_model.cost import TrainingMemory, TrainingSetting, training_memory
 from lit_model.load import Checkpoint, list_checkpoints
 from lit_model.registry import get_config
 from pretrain.args import RunArgs
-from pretrain.build import set_up, settle_teachers
+from pretrain.build import set_up
 from pretrain.checkpoint.files import check_meta, find_checkpoint
 from pretrain.data import Datasets, first_segments, length_of, open_data, open_datasets, training_loader
+from pretrain.distillation.teacher_cache import resolve_teachers
 from pretrain.distillation.teachers import teacher_bytes
 from pretrain.init_from import model_config
 from pretrain.logs.throughput import Throughput, peak_memory_gib
@@ -188,7 +189,7 @@ def load_some(s: Situation) -> float:
     if s.checkpoint is not None:
         meta = Checkpoint(s.checkpoint).meta
         check_meta(meta, s.checkpoint)
-        _, taught_by = settle_teachers(s.args.distillation)
+        _, taught_by = resolve_teachers(s.args.distillation)
         check_resume(s.args, meta, s.data, s.config, taught_by, s.checkpoint)
     loader = training_loader(without_traces(s.args), s.ranks.fabric, s.data, segments)
     try:
@@ -392,13 +393,12 @@ def check_one_step(s: Situation) -> Finding:
 
 def take_steps(s: Situation, folder: Path) -> StepMeasure:
     """Set the run up as `main` does, and train."""
-    args = without_traces(s.args)
-    args.out_dir, args.resume = folder, None
+    args = replace(without_traces(s.args), out_dir=folder, resume=None)
     if args.data.synthetic.tokens:
-        small = min(args.data.synthetic.tokens, 200_000)
-        args.data.synthetic = replace(args.data.synthetic, tokens=small)
-    if args.init_from is not None and s.checkpoint is not None:
-        args.init_from, args.init_layers = s.checkpoint, None  # what the run began with may be gone
+        small = replace(args.data.synthetic, tokens=min(args.data.synthetic.tokens, 200_000))
+        args = replace(args, data=replace(args.data, synthetic=small))
+    if args.init_from is not None and s.checkpoint is not None:  # the model that the run began with may be gone
+        args = replace(args, init_from=s.checkpoint, init_layers=None)
     fabric = s.ranks.fabric
     assert fabric is not None
     before = begin_peak(fabric.device)
@@ -421,13 +421,7 @@ def take_steps(s: Situation, folder: Path) -> StepMeasure:
         peak = peak_bytes(run.device) - before
         return StepMeasure(losses[0], losses[-1], int(run.skipped.item()), seconds[0], seconds[-1], row, peak)
     finally:
-        run.loader.close()
-        run.saver.close()
-        if run.watchdog is not None:
-            run.watchdog.close()
-            run.watchdog.log.close()
-        if run.lock is not None:
-            run.lock.close()
+        run.close()
 
 
 def begin_peak(device: torch.device) -> int:

@@ -75,10 +75,7 @@ def test_against_transformers_in_float64(data: Path, tmp_path: Path) -> None:
         train_step(run, batch, norms)
         assert norms.read() == pytest.approx(expected, rel=2e-4)
         assert run.raw_model.observe is None
-    run.loader.close()
-    assert run.watchdog is not None
-    run.watchdog.close()
-    run.release()
+    run.close()
 
 
 @pytest.fixture(scope="module")

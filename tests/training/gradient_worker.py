@@ -114,11 +114,9 @@ def work(args: RunArgs, request: dict[str, Any]) -> None:
 
     pretrain.loop.clip_gradients, pretrain.loop.train_step = watched_clip, watched_step
     pretrain.loop.fit(run)
-    assert run.watchdog is not None
-    run.watchdog.close()
     if run.fabric.global_rank == 0:
         torch.save(steps, f"{request['report']}.pt")
-    run.peers.meet()
+    run.close()
 
 
 def check_loaded(run: Run, path: Path) -> None:

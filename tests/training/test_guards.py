@@ -79,17 +79,14 @@ def test_steps_that_stay_not_finite_end_the_run_with_the_checkpoint_before_them(
 
 
 def test_a_signal_is_agreed_on_by_the_sum() -> None:
-    failed: list[bool] = []
     before = signal.getsignal(signal.SIGUSR1)
-    request = StopRequest(torch.device("cpu"), lambda: bool(failed))
     with StopSignals() as signals:
-        request.signals, signals.kept = signals, True
-        request.summed(torch.tensor(request.flags(), dtype=torch.float64))
+        request, signals.kept = StopRequest(torch.device("cpu"), signals), True
+        request.summed(torch.tensor(request.flags(failed=False), dtype=torch.float64))
         assert request.agreed() == (None, False)
         os.kill(os.getpid(), signal.SIGUSR1)
-        mine = torch.tensor(request.flags(), dtype=torch.float64)
+        mine = torch.tensor(request.flags(failed=False), dtype=torch.float64)
         request.summed(mine + torch.tensor([0.0, 0.0, 0.0, 0.0, 2.0]))  # two other ranks have failed
         assert request.agreed() == ("SIGUSR1", True)
-        failed.append(True)
-        assert request.flags()[-1] == 1.0
+        assert request.flags(failed=True)[-1] == 1.0
     assert signal.getsignal(signal.SIGUSR1) == before

@@ -29,7 +29,8 @@ sys.path[0] = str(ROOT)
 import torch
 import transformers  # noqa: F401 - imported once, for verify_hf
 
-from lit_model.load import Checkpoint, list_checkpoints
+from lit_files.checkpoint_name import list_checkpoints
+from lit_model.load import Checkpoint
 from pretrain.cli.run_parser import build_parser
 from pretrain.fabric_train import leave
 from pretrain.fabric_train import main as train_main

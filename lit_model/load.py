@@ -10,7 +10,6 @@ Nothing that is loaded can run code: files are opened with `weights_only=True`; 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.checksum import file_sha256
 from lit_files.reading import as_object, build, parse_json, read_bytes
 from lit_model.checksum import tensor_checksum
@@ -29,21 +29,8 @@ from lit_model.sharded import SafeReader as SafeReader
 from lit_model.sharded import ShardedTensors
 from lit_model.tensor_file import DAMAGED, fault, open_tensor_file
 
-CHECKPOINT_NAME = re.compile(r"iter-(\d{8,})-ckpt\.pth")
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
-
-
-def checkpoint_step(path: Path) -> int | None:
-    """Steps done in a checkpoint, by its name; None for a name of another form."""
-    match = CHECKPOINT_NAME.fullmatch(path.name)
-    return int(match[1]) if match else None
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first. A name that exists is whole."""
-    found = [p for p in run.iterdir() if checkpoint_step(p) is not None] if run.is_dir() else []
-    return sorted(found, key=lambda p: checkpoint_step(p) or 0)
 
 
 class Checkpoint:

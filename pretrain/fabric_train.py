@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 
+from lit_files.checkpoint_name import checkpoint_name
 from lit_files.descriptors import raise_open_file_limit
 from lit_files.publish import write_json
 from lit_model.attention import attention_variant
@@ -31,7 +32,6 @@ from lit_model.hf.families import family_of
 from lit_model.kernels.choose import AttentionChoice, choose_attention
 from pretrain.args import RunArgs
 from pretrain.build import RunFinished, set_up
-from pretrain.checkpoint.files import checkpoint_name
 from pretrain.checkpoint.saving import SaveError
 from pretrain.cli.command_line import make_printable
 from pretrain.cli.run_parser import parse

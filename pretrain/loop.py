@@ -23,12 +23,11 @@ from torch import Tensor
 
 from lit_data.loading.loader import MicroBatch, StepData
 from lit_data.loading.order import first_sample_of_step
-from lit_model.load import checkpoint_step, list_checkpoints
+from lit_files.checkpoint_name import checkpoint_name, checkpoint_step, list_checkpoints
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from lit_model.moe import RouterStatistics
 from pretrain.args import plain
-from pretrain.checkpoint.files import checkpoint_name
 from pretrain.checkpoint.saving import SaveError
 from pretrain.compiling import CompiledBlocks
 from pretrain.distillation.objective import distillation_values, teaching

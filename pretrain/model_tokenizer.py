@@ -14,7 +14,8 @@ from typing import Any, Literal
 from lit_data.packed.dataset import PackedDataset
 from lit_data.tokenizers.compare import difference, ids_digest
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
-from lit_model.load import Checkpoint, checkpoint_step, is_hf_folder, resolve
+from lit_files.checkpoint_name import checkpoint_step
+from lit_model.load import Checkpoint, is_hf_folder, resolve
 
 OVERRIDE = "--data.allow_tokenizer_mismatch true"
 

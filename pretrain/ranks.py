@@ -24,7 +24,7 @@ from typing import Any, NoReturn, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from lit_model.load import list_checkpoints
+from lit_files.checkpoint_name import list_checkpoints
 from pretrain.fabric import Fabric
 from pretrain.failure.first_failure import Failure, lost_connection, report_failure, utc_now
 from pretrain.failure.watchdog import EXIT_HUNG, Watchdog, in_background

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from lit_data.loading.order import Segment, first_sample_of_step
+from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_model.config import ModelConfig
-from lit_model.load import Checkpoint, checkpoint_step, list_checkpoints
+from lit_model.load import Checkpoint
 from pretrain.args import DistillationArgs, RunArgs, flat, plain
 from pretrain.checkpoint.files import check_meta, load_state, training_state
 from pretrain.data import Data, first_segments, in_order, training_loader

@@ -18,11 +18,12 @@ end_on_ctrl_c()
 
 from lit_data.packed.documents import Documents
 from lit_data.record.exposures import count_exposures, draw_exposures
-from lit_data.record.parts import CHECKPOINT_NAME, rows_of
+from lit_data.record.parts import rows_of
 from lit_data.record.sql import SORTS, difference, export
 from lit_data.record.trace import TracedRun, left_out_of_document, open_run, spans_of_document, spans_of_step
 from lit_data.record.verify import verify
 from lit_data.tokenizers.tokenizer import open_tokenizer
+from lit_files.checkpoint_name import checkpoint_step
 from pretrain.cli.command_line import ScriptParser
 
 NUMBER = re.compile(r"#(?:(\d+):)?(\d+)")
@@ -140,11 +141,10 @@ def print_document(run: TracedRun, args: argparse.Namespace) -> None:
 
 
 def steps_done(run: TracedRun, name: str) -> int:
-    """What a checkpoint's name, a path to it or a number says: steps done."""
-    match = CHECKPOINT_NAME.fullmatch(Path(name).name)
-    if match is None and not name.isdigit():
+    """Optimizer steps done, from a number, or the name or path of a checkpoint."""
+    steps = int(name) if name.isdigit() else checkpoint_step(Path(name))
+    if steps is None:
         raise ValueError(f"{name!r} is neither a number of steps nor a checkpoint's name (iter-XXXXXXXX-ckpt.pth)")
-    steps = int(match[1] if match else name)
     if steps > run.steps:
         raise ValueError(f"{name}: the record of {run.folder} ends with the checkpoint after {run.steps} steps")
     return steps

@@ -18,7 +18,8 @@ from zygote import Answer, Zygote
 from lit_data.record.parts import read_record
 from lit_data.record.trace import open_run
 from lit_data.record.verify import verify
-from lit_model.load import Checkpoint, checkpoint_step, list_checkpoints
+from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
+from lit_model.load import Checkpoint
 
 STEPS = 8
 SURVIVAL_S = 30  # within which the others of a killed rank must end

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from lit_data.loading.order import row_of
 from lit_data.record.span_hash import hash_spans
+from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.parquet import open_table
 from lit_files.publish import sync_file
 
@@ -55,7 +56,6 @@ SCHEMA = pa.schema(
 SORT_KEYS = ("step", "row", "document", "start")
 PART_NAME = re.compile(r"part-(\d{8,})-(\d{8,})-rank(\d{5,})\.parquet")
 MERGED_NAME = re.compile(r"steps-(\d{8,})-(\d{8,})\.parquet")
-CHECKPOINT_NAME = re.compile(r"iter-(\d{8,})-ckpt\.pth")
 ROWS_PER_GROUP = 1 << 16  # read as a whole to find one step: about 2 MB, 10 ms
 GROUPED_ROWS = 1 << 19  # in one row group of each rank: what a merge of all ranks holds in memory
 
@@ -118,7 +118,7 @@ def believe(parts: Iterable[Part], steps: int) -> list[Part]:
 
 def newest_checkpoint_step(run: Path) -> int:
     """Steps done in the newest checkpoint of a run folder; 0 where there is none."""
-    return max((int(m[1]) for name in os.listdir(run) if (m := CHECKPOINT_NAME.fullmatch(name))), default=0)
+    return max((checkpoint_step(path) or 0 for path in list_checkpoints(run)), default=0)
 
 
 def committed_parts(run: Path) -> list[Part]:

@@ -20,10 +20,11 @@ from lit_data.loading.mixture import Phase, check_phases
 from lit_data.loading.order import Segment, check_segments
 from lit_data.record.merge import copy_record, cut_record
 from lit_data.record.parts import remove_temporaries
+from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.publish import sync_file
 from lit_files.reading import build
 from lit_model.init import copy_slice
-from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint, checkpoint_step, list_checkpoints
+from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint
 from lit_model.sharded import load_into
 from pretrain.args import SaveArgs
 from pretrain.logs.layer_norms import FILE as LAYERS
@@ -35,10 +36,6 @@ from pretrain.optim import AdamW
 FORMAT_VERSION = 1
 ABANDONED = "abandoned"  # in the run folder: checkpoints and record of steps that it went back over
 STEP_COUNT = "optimizer.all/step_count"  # in a checkpoint: AdamW's updates so far
-
-
-def checkpoint_name(step: int) -> str:
-    return f"iter-{step:08d}-ckpt.pth"
 
 
 def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

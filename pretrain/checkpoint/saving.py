@@ -30,12 +30,13 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.tensor import DTensor
 
+from lit_files.checkpoint_name import checkpoint_name
 from lit_files.checksum import file_sha256
 from lit_files.publish import sync_file
 from lit_model.checksum import tensor_checksum
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX
 from pretrain.args import SaveArgs
-from pretrain.checkpoint.files import FORMAT_VERSION, checkpoint_name, remove, retain
+from pretrain.checkpoint.files import FORMAT_VERSION, remove, retain
 from pretrain.logs.messages import say, warn
 
 T = TypeVar("T")

@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor
 
 from lit_data.tokenizers.tokenizer import open_tokenizer
+from lit_files.checkpoint_name import checkpoint_step
 from lit_files.publish import sync_file
 from lit_model.checksum import tensor_checksum
 from lit_model.config import ModelConfig
@@ -33,7 +34,6 @@ from lit_model.legacy import (
     legacy_tensors,
     match_names,
 )
-from lit_model.load import checkpoint_step
 from lit_model.tensor_file import DAMAGED, fault, open_tensor_file
 from pretrain.checkpoint.files import FORMAT_VERSION
 from pretrain.checkpoint.saving import check_free_space

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as dcp_save
 
+from lit_files.checkpoint_name import checkpoint_step
 from lit_files.checksum import file_sha256
 from lit_files.publish import sync_file
 from lit_model.checksum import byte_view, tensor_checksum
-from lit_model.load import Checkpoint, checkpoint_step, is_hf_folder, resolve
+from lit_model.load import Checkpoint, is_hf_folder, resolve
 from pretrain.checkpoint.files import remove
 from pretrain.checkpoint.saving import check_free_space, nested
 

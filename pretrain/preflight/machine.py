@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lit_files.checkpoint_name import list_checkpoints
 from lit_files.cores import usable_cores
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
-from lit_model.load import list_checkpoints
 from pretrain.logs.environment import code_hash
 from pretrain.preflight.context import Finding, Situation, faults, odd_ones, results, show_bytes
 from pretrain.preflight.nccl_transport import has_verbs, infiniband_devices, read_log, slow_for, transports

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 from lit_data.packed.dataset import PackedDataset
+from lit_files.checkpoint_name import list_checkpoints
 from lit_files.checksum import file_sha256
 from lit_model.config import ModelConfig
 from lit_model.cost import TrainingMemory, TrainingSetting, training_memory
-from lit_model.load import Checkpoint, list_checkpoints
+from lit_model.load import Checkpoint
 from lit_model.registry import get_config
 from pretrain.args import RunArgs
 from pretrain.build import set_up

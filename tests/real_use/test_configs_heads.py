@@ -12,7 +12,7 @@ import pytest
 import torch
 from running import ROOT, write_dataset
 
-from lit_model.load import list_checkpoints
+from lit_files.checkpoint_name import list_checkpoints
 from pretrain import fabric_train
 from pretrain.args import RunArgs
 from pretrain.data import open_datasets

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from running import ROOT, flags, metrics, train, warm_python
 
-from lit_model.load import list_checkpoints
+from lit_files.checkpoint_name import list_checkpoints
 from pretrain.logs.metrics import MetricsFile, cut_metrics
 
 

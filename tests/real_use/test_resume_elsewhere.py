@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from running import flags, metrics, train, write_dataset
 
-from lit_model.load import Checkpoint, list_checkpoints
+from lit_files.checkpoint_name import list_checkpoints
+from lit_model.load import Checkpoint
 from pretrain.checkpoint.files import find_checkpoint
 
 NAME = "iter-00000004-ckpt.pth"

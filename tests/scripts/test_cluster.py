@@ -24,7 +24,8 @@ from stand_ins import CLUSTER, PYTHON, STAND_INS, Cluster, wait_for
 
 from lit_data.record.trace import open_run
 from lit_data.record.verify import verify
-from lit_model.load import Checkpoint, list_checkpoints
+from lit_files.checkpoint_name import list_checkpoints
+from lit_model.load import Checkpoint
 
 SCRIPTS = sorted([*CLUSTER.glob("*.sh"), *CLUSTER.glob("*.sbatch")])
 SIZE = ("--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1")

@@ -19,7 +19,8 @@ from zygote import Answer
 from lit_data.record.parts import read_record
 from lit_data.record.trace import left_out_of_document, open_run
 from lit_data.record.verify import verify
-from lit_model.load import Checkpoint, list_checkpoints
+from lit_files.checkpoint_name import list_checkpoints
+from lit_model.load import Checkpoint
 from pretrain.failure.watchdog import EXIT_HUNG
 
 Ranks = Callable[..., Answer]

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-from lit_model.load import list_checkpoints
+from lit_files.checkpoint_name import list_checkpoints
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "WANDB_MODE")
 # torch's store asks for each peer's name. /etc/hosts names 127.0.0.1, but a socket of both protocols knows it as the

@@ -17,7 +17,8 @@ from running import ROOT, flags, metrics, same_checkpoints, train, train_killed
 from lit_data.record.parts import read_record
 from lit_data.record.trace import open_run
 from lit_data.record.verify import verify
-from lit_model.load import Checkpoint, list_checkpoints
+from lit_files.checkpoint_name import list_checkpoints
+from lit_model.load import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lit_model.load import Checkpoint, list_checkpoints
+from lit_files.checkpoint_name import list_checkpoints
+from lit_model.load import Checkpoint
 from pretrain.args import SaveArgs
 from pretrain.checkpoint.files import load_state
 from pretrain.checkpoint.saving import SaveError, Saver, local_tensor

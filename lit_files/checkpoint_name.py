@@ -1,0 +1,27 @@
+"""The name of a checkpoint: iter-00001000-ckpt.pth, a file or a folder in the run folder, after 1000 optimizer steps.
+
+It gets this name once it is whole: a checkpoint that can be listed can be loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+PATTERN = re.compile(r"iter-(\d{8,})-ckpt\.pth")
+
+
+def checkpoint_name(step: int) -> str:
+    return f"iter-{step:08d}-ckpt.pth"
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """Optimizer steps done in a checkpoint, by its name; None for any other name."""
+    match = PATTERN.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first; none if there is no such folder."""
+    found = [p for p in run.iterdir() if checkpoint_step(p) is not None] if run.is_dir() else []
+    return sorted(found, key=lambda p: checkpoint_step(p) or 0)

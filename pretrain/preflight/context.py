@@ -29,7 +29,7 @@ class Finding:
 
 
 @dataclass
-class Situation:
+class PreflightContext:
     """What the items share. They fill in what later ones use; None: not known, for a reason that a finding names."""
 
     args: RunArgs

@@ -22,7 +22,7 @@ from lit_files.cores import usable_cores
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
 from pretrain.logs.environment import code_hash
-from pretrain.preflight.context import Finding, Situation, faults, odd_ones, results, show_bytes
+from pretrain.preflight.context import Finding, PreflightContext, faults, odd_ones, results, show_bytes
 from pretrain.preflight.nccl_transport import has_verbs, infiniband_devices, read_log, slow_for, transports
 from pretrain.preflight.ranks import Ranks
 
@@ -43,7 +43,7 @@ CLOCK_SKEW_S = 5.0
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 
-def check_devices(s: Situation) -> Finding:
+def check_devices(s: PreflightContext) -> Finding:
     """Number, kind and memory of the devices, the same on all ranks, and able to do what is asked for."""
     outcomes = s.ranks.together(lambda: device_facts(s))
     if (fault := faults(outcomes)) != "":
@@ -70,7 +70,7 @@ def check_devices(s: Situation) -> Finding:
     return Finding("ok", measured)
 
 
-def device_facts(s: Situation) -> dict[str, str]:
+def device_facts(s: PreflightContext) -> dict[str, str]:
     """Of this rank's device."""
     facts = {"uuid": "", "driver": "", "CUDA": "", "unfit": ""}
     fabric = s.ranks.fabric
@@ -101,7 +101,7 @@ def driver_version() -> str:
 # --- environment ------------------------------------------------------------------------------------------------------
 
 
-def check_environment(s: Situation) -> Finding:
+def check_environment(s: PreflightContext) -> Finding:
     """Threads, temporary folder, and that all ranks run the same code at the same time of day."""
     facts = s.ranks.together(environment_facts)
     s.ranks.gather(None)  # ends on all ranks within milliseconds; then the clocks are read
@@ -156,7 +156,7 @@ def environment_facts() -> dict[str, Any]:
 # --- network ----------------------------------------------------------------------------------------------------------
 
 
-def check_network(s: Situation) -> Finding:
+def check_network(s: PreflightContext) -> Finding:
     """All-reduce over the data-parallel group: its sum, and its bandwidth."""
     if not s.launched:
         return Finding("skipped", s.not_launched)
@@ -200,7 +200,7 @@ def check_network(s: Situation) -> Finding:
     return Finding("ok", measured)
 
 
-def reduce_message(s: Situation, n_bytes: int) -> tuple[float, bool]:
+def reduce_message(s: PreflightContext, n_bytes: int) -> tuple[float, bool]:
     """(seconds of one all-reduce of fp32, whether the sum is right)."""
     assert s.ranks.fabric is not None
     device, n = s.ranks.fabric.device, s.ranks.world_size
@@ -222,7 +222,7 @@ def reduce_message(s: Situation, n_bytes: int) -> tuple[float, bool]:
 # --- disk -------------------------------------------------------------------------------------------------------------
 
 
-def check_disk(s: Situation) -> Finding:
+def check_disk(s: PreflightContext) -> Finding:
     """Whether all ranks share out_dir, its speed, and room for the checkpoints; room for the cache on every node."""
     made = s.ranks.together(lambda: make_scratch(s) if s.ranks.rank == 0 else None)
     if fault := faults(made):
@@ -260,7 +260,7 @@ def check_disk(s: Situation) -> Finding:
     return Finding("ok", measured)
 
 
-def make_scratch(s: Situation) -> tuple[Path, str]:
+def make_scratch(s: PreflightContext) -> tuple[Path, str]:
     """Rank 0: a temporary folder in out_dir with a marker in it. Folders above that are not there are made too."""
     s.folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".preflight-", dir=s.folder.resolve()))
@@ -319,7 +319,7 @@ def checkpoint_bytes(config: ModelConfig) -> int:
     return 12 * count_parameters(config)
 
 
-def room_for_checkpoints(s: Situation, free: int) -> tuple[bool, str]:
+def room_for_checkpoints(s: PreflightContext, free: int) -> tuple[bool, str]:
     """Whether `free` bytes hold the checkpoints that are still to come, and one that is being written."""
     assert s.config is not None
     save, size = s.args.save, checkpoint_bytes(s.config)
@@ -336,7 +336,7 @@ def room_for_checkpoints(s: Situation, free: int) -> tuple[bool, str]:
     return free >= n * size, told + (" (the run's length is not known)" if kept is None else "")
 
 
-def room_for_cache(s: Situation) -> int:
+def room_for_cache(s: PreflightContext) -> int:
     """Free bytes at data.cache_dir on this rank's node, what the cache holds already counted in."""
     folder = s.args.data.cache_dir
     assert folder is not None

@@ -23,16 +23,17 @@ from rich.text import Text
 from pretrain.args import RunArgs
 from pretrain.launch import is_first_process
 from pretrain.parallel import build_fabric, check_shapes, device_kind
-from pretrain.preflight.context import Finding, Situation, Verdict, faults
+from pretrain.preflight.context import Finding, PreflightContext, Verdict, faults
 from pretrain.preflight.machine import check_devices, check_disk, check_environment, check_network
+from pretrain.preflight.memory import check_memory
 from pretrain.preflight.nccl_transport import ask_for_log
 from pretrain.preflight.ranks import Outcome, RankLostError, Ranks, describe
-from pretrain.preflight.trial_run import check_data, check_memory, check_one_step, check_run_folder, check_tracker_setup
+from pretrain.preflight.trial_run import check_data, check_one_step, check_run_folder, check_tracker_setup
 
 # Each looks at one thing and is called on all ranks alike. What differs between ranks is done in `ranks.together` (no
-# rank needs another) or `situation.watched` (ranks wait for each other); the finding is made of all outcomes, the same
+# rank needs another) or `context.watched` (ranks wait for each other); the finding is made of all outcomes, the same
 # on all ranks.
-ITEMS: tuple[tuple[str, Callable[[Situation], Finding]], ...] = (
+ITEMS: tuple[tuple[str, Callable[[PreflightContext], Finding]], ...] = (
     ("devices", check_devices),
     ("environment", check_environment),
     ("network", check_network),
@@ -68,9 +69,9 @@ def preflight(args: RunArgs) -> int:
         clean(s)
 
 
-def start(args: RunArgs) -> Situation:
+def start(args: RunArgs) -> PreflightContext:
     """Start or join the processes, where the devices fit the flags; else say why not."""
-    s = Situation(args, Ranks(None, timedelta(seconds=args.timeout_s)))
+    s = PreflightContext(args, Ranks(None, timedelta(seconds=args.timeout_s)))
     folder = s.folder.absolute()
     s.new_folders = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
@@ -91,7 +92,7 @@ def start(args: RunArgs) -> Situation:
     return s
 
 
-def leave_to_rank_zero(s: Situation) -> int:
+def leave_to_rank_zero(s: PreflightContext) -> int:
     """On another rank that cannot join: say so, and give rank 0 the time to look at what it can."""
     fault = s.shape_fault or s.launch_fault
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK")))
@@ -100,7 +101,7 @@ def leave_to_rank_zero(s: Situation) -> int:
     return 1
 
 
-def look(s: Situation) -> None:
+def look(s: PreflightContext) -> None:
     """Go through the items; a failure of one does not keep the others from it."""
     for i, (name, item) in enumerate(ITEMS):
 
@@ -120,7 +121,7 @@ def look(s: Situation) -> None:
             s.findings[name] = Finding("failed", describe(error), "see the message")
 
 
-def end_stuck(s: Situation) -> NoReturn:
+def end_stuck(s: PreflightContext) -> NoReturn:
     if s.ranks.rank == 0:
         show(s)
     clean(s)
@@ -132,7 +133,7 @@ def end_stuck(s: Situation) -> NoReturn:
     os._exit(1)
 
 
-def show(s: Situation) -> None:
+def show(s: PreflightContext) -> None:
     """The table, and below it what to do: one unbroken line for each item that is not ok."""
     console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=False)
     table = Table(title=f"Preflight: {s.world_size} x {s.kind or s.args.accelerator}", show_lines=True)
@@ -150,7 +151,7 @@ def show(s: Situation) -> None:
     console.print(Text("preflight: " + ", ".join(f"{n} {v}" for v, n in counts.items())), soft_wrap=True)
 
 
-def clean(s: Situation) -> None:
+def clean(s: PreflightContext) -> None:
     """Remove what was written, and the folders that were not there before, if nothing else is in them. On every rank:
     where out_dir is not shared each node has its own."""
     if s.nccl_logs is not None:

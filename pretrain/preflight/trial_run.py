@@ -1,14 +1,11 @@
-"""Items of a preflight that look at the run: its folder, data, memory, and one step (see preflight.py beside it)."""
+"""Items of a preflight that look at the run: its folder, trackers, data, and one step (see preflight.py beside it)."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
-import socket
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +16,6 @@ from lit_data.packed.dataset import PackedDataset
 from lit_files.checkpoint_name import list_checkpoints
 from lit_files.checksum import file_sha256
 from lit_model.config import ModelConfig
-from lit_model.cost import TrainingMemory, TrainingSetting, training_memory
 from lit_model.load import Checkpoint
 from lit_model.registry import get_config
 from pretrain.args import RunArgs
@@ -27,14 +23,12 @@ from pretrain.build import set_up
 from pretrain.checkpoint.files import check_meta, find_checkpoint
 from pretrain.data import Datasets, first_segments, length_of, open_data, open_datasets, training_loader
 from pretrain.distillation.teacher_cache import resolve_teachers
-from pretrain.distillation.teachers import teacher_bytes
 from pretrain.init_from import model_config
 from pretrain.logs.throughput import Throughput, peak_memory_gib
 from pretrain.logs.trackers import check_trackers
 from pretrain.loop import train_step
-from pretrain.parallel import uses_fsdp
-from pretrain.preflight.context import Finding, Situation, faults, results, show_bytes
-from pretrain.preflight.machine import checkpoint_bytes
+from pretrain.preflight.context import Finding, PreflightContext, faults, results, show_bytes
+from pretrain.preflight.memory import memory_advice, training_setting
 from pretrain.preflight.ranks import Ranks
 from pretrain.resume import check_resume
 
@@ -42,8 +36,6 @@ CHECKSUM_BYTES = 256 << 20  # of shards that one rank reads again
 MANY_EPOCHS = 4.0  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
 LOADER_STEPS, LOADER_S = 20, 3.0  # at most
 
-CUDA_RESERVE_BYTES = 1536 << 20  # context, NCCL's buffers, kernels' workspaces, fragmentation
-TIGHT = 0.9  # of the memory that is there
 
 STEPS = 2  # the first compiles and fills caches, the last is measured
 # A fresh model's loss above and below ln(vocabulary): logits of standard deviation s add about s^2 / 2.
@@ -53,7 +45,7 @@ LOSS_ABOVE, LOSS_BELOW = 1.5, 0.5
 # --- run folder -------------------------------------------------------------------------------------------------------
 
 
-def check_run_folder(s: Situation) -> Finding:
+def check_run_folder(s: PreflightContext) -> Finding:
     """Whether the run begins, goes on, or would be refused."""
 
     def look() -> tuple[Path | None, str]:
@@ -87,7 +79,7 @@ def check_run_folder(s: Situation) -> Finding:
 # --- trackers ---------------------------------------------------------------------------------------------------------
 
 
-def check_tracker_setup(s: Situation) -> Finding:
+def check_tracker_setup(s: PreflightContext) -> Finding:
     """Whether the trackers could start: what a start looks at before it makes the run folder."""
     names = ", ".join(s.args.log.trackers)
     if not names:
@@ -103,7 +95,7 @@ def check_tracker_setup(s: Situation) -> Finding:
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def check_data(s: Situation) -> Finding:
+def check_data(s: PreflightContext) -> Finding:
     """Datasets open on every rank and fit the model; rows, epochs, a sample of checksums, the loader's speed."""
     args = s.args
     if args.data.synthetic.tokens:
@@ -182,7 +174,7 @@ def check_sample(datasets: Datasets, ranks: Ranks) -> tuple[int, int]:
     return n_files, n_bytes
 
 
-def load_some(s: Situation) -> float:
+def load_some(s: PreflightContext) -> float:
     """Open the rows, see that a checkpoint fits, and read some steps: this rank's tokens a second."""
     assert s.ranks.fabric is not None and s.datasets is not None and s.config is not None
     segments = first_segments(s.args)
@@ -210,150 +202,6 @@ def without_traces(args: RunArgs) -> RunArgs:
     return replace(args, data=data, log=log, preflight=False)
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def check_memory(s: Situation) -> Finding:
-    """The estimate from the config alone beside what each rank has. Nothing of the model is allocated for it."""
-    if s.config is None:
-        return Finding("skipped", "the model's size is not known without the data: see data")
-    setting = training_setting(s, s.config)
-    s.memory = memory = training_memory(s.config, setting)
-    host_need = host_bytes(s, memory)
-    parts = f"state {show_bytes(memory.parameters + memory.gradients + memory.optimizer)}, activations "
-    parts += f"{show_bytes(memory.activations)}, loss {show_bytes(memory.loss + memory.workspace)}"
-    parts += f", weights gathered or cast {show_bytes(memory.gathered)}" if memory.gathered else ""
-    parts += f", teachers {show_bytes(memory.frozen)}" if memory.frozen else ""
-    measured = f"estimate {show_bytes(memory.total)} a device ({parts})"
-    if s.kind is None:
-        return Finding("skipped", f"{measured}; there is no such device here to compare with")
-    neighbours = s.ranks.gather(socket.gethostname()).count(socket.gethostname())
-    outcomes = s.ranks.together(lambda: available_bytes(s, neighbours))
-    if fault := faults(outcomes):
-        return Finding("failed", fault, "")
-    on_cpu = s.kind == "cpu"
-    least = min((o for o in outcomes if o.result), key=lambda o: (o.result or (0, 0))[0])
-    device, host = min(d for d, _ in results(outcomes)), min(h for _, h in results(outcomes))
-    need = memory.total + (0 if s.kind != "cuda" else CUDA_RESERVE_BYTES) + (host_need if on_cpu else 0)
-    measured += f" of {show_bytes(device)} on {least.who}" if s.ranks.world_size > 1 else f" of {show_bytes(device)}"
-    measured += f", host {show_bytes(host_need)} of {show_bytes(host)}" if host_need else ""
-    if need > device:
-        return Finding("failed", measured, memory_advice(s, s.config, setting, device - (need - memory.total)))
-    if host_need > host:
-        return Finding(
-            "failed", measured, "host memory: --save.state_dict_type sharded, no --save.asynchronous or offload"
-        )
-    if need > TIGHT * device:
-        return Finding("warning", measured, memory_advice(s, s.config, setting, TIGHT * device - (need - memory.total)))
-    return Finding("ok", measured)
-
-
-def training_setting(s: Situation, config: ModelConfig) -> TrainingSetting:
-    args, t, world = s.args, s.args.train, s.world_size
-    sharding, shards = ("none" if world == 1 and args.strategy != "ddp" else "ddp"), 1
-    if uses_fsdp(args):
-        sharding, shards = args.sharding_strategy, world
-        if sharding == "HYBRID_SHARD":
-            shards = max(1, world // args.num_nodes if args.num_nodes > 1 else world // 2)
-    return TrainingSetting(
-        micro_batch_samples=t.micro_batch_samples,
-        block_size=t.block_size or config.block_size,
-        compute_bytes=4 if args.precision == "fp32" else 2,
-        sharding=sharding,
-        shards=shards,
-        recompute=t.activation_checkpointing,
-        recompute_every=t.activation_checkpointing_every,
-        accumulates=t.global_batch_samples > world * t.micro_batch_samples,
-        defer_gradient_sync=t.defer_gradient_sync,
-        cpu_offload=t.cpu_offload,
-        prefetch_blocks=t.prefetch_blocks,
-        reduce_bytes=4 if t.reduce_dtype == "fp32" else 2,
-        on_cpu=s.kind == "cpu",
-        frozen=teacher_bytes(args.distillation, args.precision, s.kind or "cuda", world),
-    )
-
-
-def host_bytes(s: Situation, memory: TrainingMemory) -> int:
-    """Host memory of one rank beside the process itself: offloaded state, and the checkpoint while it is written."""
-    state = memory.parameters + memory.optimizer
-    need = state + memory.gradients if s.args.train.cpu_offload else 0
-    if s.args.save.state_dict_type == "full":  # rank 0 holds the whole
-        assert s.config is not None
-        copies = s.kind == "cuda" or uses_fsdp(s.args) or s.args.save.asynchronous
-        return need + (checkpoint_bytes(s.config) if copies and s.ranks.rank == 0 else 0)
-    return need + (state if s.args.save.asynchronous else 0)
-
-
-def available_bytes(s: Situation, neighbours: int) -> tuple[int, int]:
-    """(bytes for this rank on its device, on the host); `neighbours` ranks share the host's memory."""
-    host = host_memory_bytes() // neighbours
-    if s.kind != "cuda":
-        return host, host
-    device = s.ranks.fabric.device if s.ranks.fabric is not None else torch.device("cuda", 0)
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), host
-
-
-def host_memory_bytes(root: Path = Path("/")) -> int:
-    """Memory that the processes of this host may still take: what is available, and the control groups' limits."""
-    if hasattr(os, "sysconf") and not (root / "proc/meminfo").exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    facts = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
-    available = int(facts["MemAvailable"].split()[0]) * 1024
-    return min([available, *cgroup_rooms(root)])
-
-
-def cgroup_rooms(root: Path) -> Iterator[int]:
-    """Room that each limit of this process's control groups leaves, of version 2 and 1. A file cache can be dropped."""
-    groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-    for _, controllers, path in groups:
-        if controllers == "":
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        folder = base / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            if not place.is_relative_to(base):
-                break
-            try:
-                limit, used = ((place / name).read_text().strip() for name in names[:2])
-                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-            except OSError:
-                continue
-            if limit != "max":
-                yield max(0, int(limit) - int(used) + int(stat.get(names[2], 0)))
-
-
-def memory_advice(s: Situation, config: ModelConfig, setting: TrainingSetting, room: float) -> str:
-    """The changes that help most, each with its estimate; those that are enough by themselves come first."""
-    t, world = s.args.train, s.world_size
-    tried: dict[str, TrainingSetting] = {}
-    if setting.micro_batch_samples > 1:
-        tried["--train.micro_batch_samples 1"] = replace(setting, micro_batch_samples=1, accumulates=True)
-    if t.activation_checkpointing != "full":
-        tried["--train.activation_checkpointing full"] = replace(setting, recompute="full")
-    if world > 1 and setting.sharding != "FULL_SHARD":
-        tried["--strategy fsdp"] = replace(setting, sharding="FULL_SHARD", shards=world)
-    if setting.sharded and not setting.cpu_offload:
-        tried["--train.cpu_offload true"] = replace(setting, cpu_offload=True)
-    if setting.micro_batch_samples > 1:
-        everything = replace(setting, micro_batch_samples=1, accumulates=True, recompute="full")
-        if world > 1:
-            everything = replace(everything, sharding="FULL_SHARD", shards=world)
-        all_of_it = "--train.micro_batch_samples 1 with --train.activation_checkpointing full"
-        tried[all_of_it + (" and --strategy fsdp" if world > 1 else "")] = everything
-    totals = {name: training_memory(config, changed).total for name, changed in tried.items()}
-    told = [
-        f"{name} takes {show_bytes(n)}"
-        for name, n in sorted(totals.items(), key=lambda item: (item[1] > room, item[1]))
-    ]
-    enough = any(n <= room for n in totals.values())
-    more = "" if enough else "; it takes more devices that share the state (--strategy fsdp), or larger ones"
-    return "; ".join(told) + more
-
-
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +220,7 @@ class StepMeasure:
     """Bytes beyond what was there before the model was built."""
 
 
-def check_one_step(s: Situation) -> Finding:
+def check_one_step(s: PreflightContext) -> Finding:
     """Optimizer steps of the run itself, with its model, optimizer, loader and shapes, in a folder of their own."""
     if not s.launched:
         return Finding("skipped", s.not_launched)
@@ -392,7 +240,7 @@ def check_one_step(s: Situation) -> Finding:
     return judge_steps(s, results(outcomes))
 
 
-def take_steps(s: Situation, folder: Path) -> StepMeasure:
+def take_steps(s: PreflightContext, folder: Path) -> StepMeasure:
     """Set the run up as `main` does, and train."""
     args = replace(without_traces(s.args), out_dir=folder, resume=None)
     if args.data.synthetic.tokens:
@@ -446,7 +294,7 @@ def peak_bytes(device: torch.device) -> int:
     return int(resident[0]) * 1024 if resident else int(peak_memory_gib(device) * 2**30)
 
 
-def judge_steps(s: Situation, measures: list[StepMeasure]) -> Finding:
+def judge_steps(s: PreflightContext, measures: list[StepMeasure]) -> Finding:
     assert s.config is not None and s.ranks.fabric is not None
     slowest, expected = max(measures, key=lambda m: m.last_s), math.log(s.config.vocab_size)
     rate, mfu = slowest.throughput["tokens_per_s"], slowest.throughput.get("mfu")
@@ -473,7 +321,7 @@ def judge_steps(s: Situation, measures: list[StepMeasure]) -> Finding:
     return Finding("ok", measured)
 
 
-def step_advice(s: Situation, fault: str) -> str:
+def step_advice(s: PreflightContext, fault: str) -> str:
     if "OutOfMemory" in fault or "allocate memory" in fault or "MemoryError" in fault:
         assert s.config is not None
         return "out of memory: " + memory_advice(

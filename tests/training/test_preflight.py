@@ -21,11 +21,12 @@ from zygote import TIMEOUT_S
 from pretrain import fabric_train
 from pretrain.fabric_train import main
 from pretrain.preflight import machine as preflight_checks
+from pretrain.preflight import memory as preflight_memory
 from pretrain.preflight import trial_run as preflight_run
-from pretrain.preflight.context import Situation
+from pretrain.preflight.context import PreflightContext
 from pretrain.preflight.machine import check_network
+from pretrain.preflight.memory import host_memory_bytes
 from pretrain.preflight.ranks import Outcome, Ranks
-from pretrain.preflight.trial_run import host_memory_bytes
 
 ITEMS = ("devices", "environment", "network", "run folder", "trackers", "data", "disk", "memory", "one step")
 FINE = {name: "ok" for name in ITEMS}
@@ -250,7 +251,7 @@ def test_slow_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic of bandwidths, and the bound just below and above what was measured."""
     monkeypatch.setattr(preflight_checks.dist, "get_backend", lambda: "gloo")
     ranks = TwoRanks([(0.001, True), (0.05, True)], [(0.001, True), (0.1, True)])
-    s = Situation(fabric_train.parse(flags(Path("d"), Path("r"))), ranks)
+    s = PreflightContext(fabric_train.parse(flags(Path("d"), Path("r"))), ranks)
     bus = (16 << 20) / 0.1 / 1e9  # of the slower rank; 2 (n - 1) / n is 1
     monkeypatch.setitem(preflight_checks.LEAST_BUS_GBS, "gloo", bus * 0.99)
     finding = check_network(s)
@@ -345,7 +346,7 @@ def test_model_too_large_is_refused_before_it_is_built(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight_run, "set_up", lambda args: pytest.fail("nothing may be allocated"))
-    monkeypatch.setattr(preflight_run, "host_memory_bytes", lambda: 24 << 30)
+    monkeypatch.setattr(preflight_memory, "host_memory_bytes", lambda: 24 << 30)
     large: dict[str, Any] = dict.fromkeys(f for f in map(str, flags_of_model()))
     status, output = look(capsys, data, tmp_path / "run", **large, model__name="LLaMmlein_7B", train__block_size=2048)
     line = told(output, "memory")

@@ -32,7 +32,7 @@ from lit_model.hf.families import family_of
 from lit_model.kernels.choose import AttentionChoice, choose_attention
 from pretrain.args import RunArgs
 from pretrain.build import RunFinished, set_up
-from pretrain.checkpoint.saving import SaveError
+from pretrain.checkpoint.writing import SaveError
 from pretrain.cli.command_line import make_printable
 from pretrain.cli.run_parser import parse
 from pretrain.failure.first_failure import lost_connection

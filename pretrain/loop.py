@@ -28,7 +28,7 @@ from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from lit_model.moe import RouterStatistics
 from pretrain.args import plain
-from pretrain.checkpoint.saving import SaveError
+from pretrain.checkpoint.writing import SaveError
 from pretrain.compiling import CompiledBlocks
 from pretrain.distillation.objective import distillation_values, teaching
 from pretrain.distillation.teachers import Teachers

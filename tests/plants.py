@@ -34,7 +34,7 @@ import torch.distributed as dist  # noqa: E402
 
 from lit_data.record.parts import DatapointRecorder  # noqa: E402
 from pretrain import build, loop  # noqa: E402
-from pretrain.checkpoint import saving  # noqa: E402
+from pretrain.checkpoint import saving, writing  # noqa: E402
 from pretrain.optim import local  # noqa: E402
 
 
@@ -112,7 +112,7 @@ def _signal(fault: dict[str, Any]) -> None:
         setattr(owner, name, struck)
 
     if fault["when"] == "saving":
-        before("_write", saving.Saver)
+        before("write", writing.CheckpointWriter)
     else:
         before({"step": "train_step", "validation": "validate"}[fault["when"]], loop)
 
@@ -176,7 +176,7 @@ def _ballast(fault: dict[str, Any]) -> None:
 
 
 def _blind(fault: dict[str, Any]) -> None:
-    saving.check_free_space = lambda folder, n_bytes: None
+    writing.check_free_space = lambda folder, n_bytes: None
 
 
 def _code(fault: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Training state on disk: find, load, rewind, retain. `pretrain/checkpoint/saving.py` writes it; its layout is
+"""Training state on disk: find, load, rewind, retain. `pretrain/checkpoint/writing.py` writes it; its layout is
 described in `lit_model/load.py`."""
 
 from __future__ import annotations

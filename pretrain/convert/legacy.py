@@ -36,7 +36,7 @@ from lit_model.legacy import (
 )
 from lit_model.tensor_file import DAMAGED, fault, open_tensor_file
 from pretrain.checkpoint.files import FORMAT_VERSION
-from pretrain.checkpoint.saving import check_free_space
+from pretrain.checkpoint.writing import check_free_space
 from pretrain.model_tokenizer import KnownTokenizer, of_files
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -21,7 +21,7 @@ from lit_files.publish import sync_file
 from lit_model.checksum import byte_view, tensor_checksum
 from lit_model.load import Checkpoint, is_hf_folder, resolve
 from pretrain.checkpoint.files import remove
-from pretrain.checkpoint.saving import check_free_space, nested
+from pretrain.checkpoint.writing import check_free_space, nested
 
 
 def convert_checkpoint(source: Path, output: Path, to: Literal["full", "sharded"]) -> Path:

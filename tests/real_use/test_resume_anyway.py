@@ -18,7 +18,7 @@ from lit_data.record.parts import list_parts, read_record
 from pretrain.args import SaveArgs
 from pretrain.checkpoint import files as checkpoint
 from pretrain.checkpoint.files import retain, rewind
-from pretrain.checkpoint.saving import clear
+from pretrain.checkpoint.writing import clear
 from pretrain.failure.first_failure import begin_attempt, to_failure
 from pretrain.failure.rank_log import RankLog
 

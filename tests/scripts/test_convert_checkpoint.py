@@ -12,7 +12,7 @@ from running import flags, script, train
 
 from lit_model.hf.families import config_to_hf
 from lit_model.load import Checkpoint
-from pretrain.checkpoint import saving
+from pretrain.checkpoint.writing import nested
 
 FIRST, LAST = "iter-00000004-ckpt.pth", "iter-00000008-ckpt.pth"
 SETTINGS = {"save__every_steps": 4, "train__max_steps": 8, "eval__every_steps": 8}
@@ -55,7 +55,7 @@ def test_file_is_what_torch_saves(run: Path, tmp_path: Path) -> None:
             assert torch.equal(content["model"][name.removeprefix("model.")], opened.tensor(name))
     tensors = {name: opened.tensor(name).clone() for name in opened.names()}
     with open(tmp_path / FIRST, "wb") as f:
-        torch.save({**saving.nested(tensors), "meta": content["meta"]}, f)
+        torch.save({**nested(tensors), "meta": content["meta"]}, f)
     assert path.stat().st_size == (tmp_path / FIRST).stat().st_size
 
 

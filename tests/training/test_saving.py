@@ -21,7 +21,9 @@ from lit_files.checkpoint_name import list_checkpoints
 from lit_model.load import Checkpoint
 from pretrain.args import SaveArgs
 from pretrain.checkpoint.files import load_state
-from pretrain.checkpoint.saving import SaveError, Saver, local_tensor
+from pretrain.checkpoint.host_copy import local_tensor
+from pretrain.checkpoint.saving import Saver
+from pretrain.checkpoint.writing import CheckpointWriter, SaveError
 
 KINDS = ["full", "sharded"]
 
@@ -65,13 +67,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_asynchronous_snapshot_is_bit_exact(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors change while they are being written: what is written are those of the call."""
     go_on = threading.Event()
-    write = Saver._write
+    write = CheckpointWriter.write
 
-    def held(self: Saver, *arguments: Any) -> None:
+    def held(self: CheckpointWriter, *arguments: Any) -> None:
         assert go_on.wait(60)
         write(self, *arguments)
 
-    monkeypatch.setattr(Saver, "_write", held)
+    monkeypatch.setattr(CheckpointWriter, "write", held)
     writer = saver(tmp_path, state_dict_type=kind, asynchronous=True)
     tensors = state(1)
     expected = {k: v.clone() for k, v in tensors.items()}
@@ -101,7 +103,7 @@ def test_shards_are_staged_in_the_same_buffers_every_time(tmp_path: Path) -> Non
         places: set[tuple[int, ...]] = set()
         for step in (1, 2, 3):
             expected = {k: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for k, v in tensors.items()}
-            staged = writer._stage(tensors)
+            staged = writer._buffers.copy(tensors)
             places.add(tuple(local_tensor(tensor).data_ptr() for tensor in staged.values()))
             assert all(isinstance(staged[k], DTensor) == isinstance(v, DTensor) for k, v in tensors.items())
             writer.save(step, tensors, {"step": step})
@@ -121,9 +123,9 @@ def test_full_disk(
     small_disk: Path, kind: str, asynchronous: bool, blind: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two states fit, three don't; with and without a look at the free space before."""
-    monkeypatch.setattr("pretrain.checkpoint.saving.SPARE_BYTES", 1 << 16)
+    monkeypatch.setattr("pretrain.checkpoint.writing.SPARE_BYTES", 1 << 16)
     if blind:
-        monkeypatch.setattr("pretrain.checkpoint.saving.check_free_space", lambda folder, n_bytes: None)
+        monkeypatch.setattr("pretrain.checkpoint.writing.check_free_space", lambda folder, n_bytes: None)
     writer = saver(small_disk, state_dict_type=kind, asynchronous=asynchronous)
     states = {step: state(step, n=10000) for step in (1, 2, 3)}
     for step in (1, 2):

@@ -1,0 +1,60 @@
+"""The training state in host memory: gathered whole on rank 0, or each rank's own shards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def gather(tensors: dict[str, Tensor], rank: int, *, copy: bool) -> dict[str, Tensor]:
+    """Whole tensors in host memory, on rank 0; shards are gathered one tensor at a time. The others get none.
+
+    With `copy` nothing of it shares memory with the training state.
+    """
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank == 0:
+            host = full.detach().cpu()
+            whole[name] = host.clone() if copy and host.data_ptr() == local_tensor(tensor).data_ptr() else host
+    return whole
+
+
+class HostBuffers:
+    """Host memory for each rank's shards, used again by every save."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy the shards into the buffers, and wait for the copies.
+
+        Not DCP's DefaultStager: on torch 2.11 its second call fails (it clears its own table of types), and it
+        allocates and pins new memory for every save.
+        """
+        for name, tensor in tensors.items():
+            if name not in self._buffers:
+                self._buffers[name] = host_buffer(tensor)
+            local_tensor(self._buffers[name]).copy_(local_tensor(tensor), non_blocking=tensor.is_cuda)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return {name: self._buffers[name] for name in tensors}
+
+
+def host_buffer(tensor: Tensor) -> Tensor:
+    """Host memory for a tensor of the same shape and shards, pinned if the tensor is on a GPU."""
+    buffer = tensor.detach().to("cpu", copy=True)
+    if not tensor.is_cuda:
+        return buffer
+    if isinstance(buffer, DTensor):  # from_local would move it to the mesh's device; DCP's stagers set it likewise
+        buffer._local_tensor = buffer._local_tensor.pin_memory()
+        return buffer
+    return buffer.pin_memory()
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """A tensor's own data on this rank, without its history."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

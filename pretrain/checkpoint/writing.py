@@ -1,0 +1,199 @@
+"""Writing one checkpoint, all ranks together. The layout is described in `lit_model/load.py`.
+
+Everything is written under a temporary name, each rank syncs its own files and its part of the datapoint record, then
+rank 0 renames. A checkpoint that has its name is whole, and it commits the record up to its step.
+
+The ranks write in stages. After each they exchange their errors, so that all of them give up together. They do so on a
+gloo group of the saver's own: training's collectives run at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+from torch.distributed.checkpoint import save as dcp_save
+
+from lit_files.checksum import file_sha256
+from lit_files.publish import sync_file
+from lit_model.checksum import tensor_checksum
+from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX
+from pretrain.checkpoint.files import remove
+
+T = TypeVar("T")
+
+# One process writes a folder by itself, as meant. (For all threads: a filter of one save would end the others'.)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+SPARE_BYTES = 16 << 20  # beside the tensors: their index, the meta, the next rows of metrics and record
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; every rank raises it alike. The one before is untouched."""
+
+
+class CheckpointWriter:
+    """Writes checkpoints as one file, or `sharded`: a folder to which every rank writes its shards."""
+
+    def __init__(self, *, sharded: bool, timeout: timedelta) -> None:
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.sharded = sharded
+        self.rank = dist.get_rank() if several else 0
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if several else None
+
+    def write(
+        self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], finish_part: Callable[[], None]
+    ) -> None:
+        """Write a checkpoint and give it its name. Every rank calls this; the arguments are those of `Saver.save`."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            self._write(path, temporary, tensors, meta, finish_part)
+        except SaveError:
+            if self.rank == 0:
+                with contextlib.suppress(OSError):
+                    remove(temporary)
+            raise
+
+    def _write(
+        self,
+        path: Path,
+        temporary: Path,
+        tensors: dict[str, Tensor],
+        meta: dict[str, Any],
+        finish_part: Callable[[], None],
+    ) -> None:
+
+        def begin() -> None:
+            if self.rank == 0:
+                clear(temporary)
+                check_free_space(path.parent, sum(t.numel() * t.element_size() for t in tensors.values()))
+                if self.sharded:
+                    temporary.mkdir()
+
+        def write_shards() -> dict[str, dict[str, Any]]:
+            try:
+                dcp_save(
+                    dict(tensors),
+                    storage_writer=_ShardWriter(temporary, sync_files=True),
+                    process_group=self.group,
+                    no_dist=self.group is None,
+                )
+            except CheckpointException as error:  # every rank gets those of all
+                if self.rank in error.failures:
+                    raise error.failures[self.rank][0] from None
+                return {}
+            mine = sorted(temporary.glob(f"__{self.rank}_*"))
+            if self.rank == 0:
+                mine.append(temporary / ".metadata")
+            return {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in mine}
+
+        def write_file() -> None:
+            if self.rank == 0:
+                meta["checksums"] = {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
+                with open(temporary, "wb") as f:
+                    torch.save({**nested(tensors), "meta": json.dumps(meta)}, f)
+                    f.flush()
+                    os.fsync(f.fileno())
+
+        def publish() -> None:
+            if self.rank == 0:
+                if self.sharded:
+                    with open(temporary / "meta.json", "w", encoding="utf-8") as f:
+                        json.dump(meta, f, indent=1)
+                        f.flush()
+                        os.fsync(f.fileno())
+                    sync_file(temporary)
+                os.rename(temporary, path)
+                sync_file(path.parent)
+
+        self._together(path, begin)
+        if self.sharded:
+            parts = self._together(path, write_shards)
+            meta["checksums"] = {name: facts for part in parts for name, facts in sorted(part.items())}
+        else:
+            self._together(path, write_file)
+        self._together(path, finish_part)
+        self._together(path, publish)
+
+    def _together(self, path: Path, work: Callable[[], T]) -> list[T]:
+        """Do a stage on every rank. Returns the results of all; raises SaveError on all if one of them failed."""
+        result: T | None = None
+        fault = None
+        try:
+            result = work()
+        except Exception as error:
+            beneath = system_error(error)
+            fault = f"{type(beneath).__name__}: {beneath}"
+        outcomes: list[Any] = [(fault, result)]
+        if self.group is not None:
+            outcomes = [None] * dist.get_world_size(self.group)
+            try:
+                dist.all_gather_object(outcomes, (fault, result), group=self.group)
+            except RuntimeError as error:
+                raise SaveError(f"{path} was not written: lost the connection to a rank ({error})") from error
+        faults = {rank: f for rank, (f, _) in enumerate(outcomes) if f is not None}
+        if faults:
+            message = "; ".join(f"rank {rank}: {f}" for rank, f in list(faults.items())[:3])
+            raise SaveError(f"{path} could not be written: {message}")
+        return [r for _, r in outcomes]
+
+
+def clear(temporary: Path) -> None:
+    """Make way for a new file or folder: what a killed save left is removed, or renamed where it can't be."""
+    try:
+        remove(temporary)
+    except OSError:
+        os.rename(temporary, temporary.with_name(f".deleting-{temporary.name}-{time.time_ns()}"))
+
+
+class _ShardWriter(FileSystemWriter):
+    """DCP's writer, whose errors say what happened: torch.save hides a full disk beneath an error of its own."""
+
+    def write_data(self, *arguments: Any) -> Any:
+        try:
+            return super().write_data(*arguments)
+        except Exception as error:
+            raise system_error(error) from None
+
+
+def system_error(error: BaseException) -> BaseException:
+    """The OSError that caused an error, or the error itself."""
+    beneath: BaseException | None = error
+    while beneath is not None and not isinstance(beneath, OSError):
+        beneath = beneath.__cause__ or beneath.__context__
+    return beneath or error
+
+
+def check_free_space(folder: Path, n_bytes: int) -> None:
+    """Raise OSError if a file system has no room for so many bytes and a little more."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes + SPARE_BYTES:
+        raise OSError(
+            f"{folder} has {free / 1e9:.3f} GB free, the checkpoint takes {(n_bytes + SPARE_BYTES) / 1e9:.3f} GB; "
+            "make room, or keep fewer with --save.keep_last"
+        )
+
+
+def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The flat names of a checkpoint -> the contents of a file: {"model": ..., "optimizer": {name: {key: ...}}}."""
+    model: dict[str, Tensor] = {}
+    optimizer: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(MODEL_PREFIX):
+            model[name.removeprefix(MODEL_PREFIX)] = tensor
+        else:
+            parameter, key = name.removeprefix(OPTIMIZER_PREFIX).rsplit("/", 1)
+            optimizer.setdefault(parameter, {})[key] = tensor
+    return {"model": model, "optimizer": optimizer}

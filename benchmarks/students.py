@@ -37,7 +37,7 @@ from benchmarks.provenance import provenance
 from lit_data.loading.loader import read_rows
 from lit_data.loading.rows import ConcatRows
 from lit_data.packed.dataset import PackedDataset
-from lit_model.distillation import Distillation, Teacher, TopK, chunked_distillation, ensemble_top_k
+from lit_model.distillation import Distillation, Teacher, TeacherHead, TopK, chunked_distillation, ensemble_top_k
 from lit_model.load import load_model
 from lit_model.loss import IGNORE_INDEX
 
@@ -103,7 +103,7 @@ def leave_out(work: Path, seed: int, temperature: float) -> list[dict[str, float
     def said(name: str, share: float) -> Teacher:
         model, _ = load_model(work / f"{name}-{seed}")
         with torch.no_grad():
-            teacher = model(batch.tokens, cu_seqlens=batch.cu_seqlens, as_teacher=share)
+            teacher = model(batch.tokens, cu_seqlens=batch.cu_seqlens, head=TeacherHead(share))
         assert isinstance(teacher, Teacher)
         return teacher
 
@@ -116,7 +116,7 @@ def leave_out(work: Path, seed: int, temperature: float) -> list[dict[str, float
             hidden, student.weight, batch.targets, vocab_size, teacher, setting, alpha=0.0, bias=student.bias
         )
         out.loss_sum.backward()
-        assert hidden.grad is not None
+        assert hidden.grad is not None and out.divergence_sum is not None
         return out.divergence_sum, hidden.grad
 
     divergence, gradient = measure(Distillation("forward_kl", temperature), teachers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -16,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_model.loss import (
-    CPU_CHUNK_TOKENS,
-    GPU_CHUNK_BYTES,
-    IGNORE_INDEX,
-    HeadGradients,
+    Chunk,
+    LossOutput,
     chunked_cross_entropy,
+    chunked_head_loss,
     head_dtype,
+    tokens_of_chunk,
+    wide,
 )
 
 Divergence = Literal["forward_kl", "reverse_kl", "js", "mse", "topk_kl"]
@@ -94,18 +96,33 @@ class Distillation:
         return 1.0 if self.divergence == "mse" else self.temperature
 
 
-class DistillationOutput(NamedTuple):
-    """What a student returns when it gets targets and teachers."""
+class TeacherHead(NamedTuple):
+    """The head of `GPT.forward` that makes a model a teacher: its last hidden states and its head, whole."""
 
-    loss_sum: Tensor
-    """What is minimised. A differentiable float32 scalar: alpha * `cross_entropy_sum` + (1 - alpha) * temperature^2 *
-    divergence_scale * `divergence_sum` + z-loss."""
-    token_losses: Tensor
-    """Plain cross-entropy of each token in nats, float32 (B, T), detached, 0 where the target is ignored."""
-    cross_entropy_sum: Tensor
-    """The sum of `token_losses`, detached."""
-    divergence_sum: Tensor
-    """The sum of the divergence, in nats (`mse`: squared logits), over the targets not ignored, detached."""
+    share: float
+    """The teacher's weight in the ensemble."""
+
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, *_: Any, bias: Tensor | None, softcap: float | None, **__: Any
+    ) -> Teacher:
+        return Teacher(hidden, weight, bias, softcap, self.share)
+
+
+class DistillationHead(NamedTuple):
+    """The head of `GPT.forward` that makes a model a student, for one micro-batch; see `chunked_distillation`."""
+
+    teacher: Sequence[Teacher] | TopK
+    setting: Distillation
+    alpha: float
+    divergence_scale: Tensor | float
+
+    def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, **options: Any) -> LossOutput:
+        return chunked_distillation(
+            *(hidden, weight, targets, vocab_size, self.teacher, self.setting),
+            alpha=self.alpha,
+            divergence_scale=self.divergence_scale,
+            **options,
+        )
 
 
 def chunked_distillation(
@@ -122,40 +139,40 @@ def chunked_distillation(
     softcap: float | None = None,
     z_loss: float = 0.0,
     chunk_bytes: int | None = None,
-) -> DistillationOutput:
-    """Cross-entropy with the targets mixed with the divergence from the teachers, summed over targets not ignored.
+) -> LossOutput:
+    """Cross-entropy with the targets, mixed with the divergence from the teachers, summed over targets not ignored.
 
     The loss of a token is alpha * cross-entropy + (1 - alpha) * temperature^2 * divergence_scale * divergence (Hinton
     et al. 2015, section 2; `mse` without temperature^2). hidden (B, T, C) or (N, C), weight, targets, bias, softcap,
-    z_loss and autocast are as in `chunked_cross_entropy`, whose numbers, to the bit, are those of alpha = 1; z-loss is
-    not scaled by alpha. `divergence_scale` is a number or a 0-d tensor, without gradient.
+    z_loss and autocast are as in `chunked_cross_entropy`, to which alpha = 1 is equal bit for bit; z-loss is not scaled
+    by alpha. `divergence_scale` is a number or a 0-d tensor, without gradient.
 
-    `teacher` is one or more live teachers, or one that was cached; a cached one serves `topk_kl`, and `forward_kl` if
+    `teacher` is one or more live teachers, or one that was cached; a cached one supports `topk_kl`, and `forward_kl` if
     it holds the whole vocabulary. Teachers get no gradient; their tensors may come from inference mode. `chunk_bytes`
-    bounds the float32 logits of all models held at once. All gradients of the student are made in the forward, chunk by
-    chunk, in float32 (float64 for float64), those of head and bias accumulated in it. ValueError where the teacher
-    cannot serve the divergence.
+    bounds the float32 logits of all models held at once. All gradients of the student are computed in the forward,
+    chunk by chunk, in float32 (float64 for float64), those of head and bias accumulated in it. Raises ValueError where
+    the teacher does not support the divergence.
     """
     _check(teacher, setting, vocab_size)
-    device = hidden.device.type
-    dtype = head_dtype(hidden)
-    chunk_tokens = _chunk_tokens(device, weight.shape[0], chunk_bytes)
-    flat_teacher = TopK(*(x.flatten(0, -2) for x in teacher)) if isinstance(teacher, TopK) else _flat_teachers(teacher)
     factor = (1 - alpha) * setting.softening**2 * divergence_scale
     if isinstance(factor, Tensor):
-        factor = factor.detach().to(hidden.device, _softmax_dtype(dtype))
-    with torch.autocast(device, enabled=False):
-        loss_sum, token_losses, divergence_sum = _ChunkedDistillation.apply(  # type: ignore[no-untyped-call]
-            *(hidden.flatten(0, -2), weight, bias, targets.flatten(), flat_teacher, setting),
-            *(_Terms(alpha, factor, z_loss, softcap), vocab_size, chunk_tokens, dtype),
-            torch.is_grad_enabled() and alpha != 1,
-        )
-    if alpha == 1:  # the student's logits are made twice, so that no bit depends on there being teachers
-        plain = chunked_cross_entropy(
+        factor = factor.detach().to(hidden.device, wide(head_dtype(hidden)))
+    flat_teacher = TopK(*(x.flatten(0, -2) for x in teacher)) if isinstance(teacher, TopK) else _flat_teachers(teacher)
+    terms = _Terms(alpha, factor, z_loss, softcap, vocab_size)
+    loss_sum, numbers = chunked_head_loss(
+        *(hidden, weight, bias, targets),
+        partial(_loss_of_chunk, teacher=flat_teacher, setting=setting, terms=terms),
+        terms.total,
+        n_numbers=3,
+        chunk_tokens=_chunk_tokens(hidden.device.type, weight.shape[0], chunk_bytes),
+        needs_gradient=alpha != 1,
+    )
+    divergence_sum = numbers[2].sum()
+    if alpha == 1:  # the student's logits are computed twice, so that no bit depends on whether there are teachers
+        return chunked_cross_entropy(
             hidden, weight, targets, vocab_size, bias=bias, softcap=softcap, z_loss=z_loss, chunk_bytes=chunk_bytes
-        )
-        return DistillationOutput(plain.loss_sum, plain.token_losses, plain.cross_entropy_sum, divergence_sum)
-    return DistillationOutput(loss_sum, token_losses.view(targets.shape), token_losses.sum(), divergence_sum)
+        )._replace(divergence_sum=divergence_sum)
+    return LossOutput(loss_sum, numbers[0], numbers[0].sum(), divergence_sum)
 
 
 @torch.no_grad()
@@ -169,23 +186,19 @@ def ensemble_top_k(
     if setting.divergence == "mse":
         raise ValueError("divergence 'mse' compares logits: it needs live teachers, not cached probabilities")
     shape, device = teachers[0].hidden.shape[:-1], teachers[0].hidden.device.type
-    flat, wide = _flat_teachers(teachers), _softmax_dtype(teachers[0].hidden.dtype)
+    flat, dtype = _flat_teachers(teachers), wide(teachers[0].hidden.dtype)
     chunk_tokens = _chunk_tokens(device, max(t.weight.shape[0] for t in teachers), chunk_bytes)
     kept = []
     with torch.autocast(device, enabled=False):
         for start in range(0, shape.numel(), chunk_tokens):
             some = [t._replace(hidden=t.hidden[start : start + chunk_tokens]) for t in flat]
-            kept.append(_ensemble(some, setting, vocab_size, wide).topk(k, dim=-1))
+            kept.append(_ensemble(some, setting, vocab_size, dtype).topk(k, dim=-1))
     ids, log_probs = torch.cat([best.indices for best in kept]), torch.cat([best.values for best in kept])
     return TopK(ids.view(*shape, k), log_probs.view(*shape, k))
 
 
-def _chunk_tokens(device: str, rows: int, chunk_bytes: int | None) -> int:
-    """Tokens of a chunk for heads of so many rows."""
-    if chunk_bytes is None:
-        chunk_bytes = CPU_CHUNK_BYTES if device == "cpu" else GPU_CHUNK_BYTES
-    tokens = max(1, chunk_bytes // (4 * LOGITS_HELD * rows))
-    return min(tokens, CPU_CHUNK_TOKENS) if device == "cpu" else tokens
+def _chunk_tokens(device_type: str, head_rows: int, chunk_bytes: int | None) -> int:
+    return tokens_of_chunk(device_type, head_rows, chunk_bytes, CPU_CHUNK_BYTES, LOGITS_HELD)
 
 
 def _check(teacher: Sequence[Teacher] | TopK, setting: Distillation, vocab_size: int) -> None:
@@ -291,7 +304,7 @@ _Teachers: TypeAlias = list[Teacher] | TopK
 
 
 class _Terms(NamedTuple):
-    """What makes up the loss, beside the divergence itself."""
+    """The terms of the loss besides the divergence itself."""
 
     alpha: float
     factor: Tensor | float
@@ -299,10 +312,13 @@ class _Terms(NamedTuple):
     z_loss: float
     softcap: float | None
     """The student's."""
+    vocab_size: int
 
-
-def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    def total(self, numbers: Tensor) -> Tensor:
+        """The loss from (3, N): cross-entropy, log-normaliser, divergence."""
+        token_losses, log_z, divergences = numbers
+        loss_sum: Tensor = self.alpha * token_losses.sum() + self.factor * divergences.sum()
+        return loss_sum + self.z_loss * log_z.square().sum() if self.z_loss else loss_sum
 
 
 def _flat_teachers(teachers: Sequence[Teacher]) -> list[Teacher]:
@@ -366,16 +382,18 @@ def _diverge(logits: Tensor, teacher: _Teachers, setting: Distillation) -> tuple
     return _topk_kl(logits * (1 / setting.softening), cached)
 
 
-def _one_chunk(
-    logits: Tensor, target: Tensor, teacher: _Teachers, setting: Distillation, terms: _Terms, need_gradient: bool
+def _loss_of_chunk(
+    chunk: Chunk, teacher: _Teachers, setting: Distillation, terms: _Terms
 ) -> tuple[Tensor, Tensor | None]:
-    """(3, n): cross-entropy, logarithm of its normaliser, divergence; and the loss's gradient, (n, v), without padding.
-
-    The logits (n, v) are overwritten. A function of its own, so that its tensors are gone before the next chunk's.
-    """
+    """(3, n): cross-entropy, log-normaliser, divergence; and the gradient of the loss, (n, v), without padding."""
+    target = chunk.target
+    logits = _logits(
+        *(chunk.hidden, chunk.weight, chunk.bias, terms.softcap, terms.vocab_size), wide(chunk.hidden.dtype)
+    )
+    teacher = _rows(teacher, chunk.rows, chunk.ignored)
     divergence, gradient = _diverge(logits, teacher, setting)
     slope = None
-    if terms.softcap is not None and need_gradient:  # of c tanh(z / c): 1 - tanh^2
+    if terms.softcap is not None and chunk.needs_gradient:  # of c tanh(z / c): 1 - tanh^2
         slope = logits.div(terms.softcap).square_().neg_().add_(1)
     target_logits = logits.gather(1, target).squeeze(-1)  # (n,)
     # In place from here: logits become log-probabilities, then probabilities.
@@ -383,7 +401,7 @@ def _one_chunk(
     losses = logits.gather(1, target).squeeze(-1).neg_()
     log_z = losses + target_logits  # the normaliser without another pass over the logits
     numbers = torch.stack((losses, log_z, divergence))
-    if not need_gradient:
+    if not chunk.needs_gradient:
         return numbers, None
     # d/dz of cross-entropy is p - onehot, of z_loss ln(Z)^2 it is 2 z_loss ln(Z) p, and dx/dz = 1 / temperature.
     gradient.mul_(terms.factor / setting.softening)
@@ -393,57 +411,3 @@ def _one_chunk(
         gradient.add_(logits.exp_(), alpha=terms.alpha)
     gradient.scatter_add_(1, target, torch.full_like(target, -terms.alpha, dtype=gradient.dtype))
     return numbers, gradient if slope is None else gradient.mul_(slope)
-
-
-class _ChunkedDistillation(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        teacher: _Teachers,
-        setting: Distillation,
-        terms: _Terms,
-        vocab_size: int,
-        chunk_tokens: int,
-        dtype: torch.dtype,
-        grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        gradients = HeadGradients(
-            hidden, weight, bias, [grad_enabled and need for need in ctx.needs_input_grad[:3]], dtype
-        )
-        softmax_dtype = _softmax_dtype(dtype)
-        w = weight.to(dtype)
-        b = None if bias is None else bias.to(dtype)
-        N = hidden.shape[0]
-        numbers = torch.empty(3, N, dtype=softmax_dtype, device=hidden.device)
-        for start in range(0, N, chunk_tokens):
-            chunk = slice(start, min(start + chunk_tokens, N))
-            valid = targets[chunk] != IGNORE_INDEX  # (n,)
-            ignored = ~valid.unsqueeze(-1)  # (n, 1)
-            target = targets[chunk].clamp_min(0).unsqueeze(-1)  # (n, 1)
-            # Ignored rows are emptied on the narrow side (C, not V), so that the wide one needs no pass for them.
-            h = hidden[chunk].to(dtype).masked_fill(ignored, 0)  # (n, C)
-            found, gradient = _one_chunk(
-                _logits(h, w, b, terms.softcap, vocab_size, softmax_dtype),
-                *(target, _rows(teacher, chunk, ignored), setting, terms, gradients.any),
-            )
-            numbers[:, chunk] = found.masked_fill_(~valid, 0)
-            if gradient is not None:
-                gradients.add(chunk, gradient, h, w, ignored)
-                del gradient  # before the next chunk's
-        gradients.save(ctx)
-        token_losses, log_z, divergences = numbers
-        divergence_sum = divergences.sum()
-        loss_sum = terms.alpha * token_losses.sum() + terms.factor * divergence_sum
-        if terms.z_loss:
-            loss_sum = loss_sum + terms.z_loss * log_z.square().sum()
-        token_losses = token_losses.clone()  # a tensor of its own, no view of all three
-        ctx.mark_non_differentiable(token_losses, divergence_sum)
-        return loss_sum, token_losses, divergence_sum
-
-    @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return (*HeadGradients.scaled(ctx, grad_sum), *(None,) * 8)

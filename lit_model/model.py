@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lit_model.attention import Attention, KVCache, LayerCache, RowLayout, attention_variant, chunk_boundaries
 from lit_model.config import ModelConfig
-from lit_model.distillation import Distillation, Teacher, TopK, chunked_distillation
 from lit_model.kernels.choose import choose_attention
-from lit_model.loss import IGNORE_INDEX, LossOutput, chunked_cross_entropy, head_logits
+from lit_model.loss import IGNORE_INDEX, Head, LossOutput, chunked_cross_entropy, head_logits
 from lit_model.mlp import MLP, GatedMLP
 from lit_model.moe import MoE, RouterStatistics, load_balance_loss, router_z_loss, stack_statistics
 from lit_model.norm import build_norm
 from lit_model.rope import RopeTable, positions_in_rows
-
-__all__ = ["GPT", "IGNORE_INDEX", "Block", "LossOutput", "Teaching"]
 
 Recompute = Literal["none", "full", "block", "op"]
 
@@ -63,15 +60,6 @@ RANDOM_OPERATORS = frozenset({"flash_attn::_flash_attn_varlen_forward"})
 def _policy(kept: frozenset[str], _: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
     name = operator.name().split(".")[0]
     return CheckpointPolicy.MUST_SAVE if name in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-class Teaching(NamedTuple):
-    """What a student is taught in one forward, see lit_model.distillation."""
-
-    teacher: Sequence[Teacher] | TopK
-    setting: Distillation
-    alpha: float
-    divergence_scale: Tensor | float
 
 
 class Block(nn.Module):
@@ -219,7 +207,7 @@ class GPT(nn.Module):
             for i in range(config.n_layer)
         )
         self.transformer["ln_f"] = build_norm(config, config.n_embd)
-        self.lm_head = Head(config) if config.lm_head_bias or not config.tie_embeddings else None
+        self.lm_head = HeadParameters(config) if config.lm_head_bias or not config.tie_embeddings else None
         self._rope = RopeTable(config) if any(map(config.layer_rotates, range(config.n_layer))) else None
         self._variants = [attention_variant(config, i) for i in range(config.n_layer)]
 
@@ -243,17 +231,17 @@ class GPT(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
-        teaching: Teaching | None = None,
-        as_teacher: float | None = None,
-    ) -> Tensor | LossOutput | Teacher:
-        """tokens int64 (B, T) -> logits (B, T, vocab_size), or with targets int64 (B, T) the losses.
+        head: Head | None = None,
+    ) -> Any:
+        """tokens int64 (B, T) -> logits (B, T, vocab_size); with targets int64 (B, T) a LossOutput.
+
+        `head` replaces what comes after the last norm (lit_model.loss.Head) and its result is returned. It is called
+        inside this forward, since a sharded head's weight is whole only here; router losses are added to the LossOutput
+        of any head.
 
         `cu_seqlens` (int32 (P+1,), see lit_model/kernels/variant.py) keeps document pieces apart: no attention between
         them, and positions restart. Without it each row is one causal sequence. With a `cache`, tokens continue those
         in it.
-        With `teaching` the losses are those of a student. `as_teacher`, a share in an ensemble, gives what a student
-        needs of its teacher: the last hidden states, and the head, which is whole only inside of this call when it is
-        sharded.
         Raises ValueError for more positions than block_size.
         """
         B, T = tokens.shape
@@ -276,26 +264,13 @@ class GPT(nn.Module):
                 routers.append(router)
         x = self.transformer["ln_f"](x)
         bias, softcap = None if self.lm_head is None else self.lm_head.bias, self.config.final_logit_softcapping
-        if as_teacher is not None:
-            return Teacher(x, self.head_weight, bias, softcap, as_teacher)
-        if targets is None:
-            return head_logits(x, self.head_weight, self.config.vocab_size, bias=bias, softcap=softcap)
-        if teaching is None:
-            out = chunked_cross_entropy(
-                x, self.head_weight, targets, self.config.vocab_size, bias=bias, softcap=softcap, z_loss=self.z_loss
-            )
-        else:
-            taught = chunked_distillation(
-                *(x, self.head_weight, targets, self.config.vocab_size),
-                *(teaching.teacher, teaching.setting),
-                alpha=teaching.alpha,
-                divergence_scale=teaching.divergence_scale,
-                bias=bias,
-                softcap=softcap,
-                z_loss=self.z_loss,
-            )
-            out = LossOutput(*taught[:3], divergence_sum=taught.divergence_sum)
-        return self._balanced(out, stack_statistics(routers)) if routers else out
+        V = self.config.vocab_size
+        if head is None and targets is None:
+            return head_logits(x, self.head_weight, V, bias=bias, softcap=softcap)
+        if head is None:
+            head = chunked_cross_entropy
+        out = head(x, self.head_weight, targets, V, bias=bias, softcap=softcap, z_loss=self.z_loss)
+        return self._balanced(out, stack_statistics(routers)) if routers and isinstance(out, LossOutput) else out
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.transformer["wte"](tokens)  # (B, T, C)
@@ -348,7 +323,7 @@ class GPT(nn.Module):
         return out._replace(loss_sum=loss_sum, router=RouterStatistics(*(part.detach() for part in routers)))
 
 
-class Head(nn.Module):
+class HeadParameters(nn.Module):
     """The head's parameters: a matrix unless it is the embedding's, and a bias if there is one."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -30,7 +30,7 @@ from lit_model.moe import RouterStatistics
 from pretrain.args import plain
 from pretrain.checkpoint.writing import SaveError
 from pretrain.compiling import CompiledBlocks
-from pretrain.distillation.objective import distillation_values, teaching
+from pretrain.distillation.objective import distillation_values, student_head
 from pretrain.distillation.teachers import Teachers
 from pretrain.encoding import encoding_facts
 from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
@@ -195,9 +195,9 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
     if run.loss_scale is not None:
         factor = factor * run.loss_scale.scale
 
-    teach = teaching(run, data.step, n_targets)
+    head_of = student_head(run, data.step, n_targets)
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
-    divergence_sum = None if teach is None else torch.zeros_like(loss_sum)
+    divergence_sum = None if head_of is None else torch.zeros_like(loss_sum)
     piece_losses: list[Tensor] = []
     routers: list[RouterStatistics] = []
     if norms is not None:
@@ -207,9 +207,9 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
         with sync_gradients(run, last):
             tokens, targets, cu_seqlens = to_device(batch, run.device)
             bounds = cu_seqlens if args.data.document_mask else None
-            taught = None if teach is None else teach(batch, tokens, bounds)
+            head = None if head_of is None else head_of(batch, tokens, bounds)
             with run.autocast():
-                out: LossOutput = run.model(tokens, targets, cu_seqlens=bounds, teaching=taught)
+                out: LossOutput = run.model(tokens, targets, cu_seqlens=bounds, head=head)
             # A loss that is not finite makes every gradient so, on every rank: the step is skipped.
             run.fabric.backward(out.loss_sum * (factor + 0 * out.loss_sum.detach()))
         loss_sum += out.cross_entropy_sum

@@ -34,7 +34,8 @@ from lit_model.generate import generate
 from lit_model.hf.families import config_to_hf, family_from_hf, family_of, tensors_to_hf
 from lit_model.hf.io import read_folder, write_folder
 from lit_model.init import initialise
-from lit_model.model import GPT, IGNORE_INDEX
+from lit_model.loss import IGNORE_INDEX
+from lit_model.model import GPT
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.disable_progress_bar()

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lit_data.loading.loader import MicroBatch
 from lit_data.loading.order import first_sample_of_step
-from lit_model.distillation import Distillation
-from lit_model.model import Teaching
+from lit_model.distillation import Distillation, DistillationHead
 from pretrain.args import DistillationArgs
 from pretrain.distillation.teacher_cache import CachedTeacher
 from pretrain.run import Run
@@ -42,9 +41,12 @@ def divergence_scale(run: Run, step: int, n_targets: Tensor | float) -> Tensor |
     return n_targets / rows
 
 
-def teaching(run: Run, step: int, n_targets: Tensor) -> Callable[[MicroBatch, Tensor, Tensor | None], Teaching] | None:
-    """What makes a micro-batch's teaching, from it and its tokens and boundaries on the device; None where it counts
-    for nothing: without teachers, and with alpha 1, so that the step is that of a run without them.
+def student_head(
+    run: Run, step: int, n_targets: Tensor
+) -> Callable[[MicroBatch, Tensor, Tensor | None], DistillationHead] | None:
+    """A function from a micro-batch, and its tokens and boundaries on the device, to the student's head for it.
+
+    None without teachers and at alpha 1, so that the step equals that of a run without teachers.
     """
     args, teachers = run.args.distillation, run.teachers
     alpha = alpha_at(args, step, run.data.max_steps)
@@ -53,11 +55,11 @@ def teaching(run: Run, step: int, n_targets: Tensor) -> Callable[[MicroBatch, Te
     setting = setting_of(args)
     scale = divergence_scale(run, step, n_targets)
 
-    def teach(batch: MicroBatch, tokens: Tensor, bounds: Tensor | None) -> Teaching:
-        said = teachers(batch) if isinstance(teachers, CachedTeacher) else teachers(tokens, bounds)
-        return Teaching(said, setting, alpha, scale)
+    def head(batch: MicroBatch, tokens: Tensor, bounds: Tensor | None) -> DistillationHead:
+        teacher = teachers(batch) if isinstance(teachers, CachedTeacher) else teachers(tokens, bounds)
+        return DistillationHead(teacher, setting, alpha, scale)
 
-    return teach
+    return head
 
 
 def distillation_values(

@@ -19,7 +19,7 @@ from lit_data.packed.dataset import PackedDataset
 from lit_files.checksum import file_sha256
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters, largest_block, root_parameters
-from lit_model.distillation import Teacher
+from lit_model.distillation import Teacher, TeacherHead
 from lit_model.init import copy_slice
 from lit_model.load import is_hf_folder, load_tensors, resolve
 from lit_model.model import GPT
@@ -139,7 +139,7 @@ class Teachers:
         said = []
         with quiet, torch.autocast(self.student_device.type, enabled=False):
             for model, share in zip(self.models, self.shares, strict=True):
-                teacher = model(here, cu_seqlens=bounds, as_teacher=share)
+                teacher = model(here, cu_seqlens=bounds, head=TeacherHead(share))
                 assert isinstance(teacher, Teacher)
                 said.append(self._for_student(teacher))
         return said

@@ -15,7 +15,8 @@ from lit_model.attention import KVCache
 from lit_model.config import ModelConfig, RopeScaling
 from lit_model.generate import generate
 from lit_model.init import initialise
-from lit_model.model import GPT, IGNORE_INDEX
+from lit_model.loss import IGNORE_INDEX
+from lit_model.model import GPT
 
 BLOCK = 48  # the models' context
 B, T = 2, 24

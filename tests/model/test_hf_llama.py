@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from lit_model.config import ModelConfig, RopeScaling
 from lit_model.hf.families import FAMILIES, config_from_hf, config_to_hf, family_of, tensors_from_hf, tensors_to_hf
 from lit_model.hf.io import read_folder, write_folder
-from lit_model.model import IGNORE_INDEX, parameter_shapes
+from lit_model.loss import IGNORE_INDEX
+from lit_model.model import parameter_shapes
 from lit_model.registry import MODELS, get_config
 
 

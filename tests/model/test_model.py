@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from lit_model.config import RopeScaling
 from lit_model.init import initialise
-from lit_model.model import GPT, IGNORE_INDEX, LossOutput
+from lit_model.loss import IGNORE_INDEX, LossOutput
+from lit_model.model import GPT
 from lit_model.norm import RMSNorm
 from lit_model.registry import get_config
 from lit_model.rope import apply_rope, positions_in_pieces, rope_frequencies

@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_model.init import initialise
-from lit_model.model import GPT, LossOutput, Recompute
+from lit_model.loss import LossOutput
+from lit_model.model import GPT, Recompute
 from lit_model.registry import get_config
 
 B, T = 2, 32

@@ -10,10 +10,12 @@ import pytest
 import torch
 from running import flags, train, write_dataset
 
+from lit_model.distillation import TeacherHead
 from lit_model.init import initialise
 from lit_model.kernels.choose import attention
 from lit_model.kernels.variant import AttentionVariant
-from lit_model.model import GPT, LossOutput
+from lit_model.loss import LossOutput
+from lit_model.model import GPT
 from lit_model.moe import Experts
 from lit_model.registry import get_config
 from pretrain.compiling import COMPILATIONS_PER_KIND, CompiledBlocks, compile_blocks
@@ -113,7 +115,7 @@ def test_a_student_beside_three_teachers_is_compiled_with_them() -> None:
         counted = CompiledBlocks({"student": [student], "teachers": teachers})
         for teacher in teachers:
             with torch.inference_mode():
-                teacher(tokens_of(teacher, 2), cu_seqlens=bounds(2, size), as_teacher=1.0)
+                teacher(tokens_of(teacher, 2), cu_seqlens=bounds(2, size), head=TeacherHead(1.0))
         step(student, size)
         validate(student, size)
         assert counted.counts() == {"student": (4, 4), "teachers": (6, 6)}

@@ -1,4 +1,4 @@
-"""What a model is: sizes and switches. No torch, so that plans and cost tables need no framework."""
+"""The configuration of a model. No torch, so that plans and cost tables need no framework."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 QK_NORMS = ("none", "head", "projection", "unit")
 LAYER_ATTENTION = ("full", "sliding", "chunked")
 
-# Far beyond any model, and small enough that what follows from them is computed at once, in little memory.
+# Far beyond any model, and small enough that the numbers derived from them are computed at once, in little memory.
 MOST = {
     "n_layer": 10_000,
     "n_head": 1 << 16,
@@ -33,16 +33,16 @@ MOST_PARAMETERS = 1 << 46
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's change of the rotary frequencies for long contexts (`rope_type: llama3` in transformers)."""
+    """Llama 3.1's scaling of the rotary frequencies for long contexts (`rope_type: llama3` in transformers)."""
 
     factor: float
-    """By how much the low frequencies are slowed down (ratio, >= 1)."""
+    """Factor by which the low frequencies are divided (>= 1)."""
     low_freq_factor: float
-    """Wavelengths above original_block_size / low_freq_factor tokens are slowed by the whole factor."""
+    """Wavelengths above original_block_size / low_freq_factor tokens are scaled by the full factor."""
     high_freq_factor: float
-    """Wavelengths below original_block_size / high_freq_factor tokens stay as they are."""
+    """Wavelengths below original_block_size / high_freq_factor tokens are not scaled."""
     original_block_size: int
-    """Context, in tokens, that the frequencies were first trained for."""
+    """Context length, in tokens, of the original training."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -61,121 +61,123 @@ class RopeScaling:
 class ModelConfig:
     """A decoder-only language model. Field names follow litgpt where it has them; the defaults are a Llama's.
 
-    Fields that are None after reading a file are filled in at construction, so that a built config always holds
-    numbers: `n_query_groups`, `head_size`, `padded_vocab_size`, `rotary_size`, `moe_intermediate_size`, `moe_layers`.
-    What differs from layer to layer is a pattern, repeated until there are n_layer; it is kept in its shortest form.
+    The attribute docstrings are also the help of the trainer's flags --model.*.
+
+    `n_query_groups`, `head_size`, `padded_vocab_size`, `rotary_size`, `moe_intermediate_size` and `moe_layers` are
+    filled in at construction where they are None, so that a config always holds numbers. Settings that differ between
+    layers are patterns, repeated up to n_layer and kept in their shortest form.
     """
 
     name: str = ""
-    """Name in the registry, for people; nothing is decided by it."""
+    """Name in the registry; for display only."""
     n_layer: int = 2
     """Number of blocks."""
     n_head: int = 4
     """Number of query heads."""
     n_query_groups: int = None  # type: ignore[assignment]
-    """Number of key/value heads; None: as many as query heads (no grouping)."""
+    """Number of key/value heads (grouped-query attention). Default: n_head."""
     n_embd: int = 64
-    """Width of the residual stream."""
+    """Width of the residual stream (embedding size)."""
     intermediate_size: int = 128
-    """Width inside the MLP."""
+    """Hidden width of the MLP."""
     block_size: int = 2048
-    """Maximum context in tokens."""
+    """Maximum context, in tokens."""
     vocab_size: int = 32000
-    """Number of token ids; targets and logits lie in [0, vocab_size)."""
+    """Number of token ids; tokens and targets are in [0, vocab_size)."""
     padding_multiple: int = 64
-    """The vocabulary is padded up to a multiple of this, because matrix multiplies prefer such sizes."""
+    """Rows of embedding and head are padded to a multiple of this, for faster matrix products."""
     padded_vocab_size: int = None  # type: ignore[assignment]
-    """Rows of embedding and head; None: vocab_size rounded up to padding_multiple."""
+    """Rows of embedding and head. Default: vocab_size rounded up to padding_multiple."""
     head_size: int = None  # type: ignore[assignment]
-    """Width of one head; None: n_embd / n_head."""
+    """Width of one head. Default: n_embd / n_head."""
     tie_embeddings: bool = False
-    """Whether the head uses the embedding's matrix."""
+    """Share the matrix of the embedding with the head."""
     scale_embeddings: bool = False
-    """Whether the embedding's output is multiplied by sqrt(n_embd) (Gemma)."""
+    """Multiply the output of the embedding by sqrt(n_embd) (Gemma)."""
 
     norm_class_name: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
-    """RMSNorm (a weight), or LayerNorm (a weight and a bias)."""
+    """RMSNorm (weight), or LayerNorm (weight and bias)."""
     norm_eps: float = 1e-5
-    """Added to the mean square in a norm."""
+    """Epsilon added to the mean square in the norms."""
     norm_offset: float = 0.0
     """Added to the weights of the norms; 1 in Gemma, whose weights start at 0."""
     pre_norm: bool = True
-    """Whether attention and MLP get a normed input."""
+    """Norm the inputs of attention and MLP."""
     post_norm: bool = False
-    """Whether the output of attention and MLP is normed before it is added to the residual stream."""
+    """Norm the outputs of attention and MLP before they are added to the residual stream."""
     parallel_residual: bool = False
-    """Whether the MLP sees the block's input, like the attention, and not the stream behind the attention."""
+    """Apply the MLP to the input of the block, in parallel to the attention, instead of after it."""
     shared_attention_norm: bool = False
-    """Whether one norm serves the inputs of attention and MLP (GPT-J); for parallel_residual only."""
+    """Share one norm between the inputs of attention and MLP (GPT-J); needs parallel_residual."""
 
     position_embedding: Literal["rope", "learned"] = "rope"
-    """Rotation of queries and keys, or a learned vector for each of block_size positions, added to the embedding."""
+    """Rotary embedding of queries and keys, or a learned vector per position added to the token embedding."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies (theta)."""
     rope_scaling: RopeScaling | None = None
-    """Llama 3.1 frequency scaling; None: none."""
+    """Llama 3.1 frequency scaling. Default: none."""
     rotary_size: int = None  # type: ignore[assignment]
-    """How many dimensions of a head are rotated, the first ones; None: all of them."""
+    """Number of dimensions of a head that are rotated (the first ones). Default: all."""
     rope_layers: tuple[bool, ...] = (True,)
-    """Which layers rotate, a pattern over the layers; the others have no notion of position (NoPE, Llama 4)."""
+    """Layers with rotary embedding, as a pattern repeated over the layers; the others have none (NoPE, Llama 4)."""
 
     attention_bias: bool = False
-    """Whether the query, key, value and output projections have a bias."""
+    """Biases in the query, key, value and output projections."""
     attention_scores_scalar: float | None = None
-    """Attention scores are divided by this one's square root; None: by that of head_size."""
+    """Attention scores are divided by the square root of this. Default: head_size."""
     attention_logit_softcapping: float | None = None
-    """Scores s become c tanh(s / c) (Gemma 2); None: they stay."""
+    """Cap c of the attention scores: c tanh(score / c) (Gemma 2). Default: no cap."""
     attention_pattern: tuple[Literal["full", "sliding", "chunked"], ...] = ("full",)
-    """What a token sees of those before it, a pattern over the layers: all of its document; the last
-    sliding_window_size tokens, itself included; or those in its chunk of attention_chunk_size tokens."""
+    """Attention of each layer, as a pattern repeated over the layers: full (the whole document), sliding (the last
+    sliding_window_size tokens) or chunked (within chunks of attention_chunk_size tokens)."""
     sliding_window_size: int | None = None
-    """Tokens that a sliding layer sees."""
+    """Window of sliding layers, in tokens, including the token itself."""
     attention_chunk_size: int | None = None
-    """Tokens of a chunk of a chunked layer, counted from the document's start."""
+    """Chunk size of chunked layers, in tokens, counted from the start of the document."""
     qk_norm: Literal["none", "head", "projection", "unit"] = "none"
-    """RMSNorm of queries and keys before the rotation: of each head with weights that the heads share (Qwen 3), of the
-    whole projection with weights (OLMo 2), or of each head without weights and in rotating layers only (Llama 4)."""
+    """RMSNorm of queries and keys before the rotation: per head with weights shared by the heads (head, Qwen 3), over
+    the whole projection (projection, OLMo 2), or per head without weights in rotary layers only (unit, Llama 4)."""
     attention_temperature_scale: float | None = None
-    """In layers that do not rotate the query at position p is multiplied by 1 + scale * ln(1 + floor((p + 1) / floor))
-    (Llama 4, after Nakanishi 2025); None: it is not."""
+    """In layers without rotary embedding, multiply the query at position p by
+    1 + scale * ln(1 + floor((p + 1) / floor)) (Llama 4, after Nakanishi 2025). Default: off."""
     attention_temperature_floor: int = 8192
-    """Tokens from which attention_temperature_scale begins to work."""
+    """Position, in tokens, from which attention_temperature_scale takes effect."""
 
     mlp_gated: bool = True
-    """Whether the MLP is proj(act(fc_1(x)) * fc_2(x)), or proj(act(fc(x)))."""
+    """Gated MLP (SwiGLU, GeGLU), proj(act(fc_1(x)) * fc_2(x)), instead of proj(act(fc(x)))."""
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
-    """The MLP's activation: SiLU, GELU, or GELU's approximation by tanh."""
+    """Activation of the MLP: SiLU, GELU, or the tanh approximation of GELU."""
     mlp_bias: bool = False
-    """Whether the projections of the MLP have a bias."""
+    """Biases in the projections of the MLP."""
 
     n_expert: int = 0
-    """Experts of a mixture-of-experts layer; 0: there are none."""
+    """Experts of a mixture-of-experts layer; 0: a dense model."""
     n_expert_per_token: int = 1
-    """Experts that a token is sent to."""
+    """Experts per token (top-k routing)."""
     moe_intermediate_size: int = None  # type: ignore[assignment]
-    """Width inside an expert; None: intermediate_size."""
+    """Hidden width of an expert. Default: intermediate_size."""
     shared_expert: bool = True
-    """Whether a mixture-of-experts layer has one more expert that sees every token."""
+    """One additional expert in each mixture-of-experts layer that processes every token."""
     moe_layers: tuple[bool, ...] = None  # type: ignore[assignment]
-    """Which layers have experts, a pattern over the layers; None: all if n_expert is not 0."""
+    """Layers with experts, as a pattern repeated over the layers. Default: all if n_expert is not 0."""
 
     lm_head_bias: bool = False
-    """Whether the head has a bias (GPT-J)."""
+    """Bias in the head (GPT-J)."""
     final_logit_softcapping: float | None = None
-    """Logits z become c tanh(z / c) (Gemma 2); None: they stay."""
+    """Cap c of the logits: c tanh(logit / c) (Gemma 2). Default: no cap."""
 
     dropout: float = 0.0
-    """Probability of dropping an element of the embedding's output and of each residual branch."""
+    """Dropout probability of the embedding output and of each residual branch."""
     attention_dropout: float = 0.0
-    """Probability of dropping an attention weight. Most kernels have no such thing: see docs/models.md."""
+    """Dropout probability of attention weights; most kernels do not support it (docs/models.md)."""
     init: Literal["llammlein", "normal", "gpt2"] = "llammlein"
-    """Initialisation scheme, see lit_model/init.py."""
+    """Initialization scheme, see lit_model/init.py."""
     init_std: float = 0.02
     """Standard deviation of the schemes `normal` and `gpt2`."""
 
     family: str = dataclasses.field(default="", compare=False)
-    """The model_type in transformers that it was imported from; "": none. It is exported as that one again, where that
-    one can express it; nothing else is decided by it."""
+    """The model_type in transformers of an imported model, or "". Exports use it if that architecture can express the
+    model; nothing else depends on it."""
 
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):
@@ -208,7 +210,7 @@ class ModelConfig:
                 raise ValueError(f"{field} {getattr(self, field)!r} is unknown; choose one of {', '.join(known)}")
 
     def _fill_in(self) -> None:
-        """Numbers for what is None, and patterns in their shortest form."""
+        """Replace None by numbers, and patterns by their shortest form."""
 
         def default(field: str, value: Any) -> None:
             if getattr(self, field) is None:
@@ -216,7 +218,7 @@ class ModelConfig:
 
         default("n_query_groups", self.n_head)
         if self.n_embd % self.n_head:
-            # A head_size of its own would do here, but transformers' Llama refuses it: better said before training.
+            # An explicit head_size would work here, but transformers' Llama refuses it: better an early error.
             raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}")
         default("head_size", self.n_embd // self.n_head)
         default("rotary_size", self.head_size if self.position_embedding == "rope" else 0)
@@ -301,11 +303,11 @@ class ModelConfig:
             raise ValueError(f"rope_base {self.rope_base} is not above 1")
 
     def layer_attention(self, layer: int) -> Literal["full", "sliding", "chunked"]:
-        """What a token of this layer sees of those before it."""
+        """The kind of attention in this layer."""
         return self.attention_pattern[layer % len(self.attention_pattern)]
 
     def layer_rotates(self, layer: int) -> bool:
-        """Whether this layer rotates its queries and keys."""
+        """Whether this layer has rotary embedding."""
         return self.position_embedding == "rope" and self.rope_layers[layer % len(self.rope_layers)]
 
     def layer_has_experts(self, layer: int) -> bool:
@@ -314,7 +316,7 @@ class ModelConfig:
 
     @property
     def least_parameters(self) -> int:
-        """A lower bound of the number of parameters, at once: embedding, query, key and value, and MLP."""
+        """A lower bound of the number of parameters, cheap to compute: embedding, query, key and value, and MLP."""
         width = self.intermediate_size
         if self.n_expert:
             width = min(width, self.moe_intermediate_size * self.n_expert)
@@ -338,7 +340,7 @@ class ModelConfig:
 
 
 def _check_types(config: Any) -> None:
-    """Raise ValueError for a field that a file gives as something else than a number, a string, true or false."""
+    """Raise ValueError for a field whose value in a file has the wrong type."""
     kinds: dict[str, tuple[Any, str]] = {
         "int": (int, "a whole number"), "float": (int | float, "a number"), "bool": (bool, "true or false"),
         "str": (str, "a string"),
@@ -351,7 +353,7 @@ def _check_types(config: Any) -> None:
 
 
 def check_size(field: str, value: Any) -> None:
-    """Raise ValueError for what is no positive whole number, or a size that no model has."""
+    """Raise ValueError unless the value is a positive whole number of plausible size."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{field} is {value!r}; it must be a positive whole number")
     if value > MOST.get(field, 1 << 62):
@@ -359,7 +361,7 @@ def check_size(field: str, value: Any) -> None:
 
 
 def _shortest(field: str, pattern: Any, known: tuple[Any, ...], n_layer: int) -> tuple[Any, ...]:
-    """The shortest pattern that gives the same n_layer entries when it is repeated."""
+    """The shortest pattern that gives the same n_layer entries when repeated."""
     if not isinstance(pattern, (list, tuple)) or not pattern or any(entry not in known for entry in pattern):
         raise ValueError(f"{field} is {pattern!r}; give a list of {', '.join(map(str, known))}")
     whole = [pattern[i % len(pattern)] for i in range(n_layer)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from lit_model.config import ModelConfig
 from lit_model.registry import get_config
 
-# Far beyond any run, and small enough that what follows from them fits in memory and in 64 bits.
+# Far beyond any run, and small enough that the numbers derived from them fit in memory and in 64 bits.
 MAX_BATCH = 1 << 20  # rows; a step's rows are planned together
 MAX_PREFETCH = 1 << 12
 MAX_DEVICES = 1 << 10
@@ -53,7 +53,7 @@ else:
 
 @dataclass
 class ModelArgs(ModelFields):
-    """Model. Fields that are not given come from the registry's entry `name`; they are those of ModelConfig."""
+    """Model: the fields of ModelConfig. Default of each: that of the model --model.name."""
 
     name: str | None = None
     """Name in lit_model/registry.py, for example LLaMmlein_120M. Without it give the sizes."""
@@ -61,7 +61,7 @@ class ModelArgs(ModelFields):
     """Number of token ids. Default: the dataset's."""
 
     def config(self, vocab_size: int, block_size: int | None) -> ModelConfig:
-        """The model's config: the registry's entry with what is set here, and the data's vocabulary."""
+        """The model's config: the registered model with the given fields and the data's vocabulary."""
         given: dict[str, Any] = {k: v for k, v in vars(self).items() if v is not None and k != "name"}
         given.setdefault("vocab_size", vocab_size)
         if self.name is not None:
@@ -70,7 +70,7 @@ class ModelArgs(ModelFields):
             missing = [f for f in ("n_layer", "n_head", "n_embd", "intermediate_size") if f not in given]
             if missing:
                 flags = " ".join(f"--model.{f}" for f in missing)
-                raise ValueError(f"the model is not complete: give --model.name (a registered model) or {flags}")
+                raise ValueError(f"the model is incomplete: give --model.name (a registered model) or {flags}")
             if block_size is not None:
                 given["block_size"] = block_size
             config = ModelConfig(**given)
@@ -84,14 +84,14 @@ class ModelArgs(ModelFields):
 
 @dataclass
 class SyntheticArgs:
-    """Text made by a grammar, for trials without data; it is written, tokenized and packed in OUT_DIR/data."""
+    """Synthetic text from a grammar, for trials without data; tokenized and packed in OUT_DIR/data."""
 
     tokens: int = 0
-    """About how many words to make; 0: none, `data.train` is read."""
+    """Words to generate, approximately; 0: none, read `data.train`."""
     level: Literal["simple", "medium", "complex"] = "simple"
-    """Which grammar."""
+    """Grammar that generates the text."""
     vocab_size: int = 400
-    """Size of the tokenizer that is trained on the text."""
+    """Vocabulary of the tokenizer trained on the text."""
 
 
 @dataclass
@@ -101,120 +101,122 @@ class MixtureEntry:
     path: Path
     """Folder of a packed dataset."""
     weight: float
-    """Its share of the rows, relative to the others'; 0: none until a phase says otherwise."""
+    """Share of the rows, relative to the other datasets; 0: none until a phase changes it."""
 
 
 @dataclass
 class PhaseArgs:
-    """Other weights from a step on."""
+    """New mixture weights from a given step."""
 
     from_step: int
-    """The first step (0-based) with these weights."""
+    """First step (0-based) with these weights."""
     weights: list[float]
-    """One for each dataset of the mixture, in its order."""
+    """One for each dataset of the mixture, in order."""
 
 
 @dataclass
 class DataArgs:
-    """What is read."""
+    """Datasets, packing, order and loading."""
 
     train: Path | None = None
     """Folder of a packed dataset (scripts/prepare_data.py writes DIR/train)."""
     mixture: list[MixtureEntry] = field(default_factory=list)
     """Several packed datasets instead of `train`, as a list of {path, weight}."""
     phases: list[PhaseArgs] = field(default_factory=list)
-    """Changes of the mixture's weights, as a list of {from_step, weights}, for example to anneal."""
+    """Changes of the mixture's weights during the run, as a list of {from_step, weights}, for example to anneal."""
     val: Path | None = None
-    """Folder of a packed dataset for validation; without it there is none."""
+    """Folder of a packed dataset for validation. Default: no validation."""
     packing: Literal["concat", "best_fit", "pad"] = "concat"
-    """How documents fill rows: `concat` cuts the stream of documents into windows; `best_fit` cuts only documents that
-    are longer than a row, and puts the rest where it leaves the least room; `pad` gives each document its own row."""
+    """How documents fill rows. `concat`: cut the stream of documents into windows. `best_fit`: cut only documents
+    longer than a row, and place each piece where it fits most tightly. `pad`: a row for each document."""
     plan_dir: Path | None = None
-    """Where the plans of best_fit and pad lie, which are made when first needed. Default: `plans` in each dataset."""
+    """Folder for the row plans of best_fit and pad, built when first needed. Default: `plans` in each dataset."""
     shuffle_block_rows: int = 0
-    """Shuffle blocks of so many neighbouring rows, then rows inside groups of blocks: reads stay local. 0: all rows."""
+    """Shuffle in two levels, so that reads stay local: blocks of this many neighbouring rows, then rows within groups
+    of blocks. 0: shuffle all rows."""
     shuffle_group_blocks: int = 64
-    """Blocks in a group."""
+    """Blocks in a group of the two-level shuffle."""
     document_mask: bool = True
-    """Keep the documents of a row apart: no attention and no target across a document's end."""
+    """Separate the documents of a row: no attention and no target across document boundaries."""
     prefetch_steps: int = 2
-    """Steps read ahead by the loader's thread."""
+    """Steps that the loader thread reads ahead."""
     cache_dir: Path | None = None
-    """Folder on the node (/dev/shm or a local disk) to which data is copied ahead of its use. Default: no copies."""
+    """Folder on the node (/dev/shm or a local disk) where data is staged ahead of use. Default: no staging."""
     cache_gb: float = 16.0
-    """Budget of cache_dir for all processes of the node together, GB (10^9 bytes)."""
+    """Size limit of cache_dir, shared by all processes of the node, in GB (10^9 bytes)."""
     mock: bool = False
-    """Give the first step again and again, to measure training without a loader. Nothing is recorded."""
+    """Repeat the first step's batch, to measure training without a loader. Nothing is recorded."""
     datapoints: bool = True
-    """Write the record of every span seen (RUN/datapoints)."""
+    """Write the record of every token span seen in training (RUN/datapoints)."""
     synthetic: SyntheticArgs = field(default_factory=SyntheticArgs)
-    """Make the data instead of reading it."""
+    """Generate the data instead of reading it."""
     allow_tokenizer_mismatch: bool = False
-    """Train although `val`, the model of `init_from` or a teacher has another tokenizer than `train`."""
+    """Train even if the tokenizer of `val`, of `init_from` or of a teacher differs from that of `train`."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.prefetch_steps <= MAX_PREFETCH:
-            raise ValueError(f"--data.prefetch_steps {self.prefetch_steps} must lie in 1 to {MAX_PREFETCH}")
+            raise ValueError(f"--data.prefetch_steps {self.prefetch_steps} must be between 1 and {MAX_PREFETCH}")
         if self.shuffle_block_rows < 0 or self.shuffle_group_blocks < 1:
             raise ValueError(
                 f"--data.shuffle_block_rows {self.shuffle_block_rows} must not be negative, "
                 f"--data.shuffle_group_blocks {self.shuffle_group_blocks} must be at least 1"
             )
         if not 0.1 <= self.cache_gb < float("inf"):
-            raise ValueError(f"--data.cache_gb {self.cache_gb}: at least 0.1 GB, some chunks of 16 MB, is needed")
+            raise ValueError(f"--data.cache_gb {self.cache_gb} must be at least 0.1 (several chunks of 16 MB)")
         if self.phases and not self.mixture:
             raise ValueError("--data.phases changes the weights of --data.mixture, which is not given")
         steps = [0, *(phase.from_step for phase in self.phases)]
         if any(a >= b for a, b in pairwise(steps)):
-            raise ValueError(f"--data.phases begin at steps {steps[1:]}; they must ascend, from 1 on")
+            raise ValueError(f"--data.phases begin at steps {steps[1:]}; they must increase, starting at 1 or later")
         for phase in self.phases:
             if len(phase.weights) != len(self.mixture):
                 raise ValueError(
-                    f"--data.phases: from step {phase.from_step} on there are {len(phase.weights)} weights for the "
-                    f"{len(self.mixture)} datasets of --data.mixture"
+                    f"--data.phases: the phase from step {phase.from_step} has {len(phase.weights)} weights, "
+                    f"--data.mixture has {len(self.mixture)} datasets"
                 )
 
 
 @dataclass
 class TrainArgs:
-    """How long and in which portions."""
+    """Run length, batch sizes, memory options."""
 
     max_steps: int | None = None
-    """Length of the run in optimizer steps. Exactly one of max_steps, max_tokens, max_epochs."""
+    """Run length in optimizer steps. Give exactly one of max_steps, max_tokens, max_epochs."""
     max_tokens: int | None = None
-    """Length of the run in tokens (rounded up to a whole step)."""
+    """Run length in tokens (rounded up to a whole step)."""
     max_epochs: float | None = None
-    """Length of the run in passes over the data (the last step may be filled with empty rows)."""
+    """Run length in passes over the data (empty rows fill up the last step)."""
     global_batch_samples: int = 32
-    """Rows in an optimizer step, over all devices."""
+    """Rows per optimizer step, over all devices."""
     micro_batch_samples: int = 8
-    """Rows that one device puts through the model at once."""
+    """Rows per forward and backward pass on one device."""
     block_size: int | None = None
-    """Tokens in a row. Default: the model's maximum."""
+    """Tokens per row. Default: the model's maximum context."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0: never."""
+    """Maximum global gradient norm; 0: no clipping."""
     z_loss: float = 0.0
-    """Weight of the squared log of the softmax's normaliser, which keeps logits from drifting (PaLM: 1e-4); 0: none."""
+    """Weight of the z-loss, the squared log of the softmax normalizer, which keeps logits from drifting (PaLM: 1e-4);
+    0: off."""
     load_balance_loss: float | None = None
-    """Weight of the loss that keeps the experts of a mixture equally busy (Switch Transformers, eq. 4), measured on the
-    tokens of one device's micro-batch: it depends on their number. Default: 0.001 for a model with experts."""
+    """Weight of the load-balancing loss of the experts (Switch Transformers, eq. 4), over the tokens of one device's
+    micro-batch, so it depends on the micro-batch size. Default: 0.001 for a model with experts."""
     router_z_loss: float | None = None
-    """Weight of the squared log of the router softmax's normaliser (ST-MoE: 1e-3), on the same tokens. Default: 0."""
+    """Weight of the router's z-loss (ST-MoE: 1e-3), over the same tokens. Default: 0."""
     activation_checkpointing: Literal["none", "full", "block", "op"] = "none"
-    """What is recomputed in the backward to save memory: `full` each block (about a third more work), `block` every
-    n-th block, `op` each block but for its matrix products and its attention."""
+    """Recomputation in the backward pass, to save memory. `full`: every block (about a third more compute). `block`:
+    every n-th block. `op`: every block, except for matrix products and attention."""
     activation_checkpointing_every: int = 2
-    """The n of `block`."""
+    """n of `activation_checkpointing: block`."""
     cpu_offload: bool = False
-    """FSDP: parameters, gradients and optimizer state lie in host memory; slow."""
+    """FSDP: keep parameters, gradients and optimizer state in host memory; slow."""
     prefetch_blocks: int = 0
-    """FSDP: gather the parameters of so many blocks ahead explicitly; 0: as FSDP does by itself, one ahead."""
+    """FSDP: blocks whose parameters are gathered ahead of use; 0: FSDP's default, one block."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """FSDP: precision in which gradients are reduced over the ranks."""
+    """FSDP: precision of the gradient reduction over ranks."""
     defer_gradient_sync: bool = False
-    """FSDP: reduce gradients once a step instead of with each micro-batch; costs memory for whole gradients."""
+    """FSDP: reduce gradients once per step instead of once per micro-batch; needs memory for unsharded gradients."""
     deterministic: bool = False
-    """Only deterministic kernels: runs repeat bit for bit on CUDA too, at some cost in speed."""
+    """Use only deterministic kernels, so that runs repeat bit for bit on CUDA too; somewhat slower."""
     attention: str = "auto"
     """Attention kernel: auto, or one of lit_model/kernels/: fa4, fa3, fa2, varlen, sdpa, loop."""
 
@@ -247,48 +249,48 @@ class TrainArgs:
 
 @dataclass
 class OptimArgs:
-    """AdamW and its schedule."""
+    """AdamW and the learning rate schedule."""
 
     lr: float = 3e-4
     """Peak learning rate."""
     lr_min: float = 0.0
-    """Learning rate at the last step."""
+    """Learning rate at the last step (with a decaying schedule)."""
     warmup_steps: int = 0
-    """Steps of linear warm-up; the first step already has lr / warmup_steps."""
+    """Steps of linear warmup; the first step has lr / warmup_steps."""
     warmup_fraction: float | None = None
-    """Instead of warmup_steps: the warm-up as a share of the run's steps, 0.01 for example."""
+    """Warmup as a fraction of the run's steps, for example 0.01, instead of warmup_steps."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay from lr to lr_min after the warm-up."""
+    """Decay from lr to lr_min after the warmup."""
     steps_before: int = 0
-    """Steps of the schedule that lie behind a model that this run goes on with (init_from): it begins after them."""
+    """Schedule steps already completed by the --init_from model; the schedule starts after them."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
     beta1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay rate of the first moment (mean of gradients)."""
     beta2: float = 0.95
-    """Decay of the mean of squared gradients."""
+    """Decay rate of the second moment (mean of squared gradients)."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr_min <= self.lr:
-            raise ValueError(f"--optim.lr_min {self.lr_min} must lie between 0 and --optim.lr {self.lr}")
+            raise ValueError(f"--optim.lr_min {self.lr_min} must be between 0 and --optim.lr {self.lr}")
         if self.warmup_fraction is not None and self.warmup_steps:
             raise ValueError(
                 f"give --optim.warmup_steps or --optim.warmup_fraction, not both; got {self.warmup_steps} and "
                 f"{self.warmup_fraction}"
             )
         if self.warmup_fraction is not None and not 0 <= self.warmup_fraction <= 1:
-            raise ValueError(f"--optim.warmup_fraction {self.warmup_fraction} must lie between 0 and 1")
+            raise ValueError(f"--optim.warmup_fraction {self.warmup_fraction} must be between 0 and 1")
         for steps in ("warmup_steps", "steps_before"):
             if getattr(self, steps) < 0:
                 raise ValueError(f"--optim.{steps} {getattr(self, steps)} must not be negative")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--optim.{name} {getattr(self, name)} must lie in [0, 1)")
+                raise ValueError(f"--optim.{name} {getattr(self, name)} must be in [0, 1)")
 
     def resolved(self, max_steps: int) -> "OptimArgs":
-        """The same with the warm-up in steps, for a run of `max_steps`, those of steps_before not counted."""
+        """A copy with the warmup in steps, for a run of `max_steps` (steps_before not included)."""
         if self.warmup_fraction is None:
             return self
         steps = round(self.warmup_fraction * (max_steps + self.steps_before))
@@ -302,7 +304,7 @@ class TeacherEntry:
     path: Path
     """A run folder, a checkpoint, or a Hugging Face folder."""
     weight: float = 1.0
-    """Its share of the ensemble, relative to the others'."""
+    """Weight in the ensemble, relative to the other teachers."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
@@ -311,37 +313,37 @@ class TeacherEntry:
 
 @dataclass
 class DistillationArgs:
-    """What a student learns from its teachers, with --objective distillation."""
+    """Teachers and the distillation loss, with --objective distillation."""
 
     teachers: list[TeacherEntry] = field(default_factory=list)
-    """Any number, of any family and size, with the data's tokenizer: [{path: a, weight: 1}, {path: b, weight: 1}]."""
+    """Teachers of any family and size that share the data's tokenizer: [{path: a, weight: 1}, {path: b, weight: 1}]."""
     cache: Path | None = None
-    """What scripts/cache_teacher.py wrote, in place of the teachers."""
+    """Folder written by scripts/cache_teacher.py, instead of live teachers."""
     divergence: Literal["forward_kl", "reverse_kl", "js", "mse", "topk_kl"] = "forward_kl"
-    """Between the teachers' distribution and the student's: KL(teacher || student), KL(student || teacher),
-    Jensen-Shannon; the mean squared difference of logits; or forward KL over the teacher's top_k tokens and all
-    others as one."""
+    """Divergence of teachers and student: forward_kl KL(teacher || student), reverse_kl KL(student || teacher), js
+    Jensen-Shannon, mse mean squared error of the logits, topk_kl forward KL over the teacher's top_k tokens with all
+    other tokens in one bucket."""
     top_k: int | None = None
-    """Tokens of topk_kl. With a cache: those that it holds."""
+    """Tokens of topk_kl. Default with a cache: all that it holds."""
     temperature: float = 2.0
-    """Logits are divided by it before the softmax; the divergence is multiplied by its square."""
+    """Softmax temperature of teachers and student; the divergence is multiplied by its square."""
     alpha: float = 0.5
-    """Weight of the cross-entropy with the text; the divergence has 1 - alpha."""
+    """Weight of the cross-entropy; the divergence has weight 1 - alpha."""
     alpha_end: float | None = None
-    """alpha at the last step. Default: it stays."""
+    """alpha at the last step. Default: constant alpha."""
     alpha_schedule: Literal["linear", "cosine"] = "linear"
-    """The way from alpha to alpha_end."""
+    """Interpolation from alpha to alpha_end."""
     ensemble: Literal["logits", "probabilities"] = "logits"
-    """What is averaged over the teachers."""
+    """Quantity averaged over the teachers."""
     reduction: Literal["per_token", "babyllama"] = "per_token"
-    """The divergence is a mean over tokens, as the cross-entropy is, or, as in BabyLlama, a sum over the tokens of a
-    row and a mean over rows, which weighs it as many times more as a row has tokens."""
+    """per_token: average the divergence over tokens, like the cross-entropy. babyllama: sum over the tokens of a row
+    and average over rows, which multiplies its weight by the row length."""
     teacher_precision: Literal["fp32", "bf16"] | None = None
-    """Of the teachers' weights and arithmetic. Default: the run's."""
+    """Precision of the teachers. Default: that of the run."""
     teacher_device: str | None = None
-    """Where the teachers run, for example cuda:1 beside a student on cuda:0. Default: where the student does."""
+    """Device of the teachers, for example cuda:1 next to a student on cuda:0. Default: the student's device."""
     shard_teachers: bool = False
-    """With --strategy fsdp: shard the teachers' blocks over the devices, too. Default: each device holds them whole."""
+    """With --strategy fsdp: shard the teachers' blocks as well. Default: every device holds whole teachers."""
     compile_teachers: bool = False
     """Compile each block of the teachers."""
 
@@ -366,30 +368,30 @@ class DistillationArgs:
             raise ValueError("give --distillation.teachers or --distillation.cache, not both")
         for name in ("teacher_precision", "teacher_device", "shard_teachers", "compile_teachers"):
             if self.cache is not None and getattr(self, name):
-                raise ValueError(f"--distillation.{name} is for live teachers: with --distillation.cache leave it out")
+                raise ValueError(f"--distillation.{name} is for live teachers: remove it, or --distillation.cache")
         if self.cache is not None and self.divergence not in ("forward_kl", "topk_kl"):
             raise ValueError(
-                f"--distillation.divergence {self.divergence} needs the teachers' whole distributions: a cache serves "
+                f"--distillation.divergence {self.divergence} needs the full teacher distribution; a cache supports "
                 "topk_kl, and forward_kl if it holds the whole vocabulary"
             )
 
 
 @dataclass
 class SaveArgs:
-    """Checkpoints."""
+    """Checkpoints and their retention."""
 
     every_steps: int = 1000
-    """Steps between checkpoints; there is always one at the last step."""
+    """Steps between checkpoints; the last step is always saved."""
     state_dict_type: Literal["full", "sharded"] = "full"
-    """`full`: one file. `sharded`: a folder to which every rank writes its part."""
+    """`full`: one file. `sharded`: a folder with a part from every rank."""
     keep_last: int = 0
-    """How many of the newest checkpoints to keep; 0: all."""
+    """Newest checkpoints to keep; 0: all."""
     keep_every: int = 0
-    """Checkpoints at multiples of this many steps are kept for ever; 0: none is protected."""
+    """Checkpoints at multiples of this many steps are never deleted; 0: none is protected."""
     asynchronous: bool = False
-    """Copy the state to host memory, and write it while training goes on; costs that memory."""
+    """Copy the state to host memory and write it in the background; needs that memory."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do when a checkpoint cannot be written (a full disk): `stop` the run, or `skip` this one and say so."""
+    """If a checkpoint cannot be written (a full disk): `stop` the run, or `skip` this checkpoint with a warning."""
 
     def __post_init__(self) -> None:
         for name, least in (("every_steps", 1), ("keep_last", 0), ("keep_every", 0)):
@@ -399,14 +401,14 @@ class SaveArgs:
 
 @dataclass
 class EvalArgs:
-    """Validation: at step 0, every so many steps, and at the last step."""
+    """Validation: at step 0, every `every_steps` steps, and at the last step."""
 
     every_steps: int = 1000
     """Steps between validations."""
     max_samples: int | None = None
-    """Rows to validate on. Default: all of data.val."""
+    """Rows per validation. Default: all of data.val."""
     micro_batch_samples: int | None = None
-    """Rows at once. Default: train.micro_batch_samples."""
+    """Rows per forward pass on one device. Default: train.micro_batch_samples."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "max_samples", "micro_batch_samples"):
@@ -420,19 +422,19 @@ TRACKERS = ("tensorboard", "wandb")
 
 @dataclass
 class LogArgs:
-    """What is written while training."""
+    """Metrics and trackers."""
 
     every_steps: int = 10
-    """Steps between rows of metrics.csv; each costs one wait for the device."""
+    """Steps between rows of metrics.csv; each row waits once for the device."""
     trackers: list[str] | str = field(default_factory=list)
-    """Beside metrics.csv, which is always written: tensorboard, wandb, or both with a comma between them."""
+    """Trackers in addition to metrics.csv: tensorboard, wandb, or both separated by a comma."""
     project: str = "llammlein"
-    """Project at the tracker."""
+    """Project name in the tracker."""
     run_name: str | None = None
-    """Name of the run at the tracker. Default: the name of out_dir."""
+    """Run name in the tracker. Default: the name of out_dir."""
     layers: bool = False
-    """Also write the norms of each layer's gradients, activations and updates at log steps, to layers.csv and the
-    trackers. Costs the memory of a copy of the weights."""
+    """At log steps, also write the norms of each layer's gradients, activations and updates to layers.csv and the
+    trackers. Needs memory for a copy of the weights."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
@@ -442,28 +444,28 @@ class LogArgs:
         self.trackers = list(dict.fromkeys(self.trackers))
         for name in self.trackers:
             if name not in TRACKERS:
-                raise ValueError(f"--log.trackers {name}: there is no such tracker; give {' or '.join(TRACKERS)}")
+                raise ValueError(f"--log.trackers {name}: unknown tracker; choose {' or '.join(TRACKERS)}")
 
 
 @dataclass
 class GuardArgs:
-    """What is watched while training."""
+    """Non-finite gradients, loss spikes and hangs."""
 
     max_skipped_steps: int = 100
-    """Steps in a row that may be skipped for gradients that are not finite; the run ends after them."""
+    """End the run after this many consecutive steps skipped for non-finite gradients."""
     spike_action: Literal["none", "warn", "rollback"] = "warn"
-    """On a loss spike: nothing, a warning, or going back to the last checkpoint before it and leaving out the samples
-    since then."""
+    """Action on a loss spike. `rollback`: resume from the last checkpoint before the spike and skip the samples since
+    then."""
     spike_sigmas: float = 6.0
-    """A logged loss counts as high if it lies so many standard deviations above the mean of those before it."""
+    """A logged loss is high if it is this many standard deviations above the mean of the window before it."""
     spike_window: int = 64
-    """Logged losses that the mean is taken of; half of them must be there."""
+    """Baseline window, in logged losses; active once half full."""
     spike_rows: int = 3
-    """High losses in a row that are a spike."""
+    """Consecutive high losses that make a spike."""
     max_rollbacks: int = 3
-    """The run ends at the spike after so many rollbacks."""
+    """End the run at the next spike after this many rollbacks."""
     hang_timeout_s: int = 900
-    """Seconds without progress after which every rank writes its stacks to its log and the run ends; 0: never."""
+    """Seconds without progress after which every rank dumps its stacks to its log and the run ends; 0: never."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_skipped_steps", 1), ("spike_rows", 1), ("spike_window", 4)):
@@ -476,81 +478,73 @@ class GuardArgs:
 
 @dataclass
 class StopArgs:
-    """Stopping early: after SIGTERM, SIGUSR1 or Ctrl-C, or after a time, the run saves a checkpoint and ends."""
+    """Early stop: on SIGTERM, SIGUSR1, Ctrl-C or a time limit, save a checkpoint and end."""
 
     after_minutes: float | None = None
-    """Stop this many minutes after the process started, as SIGTERM does. For queues with a time limit: leave room for
-    one step, one validation and one save."""
+    """Stop this many minutes after the start of the process, as on SIGTERM. For queues with a time limit: leave time
+    for one step, one validation and one save."""
     exit_code: int = 0
-    """Exit status of a run that was stopped and saved. After Ctrl-C it is 130."""
+    """Exit status of a run that was stopped and saved; 130 after Ctrl-C."""
     requeue: bool = False
-    """Call `scontrol requeue` for this SLURM job after saving, where the process can reach it (not from an image)."""
+    """Call `scontrol requeue` for this SLURM job after saving, where it is available (not inside a container)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.exit_code <= 255:
-            raise ValueError(f"--stop.exit_code {self.exit_code} must lie in 0 to 255")
+            raise ValueError(f"--stop.exit_code {self.exit_code} must be between 0 and 255")
         if self.after_minutes is not None and not self.after_minutes > 0:
             raise ValueError(f"--stop.after_minutes {self.after_minutes} must be greater than 0")
 
 
 @dataclass
 class RunArgs:
-    """One pretraining run."""
+    """One pretraining run. The sections are documented by the docstrings of their classes."""
 
     train: TrainArgs
-    """How long and in which portions."""
     out_dir: Path | None = None
-    """Folder of the run. Default: runs/NAME-DATE-TIME."""
+    """Run folder. Default: runs/NAME-DATE-TIME."""
     devices: int | Literal["auto"] = "auto"
-    """Devices (processes) per node; auto: all GPUs, or 1 on a CPU."""
+    """Devices (processes) per node; auto: all GPUs, or one CPU process."""
     num_nodes: int = 1
-    """Nodes."""
+    """Number of nodes."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Kind of device."""
+    """Device type."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How devices share the work; auto: one device plainly, several by ddp."""
+    """Parallelism; auto: ddp with several devices, none with one."""
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"] = "FULL_SHARD"
-    """For fsdp: what is sharded. HYBRID_SHARD shards inside a node and replicates across; NO_SHARD is ddp."""
+    """FSDP: FULL_SHARD shards parameters, gradients and optimizer state; SHARD_GRAD_OP keeps parameters gathered
+    between forward and backward; HYBRID_SHARD shards within a node and replicates across nodes; NO_SHARD is ddp."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the arithmetic; the weights that are updated are always fp32."""
+    """Compute precision; master weights are always fp32."""
     compile: bool = False
     """Compile each block with torch.compile."""
     resume: str | None = None
-    """Go on with a run: latest, auto (latest or a fresh start), iter-XXXXXXXX-ckpt.pth in out_dir, or a path."""
+    """Resume from a checkpoint: latest, auto (latest, or a fresh start if there is none), iter-XXXXXXXX-ckpt.pth in
+    out_dir, or a path."""
     resume_allow: str | list[str] = field(default_factory=list)
-    """Settings that may differ from the checkpoint's when resuming, for example train.max_steps,data."""
+    """Settings allowed to differ from the checkpoint when resuming, for example train.max_steps,data."""
     preflight: bool = False
-    """Check devices, network, disk, data, memory and one step with the real shapes, say what was found, and end."""
+    """Check devices, network, disk, data, memory and one step with the real shapes, print the findings, and end."""
     init_from: Path | None = None
-    """Begin with the weights of a checkpoint or a Hugging Face folder instead of a random initialisation."""
+    """Start from the weights of a checkpoint or a Hugging Face folder instead of a random initialization."""
     init_optimizer: bool = False
-    """Take AdamW's moments and its count of updates from init_from too. The data begin with their first row."""
+    """Also load AdamW's moments and step count from init_from. The data starts at its first row."""
     init_layers: list[int] | None = None
-    """Which layers of init_from, by number from 0, the model begins with: a student of some of its teacher's layers."""
+    """Layers of init_from (numbered from 0) to start from, for a student built from some of its teacher's layers."""
     objective: Literal["cross_entropy", "distillation"] = "cross_entropy"
-    """What is minimised: the cross-entropy with the text, or that and the divergence from teachers."""
+    """Loss: cross-entropy, or cross-entropy and the divergence from teachers."""
     seed: int = 1337
-    """Of the initialisation, the order of the data and dropout."""
+    """Random seed of initialization, data order and dropout."""
     timeout_s: int = 1800
-    """Seconds after which a collective operation that a rank does not join is an error."""
+    """Timeout of collective operations, in seconds."""
     model: ModelArgs = field(default_factory=ModelArgs)
-    """Which model."""
     data: DataArgs = field(default_factory=DataArgs)
-    """What is read."""
     distillation: DistillationArgs = field(default_factory=DistillationArgs)
-    """Teachers, and how much of them."""
     optim: OptimArgs = field(default_factory=OptimArgs)
-    """AdamW and its schedule."""
     save: SaveArgs = field(default_factory=SaveArgs)
-    """Checkpoints."""
     eval: EvalArgs = field(default_factory=EvalArgs)
-    """Validation."""
     log: LogArgs = field(default_factory=LogArgs)
-    """What is written while training."""
     guard: GuardArgs = field(default_factory=GuardArgs)
-    """What is watched while training."""
     stop: StopArgs = field(default_factory=StopArgs)
-    """What happens after a signal."""
 
     def __post_init__(self) -> None:
         if isinstance(self.resume_allow, str):
@@ -558,20 +552,20 @@ class RunArgs:
         d = self.distillation
         if (self.objective == "distillation") != (bool(d.teachers) or d.cache is not None):
             raise ValueError(
-                f"--objective {self.objective}: --distillation.teachers (or --distillation.cache) go with --objective "
-                "distillation, and only with it"
+                f"--objective {self.objective}: --distillation.teachers (or --distillation.cache) and --objective "
+                "distillation need each other"
             )
         if d.cache is not None and self.data.train is None:
-            raise ValueError("--distillation.cache is of one dataset: give --data.train")
+            raise ValueError("--distillation.cache covers one dataset: give --data.train")
         if d.shard_teachers and (self.strategy != "fsdp" or self.sharding_strategy == "NO_SHARD"):
-            raise ValueError("--distillation.shard_teachers true is for --strategy fsdp that shards")
+            raise ValueError("--distillation.shard_teachers true needs --strategy fsdp (not NO_SHARD)")
         if d.shard_teachers and d.teacher_device is not None:
             raise ValueError("--distillation.shard_teachers and teacher_device exclude each other")
         if self.init_layers is not None and (self.init_from is None or not self.init_layers):
-            raise ValueError("--init_layers names layers of --init_from: give both")
+            raise ValueError("--init_layers selects layers of --init_from: give both")
         for flag in ("cpu_offload", "prefetch_blocks", "defer_gradient_sync"):
             if getattr(self.train, flag) and (self.strategy != "fsdp" or self.sharding_strategy == "NO_SHARD"):
-                raise ValueError(f"--train.{flag} {getattr(self.train, flag)} is for --strategy fsdp that shards")
+                raise ValueError(f"--train.{flag} {getattr(self.train, flag)} needs --strategy fsdp (not NO_SHARD)")
         if isinstance(self.devices, int) and self.devices < 1:
             raise ValueError(f"--devices {self.devices} must be at least 1")
         if self.num_nodes < 1:
@@ -579,29 +573,29 @@ class RunArgs:
         if (self.data.train is not None) + bool(self.data.mixture) + bool(self.data.synthetic.tokens) != 1:
             raise ValueError(
                 "give one of --data.train (a packed dataset), --data.mixture (several) and --data.synthetic.tokens "
-                "(text to make)"
+                "(generated text)"
             )
         if self.data.mixture and self.train.max_epochs is not None:
             raise ValueError(
-                f"--train.max_epochs {self.train.max_epochs}: the datasets of --data.mixture come to their ends at "
-                "different times; give --train.max_steps or --train.max_tokens"
+                f"--train.max_epochs {self.train.max_epochs}: the datasets of --data.mixture have different "
+                "lengths; give --train.max_steps or --train.max_tokens"
             )
         if self.data.synthetic.tokens and self.data.val is not None:
             raise ValueError(
-                "--data.val does not go with --data.synthetic.tokens, which makes its own validation split"
+                "--data.val and --data.synthetic.tokens exclude each other: synthetic data has its own validation split"
             )
         if self.init_from is not None and self.model.name is not None:
-            raise ValueError("--init_from brings the model's sizes with it: leave out --model.name")
+            raise ValueError("--init_from determines the model's sizes: remove --model.name")
         if self.init_optimizer and self.init_layers is not None:
-            raise ValueError("--init_optimizer and --init_layers exclude each other: the state is that of all layers")
+            raise ValueError("--init_optimizer and --init_layers exclude each other: the state covers all layers")
         if self.init_optimizer and self.init_from is None:
             raise ValueError("--init_optimizer true needs --init_from, the checkpoint to take the state from")
         if isinstance(self.devices, int) and self.devices > MAX_DEVICES:
-            raise ValueError(f"--devices {self.devices}: at most {MAX_DEVICES} devices of a node are supported")
+            raise ValueError(f"--devices {self.devices}: at most {MAX_DEVICES} devices per node are supported")
         if self.data.synthetic.tokens > MAX_SYNTHETIC:
             raise ValueError(
-                f"--data.synthetic.tokens {self.data.synthetic.tokens}: at most {MAX_SYNTHETIC} are made; prepare a "
-                "dataset with scripts/prepare_data.py"
+                f"--data.synthetic.tokens {self.data.synthetic.tokens}: at most {MAX_SYNTHETIC} are supported; prepare "
+                "a dataset with scripts/prepare_data.py"
             )
         for flag, seconds in (("timeout_s", self.timeout_s), ("guard.hang_timeout_s", self.guard.hang_timeout_s)):
             if seconds > MAX_SECONDS:
@@ -610,11 +604,11 @@ class RunArgs:
             if flag != "seed" and isinstance(value, int) and abs(value) > MAX_NUMBER:
                 raise ValueError(f"--{flag} {value}: at most 2^52 are supported")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed {self.seed} must lie in [0, 2^63)")
+            raise ValueError(f"--seed {self.seed} must be in [0, 2^63)")
 
 
 def plain(value: Any) -> Any:
-    """A dataclass as nested dictionaries of what YAML and JSON can hold."""
+    """A dataclass as nested dictionaries of values that YAML and JSON can hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Path):

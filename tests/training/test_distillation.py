@@ -347,7 +347,7 @@ def test_mistakes_of_caching_are_named(
     ("changes", "message"),
     [
         ({"objective": "cross_entropy"}, "--objective cross_entropy: --distillation.teachers"),
-        ({"distillation__teachers": None}, "only with it"),
+        ({"distillation__teachers": None}, "need each other"),
         ({"distillation__divergence": "topk_kl"}, "topk_kl needs --distillation.top_k"),
         ({"distillation__top_k": 8}, "top_k 8 is for --distillation.divergence topk_kl"),
         ({"distillation__teacher_device": "gpu"}, "teacher_device gpu is not cpu, cuda or cuda:N"),
@@ -355,7 +355,7 @@ def test_mistakes_of_caching_are_named(
         ({"distillation__alpha": 1.5}, "alpha 1.5 is not in"),
         ({"model__vocab_size": 120}, "has a vocabulary of 96 ids, the student"),
         ({"train__block_size": 64}, "has a context of 32 tokens, less than a row's 64"),
-        ({"distillation__shard_teachers": "true"}, "shard_teachers true is for --strategy fsdp"),
+        ({"distillation__shard_teachers": "true"}, "shard_teachers true needs --strategy fsdp"),
         ({"distillation__cache": "nowhere"}, "not both"),
         ({"init_from": "x", "init_layers": "[0]", "init_optimizer": "true"}, "init_layers exclude each other"),
     ],

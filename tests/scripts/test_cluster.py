@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
-from running import ROOT, flags, metrics, train, write_dataset
+from running import ROOT, flags, metrics, train, warm_python, write_dataset
 from stand_ins import CLUSTER, PYTHON, STAND_INS, Cluster, wait_for
 
 from lit_data.record.trace import open_run
@@ -312,6 +312,7 @@ def check(whole: Path, run: Path) -> None:
 def interrupt(cluster: Cluster, runs: Path, *how: str, nodes: int = 1) -> Path:
     """Train in a job; `how` is the call of scancel in the middle of it. The run, when the job has come to its end."""
     run = cluster.checkout / "run"
+    (cluster.bin / "python").symlink_to(warm_python())
     size = (f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", "--cpus-per-task=1")
     process = cluster.start("sbatch", *size, "cluster/train.sbatch", *settings(runs, run))
     wait_for(lambda: (run / "metrics.csv").exists() and len(metrics(run)) > 4, process)

@@ -47,11 +47,13 @@ if TYPE_CHECKING:
 else:
     # block_size is train.block_size; the other two follow from what is given.
     ModelFields = dataclasses.make_dataclass(
-        "ModelFields", optional_fields(ModelConfig, leave_out=("block_size", "padded_vocab_size", "family"))
+        "ModelFields",
+        optional_fields(ModelConfig, leave_out=("block_size", "padded_vocab_size", "family")),
+        frozen=True,
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelArgs(ModelFields):
     """Model: the fields of ModelConfig. Default of each: that of the model --model.name."""
 
@@ -82,7 +84,7 @@ class ModelArgs(ModelFields):
         return config
 
 
-@dataclass
+@dataclass(frozen=True)
 class SyntheticArgs:
     """Synthetic text from a grammar, for trials without data; tokenized and packed in OUT_DIR/data."""
 
@@ -94,7 +96,7 @@ class SyntheticArgs:
     """Vocabulary of the tokenizer trained on the text."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class MixtureEntry:
     """One dataset of a mixture."""
 
@@ -104,7 +106,7 @@ class MixtureEntry:
     """Share of the rows, relative to the other datasets; 0: none until a phase changes it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class PhaseArgs:
     """New mixture weights from a given step."""
 
@@ -114,7 +116,7 @@ class PhaseArgs:
     """One for each dataset of the mixture, in order."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataArgs:
     """Datasets, packing, order and loading."""
 
@@ -176,7 +178,7 @@ class DataArgs:
                 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainArgs:
     """Run length, batch sizes, memory options."""
 
@@ -247,7 +249,7 @@ class TrainArgs:
             )
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimArgs:
     """AdamW and the learning rate schedule."""
 
@@ -297,7 +299,7 @@ class OptimArgs:
         return dataclasses.replace(self, warmup_steps=steps, warmup_fraction=None)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TeacherEntry:
     """One teacher of an ensemble."""
 
@@ -311,7 +313,7 @@ class TeacherEntry:
             raise ValueError(f"--distillation.teachers: weight {self.weight} of {self.path} must be positive")
 
 
-@dataclass
+@dataclass(frozen=True)
 class DistillationArgs:
     """Teachers and the distillation loss, with --objective distillation."""
 
@@ -376,7 +378,7 @@ class DistillationArgs:
             )
 
 
-@dataclass
+@dataclass(frozen=True)
 class SaveArgs:
     """Checkpoints and their retention."""
 
@@ -399,7 +401,7 @@ class SaveArgs:
                 raise ValueError(f"--save.{name} {getattr(self, name)} must be at least {least}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalArgs:
     """Validation: at step 0, every `every_steps` steps, and at the last step."""
 
@@ -420,7 +422,7 @@ class EvalArgs:
 TRACKERS = ("tensorboard", "wandb")
 
 
-@dataclass
+@dataclass(frozen=True)
 class LogArgs:
     """Metrics and trackers."""
 
@@ -440,14 +442,16 @@ class LogArgs:
         if self.every_steps < 1:
             raise ValueError(f"--log.every_steps {self.every_steps} must be at least 1")
         if isinstance(self.trackers, str):
-            self.trackers = [name for name in re.split(r"[\s,]+", self.trackers.strip("[] ")) if name]
-        self.trackers = list(dict.fromkeys(self.trackers))
+            names = [name for name in re.split(r"[\s,]+", self.trackers.strip("[] ")) if name]
+        else:
+            names = self.trackers
+        object.__setattr__(self, "trackers", list(dict.fromkeys(names)))
         for name in self.trackers:
             if name not in TRACKERS:
                 raise ValueError(f"--log.trackers {name}: unknown tracker; choose {' or '.join(TRACKERS)}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class GuardArgs:
     """Non-finite gradients, loss spikes and hangs."""
 
@@ -476,7 +480,7 @@ class GuardArgs:
                 raise ValueError(f"--guard.{name} {getattr(self, name)} must not be negative")
 
 
-@dataclass
+@dataclass(frozen=True)
 class StopArgs:
     """Early stop: on SIGTERM, SIGUSR1, Ctrl-C or a time limit, save a checkpoint and end."""
 
@@ -495,7 +499,7 @@ class StopArgs:
             raise ValueError(f"--stop.after_minutes {self.after_minutes} must be greater than 0")
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunArgs:
     """One pretraining run. The sections are documented by the docstrings of their classes."""
 
@@ -548,7 +552,8 @@ class RunArgs:
 
     def __post_init__(self) -> None:
         if isinstance(self.resume_allow, str):
-            self.resume_allow = [name.strip() for name in self.resume_allow.split(",") if name.strip()]
+            names = [name.strip() for name in self.resume_allow.split(",") if name.strip()]
+            object.__setattr__(self, "resume_allow", names)
         d = self.distillation
         if (self.objective == "distillation") != (bool(d.teachers) or d.cache is not None):
             raise ValueError(

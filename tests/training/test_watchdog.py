@@ -10,7 +10,8 @@ import torch.distributed as dist
 from failing_ranks import Case, run_cases
 
 from pretrain.failure.rank_log import RankLog
-from pretrain.failure.watchdog import EXIT_HUNG, GRACE_INTERVALS, Sign, Watchdog, blame, default_interval_s, spans
+from pretrain.failure.signs import Sign, blame, spans
+from pretrain.failure.watchdog import EXIT_HUNG, GRACE_INTERVALS, Watchdog, default_interval_s
 
 SILENT = {"stopped": 1, "lock_kept": 1, "host_stopped": 0, "host_killed_asleep": 0}  # case: rank
 CASES = ["asleep", "behind", "one_idle", "alone", "log_stuck", "healthy", *SILENT]

@@ -1,0 +1,127 @@
+"""Signs of life: each rank reports its step, phase and place in the code; from all of them follows which rank hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import FrameType
+
+import torch.distributed as dist
+
+LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
+COLLECTIVES = os.path.dirname(dist.__file__)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a rank says of itself.
+
+    Attributes:
+        idle_s: since its last progress.
+        frame: where its training thread is.
+        collective: whether that is inside torch.distributed.
+        alarmed: it knows of the alarm.
+        ended: it has closed its watchdog; nothing more will come.
+        number: counts the signs of this rank, so that each differs from the one before.
+    """
+
+    step: int
+    phase: str
+    idle_s: float
+    frame: str
+    collective: bool
+    host: str
+    alarmed: bool
+    ended: bool
+    number: int
+
+    def __str__(self) -> str:
+        return f"in step {self.step}, {self.phase}, without progress for {self.idle_s:.0f} s, at {self.frame}"
+
+
+def to_sign(text: bytes) -> Sign:
+    return Sign(**json.loads(text))
+
+
+def blame(signs: Mapping[int, Sign | None], silent: Mapping[int, float]) -> str:
+    """Which ranks hold the others up, as far as it can be told, and where the others are.
+
+    Args:
+        signs: the last of each rank, None where there never was one.
+        silent: seconds of silence of the ranks that no longer answer.
+    """
+    known = {r: s for r, s in signs.items() if s is not None and r not in silent and not s.ended}
+    found, why, how = dict[int, Sign](), "", "the others"
+    if silent:
+        told = []
+        for rank, seconds in silent.items():
+            sign = signs[rank]
+            last = f"; last seen on {sign.host} {sign}" if sign is not None else ""
+            told.append(f"rank {rank} has given no sign of life for {seconds:.0f} s{last}")
+        why = "; ".join(told) + " (killed, stopped, its host gone, or in C code that keeps the interpreter's lock)"
+    elif len({s.step for s in known.values()}) > 1:
+        least = min(s.step for s in known.values())
+        found = {r: s for r, s in known.items() if s.step == least}
+        why = f"behind: {places(found)}"
+    elif 0 < len(found := {r: s for r, s in known.items() if not s.collective}) < len(known):
+        why, how = f"held up by {places(found)}", "waiting in torch.distributed"
+    elif len(known) > 1:
+        found, why = known, f"all are in the same step: {places(known)}"
+    else:
+        found, why = known, places(known)
+    rest = {r: s for r, s in known.items() if r not in found}
+    ended = {r: s for r, s in signs.items() if s is not None and s.ended}
+    return why + (f"; {how}: {places(rest)}" if rest else "") + (f"; ended already: {places(ended)}" if ended else "")
+
+
+def places(signs: Mapping[int, Sign]) -> str:
+    """Where ranks are; those in the same place are named together, the fewest first."""
+    groups: dict[tuple[int, str, str, str], list[int]] = {}
+    for rank, sign in sorted(signs.items()):
+        groups.setdefault((sign.step, sign.phase, sign.frame, sign.host), []).append(rank)
+    told = []
+    for (_, _, _, host), ranks in sorted(groups.items(), key=lambda item: len(item[1])):
+        name = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {spans(ranks)}"
+        told.append(f"{name} on {host} {signs[ranks[0]]}")
+    return ", ".join(told)
+
+
+def spans(ranks: list[int]) -> str:
+    """[0, 2, 3, 4] -> "0, 2-4"."""
+    told: list[list[int]] = []
+    for rank in ranks:
+        if told and rank == told[-1][1] + 1:
+            told[-1][1] = rank
+        else:
+            told.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in told)
+
+
+def place(frame: FrameType | None) -> str:
+    """The innermost Python frame of a thread, and the innermost that is in no library."""
+    if frame is None:
+        return "no Python frame"
+    told, outer = spot(frame), frame
+    while outer.f_code.co_filename.startswith(LIBRARIES) and outer.f_back is not None:
+        outer = outer.f_back
+    return told if outer is frame else f"{told}, from {spot(outer)}"
+
+
+def spot(frame: FrameType) -> str:
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def stacks() -> str:
+    """The stacks of all threads. faulthandler keeps the interpreter's lock while it writes, so this goes to a local
+    file first: a log that cannot be written to then holds up one thread only."""
+    names = ", ".join(f"{thread.name} 0x{thread.ident or 0:016x}" for thread in threading.enumerate())
+    with tempfile.TemporaryFile("w+") as f:
+        faulthandler.dump_traceback(f, all_threads=True)
+        f.seek(0)
+        return f"threads: {names}\n{f.read().rstrip()}"

@@ -22,6 +22,7 @@ from pretrain.compiling import compile_blocks
 from pretrain.data import (
     Datasets,
     check_memory,
+    first_segments,
     open_data,
     open_datasets,
     router_losses,
@@ -128,7 +129,8 @@ def build(
         fabric.print(f"warning: {note}")
 
     meta = read_meta(checkpoint) if checkpoint is not None else None
-    progress = new_progress(args, device) if meta is None else resumed_progress(meta, args, device)
+    segments = first_segments(args)
+    progress = new_progress(segments, args, device) if meta is None else resumed_progress(meta, args, device)
     data = open_data(args, fabric, datasets, progress.segments)
     distillation, taught_by = on_rank_zero(fabric, lambda: resolve_teachers(args.distillation))
     args = dataclasses.replace(
@@ -188,6 +190,7 @@ def build(
         stop=StopRequest(device, signals, args.stop.after_minutes),
         watchdog=watchdog,
         peers=peers,
+        metrics_columns=columns,
         lock=lock,
     )
 

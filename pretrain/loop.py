@@ -45,7 +45,6 @@ from pretrain.parallel import uses_fsdp
 from pretrain.ranks import Mistake, on_rank_zero
 from pretrain.resume import go_back
 from pretrain.run import Run
-from pretrain.run_folder import metrics_columns
 from pretrain.schedule import learning_rate
 
 SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
@@ -101,8 +100,7 @@ def run_steps(run: Run) -> str | None:
     """The steps from `run.step` to the end, or to a signal, a fault or a loss spike."""
     args, max_steps = run.args, run.data.max_steps
     rank_zero = run.fabric.global_rank == 0
-    columns = metrics_columns(args, run.config, len(run.data.rows))
-    metrics = MetricsFile(run.folder / METRICS, columns) if rank_zero else None
+    metrics = MetricsFile(run.folder / METRICS, run.metrics_columns) if rank_zero else None
     norms = LayerNorms(run.raw_model, run.optimizer.parameters, run.device) if args.log.layers else None
     layers = MetricsFile(run.folder / LAYERS, ["step", *norms.columns]) if rank_zero and norms is not None else None
     throughput = Throughput(run.config, run.data.block_size, run.device, run.world_size)

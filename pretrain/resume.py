@@ -13,11 +13,11 @@ from lit_model.config import ModelConfig
 from lit_model.load import Checkpoint
 from pretrain.args import DistillationArgs, RunArgs, flat, plain
 from pretrain.checkpoint.files import check_meta, load_state, training_state
-from pretrain.data import Data, first_segments, in_order, training_loader
+from pretrain.data import Data, in_order, training_loader
 from pretrain.guards import SpikeDetector
 from pretrain.optim import AdamW, LossScale
 from pretrain.run import Progress, Run
-from pretrain.run_folder import begin_recording, metrics_columns
+from pretrain.run_folder import begin_recording
 
 # Settings that decide what a run means: a resume with another value is refused unless --resume_allow names it.
 MEANING = (
@@ -52,9 +52,8 @@ MECHANICS = (
 )
 
 
-def new_progress(args: RunArgs, device: torch.device) -> Progress:
+def new_progress(segments: list[Segment], args: RunArgs, device: torch.device) -> Progress:
     """Where a new run is: before its first step."""
-    segments = first_segments(args)
     zero = torch.zeros((), device=device)
     return Progress(
         step=0,
@@ -202,7 +201,7 @@ def go_back(run: Run, path: Path, reason: str) -> None:
     run.data = in_order(run.args, data.rows, data.val, data.block_size, run.segments)
     run.loader = training_loader(run.args, run.fabric, run.data, run.segments)
     run.recorder, run.compactor, run.trackers = begin_recording(
-        run.args, run.fabric, run.folder, run.data, run, metrics_columns(run.args, run.config, len(data.rows)), None
+        run.args, run.fabric, run.folder, run.data, run, run.metrics_columns, None
     )
     if run.compactor is not None:
         run.saver.published = run.compactor.start

@@ -106,6 +106,7 @@ class Run(Progress):
     watchdog: Watchdog
     peers: Peers
     lock: FileLock | None
+    metrics_columns: list[str]
     sound: bool = True
 
     def fault(self) -> str | None:

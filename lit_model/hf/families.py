@@ -11,7 +11,7 @@ How to add a family, as `lit_model/hf/NAME.py` (llama.py and qwen3.py are exampl
 3. `_entries(config)`: the table of names, by `linear` of table.py and its transforms, in the model's order.
 4. `FAMILY = Family(...)`: which fields of ModelConfig are free and which are fixed. Whatever is not named must have its
    default, so that a field added later is an obstacle until a family says that it computes it.
-5. A line in FAMILIES, and `tests/model/test_hf_NAME.py` with the checks of tests/hf_checks.py.
+5. A line in FAMILIES, and `tests/model/test_hf_NAME.py` with the checks of tests/harness/hf_checks.py.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
         start = moments.randrange(len(rows))
         order = rows[start:] + rows[:start]
         worker = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "cache_worker.py"), json.dumps({**plan, "rows": order})],
+            [sys.executable, str(ROOT / "tests" / "harness" / "cache_worker.py"), json.dumps({**plan, "rows": order})],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT)},

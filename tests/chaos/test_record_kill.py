@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from record_writer import EVERY, RANKS, STEPS
-from recorded import WRITER, check, prepare
+from recorded_run import WRITER, check, prepare
 from running import ROOT
 
 from lit_data.record.parts import SCHEMA, believe, list_parts, read_record

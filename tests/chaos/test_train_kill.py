@@ -5,8 +5,8 @@ run after the same step, and the record is exact up to the newest one. Then `--r
 parameters, optimizer state, record and metrics are those of the undisturbed run. When one rank alone is killed, the
 others end by themselves and publish nothing that it had not finished.
 
-The ranks are forked (tests/forked_ranks.py), which is shown to equal the real command, so that a kill, its checks and
-the rerun take a second or two on a machine that does nothing else. docs/reliability.md has the numbers.
+The ranks are forked (tests/harness/forked_ranks.py), which is shown to equal the real command, so that a kill, its
+checks and the rerun take a second or two on a machine that does nothing else. docs/reliability.md has the numbers.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import pytest
 from killed_runs import STEPS, Bench, Setting, Whole, check, rows
+from rank_server import Answer
 from running import command
 from watched_calls import PHASES, Call
-from zygote import Answer
 
 # Half of the 16 combinations: any three choices are together in one of them.
 SETTINGS = [
@@ -188,7 +188,7 @@ def test_every_call_is_seen(tmp_path: Path) -> None:
         run = tmp_path / str(setting)
         for calls in bench.end(setting, run).calls:
             counted.update((call.kind, str(setting)) for call in calls)
-    bench.zygote.close()
+    bench.server.close()
     seen = Counter[tuple[str, str]]()
     for line in log.read_text().splitlines():
         if (call := re.match(r"\d+ +(\w+)\((?:(?:AT_FDCWD|\d+)<([^>]*)>)?(?:, )?(?:\"([^\"]*)\")?", line)) is None:

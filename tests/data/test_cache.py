@@ -29,7 +29,7 @@ from lit_data.packed.dataset import PackedDataset, PackedWriter
 CHUNK = 8192  # bytes
 ROW = 64  # tokens
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = [sys.executable, str(ROOT / "tests" / "cache_worker.py")]
+WORKER = [sys.executable, str(ROOT / "tests" / "harness" / "cache_worker.py")]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_writer import MAX_ROWS, RANKS, STEPS
-from recorded import check, prepare, write
+from recorded_run import check, prepare, write
 
 from lit_data.record.merge import Compactor, compact, copy_record, cut_record, next_merge
 from lit_data.record.parts import SCHEMA, Part, believe, committed_parts, list_parts, open_writer, read_record

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from record_writer import STEPS
-from recorded import prepare, write
+from recorded_run import prepare, write
 
 from lit_data.loading.order import Segment, first_sample_of_step
 from lit_data.packed.dataset import PackedDataset, PackedWriter

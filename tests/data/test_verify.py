@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from record_writer import RANKS, STEPS
-from recorded import prepare, write
+from recorded_run import prepare, write
 
 from lit_data.record.parts import SCHEMA, committed_parts, list_parts, read_record
 from lit_data.record.span_hash import hash_spans

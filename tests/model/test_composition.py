@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_examples import examples
 
 from lit_model.attention import KVCache
 from lit_model.config import ModelConfig, RopeScaling

@@ -45,13 +45,13 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "smollm2": {"tie_embeddings": True},
 }  # fmt: skip
-OPENED = ROOT / "tests" / "opened_tokenizer.py"
+OPENED = ROOT / "tests" / "harness" / "tokenizer_facts.py"
 
 
 def opened(folder: Path, python: str | None = None) -> dict[str, Any]:
-    """What transformers makes of a folder's tokenizer, and of its configs: see tests/opened_tokenizer.py."""
+    """What transformers makes of a folder's tokenizer, and of its configs: see tests/harness/tokenizer_facts.py."""
     if python is None:
-        from opened_tokenizer import describe
+        from tokenizer_facts import describe
 
         return describe(folder, PLAIN, CHAT)
     call = [python, str(OPENED), str(folder), json.dumps([PLAIN, CHAT])]

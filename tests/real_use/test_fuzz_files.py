@@ -1,4 +1,4 @@
-"""Must show 3: every file that the system reads, mutated; tests/fuzzed_files.py says how, and prints the table."""
+"""Every file that the system reads, mutated; tests/harness/fuzzed_files.py says how, and prints the table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from running import ROOT, warm_python
 
 
 def fuzz(count: int, folder: Path) -> None:
-    line = [warm_python(), str(ROOT / "tests" / "fuzzed_files.py"), f"--count={count}", f"--json={folder / 'found'}"]
+    line = [
+        warm_python(),
+        str(ROOT / "tests" / "harness" / "fuzzed_files.py"),
+        f"--count={count}",
+        f"--json={folder / 'found'}",
+    ]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((folder / "found").read_text())

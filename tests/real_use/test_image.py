@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from running import ROOT
-from stand_ins import Cluster
+from slurm_stand_ins import Cluster
 
 from pretrain.preflight import nccl_transport
 from pretrain.preflight.nccl_transport import ask_for_log, infiniband_devices, read_log, slow_for, transports

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import ROOT, flags, metrics, same_checkpoints, shared_zygote, train, write_dataset
+from running import ROOT, flags, metrics, same_checkpoints, shared_rank_server, train, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ranks() -> Any:
-    return shared_zygote()
+    return shared_rank_server()
 
 
 def test_ctrl_c_saves_and_a_resume_ends_as_if_nothing_had_been(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from running import flags, shared_zygote, train, write_dataset
-from zygote import Answer, Zygote
+from rank_server import Answer, RankServer
+from running import flags, shared_rank_server, train, write_dataset
 
 LIMIT_S = 20.0
 STEPS = ("set-up", "resume", "save", "validation", "end")
@@ -29,7 +29,7 @@ NEWEST = {"set-up": None, "resume": 4, "save": 4, "validation": 4, "end": 12}  #
 class Trials:
     """Runs of two ranks with one planted error each."""
 
-    zygote: Zygote
+    server: RankServer
     data: Path
     folder: Path
     stopped: Path  # a run that has saved step 4
@@ -42,7 +42,7 @@ class Trials:
             shutil.copytree(self.stopped, run)
             changes["resume"] = "latest"
         plant = {"kind": "error", "ranks": list(ranks), "where": where, "type": kind, "file": str(mark)}
-        answer = self.zygote.run(2, run, flags(self.data, run, **changes), plants=[plant], timeout_s=90)
+        answer = self.server.run(2, run, flags(self.data, run, **changes), plants=[plant], timeout_s=90)
         return answer, run, time.monotonic() - float(mark.read_text())
 
 
@@ -52,11 +52,11 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
     write_dataset(folder / "data" / "train", [60] * 60)
     write_dataset(folder / "data" / "val", [60] * 10, seed=1)
     stopped = folder / "stopped"
-    zygote = shared_zygote()
+    server = shared_rank_server()
     strike = {"kind": "signal", "rank": 0, "name": "SIGTERM", "when": "step", "number": 4}
     command = flags(folder / "data", stopped, **TWO_RANKS)
-    assert zygote.run(2, stopped, command, plants=[strike]).statuses == [0, 0]
-    return Trials(zygote, folder / "data", folder, stopped)
+    assert server.run(2, stopped, command, plants=[strike]).statuses == [0, 0]
+    return Trials(server, folder / "data", folder, stopped)
 
 
 def newest(run: Path) -> str:
@@ -145,7 +145,7 @@ def test_a_folder_that_only_rank_zero_finds_unusable(trials: Trials, tmp_path: P
     """Point 10: an out_dir that cannot be made, on two ranks: one message, status 2 on both, no waiting."""
     (tmp_path / "file").write_text("x")
     run = tmp_path / "file" / "run"
-    answer = trials.zygote.run(2, run, flags(trials.data, run, devices=2, strategy="ddp"), timeout_s=60)
+    answer = trials.server.run(2, run, flags(trials.data, run, devices=2, strategy="ddp"), timeout_s=60)
     assert answer.statuses == [2, 2] and answer.output.count("error: ") == 1, answer.output
     assert f"--out_dir {run} cannot be used: Not a directory" in answer.outputs[0]
 
@@ -154,7 +154,7 @@ def test_a_single_process_saves_before_an_error_ends_it(trials: Trials, tmp_path
     """Point 11: an error that every rank reaches saves first where the state is sound: here of the only rank."""
     run = tmp_path / "run"
     command = flags(trials.data, run, data__val=None, train__max_steps=4)
-    answer = trials.zygote.run(1, run, command, plants=[{"kind": "raise", "rank": 0, "step": 3}])
+    answer = trials.server.run(1, run, command, plants=[{"kind": "raise", "rank": 0, "step": 3}])
     assert answer.statuses == [1] and "planted failure" in answer.output
     assert "the newest checkpoint is iter-00000003-ckpt.pth" in answer.output
     train(*command, "--resume=latest")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from running import ROOT, flags, metrics, same_checkpoints, train, warm_python, write_dataset
-from stand_ins import Cluster
+from slurm_stand_ins import Cluster
 
 from pretrain import fabric_train, launch, parallel
 from pretrain.launch import Launch, StepEnvironment, find_launch, gpu_index, tasks_per_node

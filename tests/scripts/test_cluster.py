@@ -20,7 +20,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from running import ROOT, flags, metrics, train, warm_python, write_dataset
-from stand_ins import CLUSTER, PYTHON, STAND_INS, Cluster, wait_for
+from slurm_stand_ins import CLUSTER, PYTHON, STAND_INS, Cluster, wait_for
 
 from lit_data.record.trace import open_run
 from lit_data.record.verify import verify

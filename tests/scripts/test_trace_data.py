@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from record_writer import STEPS
-from recorded import prepare, write
+from recorded_run import prepare, write
 from running import ROOT, script
 
 from lit_data.packed.dataset import PackedDataset

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from parallel_configurations import column
 from running import flags, kill_once, metrics, same_checkpoints, script, train, train_killed
-from strategies import column
 
 from lit_data.loading.loader import read_rows
 from lit_data.loading.mixture import Mixture

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from parallel_configurations import CONFIGURATIONS, GLOBAL_BATCH, column, settings_of, shared_trainer
 from running import flags
-from strategies import CONFIGURATIONS, GLOBAL_BATCH, column, settings_of, shared_trainer
 
 from lit_data.loading.rows import count_windows
 from lit_data.packed.dataset import PackedDataset

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import flags, metrics, shared_zygote
-from zygote import Answer
+from rank_server import Answer
+from running import flags, metrics, shared_rank_server
 
 from lit_data.record.parts import read_record
 from lit_data.record.trace import left_out_of_document, open_run
@@ -29,7 +29,7 @@ Ranks = Callable[..., Answer]
 @pytest.fixture(scope="module")
 def ranks() -> Ranks:
     """Runs training on forked ranks: ranks(world_size, run, flags, plants=[...])."""
-    run: Ranks = shared_zygote().run
+    run: Ranks = shared_rank_server().run
     return run
 
 

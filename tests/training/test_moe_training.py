@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from parallel_configurations import column
 from running import flags, metrics, train
-from strategies import column
 
 from lit_model.config import ModelConfig
 from lit_model.load import Checkpoint

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from running import ROOT, flags, shared_zygote, write_dataset
-from zygote import TIMEOUT_S
+from rank_server import TIMEOUT_S
+from running import ROOT, flags, shared_rank_server, write_dataset
 
 from pretrain import fabric_train
 from pretrain.fabric_train import main
@@ -118,7 +118,7 @@ def test_two_tasks_of_slurm_pass_beside_a_run(data: Path, tmp_path: Path) -> Non
     changes: dict[str, Any] = {"devices": 2, "strategy": "fsdp", "resume": "latest", "save__state_dict_type": "sharded"}
     arguments = flags(data, run, train__max_steps=8, resume_allow="train.max_steps", **changes)
     tasks = [{"kind": "code", "text": SMALL_AND_SHORT + SLURM_TASK}]
-    answer = shared_zygote().run(2, run, [*arguments, "--preflight"], plants=tasks, env=slurm)
+    answer = shared_rank_server().run(2, run, [*arguments, "--preflight"], plants=tasks, env=slurm)
     assert answer.statuses == [0, 0], answer.output
     output = answer.outputs[0]
     assert settled(output) == FINE, output
@@ -153,7 +153,7 @@ def look_on_two(data: Path, run: Path, code: str, **changes: object) -> tuple[li
     """A preflight of two ranks, of which rank 1 runs `code` first: their exit statuses, and what rank 0 printed."""
     plants = [{"kind": "code", "text": SMALL_AND_SHORT}, {"kind": "code", "rank": 1, "text": code}]
     arguments = [*flags(data, run, devices=2, **changes), "--preflight"]
-    answer = shared_zygote().run(2, run, arguments, plants=plants)
+    answer = shared_rank_server().run(2, run, arguments, plants=plants)
     assert not answer.exceeded, answer.output
     return answer.statuses, answer.outputs[0]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from parallel_configurations import column, difference, settings_of, shared_trainer
 from running import flags
-from strategies import column, difference, settings_of, shared_trainer
 
 from lit_model.load import Checkpoint
 

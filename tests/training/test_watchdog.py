@@ -15,7 +15,7 @@ from pretrain.failure.watchdog import EXIT_HUNG, GRACE_INTERVALS, Watchdog, defa
 
 SILENT = {"stopped": 1, "lock_kept": 1, "host_stopped": 0, "host_killed_asleep": 0}  # case: rank
 CASES = ["asleep", "behind", "one_idle", "alone", "log_stuck", "healthy", *SILENT]
-LIMIT_S = 2.5 + 0.25 * GRACE_INTERVALS  # of tests/training/watchdog_worker.py
+LIMIT_S = 2.5 + 0.25 * GRACE_INTERVALS  # of tests/harness/watchdog_worker.py
 
 
 @pytest.fixture(scope="module")

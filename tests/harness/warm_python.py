@@ -3,7 +3,7 @@
 `running.warm_python()` is the path of a command that takes a script, `-m module` or `-c code`, and their arguments, as
 python does: it has the caller's folder, environment, open-file limit and standard streams (as UTF-8), answers with the
 script's exit status, passes signals on, and takes the script with it when it is killed. It is no user's python: modules
-are those that tests/forked_ranks.py has imported. One process, forked from there, answers all of them (`serve`); the
+are those that forked_ranks.py has imported. One process, forked from there, answers all of them (`serve`); the
 command itself (this file, run as a script) imports the standard library only.
 """
 
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGCONT)
 
 

@@ -48,8 +48,8 @@ class Answer:
         return "\n".join(self.outputs)
 
 
-class Zygote:
-    """Starts tests/forked_ranks.py, and asks it for runs.
+class RankServer:
+    """Starts tests/harness/forked_ranks.py, and asks it for runs.
 
     Args:
         folder: for the ranks' outputs.
@@ -61,7 +61,7 @@ class Zygote:
         # One thread: the arithmetic of all other tests. Arrow's allocator would start a thread, which no fork survives.
         environment = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
         self._process = subprocess.Popen(
-            [*before, sys.executable, str(ROOT / "tests" / "forked_ranks.py")],
+            [*before, sys.executable, str(ROOT / "tests" / "harness" / "forked_ranks.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -81,7 +81,7 @@ class Zygote:
         moment: dict[str, Any] | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> Answer:
-        """Train in the run folder `run`, and wait for the end. `trial` in tests/forked_ranks.py describes the rest."""
+        """Train in the run folder `run`, and wait for the end. `trial` in forked_ranks.py describes the rest."""
         assert self._process.stdin is not None and self._process.stdout is not None
         for old in self.folder.glob("rank-*"):
             old.unlink()
@@ -105,7 +105,7 @@ class Zygote:
         return Answer(outputs=outputs, calls=[self._calls(rank) for rank in ranks] if watch else [], **outcome)
 
     def serve_python(self, address: Path) -> None:
-        """Have what tests/warm_python.py asks for at this address answered."""
+        """Have what tests/harness/warm_python.py asks for at this address answered."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps({"address": str(address)}) + "\n")
         self._process.stdin.flush()

@@ -1,4 +1,4 @@
-"""For tests of parallel strategies: the configurations, and runs of them by tests/training/gradient_worker.py."""
+"""For tests of parallel strategies: the configurations, and runs of them by tests/harness/gradient_worker.py."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Trainer:
         environment = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
         environment["PYTHONPATH"] = str(ROOT)
         self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "training" / "gradient_worker.py")],
+            [sys.executable, str(ROOT / "tests" / "harness" / "gradient_worker.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,6 +1,6 @@
 """Damage to every file that the system reads, and what its reader makes of it.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=. python tests/fuzzed_files.py [--count 200] [--seed 0] [--only KIND ...]
+    OMP_NUM_THREADS=1 PYTHONPATH=. python tests/harness/fuzzed_files.py [--count 200] [--seed 0] [--only KIND ...]
 
 makes one small example of every kind of file, mutates each `count` times (bits, truncation, other types, deep nesting,
 huge numbers) and opens it as the system does, in processes forked from this one. It prints a table of what happened,

@@ -1,9 +1,9 @@
 """For tests of kills: a process that has imported everything, and forks the ranks of one training run after another.
 
-    python tests/forked_ranks.py
+    python tests/harness/forked_ranks.py
 
 reads requests from standard input and answers on standard output, one JSON object a line (see `trial`);
-tests/zygote.py asks. An import of torch and Lightning takes seconds, a fork some milliseconds. Nothing that a fork
+rank_server.py asks. An import of torch and Lightning takes seconds, a fork some milliseconds. Nothing that a fork
 would break is alive before it: no process group and no thread of any library, which is asserted.
 """
 
@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 import warm_python
-from plants import plant
+from planted_faults import plant
 from watched_calls import PHASES, Call, Watch
 
 import pretrain.loop
@@ -80,7 +80,7 @@ def trial(request: dict[str, Any]) -> dict[str, Any] | list[str]:
     The request:
         world_size, run, arguments: ranks, run folder, command line.
         log: how the paths of each rank's output (LOG-R) and calls (LOG-calls-R) begin.
-        env, plants: of the ranks: their further environment, and faults of tests/plants.py.
+        env, plants: of the ranks: their further environment, and faults of tests/harness/planted_faults.py.
         watch: note all calls that change the run folder, and what is being done; needed for what follows.
         kill: {rank, call: [kind, phase, number], half, everyone}: SIGKILL before this call of this rank; with `half`,
             after half of what it writes is written. It falls on this rank, or on `everyone`.
@@ -157,7 +157,7 @@ def become(rank: int, request: dict[str, Any], port: int, slots: memoryview) -> 
     faulthandler.enable()
     world = str(request["world_size"])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "zygote"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "server"}
     os.environ |= request["env"]
     plant(request["plants"])
     if request["watch"]:
@@ -165,7 +165,7 @@ def become(rank: int, request: dict[str, Any], port: int, slots: memoryview) -> 
 
 
 def serve_python(address: str) -> dict[str, Any]:
-    """Fork the process that answers tests/warm_python.py at this address; its scripts end in here."""
+    """Fork the process that answers tests/harness/warm_python.py at this address; its scripts end in here."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(32)

@@ -1,6 +1,6 @@
 """Trains by forked ranks, and reports the gradients of some steps and whether a checkpoint was loaded as it is.
 
-    python tests/training/gradient_worker.py
+    python tests/harness/gradient_worker.py
 
 reads requests from standard input and answers on standard output, one JSON object a line (see `train`). An import of
 torch and Lightning takes seconds, a fork some milliseconds, and a test of strategies has many runs. Nothing that a fork

@@ -1,4 +1,4 @@
-"""For tests of the record: a run folder without a model, that tests/record_writer.py writes the record of."""
+"""For tests of the record: a run folder without a model, that tests/harness/record_writer.py writes the record of."""
 
 from __future__ import annotations
 

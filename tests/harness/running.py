@@ -27,7 +27,7 @@ import torch
 from lit_data.packed.dataset import PackedWriter
 from lit_model.load import Checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VOCAB, EOS = 96, 1
 
 
@@ -75,22 +75,22 @@ def flags(data: Path, out_dir: Path, **changes: object) -> list[str]:
 
 
 @functools.cache
-def shared_zygote() -> Any:
-    """The tests/zygote.py of this process: starting one costs as much as importing torch and Lightning."""
-    from zygote import Zygote  # which imports this module
+def shared_rank_server() -> Any:
+    """The tests/harness/rank_server.py of this process: starting one costs as much as importing torch and Lightning."""
+    from rank_server import RankServer  # which imports this module
 
-    zygote = Zygote(Path(tempfile.mkdtemp(prefix="llammlein-ranks-")))
-    atexit.register(zygote.close)
-    return zygote
+    server = RankServer(Path(tempfile.mkdtemp(prefix="llammlein-ranks-")))
+    atexit.register(server.close)
+    return server
 
 
 @functools.cache
 def warm_python() -> str:
-    """A command that runs a script as python does, without the seconds that imports take: tests/warm_python.py."""
+    """A command that runs a script as python does, without the seconds that imports take: warm_python.py."""
     folder = Path(tempfile.mkdtemp(prefix="llammlein-python-"))
-    shared_zygote().serve_python(folder / "socket")
+    shared_rank_server().serve_python(folder / "socket")
     command = folder / "python"
-    client = [sys.executable, "-I", "-S", str(ROOT / "tests" / "warm_python.py"), str(folder / "socket")]
+    client = [sys.executable, "-I", "-S", str(ROOT / "tests" / "harness" / "warm_python.py"), str(folder / "socket")]
     command.write_text(f'#!/bin/sh\nexec {shlex.join(client)} "$@"\n')
     command.chmod(0o755)
     return str(command)
@@ -103,7 +103,7 @@ def train(
 
     tests/chaos/test_train_kill.py shows that both do the same. Standard output and error come as one.
     """
-    answer = shared_zygote().run(*ranks_and_folder(arguments), arguments, env=env, timeout_s=timeout)
+    answer = shared_rank_server().run(*ranks_and_folder(arguments), arguments, env=env, timeout_s=timeout)
     status = next((status for status in answer.statuses if status), 0)
     assert not check or status == 0, answer.output
     return subprocess.CompletedProcess(arguments, status, answer.output, answer.output)
@@ -112,7 +112,7 @@ def train(
 def train_killed(step: int, *arguments: str) -> None:
     """Likewise, but all ranks are ended by SIGKILL when rank 0 begins its `step`-th step."""
     moment = {"rank": 0, "phase": "step", "entry": step, "delay_s": 0.0, "everyone": True}
-    answer = shared_zygote().run(*ranks_and_folder(arguments), arguments, watch=True, moment=moment)
+    answer = shared_rank_server().run(*ranks_and_folder(arguments), arguments, watch=True, moment=moment)
     assert answer.killed and set(answer.statuses) == {-signal.SIGKILL}, answer.output
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from running import flags, metrics, shared_zygote, write_dataset
+from rank_server import Answer, RankServer
+from running import flags, metrics, shared_rank_server, write_dataset
 from torch import Tensor
-from zygote import Answer, Zygote
 
 from lit_data.record.parts import read_record
 from lit_data.record.trace import open_run
@@ -70,7 +70,7 @@ class Bench:
     """Runs trials of settings, and checks them against the undisturbed run of each."""
 
     def __init__(self, folder: Path, before: tuple[str, ...] = ()) -> None:
-        self.folder, self.zygote = folder, Zygote(folder, before) if before else shared_zygote()
+        self.folder, self.server = folder, RankServer(folder, before) if before else shared_rank_server()
         self.data, self.killed = folder / "data", folder / "killed"
         rng = np.random.default_rng(7)
         write_dataset(self.data / "train", rng.integers(1, 90, size=60).tolist())
@@ -78,9 +78,9 @@ class Bench:
         self._wholes: dict[Setting, Whole] = {}
 
     def train(self, setting: Setting, run: Path, changes: dict[str, object] | None = None, **request: Any) -> Answer:
-        """Train as far as it goes; the request is that of tests/zygote.py."""
+        """Train as far as it goes; the request is that of tests/harness/rank_server.py."""
         arguments = setting.arguments(self.data, run, **(changes or {}))
-        return self.zygote.run(setting.world_size, run, arguments, watch=True, **request)
+        return self.server.run(setting.world_size, run, arguments, watch=True, **request)
 
     def end(self, setting: Setting, run: Path, **changes: object) -> Answer:
         """Train to the end, undisturbed."""

@@ -1,4 +1,4 @@
-"""For tests of faults: runs the cases of tests/training/watchdog_worker.py, ranks in processes of their own."""
+"""For tests of faults: runs the cases of tests/harness/watchdog_worker.py, ranks in processes of their own."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run_cases(temporary: pytest.TempPathFactory, name: str, cases: list[str]) ->
     with open(folder.parent / "failing_ranks.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not outcome.exists():
-            worker = ROOT / "tests" / "training" / "watchdog_worker.py"
+            worker = ROOT / "tests" / "harness" / "watchdog_worker.py"
             line = [sys.executable, str(worker), str(folder), *cases]
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
             done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)

@@ -1,6 +1,6 @@
 """For tests of the record: a run without a model. Publishes parts of two ranks, makes empty checkpoints, merges.
 
-    python tests/record_writer.py RUN [--kill CALL:N]
+    python tests/harness/record_writer.py RUN [--kill CALL:N]
 
 goes on from the newest checkpoint of RUN to the last step, as training would after a crash. --kill ends the process
 like a SIGKILL at its N-th call of os.rename or os.fsync. It imports no torch: what the loader would deliver lies in
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from lit_data.packed.dataset import sync_file  # noqa: E402

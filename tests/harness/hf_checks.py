@@ -25,8 +25,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from examples import examples
 from hypothesis import strategies as st
+from hypothesis_examples import examples
 from safetensors.torch import load_file
 
 from lit_model.config import ModelConfig, RopeScaling

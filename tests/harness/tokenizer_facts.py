@@ -1,6 +1,6 @@
 """What transformers makes of a folder's tokenizer, as JSON; run as a script it serves other versions of transformers.
 
-python tests/opened_tokenizer.py FOLDER '[["plain text"], [{"role": "user", "content": "..."}]]'
+python tests/harness/tokenizer_facts.py FOLDER '[["plain text"], [{"role": "user", "content": "..."}]]'
 """
 
 from __future__ import annotations

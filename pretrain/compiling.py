@@ -1,4 +1,4 @@
-"""torch.compile block by block: how many compilations are allowed, and how many blocks really run compiled."""
+"""torch.compile block by block: dynamo's limits, and the number of blocks that run compiled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -
     """Compile each block; sharding stays outside of the graph. Blocks of one kind share their compilations.
 
     All blocks of all models share one code object, for which dynamo allows 8 compilations; after that it runs
-    everything new eagerly. The limits are raised by what the model may need.
+    everything new eagerly. The limits are raised to the model's need.
     """
     allowed = COMPILATIONS_PER_KIND * len({block.kind() for block in model.blocks()})
     config = torch._dynamo.config

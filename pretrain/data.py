@@ -29,12 +29,12 @@ from pretrain.ranks import on_rank_zero
 
 MAX_SAMPLES = 1 << 60  # of a run: their numbers are 64-bit integers
 MAX_MICRO_BATCH_TOKENS = 1 << 24  # of one device, far beyond what fits in its memory
-LOAD_BALANCE_LOSS = 0.001  # its weight where none is given: that of Llama 4 in transformers (router_aux_loss_coef)
+LOAD_BALANCE_LOSS = 0.001  # the default weight, that of Llama 4 in transformers (router_aux_loss_coef)
 
 
 @dataclass(frozen=True)
 class Data:
-    """The opened data and what follows from it. `rows` are those of each dataset of the mixture."""
+    """The data in the order of training. `rows`: of each dataset of the mixture."""
 
     rows: list[Rows]
     val: Rows | None
@@ -48,7 +48,7 @@ class Data:
         return [r.dataset for r in self.rows]
 
     def epochs(self, samples: int) -> list[float]:
-        """How often the rows of each dataset were seen in the first `samples` samples, on average."""
+        """Passes over each dataset in the first `samples` samples, as averages over its rows."""
         if self.end_sample is not None:
             samples = min(samples, self.end_sample)  # the last step is filled up with empty rows
         counts = self.mixture.counts(samples).tolist()
@@ -57,17 +57,20 @@ class Data:
 
 @dataclass(frozen=True)
 class Datasets:
-    """Packed datasets that fit the model and each other."""
+    """The packed datasets, checked against the model and each other."""
 
     train: list[PackedDataset]
     val: PackedDataset | None
     block_size: int
     notes: list[str] = dataclasses.field(default_factory=list)
-    """What could not be checked."""
+    """Checks that could not be made."""
 
 
 def open_datasets(args: RunArgs, checkpoint: Path | None = None) -> tuple[Datasets, ModelConfig]:
-    """Open the datasets, and see that they fit the model and the run, which may resume a checkpoint."""
+    """Open the datasets, and check them against the model and the settings. `checkpoint`: the one to resume.
+
+    Raises ValueError or FileNotFoundError.
+    """
     if args.data.train is not None:
         train = [PackedDataset(args.data.train)]
     else:
@@ -108,7 +111,9 @@ def open_datasets(args: RunArgs, checkpoint: Path | None = None) -> tuple[Datase
         facts = (train[0], args.data.packing, block_size, args.data.document_mask, config.vocab_size)
         check_cache(args.distillation, *facts)
     weights_of(args)
-    if args.train.max_epochs is None or args.data.packing == "concat":  # else it takes a plan, and is seen later
+    if (
+        args.train.max_epochs is None or args.data.packing == "concat"
+    ):  # else the number of rows needs a plan, and is checked later
         length_of(args, block_size, count_windows(train[0].n_tokens, block_size), first_segments(args))
     return Datasets(train, val, block_size, notes), config
 
@@ -133,7 +138,7 @@ def check_memory(args: RunArgs, config: ModelConfig, block_size: int) -> None:
 
 
 def router_losses(args: TrainArgs, config: ModelConfig) -> dict[str, float]:
-    """The weights of the losses that steer routers, for GPT. Raises ValueError for one that has nothing to steer."""
+    """The weights of the routers' losses. Raises ValueError for one of a model without experts."""
     given = {"load_balance_loss": args.load_balance_loss, "router_z_loss": args.router_z_loss}
     for name, value in given.items():
         if value and not config.n_expert:
@@ -148,7 +153,7 @@ def first_segments(args: RunArgs) -> list[Segment]:
 
 
 def length_of(args: RunArgs, block_size: int, n_windows: int, segments: list[Segment]) -> tuple[int, int | None]:
-    """The run's steps, and the sample it ends before (None: the last step is full)."""
+    """The number of steps, and the end of the samples (None: the last step is full)."""
     t, last = args.train, segments[-1]
     end_sample = None
     if t.max_steps is not None:
@@ -172,7 +177,7 @@ def length_of(args: RunArgs, block_size: int, n_windows: int, segments: list[Seg
 
 
 def weights_of(args: RunArgs) -> list[tuple[int, list[float]]]:
-    """(first step, weights) of each phase. Raises ValueError for weights that cannot be kept."""
+    """(first step, weights) of each phase. Raises ValueError for weights without integer quotas."""
     if args.data.train is not None:
         return [(0, [1.0])]
     weights = [(0, [entry.weight for entry in args.data.mixture])]
@@ -187,7 +192,7 @@ def weights_of(args: RunArgs) -> list[tuple[int, list[float]]]:
 
 
 def open_data(args: RunArgs, fabric: Fabric, datasets: Datasets, segments: list[Segment]) -> Data:
-    """The rows of the datasets, of which rank 0 makes the plans, their order, and the length of the run."""
+    """The rows of the datasets, their order, and the length of the run. Rank 0 makes missing row plans."""
 
     def rows_of(dataset: PackedDataset) -> Rows:
         return open_rows(dataset, args.data.packing, datasets.block_size, args.data.plan_dir)
@@ -205,7 +210,7 @@ def open_data(args: RunArgs, fabric: Fabric, datasets: Datasets, segments: list[
     if n_rows < args.train.global_batch_samples:
         fabric.print(
             f"warning: the data has {n_rows} rows of {datasets.block_size} tokens, fewer than the "
-            f"{args.train.global_batch_samples} of a step (--train.global_batch_samples): rows come several times in it"
+            f"{args.train.global_batch_samples} of a step (--train.global_batch_samples): rows repeat within a step"
         )
     val_rows = rows_of(datasets.val) if datasets.val is not None else None
     return in_order(args, rows, val_rows, datasets.block_size, segments)
@@ -221,7 +226,7 @@ def in_order(args: RunArgs, rows: list[Rows], val: Rows | None, block_size: int,
 
 
 def training_loader(args: RunArgs, fabric: Fabric, data: Data, segments: list[Segment]) -> Loader:
-    """Reads this rank's rows of each step."""
+    """The loader of this rank's rows."""
     micro_batch = args.train.micro_batch_samples
     return Loader(
         data.rows,
@@ -237,7 +242,7 @@ def training_loader(args: RunArgs, fabric: Fabric, data: Data, segments: list[Se
 
 
 def validation_loader(args: RunArgs, fabric: Fabric, data: Data) -> Loader | None:
-    """Reads the validation split in its own order, dealt out to the ranks; the last rows may be without data."""
+    """The loader of the validation split in its order, dealt out to the ranks; the last rows may be empty."""
     if data.val is None:
         return None
     micro_batch = args.eval.micro_batch_samples or args.train.micro_batch_samples

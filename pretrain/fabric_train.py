@@ -109,7 +109,7 @@ def rank_name() -> str:
 
 
 def mark_stopped(run: Run, by: str) -> None:
-    """Leave RUN/stopped.json, and queue the job again if that was asked for."""
+    """Write RUN/stopped.json, and requeue the job with --stop.requeue."""
     facts = {"signal": by, "step": run.step, "checkpoint": checkpoint_name(run.step), "time": time.time()}
     try:
         write_json(run.folder / STOPPED, facts)
@@ -124,11 +124,11 @@ def mark_stopped(run: Run, by: str) -> None:
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        print(f"warning: --stop.requeue: job {job} could not be queued again: {error}", file=sys.stderr)
+        print(f"warning: --stop.requeue: job {job} could not be requeued: {error}", file=sys.stderr)
 
 
 def describe(run: Run) -> None:
-    """Say what will happen: model, data, devices, attention kernel and why."""
+    """Print model, data, devices, and the attention kernels with the reason for each."""
     args, data, config = run.args, run.data, run.config
     dtype = torch.float32 if args.precision == "fp32" else DTYPES[args.precision]
     how = type(run.fabric.strategy).__name__.removesuffix("Strategy")
@@ -153,7 +153,7 @@ def describe(run: Run) -> None:
         lines.append(f"teachers {names}{', cached' if d.cache is not None else ''}; {how}")
     try:
         family_of(config)
-    except ValueError as error:  # worth nothing to transformers, and yet a model
+    except ValueError as error:  # no model of transformers, but it can be trained
         lines.append(f"warning  it can be trained and opened here, but not exported to Hugging Face: {error}")
     if run.device.type == "cpu" and args.accelerator == "auto" and has_gpus(os.environ):
         lines.append("warning  SLURM gave this job GPUs, but torch finds none (the driver, or apptainer's --nv?)")
@@ -163,7 +163,7 @@ def describe(run: Run) -> None:
 
 
 def kernels(device: torch.device, dtype: torch.dtype, config: ModelConfig, args: RunArgs) -> list[str]:
-    """A line for each attention kernel that will run: which, in which layers if there are several, and why."""
+    """One line for each attention kernel that will run: name, reason, and its layers if there are several."""
     layers: dict[AttentionChoice, list[int]] = {}
     for i in range(config.n_layer):
         chunked = config.layer_attention(i) == "chunked"
@@ -187,7 +187,7 @@ def leave(status: int) -> NoReturn:
     """End the process with `status`.
 
     Several ranks end without tearing down their process groups, and without the interpreter's tear-down: threads of
-    gloo that are still at work there end a process by a signal now and then, after all work is done.
+    gloo that still run then sometimes end the process by a signal, after all work is done.
     """
     if dist.is_initialized():
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What ends or turns back a run: signals, steps that stay non-finite, loss spikes."""
+"""What stops or rolls back a run: signals, repeated non-finite steps, loss spikes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 AFTER_MINUTES = "stop.after_minutes"
 REASONS = (*(s.name for s in STOP_SIGNALS), AFTER_MINUTES)
 RELAYED_S = 2.0
-"""torchrun passes Ctrl-C on to ranks that have had it from the terminal; so much later it is the user's second one."""
+"""torchrun relays Ctrl-C to ranks that already got it from the terminal; after this time it is a second one."""
 
 
 class AgreedError(RuntimeError):
-    """The run must end, and every rank sees it at the same step. `sound`: the state may be saved before."""
+    """The run must end, at the same step on every rank. `sound`: the state can be saved first."""
 
     def __init__(self, message: str, *, sound: bool) -> None:
         super().__init__(message)
@@ -36,7 +36,7 @@ class AgreedError(RuntimeError):
 
 
 class Interrupted(BaseException):
-    """A signal has come where there is nothing to save. Like KeyboardInterrupt no Exception, so that it passes."""
+    """A signal arrived before there was anything to save. Like KeyboardInterrupt, no `except Exception` stops it."""
 
     def __init__(self, name: str, exit_code: int) -> None:
         super().__init__(f"ended by {name} before the first step")
@@ -46,8 +46,8 @@ class Interrupted(BaseException):
 class StopSignals:
     """Receives the signals that stop a run, in a `with` block around all of it.
 
-    Until training begins one raises Interrupted. Then it is kept, for the ranks to agree on; a second SIGINT ends the
-    process at once.
+    Before training begins, a signal raises Interrupted. Then it is kept for the ranks to agree on, and a second SIGINT
+    ends the process at once.
 
     Attributes:
         received: the name of the first.
@@ -76,7 +76,7 @@ class StopSignals:
             if not self.kept:
                 raise Interrupted(self.received, self.exit_code)
             if number == signal.SIGINT:
-                say("Ctrl-C: saving after this step, then ending; once more ends at once, without saving")
+                say("Ctrl-C: saving after this step, then ending; press it again to end at once, without saving")
         elif number == signal.SIGINT and now - self._received_at > (RELAYED_S if launched_by_torchrun() else 0):
             say("Ctrl-C again: ending without saving")
             os._exit(130)
@@ -106,15 +106,14 @@ IMPORTED = time.monotonic()
 
 
 class StopRequest:
-    """What one rank wants all to know: that it got a signal, that its time is up, or that a thread of its own has
-    failed.
+    """Reasons of one rank to stop them all: it got a signal, its time is up, or one of its threads has failed.
 
-    It rides on the all-reduce of counts that each step begins with, so all ranks see it after the same step without a
-    collective of its own; validation has one for it. On CUDA it is read a step later, from memory that the copy has
-    filled by then: waiting for it only keeps the host from running more than a step ahead.
+    It is part of the all-reduce of counts that each step begins with, so all ranks see it after the same step without
+    an extra collective; validation has its own. On CUDA it is read a step later, when the copy is done: waiting for it
+    only keeps the host from running more than a step ahead.
 
     Attributes:
-        signals: of this process; None where nobody listens.
+        signals: of this process; None: signals don't stop the run.
         after_minutes: since the process began, or None.
         reason: what the ranks agreed to stop for, once they have.
         rank_failed: whether they agreed that one has failed.
@@ -136,7 +135,7 @@ class StopRequest:
         return (*(float(s.name == received) for s in STOP_SIGNALS), float(late), float(failed))
 
     def summed(self, flags: Tensor) -> None:
-        """Take the sums over the ranks, as they lie on the device, for `agreed` to read."""
+        """Take the sums over the ranks, on the device, for `agreed` to read."""
         if flags.is_cuda:
             host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
             host.copy_(flags, non_blocking=True)
@@ -169,13 +168,13 @@ def check_progress(skipped_in_row: int, most: int, step: int, last_checkpoint: s
 
 
 def skip_if_not_finite(norm: Tensor) -> Tensor:
-    """1.0 where a gradient norm is not finite, else 0.0; a float32 scalar on its device, read by nobody."""
+    """1.0 where a gradient norm is not finite, else 0.0; a float32 scalar on its device, never read on the host."""
     return (~torch.isfinite(norm)).to(torch.float32)
 
 
 @dataclass
 class Spike:
-    """A loss spike: first seen at log step `first_step`, believed at `step`; `good_step` was the last before it."""
+    """A loss spike: began at log step `first_step`, confirmed at `step`; `good_step` is the last one before it."""
 
     good_step: int
     first_step: int
@@ -206,7 +205,7 @@ class SpikeDetector:
         self.good_step = int(state["good_step"])
 
     def add(self, step: int, loss: float) -> Spike | None:
-        """Take the loss after `step` steps; the spike that it completes, if it does."""
+        """Add the loss after `step` steps. Returns the spike that it confirms, if any."""
         if self.args.spike_action == "none":
             return None
         enough = len(self.losses) * 2 >= self.args.spike_window
@@ -220,7 +219,7 @@ class SpikeDetector:
         if len(self.high) < self.args.spike_rows:
             return None
         spike = Spike(self.good_step, self.high[0][0], step, loss, mean, deviation)
-        # The new level is what later losses are compared with, lest a lasting change be said again and again.
+        # Later losses are compared with the new level, so that a lasting change is reported once.
         self.losses.clear()
         self.losses.extend(loss for _, loss in self.high if math.isfinite(loss))
         self.high, self.good_step = [], step

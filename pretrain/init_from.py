@@ -1,4 +1,4 @@
-"""What a run begins with: the model's config, and weights and moments of another checkpoint."""
+"""The initial state of a run: the model's config, and weights and moments of another checkpoint."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pretrain.optim import AdamW
 
 
 def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None) -> ModelConfig:
-    """The model's config: of the registry and the flags, or of the weights to begin with.
+    """The model's config: from the registry and the flags, or from --init_from.
 
-    With a checkpoint to go on from, the weights that the run began with are no longer needed.
+    A resumed run takes it from its checkpoint, and no longer needs --init_from.
     """
     if args.init_from is None:
         return args.model.config(vocab_size, args.train.block_size)

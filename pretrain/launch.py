@@ -1,6 +1,6 @@
-"""The processes that a launcher (srun, torchrun) has started, as its variables describe them.
+"""The processes started by a launcher (srun, torchrun), from its environment variables.
 
-Their number and places are the launcher's; they override a config's, and only a flag that contradicts them is refused.
+The launcher decides their number and places, which override a config; a flag that contradicts them is an error.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Literal
 from pretrain.args import RunArgs, TrainArgs
 from pretrain.fabric import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
-# Names that SLURM gives to the job of a shell; there `python` is a process of its own, whatever the job's size.
+# Names that SLURM gives to a shell's job; there `python` runs alone, whatever the job's size.
 SHELLS = ("interactive", "bash", "sh", "zsh", "fish", "tcsh")
-WAITING_S = 60.0  # until a process says that it is waiting for the others
+WAITING_S = 60.0  # until a process prints that it is waiting for the others
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 def is_first_process() -> bool:
-    """Whether this process is rank 0, as far as the environment says, or starts the others itself."""
+    """Whether this process is rank 0 according to the environment, or starts the others itself."""
     return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)
 
 
@@ -49,7 +49,7 @@ class Launch:
 
 
 def find_launch(env: Mapping[str, str] | None = None) -> Launch | None:
-    """What started this process together with others; None: nothing has, it is alone or starts them itself.
+    """The launcher of this process and its ranks; None: it was started alone, and may start others itself.
 
     Raises ValueError if nodes have different numbers of processes.
     """
@@ -58,7 +58,7 @@ def find_launch(env: Mapping[str, str] | None = None) -> Launch | None:
         world_size, devices = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
         if world_size % devices:
             raise ValueError(
-                f"torchrun started {world_size} processes, {devices} on this node: each node needs as many"
+                f"torchrun started {world_size} processes, {devices} on this node: each node needs the same number"
             )
         return Launch("torchrun", world_size, devices, int(env["RANK"]), int(env["LOCAL_RANK"]))
     # A job's script has SLURM_PROCID too; the variables of a step are srun's alone.
@@ -76,8 +76,8 @@ def find_launch(env: Mapping[str, str] | None = None) -> Launch | None:
     )  # fmt: skip
     if len(set(places)) > 1:
         raise ValueError(
-            f"srun started {', '.join(map(str, places))} tasks on its {len(places)} nodes; each node needs as many: "
-            "give --ntasks-per-node and --nodes"
+            f"srun started {', '.join(map(str, places))} tasks on its {len(places)} nodes; each node needs the "
+            "same number: give --ntasks-per-node and --nodes"
         )
     return Launch("srun", world_size, places[0], int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID") or 0))
 
@@ -89,7 +89,7 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def is_shell(env: Mapping[str, str]) -> bool:
-    """Whether this is a job of SLURM with a shell that someone types in (salloc, srun --pty)."""
+    """Whether this is a SLURM job with an interactive shell (salloc, srun --pty)."""
     return env.get("SLURM_JOB_NAME") in SHELLS or "SLURM_PTY_PORT" in env
 
 
@@ -141,7 +141,7 @@ def _alone(args: RunArgs, typed: Collection[str], env: Mapping[str, str]) -> lis
     if is_shell(env):
         return [f"{problem}: it runs alone (`srun python pretrain/fabric_train.py ...` starts all)"]
     raise ValueError(
-        f"{problem}, and would wait for the others: start it by `srun python pretrain/fabric_train.py ...`, or give "
+        f"{problem}, and would wait for the others: start it with `srun python pretrain/fabric_train.py ...`, or give "
         "--devices N for N processes of this node without srun"
     )
 
@@ -177,10 +177,10 @@ def gpu_index(launch: Launch, n_visible: int, env: Mapping[str, str] | None = No
 
 
 class StepEnvironment(SLURMEnvironment):
-    """A task of srun as Fabric is to see it: each is a node of its own, with one device that we choose.
+    """Presents a task of srun to Fabric as its own node, with one device that we choose.
 
-    So the step's variables decide, where Lightning reads the job's, wants --ntasks-per-node, and takes a job that is
-    named interactive for one without srun.
+    So the step's variables decide. Lightning would read the job's, require --ntasks-per-node, and take a job named
+    interactive for one without srun.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -205,7 +205,7 @@ class StepEnvironment(SLURMEnvironment):
     def main_port(self) -> int:
         if port := os.environ.get("MASTER_PORT"):
             return int(port)
-        # Steps of one job that run at once must not meet each other.
+        # Concurrent steps of one job must not connect to each other.
         number = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ["SLURM_STEP_ID"])
         return 15000 + number % 10000
 
@@ -225,15 +225,15 @@ class StepEnvironment(SLURMEnvironment):
 
 
 def environment_for_fabric(launch: Launch | None) -> ClusterEnvironment | None:
-    """What tells Fabric about the processes; None: it finds that out itself, as it does for torchrun."""
+    """Fabric's source of information about the processes; None: it detects them itself, as for torchrun."""
     if launch is not None and launch.by == "srun":
         return StepEnvironment(launch) if launch.world_size > 1 else LightningEnvironment()
-    # Without srun SLURM's variables say nothing about this process.
+    # Without srun, SLURM's variables don't describe this process.
     return LightningEnvironment() if launch is None and "SLURM_JOB_ID" in os.environ else None
 
 
 class WaitingNotice:
-    """Around the start of the processes: after a minute each prints that it is waiting for the others."""
+    """While the processes start: after a minute, each prints that it is waiting for the others."""
 
     def __init__(self, world_size: int) -> None:
         rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or "0"

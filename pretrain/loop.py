@@ -52,7 +52,7 @@ SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 
 @dataclass
 class StepResult:
-    """What a step leaves on the device: nothing has been read yet.
+    """Results of a step, still on the device.
 
     Attributes:
         loss_sum: this rank's summed loss, float64 scalar.
@@ -72,7 +72,7 @@ class StepResult:
 
 
 class RollBack(Exception):
-    """A loss spike is answered by going back: to a checkpoint, for a reason. Every rank raises it at the same step."""
+    """Roll back to a checkpoint after a loss spike. Every rank raises it at the same step."""
 
     def __init__(self, checkpoint: Path, reason: str) -> None:
         super().__init__(reason)
@@ -97,7 +97,7 @@ def fit(run: Run) -> str | None:
 
 
 def run_steps(run: Run) -> str | None:
-    """The steps from `run.step` to the end, or to a signal, a fault or a loss spike."""
+    """Train from `run.step` to the end, or to a signal, a fault or a loss spike."""
     args, max_steps = run.args, run.data.max_steps
     rank_zero = run.fabric.global_rank == 0
     metrics = MetricsFile(run.folder / METRICS, run.metrics_columns) if rank_zero else None
@@ -238,7 +238,7 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
 
 
 def compiled_blocks(run: Run) -> CompiledBlocks | None:
-    """Counts what is compiled in the steps from here on; None if nothing is to be."""
+    """The counter of compiled blocks; None if nothing is compiled."""
     models: dict[str, Sequence[GPT]] = {}
     if run.args.compile:
         models["model"] = [run.raw_model]
@@ -248,7 +248,7 @@ def compiled_blocks(run: Run) -> CompiledBlocks | None:
 
 
 def sync_gradients(run: Run, last: bool) -> AbstractContextManager[Any]:
-    """Say whether this micro-batch's backward reduces gradients over the ranks."""
+    """Set whether this micro-batch's backward reduces gradients over the ranks."""
     if uses_fsdp(run.args):
         run.raw_model.set_requires_gradient_sync(last or not run.args.train.defer_gradient_sync)  # type: ignore[operator]
         return nullcontext()
@@ -308,7 +308,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, float]:
-    """The numbers of a log step. Reading them is the one wait for the device in `log.every_steps` steps."""
+    """The numbers of a log step. Reading them is the only host sync in `log.every_steps` steps."""
     total = result.loss_sum.clone()
     if run.world_size > 1:
         dist.all_reduce(total)
@@ -352,8 +352,8 @@ def epoch_columns(run: Run, epochs: list[float]) -> list[tuple[str, float]]:
 def with_validation(
     run: Run, row: dict[str, float], throughput: Throughput, progress: ProgressDisplay
 ) -> dict[str, float]:
-    """A row of metrics with the columns of validation. Nothing if a stop has cut that short: then the checkpoint keeps
-    the row, and a resume begins with the validation.
+    """A row of metrics with the columns of validation. Empty if a stop interrupted the validation: then the checkpoint
+    keeps the row, and a resume begins with the validation.
     """
     values = validate(run, throughput, progress)
     run.unfinished = row if values is None else None
@@ -391,9 +391,9 @@ def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dic
     if run.world_size > 1:
         dist.all_reduce(total)
     loss_sum, n_targets = total.tolist()
-    throughput.go_on(paused)
+    throughput.resume(paused)
     if run.stop.reason is not None:
-        progress.say(f"step {run.step}: {run.stop.reason}; the validation is left to the resume")
+        progress.say(f"step {run.step}: {run.stop.reason}; the resume will repeat the validation")
         return None
     if n_targets == 0:
         return {}
@@ -406,7 +406,7 @@ def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dic
 
 
 def stop_validation(run: Run) -> bool:
-    """Whether the ranks have agreed to stop the run: a validation may take longer than a signal leaves."""
+    """Whether the ranks have agreed to stop: a validation may take longer than the time left after a signal."""
     flags = torch.tensor(run.stop.flags(failed=run.fault() is not None), dtype=torch.float64, device=run.device)
     if run.world_size > 1:
         dist.all_reduce(flags)
@@ -431,7 +431,7 @@ def publish_row(
 
 
 def check_losses(run: Run, row: dict[str, float]) -> None:
-    """Look for a loss spike; warn, or raise RollBack, or AgreedError where there is no way back."""
+    """Look for a loss spike: warn, or raise RollBack, or AgreedError if the run cannot go back."""
     guard = run.args.guard
     spike = run.spikes.add(run.step, row["train_loss"])
     if spike is None:
@@ -448,39 +448,39 @@ def check_losses(run: Run, row: dict[str, float]) -> None:
         run.fabric, lambda: [p for p in list_checkpoints(run.folder) if (checkpoint_step(p) or 0) <= spike.good_step]
     )
     if not before:
-        raise AgreedError(f"loss spike: {spike}; there is no checkpoint from before it to go back to", sound=False)
+        raise AgreedError(f"loss spike: {spike}; no earlier checkpoint to go back to", sound=False)
     raise RollBack(before[-1], f"loss spike: {spike}")
 
 
 def raise_fault(run: Run) -> NoReturn:
-    """End the run for a fault that some ranks have: the same error on all of them."""
+    """End the run because of faults of some ranks, with the same error on all."""
     faults = [run.fault()]
     if run.world_size > 1:
         faults = [None] * run.world_size
         dist.all_gather_object(faults, run.fault())
     run.saver.wait()  # raises the saver's own error, on every rank
-    told = "; ".join(f"rank {rank}: {fault}" for rank, fault in enumerate(faults) if fault is not None)
-    raise AgreedError(told, sound=False)
+    message = "; ".join(f"rank {rank}: {fault}" for rank, fault in enumerate(faults) if fault is not None)
+    raise AgreedError(message, sound=False)
 
 
 def save(run: Run, throughput: Throughput) -> None:
-    """Save the state, and with it the part of the record since the last time."""
+    """Save the state, and publish the part of the record since the last save."""
     paused = throughput.pause()
     run.beat("saving")
     finish_part = run.recorder.publish_later() if run.recorder is not None else lambda: None
     run.saver.save(run.step, run.tensors(), checkpoint_meta(run), finish_part)
-    throughput.go_on(paused)
+    throughput.resume(paused)
 
 
 def may_save(run: Run) -> bool:
-    """Whether the state after `run.step` steps is whole and can be saved after an error in any place: without
-    collectives of training, in which the ranks may have come to different points."""
+    """Whether the state after `run.step` steps is whole, and can be saved without collectives of training: after an
+    error the ranks may be at different ones."""
     gathers = uses_fsdp(run.args) and run.args.save.state_dict_type == "full" and run.world_size > 1
     return run.sound and not gathers and run.fault() is None
 
 
 def save_before_the_end(run: Run, throughput: Throughput) -> None:
-    """After an error of all ranks. What goes wrong now is not what ends the run."""
+    """Save after an error that all ranks share. A failure to do so is only a warning."""
     try:
         if (run.folder / checkpoint_name(run.step)).exists():
             return
@@ -491,7 +491,7 @@ def save_before_the_end(run: Run, throughput: Throughput) -> None:
 
 
 def checkpoint_meta(run: Run) -> dict[str, object]:
-    """What a checkpoint says besides its tensors; all of it JSON."""
+    """The meta of a checkpoint: everything besides its tensors, JSON-able."""
     datasets = run.data.train
     return {
         **run.to_meta(),

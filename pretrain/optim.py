@@ -1,7 +1,7 @@
 """AdamW with decay on matrices only, clipping on any mesh, and steps that are skipped on the device.
 
-Everything works on the local parts of parameters (DTensor shards or plain tensors), so that one code serves one
-device, DDP and FSDP2, and nothing waits for the device.
+Everything works on the local parts of parameters (DTensor shards or plain tensors), so that the same code serves one
+device, DDP and FSDP2, without a host sync.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: T
     Shards are summed over the dimensions of their mesh that shard; replicas count once, as do gradients that are plain
     tensors, which DDP has made equal on all ranks. The coefficient is min(1, max_norm / (norm + 1e-6)), as in
     torch.nn.utils.clip_grad_norm_. Nothing is read on the host: a norm that is not finite comes back as it is, for the
-    caller to skip the step by. The norm lies where the gradients lie, on the host under CPU offload.
+    caller to skip the step by. The norm is on the device of the gradients, the host under CPU offload.
 
     Args:
         max_norm: 0 leaves the gradients as they are (but for `scale`).
@@ -115,7 +115,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: T
 
 
 Layout = tuple[DeviceMesh, tuple[Placement, ...]] | None
-"""How a tensor lies on the ranks; None: plain."""
+"""How a tensor is distributed over the ranks; None: plain."""
 
 
 def by_layout(grads: list[Tensor]) -> dict[Layout, list[Tensor]]:
@@ -128,7 +128,7 @@ def by_layout(grads: list[Tensor]) -> dict[Layout, list[Tensor]]:
 
 
 def sum_of_squares(layout: Layout, shards: list[Tensor]) -> Tensor:
-    """Of whole tensors that lie alike, from this rank's parts; a float32 scalar, the same on all ranks."""
+    """Of whole tensors of one layout, from this rank's parts; a float32 scalar, the same on all ranks."""
     total = torch.stack(torch._foreach_norm(shards, 2.0)).to(torch.float32).square().sum()
     mesh, placements = layout if layout is not None else (None, ())
     for dim, placement in enumerate(placements):

@@ -73,7 +73,7 @@ def check_shapes(args: RunArgs) -> int:
         if devices > 1 and ":" in teacher:
             raise ValueError(
                 f"--distillation.teacher_device {teacher}: {devices} devices would all put their teachers there; leave "
-                "it out, and the teachers lie beside the student (or shard them: --distillation.shard_teachers true)"
+                "it out to put them beside the student (or shard them: --distillation.shard_teachers true)"
             )
     if args.sharding_strategy == "HYBRID_SHARD" and uses_fsdp(args) and args.num_nodes < 2 and devices % 2:
         raise ValueError("--sharding_strategy HYBRID_SHARD needs several nodes, or an even number of devices on one")

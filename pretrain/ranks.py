@@ -1,9 +1,9 @@
-"""What ranks do about errors: a mistake that all of them see ends all of them with one message; an error of one rank is
-printed by it, with its host, and ends the others within seconds.
+"""Errors of ranks: a user's mistake ends all of them with one message; an error of one rank is printed by it, with its
+host, and ends the others within seconds.
 
-From the moment the ranks have met until they leave, a thread on each looks twice a second at a key of the store they
-met at. A rank that fails sets it. So nobody waits in a collective for a rank that will not come, whatever the backend
-does about it: NCCL waits for its time-out.
+From the moment the ranks are connected until they leave, a thread on each polls a key of their store twice a second. A
+rank that fails sets it. So no rank waits in a collective for one that will not come, whatever the backend: NCCL would
+wait for its timeout.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ MEET = timedelta(seconds=60)
 FAILED = "llammlein/failed"
 POLL_S = 0.5
 TOGETHER_S = 4.0
-"""For ranks that come to the same error: the slowest after the fastest."""
+"""For ranks that reach the same error: the slowest after the fastest."""
 NOTICE_S = 5.0
-"""For the others to notice an error, while the rank that has it stays: it may host the store, or be their launcher."""
+"""For the others to notice an error before the failing rank exits: it may host the store, or be their launcher."""
 
 
 class Mistake(ValueError):
@@ -64,10 +64,10 @@ def on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T:
 
 
 class Peers:
-    """The ranks of a run, from when they have met; of a single process, itself.
+    """The ranks of a run once they are connected; for a single process, itself.
 
     Args:
-        watched: an error of one rank ends all. Without it errors are raised as they are.
+        watched: an error of one rank ends all. Otherwise errors are raised unchanged.
 
     Attributes:
         folder: the run folder once it is known, for the name of the newest checkpoint.
@@ -80,7 +80,7 @@ class Peers:
         self.host = socket.gethostname()
         self.folder: Path | None = None
         self.watchdog: Watchdog | None = None
-        self._ending = threading.Lock()  # whoever has it ends this process; it is never released
+        self._ending = threading.Lock()  # its holder ends this process; it is never released
         self._closed = threading.Event()
         if self.several:
             self._client: dist.Store = _get_default_store().clone()  # type: ignore[attr-defined]  # missing in stubs
@@ -95,9 +95,9 @@ class Peers:
             return "none"
 
     def all_reach(self, error: BaseException, step: int = 0) -> bool:
-        """Whether every rank comes to this same error at this step, within TOGETHER_S. All get the same answer.
+        """Whether every rank reaches this same error at this step within TOGETHER_S. All get the same answer.
 
-        A run asks this once: it ends by it.
+        A run calls this once, as it ends.
         """
         if not self.several:
             return True
@@ -116,12 +116,12 @@ class Peers:
             if together and self.rank == 0:  # the store may end with this process
                 store.wait([f"llammlein/told/{rank}" for rank in range(self.world_size)], timedelta(seconds=NOTICE_S))
             return together
-        except RuntimeError:  # the store has gone with its host, or a rank that agreed has not answered
+        except RuntimeError:  # the store is gone with its host, or a rank that agreed has not answered
             return False
 
     def end_set_up(self, error: BaseException) -> NoReturn:
-        """For an error in set-up, after the ranks have met. Raises what every rank raises alike; else ends this
-        process and, within seconds, the others."""
+        """Handle an error in set-up, once the ranks are connected. Raises an error that every rank shares; any other
+        ends this process and, within seconds, the others."""
         if (newest := self.newest_checkpoint) != "none":
             error.add_note(f"the newest checkpoint is {newest}")
         if isinstance(error, Mistake):
@@ -139,8 +139,8 @@ class Peers:
         self.give_up(error)
 
     def give_up(self, error: BaseException, step: int = 0) -> NoReturn:
-        """End this rank by its own exception: the others may be anywhere, so nothing is saved, and only the notice of
-        the others is waited for."""
+        """End this rank by its own exception. The others may be anywhere, so nothing is saved; this rank only waits
+        until they have noticed."""
         self._ending.acquire()
         kind = type(error).__name__
         first = Failure("", self.rank, self.host, step, kind, str(error), utc_now(), self.rank)
@@ -154,7 +154,7 @@ class Peers:
         if first.rank == self.rank and not quiet:
             traceback.print_exception(error)
         print(f"the newest checkpoint is {self.newest_checkpoint}", file=sys.stderr, flush=True)
-        # A rank that was lost without a word (its host has gone) is worth another try; an error of a program is not.
+        # A rank that was lost silently (its host is gone) is worth a retry; a program's error is not.
         status = status_of(error) if first.error != "Silent" else EXIT_HUNG
         if self.several:
             notice = threading.Thread(target=self._tell, args=(first, status), daemon=True)
@@ -164,7 +164,7 @@ class Peers:
         self._leave(status)
 
     def _tell(self, first: Failure, status: int) -> None:
-        """Let the others know, and wait until they do."""
+        """Notify the others, and wait until they have noticed."""
         try:
             store = _get_default_store()
             store.compare_set(FAILED, "", json.dumps({"status": status, **vars(first)}))
@@ -180,23 +180,25 @@ class Peers:
             try:
                 if not self._client.check([FAILED]):
                     continue
-                told = json.loads(self._client.get(FAILED))
+                facts = json.loads(self._client.get(FAILED))
                 self._client.set(f"{FAILED}/{self.rank}", "")
             except RuntimeError:
                 self._end_without_store()
                 return
-            status, first = told.pop("status"), Failure(**told)
+            status, first = facts.pop("status"), Failure(**facts)
             self._end_by_other(f"rank {self.rank} stopped since rank {first.rank} failed first ({first})", status)
             return
 
     def _end_without_store(self) -> None:
-        """The process that keeps the store has ended. The watchdog sees to that, once there is one."""
+        """The store's host process has ended. Once there is a watchdog, it handles this."""
         if self.watchdog is None and not self._closed.wait(NOTICE_S):
-            text = f"rank {self.rank} on {self.host} lost the connection to rank 0, which has gone"
+            text = f"rank {self.rank} on {self.host} lost the connection to rank 0"
             self._end_by_other(text, EXIT_HUNG)
 
     def _end_by_other(self, text: str, status: int) -> None:
-        if not self._ending.acquire(blocking=False):  # this rank ends by an error of its own; not for ever, though
+        if not self._ending.acquire(
+            blocking=False
+        ):  # this rank is ending by its own error; give it time, but not forever
             time.sleep(2 * NOTICE_S)
             os._exit(status)
         if self.watchdog is not None:
@@ -207,14 +209,14 @@ class Peers:
         self._leave(status)
 
     def meet(self) -> None:
-        """Wait until every rank has come to the end; one that fails instead ends the others.
+        """Wait until every rank has finished; one that fails instead ends the others.
 
-        The store may end with rank 0, so that after this nobody asks it for anything. Rank 0 goes first: if it started
-        the others, Fabric would end it by SIGKILL for one that has another status than 0.
+        The store may end with rank 0, so after this no rank uses it. Rank 0 releases the others: if it started them,
+        Fabric would end it by SIGKILL for a rank with an exit status other than 0.
         """
         if self.several:
             store, others = _get_default_store(), range(1, self.world_size)
-            with contextlib.suppress(dist.DistError):  # a rank that is gone is not waited for longer
+            with contextlib.suppress(dist.DistError):  # stop waiting for a rank that is gone
                 if self.rank == 0:
                     store.wait([f"llammlein/here/{other}" for other in others], MEET)
                     store.set("llammlein/go", "")
@@ -228,13 +230,13 @@ class Peers:
         self.close()
 
     def _leave(self, status: int) -> NoReturn:
-        """End the process; rank 0 last, since torch prints stacks on ranks that ask a store which has gone."""
+        """End the process; rank 0 last, since torch prints stacks on ranks whose store is gone."""
         if self.several and self.rank == 0:
             time.sleep(2 * POLL_S)
         os._exit(status)
 
     def close(self) -> None:
-        """The ranks leave: what others do is of no interest any more."""
+        """Stop watching the other ranks."""
         self._closed.set()
 
 

@@ -1,4 +1,4 @@
-"""What a run may resume from, and how: compare a checkpoint with the settings, load it, go back to it."""
+"""Resuming: compare a checkpoint with the settings, load it, go back to it after a loss spike."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.optim import AdamW, LossScale
 from pretrain.run import Progress, Run
 from pretrain.run_folder import begin_recording
 
-# Settings that decide what a run means: a resume with another value is refused unless --resume_allow names it.
+# Settings that change the meaning of a run: a resume with another value is an error unless --resume_allow names it.
 MEANING = (
     "seed",
     "model",
@@ -33,7 +33,7 @@ MEANING = (
     "objective",
     "distillation",
 )
-# Parts of these that only decide how it is computed, or are known by their content.
+# Exceptions: these only change how it is computed, or are compared by content.
 MECHANICS = (
     "train.micro_batch_samples",
     "train.activation_checkpointing",
@@ -112,7 +112,7 @@ def check_resume(
 
     Raises ValueError that lists every other difference.
     """
-    # What older checkpoints lack had its default.
+    # Settings that older checkpoints lack had these defaults.
     later = {"optim.steps_before": 0, **flat({"objective": "cross_entropy", "distillation": plain(DistillationArgs())})}
     old, new = later | flat(meta["config"]), flat(plain(args))
     keys = [
@@ -152,13 +152,13 @@ def show_teachers(taught_by: list[dict[str, Any]]) -> list[str]:
 
 
 def check_history(meta: dict[str, Any], data: Data, path: Path) -> None:
-    """Refuse other weights for samples that were seen: the record would no longer be true."""
+    """Raise ValueError for other weights of samples that were seen: the record would be wrong."""
     step = int(meta["step"])
     seen, _ = first_sample_of_step([Segment(**s) for s in meta["segments"]], step)
     width = max(len(meta["data"]["phases"][0]["quotas"]), len(data.rows))
 
     def begun(phases: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
-        """The phases before `seen`; a dataset that was not there yet had no row."""
+        """The phases before `seen`; a new dataset had no row."""
         return [
             (p["first_sample"], [*p["quotas"], *[0] * (width - len(p["quotas"]))])
             for p in phases
@@ -168,7 +168,7 @@ def check_history(meta: dict[str, Any], data: Data, path: Path) -> None:
     if begun(meta["data"]["phases"]) != begun([p.to_dict() for p in data.mixture.phases]):
         raise ValueError(
             f"{path}: --data.mixture and --data.phases give other weights than the {step} steps that are done had; "
-            f"keep those, and let what is new begin by --data.phases from step {step} on (a new dataset has weight 0 "
+            f"keep those, and begin new ones with --data.phases from step {step} (a new dataset has weight 0 "
             "before)"
         )
 

@@ -1,4 +1,4 @@
-"""Data for a run without data: synthetic text, a tokenizer trained on it, and the packed splits."""
+"""Synthetic data: text, a tokenizer trained on it, and the packed splits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pretrain.args import SyntheticArgs
 
 
 def make_synthetic_data(args: SyntheticArgs, folder: Path, seed: int) -> tuple[Path, Path]:
-    """Make text, tokenizer and packed data in `folder`, what is there already excepted. Returns (train, val).
+    """Make text, tokenizer and packed data in `folder`, as far as they are missing. Returns (train, val).
 
-    Each part appears as a whole, so that a killed run finds or remakes it.
+    Each part is published whole, so that after a kill it is found or made again.
     """
     text, tokenizer, packed = folder / "text", folder / "tokenizer", folder / "packed"
     if not text.exists():

@@ -1,5 +1,7 @@
-"""Training state on disk: find, load, rewind, retain. `pretrain/checkpoint/writing.py` writes it; its layout is
-described in `lit_model/load.py`."""
+"""Checkpoints on disk: find, load, rewind the run folder, delete old ones.
+
+`pretrain/checkpoint/writing.py` writes them; their layout is described in `lit_model/load.py`.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ from pretrain.logs.metrics import FILE as METRICS
 from pretrain.optim import AdamW
 
 FORMAT_VERSION = 1
-ABANDONED = "abandoned"  # in the run folder: checkpoints and record of steps that it went back over
+ABANDONED = "abandoned"  # in the run folder: checkpoints and record of steps that were rolled back
 STEP_COUNT = "optimizer.all/step_count"  # in a checkpoint: AdamW's updates so far
 
 
@@ -68,7 +70,7 @@ def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Resumed:
-    """What a checkpoint of a run must say, for the run to be resumed."""
+    """The meta that a checkpoint needs to be resumed."""
 
     step: int
     segments: list[Segment]
@@ -96,13 +98,13 @@ class _Weighted:
 
 
 def check_meta(meta: dict[str, Any], path: Path) -> None:
-    """Raises ValueError, naming the checkpoint, where its facts are not those of a run that can be resumed."""
+    """Raises ValueError, naming the checkpoint, if its meta is not that of a run that can be resumed."""
     names = {f.name for f in fields(_Resumed)}
     build(_Resumed, {name: value for name, value in meta.items() if name in names}, f"{path}: its meta")
 
 
 def check_whole(checkpoint: Checkpoint) -> None:
-    """Compare a checkpoint with its checksums, each rank a share of it. Raises ValueError on every rank alike."""
+    """Verify a checkpoint's checksums, each rank a share of them. Raises ValueError on every rank alike."""
     if "checksums" not in checkpoint.meta:  # made by import_from_hf, or an older version
         return
     several = dist.is_initialized() and dist.get_world_size() > 1
@@ -111,15 +113,15 @@ def check_whole(checkpoint: Checkpoint) -> None:
     if several:
         mine, faults = faults[0], [None] * world_size
         dist.all_gather_object(faults, mine)
-    told = list(dict.fromkeys(fault for some in faults for fault in some))
-    if told:
-        raise ValueError(f"{checkpoint.path} is damaged: {'; '.join(told[:3])}. Go on from an older one with --resume")
+    damage = list(dict.fromkeys(fault for some in faults for fault in some))
+    if damage:
+        raise ValueError(f"{checkpoint.path} is damaged: {'; '.join(damage[:3])}. Resume an older one with --resume")
 
 
 def find_checkpoint(resume: str, run: Path) -> Path | None:
-    """What --resume means: the checkpoint to go on from, or None for a fresh start (`auto` only).
+    """The checkpoint that --resume means, or None for a new run (`auto` only).
 
-    Raises FileNotFoundError that names what was looked for, and ValueError for a checkpoint of another folder.
+    Raises FileNotFoundError that names the place it looked at, and ValueError for a checkpoint of another folder.
     """
     if resume in ("latest", "auto"):
         checkpoints = list_checkpoints(run)
@@ -158,13 +160,13 @@ def find_checkpoint(resume: str, run: Path) -> Path | None:
 
 
 def same_state(one: Path, other: Path) -> bool:
-    """Whether two checkpoints are of one moment of one run: the same file, a copy, or converted to the other kind."""
+    """Whether two checkpoints hold the same state of one run: the same file, a copy, or converted to the other kind."""
     facts = [{k: v for k, v in Checkpoint(path).meta.items() if k != "checksums"} for path in (one, other)]
     return one.samefile(other) or facts[0] == facts[1]
 
 
 def rewind(run: Path, step: int, columns: Sequence[str] = COLUMNS, *, again: bool = False) -> None:
-    """Make a run folder what it was after `step` steps. Rank 0 calls this before anyone writes.
+    """Restore a run folder to its state after `step` steps. Rank 0 calls this before any rank writes.
 
     Later checkpoints and their part of the record move to abandoned/; parts that no checkpoint had committed, which
     a killed run leaves, are removed; metrics.csv, whose `columns` are given, and layers.csv are cut, the former before
@@ -179,14 +181,14 @@ def rewind(run: Path, step: int, columns: Sequence[str] = COLUMNS, *, again: boo
     if later:
         grave = new_grave(run / ABANDONED, step)
         for name in (METRICS, LAYERS):
-            with contextlib.suppress(OSError):  # damaged: cut_metrics sees to it
+            with contextlib.suppress(OSError):  # damaged: cut_metrics handles it
                 if (run / name).is_file():
                     shutil.copy2(run / name, grave / name)
-        # Copied, not moved: as long as a later checkpoint is in its place, the record must reach up to it.
+        # Copied, not moved: until the later checkpoints have moved, the record must reach up to them.
         if datapoints.is_dir():
             try:
                 copy_record(run, step, grave / "datapoints")
-            except Exception as error:  # whatever a damaged part raises; it is of no step that the run keeps
+            except Exception as error:  # a damaged part may raise anything; the run keeps none of its steps
                 warn(f"the record from step {step} on could not be copied whole to {grave}: {error}")
         for path in reversed(later):
             os.rename(path, grave / path.name)
@@ -213,7 +215,7 @@ def new_grave(abandoned: Path, step: int) -> Path:
 def retain(run: Path, args: SaveArgs, undeletable: set[Path]) -> None:
     """Delete old checkpoints: keep the newest `keep_last` and multiples of `keep_every`. Never the newest one.
 
-    One that can't be deleted is warned of once, and added to `undeletable`.
+    Warns once of each that can't be deleted, and adds it to `undeletable`.
     """
     if args.keep_last == 0:
         return
@@ -246,7 +248,7 @@ def training_state(optimizer: AdamW) -> dict[str, Tensor]:
 
 
 def remove_if_possible(path: Path) -> None:
-    """Remove a file or folder that nothing depends on; warn if it can't be."""
+    """Remove a file or folder that nothing depends on; warn on failure."""
     try:
         remove(path)
     except OSError as error:

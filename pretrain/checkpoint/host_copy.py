@@ -8,9 +8,9 @@ from torch.distributed.tensor import DTensor
 
 
 def gather(tensors: dict[str, Tensor], rank: int, *, copy: bool) -> dict[str, Tensor]:
-    """Whole tensors in host memory, on rank 0; shards are gathered one tensor at a time. The others get none.
+    """Gather whole tensors in host memory on rank 0, one at a time. The other ranks get none.
 
-    With `copy` nothing of it shares memory with the training state.
+    With `copy` none shares memory with the training state.
     """
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

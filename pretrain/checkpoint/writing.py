@@ -90,7 +90,7 @@ class CheckpointWriter:
                     process_group=self.group,
                     no_dist=self.group is None,
                 )
-            except CheckpointException as error:  # every rank gets those of all
+            except CheckpointException as error:  # it holds the errors of all ranks
                 if self.rank in error.failures:
                     raise error.failures[self.rank][0] from None
                 return {}
@@ -151,7 +151,7 @@ class CheckpointWriter:
 
 
 def clear(temporary: Path) -> None:
-    """Make way for a new file or folder: what a killed save left is removed, or renamed where it can't be."""
+    """Remove the remains of a killed save, or rename them if that fails."""
     try:
         remove(temporary)
     except OSError:
@@ -159,7 +159,7 @@ def clear(temporary: Path) -> None:
 
 
 class _ShardWriter(FileSystemWriter):
-    """DCP's writer, whose errors say what happened: torch.save hides a full disk beneath an error of its own."""
+    """DCP's writer that raises the cause of an error: torch.save hides a full disk behind its own error."""
 
     def write_data(self, *arguments: Any) -> Any:
         try:
@@ -177,7 +177,7 @@ def system_error(error: BaseException) -> BaseException:
 
 
 def check_free_space(folder: Path, n_bytes: int) -> None:
-    """Raise OSError if a file system has no room for so many bytes and a little more."""
+    """Raise OSError if a file system has no room for `n_bytes` and a little more."""
     free = shutil.disk_usage(folder).free
     if free < n_bytes + SPARE_BYTES:
         raise OSError(
@@ -187,7 +187,7 @@ def check_free_space(folder: Path, n_bytes: int) -> None:
 
 
 def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The flat names of a checkpoint -> the contents of a file: {"model": ..., "optimizer": {name: {key: ...}}}."""
+    """Flat names -> the content of a checkpoint file: {"model": ..., "optimizer": {name: {key: ...}}}."""
     model: dict[str, Tensor] = {}
     optimizer: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -1,12 +1,12 @@
-"""Names the rank that failed first: the error to look at, among all those that follow from it.
+"""Names the rank that failed first: the root cause among all the errors that follow from it.
 
 The failure is kept in RUN/logs/first_failure.json, which one rank alone can create, and under a key of the store, which
 one alone can set. The file decides; the store is for a file system that is full or not shared. Either may be out of
 reach: the store ends with its host, rank 0.
 
-A failure carries the attempt, a random name of this start of the run. Rank 0 makes it in `begin_attempt`, after it has
-removed an earlier attempt's file; the others can't report before they were told the name. What a straggler of an
-earlier attempt writes afterwards carries another name, and counts for nothing.
+A failure carries the attempt, a random id of this start of the run. Rank 0 draws it in `begin_attempt`, after it has
+removed an earlier attempt's file; the others can't report before they have it. A report from a straggler of an earlier
+attempt carries another id, and is ignored.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ T = TypeVar("T")
 
 FILE = "first_failure.json"
 KEY = "first_failure"
-STORE_S = 3.0  # a store whose host has stopped would keep the caller for ever
-# In what gloo, NCCL and the store say when another process has gone. gloo raises plain RuntimeError.
+STORE_S = 3.0  # a store whose host has stopped would block the caller forever
+# Parts of the messages of gloo, NCCL and the store when another process is gone. gloo raises plain RuntimeError.
 LOST = (
     "gloo/transport",
     "closed by peer",
@@ -53,8 +53,8 @@ OWN_FAULT = ("unhandled cuda error", "CUDA error")  # in an error of NCCL: of th
 
 @dataclass(frozen=True)
 class Failure:
-    """The first failure of an attempt. Of a rank that another found silent, `step` is the one it told last, and
-    `seen_by` is the rank that found it; else `seen_by` is the rank itself."""
+    """The first failure of an attempt. Of a rank that another found silent, `step` is the last one it reported,
+    and `seen_by` is the rank that found it; else `seen_by` is the rank itself."""
 
     attempt: str
     rank: int
@@ -85,9 +85,9 @@ def report_failure(error: BaseException, step: int, watchdog: Watchdog) -> Failu
     """Write an exception that ends this rank to its log, and name the rank that failed first, there and on standard
     error. Called by the training thread. Every rank that calls this names the same one.
 
-    An error that only says that another process has gone is no failure of its own while there is another reason: up to
-    5 intervals of the watchdog are spent on waiting for the other's report, or until it is seen to be silent. Then the
-    silent rank is named; this one, if it was itself stopped for a while: the others have given it up.
+    A lost connection follows from another rank's failure: up to 5 intervals of the watchdog are spent waiting for the
+    other's report, or until a rank is found silent. Then the silent rank is named, or this one if it was itself
+    suspended for a while and the others have given it up.
     """
     log, lost = watchdog.log, lost_connection(error)
     watchdog.beat(step, f"failed, {type(error).__name__}")
@@ -108,7 +108,7 @@ def report_failure(error: BaseException, step: int, watchdog: Watchdog) -> Failu
 
 
 def lost_connection(error: BaseException) -> bool:
-    """Whether an exception, or one that it comes from, says that another process has gone."""
+    """Whether an exception, or one of its causes, means that another process is gone."""
     link: BaseException | None = error
     while link is not None:
         text = str(link)
@@ -120,11 +120,11 @@ def lost_connection(error: BaseException) -> bool:
 
 
 def cause_elsewhere(watchdog: Watchdog) -> Failure | None:
-    """What another rank has reported, or which gives no sign of life; None if nothing of that is seen in time."""
+    """The failure that another rank has reported, or of a silent rank; None if there is neither in time."""
     until = time.monotonic() + (SILENT_INTERVALS + 2) * watchdog.interval_s
     while time.monotonic() < until:
-        if (told := read_failure(watchdog.log)) is not None:
-            return told
+        if (reported := read_failure(watchdog.log)) is not None:
+            return reported
         if (stopped_s := watchdog.stopped_s()) > 0:
             return claim(of_stopped(stopped_s, watchdog), watchdog)
         if silent := watchdog.silent_ranks():
@@ -151,7 +151,7 @@ def of_stopped(seconds: float, watchdog: Watchdog) -> Failure:
 
 
 def claim(failure: Failure, watchdog: Watchdog) -> Failure:
-    """Write the failure down as the first one, unless there is one. Returns the one that counts."""
+    """Record the failure as the first, unless there is one already. Returns the recorded one."""
     text = json.dumps(vars(failure), indent=1)
     store = watchdog.store if watchdog.store_silent_s() == 0 else None
     kept = in_time(lambda: store.compare_set(KEY, "", text).decode()) if store is not None else None
@@ -186,11 +186,11 @@ def read_failure(log: RankLog) -> Failure | None:
 
 
 def in_time(ask: Callable[[], T]) -> T | None:
-    """What the store answers, if it does."""
+    """The store's answer; None if there is none in time."""
     answers: list[T] = []
 
     def work() -> None:
-        with contextlib.suppress(RuntimeError):  # the store has gone; the file is there
+        with contextlib.suppress(RuntimeError):  # the store is gone; the file remains
             answers.append(ask())
 
     thread = threading.Thread(target=work, daemon=True)

@@ -1,4 +1,4 @@
-"""One log file a rank: what it did and when, its warnings, uncaught exceptions of its threads, its stacks.
+"""One log file per rank: events, warnings, uncaught exceptions of threads, stacks.
 
 A line begins with the time in UTC, rank, host and process id. Tracebacks and stacks follow on lines of their own.
 """
@@ -24,25 +24,25 @@ FOLDER = "logs"  # in the run folder
 
 
 class _Handler(logging.FileHandler):
-    """Says once, in a line, that the log takes nothing more."""
+    """Prints one warning if the log can no longer be written."""
 
-    said = False
+    warned = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not self.said:
-            self.said = True
-            warn(f"{self.baseFilename}: {sys.exc_info()[1]}; some lines are missing there")
+        if not self.warned:
+            self.warned = True
+            warn(f"{self.baseFilename}: {sys.exc_info()[1]}; some lines are missing from it")
 
 
 class RankLog:
     """Appends to RUN/logs/rank-00000.log.
 
-    While it is open, warnings and uncaught exceptions of threads are written there too, beside where they went before,
-    and so are the stacks of a process that ends by a segmentation fault or an abort.
+    While it is open, it also receives warnings, uncaught exceptions of threads, which are still printed as before, and
+    the stacks of a process that ends by a segmentation fault or an abort.
 
     Args:
         folder: the run folder.
-        attempt: tells this start of the run from earlier ones; see `pretrain/failure/first_failure.py`.
+        attempt: the id of this start of the run; see `pretrain/failure/first_failure.py`.
 
     Attributes:
         file: the open file, for faulthandler.
@@ -86,7 +86,7 @@ class RankLog:
         self._logger.error("%s: %s", type(error).__name__, error, exc_info=error)
 
     def close(self) -> None:
-        """Put back what was hooked, and close the file."""
+        """Remove the hooks, and close the file."""
         if self._logger.disabled:
             return
         self._logger.disabled = True

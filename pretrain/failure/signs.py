@@ -20,14 +20,14 @@ COLLECTIVES = os.path.dirname(dist.__file__)
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank says of itself.
+    """The state of a rank, as it reports it.
 
     Attributes:
         idle_s: since its last progress.
-        frame: where its training thread is.
-        collective: whether that is inside torch.distributed.
+        frame: the place of its training thread in the code.
+        collective: that place is inside torch.distributed.
         alarmed: it knows of the alarm.
-        ended: it has closed its watchdog; nothing more will come.
+        ended: it has closed its watchdog, and sends no more.
         number: counts the signs of this rank, so that each differs from the one before.
     """
 
@@ -50,21 +50,21 @@ def to_sign(text: bytes) -> Sign:
 
 
 def blame(signs: Mapping[int, Sign | None], silent: Mapping[int, float]) -> str:
-    """Which ranks hold the others up, as far as it can be told, and where the others are.
+    """The ranks that block the others, as far as can be known, and the place of the others.
 
     Args:
-        signs: the last of each rank, None where there never was one.
-        silent: seconds of silence of the ranks that no longer answer.
+        signs: the last of each rank; None for a rank that never sent one.
+        silent: {rank: seconds} of the ranks that no longer answer.
     """
     known = {r: s for r, s in signs.items() if s is not None and r not in silent and not s.ended}
     found, why, how = dict[int, Sign](), "", "the others"
     if silent:
-        told = []
+        parts = []
         for rank, seconds in silent.items():
             sign = signs[rank]
             last = f"; last seen on {sign.host} {sign}" if sign is not None else ""
-            told.append(f"rank {rank} has given no sign of life for {seconds:.0f} s{last}")
-        why = "; ".join(told) + " (killed, stopped, its host gone, or in C code that keeps the interpreter's lock)"
+            parts.append(f"rank {rank} has given no sign of life for {seconds:.0f} s{last}")
+        why = "; ".join(parts) + " (killed, stopped, its host gone, or in C code that keeps the interpreter's lock)"
     elif len({s.step for s in known.values()}) > 1:
         least = min(s.step for s in known.values())
         found = {r: s for r, s in known.items() if s.step == least}
@@ -81,36 +81,36 @@ def blame(signs: Mapping[int, Sign | None], silent: Mapping[int, float]) -> str:
 
 
 def places(signs: Mapping[int, Sign]) -> str:
-    """Where ranks are; those in the same place are named together, the fewest first."""
+    """The places of ranks; those in the same place are named together, smallest group first."""
     groups: dict[tuple[int, str, str, str], list[int]] = {}
     for rank, sign in sorted(signs.items()):
         groups.setdefault((sign.step, sign.phase, sign.frame, sign.host), []).append(rank)
-    told = []
+    parts = []
     for (_, _, _, host), ranks in sorted(groups.items(), key=lambda item: len(item[1])):
         name = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {spans(ranks)}"
-        told.append(f"{name} on {host} {signs[ranks[0]]}")
-    return ", ".join(told)
+        parts.append(f"{name} on {host} {signs[ranks[0]]}")
+    return ", ".join(parts)
 
 
 def spans(ranks: list[int]) -> str:
     """[0, 2, 3, 4] -> "0, 2-4"."""
-    told: list[list[int]] = []
+    found: list[list[int]] = []
     for rank in ranks:
-        if told and rank == told[-1][1] + 1:
-            told[-1][1] = rank
+        if found and rank == found[-1][1] + 1:
+            found[-1][1] = rank
         else:
-            told.append([rank, rank])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in told)
+            found.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
 def place(frame: FrameType | None) -> str:
-    """The innermost Python frame of a thread, and the innermost that is in no library."""
+    """The innermost Python frame of a thread, and the innermost outside of libraries."""
     if frame is None:
         return "no Python frame"
-    told, outer = spot(frame), frame
+    inner, outer = spot(frame), frame
     while outer.f_code.co_filename.startswith(LIBRARIES) and outer.f_back is not None:
         outer = outer.f_back
-    return told if outer is frame else f"{told}, from {spot(outer)}"
+    return inner if outer is frame else f"{inner}, from {spot(outer)}"
 
 
 def spot(frame: FrameType) -> str:

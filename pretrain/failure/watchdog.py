@@ -1,13 +1,13 @@
-"""Ends a run that no longer gets on, and says which rank holds it up.
+"""Detects a hung run, dumps every rank's stacks and names the stuck rank.
 
 Each rank posts a sign of life to the store and reads those of the others. A rank whose training thread has shown no
 progress for `timeout_s` raises the alarm there. Every rank that still can then writes the stacks of its threads to its
-log, and ends with status 76 after a message that names the ranks behind. Clocks of hosts are never compared: the age of
-a sign is how long ago the reader saw it change.
+log, and exits with status 76 after a message that names the stuck ranks. Clocks of hosts are never compared: the age of
+a sign is the time since the reader saw it change.
 
 Two threads, since a call to a store whose host has stopped never returns: one talks to the store, the other decides.
-What even these cannot see to, a process whose C code keeps the interpreter's lock, is left to a timer of faulthandler:
-it writes the stacks and ends the process, with status 1.
+C code that keeps the interpreter's lock stops both; then a timer of faulthandler writes the stacks and ends the process
+with status 1.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ SILENT_INTERVALS = 3
 """A rank whose sign of life has not changed for longer is silent."""
 
 RECENT_INTERVALS = 10
-"""A stop of this process that ended longer ago is no reason for what happens now."""
+"""A suspension of this process that ended longer ago does not explain an error now."""
 
 ALARM = "alarm"
 
 
 def control_store(attempt: str) -> dist.Store | None:
-    """The store that the processes met by, under a prefix of this attempt. None for one process."""
+    """The process group's store, under a prefix of this attempt. None for one process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return dist.PrefixStore(f"llammlein-{attempt}", _get_default_store())
@@ -60,7 +60,7 @@ def default_interval_s(timeout_s: float, world_size: int) -> float:
 
 
 class Watchdog:
-    """Watches the training thread, which is the one that makes it.
+    """Watches the training thread, which must be the one that creates it.
 
     Args:
         store: where the ranks meet; calls go over a connection of its own. None: one process, nothing is exchanged.
@@ -84,7 +84,7 @@ class Watchdog:
         now = time.monotonic()
         self._beat = (0, "set-up", now)
         self._raised: str | None = None  # this rank's own alarm
-        self._alarm: str | None = None  # the one that counts, of whichever rank
+        self._alarm: str | None = None  # the one that all ranks follow
         self._store_error: str | None = None
         self._round_at = now  # when the last exchange was complete
         self._seen: dict[int, tuple[bytes, float]] = {}  # rank: its newest sign, when that was first seen
@@ -108,14 +108,14 @@ class Watchdog:
         self._threads[-1].start()
 
     def beat(self, step: int, phase: str) -> None:
-        """Say that training gets on: at each step, batch of validation, save. About 0.1 microseconds."""
+        """Report progress: at each step, validation batch and save. Takes about 0.1 microseconds."""
         self._beat = (step, phase, time.monotonic())
 
     def silent_ranks(self) -> list[tuple[int, float]]:
         """(rank, seconds since its last sign of life) of ranks from which none came for more than 3 intervals.
 
-        When the store itself is silent nothing can be said of the others, but for its host: rank 0, unless torchrun's
-        agent keeps it.
+        When the store itself is silent nothing is known of the others, except for its host: rank 0, unless torchrun's
+        agent hosts it.
         """
         now, patience_s, silent = time.monotonic(), SILENT_INTERVALS * self.interval_s, []
         for rank in self._others():
@@ -151,18 +151,18 @@ class Watchdog:
         return seconds - self.interval_s > SILENT_INTERVALS * self.interval_s
 
     def last_sign(self, rank: int) -> Sign | None:
-        """What the rank said of itself last; None if it never did."""
+        """The last sign of a rank; None if there was none."""
         return to_sign(self._seen[rank][0]) if rank in self._seen else None
 
     def stand_by(self) -> None:
-        """After an alarm this does not return: the process is about to end. When the first ranks end, the collectives
-        of the others fail; that is no news any more."""
+        """After an alarm this does not return, since the process is about to end: errors of collectives that fail
+        because the first ranks have ended are not reported."""
         while self.timeout_s and (self._alarm is not None or self._raised is not None):
             time.sleep(self.interval_s)
 
     def close(self) -> None:
-        """End the threads and what is armed; the other ranks are told that this one is done. Before the last barrier:
-        a store whose host has ended makes torch print warnings."""
+        """End the threads and the timer, and announce to the other ranks that this one is done. Call it before the last
+        barrier: torch prints warnings if the store's host has ended."""
         self._closing.set()
         self._exchange_now.set()
         for thread in self._threads:
@@ -229,7 +229,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(self.timeout_s + self.grace_s, exit=True, file=self.log.file)
 
     def _watch(self) -> None:
-        """The thread that decides."""
+        """The thread that raises the alarm and ends the process."""
         self._watch_at = time.monotonic()
         while not self._closing.wait(self.interval_s):
             self._arm()
@@ -241,12 +241,12 @@ class Watchdog:
                 self._raised = f"rank {self.rank} made no progress for {idle_s:.0f} s"
                 self._exchange_now.set()
                 if self.store is None or self.store_silent_s() > 0:
-                    self._alarm = self._raised  # there is nobody to agree with
+                    self._alarm = self._raised  # no other rank can be asked
             if self._alarm is not None:
                 self._end(self._alarm)
 
     def _end(self, alarm: str) -> NoReturn:
-        """Write the stacks, wait for the last signs of life, say who holds the run up, end the process."""
+        """Write the stacks, wait for the last signs of life, name the stuck rank, end the process."""
         until = time.monotonic() + SILENT_INTERVALS * self.interval_s
         if self.rank == 0:
             until += self.interval_s  # the store may end with this process
@@ -265,15 +265,15 @@ class Watchdog:
         if (stopped_s := self.stopped_s()) > 0:
             text += f"; this process itself did not run for {stopped_s:.0f} s"
         text += f"; the stacks are in {self.log.path.parent}"
-        told = in_background(lambda: print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True))
+        printed = in_background(lambda: print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True))
         logged = in_background(lambda: self.log.event(text))
-        told.join(self.interval_s)
+        printed.join(self.interval_s)
         logged.join(2 * self.interval_s)
         os._exit(EXIT_HUNG)
 
 
 def in_background(write: Callable[[], None]) -> threading.Thread:
-    """Write to a file that may take nothing, for the very reason that the training hangs."""
+    """Write in a thread: the file may be blocked by the cause of the hang."""
     thread = threading.Thread(target=write, daemon=True)
     thread.start()
     return thread

@@ -1,6 +1,6 @@
-"""RUN/environment.jsonl: what each start and resume ran on. Checkpoints name the line of the start that wrote them.
+"""RUN/environment.jsonl: software and hardware of each start and resume. A checkpoint names the line of its start.
 
-Nothing here may stop or delay a run: what cannot be found out is null. Keys and passwords are never written: of the
+Nothing here may stop or delay a run: unknown facts are null. Keys and passwords are never written: of the
 environment only the variables named here are read, and the command line is cleaned.
 """
 
@@ -79,7 +79,7 @@ def record_environment(run: Path, attempt: str, step: int, argv: Sequence[str], 
     try:
         append_line(run / FILE, json.dumps(facts, ensure_ascii=False))
     except OSError as error:
-        warn(f"{run / FILE} cannot be written ({error.strerror}); what this start ran on is not recorded")
+        warn(f"{run / FILE} cannot be written ({error.strerror}); the environment of this start is not recorded")
 
 
 def append_line(path: Path, line: str) -> None:
@@ -98,7 +98,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def local_facts() -> dict[str, Any]:
-    """What this process runs on."""
+    """Software and hardware of this process."""
     return {
         "code": code_hash(),
         "git": git_facts(ROOT),

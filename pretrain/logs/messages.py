@@ -8,7 +8,7 @@ from typing import Any
 
 
 def say(message: str) -> None:
-    """Print to standard output at once. A full disk under a log, or a pipe that nobody reads, is no reason to stop."""
+    """Print to standard output at once. A full disk or a closed pipe does not end the run."""
     with contextlib.suppress(OSError):
         print(message, flush=True)
 

@@ -1,4 +1,4 @@
-"""What a run shows of itself while it trains: a bar on a terminal, lines in a log.
+"""Progress while training: a bar on a terminal, lines in a log.
 
 Lines go to standard output: one at a log step, but not within 10 s of the line before, except for the first, the last
 and validations. Where a minute passes without one, a line says how far the run is, from the host's clock alone.
@@ -52,7 +52,7 @@ class ProgressDisplay:
         self._show = show
 
     def phase(self, name: str, done: int | None = None, of: int | None = None) -> None:
-        """Say what the run does other than training: compiling, validating (`done` of so many steps), saving."""
+        """Show what the run does besides training: compiling, validating (`done` of so many steps), saving."""
         text = name if done is None else f"{name} {done}/{of}"
         if self._bar is not None:
             self._bar.update(doing=text)
@@ -141,7 +141,7 @@ class Note(ProgressColumn):
 
 
 class Bar:
-    """A bar on standard error. A terminal that has gone is no reason to stop."""
+    """A bar on standard error. A lost terminal does not end the run."""
 
     def __init__(self, first_step: int, max_steps: int) -> None:
         console = Console(stderr=True)

@@ -44,10 +44,10 @@ class Throughput:
         self._tokens += tokens
 
     def pause(self) -> float:
-        """Begin an interval that is not training; give the returned value to `go_on`."""
+        """Begin an interval that is not training; pass the returned value to `resume`."""
         return time.perf_counter()
 
-    def go_on(self, paused: float) -> None:
+    def resume(self, paused: float) -> None:
         self._start += time.perf_counter() - paused
 
     def read(self) -> dict[str, float]:

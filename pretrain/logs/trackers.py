@@ -29,7 +29,7 @@ LONGEST_NAME = 128
 
 @dataclass
 class RunId:
-    """Who a run is, to trackers.
+    """The identity of a run for trackers.
 
     Attributes:
         id: unique, made once.
@@ -146,7 +146,7 @@ class Trackers:
     Args:
         config: the settings, shown beside the run.
         step: optimizer steps done; what a tracker shows of later ones is dropped, see `abandon`.
-        strict: raise ValueError for a tracker that cannot start. Else a warning names it, and the run has it not.
+        strict: raise ValueError for a tracker that cannot start. Otherwise warn, and train without it.
     """
 
     def __init__(self, run: Path, args: LogArgs, config: dict[str, Any], step: int, *, strict: bool) -> None:

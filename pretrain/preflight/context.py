@@ -1,4 +1,4 @@
-"""What the items of a preflight share, and how they say what they found."""
+"""State shared by the items of a preflight, and their findings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Verdict = Literal["ok", "warning", "failed", "skipped"]
 
 @dataclass
 class Finding:
-    """What an item found. `advice`: what to do, where it is not ok."""
+    """The result of an item. `advice`: how to fix it, if it is not ok."""
 
     verdict: Verdict
     measured: str
@@ -30,14 +30,14 @@ class Finding:
 
 @dataclass
 class PreflightContext:
-    """What the items share. They fill in what later ones use; None: not known, for a reason that a finding names."""
+    """State shared by the items: earlier ones fill it in for later ones. None: unknown, a finding names the reason."""
 
     args: RunArgs
     ranks: Ranks
     kind: str | None = None
     """cpu, cuda or mps."""
     devices: int | None = None
-    """Per node; None: they are not there as asked for, and no processes were started."""
+    """Per node; None: the requested ones are not available, and no processes were started."""
     shape_fault: str = ""
     launch_fault: str = ""
     give_up: Callable[[list[Outcome[Any]]], None] = lambda _: None
@@ -51,11 +51,11 @@ class PreflightContext:
     """Of the slowest rank."""
     memory: TrainingMemory | None = None
     nccl_logs: Path | None = None
-    """Folder of this process for what NCCL says of its choices."""
+    """Folder of this process for NCCL's log."""
     scratch: Path | None = None
-    """Where temporary files go."""
+    """Folder of temporary files."""
     new_folders: list[Path] = field(default_factory=list)
-    """Folders that are not there before the preflight, innermost first."""
+    """Folders that did not exist before the preflight, innermost first."""
 
     @property
     def launched(self) -> bool:
@@ -68,14 +68,14 @@ class PreflightContext:
 
     @property
     def world_size(self) -> int:
-        """As asked for, whether it is there or not."""
+        """As requested, even if the devices are not available."""
         if self.launched:
             return self.ranks.world_size
         return (self.devices or (self.args.devices if isinstance(self.args.devices, int) else 1)) * self.args.num_nodes
 
     @property
     def folder(self) -> Path:
-        """The run's, or where it will be made."""
+        """The run folder, or the folder in which a new one will be made."""
         return named_folder(self.args) or Path("runs")
 
     def failed(self, name: str) -> bool:
@@ -86,14 +86,14 @@ class PreflightContext:
 
 
 def faults(outcomes: Sequence[Outcome[Any]]) -> str:
-    """What the ranks raised, named by rank and host; the same fault of many ranks comes once. Empty: nothing."""
-    told: dict[str, list[str]] = {}
+    """The errors of the ranks, by rank and host; an error that many ranks share is listed once. Empty: none failed."""
+    ranks_of: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.fault is not None:
-            told.setdefault(outcome.fault, []).append(outcome.who)
+            ranks_of.setdefault(outcome.fault, []).append(outcome.who)
     return "; ".join(
         f"{', '.join(who[:3])}{f' and {len(who) - 3} more' if len(who) > 3 else ''}: {fault}"
-        for fault, who in told.items()
+        for fault, who in ranks_of.items()
     )
 
 

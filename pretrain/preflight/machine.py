@@ -35,7 +35,7 @@ MESSAGE_REPEATS = 5
 
 DISK_BYTES = 64 << 20  # of the temporary file, at most; and a quarter of what is free
 LEAST_DISK_GBS = 0.02  # slower than a hard disk
-MARKER_WAIT_S = 10.0  # for a network file system to show what another node wrote
+MARKER_WAIT_S = 10.0  # for a network file system to show another node's writes
 
 CLOCK_SKEW_S = 5.0
 
@@ -44,7 +44,7 @@ CLOCK_SKEW_S = 5.0
 
 
 def check_devices(s: PreflightContext) -> Finding:
-    """Number, kind and memory of the devices, the same on all ranks, and able to do what is asked for."""
+    """Check number, kind and memory of the devices: the same on all ranks, and fit for the precision."""
     outcomes = s.ranks.together(lambda: device_facts(s))
     if (fault := faults(outcomes)) != "":
         return Finding("failed", fault, "look at the driver and at CUDA_VISIBLE_DEVICES there")
@@ -54,7 +54,9 @@ def check_devices(s: PreflightContext) -> Finding:
     measured = f"{', '.join(f'{n} x {name}' for name, n in counts.items())}; {hosts} host{'s' * (hosts > 1)}"
     measured += "".join(f", {k} {first[k]}" for k in ("driver", "CUDA") if first[k]) + f", torch {torch.__version__}"
     if s.shape_fault:
-        return Finding("failed", f"{s.shape_fault} (here: {measured})", "give the devices that are there, or get them")
+        return Finding(
+            "failed", f"{s.shape_fault} (here: {measured})", "request the devices that exist, or allocate more"
+        )
     unfit = [f"{o.who}: {o.result['unfit']}" for o in outcomes if o.result and o.result["unfit"]]
     if unfit:
         return Finding("failed", "; ".join(unfit[:3]), "use --precision fp16 or fp32")
@@ -102,7 +104,7 @@ def driver_version() -> str:
 
 
 def check_environment(s: PreflightContext) -> Finding:
-    """Threads, temporary folder, and that all ranks run the same code at the same time of day."""
+    """Check threads, temporary folder, and that all ranks run the same code and their clocks agree."""
     facts = s.ranks.together(environment_facts)
     s.ranks.gather(None)  # ends on all ranks within milliseconds; then the clocks are read
     clocks = s.ranks.gather(time.time())
@@ -111,7 +113,7 @@ def check_environment(s: PreflightContext) -> Finding:
         return Finding("failed", fault, "make the folder of temporary files (TMPDIR) writable there")
     if s.launch_fault:
         return Finding(
-            "failed", f"the processes could not meet: {s.launch_fault}", "look at MASTER_ADDR and the network"
+            "failed", f"the processes could not connect: {s.launch_fault}", "look at MASTER_ADDR and the network"
         )
     for key, what in (("code", "code of the checkout"), ("torch", "torch"), ("lightning", "lightning")):
         if odd := odd_ones(facts, key):
@@ -124,13 +126,13 @@ def check_environment(s: PreflightContext) -> Finding:
         f"OMP_NUM_THREADS {first['omp']}, clocks within {skew:.3f} s"
     )
     if skew > CLOCK_SKEW_S:
-        return Finding("warning", measured, "let the nodes keep time (NTP): logs of ranks cannot be compared")
+        return Finding("warning", measured, "synchronize the node clocks (NTP): the logs of ranks cannot be compared")
     for host in sorted({o.host for o in facts}):
         there = [o.result for o in facts if o.host == host and o.result]
         threads, cores = sum(f["threads"] for f in there), len(set().union(*(f["cores"] for f in there)))
         if threads > cores:
-            said = f"{measured}; host {host}: {threads} threads of {len(there)} ranks on {cores} cores"
-            return Finding("warning", said, f"set OMP_NUM_THREADS to {max(1, cores // len(there))}")
+            measured = f"{measured}; host {host}: {threads} threads of {len(there)} ranks on {cores} cores"
+            return Finding("warning", measured, f"set OMP_NUM_THREADS to {max(1, cores // len(there))}")
     for key in ("python", "numpy"):
         if odd := odd_ones(facts, key):
             return Finding("warning", f"{measured}; {key}: {odd}", "start all ranks from one image")
@@ -161,40 +163,40 @@ def check_network(s: PreflightContext) -> Finding:
     if not s.launched:
         return Finding("skipped", s.not_launched)
     if s.ranks.world_size == 1:
-        return Finding("skipped", "one process: nothing is exchanged")
+        return Finding("skipped", "one process: no communication")
     backend = str(dist.get_backend())
     outcomes = s.watched(
         lambda: [reduce_message(s, size) for size in MESSAGE_BYTES.get(backend, MESSAGE_BYTES["gloo"])]
     )
     if fault := faults(outcomes):
         return Finding("failed", fault, "look at NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME")
-    n, told, slow = s.ranks.world_size, [], False
+    n, rates, slow = s.ranks.world_size, [], False
     for i, size in enumerate(MESSAGE_BYTES.get(backend, MESSAGE_BYTES["gloo"])):
         wrong = [o.who for o in outcomes if o.result and not o.result[i][1]]
         if wrong:
             return Finding(
                 "failed",
                 f"{backend}: the sum of {size >> 20} MiB over {n} ranks is wrong on {', '.join(wrong[:3])}",
-                "a device or a link corrupts data: leave the nodes out one by one to find it",
+                "a device or a link corrupts data: exclude the nodes one by one to find it",
             )
         seconds = max(o.result[i][0] for o in outcomes if o.result)
         algorithm = size / seconds / 1e9
         bus = algorithm * 2 * (n - 1) / n
-        told.append(f"{size >> 20} MiB {algorithm:.3f} GB/s (bus {bus:.3f})")
+        rates.append(f"{size >> 20} MiB {algorithm:.3f} GB/s (bus {bus:.3f})")
         slow = bus < LEAST_BUS_GBS.get(backend, 0.0)  # of the last, the largest
-    measured = f"{backend}, {n} ranks, all-reduce: {', '.join(told)}"
+    measured = f"{backend}, {n} ranks, all-reduce: {', '.join(rates)}"
     reason = ""
     if backend != "gloo":
         facts = s.ranks.together(lambda: (transports(read_log(s.nccl_logs)), infiniband_devices(), has_verbs()))
         some, n_hosts = results(facts), len({o.host for o in facts})
         used = sorted({name for names, _, _ in some for name in names})
-        measured += f"; by {', '.join(used) or 'a transport that its log does not tell'}"
+        measured += f"; by {', '.join(used) or 'a transport that its log does not name'}"
         reasons = [slow_for(used, devices, verbs, n_hosts) for _, devices, verbs in some]
         reason = next((r for r in reasons if r), "")
         measured += f"; {reason}" * bool(reason)
     if slow:
-        said = f"{measured}; at least {LEAST_BUS_GBS[backend]:g} GB/s on the bus is expected"
-        return Finding("failed", said, "the fast network is not in use: see NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME")
+        measured = f"{measured}; at least {LEAST_BUS_GBS[backend]:g} GB/s on the bus is expected"
+        return Finding("failed", measured, "the fast network is not in use: see NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME")
     if reason:
         return Finding("warning", measured, "install libibverbs1 and ibverbs-providers where the ranks run")
     return Finding("ok", measured)
@@ -242,8 +244,8 @@ def check_disk(s: PreflightContext) -> Finding:
     measured = f"write {write:.2f} GB/s with fsync, read {read:.2f} GB/s"
     if s.config is not None:
         room = room_for_checkpoints(s, free_bytes(s.scratch) if s.ranks.rank == 0 else 0)
-        verdict, told = s.ranks.gather(room)[0]
-        measured += f"; {told}"
+        verdict, free_space = s.ranks.gather(room)[0]
+        measured += f"; {free_space}"
         if not verdict:
             return Finding(
                 "failed", measured, "make room, keep fewer with --save.keep_last, or raise --save.every_steps"
@@ -261,7 +263,7 @@ def check_disk(s: PreflightContext) -> Finding:
 
 
 def make_scratch(s: PreflightContext) -> tuple[Path, str]:
-    """Rank 0: a temporary folder in out_dir with a marker in it. Folders above that are not there are made too."""
+    """Rank 0: a temporary folder in out_dir with a marker in it. Missing parents are made too."""
     s.folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".preflight-", dir=s.folder.resolve()))
     s.scratch = scratch
@@ -306,7 +308,7 @@ def measure_disk(scratch: Path | None, ranks: Ranks) -> tuple[float, float]:
     seconds = time.perf_counter() - began
     path.unlink()
     if len(content) != size or content[: len(block)] != block:
-        raise OSError(f"{path} reads back other bytes than were written")
+        raise OSError(f"{path} reads back different bytes than were written")
     return size / written / 1e9, size / seconds / 1e9
 
 
@@ -332,8 +334,8 @@ def room_for_checkpoints(s: PreflightContext, free: int) -> tuple[bool, str]:
         kept = kept if written is None else min(kept, written)
     there = len(list_checkpoints(s.folder))
     n = max(0, (kept or 1) - there) + 1
-    told = f"{free / 1e9:.3f} GB free; {n} checkpoints of {size / 1e9:.3f} GB to come take {n * size / 1e9:.3f} GB"
-    return free >= n * size, told + (" (the run's length is not known)" if kept is None else "")
+    text = f"{free / 1e9:.3f} GB free; {n} checkpoints of {size / 1e9:.3f} GB to come take {n * size / 1e9:.3f} GB"
+    return free >= n * size, text + (" (the length of the run is unknown)" if kept is None else "")
 
 
 def room_for_cache(s: PreflightContext) -> int:

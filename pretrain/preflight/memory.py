@@ -18,13 +18,13 @@ from pretrain.preflight.context import Finding, PreflightContext, faults, result
 from pretrain.preflight.machine import checkpoint_bytes
 
 CUDA_RESERVE_BYTES = 1536 << 20  # context, NCCL's buffers, kernels' workspaces, fragmentation
-TIGHT = 0.9  # of the memory that is there
+TIGHT = 0.9  # of the available memory
 
 
 def check_memory(s: PreflightContext) -> Finding:
-    """The estimate from the config alone beside what each rank has. Nothing of the model is allocated for it."""
+    """Compare the estimate from the config with the memory of each rank. Nothing of the model is allocated."""
     if s.config is None:
-        return Finding("skipped", "the model's size is not known without the data: see data")
+        return Finding("skipped", "the model's size is unknown without the data: see data")
     setting = training_setting(s, s.config)
     s.memory = memory = training_memory(s.config, setting)
     host_need = host_bytes(s, memory)
@@ -34,7 +34,7 @@ def check_memory(s: PreflightContext) -> Finding:
     parts += f", teachers {show_bytes(memory.frozen)}" if memory.frozen else ""
     measured = f"estimate {show_bytes(memory.total)} a device ({parts})"
     if s.kind is None:
-        return Finding("skipped", f"{measured}; there is no such device here to compare with")
+        return Finding("skipped", f"{measured}; there is no device of this kind to compare with")
     neighbours = s.ranks.gather(socket.gethostname()).count(socket.gethostname())
     outcomes = s.ranks.together(lambda: available_bytes(s, neighbours))
     if fault := faults(outcomes):
@@ -82,7 +82,7 @@ def training_setting(s: PreflightContext, config: ModelConfig) -> TrainingSettin
 
 
 def host_bytes(s: PreflightContext, memory: TrainingMemory) -> int:
-    """Host memory of one rank beside the process itself: offloaded state, and the checkpoint while it is written."""
+    """Host memory that one rank needs beyond the process itself: offloaded state, and the checkpoint being written."""
     state = memory.parameters + memory.optimizer
     need = state + memory.gradients if s.args.train.cpu_offload else 0
     if s.args.save.state_dict_type == "full":  # rank 0 holds the whole
@@ -102,7 +102,7 @@ def available_bytes(s: PreflightContext, neighbours: int) -> tuple[int, int]:
 
 
 def host_memory_bytes(root: Path = Path("/")) -> int:
-    """Memory that the processes of this host may still take: what is available, and the control groups' limits."""
+    """Memory that processes on this host can still allocate: available memory, capped by control-group limits."""
     if hasattr(os, "sysconf") and not (root / "proc/meminfo").exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
@@ -111,7 +111,7 @@ def host_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def cgroup_rooms(root: Path) -> Iterator[int]:
-    """Room that each limit of this process's control groups leaves, of version 2 and 1. A file cache can be dropped."""
+    """Bytes left under each memory limit of this process's control groups, v2 and v1. The file cache counts as free."""
     groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     for _, controllers, path in groups:
         if controllers == "":
@@ -135,7 +135,7 @@ def cgroup_rooms(root: Path) -> Iterator[int]:
 
 
 def memory_advice(s: PreflightContext, config: ModelConfig, setting: TrainingSetting, room: float) -> str:
-    """The changes that help most, each with its estimate; those that are enough by themselves come first."""
+    """The changes that save most memory, each with its estimate; those that suffice by themselves come first."""
     t, world = s.args.train, s.world_size
     tried: dict[str, TrainingSetting] = {}
     if setting.micro_batch_samples > 1:
@@ -153,10 +153,10 @@ def memory_advice(s: PreflightContext, config: ModelConfig, setting: TrainingSet
         all_of_it = "--train.micro_batch_samples 1 with --train.activation_checkpointing full"
         tried[all_of_it + (" and --strategy fsdp" if world > 1 else "")] = everything
     totals = {name: training_memory(config, changed).total for name, changed in tried.items()}
-    told = [
+    options = [
         f"{name} takes {show_bytes(n)}"
         for name, n in sorted(totals.items(), key=lambda item: (item[1] > room, item[1]))
     ]
     enough = any(n <= room for n in totals.values())
-    more = "" if enough else "; it takes more devices that share the state (--strategy fsdp), or larger ones"
-    return "; ".join(told) + more
+    more = "" if enough else "; use more devices that share the state (--strategy fsdp), or larger ones"
+    return "; ".join(options) + more

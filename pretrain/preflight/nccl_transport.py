@@ -1,4 +1,4 @@
-"""What NCCL sends its messages by: what its log says, and why it may be slower than the hardware allows."""
+"""NCCL's transports, read from its log, and why they may be slower than the hardware allows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def ask_for_log() -> Path | None:
-    """Have NCCL write its choices into a new folder, before the first communicator. None: the user has asked for it."""
+    """Have NCCL log to a new folder, set before the first communicator. None if the user has set NCCL_DEBUG."""
     if "NCCL_DEBUG" in os.environ:
         return None
     folder = Path(tempfile.mkdtemp(prefix="llammlein-nccl-"))
@@ -19,7 +19,7 @@ def ask_for_log() -> Path | None:
 
 
 def read_log(folder: Path | None) -> str:
-    """What NCCL has written there; empty where there is nothing."""
+    """The log in the folder; empty if there is none."""
     return "" if folder is None else "".join(path.read_text(errors="replace") for path in sorted(folder.glob("*.log")))
 
 

@@ -1,6 +1,6 @@
-"""Preflight: what a run will meet, looked at before it starts. `python pretrain/fabric_train.py --preflight ...`
+"""Preflight: checks everything that a run needs before it starts. `python pretrain/fabric_train.py --preflight ...`
 
-Nothing of a run is touched: what is written lies in one temporary folder in out_dir, and is removed.
+No run is touched: temporary files go to one folder in out_dir, which is removed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from pretrain.preflight.nccl_transport import ask_for_log
 from pretrain.preflight.ranks import Outcome, RankLostError, Ranks, describe
 from pretrain.preflight.trial_run import check_data, check_one_step, check_run_folder, check_tracker_setup
 
-# Each looks at one thing and is called on all ranks alike. What differs between ranks is done in `ranks.together` (no
-# rank needs another) or `context.watched` (ranks wait for each other); the finding is made of all outcomes, the same
-# on all ranks.
+# Each checks one thing, and is called on all ranks. Work that differs between ranks is done in `ranks.together` (no
+# rank needs another) or `context.watched` (ranks wait for each other). The finding follows from the outcomes of all
+# ranks, and is the same on all.
 ITEMS: tuple[tuple[str, Callable[[PreflightContext], Finding]], ...] = (
     ("devices", check_devices),
     ("environment", check_environment),
@@ -46,12 +46,12 @@ ITEMS: tuple[tuple[str, Callable[[PreflightContext], Finding]], ...] = (
 )
 
 COLOURS: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "cyan"}
-MEETING_S = 600  # at most, for the ranks to meet and for any collective
-FAREWELL_S = 30.0  # a rank that cannot begin leaves rank 0 this long to say why, before its end ends the job
+MEETING_S = 600  # at most, for the ranks to connect and for any collective
+FAREWELL_S = 30.0  # the time that a rank which cannot begin leaves rank 0 to report: its exit may end the job
 
 
 def preflight(args: RunArgs) -> int:
-    """Look at everything, and print a table from rank 0. Returns the exit status: 0 if nothing failed, else 1.
+    """Check everything, and print a table from rank 0. Returns the exit status: 0 if nothing failed, else 1.
 
     Every rank calls this; it starts the processes as a run does.
     """
@@ -70,7 +70,7 @@ def preflight(args: RunArgs) -> int:
 
 
 def start(args: RunArgs) -> PreflightContext:
-    """Start or join the processes, where the devices fit the flags; else say why not."""
+    """Start or join the processes if the devices fit the flags; else record why not."""
     s = PreflightContext(args, Ranks(None, timedelta(seconds=args.timeout_s)))
     folder = s.folder.absolute()
     s.new_folders = [p for p in (folder, *folder.parents) if not p.exists()]
@@ -93,7 +93,7 @@ def start(args: RunArgs) -> PreflightContext:
 
 
 def leave_to_rank_zero(s: PreflightContext) -> int:
-    """On another rank that cannot join: say so, and give rank 0 the time to look at what it can."""
+    """On another rank that cannot join: print why, and give rank 0 the time to check what it can."""
     fault = s.shape_fault or s.launch_fault
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK")))
     print(f"preflight: rank {rank} (host {socket.gethostname()}) cannot begin: {fault}", file=sys.stderr, flush=True)
@@ -102,12 +102,12 @@ def leave_to_rank_zero(s: PreflightContext) -> int:
 
 
 def look(s: PreflightContext) -> None:
-    """Go through the items; a failure of one does not keep the others from it."""
+    """Check every item, also after one has failed."""
     for i, (name, item) in enumerate(ITEMS):
 
         def give_up(outcomes: list[Outcome[Any]], name: str = name, later: int = i + 1) -> NoReturn:
-            """The ranks wait for each other for ever: say what is known, and end this process."""
-            s.findings[name] = Finding("failed", faults(outcomes), "mend this rank first; the others wait for it")
+            """The ranks would wait for each other forever: print the findings so far, and end this process."""
+            s.findings[name] = Finding("failed", faults(outcomes), "fix this rank first; the others are blocked on it")
             for skipped, _ in ITEMS[later:]:
                 s.findings[skipped] = Finding("skipped", f"the ranks were lost in: {name}")
             end_stuck(s)
@@ -134,7 +134,7 @@ def end_stuck(s: PreflightContext) -> NoReturn:
 
 
 def show(s: PreflightContext) -> None:
-    """The table, and below it what to do: one unbroken line for each item that is not ok."""
+    """Print the table, and below it one unbroken line with advice for each item that is not ok."""
     console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=False)
     table = Table(title=f"Preflight: {s.world_size} x {s.kind or s.args.accelerator}", show_lines=True)
     table.add_column("item", no_wrap=True)
@@ -152,8 +152,8 @@ def show(s: PreflightContext) -> None:
 
 
 def clean(s: PreflightContext) -> None:
-    """Remove what was written, and the folders that were not there before, if nothing else is in them. On every rank:
-    where out_dir is not shared each node has its own."""
+    """Remove the temporary files, and new folders that are empty. On every rank: where out_dir is not shared, each node
+    has its own."""
     if s.nccl_logs is not None:
         shutil.rmtree(s.nccl_logs, ignore_errors=True)
     if s.scratch is not None:

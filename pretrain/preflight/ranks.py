@@ -1,4 +1,4 @@
-"""The ranks of a preflight: they do a piece of work together, and each learns how it went on all of them."""
+"""The ranks of a preflight: each does a piece of work, and learns the outcome on every rank."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pretrain.fabric import Fabric
 T = TypeVar("T")
 
 POLL_S = 0.2
-GRACE_S = 10.0  # for the other ranks to end by themselves, after one has failed in work that they share
+GRACE_S = 10.0  # for the other ranks to finish, after one has failed in work that they share
 WAITING = "waits for the other ranks"
-FAULT_LENGTH = 400  # characters of an exception's message that are told
+FAULT_LENGTH = 400  # characters of an exception's message that are reported
 
 
 @dataclass
 class Outcome(Generic[T]):
-    """How a piece of work went on one rank: its result, or what it raised."""
+    """The outcome of a piece of work on one rank: its result, or its error."""
 
     rank: int
     host: str
@@ -37,14 +37,14 @@ class Outcome(Generic[T]):
 
 
 class RankLostError(RuntimeError):
-    """A rank no longer answers, so that nothing can be done together any more."""
+    """A rank no longer answers: no collective can succeed any more."""
 
 
 class Ranks:
     """The processes that were launched, or this one alone (`fabric` None or of one device).
 
-    They talk on a gloo group of their own: verdicts pass also where NCCL does not work, and while a rank waits in
-    training's group for another that has failed.
+    They use their own gloo group, so that verdicts are exchanged even where NCCL does not work, and while a rank waits
+    in training's group for another that has failed.
     """
 
     def __init__(self, fabric: Fabric | None, timeout: timedelta) -> None:
@@ -62,7 +62,7 @@ class Ranks:
         try:
             dist.all_gather_object(values, value, group=self.group)
         except RuntimeError as error:
-            raise RankLostError(f"a rank has gone: {str(error)[:FAULT_LENGTH]}") from error
+            raise RankLostError(f"lost the connection to a rank: {str(error)[:FAULT_LENGTH]}") from error
         return values
 
     def together(self, work: Callable[[], T]) -> list[Outcome[T]]:
@@ -96,7 +96,7 @@ class Ranks:
         rounds = 0  # since a rank failed; the same on all ranks, so that they give up in the same round
         try:
             while True:
-                # A step that goes on long is not interrupted; what it costs is one small exchange a round.
+                # A long step is not interrupted; watching it costs one small exchange a round.
                 outcomes = self.gather((ended or [waiting])[0])
                 waits = [outcome.fault == WAITING for outcome in outcomes]
                 if not any(waits):
@@ -112,6 +112,6 @@ class Ranks:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in a line or two. Mistakes of the user speak for themselves; others say what they are."""
+    """An exception in a line or two: the type is named, except for mistakes of the user."""
     text = " ".join(str(error).split())[:FAULT_LENGTH]
     return text if isinstance(error, (ValueError, FileNotFoundError)) else f"{type(error).__name__}: {text}"

@@ -46,7 +46,7 @@ LOSS_ABOVE, LOSS_BELOW = 1.5, 0.5
 
 
 def check_run_folder(s: PreflightContext) -> Finding:
-    """Whether the run begins, goes on, or would be refused."""
+    """Check whether the run would start, resume or be refused."""
 
     def look() -> tuple[Path | None, str]:
         folder, resume = s.folder, s.args.resume
@@ -63,13 +63,13 @@ def check_run_folder(s: PreflightContext) -> Finding:
         kind = "sharded" if opened.sharded else "full"
         return (
             checkpoint,
-            f"goes on from {checkpoint}, step {opened.meta['step']}, {kind}, {len(opened.names())} tensors",
+            f"resumes {checkpoint}, step {opened.meta['step']}, {kind}, {len(opened.names())} tensors",
         )
 
     outcomes = s.ranks.together(lambda: look() if s.ranks.rank == 0 else None)
     if fault := faults(outcomes):
         return Finding(
-            "failed", fault, "choose another --out_dir, go on with --resume latest, or name an older checkpoint"
+            "failed", fault, "choose another --out_dir, resume with --resume latest, or name an older checkpoint"
         )
     assert outcomes[0].result is not None
     s.checkpoint, measured = outcomes[0].result
@@ -80,7 +80,7 @@ def check_run_folder(s: PreflightContext) -> Finding:
 
 
 def check_tracker_setup(s: PreflightContext) -> Finding:
-    """Whether the trackers could start: what a start looks at before it makes the run folder."""
+    """Check whether the trackers could start, as a run does before it makes its folder."""
     names = ", ".join(s.args.log.trackers)
     if not names:
         return Finding("ok", "metrics.csv alone (--log.trackers)")
@@ -96,7 +96,7 @@ def check_tracker_setup(s: PreflightContext) -> Finding:
 
 
 def check_data(s: PreflightContext) -> Finding:
-    """Datasets open on every rank and fit the model; rows, epochs, a sample of checksums, the loader's speed."""
+    """Open the datasets on every rank, compare them with the model, verify some checksums, time the loader."""
     args = s.args
     if args.data.synthetic.tokens:
         s.config = model_config(args, args.data.synthetic.vocab_size, s.checkpoint)
@@ -139,15 +139,15 @@ def check_data(s: PreflightContext) -> Finding:
             "warning", f"{measured}; fewer rows than the {G} of a step", "lower --train.global_batch_samples"
         )
     if epochs > MANY_EPOCHS:
-        said = f"{measured}; rows are seen more than {MANY_EPOCHS:g} times"
-        return Finding("warning", said, "shorten the run (--train.max_steps, --train.max_tokens), or add data")
+        measured = f"{measured}; rows are seen more than {MANY_EPOCHS:g} times"
+        return Finding("warning", measured, "shorten the run (--train.max_steps, --train.max_tokens), or add data")
     if s.datasets.notes:
         return Finding("warning", "; ".join([measured, *s.datasets.notes]), "put the tokenizer beside the model")
     return Finding("ok", measured)
 
 
 def config_without_data(args: RunArgs) -> ModelConfig | None:
-    """The model as far as the flags say it: for its memory where no data opens."""
+    """The model's config from the flags alone, to estimate its memory if no data can be opened."""
     try:
         vocab_size = args.model.vocab_size or (get_config(args.model.name).vocab_size if args.model.name else None)
         return None if vocab_size is None else args.model.config(vocab_size, args.train.block_size)
@@ -197,7 +197,7 @@ def load_some(s: PreflightContext) -> float:
 
 
 def without_traces(args: RunArgs) -> RunArgs:
-    """The same settings, but nothing is staged in the cache, no record is written and no tracker started."""
+    """The same settings without cache, record and trackers."""
     data, log = replace(args.data, cache_dir=None, datapoints=False), replace(args.log, trackers=[])
     return replace(args, data=data, log=log, preflight=False)
 
@@ -207,7 +207,7 @@ def without_traces(args: RunArgs) -> RunArgs:
 
 @dataclass
 class StepMeasure:
-    """What one rank saw of the steps."""
+    """Measurements of the steps on one rank."""
 
     loss: float
     """Of the first, nats per target, all ranks."""
@@ -217,11 +217,11 @@ class StepMeasure:
     last_s: float
     throughput: dict[str, float]
     peak: int
-    """Bytes beyond what was there before the model was built."""
+    """Bytes beyond those in use before the model was built."""
 
 
 def check_one_step(s: PreflightContext) -> Finding:
-    """Optimizer steps of the run itself, with its model, optimizer, loader and shapes, in a folder of their own."""
+    """Take optimizer steps with the run's model, optimizer, loader and shapes, in a temporary run folder."""
     if not s.launched:
         return Finding("skipped", s.not_launched)
     if s.failed("memory"):
@@ -274,7 +274,7 @@ def take_steps(s: PreflightContext, folder: Path) -> StepMeasure:
 
 
 def begin_peak(device: torch.device) -> int:
-    """Forget earlier peaks of memory. Returns what the estimate does not count: on a CPU, what is resident now."""
+    """Reset the peak memory. Returns the bytes that the estimate does not cover: on a CPU, those resident now."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -307,17 +307,21 @@ def judge_steps(s: PreflightContext, measures: list[StepMeasure]) -> Finding:
     )
     finite = math.isfinite(slowest.loss) and math.isfinite(slowest.last_loss)
     if not finite or (slowest.skipped and s.args.precision != "fp16"):
-        said = f"{measured}; then {slowest.last_loss:.3f}, {slowest.skipped} steps were not finite"
+        measured = f"{measured}; then {slowest.last_loss:.3f}, {slowest.skipped} steps were not finite"
         return Finding(
-            "failed", said, "lower --optim.lr, lengthen --optim.warmup_steps, or look at --precision and the data"
+            "failed", measured, "lower --optim.lr, lengthen --optim.warmup_steps, or look at --precision and the data"
         )
     fresh = s.args.init_from is None
     if slowest.loss > expected + LOSS_ABOVE or (fresh and slowest.loss < expected - LOSS_BELOW):
-        return Finding("warning", f"{measured}; it is far from that", "look at the initialisation and at the tokenizer")
+        return Finding(
+            "warning",
+            f"{measured}; it is far from the loss of a random model",
+            "look at the initialisation and at the tokenizer",
+        )
     loader = s.loader_tokens_per_s
     if loader is not None and loader < rate / s.ranks.world_size:
-        said = f"{measured}; the loader gives {loader:,.0f} tokens/s a rank, less than a step takes"
-        return Finding("warning", said, "use --data.cache_dir, or a faster file system")
+        measured = f"{measured}; the loader gives {loader:,.0f} tokens/s a rank, less than a step takes"
+        return Finding("warning", measured, "use --data.cache_dir, or a faster file system")
     return Finding("ok", measured)
 
 
@@ -327,4 +331,4 @@ def step_advice(s: PreflightContext, fault: str) -> str:
         return "out of memory: " + memory_advice(
             s, s.config, training_setting(s, s.config), 0.9 * (s.memory.total if s.memory else 0)
         )
-    return "see the message; a run would fail in the same way"
+    return "see the message; a run would fail likewise"

@@ -87,7 +87,7 @@ def points(whole: Whole, writes: int, seed: int) -> list[Point]:
 
 
 def starting_points(bench: Bench, setting: Setting, begun: Path | None, changes: dict[str, object]) -> list[Point]:
-    """Each call before the first step of a run that goes on from a copy of `begun`, on rank 0 and on rank 1; each write
+    """Each call before the first step of a run that resumes a copy of `begun`, on rank 0 and on rank 1; each write
     also in the middle.
     """
     run = bench.folder / "counted"
@@ -286,7 +286,7 @@ def test_kill_while_starting(bench: Bench, setting: Setting, tmp_path: Path, pyt
 def test_kill_of_a_run_that_goes_back(
     bench: Bench, setting: Setting, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    """A finished run goes on from an older checkpoint: killed on the way back, and at each rename after that."""
+    """A finished run resumes an older checkpoint: killed on the way back, and at each rename after that."""
     older: dict[str, object] = {"resume": "iter-00000004-ckpt.pth"}
     every = pytestconfig.getoption("every")
     tally = Tally(f"{setting}: going back{some_of(every)}")

@@ -81,7 +81,7 @@ def test_round_trip_and_places(tmp_path_factory, documents, shard_tokens, wide):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=DOCUMENTS, shard_tokens=st.integers(1, 60), data=st.data())
 def test_going_on_after_a_kill_gives_the_same_files(tmp_path_factory, documents, shard_tokens, data):
-    """Documents come in batches of any size, the writer dies somewhere, a new one goes on from the last state."""
+    """Documents come in batches of any size, the writer dies somewhere, a new one resumes the last state."""
     folder = tmp_path_factory.mktemp("packed")
     whole = write(folder / "whole", documents, shard_tokens=shard_tokens)
 

@@ -105,7 +105,7 @@ class Bench:
     def kill(
         self, setting: Setting, begun: Path | None = None, changes: dict[str, object] | None = None, **request: Any
     ) -> Answer:
-        """Kill a run, which goes on from a copy of `begun` if that is given; check what is left, resume it, check all.
+        """Kill a run, which resumes a copy of `begun` if that is given; check what is left, resume it, check all.
 
         Returns the answer of the killed run.
         """

@@ -2,7 +2,7 @@
 
     python tests/harness/record_writer.py RUN [--kill CALL:N]
 
-goes on from the newest checkpoint of RUN to the last step, as training would after a crash. --kill ends the process
+resumes the newest checkpoint of RUN to the last step, as training would after a crash. --kill ends the process
 like a SIGKILL at its N-th call of os.rename or os.fsync. It imports no torch: what the loader would deliver lies in
 RUN/steps.pickle, which `prepare` writes.
 """

@@ -51,7 +51,7 @@ def test_ctrl_c_saves_and_a_resume_ends_as_if_nothing_had_been(
     done = ranks.run(1, run, short(data, run, stop__exit_code=7), plants=[strike])
     assert done.statuses == [130], done.output
     assert "stopped by SIGINT after step 3; resume with --resume latest" in done.output
-    assert "once more ends at once" in done.output and "Traceback" not in done.output
+    assert "press it again to end at once" in done.output and "Traceback" not in done.output
     assert (run / "iter-00000003-ckpt.pth").exists()
     assert json.loads((run / "stopped.json").read_text())["signal"] == "SIGINT"
     train(*short(data, run, stop__exit_code=7, resume="latest"))
@@ -85,7 +85,7 @@ def test_a_signal_in_the_first_validation_leaves_a_run_to_resume(
     strike = {"kind": "signal", "rank": 0, "name": "SIGTERM", "when": "validation", "number": 1}
     done = ranks.run(1, run, short(data, run), plants=[strike])
     assert done.statuses == [0] and "after step 0" in done.output, done.output
-    assert "step 0: SIGTERM; the validation is left to the resume" in done.output
+    assert "step 0: SIGTERM; the resume will repeat the validation" in done.output
     assert (run / "iter-00000000-ckpt.pth").exists()
     train(*short(data, run, resume="latest"))
     same_checkpoints(run / "iter-00000006-ckpt.pth", whole / "iter-00000006-ckpt.pth")
@@ -98,7 +98,7 @@ def test_a_signal_during_a_validation_does_not_wait_for_its_end(data: Path, tmp_
     strike = {"kind": "signal", "rank": 1, "name": "SIGUSR1", "when": "validation", "number": 2}
     done = ranks.run(2, run, short(data, run, devices=2, strategy="ddp"), plants=[strike])
     assert done.statuses == [0, 0] and "stopped by SIGUSR1 after step 3" in done.output, done.output
-    assert "step 3: SIGUSR1; the validation is left to the resume" in done.output
+    assert "step 3: SIGUSR1; the resume will repeat the validation" in done.output
     assert [r["step"] for r in metrics(run)] == [str(n) for n in range(3)]
     assert (run / "iter-00000003-ckpt.pth").exists()
     assert ranks.run(2, run, short(data, run, devices=2, strategy="ddp", resume="latest")).statuses == [0, 0]

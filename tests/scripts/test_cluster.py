@@ -197,7 +197,7 @@ def test_a_job_that_may_not_queue_again_says_so(cluster: Cluster) -> None:
     cluster.fake_python(75)
     cluster.env["FAKE_SLURM_NO_REQUEUE"] = "1"
     status, output = cluster.run("sbatch", *SIZE, "cluster/train.sbatch")
-    assert status == 75 and "could not be queued again; submit it once more" in output
+    assert status == 75 and "could not be requeued; submit it once more" in output
 
 
 @pytest.mark.parametrize("job", ["train", "debug", "convert", "prepare"])
@@ -350,7 +350,7 @@ def test_cancelled_it_saves_and_stays_away(cluster: Cluster, runs: Path) -> None
 
 @pytest.mark.slow
 def test_lost_rank_queues_again(cluster: Cluster, runs: Path) -> None:
-    """One task is killed; the others end by themselves, and the job goes on from the newest checkpoint."""
+    """One task is killed; the others end by themselves, and the job resumes the newest checkpoint."""
     run, whole = cluster.checkout / "run", cluster.checkout / "whole"
     longer: dict[str, object] = {"train__max_steps": 400, "save__every_steps": 20, "eval__every_steps": 400}
     process = cluster.start("sbatch", *SIZE, "cluster/train.sbatch", *settings(runs, run, **longer))

@@ -188,7 +188,7 @@ def test_a_spike_without_a_way_back_ends_the_run(data: Path, tmp_path: Path, ran
     )  # fmt: skip
     fault = {"kind": "spike", "samples": [8 * 11, 8 * 11 + 1], "factor": 30.0}
     answer = ranks(2, run, flags(data, run, **changes), plants=[fault])
-    assert answer.statuses == [1, 1] and "there is no checkpoint from before it" in answer.output
+    assert answer.statuses == [1, 1] and "no earlier checkpoint to go back to" in answer.output
     run = tmp_path / "warned"
     answer = ranks(2, run, flags(data, run, **(changes | {"guard__spike_action": "warn"})), plants=[fault])
     assert answer.statuses == [0, 0] and answer.output.count("warning: loss spike") == 1

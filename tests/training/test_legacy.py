@@ -1,4 +1,4 @@
-"""Training goes on from a legacy checkpoint as from one of ours: weights, moments, count of updates, schedule."""
+"""Training resumes a legacy checkpoint as from one of ours: weights, moments, count of updates, schedule."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How texts are encoded for a model: whether they begin with BOS, and what becomes of special tokens in them.
+"""How texts are encoded for a model: whether they begin with BOS, and how special tokens in them are treated.
 
-The manifest of the training data says it, each checkpoint carries it, and all that encodes text for the model follows.
+The manifest of the training data states it, each checkpoint carries it, and everything that encodes text follows it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pretrain.model_tokenizer import of_model
 
 
 def check_bos(named: Sequence[tuple[str, PackedDataset]]) -> None:
-    """See that the documents of all datasets, each with its flag, begin alike. Raises ValueError."""
+    """Check that the documents of all datasets, each with its flag, begin alike. Raises ValueError."""
     first_flag, first = named[0]
     for flag, dataset in named[1:]:
         if dataset.manifest.bos_id != first.manifest.bos_id:
@@ -46,7 +46,7 @@ def unlike_special_tokens(datasets: Sequence[PackedDataset]) -> str | None:
 
 
 def encoding_facts(datasets: Sequence[PackedDataset]) -> dict[str, Any]:
-    """What a checkpoint says of how its training data was encoded: `bos_id` if documents begin with BOS, and
+    """How the training data was encoded, for the meta of a checkpoint: `bos_id` if documents begin with BOS, and
     `special_tokens` if they were parsed in all datasets ("parse") or in some ("mixed")."""
     facts: dict[str, Any] = {}
     if (bos_id := datasets[0].manifest.bos_id) is not None:
@@ -62,7 +62,7 @@ class Encoding:
     """How text is encoded for one model.
 
     Attributes:
-        bos_id: what a text begins with; None: nothing.
+        bos_id: the id that a text begins with; None: none.
         special_tokens: names of special tokens are `text`, or were `parse`d in all or some (`mixed`) of the data; None:
             not known, since the model was not trained here.
     """
@@ -103,7 +103,7 @@ def unlike_start(path: Path, dataset: PackedDataset) -> str | None:
 
 
 def check_folder(run: Path, folder: Path, tokenizer: Tokenizer, validation: PackedDataset) -> None:
-    """See that validation data and a converted folder begin texts as a run's training data did. Raises ValueError."""
+    """Check that validation data and a converted folder begin texts as a run's training data did. Raises ValueError."""
     trained, converted = encoding_of(run, None).bos_id, encoding_of(folder, tokenizer).bos_id
     if validation.manifest.bos_id != trained:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Which tokenizer a model was trained with, and whether it is that of the data it meets.
+"""The tokenizer that a model was trained with, and whether it is that of the data.
 
-What ids mean is part of a model. A checkpoint of a run says it (`meta["data"]["tokenizer"]`), so does an imported one
-(`meta["tokenizer"]`) if the tokenizer was there; a Hugging Face folder has it beside the model.
+The meaning of ids is part of a model. A checkpoint of a run states it (`meta["data"]["tokenizer"]`), as does an
+imported one (`meta["tokenizer"]`) if it had a tokenizer; a Hugging Face folder has it beside the model.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ OVERRIDE = "--data.allow_tokenizer_mismatch true"
 
 @dataclass(frozen=True)
 class KnownTokenizer:
-    """What is known of a tokenizer.
+    """A tokenizer, as far as it is known.
 
     Attributes:
         facts: of `Tokenizer.facts`, perhaps with `ids_digest`; empty if nothing is known.
         files: its folder or file, if it is at hand; it may turn out to be another one.
-        unreadable: why the files say nothing.
+        unreadable: why the files could not be read.
     """
 
     facts: dict[str, Any]
@@ -61,7 +61,7 @@ class KnownTokenizer:
         return ids_digest(self.opened) if self.opened is not None else None
 
     def facts_to_keep(self) -> dict[str, Any]:
-        """What an imported checkpoint says of it, beside which it will not lie."""
+        """The facts for an imported checkpoint, which has no tokenizer files beside it."""
         return {**self.facts, "ids_digest": self.digest} if self.facts else {}
 
 
@@ -98,7 +98,7 @@ def of_data(dataset: PackedDataset) -> KnownTokenizer:
 
 
 def facts_of(meta: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its tokenizer; empty if nothing."""
+    """The facts of the tokenizer in a checkpoint; empty if there are none."""
     data = meta.get("data")
     facts = (data.get("tokenizer") if isinstance(data, dict) else None) or meta.get("tokenizer")
     return facts if isinstance(facts, dict) else {}
@@ -124,7 +124,7 @@ def compare(one: KnownTokenizer, other: KnownTokenizer) -> Literal["same", "diff
 
 
 def describe_difference(one: KnownTokenizer, other: KnownTokenizer, whose: str) -> str:
-    """How two known tokenizers differ, as far as it can be seen. `whose` says what the other one is of."""
+    """How two known tokenizers differ, as far as known. `whose` says what the other one is of."""
     how = f"its fingerprint is {str(one.fingerprint)[:12]}, that of {whose} is {str(other.fingerprint)[:12]}"
     if one.opened is not None and other.opened is not None:
         return f"{how} ({difference(one.opened, other.opened)})"
@@ -133,13 +133,13 @@ def describe_difference(one: KnownTokenizer, other: KnownTokenizer, whose: str) 
 
 
 def check_model_and_data(path: Path, dataset: PackedDataset, where: str, *, override: str = OVERRIDE) -> str | None:
-    """See that a model was trained with the tokenizer of the data.
+    """Check that a model was trained with the tokenizer of the data.
 
-    Returns None if it was, and a sentence if that is not known. Raises ValueError that says how they differ.
+    Returns None if it was, and a sentence if that is unknown. Raises ValueError that names the difference.
 
     Args:
         where: the flag and the model, for messages.
-        override: what allows a difference.
+        override: the flag that allows a difference.
     """
     model, data = of_model(path), of_data(dataset)
     verdict = compare(model, data)
@@ -157,7 +157,7 @@ def check_model_and_data(path: Path, dataset: PackedDataset, where: str, *, over
 
 
 def check_own_tokenizer(path: Path, tokenizer: Path | None) -> None:
-    """See that a tokenizer is the one a model was trained with, as far as that is known. Raises ValueError."""
+    """Check that a tokenizer is the one a model was trained with, as far as known. Raises ValueError."""
     model, given = of_model(path), of_files(tokenizer)
     if compare(model, given) == "different":
         raise ValueError(

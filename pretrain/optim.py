@@ -28,7 +28,7 @@ def local(tensor: Tensor) -> Tensor:
 def decays(parameter: Tensor) -> bool:
     """Whether weight decay applies: to matrices, not to norms and biases.
 
-    Matrices are what has two dimensions or more: linears, embedding and head, learned positions, routers, and the
+    Matrices are parameters of two dimensions or more: linears, embedding and head, learned positions, routers, and the
     stacked matrices of experts. A DTensor counts its own dimensions, not those of its shard.
     """
     return parameter.dim() >= 2

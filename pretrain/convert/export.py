@@ -117,7 +117,7 @@ def _tokenizer_files(tokenizer: Tokenizer | None, encoding: Encoding) -> dict[st
 
 
 def _generation_config(tokenizer: Tokenizer | None, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
-    """The one that lies beside the tokenizer, with the BOS that is declared, and with EOS among what ends a text."""
+    """The one beside the tokenizer, with the declared BOS, and EOS among the ids that end a text."""
     path = tokenizer.path.with_name("generation_config.json") if tokenizer is not None else None
     if tokenizer is None or path is None or not path.is_file():
         return {"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True}
@@ -139,7 +139,7 @@ def _generation_config(tokenizer: Tokenizer | None, bos_id: int | None, eos_id: 
 
 
 def tokenizer_notes(tokenizer: Tokenizer, encoding: Encoding) -> list[str]:
-    """What a model card says of the tokenizer: where it does not do what was done to the training data."""
+    """Notes for the model card: how the tokenizer differs from the encoding of the training data."""
     name = tokenizer.id_to_token(tokenizer.bos_id) if tokenizer.bos_id is not None else None
     notes = []
     if encoding.bos_id is not None:
@@ -168,7 +168,7 @@ def tokenizer_notes(tokenizer: Tokenizer, encoding: Encoding) -> list[str]:
 
 
 def model_card(checkpoint: Checkpoint, tokenizer: Tokenizer | None = None, encoding: Encoding | None = None) -> str:
-    """README.md of an exported model: what it is, what it saw, how it was trained."""
+    """README.md of an exported model: architecture, training data, training settings."""
     meta, config = checkpoint.meta, checkpoint.model_config
     data = meta.get("data") or {}
     notes = tokenizer_notes(tokenizer, encoding) if tokenizer is not None and encoding is not None and data else []
@@ -216,14 +216,14 @@ def model_card(checkpoint: Checkpoint, tokenizer: Tokenizer | None = None, encod
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
-    """The run's settings without folders of the machine it ran on."""
+    """The run's settings without its machine's folders."""
     out = {k: v for k, v in config.items() if k not in ("out_dir", "resume", "resume_allow", "init_from")}
     out["data"] = {k: v for k, v in config["data"].items() if k not in ("train", "val")}
     return out
 
 
 def import_from_hf(source: Path, output: Path) -> KnownTokenizer:
-    """Write a Hugging Face folder as a checkpoint file, for --init_from. Nothing is left of a failed attempt.
+    """Write a Hugging Face folder as a checkpoint file, for --init_from. A failed attempt leaves nothing behind.
 
     Returns the tokenizer that the checkpoint now names, as far as the folder has one.
     """

@@ -45,7 +45,7 @@ CONFIG_FILES = ("model_config.yaml", "lit_config.json")
 
 @dataclass(frozen=True)
 class Imported:
-    """What was imported. `settings` are those of the run that wrote it, as far as it says: our flags -> values."""
+    """The imported checkpoint. `settings`: {our flag: value} of the run that wrote it, as far as known."""
 
     path: Path
     config: ModelConfig
@@ -113,7 +113,7 @@ def import_legacy(
 
 
 def find_file(source: Path) -> Path:
-    """The checkpoint file that is meant. Raises FileNotFoundError or ValueError that say what was looked for."""
+    """The checkpoint file. Raises FileNotFoundError or ValueError that name the places searched."""
     if source.is_dir():
         if (source / "lit_model.pth").is_file():
             return source / "lit_model.pth"
@@ -216,7 +216,7 @@ class Legacy:
     """The content of a legacy checkpoint, checked against its config.
 
     Attributes:
-        weights: {our name: tensor as it lies in the file}.
+        weights: {our name: tensor as in the file}.
         order: our names in the order of the file's parameters; a matrix that is embedding and head comes once.
         step: optimizer steps done.
     """
@@ -252,7 +252,7 @@ class Legacy:
     def optimizer(self, optimizer: Any) -> Moments:
         """AdamW's moments and count of updates, from torch's state dict: by number, or by name as FSDP writes it.
 
-        A number stands for a place in the order of the model's parameters, which the trainers put into one group.
+        A number is an index into the model's parameters, which the trainers put into one group.
         Raises ValueError naming what does not fit.
         """
         if not isinstance(optimizer, Mapping) or not {"state", "param_groups"} <= set(optimizer):
@@ -331,11 +331,11 @@ _HPARAMS = {
 
 
 def legacy_settings(hparams: Any, group: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """What a run here is to be given so that it goes on as the old one would have: {flag: number}, as far as known."""
-    told = hparams if isinstance(hparams, Mapping) else {}
-    settings = {ours: told[theirs] for theirs, ours in _HPARAMS.items() if theirs in told}
-    if isinstance(told.get("max_step"), int):
-        settings["train.max_steps"] = told["max_step"] - step
+    """The flags that continue the old run: {flag: number}, as far as known."""
+    known = hparams if isinstance(hparams, Mapping) else {}
+    settings = {ours: known[theirs] for theirs, ours in _HPARAMS.items() if theirs in known}
+    if isinstance(known.get("max_step"), int):
+        settings["train.max_steps"] = known["max_step"] - step
     if isinstance(group.get("betas"), (tuple, list)) and len(group["betas"]) == 2:
         settings["optim.beta1"], settings["optim.beta2"] = group["betas"]
     settings.update({f"optim.{key}": group[key] for key in ("eps", "weight_decay") if key in group})

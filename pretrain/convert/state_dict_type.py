@@ -27,7 +27,7 @@ from pretrain.checkpoint.writing import check_free_space, nested
 def convert_checkpoint(source: Path, output: Path, to: Literal["full", "sharded"]) -> Path:
     """Write a checkpoint (or a run folder's newest), optimizer and all, in the other form; whole or not at all.
 
-    Tensors and facts are the same; checksums are taken anew, and the output is compared with them before it gets its
+    Tensors and meta are the same; checksums are computed anew, and the output is compared with them before it gets its
     name. Training resumes from it as from the original. Returns the checkpoint that was read. Raises ValueError or
     FileNotFoundError that name the path, OSError if there is no room.
     """
@@ -81,8 +81,8 @@ def _write_folder(folder: Path, checkpoint: Checkpoint, meta: dict[str, Any]) ->
 def _write_file(path: Path, checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
     """torch.save writes everything but the tensors' bytes, for which it leaves room; they follow one at a time.
 
-    What it is given for the tensors is memory that is never touched. The checksums are among the facts, which come
-    first: each tensor is read twice.
+    For the tensors it gets memory that is never touched. The checksums are part of the meta, which comes first: each
+    tensor is read twice.
     """
     meta["checksums"] = {name: tensor_checksum(checkpoint.tensor(name)) for name in checkpoint.names()}
     untouched = {name: torch.empty_like(checkpoint.layout(name), device="cpu") for name in checkpoint.names()}

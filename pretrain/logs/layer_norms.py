@@ -4,7 +4,7 @@ Layers are the blocks by their number from 0, and the modules around them (wte, 
 
 - gradient_norm: 2-norm of the gradients of the layer's parameters, over all ranks, before clipping.
 - activation_rms: root mean square of a block's output (the residual stream), over all slots of the step's rows.
-- update_norm: 2-norm of what the step changed in the layer's parameters; 0 for a step that was skipped.
+- update_norm: 2-norm of the step's change of the layer's parameters; 0 for a skipped step.
 
 Nothing is read on the host before `read`. The update costs a copy of this rank's weights during the step.
 """
@@ -29,7 +29,7 @@ def layer_of(parameter: str) -> str:
 
 
 class LayerNorms:
-    """Measures a step: `begin` before the first forward, the others in their order. Every rank calls them alike.
+    """Measures a step: call `begin` before the first forward, then the others in order, on every rank.
 
     Args:
         parameters: of the model, by name; DTensors where they are sharded.

@@ -52,7 +52,7 @@ ROUTER_COLUMNS = (
 DISTILLATION_COLUMNS = (
     "alpha",  # the weight of the cross-entropy
     "divergence",  # from the teachers, nats a target (mse: squared logits); empty where alpha is 1
-    "total_loss",  # what is minimised, of the mean target, without z-loss and the routers' losses
+    "total_loss",  # the minimised loss of the mean target, without z-loss and the routers' losses
 )
 
 KEPT_ROWS = 10_000  # at most, that a full disk did not take, until there is room
@@ -60,7 +60,7 @@ KEPT_ROWS = 10_000  # at most, that a full disk did not take, until there is roo
 
 @dataclass
 class Rows:
-    """What a metrics.csv holds: the line of its header, and its whole rows, as bytes with their line ends."""
+    """The content of a metrics.csv: its header and its whole rows, as bytes with line ends."""
 
     header: bytes
     text: list[bytes]
@@ -71,9 +71,9 @@ class Rows:
 
 
 def read_rows(content: bytes, expected: Sequence[str] = COLUMNS) -> Rows:
-    """The whole rows of a metrics.csv in whatever state it is.
+    """The whole rows of a metrics.csv in any state.
 
-    A last line without its end is what a killed run leaves, no damage. `expected` are the columns of a file whose
+    A last line without its end is left by a killed run, and is no damage. `expected` are the columns of a file whose
     header was lost, if its rows have as many.
     """
     *lines, torn = content.split(b"\n")
@@ -188,7 +188,7 @@ class MetricsFile:
         self._flush()
 
     def write(self, row: dict[str, float]) -> None:
-        """`row` maps names of columns to numbers; what was not measured is left out."""
+        """`row` maps names of columns to numbers; unmeasured ones are left out."""
         self._pending.append(row)
         self._flush()
 

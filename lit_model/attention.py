@@ -32,7 +32,7 @@ class LayerCache:
     """Tokens filled."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, T, G, D) behind what is there and return all keys and values, (B, length, G, D)."""
+        """Append (B, T, G, D) and return all keys and values so far, (B, length, G, D)."""
         end = self.length + k.shape[1]
         self.k[:, self.length : end] = k
         self.v[:, self.length : end] = v
@@ -60,7 +60,7 @@ class KVCache:
 
 
 class RowLayout(NamedTuple):
-    """What every layer needs to know of the rows of one forward."""
+    """Positions and boundaries of the rows of one forward, shared by all layers."""
 
     cos: Tensor | None
     """float32 (B or 1, T, 1, R/2); None: no layer rotates."""
@@ -74,7 +74,7 @@ class RowLayout(NamedTuple):
 
 
 def attention_variant(config: ModelConfig, layer: int) -> AttentionVariant:
-    """What a layer asks of the kernels, in training. A window that holds the whole context asks for nothing."""
+    """The attention variant of a layer in training. A window as large as the context counts as no window."""
     sliding = config.layer_attention(layer) == "sliding"
     window = config.sliding_window_size if sliding else None
     scalar = config.attention_scores_scalar
@@ -107,7 +107,7 @@ def chunk_boundaries(cu_seqlens: Tensor | None, B: int, T: int, chunk: int, devi
 class Attention(nn.Module):
     """softmax(q k^T * scale) v, causal (Vaswani et al., 2017; grouped: Ainslie et al., 2023).
 
-    Without `rotate_in_place` the projection's output stays as it is, for activation checkpointing that keeps it.
+    Without `rotate_in_place` the projection's output is left unchanged, for activation checkpointing that keeps it.
     """
 
     def __init__(self, config: ModelConfig, layer: int, *, rotate_in_place: bool = True) -> None:

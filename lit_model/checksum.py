@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def byte_view(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as bytes, without a copy: what is written to it is in the tensor."""
+    """The memory of a contiguous CPU tensor as bytes, without a copy: writes to it change the tensor."""
     assert tensor.is_contiguous() and tensor.device.type == "cpu", "only contiguous host memory is a row of bytes"
     flat: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)

@@ -269,7 +269,7 @@ class ModelConfig:
         if self.shared_attention_norm and not (self.parallel_residual and self.pre_norm):
             raise ValueError("shared_attention_norm needs parallel_residual and pre_norm")
         if self.parallel_residual and self.post_norm:
-            raise ValueError("parallel_residual and post_norm exclude each other")
+            raise ValueError("parallel_residual and post_norm are mutually exclusive")
         if not (self.pre_norm or self.post_norm):
             raise ValueError("pre_norm and post_norm are both off: nothing would bound the residual branches")
         if self.n_expert < 0 or any(self.moe_layers) != (self.n_expert > 0):
@@ -281,7 +281,7 @@ class ModelConfig:
         if self.n_expert and not self.mlp_gated:
             raise ValueError("n_expert needs mlp_gated: experts are gated")
         if self.n_expert and self.mlp_bias:
-            raise ValueError("n_expert and mlp_bias exclude each other: experts have no bias")
+            raise ValueError("n_expert and mlp_bias are mutually exclusive: experts have no bias")
 
     def _check_numbers(self) -> None:
         for field in ("dropout", "attention_dropout"):

@@ -11,7 +11,7 @@ from lit_model.loss import CPU_CHUNK_BYTES, CPU_CHUNK_TOKENS, GPU_CHUNK_BYTES
 from lit_model.model import parameter_shapes
 
 BLOCKS = "transformer.h."
-"""What the names of the blocks' parameters begin with."""
+"""Prefix of the names of the blocks' parameters."""
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -20,14 +20,14 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def count_active_parameters(config: ModelConfig) -> int:
-    """Those that one token meets: of each mixture n_expert_per_token experts, and everything that is not an expert."""
+    """Parameters used by one token: n_expert_per_token experts of each mixture, and all that are not in experts."""
     return sum(_active(config, name, shape) for name, shape in parameter_shapes(config).items())
 
 
 def count_multiplying_parameters(config: ModelConfig) -> int:
     """The matrices that each token is multiplied by: active ones of the blocks, and the head (tied or not).
 
-    The lookups (embedding and learned positions), norms and biases are not.
+    Lookups (embedding and learned positions), norms and biases are not counted.
     """
     matrices = _matrices(config)
     return sum(_active(config, name, shape) for name, shape in matrices.items())
@@ -37,10 +37,10 @@ def flops_per_token(config: ModelConfig, block_size: int, *, causal: bool = Fals
     """Training FLOPs (forward and backward) per token in rows of `block_size` tokens.
 
     6 N + 12 (n_head head_size) S, S summed over the layers, the convention of PaLM's appendix B and of most published
-    MFU figures. N are the parameters that multiply, of experts those that a token is sent to. S are the tokens that a
-    token may see: T of a row, min(T, window) in a sliding layer, min(T, chunk) in a chunked one. With `causal` S is
-    what it sees on average, as a causal kernel computes it: T / 2, chunk / 2, or W - W^2 / (2 T) for a window W <= T.
-    Nothing is added for recomputation, so the number measures useful work.
+    MFU figures. N are the parameters in matrix multiplies, of experts those that a token is routed to. S are the tokens
+    that a token may attend to: T of a row, min(T, window) in a sliding layer, min(T, chunk) in a chunked one. With
+    `causal` S is their average number, as a causal kernel computes it: T / 2, chunk / 2, or W - W^2 / (2 T) for a
+    window W <= T. Nothing is added for recomputation, so the number measures useful work.
     """
     seen = sum(_tokens_seen(config, layer, block_size, causal) for layer in range(config.n_layer))
     return 6.0 * count_multiplying_parameters(config) + 12 * config.n_head * config.head_size * seen
@@ -56,7 +56,7 @@ def _tokens_seen(config: ModelConfig, layer: int, block_size: int, causal: bool)
 
 
 def _active(config: ModelConfig, name: str, shape: tuple[int, ...]) -> int:
-    """How many parameters of this tensor one token meets."""
+    """How many parameters of this tensor one token uses."""
     if ".mlp.experts." in name:  # (E, ...)
         return config.n_expert_per_token * prod(shape[1:])
     return prod(shape)
@@ -92,7 +92,7 @@ class TrainingSetting:
     defer_gradient_sync: bool = False
     """Sharded: gradients stay whole until the last micro-batch."""
     cpu_offload: bool = False
-    """Sharded: parameters, gradients and optimizer state lie in host memory."""
+    """Sharded: parameters, gradients and optimizer state are in host memory."""
     prefetch_blocks: int = 0
     """Sharded: blocks gathered ahead; 0: one."""
     reduce_bytes: int = 4
@@ -116,7 +116,7 @@ class TrainingSetting:
 class TrainingMemory:
     """Bytes of training on one device. The parts are not all alive at once, so that `total` may be less than their sum.
 
-    With CPU offload the state (parameters, gradients, optimizer) lies on the host and is not in `total`.
+    With CPU offload the state (parameters, gradients, optimizer) is in host memory and not in `total`.
     """
 
     parameters: int
@@ -129,7 +129,7 @@ class TrainingMemory:
     loss: int
     """Gradients of the hidden states and of the head, which the loss makes in the forward."""
     workspace: int
-    """The larger of a chunk of logits and, in the backward, a block's gradients and what it makes again."""
+    """The larger of a chunk of logits and, in the backward, a block's gradients and recomputed activations."""
     frozen: int
     """Weights of other models."""
     total: int
@@ -253,7 +253,7 @@ def _kept_in_block(config: ModelConfig, layer: int, compute_bytes: int, residual
 
 
 def _kept_per_token(config: ModelConfig, setting: TrainingSetting, residual_bytes: int) -> tuple[int, int]:
-    """Bytes a token: (what the forward keeps, all blocks; what the backward makes again of one block)."""
+    """Bytes a token: (kept by the forward, all blocks; recomputed by the backward for one block)."""
     C, out = config.n_embd, config.n_head * config.head_size
     kept = again = 0
     for layer in range(config.n_layer):

@@ -1,7 +1,7 @@
-"""What a student loses to its teachers, a chunk of tokens at a time: no model's full logits ever exist.
+"""Distillation loss, computed a chunk of tokens at a time so that no model's full logits ever exist.
 
 Dimensions: B batch, T tokens in a row, N tokens of the batch, n tokens of a chunk, C n_embd (C_k of a teacher),
-V padded vocabulary (V_k of a teacher), v vocabulary, k likeliest tokens.
+V padded vocabulary (V_k of a teacher), v vocabulary, k tokens of a top-k cache.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ Ensemble = Literal["logits", "probabilities"]
 # (n, v) tensors in float32 that live at once, of all models together: a divergence holds the student's logits, both
 # log-probabilities and one more.
 LOGITS_HELD = 4
-# 262 tokens at a vocabulary of 32000: fewer, and the heads, read whole for every chunk, cost more than their products;
-# more, and a tensor exceeds 32 MiB, above which glibc takes new memory from the kernel each time.
+# 262 tokens at a vocabulary of 32000. With fewer, reading the heads for every chunk costs more than the products; with
+# more, a tensor exceeds 32 MiB, above which glibc requests new memory from the kernel each time.
 CPU_CHUNK_BYTES = LOGITS_HELD * 32 * 2**20
 
 
 class Teacher(NamedTuple):
-    """What one teacher gives for a batch: its last hidden states and its head, on the student's device."""
+    """A teacher's output for a batch: its last hidden states and its head, on the student's device."""
 
     hidden: Tensor
-    """(B, T, C_k). Its dtype is that of the product with the head; what follows is float32 or wider."""
+    """(B, T, C_k). The product with the head has its dtype; everything after it is float32 or wider."""
     weight: Tensor
     """(V_k, C_k) with V_k >= the vocabulary; rows beyond it are padding."""
     bias: Tensor | None
@@ -53,29 +53,30 @@ class Teacher(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """A cached teacher: the log-probabilities, at the distillation's temperature, of its k likeliest tokens."""
+    """A cached teacher: the log-probabilities, at the distillation's temperature, of its top k tokens."""
 
     ids: Tensor
-    """Integer (B, T, k), different ones for a token. What stands at ignored targets does not matter."""
+    """Integer (B, T, k), distinct for each token; arbitrary at ignored targets."""
     log_probs: Tensor
     """Floating (B, T, k). The rest has probability 1 - sum(exp(log_probs)), or 0 where rounding makes that negative."""
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """How far the student is from its teachers: p_s = softmax(z_s / temperature), and p_t likewise."""
+    """The divergence between student and teachers: p_s = softmax(z_s / temperature), and p_t likewise."""
 
     divergence: Divergence = "forward_kl"
     """`forward_kl` is KL(p_t || p_s), `reverse_kl` KL(p_s || p_t), `js` the mean of the KL of both to their mean, `mse`
-    the mean over the vocabulary of the squared difference of logits, `topk_kl` the forward KL over the teacher's
-    `top_k` likeliest tokens and one more event for all others."""
+    the mean over the vocabulary of the squared difference of logits, `topk_kl` the forward KL over the teacher's top
+    `top_k` tokens and one more event for all others."""
     temperature: float = 2.0
     """Divides the logits of both sides; the divergence is multiplied by its square, so that gradients keep their size
     (Hinton et al. 2015, section 2.1). `mse` is without it."""
     ensemble: Ensemble = "logits"
-    """What is averaged over teachers, by their weights: `logits`, before the softmax, or `probabilities`, after it."""
+    """The quantity averaged over the teachers, weighted by their shares: `logits`, before the softmax, or
+    `probabilities`, after it."""
     top_k: int | None = None
-    """Tokens of `topk_kl`. For cached teachers it may be left out, or be what they were cached with."""
+    """Tokens of `topk_kl`. For cached teachers it may be omitted, or must equal that of the cache."""
 
     def __post_init__(self) -> None:
         for field, known in (("divergence", get_args(Divergence)), ("ensemble", get_args(Ensemble))):
@@ -92,7 +93,7 @@ class Distillation:
 
     @property
     def softening(self) -> float:
-        """The temperature, or 1 where it does not enter."""
+        """The temperature, or 1 where the divergence does not use it."""
         return 1.0 if self.divergence == "mse" else self.temperature
 
 
@@ -179,9 +180,9 @@ def chunked_distillation(
 def ensemble_top_k(
     teachers: Sequence[Teacher], setting: Distillation, vocab_size: int, k: int, *, chunk_bytes: int | None = None
 ) -> TopK:
-    """What a cache keeps of teachers for `setting`'s temperature and ensemble: the likeliest first, ids in int64.
+    """The top k tokens to cache for `setting`'s temperature and ensemble, most probable first, ids in int64.
 
-    In chunks, as in `chunked_distillation`. ValueError for `mse`, which is of logits.
+    In chunks, as in `chunked_distillation`. Raises ValueError for `mse`, which compares logits.
     """
     if setting.divergence == "mse":
         raise ValueError("divergence 'mse' compares logits: it needs live teachers, not cached probabilities")
@@ -207,15 +208,15 @@ def _check(teacher: Sequence[Teacher] | TopK, setting: Distillation, vocab_size:
         whole = setting.divergence == "forward_kl" and cached == vocab_size
         if setting.divergence != "topk_kl" and not whole:
             raise ValueError(
-                f"divergence {setting.divergence!r} cannot be had from a teacher cached with its {cached} likeliest of "
+                f"divergence {setting.divergence!r} can't be computed from a cache of the teacher's top {cached} of "
                 f"{vocab_size} tokens: use 'topk_kl', a live teacher, or for 'forward_kl' a cache of all tokens"
             )
         if setting.top_k not in (None, cached):
-            raise ValueError(f"top_k is {setting.top_k}, but the teacher was cached with its {cached} likeliest tokens")
+            raise ValueError(f"top_k is {setting.top_k}, but the cache holds the teacher's top {cached} tokens")
         return
     if setting.divergence == "topk_kl" and (setting.top_k is None or setting.top_k > vocab_size):
         raise ValueError(
-            f"top_k is {setting.top_k}; divergence 'topk_kl' needs one of at most the vocabulary's {vocab_size} tokens"
+            f"top_k is {setting.top_k}; divergence 'topk_kl' needs a value from 1 to the vocabulary size {vocab_size}"
         )
     assert math.isclose(sum(t.share for t in teacher), 1, rel_tol=1e-6) and all(t.share > 0 for t in teacher)
     assert all(t.weight.shape[0] >= vocab_size for t in teacher)
@@ -224,7 +225,7 @@ def _check(teacher: Sequence[Teacher] | TopK, setting: Distillation, vocab_size:
 # --- divergences -----------------------------------------------------------------------------------------------------
 # Each takes the log-probabilities of both sides, (n, v), which it overwrites, and gives D (n,) and dD/dx (n, v), where
 # x = z_s / temperature are the student's softened logits. With g = dD/dp_s the softmax gives
-# dD/dx = p_s (g - sum_j p_s,j g_j), in which a constant in g falls out.
+# dD/dx = p_s (g - sum_j p_s,j g_j), in which a constant in g cancels.
 
 
 def _forward_kl(log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,7 +247,7 @@ def _reverse_kl(log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
 def _js(log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
     """(KL(p_t || m) + KL(p_s || m)) / 2 with m = (p_t + p_s) / 2 (Lin 1991, equation 3.1, equal weights).
 
-    g = ln(p_s / m) / 2, for the derivatives through m add up to a constant; hence dD/dx = p_s (ln(p_s / m) -
+    g = ln(p_s / m) / 2, since the derivatives through m add up to a constant; hence dD/dx = p_s (ln(p_s / m) -
     KL(p_s || m)) / 2. With q = ln(p / m) <= ln 2 a side's sum is m q exp(q), which nowhere overflows.
     """
     m = torch.logaddexp(log_s, log_t).sub_(math.log(2))
@@ -277,8 +278,8 @@ def _topk_kl(x: Tensor, cached: TopK) -> tuple[Tensor, Tensor]:
     """Forward KL over the cached tokens K and one event for the rest: x (n, v), ids and log-probabilities (n, k).
 
     With l_K and l_R the log-sum-exps of x over K and over the rest, the rest has ln r_s = l_R - logaddexp(l_K, l_R):
-    finite however sure the student is of K, unlike 1 - sum p_s. By the grouping rule of the KL, dD/dx is p_s - p_t in K
-    and, in the rest, the share exp(x - l_R) of its event's r_s - r_t.
+    finite however confident the student is of K, unlike 1 - sum p_s. By the grouping rule of the KL, dD/dx is p_s - p_t
+    in K and, in the rest, the share exp(x - l_R) of its event's r_s - r_t.
     """
     ids, log_t = cached.ids, cached.log_probs
     x_k = x.gather(-1, ids)  # (n, k)
@@ -330,7 +331,7 @@ def _flat_teachers(teachers: Sequence[Teacher]) -> list[Teacher]:
 
 
 def _rows(teacher: _Teachers, chunk: slice, ignored: Tensor) -> _Teachers:
-    """Those of a chunk, emptied where ignored: what stands there may be no number, and no token."""
+    """The rows of a chunk, zeroed where ignored: the values there may be NaN, the ids out of range."""
     if isinstance(teacher, TopK):
         ids, log_probs = teacher.ids[chunk].long(), teacher.log_probs[chunk]
         return TopK(ids.masked_fill(ignored, 0), log_probs.masked_fill(ignored, 0))
@@ -365,7 +366,7 @@ def _ensemble(teachers: list[Teacher], setting: Distillation, vocab_size: int, d
 
 
 def _diverge(logits: Tensor, teacher: _Teachers, setting: Distillation) -> tuple[Tensor, Tensor]:
-    """D (n,) and dD/dx (n, v); the student's logits (n, v) stay as they are."""
+    """D (n,) and dD/dx (n, v); the student's logits (n, v) are not changed."""
     if isinstance(teacher, TopK):
         cached = teacher._replace(log_probs=teacher.log_probs.to(logits.dtype))
     else:

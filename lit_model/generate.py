@@ -31,9 +31,9 @@ def generate(
 ) -> Tensor:
     """Continue `prompt` (int64 (T,)) by up to `max_new_tokens` tokens -> int64 (T + n,) on the prompt's device.
 
-    Temperature 0 takes the likeliest token (ties: the smallest id); else tokens are drawn from the softmax of
-    logits / temperature, cut to the `top_k` likeliest and to the smallest set that holds `top_p` of the mass, in this
-    order. `excluded_ids`, above all those that no token has, are never taken. Ends after `eos_id`, which is included.
+    Temperature 0 takes the most probable token (ties: the smallest id); otherwise tokens are drawn from the softmax of
+    logits / temperature, cut to the top `top_k` tokens and to the smallest set that holds `top_p` of the mass, in this
+    order. `excluded_ids`, above all ids without a token, are never sampled. Ends after `eos_id`, which is included.
     The same seed gives the same tokens. Raises ValueError for a setting out of range, an empty prompt, ids outside the
     vocabulary, or more tokens than block_size.
     """

@@ -55,7 +55,7 @@ _ALIASES = {"tiny_LLaMA_1b": ("TinyLlama_1.1B", "LLaMmlein_1B"), "tiny_LLaMA_120
 
 # --- Configs ---------------------------------------------------------------------------------------------------------
 
-# Fields that change what is computed: what is supported, and litgpt's default where the field is absent.
+# Fields that change the computation: the supported values, and litgpt's default where the field is absent.
 _FIXED: dict[str, tuple[tuple[Any, ...], Any]] = {
     "norm_class_name": (("RMSNorm", "FusedRMSNorm"), "LayerNorm"),
     "mlp_class_name": (("LLaMAMLP", "xformersfree_LLaMAMLP"), "GptNeoxMLP"),
@@ -115,7 +115,7 @@ _PASSED_OVER = {
 def config_from_litgpt(fields: Mapping[str, Any]) -> ModelConfig:
     """The config behind a model_config.yaml (litgpt) or lit_config.json (lit-gpt).
 
-    Raises ValueError naming the field for anything but a Llama, for what is missing, and for what is unknown.
+    Raises ValueError naming the field for anything but a Llama, and for missing and unknown fields.
     """
     both = sorted(old for old, new in _OLD_FIELDS.items() if old in fields and new in fields)
     if both:
@@ -125,8 +125,8 @@ def config_from_litgpt(fields: Mapping[str, Any]) -> ModelConfig:
         value = fields.get(field, default)
         if value not in supported:
             absent = "" if field in fields else " (litgpt's default: the field is absent)"
-            told = " or ".join(map(repr, supported))
-            raise ValueError(f"{field} is {value!r}{absent}; supported is {told}: only Llamas are imported")
+            known = " or ".join(map(repr, supported))
+            raise ValueError(f"{field} is {value!r}{absent}; supported is {known}: only Llamas are imported")
     unknown = sorted(set(fields) - set(_FIXED) - _READ - _PASSED_OVER)
     if unknown:
         raise ValueError(f"unknown field {', '.join(unknown)}: its meaning is not known here")
@@ -181,7 +181,7 @@ def fit_vocabulary(config: ModelConfig, rows: int, vocab_size: int | None) -> Mo
     ids = vocab_size if vocab_size is not None else config.vocab_size
     if ids > rows:
         raise ValueError(
-            f"the embedding has {rows} rows, the model {ids} ids: say how many there are with --vocab_size"
+            f"the embedding has {rows} rows, the model {ids} ids: give the vocabulary size with --vocab_size"
             if vocab_size is None
             else f"--vocab_size {vocab_size}: the embedding has {rows} rows only"
         )
@@ -196,7 +196,7 @@ def match_names(names: Iterable[str]) -> dict[str, str]:
     """Our names -> those of the file, in the order of the model's parameters there.
 
     That order is the one in which its modules were built: head, embedding, blocks, last norm; it gives an optimizer's
-    numbers their meaning. Raises ValueError naming what is no parameter of a Llama, or is there twice.
+    numbers their meaning. Raises ValueError naming unknown and repeated parameters.
     """
     found: dict[str, str] = {}
     unknown = []
@@ -209,8 +209,8 @@ def match_names(names: Iterable[str]) -> dict[str, str]:
         else:
             found[ours] = name
     if unknown:
-        told = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        raise ValueError(f"unknown parameter {told}: no Llama of TinyLlama, LLäMmlein, lit-gpt or litgpt has it")
+        listed = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        raise ValueError(f"unknown parameter {listed}: no Llama of TinyLlama, LLäMmlein, lit-gpt or litgpt has it")
     return {ours: found[ours] for ours in sorted(found, key=_place)}
 
 
@@ -251,9 +251,9 @@ def legacy_tensors(
     Args:
         names: ours -> those of the file, see `match_names`.
         tensors: by the names of the file.
-        where: what the tensors are, for messages.
+        where: a name for the tensors in error messages.
 
-    Raises ValueError at once, naming what is missing, too much or of another shape than the config asks for.
+    Raises ValueError at once, naming missing, unknown and misshapen tensors.
     """
     shapes = parameter_shapes(config)
     check_names(shapes, names, where)
@@ -261,7 +261,7 @@ def legacy_tensors(
         wanted, shape = shapes[ours], tuple(tensors[theirs].shape)
         padded = ours in (EMBEDDING, HEAD) and shape[1:] == wanted[1:] and config.vocab_size <= shape[0] <= wanted[0]
         if shape != wanted and not padded:
-            raise ValueError(f"{where}: {theirs} has shape {shape}; the model asks for {wanted}")
+            raise ValueError(f"{where}: {theirs} has shape {shape}; the model expects {wanted}")
 
     def build(ours: str) -> Tensor:
         tensor = tensors[names[ours]]

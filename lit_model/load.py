@@ -36,7 +36,7 @@ OPTIMIZER_PREFIX = "optimizer."
 class Checkpoint:
     """A checkpoint opened for reading: its facts, and its tensors one at a time.
 
-    A folder's `.metadata` is read when names or tensors are asked for first. Whatever is damaged is a ValueError that
+    A folder's `.metadata` is read when names or tensors are asked for first. Damage raises a ValueError that
     names the file.
     """
 
@@ -67,7 +67,7 @@ class Checkpoint:
     @property
     def model_config(self) -> ModelConfig:
         if "model_config" not in self.meta:
-            raise ValueError(f"{self.path} does not say which model it is of: its meta has no model_config")
+            raise ValueError(f"{self.path} has no model_config in its meta: the model is unknown")
         try:
             return ModelConfig.from_dict(self.meta["model_config"])
         except (ValueError, TypeError) as error:
@@ -107,14 +107,14 @@ class Checkpoint:
         return [n.removeprefix(MODEL_PREFIX) for n in self.names() if n.startswith(MODEL_PREFIX)]
 
     def verify(self, part: int = 0, parts: int = 1) -> list[str]:
-        """What differs from the checksums taken when the checkpoint was written, a sentence each; all of it is read.
+        """Differences from the checksums taken when the checkpoint was written, one sentence each; reads all of it.
 
-        With `parts` processes each looks at a share of the files or tensors, the `part`-th. `meta["checksums"]` holds,
+        With `parts` processes each checks its share of the files or tensors, the `part`-th. `meta["checksums"]` holds,
         for a folder, {"bytes", "sha256"} of every file but meta.json; for a file, the SHA-256 of every tensor.
         """
         known = self.meta.get("checksums")
         if not isinstance(known, dict):
-            return [f"{self.path} carries no checksums: it was written by an older version, and cannot be verified"]
+            return [f"{self.path} carries no checksums: it was written by an older version and can't be verified"]
         names = sorted(known)[part::parts]
         return self._file_faults(known, names) if self.sharded else self._tensor_faults(known, names)
 
@@ -127,7 +127,7 @@ class Checkpoint:
             elif (size := file.stat().st_size) != facts.get("bytes"):
                 faults.append(f"{file} has {size} bytes; {facts.get('bytes')} were written")
             elif file_sha256(file) != facts.get("sha256"):
-                faults.append(f"{file} is not what was written: its checksum differs")
+                faults.append(f"{file} changed after it was written: its checksum differs")
         unknown = sorted({p.name for p in self.path.iterdir()} - set(known) - {"meta.json"})
         return faults + [f"{self.path / name} does not belong to the checkpoint" for name in unknown]
 
@@ -137,7 +137,7 @@ class Checkpoint:
             if name not in self._names:
                 faults.append(f"{self.path}: {name} is missing")
             elif tensor_checksum(self._mapped(name)) != known[name]:
-                faults.append(f"{self.path}: {name} is not what was written: its checksum differs")
+                faults.append(f"{self.path}: {name} changed after it was written: its checksum differs")
         return faults
 
     def _mapped(self, name: str) -> Tensor:
@@ -166,7 +166,7 @@ _META = {
     "world_size": int,
     "checksums": dict[str, Any],
 }
-"""Types of what a checkpoint may say of itself. What resuming needs in detail is checked there."""
+"""Types of the entries of a checkpoint's meta. Resuming checks them in detail."""
 
 
 def _read_meta(text: Any) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def is_hf_folder(path: Path) -> bool:
 def resolve(path: str | Path) -> Path:
     """A run folder, checkpoint or Hugging Face folder -> the checkpoint or folder to read.
 
-    Raises FileNotFoundError or ValueError that say what was looked for.
+    Raises FileNotFoundError or ValueError naming the expected files.
     """
     path = Path(path)
     if not path.exists():
@@ -224,7 +224,7 @@ def load_tensors(path: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     check_names(shapes, layouts, str(path))
     for name, shape in shapes.items():
         if tuple(layouts[name].shape) != shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(layouts[name].shape)}; the config asks for {shape}")
+            raise ValueError(f"{path}: {name} has shape {tuple(layouts[name].shape)}; the config implies {shape}")
     return config, checkpoint.model_tensors()
 
 
@@ -233,11 +233,11 @@ def load_model(path: str | Path, *, attention: str = "auto") -> tuple[GPT, Model
 
     Returns:
         The model in evaluation mode on the CPU, in the precision it was saved in, and its config. Its call
-        `model(tokens: int64 [B, T])` gives logits [B, T, vocab_size].
+        `model(tokens: int64 [B, T])` returns logits [B, T, vocab_size].
     """
     config, tensors = load_tensors(path)
     with torch.device("meta"):
         model = GPT(config, attention=attention)
-    # assign=True: no second copy of the weights; clone: a memory-mapped checkpoint may be deleted by a retention.
+    # assign=True: no second copy of the weights; clone: retention may delete a memory-mapped checkpoint.
     model.load_state_dict({name: tensors[name].clone() for name in tensors}, assign=True)
     return model.eval(), config

@@ -95,7 +95,7 @@ def chunked_cross_entropy(
     PaLM, section 5).
 
     hidden (B, T, C) or (N, C); weight (V, C) and bias (V,) with V >= vocab_size, whose rows from vocab_size on are
-    padding and get no probability; targets int64 (B, T) or (N,), IGNORE_INDEX where nothing is to be predicted.
+    padding and get no probability; targets int64 (B, T) or (N,), IGNORE_INDEX where there is no prediction to score.
     `chunk_bytes` bounds the float32 logits held at once (with a softcap, whose gradient needs the tanh, twice that).
     All gradients are computed in the forward, chunk by chunk, those of head and bias accumulated in float32; under
     autocast the logits are computed in its dtype and the softmax in float32. (Cut cross-entropy and Liger's fused
@@ -153,7 +153,7 @@ def _cross_entropy_of_chunk(
     return numbers, probabilities
 
 
-# --- the loop that all losses of a head share ------------------------------------------------------------------------
+# --- The loop shared by all losses of a head -------------------------------------------------------------------------
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

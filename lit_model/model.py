@@ -1,4 +1,4 @@
-"""The model: tokens to logits, or tokens and targets to losses.
+"""The model: tokens to logits, or to the output of a head, by default the losses.
 
 Dimensions: B batch, T tokens in a row, N = B T, C n_embd, D head size, P pieces of documents, V padded vocabulary.
 """
@@ -27,8 +27,8 @@ from lit_model.rope import RopeTable, positions_in_rows
 
 Recompute = Literal["none", "full", "block", "op"]
 
-# What `op` keeps: matrix multiplies and attention, by the names under which they are dispatched. Nearly all arithmetic
-# is theirs; norms, rotations, activations and casts are cheap to repeat.
+# Operators whose results `op` keeps: matrix multiplies and attention, by their dispatch names. They do nearly all
+# arithmetic; norms, rotations, activations and casts are cheap to recompute.
 KEPT_OPERATORS = frozenset(
     {
         "aten::mm",
@@ -52,8 +52,8 @@ KEPT_OPERATORS = frozenset(
 )
 
 
-# Draws random numbers itself when it drops attention weights: kept, it would not draw them again, and what is dropped
-# after it in the block would be another choice in the backward.
+# Draws random numbers when it drops attention weights: if its result were kept, the recomputation would skip that draw,
+# and later dropout in the block would use other masks than the forward did.
 RANDOM_OPERATORS = frozenset({"flash_attn::_flash_attn_varlen_forward"})
 
 
@@ -63,15 +63,15 @@ def _policy(kept: frozenset[str], _: Any, operator: Any, *__: Any, **___: Any) -
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream x; which norms there are is the config's choice.
+    """Attention and MLP, each added to the residual stream x; the config decides which norms exist.
 
     `x + post(attention(pre(x)))`, then the same with the MLP; or, with parallel_residual, both from the same x.
 
-    `recompute` says what is made again in the backward instead of being kept: nothing, "full" everything but the input,
-    or "op" everything but what KEPT_OPERATORS give. It happens inside of the block, so that it is compiled with it, and
-    FSDP's hooks around the block are not repeated.
+    `recompute` is the part recomputed in the backward instead of being kept: "none", "full" (everything but the input),
+    or "op" (everything but the results of KEPT_OPERATORS). It happens inside the block, so that it is compiled with it,
+    and FSDP's hooks around the block do not run twice.
 
-    `eager_calls` counts how often the block's Python code was run: never once it is compiled.
+    `eager_calls` counts the runs of the block's Python code; a compiled block does not add to it.
     """
 
     def __init__(self, config: ModelConfig, layer: int, recompute: Literal["none", "full", "op"] = "none") -> None:
@@ -89,7 +89,7 @@ class Block(nn.Module):
             return build_norm(config, config.n_embd) if wanted else nn.Identity()
 
         self.norm_1 = norm(config.pre_norm)
-        # Kept results must not be overwritten; where they are views, PyTorch does not notice it.
+        # Kept results must not be overwritten; PyTorch does not notice it where they are views.
         self.attn = Attention(config, layer, rotate_in_place=recompute != "op")
         self.post_attention_norm = norm(config.post_norm)
         self.norm_2 = norm(config.pre_norm and not config.shared_attention_norm)
@@ -103,7 +103,7 @@ class Block(nn.Module):
         self.post_mlp_norm = norm(config.post_norm)
 
     def kind(self) -> tuple[object, ...]:
-        """What a compiled block is specialized to: blocks of the same model that agree in it share their graphs."""
+        """The attributes that a compiled block is specialized to: blocks with equal ones share their graphs."""
         attn = self.attn
         return (self.recompute, self.has_experts, attn.variant, attn.chunked, attn.rotates)
 
@@ -115,7 +115,7 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         valid: Tensor | None = None,
     ) -> tuple[Tensor, RouterStatistics | None]:
-        """(B, T, C) -> (B, T, C), and what the router did if there are experts.
+        """(B, T, C) -> (B, T, C), and the router statistics if there are experts.
 
         `kernel` is an implementation in lit_model/kernels/; `valid` bool (B, T) marks the tokens that count in the
         router's statistics.
@@ -129,7 +129,7 @@ class Block(nn.Module):
             self._compute,
             *(x, layout, kernel, cache, valid),
             use_reentrant=False,
-            # Without dropout there is no randomness to repeat, and saving its state would cost a sync per block.
+            # Without dropout there is no randomness to restore, and saving the RNG state would cost a sync per block.
             preserve_rng_state=self.randomness,
             **options,
         )
@@ -155,7 +155,7 @@ class Block(nn.Module):
 
 
 def _of_block(i: int, recompute: Recompute, every: int) -> Literal["none", "full", "op"]:
-    """What the i-th block does about `recompute`."""
+    """The `recompute` of the i-th block."""
     if recompute != "block":
         return recompute
     return "full" if (i + 1) % every == 0 else "none"
@@ -166,15 +166,15 @@ class GPT(nn.Module):
 
     Args:
         attention: "auto" or an implementation in lit_model/kernels/.
-        activation_checkpointing: what is recomputed in the backward, time for memory: each block ("full"), every
-            n-th block ("block"), or each block but for its matrix multiplies and attention ("op").
+        activation_checkpointing: the part recomputed in the backward, trading time for memory: each block ("full"),
+            every n-th block ("block"), or each block but its matrix multiplies and attention ("op").
         activation_checkpointing_every: the n of "block".
         z_loss: see lit_model.loss.
         load_balance_loss, router_z_loss: for models with experts, the weights of two losses of the routers (see
             lit_model.moe), each times the number of valid targets, so that they count like the mean cross-entropy.
 
     Attributes:
-        observe: called with each block's number and output (B, T, C), outside of what is compiled.
+        observe: called with each block's number and output (B, T, C), outside compiled code.
 
     The parameters hold PyTorch's defaults until `lit_model.init.initialise`.
     """
@@ -213,7 +213,7 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, C): the head's matrix, the embedding's when tied. Under FSDP2 whole only inside the forward."""
+        """(V, C): the head's matrix, the embedding's when tied. Under FSDP2 it is gathered only inside the forward."""
         weight = self.transformer["wte"].weight if self.config.tie_embeddings else self.lm_head.weight  # type: ignore[union-attr]
         assert isinstance(weight, Tensor)
         return weight
@@ -249,7 +249,7 @@ class GPT(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens exceed the model's context (block_size {self.config.block_size})")
         if cache is not None and cu_seqlens is not None:
-            raise ValueError("cu_seqlens and cache exclude each other: a cache holds one document a row")
+            raise ValueError("cu_seqlens and cache are mutually exclusive: a cache holds one document per row")
         positions = positions_in_rows(B, T, cu_seqlens, start, tokens.device)  # (B or 1, T)
         x = self._embed(tokens, positions)  # (B, T, C)
         layout = self._layout(positions, B, T, cu_seqlens)
@@ -314,7 +314,7 @@ class GPT(nn.Module):
         return names
 
     def _balanced(self, out: LossOutput, routers: RouterStatistics) -> LossOutput:
-        """The losses of the routers added to what is minimised; `routers` is stacked over the layers with experts."""
+        """Add the router losses to the objective; `routers` is stacked over the layers with experts."""
         loss_sum, n_targets = out.loss_sum, routers.tokens[0]
         if self.load_balance_loss:
             loss_sum = loss_sum + self.load_balance_loss * n_targets * load_balance_loss(routers)

@@ -1,4 +1,4 @@
-"""The mixture-of-experts part of a block, as in Llama 4, and what keeps its experts equally busy.
+"""The mixture-of-experts part of a block, as in Llama 4, and the losses that balance its experts.
 
 Dimensions: ... any leading, N tokens, E experts, k experts of a token, M = N k slots, C n_embd, F width of an expert,
 L layers with experts.
@@ -89,13 +89,13 @@ class Experts(nn.Module):
         return F.grouped_mm(self.activation(gate) * up, down.transpose(1, 2), offs=ends)
 
     def looped(self, x: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
-        """One expert after the other. Compiled: by an operator of ours, for reading the sizes would end the graph."""
+        """One expert after the other. Compiled: by a custom operator, since reading the sizes would break the graph."""
         if torch.compiler.is_compiling():
             gate, up = _expert_linear(x, gate_up, ends).chunk(2, dim=-1)
             y: Tensor = _expert_linear(self.activation(gate) * up, down, ends)
             return y
         outputs = []
-        # unbind, for its gradient is one stack; that of indexing is a whole (E, 2F, C) for each expert.
+        # unbind, because its gradient is one stack; that of indexing is a whole (E, 2F, C) for each expert.
         for part, one, other in zip(x.split(_sizes(ends)), gate_up.unbind(), down.unbind(), strict=True):
             gate, up = F.linear(part, one).chunk(2, dim=-1)
             outputs.append(F.linear(self.activation(gate) * up, other))
@@ -145,7 +145,7 @@ _expert_linear.register_autograd(_expert_autograd, setup_context=_expert_setup)
 
 
 class MoE(nn.Module):
-    """Each token goes to the k experts with the largest router logits, and to a shared one if there is one.
+    """Each token goes to the k experts with the largest router logits, and to the shared expert if the layer has one.
 
     An expert's input is x sigmoid(logit), and the outputs are added (Llama 4; the gate is on the input, and the chosen
     gates are not normed). Only the chosen experts are computed, and no token is dropped.

@@ -15,7 +15,7 @@ from lit_model.config import ModelConfig
 
 
 def build_norm(config: ModelConfig, size: int) -> nn.Module:
-    """The norm that the config asks for, over a last dimension of `size`."""
+    """The norm of the config, over a last dimension of `size`."""
     if config.norm_class_name == "LayerNorm":
         return LayerNorm(size, config.norm_eps, config.norm_offset)
     return RMSNorm(size, config.norm_eps, config.norm_offset)

@@ -1,6 +1,6 @@
 """Rotary position embeddings, half-split (NeoX) kind, with Llama 3.1's scaling.
 
-Families that rotate neighbouring pairs (GPT-J, Llama 4) come in with the rows of their query and key projections
+Families that rotate neighbouring pairs (GPT-J, Llama 4) are imported with the rows of their query and key projections
 permuted (lit_model/hf/table.py): scores do not change when both have the same permutation.
 
 Dimensions: B batch, T tokens in a row, N = B T, H heads, D head size, R rotated part of a head, P pieces.
@@ -22,7 +22,7 @@ def rope_frequencies(config: ModelConfig, device: torch.device | str = "cpu") ->
 
     theta_i = base^(-2i/R) (Su et al., 2021). With scaling, as Llama 3.1's reference code does: wavelengths above
     original/low are slowed by `factor`, those below original/high stay, and between them the two are mixed linearly
-    in original/wavelength. Computed in float32, as every implementation that trained such models did: at position
+    in original/wavelength. Computed in float32, as in every implementation that trained these models: at position
     2000 the rounding of a frequency is visible in the logits.
     """
     exponents = torch.arange(0, config.rotary_size, 2, dtype=torch.int64, device=device).float() / config.rotary_size
@@ -40,7 +40,7 @@ def rope_frequencies(config: ModelConfig, device: torch.device | str = "cpu") ->
 class RopeTable:
     """cos and sin for every position up to block_size, made once per device and kept in float32.
 
-    Not a module and without buffers: nothing of it is saved, cast to lower precision, sharded, or left on the meta
+    Not a module and without buffers, so that it is never saved, cast to lower precision, sharded, or left on the meta
     device when a model is built there.
     """
 
@@ -85,8 +85,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """Rotate the first `heads` heads of x (B, T, H, D); the others pass through. Keeps the dtype of x.
 
     (a, b) -> (a cos - b sin, b cos + a sin), where a and b are the halves of a head's first R dimensions; the rest of
-    it passes through. cos and sin are float32 (B or 1, T, 1, R/2). In eager mode x is overwritten: give it a tensor
-    that nobody else needs.
+    it passes through. cos and sin are float32 (B or 1, T, 1, R/2). In eager mode x is overwritten: pass a tensor
+    that is not used elsewhere.
     """
     # A framework that casts the inputs of blocks (FSDP2's cast_forward_inputs) would blur the positions.
     assert cos.dtype == torch.float32, f"cos and sin must stay float32, got {cos.dtype}"

@@ -1,7 +1,7 @@
 """Reads a folder written by torch's distributed checkpoint (DCP), one tensor at a time and without running its pickles.
 
 `.metadata` is a pickle: for each tensor its size, dtype and chunks, and for each chunk a file of the folder, an offset
-and a length. At that place lies what `torch.save` wrote for the chunk: an uncompressed zip archive whose record
+and a length. There `torch.save` wrote the chunk: an uncompressed zip archive whose record
 `data/0` is the chunk's bytes, so that they can be read straight into the tensor.
 """
 
@@ -36,7 +36,7 @@ _LOCAL_HEADER = struct.Struct("<26xHH")  # of a record in a zip archive: the len
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads DCP's `.metadata`: its own data classes, sizes, dtypes and containers, nothing else."""
+    """Reads DCP's `.metadata`: only its own data classes, sizes, dtypes and containers."""
 
     ALLOWED = frozenset(
         {
@@ -66,7 +66,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A part of a tensor: where it belongs, and where its archive lies."""
+    """A part of a tensor: its place in the tensor, and its archive's place in the folder."""
 
     start: tuple[int, ...]
     size: tuple[int, ...]
@@ -100,9 +100,9 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _stored(metadata: Metadata) -> dict[str, _Stored]:
-    """Every tensor's chunks. Raises ValueError where they don't make up the tensor or lie outside the folder.
+    """Every tensor's chunks. Raises ValueError where they don't make up the tensor or are outside the folder.
 
-    The unpickler lets through only harmless classes, but with any content: nothing of it is taken on trust.
+    The unpickler lets through only harmless classes, but with any content: all of it is checked.
     """
     tensors: dict[str, _Stored] = {}
     for name, item in metadata.state_dict_metadata.items():
@@ -121,7 +121,7 @@ def _stored(metadata: Metadata) -> dict[str, _Stored]:
             if place.transform_descriptors:
                 raise ValueError(f"{name} is stored with {place.transform_descriptors}")
             if not isinstance(place.relative_path, str) or Path(place.relative_path).name != place.relative_path:
-                raise ValueError(f"{name} lies in {place.relative_path!r}, which is no file of the folder")
+                raise ValueError(f"{name} is in {place.relative_path!r}, which is not a file of the folder")
             offset, length = _whole_numbers((place.offset, place.length))
             if math.prod(extent) * item.properties.dtype.itemsize > length:
                 raise ValueError(f"a chunk of {name} is larger than its bytes")
@@ -163,7 +163,7 @@ def load_into(folder: Path, tensors: Mapping[str, Tensor], *, no_dist: bool) -> 
 
 
 class ShardedTensors:
-    """The tensors of a folder. Opening reads `.metadata`, once, and looks whether the files are there.
+    """The tensors of a folder. Opening reads `.metadata` once and checks that the files exist.
 
     Raises ValueError if the metadata is damaged, or if a file is missing or shorter than the metadata says.
     """
@@ -191,16 +191,16 @@ class ShardedTensors:
         return torch.empty(stored.size, dtype=stored.dtype, device="meta")
 
     def buffer(self) -> Tensor:
-        """Bytes for any one of the tensors, to be given to `tensor` again and again."""
+        """A buffer large enough for any of the tensors, to be reused in calls of `tensor`."""
         largest = max((math.prod(t.size) * t.dtype.itemsize for t in self._tensors.values()), default=0)
         return torch.empty(largest, dtype=torch.uint8)
 
     def tensor(self, name: str, buffer: Tensor | None = None) -> Tensor:
-        """Read one tensor, into memory of its own or into `buffer`, where it stays until the next one is read.
+        """Read one tensor, into new memory or into `buffer`, where it is valid until the next one is read.
 
         With `buffer`, that of a pass over all tensors, what was read leaves the page cache, so that the next reads get
         its pages: new ones cost far more, above all in a virtual machine. Beside the tensor at most one chunk is held,
-        where the chunk is not a row of bytes in it. Raises ValueError if what is stored is not what the metadata says.
+        where the chunk is not contiguous in it. Raises ValueError if the file contradicts the metadata.
         """
         stored = self._tensors[name]
         if buffer is None:

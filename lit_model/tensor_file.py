@@ -12,17 +12,17 @@ import torch
 
 from lit_files.reading import regular
 
-# What torch.load, and a look at what it gave, may raise for a file that is damaged or holds more than tensors and plain
-# values: for these alone it is the file's fault.
+# Exceptions of torch.load, and of reading its result, for a file that is damaged or holds more than tensors and plain
+# values. Any other exception is not the file's fault.
 DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError, EOFError)
 
 
-# What torch says to help whoever trusts the file. Who got this error had better not.
+# torch's advice to users who trust the file, which nobody should follow after these errors.
 _ADVICE = re.compile(r"weights_only|Weights only load|documentation of torch|safe_globals|trusted source|file an issue")
 
 
 def fault(error: BaseException) -> str:
-    """What such an error says, without torch's advice to open the file all the same, which runs what is in it."""
+    """The error's text without torch's advice to load the file anyway, which would run code in it."""
     sentences = re.split(r"(?<=[.:])\s+|\s*\n\s*", str(error).strip())
     return f"{type(error).__name__}: {' '.join(s for s in sentences if not _ADVICE.search(s))}".rstrip(": ")
 

@@ -1,16 +1,16 @@
-"""Which family of transformers a model belongs to, and the way there and back.
+"""Which family of transformers a model belongs to, and the conversion in both directions.
 
 How to add a family, as `lit_model/hf/NAME.py` (llama.py and qwen3.py are examples, a Llama and a Llama with more):
 
-1. `_config_to_hf(config)`: the family's keys of config.json. `config_to_hf` here adds those that all families call
-   alike: model_type, architectures, vocab_size, tie_word_embeddings, initializer_range, dtype, token ids, use_cache.
+1. `_config_to_hf(config)`: the family's keys of config.json. `config_to_hf` here adds those that all families
+   share: model_type, architectures, vocab_size, tie_word_embeddings, initializer_range, dtype, token ids, use_cache.
 2. `_config_from_hf(hf)`: ModelConfig's fields from a `Fields`. Take every key that the family's configuration class in
    transformers knows: `needed` keys; `get` with transformers' default for absent ones (`optional` where null means
    something); `fixed` for those with one supported value; `ignored` for those that change nothing. A key left over is
    reported by its name. `config_from_hf` here adds name, vocab_size, tie_embeddings, init_std and init.
 3. `_entries(config)`: the table of names, by `linear` of table.py and its transforms, in the model's order.
 4. `FAMILY = Family(...)`: which fields of ModelConfig are free and which are fixed. Whatever is not named must have its
-   default, so that a field added later is an obstacle until a family says that it computes it.
+   default, so that a field added later is an obstacle until a family declares support.
 5. A line in FAMILIES, and `tests/model/test_hf_NAME.py` with the checks of tests/harness/hf_checks.py.
 """
 
@@ -50,8 +50,8 @@ def family_from_hf(hf: Mapping[str, Any]) -> Family:
     if "text_config" in hf:
         inner = (hf["text_config"] or {}).get("model_type")
         raise ValueError(
-            f"model_type is {kind!r}, a model of several kinds of input; give its text model alone "
-            f"(text_config, model_type {inner!r}), saved by transformers' save_pretrained. Supported are {known}"
+            f"model_type is {kind!r}, a multimodal model; export its text model "
+            f"(text_config, model_type {inner!r}) with transformers' save_pretrained. Supported are {known}"
         )
     raise ValueError(f"model_type is {kind!r}; supported are {known}")
 
@@ -59,13 +59,13 @@ def family_from_hf(hf: Mapping[str, Any]) -> Family:
 def family_of(config: ModelConfig) -> Family:
     """The family a config was imported from if it can express it, else the first that can.
 
-    Raises ValueError that says what each of them lacks.
+    Raises ValueError naming the obstacle of each family.
     """
     for family in sorted(FAMILIES, key=lambda family: family.model_type != config.family):
         if family.obstacle(config) is None:
             return family
     obstacles = "; ".join(f"{family.model_type}: {family.obstacle(config)}" for family in FAMILIES)
-    raise ValueError(f"no family of transformers computes what model {config.name or 'this'} computes. {obstacles}")
+    raise ValueError(f"no family of transformers can express model {config.name or '(unnamed)'}. {obstacles}")
 
 
 def config_to_hf(

@@ -1,4 +1,4 @@
-"""What a family of models in transformers is: its names, its fields, and what it can compute."""
+"""A family of models in transformers: its names, its fields, and the configs it can express."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Family:
     fixed: Mapping[str, Any]
     """Fields of ModelConfig that have one value. What is neither free nor fixed has ModelConfig's default."""
     config_to_hf: Callable[[ModelConfig], dict[str, Any]]
-    """The family's keys of config.json; `families.config_to_hf` adds those that all families have."""
+    """The family's keys of config.json; `families.config_to_hf` adds those common to all families."""
     config_from_hf: Callable[[Fields], dict[str, Any]]
     """ModelConfig's fields from config.json, but for those that `families.config_from_hf` adds. It must take every key
     that the family knows: one that is left over is an error."""
@@ -63,7 +63,7 @@ class Family:
     tied: bool = False
     """Whether an absent `tie_word_embeddings` means that the head is tied."""
     init: str = "normal"
-    """Initialisation scheme of a model that is imported and then trained anew."""
+    """Initialisation scheme of a model that is imported and then trained from scratch."""
     prefix: str = "model."
     """Of the model below the head. Files of that model alone lack it."""
     head: str = "lm_head.weight"
@@ -83,11 +83,11 @@ class Family:
                 continue
             value, wanted = getattr(config, field), self.fixed.get(field, default)
             if value != wanted:
-                return f"{field} is {value!r}, and it has {wanted!r}"
+                return f"{field} is {value!r}, supported is {wanted!r}"
         return self.further_obstacle(config)
 
 
-# Sizes; and what concerns training alone, which a family without such fields need not carry.
+# Sizes, and settings of training alone, which a family without these fields need not carry.
 ALWAYS_FREE = {
     "name",
     "family",
@@ -109,7 +109,7 @@ ALWAYS_FREE = {
 
 
 def _defaults(config: ModelConfig) -> dict[str, Any]:
-    """What each field is where nothing else is said, for these sizes; without fields that have no effect."""
+    """The default of each field for these sizes, without fields that have no effect."""
     defaults = {field.name: field.default for field in fields(ModelConfig) if field.name not in ALWAYS_FREE}
     defaults["n_query_groups"] = config.n_head
     defaults["head_size"] = config.n_embd // config.n_head

@@ -1,4 +1,4 @@
-"""Reading and writing config.json: what the families share."""
+"""Reading and writing config.json: the parts that families share."""
 
 from __future__ import annotations
 
@@ -77,23 +77,23 @@ BOOKKEEPING = (
     "exponential_decay_length_penalty",
 )
 
-# Keys that say that the files do not hold the weights themselves: of transformers, compressed-tensors and MLX.
+# Keys of quantized weights: of transformers, compressed-tensors and MLX.
 QUANTIZATION = ("quantization_config", "compression_config", "quantization")
 
 
 class Fields:
-    """A config.json that is being read: each key is taken once, and `finish` complains about those nobody took."""
+    """A config.json being read: the reader takes its keys, and `finish` raises an error for those not taken."""
 
     def __init__(self, hf: Mapping[str, Any]) -> None:
         self._hf = hf
         self._taken: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
-        """Whether the key is there, with null or another value."""
+        """Whether the key is present, null or not."""
         return key in self._hf
 
     def needed(self, *keys: str) -> tuple[Any, ...]:
-        """The values of keys that must be there. Raises ValueError naming all that are missing."""
+        """The values of required keys. Raises ValueError naming all that are missing."""
         self._taken.update(keys)
         missing = [key for key in keys if self._hf.get(key) is None]
         if missing:
@@ -117,7 +117,7 @@ class Fields:
         return self._hf.get(key, default)
 
     def fixed(self, key: str, *supported: Any) -> None:
-        """A key that, where it is there, must have one of these values. Raises ValueError naming it."""
+        """A key that, if present, must have one of these values. Raises ValueError naming it."""
         self._taken.add(key)
         if key in self._hf and self._hf[key] not in supported:
             raise ValueError(f"{key} is {self._hf[key]!r}; supported is {' or '.join(map(repr, supported))}")
@@ -133,19 +133,19 @@ class Fields:
                 )
 
     def ignored(self, *patterns: str) -> None:
-        """Keys that do not change what is computed, by pattern."""
+        """Keys that do not change the computation, by pattern."""
         self._taken.update(key for key in self._hf if any(fnmatchcase(key, pattern) for pattern in patterns))
 
     def finish(self) -> None:
-        """Raise ValueError naming the keys that nobody took and that are no bookkeeping, and say something."""
+        """Raise ValueError naming keys that were not taken, are not bookkeeping, and hold a value."""
         self.ignored(*BOOKKEEPING)
         unknown = {k: v for k, v in self._hf.items() if k not in self._taken and v not in (None, False, "", {}, [])}
         if unknown:
             listed = ", ".join(f"{key} ({value!r})" for key, value in unknown.items())
-            raise ValueError(f"unknown {listed}: remove it from config.json if it does not change what is computed")
+            raise ValueError(f"unknown {listed}: remove it from config.json if it does not change the computation")
 
 
-# --- What Llama and those after it call alike ------------------------------------------------------------------------
+# --- Keys shared by Llama and the families after it -------------------------------------------------------------------
 
 
 def sizes_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -192,7 +192,7 @@ _LAYER_TYPES = {"full": "full_attention", "sliding": "sliding_attention", "chunk
 
 
 def layer_types_to_hf(config: ModelConfig) -> list[str]:
-    """What each layer attends to, in transformers' words."""
+    """The attention of each layer, in transformers' terms."""
     return [_LAYER_TYPES[config.layer_attention(i)] for i in range(config.n_layer)]
 
 

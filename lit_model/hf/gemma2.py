@@ -36,7 +36,7 @@ def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "query_pre_attn_scalar": config.head_size if scalar is None else int(scalar),
         "attn_logit_softcapping": config.attention_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
-        # transformers asks for a window even where no layer has one.
+        # transformers requires a window even where no layer has one.
         "sliding_window": config.sliding_window_size or config.block_size,
         "layer_types": layer_types_to_hf(config),
         "use_bidirectional_attention": False,
@@ -76,7 +76,7 @@ def _config_from_hf(hf: Fields) -> dict[str, Any]:
 def _further_obstacle(config: ModelConfig) -> str | None:
     scalar = config.attention_scores_scalar
     if scalar is not None and scalar != int(scalar):
-        return f"attention_scores_scalar is {scalar}, and it has a whole number"
+        return f"attention_scores_scalar is {scalar}, supported is a whole number"
     return None
 
 

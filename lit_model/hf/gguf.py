@@ -41,7 +41,7 @@ _BLOCK = {
 
 def architecture_of(config: ModelConfig) -> str:
     """The architecture in llama.cpp. Raises ValueError for a model that it does not compute."""
-    family = family_of(dataclasses.replace(config, family=""))  # what is computed counts, not where it came from
+    family = family_of(dataclasses.replace(config, family=""))  # the computation counts, not the origin
     architecture = ARCHITECTURES.get(family.model_type)
     if architecture is None:
         raise ValueError(f"GGUF is written for {', '.join(ARCHITECTURES)}; this model is of family {family.model_type}")
@@ -63,11 +63,11 @@ def write_gguf(
     dtype: str = "float16",
     tokenizer: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write one file; it appears whole or not at all. Tensors are read one at a time.
+    """Write one file; it appears complete or not at all. Tensors are read one at a time.
 
     Args:
         tensors: ours, by our names, in any precision; may load lazily.
-        dtype: of the matrices, a key of DTYPES. Norms and biases are float32, as llama.cpp wants them.
+        dtype: of the matrices, a key of DTYPES. Norms and biases are float32, as llama.cpp expects.
         tokenizer: keys and values of `lit_data.tokenizers.gguf`; None: without, which only programs that bring
             their own tokenizer can use.
 
@@ -180,7 +180,7 @@ def _tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """llama.cpp's names and tensors, in the precision that is written."""
     if config.rope_scaling is not None:
-        # By what llama.cpp divides each frequency.
+        # The factors by which llama.cpp divides each frequency.
         plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
         yield "rope_freqs.weight", plain / rope_frequencies(config)
     family = dataclasses.replace(family_of(config), entries=lambda config: _entries(config, architecture))

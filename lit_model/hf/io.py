@@ -69,7 +69,7 @@ def write_folder(
     shard_bytes: float = 5e9,
     extra_files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens; it appears whole or not at all.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens; it appears complete or not at all.
 
     `config` is config.json's content, `tensors` names and tensors in Hugging Face's terms, consumed one by one: each is
     written before the next is asked for. That needs `layout`, the same names, shapes and dtypes in the same order on
@@ -79,7 +79,7 @@ def write_folder(
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"output {directory} exists and is not an empty folder; give another one or remove it")
+        raise ValueError(f"output {directory} exists and is not an empty folder; give another path or remove it")
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -112,7 +112,7 @@ def read_folder(directory: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor
     directory = Path(directory)
     path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(f"{directory} is no Hugging Face folder: it has no config.json")
+        raise ValueError(f"{directory} is not a Hugging Face folder: it has no config.json")
     try:
         hf = read_object(path)
         family, config = family_from_hf(hf), config_from_hf(hf, name=directory.name)
@@ -159,7 +159,7 @@ def _write_shard(path: Path, layout: dict[str, Tensor], tensors: Iterator[tuple[
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places: dict[str, int] = {}
     end = 0
-    # Larger elements first, so that each tensor lies at a multiple of its element's size: readers map the file.
+    # Larger elements first, so that each tensor is aligned to its element size: readers map the file.
     for name, like in sorted(layout.items(), key=lambda item: -item[1].element_size()):
         if like.dtype not in _DTYPES:
             raise ValueError(f"{name} is {like.dtype}, which safetensors does not hold")
@@ -174,7 +174,7 @@ def _write_shard(path: Path, layout: dict[str, Tensor], tensors: Iterator[tuple[
         for expected, like in layout.items():
             name, tensor = next(tensors, ("", like))
             if name != expected or tensor.shape != like.shape or tensor.dtype != like.dtype:
-                raise ValueError(f"the layout has {expected} of {tuple(like.shape)}; what came is {name or 'nothing'}")
+                raise ValueError(f"expected {expected} of shape {tuple(like.shape)}, got {name or 'nothing'}")
             if file.tell() != begin + places[name]:
                 file.seek(begin + places[name])
             _write_all(file, byte_view(tensor.detach().cpu().contiguous()))
@@ -216,7 +216,7 @@ def _refuse_other_layouts(directory: Path) -> None:
     if (directory / "adapter_config.json").is_file():
         raise ValueError(
             f"{directory} holds an adapter (adapter_config.json), which transformers adds to the model: merge it "
-            "(merge_and_unload) and save the model; if it is merged already, remove that file"
+            "(merge_and_unload) and save the model; if it is already merged, remove that file"
         )
     ranks = [path.name for path in directory.iterdir() if _DISTRIBUTED.fullmatch(path.name)]
     if ranks:
@@ -227,7 +227,7 @@ def _refuse_other_layouts(directory: Path) -> None:
 
 
 def _stored_tensors(directory: Path) -> tuple[Path, _Stored]:
-    """What a folder holds, and the file that says so, for messages."""
+    """The tensors of a folder, and the file that lists them, for error messages."""
     if (directory / _SINGLE).is_file():
         return directory / _SINGLE, _safetensors([directory / _SINGLE])
     if (directory / _INDEX).is_file():

@@ -66,7 +66,7 @@ def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "attn_temperature_tuning": scale is not None,
         "attn_scale": 0.1 if scale is None else scale,
         "floor_scale": config.attention_temperature_floor,
-        # transformers asks for a chunk's size even where no layer is chunked.
+        # transformers requires a chunk size even where no layer is chunked.
         "attention_chunk_size": config.attention_chunk_size or config.block_size,
         "layer_types": layer_types_to_hf(config),
     }
@@ -142,7 +142,7 @@ def _interval(hf: Fields, key: str, default: int) -> int:
 
 def _further_obstacle(config: ModelConfig) -> str | None:
     if config.qk_norm not in ("none", "unit"):
-        return f"qk_norm is {config.qk_norm!r}, and it has 'none' or 'unit'"
+        return f"qk_norm is {config.qk_norm!r}, supported is 'none' or 'unit'"
     return None
 
 

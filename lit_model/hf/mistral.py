@@ -36,7 +36,7 @@ def _config_from_hf(hf: Fields) -> dict[str, Any]:
 def _further_obstacle(config: ModelConfig) -> str | None:
     if config.attention_pattern in (("full",), ("sliding",)):
         return None
-    return f"attention_pattern is {config.attention_pattern}, and its layers are alike, full or sliding"
+    return f"attention_pattern is {config.attention_pattern}, supported is one kind for all layers, full or sliding"
 
 
 FAMILY = Family(

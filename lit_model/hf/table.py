@@ -137,7 +137,7 @@ def linear(ours: str, theirs: str | tuple[str, ...], *, bias: bool, transform: T
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
+    """A parameter's name without the parts added by wrappers."""
     name = _WRAPPERS.sub("", name)
     return name.removeprefix("module.")
 
@@ -166,7 +166,7 @@ def tensors_to_hf(family: Family, config: ModelConfig, tensors: Mapping[str, Ten
     for ours, theirs, transform in family.entries(config):
         tensor = tensors[ours]
         if tuple(tensor.shape) != shapes[ours]:
-            raise ValueError(f"{ours} has shape {tuple(tensor.shape)}; the config asks for {shapes[ours]}")
+            raise ValueError(f"{ours} has shape {tuple(tensor.shape)}; the config implies {shapes[ours]}")
         if ours in VOCABULARY:
             tensor = tensor[: config.vocab_size]
         yield from zip(theirs, transform.to_theirs(tensor), strict=True)
@@ -181,11 +181,10 @@ def tensors_from_hf(
     Names are taken as transformers takes them: with the family's prefix or without. Those that wrappers changed, which
     transformers would replace by random weights, are read too. Of a tied model either matrix may be stored, or both if
     they are equal. Buffers of old files are passed over. Padding rows are zeros: they get no probability and no
-    gradient. Raises ValueError naming missing, unknown or repeated tensors at once, misshapen ones when they are asked
-    for.
+    gradient. Raises ValueError naming missing, unknown or repeated tensors at once, misshapen ones on access.
 
     Args:
-        where: what the tensors are from, for messages.
+        where: the source of the tensors, for error messages.
     """
     if config.n_layer > len(tensors):  # before a model of so many layers is laid out
         raise ValueError(f"{where} holds {len(tensors)} tensors, too few for a model of {config.n_layer} layers")
@@ -226,7 +225,7 @@ def tensors_from_hf(
         if tensor is None or tuple(tensor.shape) != shapes[ours]:
             found = " and ".join(str(tuple(part.shape)) for part in parts)
             names = " + ".join(theirs)
-            raise ValueError(f"{where}: {names} give shape {found}; the config asks for {shapes[ours]} ({ours})")
+            raise ValueError(f"{where}: {names} give shape {found}; the config implies {shapes[ours]} ({ours})")
         return tensor
 
     return LazyTensors(entries, build)
@@ -252,7 +251,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def check_names(wanted: Any, found: Any, where: str) -> None:
-    """Raise ValueError naming what `found` lacks of `wanted` or has beyond it."""
+    """Raise ValueError naming missing and unknown names."""
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or unknown:
         parts = [f"{label} {_short(names)}" for label, names in (("lacks", missing), ("has unknown", unknown)) if names]

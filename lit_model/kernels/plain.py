@@ -27,8 +27,8 @@ def sdpa(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, D)
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.device.type != "cpu" and (q.dtype == torch.float32 or mask is not None):
-        # Off the CPU only flash and cuDNN take grouped heads, neither in float32 nor with a mask: what is left would be
-        # the unfused kernel with the whole square in memory. Copies of the heads are the smaller cost.
+        # Off the CPU only flash and cuDNN support grouped heads, neither in float32 nor with a mask: the fallback would
+        # be the unfused kernel with all T x T scores in memory. Copying the heads costs less.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
@@ -38,7 +38,7 @@ def sdpa(
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, variant: AttentionVariant = PLAIN
 ) -> Tensor:
-    """The definition, in plain matrix multiplies over an (N, N) mask: the reference of tests, nothing else.
+    """The definition, in plain matrix multiplies over an (N, N) mask: a reference for tests.
 
     Arguments and result as of `attention`, but without dropout.
     """
@@ -87,7 +87,7 @@ def plain_loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *opti
     if cu_seqlens is None:
         return cached_attention(q, k, v, variant)
     runs = list(runs_of_pieces(cu_seqlens))
-    # Slices would each have a gradient of the full size.
+    # split, because the gradient of each slice would have the full size.
     q_runs, k_runs, v_runs = (x.flatten(0, 1).split([n * length for _, n, length in runs]) for x in (q, k, v))
     outs = []
     for (_, *size), q_run, k_run, v_run in zip(runs, q_runs, k_runs, v_runs, strict=True):
@@ -101,8 +101,8 @@ def cached_attention(
 ) -> Tensor:
     """Causal attention of q (B, T, H, D), the last T positions, over k and v (B, S, G, D), all of them: (B, T, H, D).
 
-    With a `chunk`, query and key must also lie in the same chunk of so many positions, counted from the first key.
-    Blocks of queries meet only the keys that one of them sees: a window needs O(T (window + block)) memory.
+    With a `chunk`, query and key must also be in the same chunk of that many positions, counted from the first key.
+    A block of queries is multiplied only with keys visible to one of them: a window needs O(T (window + block)) memory.
     """
     T, S = q.shape[1], k.shape[1]
     window, weigh = variant.window, variant.softcap is not None or variant.dropout > 0

@@ -388,9 +388,11 @@ def test_teachers_that_cannot_serve():
     tensors, teachers = draw(), draw_teachers(1)
     for k, divergence in ((5, "forward_kl"), (5, "js"), (VOCAB, "reverse_kl"), (VOCAB, "mse")):
         setting = Distillation(divergence, 2.0, "logits")
-        with pytest.raises(ValueError, match=f"divergence '{divergence}' cannot be had from a teacher cached"):
+        with pytest.raises(
+            ValueError, match=f"divergence '{divergence}' can't be computed from a cache of the teacher's top"
+        ):
             chunked(*tensors, cache(teachers, setting, k), setting, 0.3)
-    with pytest.raises(ValueError, match="top_k is 4, but the teacher was cached with its 5"):
+    with pytest.raises(ValueError, match="top_k is 4, but the cache holds the teacher's top 5"):
         chunked(*tensors, cache(teachers, SETTINGS[0], 5), Distillation("topk_kl", 2.0, "logits", 4), 0.3)
     for top_k in (None, VOCAB + 1):
         with pytest.raises(ValueError, match=f"top_k is {top_k}; divergence 'topk_kl' needs"):

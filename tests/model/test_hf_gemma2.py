@@ -110,7 +110,7 @@ def test_unsupported_values_are_named(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_scores_scalar": 7.5}, "gemma2: attention_scores_scalar is 7.5, and it has a whole number"),
+        ({"attention_scores_scalar": 7.5}, "gemma2: attention_scores_scalar is 7.5, supported is a whole number"),
         ({"attention_pattern": ["chunked"], "attention_chunk_size": 4}, "gemma2: attention_chunk_size is 4"),
         ({"post_norm": False}, "gemma2: post_norm is False"),
         ({"qk_norm": "head"}, "gemma2: qk_norm is 'head'"),

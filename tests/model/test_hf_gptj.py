@@ -95,7 +95,7 @@ def test_unsupported_config_values_are_named(change, message):
 
 def test_another_base_belongs_to_no_family():
     config = ModelConfig(**SMALL, **KIND, rope_base=5e5)
-    with pytest.raises(ValueError, match=r"gptj: rope_base is 500000.0, and it has 10000.0"):
+    with pytest.raises(ValueError, match=r"gptj: rope_base is 500000.0, supported is 10000.0"):
         family_of(config)
 
 

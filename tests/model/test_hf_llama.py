@@ -174,7 +174,7 @@ def test_registry_configs_survive_transformers_own_config(name):
     ("change", "message"),
     [
         ({"model_type": "mamba"}, "model_type is 'mamba'; supported are llama, "),
-        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, "give its text model alone"),
+        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, "export its text model"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "rope_type is 'yarn'"),
@@ -207,7 +207,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named():
     with pytest.raises(ValueError, match="unknown model.layers.0.self_attn.q_norm.weight"):
         tensors_from_hf(config, {**hf, "model.layers.0.self_attn.q_norm.weight": torch.ones(1)})
     lazy = tensors_from_hf(config, {**hf, "model.norm.weight": torch.ones(3)})
-    with pytest.raises(ValueError, match=r"model.norm.weight give shape \(3,\); the config asks for \(64,\)"):
+    with pytest.raises(ValueError, match=r"model.norm.weight give shape \(3,\); the config implies \(64,\)"):
         lazy["transformer.ln_f.weight"]
     with pytest.raises(ValueError, match="lacks transformer.ln_f.weight"):
         list(tensors_to_hf(config, {k: v for k, v in ours.items() if "ln_f" not in k}))

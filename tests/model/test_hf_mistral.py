@@ -62,5 +62,5 @@ def test_without_a_window_it_computes_a_llama_and_stays_a_mistral():
 
 def test_layers_that_differ_have_no_family():
     config = ModelConfig(attention_pattern=("sliding", "full"), sliding_window_size=3)
-    with pytest.raises(ValueError, match="mistral: attention_pattern is .*its layers are alike"):
+    with pytest.raises(ValueError, match="mistral: attention_pattern is .*supported is one kind for all layers"):
         config_to_hf(config)

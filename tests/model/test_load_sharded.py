@@ -124,10 +124,10 @@ def repeat(metadata: Metadata) -> None:
 
 
 LIES: dict[str, tuple[Callable[[Metadata], object], str]] = {
-    "outside": (lambda m: place(m, relative_path="../../secret"), "no file of the folder"),
-    "absolute": (lambda m: place(m, relative_path="/etc/passwd"), "no file of the folder"),
-    "above": (lambda m: place(m, relative_path=".."), "no file of the folder|is missing"),
-    "not a name": (lambda m: place(m, relative_path=7), "no file of the folder"),
+    "outside": (lambda m: place(m, relative_path="../../secret"), "not a file of the folder"),
+    "absolute": (lambda m: place(m, relative_path="/etc/passwd"), "not a file of the folder"),
+    "above": (lambda m: place(m, relative_path=".."), "not a file of the folder|is missing"),
+    "not a name": (lambda m: place(m, relative_path=7), "not a file of the folder"),
     "before the file": (lambda m: place(m, offset=-1), "not whole numbers"),
     "missing file": (lambda m: place(m, relative_path="__7_0.distcp"), "__7_0.distcp is missing"),
     "beyond the file": (lambda m: place(m, length=1 << 40), "truncated"),
@@ -216,7 +216,7 @@ def test_verify_names_each_fault_of_a_folder(checked: Path, name: str) -> None:
     assert Checkpoint(checked).verify() == []
     for place in (0, len(content) // 2, len(content) - 1):
         file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        assert Checkpoint(checked).verify() == [f"{file} is not what was written: its checksum differs"]
+        assert Checkpoint(checked).verify() == [f"{file} changed after it was written: its checksum differs"]
     file.write_bytes(content[:-1])
     size = len(content)
     assert Checkpoint(checked).verify() == [f"{file} has {size - 1} bytes; {size} were written"]
@@ -237,7 +237,7 @@ def test_verify_names_each_fault_of_a_file(tmp_path: Path) -> None:
 
     known = {"checksums": sums}
     assert write(w, {"w": {"m": m}}, known) == []
-    assert write(m, {"w": {"m": m}}, known) == [f"{path}: model.w is not what was written: its checksum differs"]
+    assert write(m, {"w": {"m": m}}, known) == [f"{path}: model.w changed after it was written: its checksum differs"]
     assert write(w, {}, known) == [f"{path}: optimizer.w/m is missing"]
     extra = {"w": {"m": m, "v": m}}
     assert write(w, extra, known) == [f"{path}: optimizer.w/v does not belong to the checkpoint"]

@@ -35,8 +35,9 @@ LLAMA_4_OF_TWO_KINDS = {**LLAMA_4, "n_layer": 2, "moe_layers": (True, False)}
 
 @pytest.fixture(autouse=True)
 def limits() -> Iterator[None]:
-    """Each test begins with torch's own limits and an empty cache."""
+    """Each test begins with torch's own limits, an empty cache and counters at 0."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
         yield
     torch._dynamo.reset()

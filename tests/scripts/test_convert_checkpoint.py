@@ -113,7 +113,7 @@ def test_inspect_verifies(run: Path, tmp_path: Path, kind: str) -> None:
     middle = len(content) // 2
     file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     done = script("inspect_checkpoint.py", copy, "--verify")
-    assert done.returncode == 1 and "is not what was written" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "changed after it was written" in done.stdout, done.stdout + done.stderr
     file.write_bytes(content[:-1000])
     done = script("inspect_checkpoint.py", copy, "--verify", "--json")
     assert done.returncode == 1 and str(file) in json.loads(done.stdout)["faults"][0], done.stdout + done.stderr

@@ -30,14 +30,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from lit_data.loading.order import IntArray, Order
-from lit_data.loading.shard_cache import FileSource, ShardCache
-from lit_data.packed.dataset import PackedDataset, PackedWriter
+from lit_data.loading.shard_cache import ShardCache, ShardFiles
+from lit_data.packed.reader import PackedDataset
+from lit_data.packed.writer import PackedWriter
 
 MB = 1e6
 STEP_ROWS = 16
 
 
-class SlowSource(FileSource):
+class SlowSource(ShardFiles):
     """All readers together get `mb_s` MB/s, and each read takes `delay_s` in addition."""
 
     def __init__(self, dataset: PackedDataset, mb_s: float, delay_s: float) -> None:

@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.peer_convert import measure
 from benchmarks.provenance import provenance
+from lit_files.publish import sync_file
 from lit_model.cost import count_parameters
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint
 from lit_model.model import parameter_shapes
@@ -138,8 +139,7 @@ def write_for_litgpt(checkpoint: Checkpoint, folder: Path) -> None:
     folder.mkdir()
     with open(folder / "lit_model.pth", "wb") as f:
         torch.save({"model": dict(checkpoint.model_tensors())}, f)
-        f.flush()
-        os.fsync(f.fileno())
+        sync_file(f)
 
 
 def same_tensors(ours: Path, theirs: Path) -> None:

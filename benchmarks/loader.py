@@ -36,12 +36,14 @@ import torch
 
 from benchmarks.peer_loader import LOADERS, serve
 from benchmarks.provenance import provenance
-from lit_data.loading.loader import Layout, Loader
+from lit_data.loading.loader import Loader, RankLayout
 from lit_data.loading.mixture import Mixture
 from lit_data.loading.order import Order, Segment
 from lit_data.loading.rows import Packing, open_rows
-from lit_data.packed.dataset import FORMAT_VERSION, HEADER, MAGIC, Manifest, PackedDataset, Shard
-from lit_data.prepare.job import prepare
+from lit_data.packed.index import HEADER, MAGIC
+from lit_data.packed.manifest import FORMAT_VERSION, Manifest, Shard
+from lit_data.packed.reader import PackedDataset
+from lit_data.prepare.run import prepare
 from lit_data.record.span_hash import hash_spans
 from lit_files.publish import write_json
 
@@ -55,7 +57,7 @@ def loader_of(dataset: PackedDataset, packing: Packing = "concat", prefetch_step
     return Loader(
         [rows],
         Mixture.single(Order(rows.n_windows, 1)),
-        Layout(BLOCK, BATCH),
+        RankLayout(BLOCK, BATCH),
         [Segment(0, 0, BATCH)],
         prefetch_steps=prefetch_steps,
     )

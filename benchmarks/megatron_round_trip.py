@@ -22,8 +22,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import numpy as np
 import numpy.typing as npt
 
-from lit_data.packed.dataset import PackedDataset, PackedWriter
+from lit_data.packed.reader import PackedDataset
 from lit_data.packed.token_import import import_tokens
+from lit_data.packed.writer import PackedWriter
 
 PEER = Path(__file__).resolve().with_name("peer_megatron.py")
 EOS = 2

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks.provenance import provenance
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_eval.agreement import SpanLosses, largest_difference, our_span_losses, transformers_span_losses
 from lit_model.load import load_model
 

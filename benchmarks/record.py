@@ -33,19 +33,13 @@ from benchmarks.provenance import provenance
 from lit_data.loading.mixture import Mixture
 from lit_data.loading.order import IntArray, Order, Segment
 from lit_data.loading.rows import ConcatRows
-from lit_data.packed.dataset import (
-    DOCUMENTS_PER_GROUP,
-    FORMAT_VERSION,
-    HEADER,
-    MAGIC,
-    MANIFEST,
-    Manifest,
-    PackedDataset,
-    Shard,
-)
+from lit_data.packed.index import HEADER, MAGIC
+from lit_data.packed.manifest import FORMAT_VERSION, MANIFEST, Manifest, Shard
+from lit_data.packed.reader import PackedDataset
+from lit_data.packed.writer import DOCUMENTS_PER_GROUP
 from lit_data.record.merge import MAX_ROWS, MergedFile
-from lit_data.record.parts import SCHEMA, open_writer
-from lit_data.record.trace import describe_order, write_order
+from lit_data.record.order_file import describe_order, write_order
+from lit_data.record.schema import SCHEMA, open_writer
 
 BLOCK_SIZE = 2048
 GLOBAL_BATCH, WORLD_SIZE, MICRO_BATCH = 1024, 64, 4

@@ -34,9 +34,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import corpus_runs
 from benchmarks.provenance import provenance
-from lit_data.loading.loader import read_rows
+from lit_data.loading.batches import read_rows
 from lit_data.loading.rows import ConcatRows
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_model.distillation import Distillation, Teacher, TeacherHead, TopK, chunked_distillation, ensemble_top_k
 from lit_model.load import load_model
 from lit_model.loss import IGNORE_INDEX

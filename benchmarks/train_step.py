@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from benchmarks.peer_step import serve
-from lit_data.packed.dataset import PackedWriter
+from lit_data.packed.writer import PackedWriter
 from lit_model.cost import count_parameters, flops_per_token
 from lit_model.registry import get_config
 from pretrain.build import set_up

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lit_data.loading.loader import PADDING, read_rows
+from lit_data.loading.batches import PADDING, read_rows
 from lit_data.loading.rows import ConcatRows
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_model.load import load_model
 from lit_model.loss import LossOutput
 

@@ -6,33 +6,66 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
-def sync_file(path: Path) -> None:
-    """Make a file's content, or a folder's entries, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+def sync_file(file: Path | IO[Any]) -> None:
+    """Make a file's content, or a folder's entries, durable. An open file is flushed first."""
+    if not isinstance(file, Path):
+        file.flush()
+        os.fsync(file.fileno())
+        return
+    descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Make everything in a folder durable. A file that was synced before costs little."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync_file(Path(place, name))
+        sync_file(Path(place))
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Rename a finished file or folder, whose content is synced, to its final name, and make the name durable.
 
-    A file that has the name is replaced. A folder may take the place of an empty one only (OSError otherwise).
+    An existing file is replaced. A folder can only replace an empty one (OSError otherwise); see `replace_folder`.
     """
-    os.replace(temporary, path)
+    os.rename(temporary, path)
     sync_file(path.parent)
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Publish a finished folder, whose content is synced, in place of the folder `path` if there is one.
+
+    This takes two renames: a process killed between them leaves the old folder whole as `.NAME.replaced`. After an
+    error the old folder is back under its name.
+    """
+    aside = path.with_name(f".{path.name}.replaced")
+    if path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+    try:
+        publish(temporary, path)
+    except BaseException:
+        if aside.exists() and not path.exists():
+            with contextlib.suppress(OSError):
+                os.rename(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; if the block ends well, sync what it wrote there and publish it.
+    """Yield a temporary path beside `path`; if the block ends well, sync the file it wrote there and publish it.
 
     After an exception the temporary file is removed and `path` is as before.
     """
@@ -43,6 +76,28 @@ def replace_file(path: Path) -> Iterator[Path]:
         publish(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def build_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a new, empty folder beside `path`; if the block ends well, sync everything in it and publish it.
+
+    An existing folder is replaced if `replace`, as by `replace_folder`; else it must be empty (OSError). After an
+    exception the temporary folder is removed and `path` is as before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_tree(temporary)
+        if replace:
+            replace_folder(temporary, path)
+        else:
+            publish(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -64,17 +119,17 @@ def create_json(path: Path, content: Any) -> bool:
     """Write a JSON file that must not exist yet: of several processes that call this at once, on any hosts, one gets
     True, and the file is whole from the first moment."""
     mine = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    write_json(mine, content)
     try:
+        write_json(mine, content)
         os.link(mine, path)
     except FileExistsError:
         return False
-    except OSError as error:  # without hard links two may both get True
+    except OSError as error:
         if error.errno not in WITHOUT_LINKS:
             raise
         if path.exists():
             return False
-        os.replace(mine, path)
+        os.rename(mine, path)  # without hard links two processes may both get True
     finally:
         mine.unlink(missing_ok=True)
     sync_file(path.parent)

@@ -90,7 +90,7 @@ def parse_json(text: str | bytes, source: str | Path) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """A JSON file's value, of any form (see `read_record`). Raises ValueError that names the file."""
+    """A JSON file's value, of any form (see `read_dataclass`). Raises ValueError that names the file."""
     return parse_json(read_bytes(path), path)
 
 
@@ -104,7 +104,7 @@ def as_object(value: Any, source: str | Path) -> dict[str, Any]:
     return build(dict[str, Any], value, source)
 
 
-def read_record(kind: type[T], path: str | Path) -> T:
+def read_dataclass(kind: type[T], path: str | Path) -> T:
     """A JSON file as a dataclass. Raises ValueError that names the file and what is wrong in it."""
     return build(kind, read_json(path), path)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lit_data.loading.loader import bucket
+from lit_data.loading.batches import bucket
 from lit_model.config import ModelConfig
 from lit_model.init import initialise
 from lit_model.loss import LossOutput

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from lit_data.loading.loader import Layout, Loader
+from lit_data.loading.loader import Loader, RankLayout
 from lit_data.loading.mixture import Mixture, phase_list
 from lit_data.loading.order import Order, Segment, first_sample_of_step
 from lit_data.loading.rows import Rows, count_windows, open_rows
 from lit_data.loading.shard_cache import ShardCache
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_model.config import ModelConfig
 from pretrain.args import RunArgs, TrainArgs
 from pretrain.distillation.teacher_cache import check_cache
@@ -231,7 +231,7 @@ def training_loader(args: RunArgs, fabric: Fabric, data: Data, segments: list[Se
     return Loader(
         data.rows,
         data.mixture,
-        Layout(data.block_size, micro_batch, fabric.global_rank, fabric.world_size, args.data.document_mask),
+        RankLayout(data.block_size, micro_batch, fabric.global_rank, fabric.world_size, args.data.document_mask),
         segments,
         end_sample=data.end_sample,
         prefetch_steps=args.data.prefetch_steps,
@@ -250,7 +250,7 @@ def validation_loader(args: RunArgs, fabric: Fabric, data: Data) -> Loader | Non
     return Loader(
         [data.val],
         Mixture.single(Order(n_windows, shuffle=False)),
-        Layout(data.block_size, micro_batch, fabric.global_rank, fabric.world_size, args.data.document_mask),
+        RankLayout(data.block_size, micro_batch, fabric.global_rank, fabric.world_size, args.data.document_mask),
         [Segment(0, 0, micro_batch * fabric.world_size)],
         end_sample=min(n_windows, args.eval.max_samples or n_windows),
         pin_memory=fabric.device.type == "cuda",

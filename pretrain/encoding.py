@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.hf_export import begins_with_bos, parses_special_tokens
 from lit_data.tokenizers.tokenizer import Tokenizer
 from lit_files.reading import as_object, build

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_data.loading.loader import MicroBatch, StepData
+from lit_data.loading.batches import MicroBatch, StepData
 from lit_data.loading.order import first_sample_of_step
 from lit_files.checkpoint_name import checkpoint_name, checkpoint_step, list_checkpoints
 from lit_model.loss import LossOutput

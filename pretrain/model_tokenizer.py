@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.compare import difference, ids_digest
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_files.checkpoint_name import checkpoint_step

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_data.loading.loader import Loader
 from lit_data.loading.order import Segment
 from lit_data.record.merge import Compactor
-from lit_data.record.parts import DatapointRecorder
+from lit_data.record.writer import DatapointRecorder
 from lit_files.lock import FileLock
 from lit_model.config import ModelConfig
 from lit_model.model import GPT

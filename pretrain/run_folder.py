@@ -10,20 +10,15 @@ from pathlib import Path
 import yaml
 
 from lit_data.record.merge import Compactor
-from lit_data.record.parts import DatapointRecorder
-from lit_data.record.trace import describe_order, write_order
+from lit_data.record.order_file import describe_order, write_order
+from lit_data.record.writer import DatapointRecorder
 from lit_data.tokenizers.files import copy_tokenizer
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.lock import FileLock, lock_folder
 from lit_files.publish import write_text
 from lit_model.config import ModelConfig
 from pretrain.args import RunArgs, plain
-from pretrain.checkpoint.files import (
-    find_checkpoint,
-    remove,
-    remove_if_possible,
-    rewind,
-)
+from pretrain.checkpoint.files import find_checkpoint, remove, remove_if_possible, rewind
 from pretrain.data import Data
 from pretrain.fabric import Fabric
 from pretrain.logs.messages import warn

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_data.corpus.synthetic import write_synthetic
-from lit_data.packed.dataset import MANIFEST
-from lit_data.prepare.job import prepare
+from lit_data.packed.manifest import MANIFEST
+from lit_data.prepare.run import prepare
 from lit_data.tokenizers.training import train_tokenizer
 from pretrain.args import SyntheticArgs
 

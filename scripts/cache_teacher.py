@@ -22,7 +22,7 @@ end_on_ctrl_c()
 import torch
 
 from lit_data.loading.rows import open_rows
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_model.load import load_tensors, resolve
 from pretrain.args import DistillationArgs, TeacherEntry
 from pretrain.cli.command_line import ScriptParser

@@ -20,7 +20,7 @@ from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from lit_data.packed.word_counts import add_word_counts
+from lit_data.prepare.word_counts import add_word_counts
 from lit_files.cores import usable_cores
 from pretrain.cli.command_line import ScriptParser
 

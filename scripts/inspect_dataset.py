@@ -20,7 +20,6 @@ from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from lit_data.packed.dataset import PackedDataset
 from lit_data.packed.inventory import (
     RepeatedIds,
     Sample,
@@ -35,6 +34,7 @@ from lit_data.packed.inventory import (
     tokenizer_of,
     totals,
 )
+from lit_data.packed.reader import PackedDataset
 from pretrain.cli.command_line import ScriptParser
 
 

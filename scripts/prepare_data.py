@@ -26,7 +26,7 @@ end_on_ctrl_c()
 
 from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS
 from lit_data.prepare.executors import run_on_executors
-from lit_data.prepare.job import prepare, run_stage
+from lit_data.prepare.run import prepare, run_stage
 from lit_data.prepare.settings import Settings
 from lit_files.cores import usable_cores
 from pretrain.cli.command_line import ScriptParser

@@ -16,9 +16,9 @@ from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
+
 from lit_data.packed.documents import Documents
 from lit_data.record.exposures import count_exposures, draw_exposures
-from lit_data.record.parts import rows_of
 from lit_data.record.sql import SORTS, difference, export
 from lit_data.record.trace import TracedRun, left_out_of_document, open_run, spans_of_document, spans_of_step
 from lit_data.record.verify import verify
@@ -75,7 +75,7 @@ def mean(row: dict[str, Any]) -> str:
 def print_step(run: TracedRun, args: argparse.Namespace) -> None:
     folder = run.folder / "tokenizer"
     tokenizer = open_tokenizer(folder) if folder.is_dir() else None
-    rows = list(rows_of(spans_of_step(run, args.step)))
+    rows = spans_of_step(run, args.step).to_pylist()
     documents = [Documents(dataset) for dataset in run.datasets]
     facts = []
     for number, dataset in enumerate(documents):
@@ -121,7 +121,7 @@ def print_document(run: TracedRun, args: argparse.Namespace) -> None:
     for number, document in find_documents(run, args.document):
         dataset = Documents(run.datasets[number])
         about = dataset.facts([document], ["id", "source"])[document]
-        rows = list(rows_of(spans_of_document(run, document, number)))
+        rows = spans_of_document(run, document, number).to_pylist()
         if not args.json:
             name = f"#{number}:{document}" if len(run.datasets) > 1 else f"#{document}"
             length = dataset.start(document + 1) - dataset.start(document)

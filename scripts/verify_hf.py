@@ -14,7 +14,8 @@ end_on_ctrl_c()
 
 import yaml
 
-from lit_data.packed.dataset import MANIFEST, PackedDataset
+from lit_data.packed.manifest import MANIFEST
+from lit_data.packed.reader import PackedDataset
 from lit_data.record.trace import find_recorded
 from lit_eval.agreement import largest_difference, our_span_losses, transformers_span_losses
 from lit_model.load import Checkpoint, resolve

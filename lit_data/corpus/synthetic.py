@@ -20,15 +20,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
+
+from lit_files.publish import build_folder
 
 Level = Literal["simple", "medium", "complex"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -410,15 +410,9 @@ def write_synthetic(
     val_words = min(max(round(tokens * val_fraction), 1), tokens - 1)
     splits = {"train": tokens - val_words, "val": val_words}
     streams = {name: sample_documents(level, seed, n_words, stream=name) for name, n_words in splits.items()}
-    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
+    with build_folder(output) as temporary:
         for name, documents in streams.items():
             with open(temporary / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as file:
                 for doc in documents:
                     file.write(json.dumps({"id": doc.id, "text": doc.text, "nll": doc.nll}) + "\n")
-        os.rename(temporary, output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return output / "train.jsonl", output / "val.jsonl"

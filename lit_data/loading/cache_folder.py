@@ -37,6 +37,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lit_files.publish import sync_file
+
 HUNGRY_SECONDS = 2.0
 FILES_A_CLAIM = 256  # a look costs about 3 us a file: one more file is claimed per so many that are there
 
@@ -46,7 +48,7 @@ _PART = re.compile(r"(.+)\.([0-9a-f]{32})\.part")
 
 
 @dataclass
-class _Look:
+class _Contents:
     """What a holder sees in the folder, under its lock."""
 
     limit: int  # bytes: the smallest budget of the living
@@ -130,16 +132,16 @@ class CacheFolder:
         held: list[str] = []
         claimed: list[str] = []
         with self._locked():
-            look = self._look()
-            self._sort_idle(look, [name for name, _ in wanted])
-            self._make_room(look, 0)
-            share = self._free_share(look)
+            contents = self._survey()
+            self._sort_idle(contents, [name for name, _ in wanted])
+            self._make_room(contents, 0)
+            share = self._free_share(contents)
             for name, size in wanted:
-                facts = look.chunks.get(name)
+                facts = contents.chunks.get(name)
                 if facts is not None and facts.st_size != size:
-                    self._evict(look, str(self.shared / name), facts.st_size)  # cut by someone: it is not believed
+                    self._evict(contents, str(self.shared / name), facts.st_size)  # truncated by another program
                     facts = None
-                if facts is None and name in look.claimed:
+                if facts is None and name in contents.claimed:
                     continue
                 if facts is None or facts.st_nlink == 1:  # else it costs no room: another holder needs it too
                     if share < size and (self.held or held or claimed):
@@ -147,51 +149,51 @@ class CacheFolder:
                     share -= size
                 if facts is not None:
                     os.link(self.shared / name, self.own / name)
-                    look.idle.pop(str(self.shared / name), None)
+                    contents.idle.pop(str(self.shared / name), None)
                     held.append(name)
                     continue
-                if len(claimed) > look.files // FILES_A_CLAIM:
+                if len(claimed) > contents.files // FILES_A_CLAIM:
                     break
-                if not self._make_room(look, size):
+                if not self._make_room(contents, size):
                     (self.own / "hungry").touch()
                     break
                 with open(self._part(name), "wb") as f:
                     f.truncate(size)
-                look.total += size
+                contents.total += size
                 claimed.append(name)
             self.held.update(held)
         return held, claimed
 
-    def _sort_idle(self, look: _Look, wanted: list[str]) -> None:
+    def _sort_idle(self, contents: _Contents, wanted: list[str]) -> None:
         """Bring what may be evicted into the order of going: released long ago; then, of the wanted, needed late."""
         place = {str(self.shared / name): -i for i, name in enumerate(wanted)}
-        order = sorted(look.idle, key=lambda path: (path in place, place.get(path, look.idle[path][0])))
-        look.idle = {path: look.idle[path] for path in order}
+        order = sorted(contents.idle, key=lambda path: (path in place, place.get(path, contents.idle[path][0])))
+        contents.idle = {path: contents.idle[path] for path in order}
 
-    def _make_room(self, look: _Look, size: int) -> bool:
+    def _make_room(self, contents: _Contents, size: int) -> bool:
         """Evict what nobody needs until `size` more bytes fit; False if they cannot."""
-        while look.total + size > look.limit and look.idle:
-            path = next(iter(look.idle))
-            self._evict(look, path, look.idle[path][1])
-        return look.total + size <= look.limit
+        while contents.total + size > contents.limit and contents.idle:
+            path = next(iter(contents.idle))
+            self._evict(contents, path, contents.idle[path][1])
+        return contents.total + size <= contents.limit
 
-    def _evict(self, look: _Look, path: str, size: int) -> None:
+    def _evict(self, contents: _Contents, path: str, size: int) -> None:
         os.unlink(path)
-        look.idle.pop(path, None)
+        contents.idle.pop(path, None)
         if os.path.dirname(path) == str(self.shared):
-            del look.chunks[os.path.basename(path)]
-        look.total -= size
+            del contents.chunks[os.path.basename(path)]
+        contents.total -= size
 
-    def _free_share(self, look: _Look) -> float:
+    def _free_share(self, contents: _Contents) -> float:
         """Bytes that this holder may still take: without bound, unless another finds no room."""
-        if not look.hungry:
+        if not contents.hungry:
             return math.inf
-        mine = [look.chunks[name] for name in self.held if name in look.chunks]
-        return look.limit / (1 + look.hungry) - sum(f.st_size / max(1, f.st_nlink - 1) for f in mine)
+        mine = [contents.chunks[name] for name in self.held if name in contents.chunks]
+        return contents.limit / (1 + contents.hungry) - sum(f.st_size / max(1, f.st_nlink - 1) for f in mine)
 
-    def _look(self) -> _Look:
+    def _survey(self) -> _Contents:
         """Count everything, and remove what dead holders left."""
-        look = _Look(self.budget_bytes)
+        contents = _Contents(self.budget_bytes)
         living = {self.id}
         with os.scandir(self.folder) as entries:
             folders = list(entries)
@@ -202,10 +204,10 @@ class CacheFolder:
                 shutil.rmtree(entry.path)
                 continue
             living.add(match[2])
-            look.limit = min(look.limit, int(match[1]))
+            contents.limit = min(contents.limit, int(match[1]))
             with contextlib.suppress(FileNotFoundError):
-                look.hungry += time.time() - os.stat(f"{entry.path}/hungry").st_mtime < HUNGRY_SECONDS
-        look.holders = len(living)
+                contents.hungry += time.time() - os.stat(f"{entry.path}/hungry").st_mtime < HUNGRY_SECONDS
+        contents.holders = len(living)
         for folder in folders:
             if _SHARED.fullmatch(folder.name) is None:
                 continue
@@ -217,17 +219,17 @@ class CacheFolder:
                         os.unlink(entry.path)
                         continue
                     facts = entry.stat(follow_symlinks=False)
-                    look.total += facts.st_size
-                    look.files += 1
+                    contents.total += facts.st_size
+                    contents.files += 1
                     if match is not None:
                         if same:
-                            look.claimed.add(match[1])
+                            contents.claimed.add(match[1])
                         continue
                     if facts.st_nlink == 1:
-                        look.idle[entry.path] = facts.st_ctime_ns, facts.st_size
+                        contents.idle[entry.path] = facts.st_ctime_ns, facts.st_size
                     if same:
-                        look.chunks[entry.name] = facts
-        return look
+                        contents.chunks[entry.name] = facts
+        return contents
 
     def _part(self, name: str) -> Path:
         return self.shared / f"{name}.{self.id}.part"
@@ -242,8 +244,7 @@ class CacheFolder:
     def publish(self, name: str) -> None:
         """Give a claimed file, now complete, its name; it is held from then on."""
         part = self._part(name)
-        with open(part, "rb") as f:
-            os.fsync(f.fileno())
+        sync_file(part)
         with self._locked():
             os.link(part, self.own / name)
             os.rename(part, self.shared / name)
@@ -266,8 +267,8 @@ class CacheFolder:
             for part in self.shared.glob(f"*.{self.id}.part"):
                 part.unlink()
             shutil.rmtree(self.own)
-            if not keep and (look := self._look()).holders == 1:
-                for path in look.idle:
+            if not keep and (contents := self._survey()).holders == 1:
+                for path in contents.idle:
                     os.unlink(path)
         self.held.clear()
         self._close_descriptors()

@@ -1,11 +1,4 @@
-"""Whole steps of micro-batches, read ahead by a background thread.
-
-Sample numbers are turned into places in the data for many steps together (`_Plan`): which window, which documents,
-where the targets end. What is left for each micro-batch is to copy its tokens, and to cut a few slices.
-
-Dimensions: `B` rows in a micro-batch, `T` tokens in a row, `N = B * T`, `P` pieces (spans of documents, and padding),
-`M` micro-batches, `R = M * B` rows, `U` runs (stretches of the stream that are copied in one go).
-"""
+"""Whole steps of micro-batches, read ahead by one background thread and planned by another."""
 
 from __future__ import annotations
 
@@ -15,331 +8,22 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
+from lit_data.loading.batches import BatchPlan, BatchReader, RowNumbers, StepData
 from lit_data.loading.mixture import Mixture
 from lit_data.loading.order import IntArray, Segment, first_sample_of_step, row_of
-from lit_data.loading.rows import Pieces, Rows
+from lit_data.loading.rows import Rows
 from lit_data.loading.shard_cache import ShardCache
 
-IGNORE_TARGET = -100  # what torch's and the model's cross-entropy leave out
-PADDING = -1  # the document number of a piece that is padding
-_BUCKETS = 1 << np.arange(4, 40)  # sizes of cu_seqlens
 FIRST_PLAN_ROWS = 8  # of the first plan, so that the first batch comes at once
 MAX_GROUP_ROWS = 64  # of steps handed over together
 MAX_PLAN_ROWS = 8192  # of a plan: about 100 bytes a piece are held
 
 
-class TokenSource(Protocol):
-    """What tokens are copied from: a dataset, or a cache before it."""
-
-    def copy_tokens(self, out: npt.NDArray[Any], start: int, stop: int) -> None:
-        """Copy tokens [start, stop) of the stream to `out`, of an integer type that holds them."""
-        ...
-
-
-@dataclass
-class Spans:
-    """The pieces of a micro-batch in their order in it; they fill its rows. Arrays of length P.
-
-    Attributes:
-        place: row of the micro-batch.
-        dataset: number of the dataset in the run; PADDING for padding.
-        document: number of the document in its dataset, or PADDING.
-        start: first token of the piece, counted in its document.
-        length: tokens that are inputs.
-        targets: tokens that are targets, i.e. have a loss.
-        window: of the row, and `sample`: the row's number in the run, per row (length B); -1 for a row without data.
-    """
-
-    place: IntArray
-    dataset: IntArray
-    document: IntArray
-    start: IntArray
-    length: IntArray
-    targets: IntArray
-    window: IntArray
-    sample: IntArray
-
-
-@dataclass
-class MicroBatch:
-    """What one rank puts through the model at once.
-
-    Attributes:
-        tokens: int64 [B, T].
-        targets: int64 [B, T], IGNORE_TARGET where there is none.
-        cu_seqlens: int32 [power of two], boundaries of the pieces in the flattened rows, padded by repeating N.
-        spans: where the tokens come from (host memory).
-        n_targets: tokens that have a loss.
-        n_inputs: tokens of documents; padding is not counted.
-    """
-
-    tokens: torch.Tensor
-    targets: torch.Tensor
-    cu_seqlens: torch.Tensor
-    spans: Spans
-    n_targets: int
-    n_inputs: int
-
-
-@dataclass
-class StepData:
-    """One rank's part of one step: its micro-batches and the number of its valid targets."""
-
-    step: int
-    micro_batches: list[MicroBatch]
-
-    @property
-    def n_targets(self) -> int:
-        return sum(m.n_targets for m in self.micro_batches)
-
-    @property
-    def n_inputs(self) -> int:
-        return sum(m.n_inputs for m in self.micro_batches)
-
-
-@dataclass
-class _Numbers:
-    """Which windows some rows hold. int64 (R,) each, all of them -1 for a row without data."""
-
-    dataset: IntArray
-    window: IntArray
-    sample: IntArray
-
-
-class _Plan:
-    """What micro-batches hold, up to their tokens. See the legend of the module."""
-
-    def __init__(self, rows: Sequence[Rows], numbers: _Numbers, batch_rows: int, document_mask: bool) -> None:
-        self.numbers, self.batch_rows, self.block_size = numbers, batch_rows, rows[0].block_size
-        n_rows = len(numbers.window)
-        self.n_batches = n_rows // batch_rows
-        self._find_pieces(rows)
-        real = self.document >= 0
-        self._find_targets(rows, real, document_mask)
-        self._find_runs(rows, real)
-        starts = np.arange(0, n_rows + 1, batch_rows)
-        self.piece_bounds: list[int] = np.searchsorted(self.row, starts).tolist()
-        self.n_targets: list[int] = np.add.reduceat(self.targets, self.piece_bounds[:-1]).tolist()
-        inputs = np.where(real, self.length, 0)
-        self.n_inputs: list[int] = np.add.reduceat(inputs, self.piece_bounds[:-1]).tolist()
-        self.place = self.row % batch_rows
-        self._find_boundaries()
-        self.simple = self._find_simple(rows)
-
-    def _find_pieces(self, rows: Sequence[Rows]) -> None:
-        """The pieces of documents and of padding, by row; arrays (P,)."""
-        found: list[Pieces] = []
-        row, dataset = [], []
-        for d, of in enumerate(rows):
-            mine = np.flatnonzero(self.numbers.dataset == d)
-            if len(mine):
-                found.append(of.pieces(self.numbers.window[mine]))
-                row.append(mine[found[-1].place])
-                dataset.append(np.full(len(found[-1].place), d, dtype=np.int64))
-        filled = np.zeros(len(self.numbers.window), dtype=np.int64)
-        for at, p in zip(row, found, strict=True):
-            filled += np.bincount(at, weights=p.length, minlength=len(filled)).astype(np.int64)  # exact below 2^53
-        self.pad_row = np.flatnonzero(filled < self.block_size)
-        self.pad_from = filled[self.pad_row]
-        nothing = np.full(len(self.pad_row), PADDING, dtype=np.int64)
-        zeros = np.zeros(len(self.pad_row), dtype=np.int64)
-        self.row = np.concatenate([*row, self.pad_row])
-        self.dataset = np.concatenate([*dataset, nothing])
-        self.document = np.concatenate([*(p.document for p in found), nothing])
-        self.start = np.concatenate([*(p.start for p in found), zeros])
-        self.length = np.concatenate([*(p.length for p in found), self.block_size - self.pad_from])
-        self.position = np.concatenate([*(p.position for p in found), nothing])
-        self.ends = np.concatenate([*(p.ends for p in found), np.ones(len(self.pad_row), dtype=np.bool_)])
-        if len(found) > 1 or len(self.pad_row):
-            order = np.argsort(self.row, kind="stable")  # padding comes last in its row
-            self.row, self.dataset, self.document = self.row[order], self.dataset[order], self.document[order]
-            self.start, self.length, self.position = self.start[order], self.length[order], self.position[order]
-            self.ends = self.ends[order]
-        self.first = np.cumsum(self.length) - self.length  # of the flattened rows
-
-    def _find_targets(self, rows: Sequence[Rows], real: npt.NDArray[np.bool_], document_mask: bool) -> None:
-        """Which pieces have no target at their last token, and the number of targets of each."""
-        if document_mask:
-            silent = self.ends
-        else:
-            # The stream runs on beyond a row of `concat`; elsewhere what follows is padding or another row.
-            following = np.append(self.row[1:], -1) == self.row
-            following[:-1] &= real[1:]
-            runs_on = np.asarray([r.packing == "concat" for r in rows])[self.dataset]
-            at_end = self.position + self.length == np.asarray([r.dataset.n_tokens for r in rows])[self.dataset]
-            silent = np.where(runs_on, at_end, self.ends & ~following) | ~real
-        self.silent = silent
-        self.targets = np.where(real, self.length - silent, 0)
-        n = self.batch_rows * self.block_size
-        places = (self.first + self.length - 1)[silent & real]
-        self.silent_places = places % n  # in the flattened micro-batch
-        self.silent_bounds: list[int] = np.searchsorted(places // n, np.arange(self.n_batches + 1)).tolist()
-        self.pad_list = list(zip((self.pad_row % self.batch_rows).tolist(), self.pad_from.tolist(), strict=True))
-        self.pad_bounds: list[int] = np.searchsorted(
-            self.pad_row // self.batch_rows, range(self.n_batches + 1)
-        ).tolist()
-
-    def _find_runs(self, rows: Sequence[Rows], real: npt.NDArray[np.bool_]) -> None:
-        """Stretches of a stream that lie in one piece in a row, with the token after them where it is a target."""
-        row, position, length = self.row[real], self.position[real], self.length[real]
-        begins = np.ones(len(row), dtype=np.bool_)
-        begins[1:] = (row[1:] != row[:-1]) | (position[1:] != position[:-1] + length[:-1])
-        heads = np.flatnonzero(begins)
-        tails = np.append(heads[1:], len(row))[: len(heads)] - 1
-        self.run_row, self.run_dataset = row[heads], self.dataset[real][heads]
-        self.run_column = self.first[real][heads] - self.run_row * self.block_size
-        self.run_position = position[heads]
-        end = position[tails] + length[tails]
-        n_tokens = np.asarray([r.dataset.n_tokens for r in rows], dtype=np.int64)[self.run_dataset]
-        self.run_length = end - self.run_position
-        self.run_end = end + (~self.silent[real][tails] & (end < n_tokens))
-        self.run_bounds: list[int] = np.searchsorted(
-            self.run_row // self.batch_rows, range(self.n_batches + 1)
-        ).tolist()
-
-    def _find_boundaries(self) -> None:
-        """cu_seqlens of each micro-batch; those with the same size are made together."""
-        bounds = np.asarray(self.piece_bounds)
-        sizes = bucket(np.diff(bounds))
-        n = self.batch_rows * self.block_size
-        batch = self.row // self.batch_rows
-        column = np.arange(len(self.row)) - bounds[batch]
-        self.cu_seqlens: list[torch.Tensor] = [torch.empty(0)] * self.n_batches
-        for size in sorted(set(sizes.tolist())):
-            batches = np.flatnonzero(sizes == size)
-            table = np.full((len(batches), size), n, dtype=np.int32)
-            mine = sizes[batch] == size
-            table[np.searchsorted(batches, batch[mine]), column[mine]] = (self.first - batch * n)[mine]
-            for b, boundaries in zip(batches.tolist(), torch.from_numpy(table).unbind(), strict=True):
-                self.cu_seqlens[b] = boundaries
-
-    def _find_simple(self, rows: Sequence[Rows]) -> list[tuple[int, int] | None]:
-        """Of each micro-batch the (dataset, shard) that its rows are whole windows of, if there is one."""
-        starts = [r.dataset.token_start for r in rows]
-        whole = self.run_length == self.block_size
-        shard, base = np.empty_like(self.run_row), np.empty_like(self.run_row)
-        for d, start in enumerate(starts):
-            mine = self.run_dataset == d
-            shard[mine] = np.searchsorted(start, self.run_position[mine], side="right") - 1
-            base[mine] = start[shard[mine]]
-            whole[mine] &= self.run_position[mine] + self.block_size < start[shard[mine] + 1]
-        self.run_inside = self.run_position - base
-        same = np.append(True, (self.run_dataset[1:] == self.run_dataset[:-1]) & (shard[1:] == shard[:-1]))
-        out: list[tuple[int, int] | None] = [None] * self.n_batches
-        changes, others = np.cumsum(~same), np.cumsum(~whole)
-        low, high = np.asarray(self.run_bounds[:-1]), np.asarray(self.run_bounds[1:])
-        full = np.flatnonzero(high - low == self.batch_rows)
-        a, b = low[full], high[full] - 1
-        fine = (changes[a] == changes[b]) & (others[b] - others[a] == 0) & whole[a]
-        a = a[fine]
-        for batch, d, s in zip(full[fine].tolist(), self.run_dataset[a].tolist(), shard[a].tolist(), strict=True):
-            out[batch] = d, s
-        return out
-
-
-def bucket(pieces: IntArray) -> IntArray:
-    """The size of cu_seqlens for a number of pieces: the next power of two above it.
-
-    A few fixed sizes, so that a compiled kernel is not built anew for each batch; never cut.
-    """
-    return _BUCKETS[np.searchsorted(_BUCKETS, pieces, side="right")]
-
-
-class _Reader:
-    """Copies the tokens of planned micro-batches."""
-
-    def __init__(self, rows: Sequence[Rows], sources: Sequence[TokenSource] | None, pin_memory: bool) -> None:
-        self.rows, self.pin_memory = rows, pin_memory
-        self.direct = sources is None
-        self.sources = [r.dataset for r in rows] if sources is None else list(sources)
-        self.dtype = np.result_type(*(r.dataset.dtype for r in rows))
-        self.text = np.zeros((0, 0), dtype=self.dtype)
-        self.windows: tuple[tuple[int, int], npt.NDArray[Any]] | None = None
-
-    def read(self, plan: _Plan, batch: int) -> MicroBatch:
-        n_rows, t = plan.batch_rows, plan.block_size
-        simple = plan.simple[batch]
-        if simple is not None and self.direct:
-            a, b = plan.run_bounds[batch], plan.run_bounds[batch + 1]
-            text = self.shard_windows(*simple, t + 1)[plan.run_inside[a:b]]  # (B, T + 1), in one call
-        else:
-            text = self.copy_runs(plan, batch)
-        cu_seqlens = plan.cu_seqlens[batch]
-        if self.pin_memory:
-            tokens, targets = (torch.empty((n_rows, t), dtype=torch.int64, pin_memory=True) for _ in range(2))
-            outputs = targets.numpy()
-            tokens.numpy()[:] = text[:, :-1]
-            outputs[:] = text[:, 1:]
-            cu_seqlens = cu_seqlens.pin_memory()
-        else:
-            outputs = text[:, 1:].astype(np.int64)
-            tokens, targets = torch.from_numpy(text[:, :-1].astype(np.int64)), torch.from_numpy(outputs)
-        a, b = plan.silent_bounds[batch], plan.silent_bounds[batch + 1]
-        outputs.reshape(-1)[plan.silent_places[a:b]] = IGNORE_TARGET
-        for row, filled in plan.pad_list[plan.pad_bounds[batch] : plan.pad_bounds[batch + 1]]:
-            outputs[row, filled:] = IGNORE_TARGET
-        a, b = plan.piece_bounds[batch], plan.piece_bounds[batch + 1]
-        rows = slice(batch * n_rows, (batch + 1) * n_rows)
-        spans = Spans(
-            plan.place[a:b],
-            plan.dataset[a:b],
-            plan.document[a:b],
-            plan.start[a:b],
-            plan.length[a:b],
-            plan.targets[a:b],
-            plan.numbers.window[rows],
-            plan.numbers.sample[rows],
-        )
-        return MicroBatch(tokens, targets, cu_seqlens, spans, plan.n_targets[batch], plan.n_inputs[batch])
-
-    def copy_runs(self, plan: _Plan, batch: int) -> npt.NDArray[Any]:
-        """The rows and the token after each, (B, T + 1), copied run by run; what is padding is 0."""
-        if self.text.shape != (plan.batch_rows, plan.block_size + 1):
-            self.text = np.zeros((plan.batch_rows, plan.block_size + 1), dtype=self.dtype)
-        text = self.text
-        for row, filled in plan.pad_list[plan.pad_bounds[batch] : plan.pad_bounds[batch + 1]]:
-            text[row, filled:] = 0
-        runs = slice(plan.run_bounds[batch], plan.run_bounds[batch + 1])
-        for row, dataset, column, start, end in zip(
-            (plan.run_row[runs] - batch * plan.batch_rows).tolist(),
-            plan.run_dataset[runs].tolist(),
-            plan.run_column[runs].tolist(),
-            plan.run_position[runs].tolist(),
-            plan.run_end[runs].tolist(),
-            strict=True,
-        ):
-            self.sources[dataset].copy_tokens(text[row, column : column + end - start], start, end)
-        return text
-
-    def shard_windows(self, dataset: int, shard: int, width: int) -> npt.NDArray[Any]:
-        """All stretches of `width` tokens of a shard, by their first token, as a view; the last one used is kept."""
-        if self.windows is None or self.windows[0] != (dataset, shard):
-            of = self.rows[dataset].dataset
-            tokens = of.tokens(*of.token_start[shard : shard + 2].tolist())
-            self.windows = (dataset, shard), np.lib.stride_tricks.sliding_window_view(tokens, width)
-        return self.windows[1]
-
-
-def read_rows(rows: Rows, windows: IntArray, samples: IntArray, document_mask: bool) -> MicroBatch:
-    """Read windows of a dataset as the rows of one micro-batch.
-
-    Args:
-        windows: int64 [B], window numbers; -1 gives a row of padding without targets.
-        samples: int64 [B], their numbers in the run; only carried along.
-        document_mask: with it no target crosses a document's end; without it the next document in the row is one.
-    """
-    numbers = _Numbers(np.where(windows >= 0, 0, -1), windows, samples)
-    return _Reader([rows], None, False).read(_Plan([rows], numbers, len(windows), document_mask), 0)
-
-
 @dataclass(frozen=True)
-class Layout:
+class RankLayout:
     """How the rows of a step are dealt out. `world_size` counts data-parallel ranks."""
 
     block_size: int
@@ -368,7 +52,7 @@ class Loader:
         self,
         rows: Sequence[Rows],
         mixture: Mixture,
-        layout: Layout,
+        layout: RankLayout,
         segments: Sequence[Segment],
         *,
         end_sample: int | None = None,
@@ -383,7 +67,7 @@ class Loader:
         assert all(r.block_size == layout.block_size for r in rows) and len(rows) == len(mixture.orders)
         self.rows, self.mixture, self.layout, self.segments = list(rows), mixture, layout, tuple(segments)
         self.end_sample, self.prefetch_steps, self.caches, self.mock = end_sample, prefetch_steps, caches, mock
-        self._reader = _Reader(self.rows, caches, pin_memory)
+        self._reader = BatchReader(self.rows, caches, pin_memory)
         self._done = 0  # steps before this one were read
 
     def read_step(self, step: int) -> StepData:
@@ -461,14 +145,14 @@ class Loader:
                     if (rows := count.pop(step, None)) is not None:
                         cache.used(rows)
 
-    def _plans(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, _Plan]]:
+    def _plans(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, BatchPlan]]:
         """(first step, end, plan) of the stretches of steps that are planned together."""
         for begin, end in self._stretches(first_step, last_step):
             yield begin, end, self._plan(begin, end)
 
-    def _plans_ahead(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, _Plan]]:
+    def _plans_ahead(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, BatchPlan]]:
         """The same, each made by a thread while the one before is read: with thousands of shards it takes a while."""
-        waiting: deque[tuple[int, int, Future[_Plan]]] = deque()
+        waiting: deque[tuple[int, int, Future[BatchPlan]]] = deque()
         with ThreadPoolExecutor(1, "llammlein-planning") as pool:
             for begin, end in self._stretches(first_step, last_step):
                 waiting.append((begin, end, pool.submit(self._plan, begin, end)))
@@ -499,7 +183,7 @@ class Loader:
             yield begin, end
             begin, rows = end, min(2 * rows, MAX_PLAN_ROWS)
 
-    def _numbers(self, begin: int, end: int) -> _Numbers:
+    def _numbers(self, begin: int, end: int) -> RowNumbers:
         """The windows of this rank's rows of some steps with one global batch."""
         lay = self.layout
         first, global_batch = first_sample_of_step(self.segments, begin)
@@ -512,15 +196,17 @@ class Loader:
         ).reshape(-1)
         if self.end_sample is None or samples[-1] < self.end_sample:
             dataset, _, window = self.mixture.place(samples)
-            return _Numbers(dataset, window, samples)
+            return RowNumbers(dataset, window, samples)
         real = samples < self.end_sample
         dataset, _, window = self.mixture.place(np.where(real, samples, 0))
-        return _Numbers(*(np.where(real, x, -1) for x in (dataset, window, samples)))
+        return RowNumbers(*(np.where(real, x, -1) for x in (dataset, window, samples)))
 
-    def _plan(self, begin: int, end: int) -> _Plan:
-        return _Plan(self.rows, self._numbers(begin, end), self.layout.micro_batch_samples, self.layout.document_mask)
+    def _plan(self, begin: int, end: int) -> BatchPlan:
+        return BatchPlan(
+            self.rows, self._numbers(begin, end), self.layout.micro_batch_samples, self.layout.document_mask
+        )
 
-    def _read(self, plan: _Plan, step: int, nth: int, of: int) -> StepData:
+    def _read(self, plan: BatchPlan, step: int, nth: int, of: int) -> StepData:
         """The `nth` step of the `of` in a plan."""
         n = plan.n_batches // of
         return StepData(step, [self._reader.read(plan, b) for b in range(nth * n, (nth + 1) * n)])

@@ -15,8 +15,6 @@ Dimensions: `N` items (whole documents and rests) of a group, `K` rows.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_data.loading.order import IntArray
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_files.mapping import map_array
-from lit_files.publish import sync_file, write_json
-from lit_files.reading import read_record, regular
+from lit_files.publish import build_folder, write_json
+from lit_files.reading import read_dataclass, regular
 
 VERSION = 1
 GROUP_DOCUMENTS = 1 << 18
@@ -65,13 +63,13 @@ class _Facts:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-class Plan:
+class RowPlan:
     """A plan opened for reading. Raises ValueError, here and while reading, where it is damaged."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            facts = read_record(_Facts, folder / "plan.json")
+            facts = read_dataclass(_Facts, folder / "plan.json")
             self.n_rows, self.n_pieces, self.n_documents = facts.rows, facts.pieces, facts.documents
             self.fill = facts.fill
             self.group_documents, self.block_size = facts.group_documents, facts.block_size
@@ -134,21 +132,12 @@ def build_plan(dataset: PackedDataset, packing: str, block_size: int, folder: Pa
 
     Raises ValueError where it cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        _write(dataset, packing, block_size, temporary)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            shutil.rmtree(temporary)
-        sync_file(folder.parent)
+        with build_folder(folder) as temporary:
+            _write(dataset, packing, block_size, temporary)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if folder.exists():
+            return
         raise ValueError(
             f"the plan of --data.packing {packing} cannot be written to {folder.parent} ({error}): give a folder by "
             "--data.plan_dir"
@@ -168,13 +157,7 @@ def _write(dataset: PackedDataset, packing: str, block_size: int, folder: Path) 
             n_rows, n_pieces = n_rows + len(counts), n_pieces + len(pieces)
             groups.append(n_rows)
         np.asarray([n_pieces], dtype="<i8").tofile(rows_file)
-        for file in (rows_file, pieces_file):
-            file.flush()
-            os.fsync(file.fileno())
-    with open(folder / "groups.bin", "wb") as groups_file:
-        np.asarray(groups, dtype="<i8").tofile(groups_file)
-        groups_file.flush()
-        os.fsync(groups_file.fileno())
+    np.asarray(groups, dtype="<i8").tofile(folder / "groups.bin")
     fill = dataset.n_tokens / (n_rows * block_size)
     facts = _Facts(
         VERSION, dataset.fingerprint, packing, block_size, dataset.n_documents, GROUP_DOCUMENTS, n_rows, n_pieces, fill
@@ -189,7 +172,7 @@ def _lengths(dataset: PackedDataset) -> Iterator[tuple[int, IntArray]]:
         yield first, np.diff(dataset.document_start(np.arange(first, end + 1, dtype=np.int64)))
 
 
-def check_plan(plan: Plan, dataset: PackedDataset, block_size: int) -> list[str]:
+def check_plan(plan: RowPlan, dataset: PackedDataset, block_size: int) -> list[str]:
     """See that a plan holds each token of a dataset once, in rows of at most `block_size`; a list of faults."""
     faults = []
     for group, (first, lengths) in enumerate(_lengths(dataset)):

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_data.loading.order import IntArray
-from lit_data.loading.row_plans import Plan, build_plan, plan_folder
-from lit_data.packed.dataset import PackedDataset
+from lit_data.loading.row_plans import RowPlan, build_plan, plan_folder
+from lit_data.packed.reader import PackedDataset
 
 Packing = Literal["concat", "best_fit", "pad"]
 
@@ -111,7 +111,7 @@ class ConcatRows:
 class PlannedRows:
     """Rows as a plan says."""
 
-    def __init__(self, dataset: PackedDataset, packing: Packing, block_size: int, plan: Plan) -> None:
+    def __init__(self, dataset: PackedDataset, packing: Packing, block_size: int, plan: RowPlan) -> None:
         self.dataset, self.packing, self.block_size, self.plan = dataset, packing, block_size, plan
         self.n_windows = plan.n_rows
 
@@ -150,7 +150,7 @@ def open_rows(dataset: PackedDataset, packing: Packing, block_size: int, plan_di
     folder = plan_folder(dataset, packing, block_size, plan_dir)
     if not folder.exists():
         build_plan(dataset, packing, block_size, folder)
-    return PlannedRows(dataset, packing, block_size, Plan(folder))
+    return PlannedRows(dataset, packing, block_size, RowPlan(folder))
 
 
 def ramps(counts: IntArray) -> IntArray:

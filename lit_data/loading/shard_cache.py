@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from lit_data.loading.cache_folder import CacheFolder
 from lit_data.loading.order import IntArray
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_files.descriptors import OpenFiles
 from lit_files.mapping import map_array
 
@@ -43,7 +43,7 @@ LINKS_A_LOOK = 256  # chunks looked for under one lock
 Ranges = Iterator[tuple[IntArray, IntArray]]
 
 
-class Source(Protocol):
+class ShardReader(Protocol):
     """Where the tokens come from. Called by two threads at once."""
 
     def pread(self, shard: int, offset: int, size: int) -> bytes:
@@ -51,7 +51,7 @@ class Source(Protocol):
         ...
 
 
-class FileSource:
+class ShardFiles:
     """Reads the shards of a dataset by pread: a page fault would stop the whole process, a read waits alone."""
 
     def __init__(self, dataset: PackedDataset) -> None:
@@ -59,7 +59,7 @@ class FileSource:
         self._files = OpenFiles()
 
     def pread(self, shard: int, offset: int, size: int) -> bytes:
-        """See `Source`. Raises ValueError where the file ends too early."""
+        """See `ShardReader`. Raises ValueError where the file ends too early."""
         return self._files.read(self._paths[shard], size, offset)
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class ShardCache:
         budget_bytes: int,
         *,
         chunk_bytes: int = CHUNK_BYTES,
-        source: Source | None = None,
+        source: ShardReader | None = None,
         keep: bool = True,
     ) -> None:
         if chunk_bytes < dataset.dtype.itemsize:
@@ -109,8 +109,8 @@ class ShardCache:
         self.hits = self.misses = self.staged_bytes = 0
         self.wait_seconds = 0.0
         self.failure: str | None = None
-        self._files = FileSource(dataset)
-        self._source: Source = self._files if source is None else source
+        self._files = ShardFiles(dataset)
+        self._source: ShardReader = self._files if source is None else source
         chunks = budget_bytes // chunk_bytes
         self._pause_rows, self._ahead_chunks = PAUSE_ROWS * chunks, AHEAD_BUDGETS * chunks
         self._dtype, self._chunk_tokens = dataset.dtype, chunk_bytes // dataset.dtype.itemsize

@@ -14,7 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lit_data.packed.dataset import HEADER, PackedDataset, check_documents_table
+from lit_data.packed.index import HEADER
+from lit_data.packed.manifest import check_documents_table
+from lit_data.packed.reader import PackedDataset
 from lit_files.cores import usable_cores
 from lit_files.descriptors import OpenFiles
 from lit_files.parquet import group_rows, open_table, read_footer

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_data.corpus.files import ReadErrors
-from lit_data.packed.dataset import DTYPE_CODES, HEADER, MAGIC, MAX_DOCUMENT_TOKENS, IntArray
+from lit_data.packed.index import DTYPE_CODES, HEADER, MAGIC, MAX_DOCUMENT_TOKENS, IntArray
 from lit_data.packed.token_headers import HEAD_BYTES, LLMC_HEADER_BYTES, describe_other, llmc_tokens
 from lit_files.mapping import map_array
 from lit_files.reading import open_regular

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lit_data.packed.dataset import HEADER, IntArray, PackedDataset, check_documents_table, read_manifest
-from lit_data.record.sql import open_database
+from lit_data.packed.index import HEADER, IntArray
+from lit_data.packed.manifest import check_documents_table, read_manifest
+from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_files.checksum import file_sha256
+from lit_files.database import open_database
 from lit_files.parquet import open_table
 
 BLOCK_DOCUMENTS = 1 << 16
@@ -43,7 +45,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCounts:
     """What came from one file."""
 
     source: str
@@ -57,7 +59,7 @@ class Sources:
     """How many sources there are, and the largest of them."""
 
     count: int
-    largest: list[Source]
+    largest: list[SourceCounts]
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def sources_of(dataset: PackedDataset, largest: int = 20, temporary: Path | None
 
     Needs duckdb, which puts what exceeds 1 GB into the folder `temporary` (default: the system's).
     """
-    with open_database(temporary=temporary) as database:
+    with open_database(folder=temporary) as database:
         database.register("documents", _rows(dataset, ["source", "bytes"]))
         database.execute(
             "CREATE TABLE sources AS SELECT source, count(*) AS documents, sum(tokens)::BIGINT AS tokens, "
@@ -166,12 +168,12 @@ def sources_of(dataset: PackedDataset, largest: int = 20, temporary: Path | None
         )
         (count,) = database.execute("SELECT count(*) FROM sources").fetchone()
         rows = database.execute(f"SELECT * FROM sources ORDER BY tokens DESC, source LIMIT {largest}").fetchall()
-    return Sources(count, [Source(*row) for row in rows])
+    return Sources(count, [SourceCounts(*row) for row in rows])
 
 
 def repeated_ids(dataset: PackedDataset, most: int = 5, temporary: Path | None = None) -> RepeatedIds:
     """Ids that several documents have. Needs duckdb, as `sources_of` does."""
-    with open_database(temporary=temporary) as database:
+    with open_database(folder=temporary) as database:
         database.register("documents", _rows(dataset, ["id"]))
         database.execute(
             "CREATE TABLE repeated AS SELECT id, count(*) AS n FROM documents GROUP BY id HAVING count(*) > 1"

@@ -19,22 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lit_data.corpus.files import ReadErrors
-from lit_data.packed.dataset import (
-    DOCUMENT_COLUMNS,
-    DOCUMENTS_PER_GROUP,
-    DTYPE_CODES,
-    FORMAT_VERSION,
-    HEADER,
-    MAGIC,
-    MANIFEST,
-    MAX_DOCUMENT_TOKENS,
-    IntArray,
-    Manifest,
-    PackedWriter,
-    Shard,
-    dtype_of,
-    remove_rows,
-)
 from lit_data.packed.foreign import (
     Block,
     MegatronIndex,
@@ -46,10 +30,13 @@ from lit_data.packed.foreign import (
     megatron_blocks,
     split_blocks,
 )
+from lit_data.packed.index import MAX_DOCUMENT_TOKENS, IntArray, dtype_of, write_index
+from lit_data.packed.manifest import DOCUMENT_COLUMNS, FORMAT_VERSION, MANIFEST, Manifest, Shard
+from lit_data.packed.writer import DOCUMENTS_PER_GROUP, PackedWriter, remove_rows
 from lit_data.tokenizers.files import save_tokenizer
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_files.checksum import file_sha256
-from lit_files.publish import sync_file, write_json
+from lit_files.publish import build_folder, write_json
 
 MAX_VOCAB_SIZE = 2**31 - 1
 
@@ -147,21 +134,13 @@ def import_tokens(
     source = {"imported": [str(f.path) for f in files], "kinds": sorted({f.kind for f in files})}
     importer = _Importer(files, target, cutting, ImportReport(output))
 
-    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with build_folder(output) as temporary:
         if all(f.kind == "megatron" and importer.fits(f) for f in files):
             manifest = importer.link(temporary, source, copy)
         else:
             manifest = importer.convert(temporary, output, source, shard_tokens)
         if target.tokenizer is not None:
             save_tokenizer(target.tokenizer, temporary / "tokenizer")
-        sync_file(temporary)
-        os.rename(temporary, output)
-        sync_file(output.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     report = importer.report
     report.documents, report.tokens, report.shards = manifest.documents, manifest.tokens, len(manifest.shards)
     report.seconds = time.monotonic() - began
@@ -303,7 +282,6 @@ class _Importer:
 
     def link(self, temporary: Path, source: dict[str, Any], copy: bool) -> Manifest:
         """Link or copy the tokens and write what stands beside them: one shard a file."""
-        temporary.mkdir()
         shards = [self._link_shard(file, temporary, f"data-{n:05d}", copy) for n, file in enumerate(self.files)]
         manifest = Manifest(
             FORMAT_VERSION,
@@ -332,9 +310,7 @@ class _Importer:
                 all_lengths.append(block.lengths.astype(np.int32))
                 docs.write_table(pa.table(_rows(file, block.numbers), _SCHEMA), row_group_size=DOCUMENTS_PER_GROUP)
         lengths = np.concatenate(all_lengths)
-        _write_index(paths["idx"], lengths, file.dtype)
-        for path in paths.values():
-            sync_file(path)
+        write_index(paths["idx"], lengths, file.dtype)
         sums = {k: digest.hexdigest() if k == "bin" else file_sha256(path) for k, path in paths.items()}
         sizes = {k: path.stat().st_size for k, path in paths.items()}
         return Shard(name, len(lengths), int(lengths.sum(dtype=np.int64)), 0, sizes, sums)
@@ -381,14 +357,3 @@ def _link(source: Path, target: Path, copy: bool) -> bool:
             pass
     shutil.copyfile(source, target)
     return False
-
-
-def _write_index(path: Path, lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> None:
-    """An .idx of one sequence a document."""
-    code = next(c for c, d in DTYPE_CODES.items() if np.dtype(d) == dtype)
-    ends = np.cumsum(lengths, dtype=np.int64)
-    with open(path, "wb") as f:
-        f.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
-        f.write(lengths.tobytes())
-        f.write(((ends - lengths) * dtype.itemsize).tobytes())
-        f.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())

@@ -10,7 +10,7 @@ import math
 import os
 from pathlib import Path
 
-from lit_data.prepare.tables import publish_file, temporary_name
+from lit_files.publish import replace_file
 
 HEADER_BYTES = 8  # of a saved filter: the number of hash functions
 
@@ -80,8 +80,8 @@ class BloomDedup:
 
     def save(self, path: Path) -> None:
         """Write the filter, `size_bytes` and 8 more; the file appears whole and is durable."""
-        self._filter.save(temporary_name(path))
-        publish_file(path)
+        with replace_file(path) as temporary:
+            self._filter.save(temporary)
 
     def load(self, path: Path) -> None:
         """Go on with a saved filter, which must have been made for the same number and rate."""

@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from lit_data.prepare.paragraphs import HASH_BYTES
-from lit_data.prepare.tables import TableWriter, from_files, open_duckdb, quoted, read_batches
+from lit_data.prepare.tables import TableWriter, from_files, open_scratch_database, read_batches
+from lit_files.database import quoted
 
 HASHES = pa.schema(
     [("hash_high", pa.uint64()), ("hash_low", pa.uint64()), ("document", pa.int64()), ("paragraph", pa.int32())]
@@ -95,12 +96,12 @@ def find_duplicates(
             would be lost from all later ones as well.
 
     Raises:
-        ValueError: see `tables.open_duckdb`.
+        ValueError: see `tables.open_scratch_database`.
     """
     assert len(hash_files) == len(outputs) > 0 and (excluded is None or len(excluded) == len(hash_files))
     scratch = temporary / "find-duplicates"
     found = scratch / "found.parquet"
-    with open_duckdb(scratch, memory_bytes) as database:
+    with open_scratch_database(scratch, memory_bytes) as database:
         source = f"FROM {from_files(hash_files)}"
         if excluded is not None:
             database.execute(f"CREATE TABLE excluded AS SELECT file, document FROM {from_files(excluded)}")

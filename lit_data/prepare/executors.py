@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_data.prepare.job import Stage, run_stage, work_folder
+from lit_data.prepare.run import Stage, run_stage, work_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,7 +17,7 @@ class StageStep:
     """A pipeline of datatrove with one step: a stage, whose part is the task's rank.
 
     Attributes:
-        stage: see `lit_data.prepare.job.run_stage`.
+        stage: see `lit_data.prepare.run.run_stage`.
         arguments: of `run_stage`, stage and part aside.
     """
 
@@ -47,7 +47,7 @@ def run_on_executors(
         tasks_at_once: how many tasks run at the same time.
         executor: further arguments of datatrove's LocalPipelineExecutor or SlurmPipelineExecutor, such as time,
             partition, cpus_per_task, sbatch_args.
-        arguments: of `lit_data.prepare.job.run_stage`.
+        arguments: of `lit_data.prepare.run.run_stage`.
 
     Raises:
         ValueError: datatrove is not installed, an argument it does not know, or a task that failed.

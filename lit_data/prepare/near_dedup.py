@@ -24,7 +24,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lit_data.prepare.tables import TableWriter, open_duckdb, quoted, read_batches
+from lit_data.prepare.tables import TableWriter, open_scratch_database, read_batches
+from lit_files.database import quoted
 
 PERMUTATIONS = 128
 WORDS = 5
@@ -159,7 +160,7 @@ def find_near_duplicates(
 
     Raises:
         ValueError: the threshold or the bands are impossible, the signatures were made in different ways; also see
-            `tables.open_duckdb`.
+            `tables.open_scratch_database`.
     """
     assert len(signature_files) == len(outputs) > 0
     if not 0 < threshold <= 1:
@@ -169,7 +170,7 @@ def find_near_duplicates(
     if bands < 1 or permutations % bands:
         raise ValueError(f"{bands} bands: the {permutations} values of a signature can't be cut into so many")
     scratch = temporary / "find-near-duplicates"
-    with open_duckdb(scratch, memory_bytes) as database:
+    with open_scratch_database(scratch, memory_bytes) as database:
         documents = _write_bands(signature_files, bands, scratch / "bands.parquet")
         table = f"read_parquet({quoted(scratch / 'bands.parquet')})"
         database.execute("CREATE TABLE shared (number BIGINT, band UBIGINT, last BIGINT)")

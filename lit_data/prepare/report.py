@@ -1,14 +1,16 @@
-"""What a stage of the preparation removed and why: counts and the first samples of each reason."""
+"""Reports of a preparation: what each stage removed and why, and the totals of each dataset."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from lit_data.corpus.readers import Document
+from lit_data.corpus.readers import Document, ReadErrors
 
 SAMPLES = 3  # kept of each reason
 SAMPLE_CHARACTERS = 80
+COUNTED = ("documents", "tokens", "bytes", "words")
 
 
 @dataclass(frozen=True)
@@ -134,3 +136,117 @@ def first_difference(a: str, b: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+@dataclass
+class StageReports:
+    """What was done to documents: a StageReport for each stage, in order, and counts.
+
+    Attributes:
+        stages: by name.
+        empty: documents without text or tokens.
+        fields: metadata fields that were seen.
+    """
+
+    stages: dict[str, StageReport] = field(default_factory=dict)
+    empty: int = 0
+    fields: set[str] = field(default_factory=set)
+
+    def stage(self, name: str) -> StageReport:
+        """The report of a stage, made if it is not there."""
+        return self.stages.setdefault(name, StageReport(name))
+
+    def merge(self, other: StageReports) -> None:
+        """Add what was done to later documents."""
+        for name, stage in other.stages.items():
+            self.stage(name).merge(stage)
+        self.empty += other.empty
+        self.fields |= other.fields
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; `from_dict` reads it."""
+        stages = [s.to_dict() for s in self.stages.values()]
+        return {"stages": stages, "empty": self.empty, "fields": sorted(self.fields)}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> StageReports:
+        """The report that `to_dict` gave."""
+        stages = [StageReport.from_dict(s) for s in content["stages"]]
+        return cls({s.name: s for s in stages}, content["empty"], set(content["fields"]))
+
+
+@dataclass
+class Counts:
+    """What went into one dataset. `tokens` counts BOS and EOS of each document, `bytes` the UTF-8 bytes of the text,
+    `words` what white space separates in it."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    words: int = 0
+
+
+@dataclass
+class PrepareReport:
+    """What a preparation did.
+
+    Attributes:
+        sides: counts of `train` and, if there is one, `val`.
+        stage_reports: what each stage removed and why, and documents without a token, which are left out.
+        errors: documents that could not be read (with on_error="skip"), and files of other kinds.
+        seconds: of this call.
+        resumed: whether an earlier call had done a part of it.
+        bloom_rate: share of new paragraphs that looked old to the Bloom filter at the end.
+    """
+
+    output: Path
+    sides: dict[str, Counts]
+    stage_reports: StageReports = field(default_factory=StageReports)
+    errors: ReadErrors = field(default_factory=ReadErrors)
+    workers: int = 1
+    seconds: float = 0.0
+    dry_run: bool = False
+    resumed: bool = False
+    bloom_rate: float | None = None
+
+    @property
+    def empty_documents(self) -> int:
+        return self.stage_reports.empty
+
+    @property
+    def total(self) -> Counts:
+        sides = self.sides.values()
+        return Counts(*(sum(getattr(s, kind) for s in sides) for kind in COUNTED))
+
+    def summary(self) -> str:
+        """Several lines of text for a person."""
+        lines = ["dry run: nothing was written; it would hold" if self.dry_run else f"wrote {self.output}"]
+        for name, side in self.sides.items():
+            per_token = f", {side.bytes / side.tokens:.3f} bytes per token" if side.tokens else ""
+            lines.append(
+                f"  {name + ':':6} {side.documents:,} documents, {side.tokens:,} tokens, {side.bytes:,} bytes of text"
+                f"{per_token}, {side.words:,} words"
+            )
+        rate = self.total.bytes / 1e6 / self.seconds if self.seconds else 0.0
+        speed = " (the rest was done before)" if self.resumed else f", {rate:.2f} MB/s"
+        lines.append(f"  {self.seconds:.1f} s with {self.workers} workers{speed}")
+        lines.append(f"  skipped: {self.errors.count:,} unreadable documents, {self.empty_documents:,} empty ones")
+        lines.extend(f"    {message}" for message in self.errors.first)
+        if self.errors.count > len(self.errors.first):
+            lines.append(f"    and {self.errors.count - len(self.errors.first):,} more")
+        if self.errors.ignored_files:
+            names = ", ".join(self.errors.ignored_first)
+            more = ", ..." if self.errors.ignored_files > len(self.errors.ignored_first) else ""
+            lines.append(f"  files of other kinds, not read: {self.errors.ignored_files:,} ({names}{more})")
+        for stage in self.stage_reports.stages.values():
+            lines.extend(f"  {line}" for line in stage.summary().splitlines())
+        if self.bloom_rate is not None:
+            lines.append(
+                f"  Bloom filter: at the end it took about {self.bloom_rate:.2e} of new paragraphs for old ones"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What OUTPUT/report.json keeps."""
+        errors = {"count": self.errors.count, "first": self.errors.first, "ignored_files": self.errors.ignored_files}
+        return {"sides": {k: vars(c) for k, c in self.sides.items()}, "errors": errors, **self.stage_reports.to_dict()}

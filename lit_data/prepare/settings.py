@@ -1,31 +1,14 @@
-"""What a preparation is to make: the settings that decide the result, the files they apply to, the working folder."""
+"""The settings that decide what a preparation writes."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from lit_data.corpus.files import (
-    ReadErrors,
-    TextFile,
-    compressed_copies,
-    list_files,
-    mixed_split_names,
-    part_of_files,
-    train_and_held_out,
-)
-from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS, SplitDocuments, check_metadata
-from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
-from lit_files.publish import create_json
-from lit_files.reading import read_record
+from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS, SplitDocuments
 
-PLAN = "plan.json"
-VERSION = 2  # 1 had no words
 RESERVED_COLUMNS = (
     "self", "ids", "id", "source", "place", "bytes", "n_bytes", "words", "n_words", "number", "start", "tokens",
     "length",
@@ -144,151 +127,6 @@ def _check(s: Settings) -> None:
             raise ValueError("--dedup bloom needs --bloom_paragraphs N, the number of paragraphs expected")
         if not 0 < s.bloom_false_positives < 0.5:
             raise ValueError(f"--bloom_false_positives {s.bloom_false_positives}: give a share between 0 and 0.5")
-
-
-@dataclass
-class Plan:
-    """Settings, the files they apply to, and the opened tokenizer.
-
-    Attributes:
-        files: of the training inputs, then of the validation inputs.
-        n_train: how many belong to the training inputs.
-    """
-
-    settings: Settings
-    files: list[TextFile]
-    n_train: int
-    tokenizer: Tokenizer
-    errors: ReadErrors = field(default_factory=ReadErrors)
-
-    @classmethod
-    def make(cls, settings: Settings) -> Plan:
-        """List the files and open the tokenizer. Raises FileNotFoundError or ValueError for what is not there."""
-        errors = ReadErrors()
-        train = list_files(settings.input, errors)
-        val = list_files(settings.val_input, errors) if settings.val_input is not None else []
-        own = {f.identity for f in train}
-        for file in val:
-            if file.identity in own:
-                raise ValueError(
-                    f"{file.path} is given by --input and by --val_input; validation text must not be trained on: "
-                    "leave it out of --input, by a pattern or by folders that don't hold it"
-                )
-        if not settings.allow_mixed_splits:
-            _refuse_mixed_splits(train, "--input")
-            _refuse_mixed_splits(val, "--val_input")
-            errors.warnings += [
-                f"{a} and {b} go into one dataset, as if both were training text; give the held-out one with "
-                "--val_input, or leave it out"
-                for a, b in mixed_split_names(train)
-            ]
-            errors.warnings += [f"{a} and {b} are both validation text" for a, b in mixed_split_names(val)]
-        errors.warnings += compressed_copies(train + val)
-        check_metadata(train + val, settings.metadata)
-        tokenizer = open_tokenizer(settings.tokenizer, settings.eos_token)
-        if settings.bos:
-            tokenizer.need_bos()
-        if settings.special_tokens == "parse":
-            tokenizer.check_parses()
-        plan = cls(settings, train + val, len(train), tokenizer, errors)
-        plan.part_files(0)
-        return plan
-
-    def part_files(self, part: int) -> list[tuple[int, TextFile]]:
-        """(number among all files, file) of a part."""
-        if not 0 <= part < self.settings.parts:
-            raise ValueError(f"--part {part}: the parts are numbered from 0 to {self.settings.parts - 1}")
-        before = sum(len(part_of_files(self.files, p, self.settings.parts)) for p in range(part))
-        return list(enumerate(part_of_files(self.files, part, self.settings.parts), before))
-
-    def to_dict(self) -> dict[str, Any]:
-        """What two runs must share to be parts of one preparation (JSON)."""
-        return {
-            "version": VERSION,
-            "settings": json.loads(json.dumps(dataclasses.asdict(self.settings))),
-            "tokenizer": self.tokenizer.fingerprint,
-            "files": [_facts(f) for f in self.files],
-        }
-
-
-def _refuse_mixed_splits(files: Sequence[TextFile], flag: str) -> None:
-    found = train_and_held_out(files)
-    if found is None:
-        return
-    train, held_out = found
-    folders = [f.path.parent for f in found]
-    folder = folders[0] if folders[0] == folders[1] else os.path.commonpath(map(os.path.abspath, folders))
-    raise ValueError(
-        f"{flag} takes in {train.path} and {held_out.path}: training text and held-out text would be one dataset. Give "
-        f"them apart, such as --input '{folder}/**/*.train*' --val_input '{folder}/**/*{held_out.kind}*', or give "
-        "--allow_mixed_splits if it is meant"
-    )
-
-
-def _facts(file: TextFile) -> list[Any]:
-    if file.hub is not None:
-        return [str(file.path)]
-    stat = file.path.stat()
-    return [str(file.path), stat.st_size, stat.st_mtime_ns]
-
-
-def open_work(work: Path, plan: Plan, fresh: bool) -> bool:
-    """Make the working folder of a plan, or find it there. Returns whether there was one.
-
-    Raises:
-        ValueError: what is there belongs to another plan; the differences are named.
-    """
-    path = work / PLAN
-    wanted = plan.to_dict()
-    if not path.is_file():
-        work.mkdir(parents=True, exist_ok=True)
-        if create_json(path, wanted):  # tasks of several parts begin at once, on several machines
-            return False
-    there = read_plan(path)
-    differs = differences(there, wanted)
-    if differs and not fresh:
-        raise ValueError(
-            f"{work} holds a preparation that was not finished, with other settings: {'; '.join(differs)}. Give the "
-            "same to go on with it, or --fresh to discard it"
-        )
-    return True
-
-
-@dataclass(frozen=True)
-class Written:
-    """plan.json, as `Plan.to_dict` gives it."""
-
-    version: int
-    settings: dict[str, Any]
-    tokenizer: str
-    files: list[list[Any]]
-
-
-def read_plan(path: Path) -> dict[str, Any]:
-    """plan.json. Raises ValueError that names it if it is damaged."""
-    return dataclasses.asdict(read_record(Written, path))
-
-
-def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What differs between two plans (`Plan.to_dict`), in words."""
-    found = []
-    if there["version"] != here["version"]:
-        found.append(f"version {there['version']}, now {here['version']}")
-    # A plan from before a setting was there meant its default.
-    defaults = {f.name: f.default for f in dataclasses.fields(Settings) if f.default is not dataclasses.MISSING}
-    defaults = json.loads(json.dumps(defaults))
-    old, new = defaults | there["settings"], defaults | here["settings"]
-    found += [
-        f"--{k} {old.get(k)}, now {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
-    ]
-    if there["tokenizer"] != here["tokenizer"]:
-        found.append("the tokenizer has changed")
-    if there["files"] != here["files"]:
-        changed = [f[0] for f in there["files"] if f not in here["files"]] or [
-            f[0] for f in here["files"] if f not in there["files"]
-        ]
-        found.append(f"files have changed, such as {changed[0] if changed else 'their order'}")
-    return found
 
 
 def strings(values: Sequence[str | Path] | None) -> tuple[str, ...] | None:

@@ -19,21 +19,25 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from lit_data.corpus.readers import Document, OnError, Place, ReadErrors, read_documents
-from lit_data.packed.dataset import PackedDataset, PackedWriter, check_documents_table, read_manifest
+from lit_data.packed.manifest import check_documents_table, read_manifest
+from lit_data.packed.reader import PackedDataset
+from lit_data.packed.writer import PackedWriter
 from lit_data.prepare.bloom import BloomDedup
-from lit_data.prepare.exact_dedup import Dropped, HashWriter, find_duplicates
-from lit_data.prepare.near_dedup import NearDuplicates, SignatureWriter, find_near_duplicates
+from lit_data.prepare.exact_dedup import Dropped, find_duplicates
+from lit_data.prepare.job import Job
+from lit_data.prepare.near_dedup import NearDuplicates, find_near_duplicates
 from lit_data.prepare.pool import Pool
-from lit_data.prepare.settings import Plan
-from lit_data.prepare.worker import Encoded, Hashed, Item, Report, Treatment
+from lit_data.prepare.report import COUNTED, StageReports
+from lit_data.prepare.sinks import CountSink, EncodeSink, HashSink, Sink, chunk_file
+from lit_data.prepare.worker import Encoded, Item, Worker
 from lit_files.parquet import open_table
 from lit_files.publish import write_json
-from lit_files.reading import read_object, read_record
+from lit_files.reading import read_dataclass, read_object
 
 BATCH_CHARACTERS = 1 << 18  # what a worker gets at once: enough to hide the cost of sending it
 BATCH_DOCUMENTS = 512
@@ -41,7 +45,6 @@ COMMIT_SHARE = 20  # a commit may take this fraction of the time
 JOIN_MEMORY_BYTES = 2 << 30
 MERGE_DOCUMENTS = 4096
 MAX_WORKERS = 1024
-COUNTED = ("documents", "tokens", "bytes", "words")
 
 
 @dataclasses.dataclass
@@ -52,7 +55,7 @@ class Options:
         workers: processes; with 1 all is done in this one.
         on_error: what to do about a document that can't be read.
         commit_seconds: time between commits, at least; a kill costs what was done since the last.
-        dry_run: treat everything, write nothing but temporary files of the working folder.
+        dry_run: process everything, write nothing but temporary files of the working folder.
     """
 
     workers: int = 1
@@ -67,21 +70,8 @@ class Options:
             raise ValueError(f"--commit_seconds {self.commit_seconds}: 0 or more is needed")
 
 
-class _Sink(Protocol):
-    """Where a stage's results go."""
-
-    def write(self, result: Any) -> None: ...
-    def commit(self, number: int, done: bool) -> dict[str, Any]:
-        """Make durable what was written, of documents before `number`, and say what a new sink goes on from."""
-        ...
-
-    def close(self) -> None:
-        """Let go of what is open, whole or not."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
-class _Written:
+class _ProgressFile:
     """A _Progress as its file holds it."""
 
     done: bool
@@ -106,7 +96,7 @@ class _Progress:
     def read(cls, path: Path) -> _Progress:
         if not path.is_file():
             return cls()
-        content = read_record(_Written, path)
+        content = read_dataclass(_ProgressFile, path)
         place = Place(*content.place) if content.place is not None else None
         errors = ReadErrors(content.errors, content.first_errors)
         return cls(content.done, content.number, place, errors, content.state)
@@ -126,11 +116,11 @@ class _Progress:
 
 
 class Preparation:
-    """A preparation in progress: a plan and the folder it is worked out in."""
+    """A preparation in progress: a job and the folder it is worked out in."""
 
-    def __init__(self, plan: Plan, work: Path, options: Options) -> None:
-        self.plan, self.work, self.options = plan, work, options
-        self.settings = plan.settings
+    def __init__(self, job: Job, work: Path, options: Options) -> None:
+        self.job, self.work, self.options = job, work, options
+        self.settings = job.settings
 
     def part_folder(self, part: int) -> Path:
         """Where a part is worked out."""
@@ -160,8 +150,8 @@ class Preparation:
         folder = self.part_folder(part)
         folder.mkdir(exist_ok=True)
 
-        def sink(state: dict[str, Any] | None, number: int) -> _HashSink:
-            return _HashSink(folder, self.settings.near_dedup > 0, state, number)
+        def sink(state: dict[str, Any] | None, number: int) -> HashSink:
+            return HashSink(folder, self.settings.near_dedup > 0, state, number)
 
         self._run(part, "hash", sink, lambda pool, batches: pool.map("hash", batches))
 
@@ -182,7 +172,7 @@ class Preparation:
         temporary.mkdir()
         near: list[Path] | None = None
         if self.settings.near_dedup:
-            signatures, near = ([_chunk_file(kind, c) for c in chunks] for kind in ("signatures", "near"))
+            signatures, near = ([chunk_file(kind, c) for c in chunks] for kind in ("signatures", "near"))
             near_counts = find_near_duplicates(
                 signatures,
                 near,
@@ -192,7 +182,7 @@ class Preparation:
             )
             facts["near_duplicates"] = dataclasses.asdict(near_counts)
         if self.settings.dedup == "exact":
-            hashes, dropped = ([_chunk_file(kind, c) for c in chunks] for kind in ("hashes", "dropped"))
+            hashes, dropped = ([chunk_file(kind, c) for c in chunks] for kind in ("hashes", "dropped"))
             counts = find_duplicates(
                 hashes, dropped, memory_bytes=JOIN_MEMORY_BYTES, temporary=temporary, excluded=near
             )
@@ -208,31 +198,33 @@ class Preparation:
             raise ValueError(f"--stage encode --part {part}: the duplicates are not known yet (--stage join)")
         bloom: BloomDedup | None = None
 
-        def sink(state: dict[str, Any] | None, number: int) -> _EncodeSink | _CountSink:
+        def sink(state: dict[str, Any] | None, number: int) -> EncodeSink | CountSink:
             nonlocal bloom
             if self.settings.dedup == "bloom":
                 size = (self.settings.bloom_paragraphs, self.settings.bloom_false_positives)
                 bloom = BloomDedup(*size, path=folder / state["bloom"] if state else None)
             if self.options.dry_run:
-                return _CountSink(self.settings.sides, state)
-            return _EncodeSink(self, folder, bloom, state)
+                return CountSink(self.settings.sides, state)
+            sides = self.settings.sides
+            writers = {side: self.writer(folder, side, state["sides"][side] if state else None) for side in sides}
+            return EncodeSink(folder, writers, bloom, state)
 
-        def treat(pool: Pool, batches: Iterable[list[Item]]) -> Iterator[Encoded]:
+        def encode(pool: Pool, batches: Iterable[list[Item]]) -> Iterator[Encoded]:
             if bloom is not None:
                 batches = _drop_by_bloom(pool, batches, bloom)
             elif self.settings.needs_hashes:
                 batches = self._drop_by_list(folder, batches)
             return pool.map("encode", batches)
 
-        self._run(part, "encode", sink, treat)
+        self._run(part, "encode", sink, encode)
 
     def _drop_by_list(self, folder: Path, batches: Iterable[list[Item]]) -> Iterator[list[Item]]:
         chunks = _chunks(folder)
         files = [folder / str(k) for k in range(len(chunks))]
         exact = self.settings.dedup == "exact"
-        dropped = _ByChunk(chunks, [_chunk_file("dropped", f) for f in files], Dropped) if exact else None
+        dropped = _ByChunk(chunks, [chunk_file("dropped", f) for f in files], Dropped) if exact else None
         near = (
-            _ByChunk(chunks, [_chunk_file("near", f) for f in files], NearDuplicates)
+            _ByChunk(chunks, [chunk_file("near", f) for f in files], NearDuplicates)
             if self.settings.near_dedup
             else None
         )
@@ -245,19 +237,19 @@ class Preparation:
                     item.near = f"near duplicate: similarity {similarity:.2f}" if similarity is not None else ""
             yield batch
 
-    def _run(self, part: int, stage: str, make_sink: Any, treat: Any) -> None:
+    def _run(self, part: int, stage: str, make_sink: Any, process: Any) -> None:
         """Documents of a part through a stage, segment by segment, from where it was."""
         path = self.part_folder(part) / f"{stage}.json"
         progress = _Progress.read(path)
         if progress.done:
             return
-        sink: _Sink = make_sink(progress.state, progress.number)
+        sink: Sink = make_sink(progress.state, progress.number)
         try:
-            documents = _Source(self, part, progress)
-            make = functools.partial(Treatment, self.settings, with_tokenizer=stage == "encode")
+            documents = _PartDocuments(self, part, progress)
+            make = functools.partial(Worker, self.settings, with_tokenizer=stage == "encode")
             with Pool(self.options.workers, make) as pool:
                 while not progress.done:
-                    for result in treat(pool, _batches(documents.segment())):
+                    for result in process(pool, _batches(documents.segment())):
                         sink.write(result)
                     began = time.monotonic()
                     state = sink.commit(documents.number, documents.ended)
@@ -304,7 +296,7 @@ class Preparation:
 
     def writer(self, folder: Path, side: str, state: dict[str, Any] | None) -> PackedWriter:
         """The writer of a side's dataset in a folder of the working folder."""
-        s, tokenizer = self.settings, self.plan.tokenizer
+        s, tokenizer = self.settings, self.job.tokenizer
         return PackedWriter(
             folder / f"{side}.published",
             tokenizer={**tokenizer.facts(), "folder": "../tokenizer"},
@@ -345,14 +337,14 @@ class Preparation:
         """Where the output is put together."""
         return self.work / "output"
 
-    def report(self) -> tuple[Report, ReadErrors]:
+    def report(self) -> tuple[StageReports, ReadErrors]:
         """What the encoding of all parts reported."""
-        report, errors = Report(), ReadErrors()
-        errors.ignored_files, errors.ignored_first = self.plan.errors.ignored_files, self.plan.errors.ignored_first
+        report, errors = StageReports(), ReadErrors()
+        errors.ignored_files, errors.ignored_first = self.job.errors.ignored_files, self.job.errors.ignored_first
         for part in range(self.settings.parts):
             progress = _Progress.read(self.part_folder(part) / "encode.json")
             assert progress.state is not None
-            report.merge(Report.from_dict(progress.state["report"]))
+            report.merge(StageReports.from_dict(progress.state["report"]))
             for message in progress.errors.first:
                 errors.add(message)
             errors.count += progress.errors.count - len(progress.errors.first)
@@ -380,12 +372,12 @@ class Preparation:
         return total
 
 
-class _Source:
+class _PartDocuments:
     """The documents of a part, in segments that end when a commit is due."""
 
     def __init__(self, preparation: Preparation, part: int, progress: _Progress) -> None:
-        self.plan, self.settings, self.options = preparation.plan, preparation.settings, preparation.options
-        files = self.plan.part_files(part)
+        self.job, self.settings, self.options = preparation.job, preparation.settings, preparation.options
+        files = self.job.part_files(part)
         self._first_file = files[0][0]
         self.errors = progress.errors
         self.number, self.place, self.ended = progress.number, progress.place, False
@@ -420,7 +412,7 @@ class _Source:
         self._interval = max(self.options.commit_seconds, COMMIT_SHARE * seconds)
 
     def _side(self, document: Document) -> str:
-        if self._first_file + document.file >= self.plan.n_train:
+        if self._first_file + document.file >= self.job.n_train:
             return "val"
         fraction = self.settings.val_fraction
         return "val" if fraction is not None and in_validation(document.id, fraction, self.settings.seed) else "train"
@@ -445,109 +437,6 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-class _HashSink:
-    """Hashes and signatures, a chunk of files a commit: PART/hashes-00000.parquet and so on."""
-
-    def __init__(self, folder: Path, near: bool, state: dict[str, Any] | None, number: int) -> None:
-        self.folder, self.near = folder, near
-        self.chunks: list[list[int]] = state["chunks"] if state else []
-        self._open(number)
-
-    def _open(self, number: int) -> None:
-        self._first = number
-        chunk = self.folder / str(len(self.chunks))
-        self._hashes = HashWriter(_chunk_file("hashes", chunk))
-        self._signatures = SignatureWriter(_chunk_file("signatures", chunk)) if self.near else None
-
-    def write(self, result: Hashed) -> None:
-        for number, hashes in zip(result.numbers, result.paragraphs, strict=True):
-            self._hashes.add(number, hashes)
-        if self._signatures is not None:
-            for number, signature in zip(result.numbers, result.signatures, strict=True):
-                self._signatures.add(number, signature)
-
-    def commit(self, number: int, done: bool) -> dict[str, Any]:
-        self._hashes.close()
-        if self._signatures is not None:
-            self._signatures.close()
-        self.chunks.append([self._first, number])
-        if not done:
-            self._open(number)
-        return {"chunks": self.chunks}
-
-    def close(self) -> None:
-        self._hashes.abandon()
-        if self._signatures is not None:
-            self._signatures.abandon()
-
-
-class _EncodeSink:
-    """The packed datasets of a part, PART/train and PART/val, and the Bloom filter that goes with them."""
-
-    def __init__(
-        self,
-        preparation: Preparation,
-        folder: Path,
-        bloom: BloomDedup | None,
-        state: dict[str, Any] | None,
-    ) -> None:
-        self.folder, self.bloom = folder, bloom
-        self._bloom_file: str | None = state.get("bloom") if state else None  # which the progress file names
-        self.report = Report.from_dict(state["report"]) if state else Report()
-        self.writers = {
-            side: preparation.writer(folder, side, state["sides"][side] if state else None)
-            for side in preparation.settings.sides
-        }
-
-    def write(self, result: Encoded) -> None:
-        self.report.merge(result.report)
-        for side, (tokens, lengths, rows) in result.sides.items():
-            self.writers[side].add_batch(tokens, lengths, rows)
-
-    def commit(self, number: int, done: bool) -> dict[str, Any]:
-        state: dict[str, Any] = {"report": self.report.to_dict()}
-        if done:
-            for writer in self.writers.values():
-                writer.finish()
-            if self.bloom is not None:
-                state["bloom_rate"] = self.bloom.rate()
-            return state
-        state["sides"] = {side: writer.state() for side, writer in self.writers.items()}
-        if self.bloom is not None:
-            for path in self.folder.glob("bloom-*.bin"):
-                if path.name != self._bloom_file:
-                    path.unlink()
-            self._bloom_file = state["bloom"] = f"bloom-{number}.bin"
-            self.bloom.save(self.folder / self._bloom_file)
-        return state
-
-    def close(self) -> None:
-        for writer in self.writers.values():
-            writer.abandon()
-
-
-class _CountSink:
-    """Counts what would be written."""
-
-    def __init__(self, sides: Iterable[str], state: dict[str, Any] | None) -> None:
-        assert state is None, "a dry run is never gone on with"
-        self.report = Report()
-        self.counts = {side: dict.fromkeys(COUNTED, 0) for side in sides}
-
-    def write(self, result: Encoded) -> None:
-        self.report.merge(result.report)
-        for side, (tokens, lengths, rows) in result.sides.items():
-            counts = (len(lengths), len(tokens), sum(rows["bytes"]), sum(rows["words"]))
-            for kind, n in zip(COUNTED, counts, strict=True):
-                self.counts[side][kind] += n
-
-    def commit(self, number: int, done: bool) -> dict[str, Any]:
-        return {"report": self.report.to_dict(), "counts": self.counts}
-
-    def close(self) -> None:
-        pass
-
-
 class _ByChunk:
     """Looks documents up, in ascending order, in files that each cover a range of them."""
 
@@ -570,10 +459,6 @@ def _chunks(folder: Path) -> list[list[int]]:
     assert state is not None
     chunks: list[list[int]] = state["chunks"]
     return chunks
-
-
-def _chunk_file(kind: str, chunk: Path) -> Path:
-    return chunk.with_name(f"{kind}-{int(chunk.name):05d}.parquet")
 
 
 def _drop_by_bloom(pool: Pool, batches: Iterable[list[Item]], bloom: BloomDedup) -> Iterator[list[Item]]:

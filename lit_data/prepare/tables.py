@@ -1,10 +1,7 @@
-"""Parquet files that appear whole (written under another name beside their own, synced, renamed), and DuckDB over them
-in limited memory.
-"""
+"""Tables of a preparation: Parquet files that are published whole, and DuckDB over them in bounded memory."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,22 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lit_files.publish import sync_file
+from lit_files.database import open_database, quoted
+from lit_files.publish import publish, sync_file
 
 MIN_MEMORY_BYTES = 1 << 28
 READ_ROWS = 1 << 16
-
-
-def temporary_name(path: Path) -> Path:
-    """Where a file is written before it is whole. Always the same: a rerun after a kill writes over what was left."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def publish_file(path: Path) -> None:
-    """Make the file written under `temporary_name(path)` durable and give it its name."""
-    sync_file(temporary_name(path))
-    os.replace(temporary_name(path), path)
-    sync_file(path.parent)
 
 
 class TableWriter:
@@ -41,7 +27,8 @@ class TableWriter:
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path, self.schema = path, schema
         self.rows = 0
-        self._writer = pq.ParquetWriter(temporary_name(path), schema, compression="zstd", use_dictionary=False)
+        self._temporary = path.with_name(f".{path.name}.tmp")  # always the same: a rerun after a kill overwrites it
+        self._writer = pq.ParquetWriter(self._temporary, schema, compression="zstd", use_dictionary=False)
 
     def write(self, columns: Sequence[Any]) -> None:
         """Append a row group, given as arrays in the order of the schema."""
@@ -53,54 +40,31 @@ class TableWriter:
     def close(self) -> None:
         """Publish the file."""
         self._writer.close()
-        publish_file(self.path)
+        sync_file(self._temporary)
+        publish(self._temporary, self.path)
 
     def abandon(self) -> None:
         """Remove what was written; nothing after `close`."""
         self._writer.close()
-        temporary_name(self.path).unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def open_duckdb(scratch: Path, memory_bytes: int) -> Iterator[Any]:
-    """A connection to an empty database that spills to the folder `scratch`, which is made, and removed at the end.
+def open_scratch_database(scratch: Path, memory_bytes: int) -> Iterator[Any]:
+    """An empty database in the folder `scratch`, which is made anew, and removed at the end.
 
-    Args:
-        scratch: what a killed run left there is removed first.
-        memory_bytes: DuckDB's limit; the process needs about 200 MB besides.
-
-    Raises:
-        ValueError: too little memory, duckdb is not installed, or DuckDB ran out of memory or disk.
+    Raises ValueError if there is too little memory, and as `open_database` does.
     """
-    try:
-        import duckdb
-    except ImportError as error:
-        raise ValueError("deduplication needs the package duckdb: pip install 'llammlein[data]'") from error
     if memory_bytes < MIN_MEMORY_BYTES:
         raise ValueError(f"{memory_bytes} bytes of memory for deduplication: at least {MIN_MEMORY_BYTES} are needed")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    settings: dict[str, Any] = {
-        "memory_limit": f"{memory_bytes}B",
-        "temp_directory": str(scratch / "spilled"),
-        "preserve_insertion_order": False,  # saves memory; what must be in order says ORDER BY
-    }
     try:
-        with duckdb.connect(scratch / "tables.duckdb", config=settings) as database:
-            database.execute("SET enable_progress_bar = false")
+        options: dict[str, Any] = {"folder": scratch, "memory_bytes": memory_bytes, "keep_order": False}
+        with open_database(scratch / "tables.duckdb", **options) as database:
             yield database
-    except duckdb.Error as error:
-        raise ValueError(
-            f"deduplication failed with {memory_bytes >> 20} MB of memory and its intermediate data in {scratch}: "
-            f"{error}"
-        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def quoted(path: Path) -> str:
-    """A path as a literal of SQL."""
-    return "'" + str(path).replace("'", "''") + "'"
 
 
 def from_files(files: Sequence[Path]) -> str:

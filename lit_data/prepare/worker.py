@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lit_data.corpus.cleaners import Cleaner, open_cleaner
 from lit_data.corpus.readers import Document
-from lit_data.packed.dataset import dtype_of
+from lit_data.packed.index import dtype_of
 from lit_data.prepare.filters import (
     Filter,
     count_words,
@@ -22,7 +22,7 @@ from lit_data.prepare.filters import (
 )
 from lit_data.prepare.near_dedup import signatures
 from lit_data.prepare.paragraphs import drop_paragraphs, hash_paragraphs, split_paragraphs
-from lit_data.prepare.report import StageReport
+from lit_data.prepare.report import StageReports
 from lit_data.prepare.settings import Settings
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_data.tokenizers.unit_encoder import UnitEncoder
@@ -47,43 +47,6 @@ class Item:
 
 
 @dataclass
-class Report:
-    """What was done to documents: a StageReport for each stage, in order, and counts.
-
-    Attributes:
-        stages: by name.
-        empty: documents without text or tokens.
-        fields: metadata fields that were seen.
-    """
-
-    stages: dict[str, StageReport] = field(default_factory=dict)
-    empty: int = 0
-    fields: set[str] = field(default_factory=set)
-
-    def stage(self, name: str) -> StageReport:
-        """The report of a stage, made if it is not there."""
-        return self.stages.setdefault(name, StageReport(name))
-
-    def merge(self, other: Report) -> None:
-        """Add what was done to later documents."""
-        for name, stage in other.stages.items():
-            self.stage(name).merge(stage)
-        self.empty += other.empty
-        self.fields |= other.fields
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; `from_dict` reads it."""
-        stages = [s.to_dict() for s in self.stages.values()]
-        return {"stages": stages, "empty": self.empty, "fields": sorted(self.fields)}
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Report:
-        """The report that `to_dict` gave."""
-        stages = [StageReport.from_dict(s) for s in content["stages"]]
-        return cls({s.name: s for s in stages}, content["empty"], set(content["fields"]))
-
-
-@dataclass
 class Hashed:
     """The paragraphs' hashes and the signature of each document that is left, with its number in the part."""
 
@@ -97,7 +60,7 @@ class Encoded:
     """The documents of a batch that are left, by side: tokens one after another, lengths [n], columns of n values."""
 
     sides: dict[str, tuple[npt.NDArray[Any], npt.NDArray[np.int64], dict[str, list[Any]]]]
-    report: Report
+    report: StageReports
 
 
 def open_filters(settings: Settings) -> list[Filter]:
@@ -110,8 +73,8 @@ def open_filters(settings: Settings) -> list[Filter]:
     return filters
 
 
-class Treatment:
-    """Made once in each worker; treats batches.
+class Worker:
+    """Made once in each worker; processes batches.
 
     Args:
         settings: of the preparation.
@@ -133,7 +96,7 @@ class Treatment:
         s = self.settings
         done = Hashed([], [], [])
         for item in batch:
-            text = self._clean(item.document, Report())
+            text = self._clean(item.document, StageReports())
             if text is None:
                 continue
             done.numbers.append(item.number)
@@ -144,7 +107,7 @@ class Treatment:
 
     def encode(self, batch: list[Item]) -> Encoded:
         """The second pass, or the only one: the tokens of what is left."""
-        report = Report()
+        report = StageReports()
         kept: list[tuple[Item, str]] = []
         for item in batch:
             report.fields |= item.document.meta.keys()
@@ -169,7 +132,7 @@ class Treatment:
                 sides[side] = (part, lengths[mine], self._rows(chosen))
         return Encoded(sides, report)
 
-    def _clean(self, document: Document, report: Report) -> str | None:
+    def _clean(self, document: Document, report: StageReports) -> str | None:
         """The text after cleaning and filters, or None if the document is dropped."""
         text = document.text
         if self.cleaner is not None:
@@ -192,7 +155,7 @@ class Treatment:
                 return None
         return text
 
-    def _drop_duplicates(self, item: Item, text: str, report: Report) -> str | None:
+    def _drop_duplicates(self, item: Item, text: str, report: StageReports) -> str | None:
         if self.settings.near_dedup:
             stage = report.stage("near duplicates")
             stage.count(text, None if item.near else text)
@@ -214,7 +177,7 @@ class Treatment:
             text = left
         return text
 
-    def _judge_ratio(self, document: Document, text: str, n_tokens: int, report: Report) -> bool:
+    def _judge_ratio(self, document: Document, text: str, n_tokens: int, report: StageReports) -> bool:
         stage = report.stage("tokens per word")
         ratio = token_word_ratio(n_tokens, text)
         keep = ratio <= self.settings.max_token_word_ratio

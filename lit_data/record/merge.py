@@ -6,7 +6,7 @@ log2(MAX_ROWS / rows between two checkpoints) + 1 times, and n rows lie in about
 small ones.
 
 A merged file is written under a temporary name, synced, renamed, and the folder synced, before its sources are deleted.
-In between both are there, and `believe` reads each step from the merged file.
+In between both are there, and `select_files` reads each step from the merged file.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ import numpy as np
 import pyarrow as pa
 
 from lit_data.record.parts import (
-    ROWS_PER_GROUP,
-    SCHEMA,
     Part,
-    believe,
     committed_parts,
+    group_by_steps,
     list_parts,
     newest_checkpoint_step,
-    open_writer,
+    select_files,
 )
-from lit_data.record.reader import stream, stretches
+from lit_data.record.reader import stream
+from lit_data.record.schema import ROWS_PER_GROUP, SCHEMA, open_writer
 from lit_files.parquet import read_footer
-from lit_files.publish import sync_file
+from lit_files.publish import publish, sync_file
 
 MAX_ROWS = 1 << 26  # of a merged file: about 2 GB
 FAN_IN = 4  # files are merged again when so many have come together
@@ -70,11 +69,9 @@ class MergedFile:
         """Give the file the name of its steps, for good."""
         self._write(self._pending_rows)
         self._writer.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_file(self._file)
         self._file.close()
-        os.rename(self._temporary, self.folder / f"steps-{self.first_step:08d}-{end_step:08d}.parquet")
-        sync_file(self.folder)
+        publish(self._temporary, self.folder / f"steps-{self.first_step:08d}-{end_step:08d}.parquet")
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # the disk may be full
@@ -102,7 +99,7 @@ def merge(
     first_step, end_step = sources[0].first_step, sources[-1].end_step
     out = MergedFile(folder, first_step)
     try:
-        for table in (table for stretch in stretches(sources) for table in stream(stretch)):
+        for table in (table for group in group_by_steps(sources) for table in stream(group)):
             if stopped():
                 raise MergeStoppedError
             for whole in _split(table, max_rows):
@@ -129,12 +126,12 @@ def _split(table: pa.Table, max_rows: int) -> Iterator[pa.Table]:
     yield table.slice(start)
 
 
-def next_merge(parts: list[Part], rows_of: Callable[[Path], int], max_rows: int = MAX_ROWS) -> list[Part]:
+def next_merge(parts: list[Part], count_rows: Callable[[Path], int], max_rows: int = MAX_ROWS) -> list[Part]:
     """The parts to merge next, adjacent and in order of their steps; empty when there is nothing to do.
 
     Args:
-        parts: the committed ones, as `believe` gives them.
-        rows_of: the rows in a merged file.
+        parts: the committed ones, as `select_files` gives them.
+        count_rows: gives the number of rows of a merged file.
     """
     fresh: list[Part] = []
     merged: list[Part] = []
@@ -151,7 +148,7 @@ def next_merge(parts: list[Part], rows_of: Callable[[Path], int], max_rows: int 
             merged.append(part)
     if fresh:
         return fresh
-    rows = [rows_of(part.path) for part in merged]
+    rows = [count_rows(part.path) for part in merged]
     for i in range(len(merged) - 1):
         total = sum(rows[i:])
         enough = len(merged) - i >= FAN_IN or 2 * total >= max_rows
@@ -165,13 +162,13 @@ def compact(run: Path, max_rows: int = MAX_ROWS, stopped: Callable[[], bool] = l
     folder, merges = run / "datapoints", 0
     rows: dict[Path, int] = {}
 
-    def rows_of(path: Path) -> int:
+    def count_rows(path: Path) -> int:
         if path not in rows:
             rows[path] = read_footer(path).num_rows
         return rows[path]
 
     remove_covered(folder, newest_checkpoint_step(run))
-    while sources := next_merge(committed_parts(run), rows_of, max_rows):
+    while sources := next_merge(committed_parts(run), count_rows, max_rows):
         merge(sources, folder, max_rows, stopped)
         remove_covered(folder, newest_checkpoint_step(run))
         merges += 1
@@ -179,11 +176,11 @@ def compact(run: Path, max_rows: int = MAX_ROWS, stopped: Callable[[], bool] = l
 
 
 def remove_covered(folder: Path, steps: int) -> None:
-    """Delete files of the first `steps` steps of which nothing is believed any more."""
+    """Delete files of the first `steps` steps of which nothing is selected any more."""
     parts = list_parts(folder)
-    believed = {part.path for part in believe(parts, steps)}
+    selected = {part.path for part in select_files(parts, steps)}
     for part in parts:
-        if part.end_step <= steps and part.path not in believed:
+        if part.end_step <= steps and part.path not in selected:
             part.path.unlink()
 
 
@@ -194,7 +191,7 @@ def cut_record(folder: Path, steps: int) -> list[str]:
     """
     parts, damaged = list_parts(folder), []
     later = {part.path for part in parts if part.end_step > steps}
-    for part in believe(parts, steps):
+    for part in select_files(parts, steps):
         if part.path in later:
             try:
                 merge([part], folder)
@@ -218,15 +215,15 @@ def cut_record(folder: Path, steps: int) -> list[str]:
 def copy_record(run: Path, first_step: int, folder: Path) -> None:
     """Copy the committed record from `first_step` on to another folder: links where the file system has them."""
     whole = list_parts(run / "datapoints")
-    for stretch in stretches(committed_parts(run)):
-        if stretch[0].first_step >= first_step and all(part in whole for part in stretch):
-            for part in stretch:
+    for group in group_by_steps(committed_parts(run)):
+        if group[0].first_step >= first_step and all(part in whole for part in group):
+            for part in group:
                 try:
                     os.link(part.path, folder / part.path.name)
                 except OSError:
                     shutil.copy2(part.path, folder / part.path.name)
-        elif stretch[0].end_step > first_step:
-            merge([replace(part, first_step=max(part.first_step, first_step)) for part in stretch], folder)
+        elif group[0].end_step > first_step:
+            merge([replace(part, first_step=max(part.first_step, first_step)) for part in group], folder)
     sync_file(folder)
 
 

@@ -5,30 +5,20 @@ from __future__ import annotations
 import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lit_data.record.parts import SCHEMA, SORT_KEYS, Part, committed_parts
+from lit_data.record.parts import Part, committed_parts, group_by_steps
+from lit_data.record.schema import SCHEMA, sort_rows
 from lit_files.parquet import open_table, read_footer
 
 STEP = SCHEMA.get_field_index("step")
 
 
-def stretches(parts: Iterable[Part]) -> list[list[Part]]:
-    """Parts as `believe` gives them, grouped by the steps that are to be read from them."""
-    return [list(group) for _, group in groupby(parts, key=lambda p: (p.first_step, p.end_step))]
-
-
-def sort_rows(table: pa.Table) -> pa.Table:
-    """Rows by step, row, document and start."""
-    return table.sort_by([(k, "ascending") for k in SORT_KEYS])
-
-
-class _Groups:
+class _RowGroups:
     """The row groups of one file, which hold ascending steps. Opened for each read: a step may have 1000 ranks."""
 
     def __init__(self, part: Part) -> None:
@@ -56,11 +46,11 @@ class _Groups:
         return bounds.min, bounds.max
 
 
-class _Source:
+class _PartReader:
     """Reads one file in the order of its steps, a row group at a time."""
 
     def __init__(self, part: Part) -> None:
-        self._groups = _Groups(part)
+        self._groups = _RowGroups(part)
         self._ahead = deque(self._groups.holding(part.first_step, part.end_step))
         self._held = SCHEMA.empty_table()
         self._group_rows = 1
@@ -94,22 +84,22 @@ class _Source:
 
 
 def stream(parts: Sequence[Part]) -> Iterator[pa.Table]:
-    """The rows of one stretch as tables of whole steps, sorted. Holds up to two row groups of each part in memory."""
-    sources = [_Source(part) for part in parts]
+    """The rows of parts of the same steps, sorted, as tables of whole steps. Holds up to two row groups a part."""
+    readers = [_PartReader(part) for part in parts]
     end = max(part.end_step for part in parts)
     while True:
-        lowest = min((s.last_step for s in sources if s.more), default=end)
-        for source in sources:
+        lowest = min((s.last_step for s in readers if s.more), default=end)
+        for reader in readers:
             # All at about the same step together: one turn for a row group of each rank, not one for each row group.
-            if source.more and (source.last_step == lowest or source.low):
-                source.fill()
-        bound = min((s.last_step for s in sources if s.more), default=end)
-        taken = pa.concat_tables([t for s in sources if (t := s.take(bound)).num_rows] or [SCHEMA.empty_table()])
+            if reader.more and (reader.last_step == lowest or reader.low):
+                reader.fill()
+        bound = min((s.last_step for s in readers if s.more), default=end)
+        taken = pa.concat_tables([t for s in readers if (t := s.take(bound)).num_rows] or [SCHEMA.empty_table()])
         if taken.num_rows:
             steps = taken["step"].to_numpy()
             in_order = parts[0].rank is None and bool((steps[1:] >= steps[:-1]).all())
             yield taken if in_order else sort_rows(taken)
-        if not any(s.more for s in sources):
+        if not any(s.more for s in readers):
             return
 
 
@@ -124,7 +114,7 @@ def stream_record(run: Path, first_step: int, end_step: int) -> Iterator[pa.Tabl
         if not inside:
             return
         first, end = max(at, inside[0].first_step), min(inside[0].end_step, end_step)
-        parts = [_cut(p, first, end) for p in stretches(inside)[0]]
+        parts = [_cut(p, first, end) for p in group_by_steps(inside)[0]]
         try:
             for table in stream(parts):
                 yield table
@@ -154,7 +144,7 @@ def _read_steps(parts: Iterable[Part], wanted: list[int], keep: Callable[[pa.Tab
         inside = wanted[bisect.bisect_left(wanted, part.first_step) : bisect.bisect_left(wanted, part.end_step)]
         if not inside:
             continue
-        file = _Groups(part)
+        file = _RowGroups(part)
         for group in sorted({g for step in inside for g in file.holding(step, step + 1)}):
             table = file.read(group, inside[0], inside[-1] + 1)
             table = table.filter(pc.is_in(table["step"], pa.array(inside)))

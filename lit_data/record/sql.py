@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,43 +12,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lit_data.packed.dataset import PackedDataset
 from lit_data.packed.documents import Documents
+from lit_data.packed.reader import PackedDataset
 from lit_data.record.parts import Part, committed_parts, list_parts
-from lit_files.publish import sync_file
+from lit_files.database import open_database, quoted
+from lit_files.publish import publish, sync_file
 
-MEMORY = "1GB"  # of DuckDB's own; what exceeds it goes to a temporary folder
+MERGED = " (if the run is still training, parts of its record were merged meanwhile: try again)"
 EXPORTS = (".duckdb", ".parquet", ".csv")
 SORTS = {
     "document": "dataset, document",
     "tokens": "tokens DESC, dataset, document",
     "loss": "mean_loss DESC NULLS LAST, dataset, document",
 }
-
-
-@contextlib.contextmanager
-def open_database(file: Path | None = None, temporary: Path | None = None) -> Iterator[Any]:
-    """A DuckDB connection with bounded memory: in memory, or to a file.
-
-    Args:
-        temporary: folder in which it may put what does not fit; the system's by default.
-
-    Raises ValueError where duckdb is not installed, or what it reads is gone.
-    """
-    try:
-        import duckdb
-    except ImportError as error:
-        raise ValueError("this needs duckdb: pip install 'llammlein[data]'") from error
-    with tempfile.TemporaryDirectory(dir=temporary, prefix=".duckdb-") as spill:
-        settings: dict[str, Any] = {"memory_limit": MEMORY, "temp_directory": spill}
-        database = duckdb.connect(":memory:" if file is None else str(file), config=settings)
-        try:
-            database.execute("SET enable_progress_bar = false")
-            yield database
-        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
-            raise ValueError(f"{error} (if the run is going on, its record was merged meanwhile: try again)") from error
-        finally:
-            database.close()
 
 
 def record_sql(run: Path, first_step: int, end_step: int) -> str:
@@ -69,12 +43,8 @@ def record_sql(run: Path, first_step: int, end_step: int) -> str:
 
 
 def _select(parts: Sequence[Part], first: int, end: int) -> str:
-    files = ", ".join(_quote(p.path) for p in parts)
+    files = ", ".join(quoted(p.path) for p in parts)
     return f"SELECT * FROM read_parquet([{files}]) WHERE step >= {first} AND step < {end}"
-
-
-def _quote(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"
 
 
 @dataclass
@@ -115,7 +85,7 @@ def difference(
         "SELECT dataset, document, count(*) AS spans, sum(length)::BIGINT AS tokens, sum(loss) AS loss, "
         f"sum(targets)::BIGINT AS targets FROM {record_sql(run, first_step, end_step)} GROUP BY dataset, document"
     )
-    with open_database() as database:
+    with open_database(hint=MERGED) as database:
         database.execute(f"CREATE TEMP TABLE seen AS {grouped}")
         if new and first_step > 0:
             before = f"{record_sql(run, 0, first_step)} AS before"
@@ -163,18 +133,16 @@ def export(run: Path, datasets: Sequence[PackedDataset], end_step: int, file: Pa
         raise FileNotFoundError(f"{file.parent} is no folder to write {file.name} to")
     work = Path(tempfile.mkdtemp(dir=file.parent, prefix=f".{file.name}.tmp-"))
     try:
-        with open_database(work / "record.duckdb", work) as database:
+        with open_database(work / "record.duckdb", folder=work, hint=MERGED) as database:
             _fill(database, run, datasets, end_step)
             made = work / "record.duckdb"
             if file.suffix != ".duckdb":
                 made = work / f"record{file.suffix}"
                 form = "FORMAT parquet, COMPRESSION zstd" if file.suffix == ".parquet" else "FORMAT csv, HEADER"
                 sorted_rows = "SELECT * FROM seen ORDER BY step, row, document, start"
-                database.execute(f"COPY ({sorted_rows}) TO {_quote(made)} ({form})")
-        with open(made, "rb") as f:
-            os.fsync(f.fileno())
-        os.rename(made, file)
-        sync_file(file.parent)
+                database.execute(f"COPY ({sorted_rows}) TO {quoted(made)} ({form})")
+        sync_file(made)
+        publish(made, file)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

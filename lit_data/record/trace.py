@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lit_data.loading.mixture import Mixture, Phase, check_phases
-from lit_data.loading.order import Order, Segment, check_segments, first_sample_of_step, steps_of_sample
-from lit_data.loading.rows import Packing, Rows, open_rows
-from lit_data.packed.dataset import MANIFEST, PackedDataset
+from lit_data.loading.mixture import Mixture
+from lit_data.loading.order import Order, Segment, first_sample_of_step, steps_of_sample
+from lit_data.loading.rows import Rows, open_rows
+from lit_data.packed.manifest import MANIFEST
+from lit_data.packed.reader import PackedDataset
+from lit_data.record.order_file import ORDER_FILE, OrderFacts
 from lit_data.record.parts import newest_checkpoint_step
 from lit_data.record.reader import read_steps
-from lit_files.publish import write_json
-from lit_files.reading import read_record
+from lit_files.reading import read_dataclass
 
 
 @dataclass
@@ -60,10 +59,10 @@ def open_run(folder: str | Path, data: str | Path | Sequence[str | Path] | None 
     steps = newest_checkpoint_step(folder)
     if steps == 0:
         raise ValueError(f"{folder} has no checkpoint yet: nothing of its record is committed")
-    facts_file = folder / "datapoints" / "order.json"
+    facts_file = folder / "datapoints" / ORDER_FILE
     if not facts_file.is_file():
         raise FileNotFoundError(f"{facts_file} is missing: the order of the data cannot be known without it")
-    facts = read_record(_Facts, facts_file)
+    facts = read_dataclass(OrderFacts, facts_file)
     recorded: list[str | Path] = [find_recorded(folder, d.path, MANIFEST) for d in facts.datasets]
     paths = [data] if isinstance(data, (str, Path)) else list(data or recorded)
     if len(paths) != len(facts.datasets):
@@ -106,108 +105,6 @@ def find_recorded(run: Path, path: str | Path, holding: str = "") -> Path:
     """
     places = [Path(path), *(above / path for above in run.resolve().parents)]
     return next((place for place in places if (place / holding).exists()), Path(path))
-
-
-@dataclass(frozen=True)
-class _Dataset:
-    path: str
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class _Shuffle:
-    block_windows: int
-    group_blocks: int
-
-
-@dataclass(frozen=True)
-class _Skip:
-    step: int
-    first_sample: int
-    end_sample: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """order.json, as `describe_order` and `write_order` make it."""
-
-    datasets: list[_Dataset]
-    packing: Packing
-    plan_dir: str | None
-    seed: int
-    shuffle: _Shuffle
-    phases: list[Phase]
-    block_size: int
-    document_mask: bool
-    end_sample: int | None
-    segments: list[Segment]
-    layouts: list[tuple[int, int, int]]
-    skips: list[_Skip] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        check_segments(self.segments)
-        check_phases(self.phases, len(self.datasets))
-        if not self.datasets or self.block_size < 1:
-            raise ValueError(f"it names {len(self.datasets)} datasets and rows of {self.block_size} tokens")
-        if self.shuffle.block_windows < 0 or self.shuffle.group_blocks < 1:
-            raise ValueError(f"shuffle is {asdict(self.shuffle)}")
-        if any(step < 0 or world < 1 or rows < 1 for step, world, rows in self.layouts):
-            raise ValueError(f"layouts is {self.layouts!r:.80}")
-
-
-def describe_order(
-    rows: Sequence[Rows],
-    mixture: Mixture,
-    segments: Sequence[Segment],
-    *,
-    document_mask: bool = True,
-    end_sample: int | None = None,
-    plan_dir: Path | None = None,
-    skips: Sequence[dict[str, Any]] = (),
-) -> dict[str, Any]:
-    """What the order of a run follows from, as JSON.
-
-    `skips` are samples that were left out on purpose: {"step", "first_sample", "end_sample", "reason"}.
-    """
-    order = mixture.orders[0]
-    return {
-        "datasets": [{"path": os.path.abspath(r.dataset.path), "fingerprint": r.dataset.fingerprint} for r in rows],
-        "packing": rows[0].packing,
-        "plan_dir": os.path.abspath(plan_dir) if plan_dir is not None else None,
-        "seed": mixture.seed,
-        "shuffle": {"block_windows": order.block_windows, "group_blocks": order.group_blocks},
-        "phases": [p.to_dict() for p in mixture.phases],
-        "block_size": rows[0].block_size,
-        "document_mask": document_mask,
-        "end_sample": end_sample,
-        "segments": [s.to_dict() for s in segments],
-        "skips": list(skips),
-    }
-
-
-def write_order(folder: Path, facts: dict[str, Any], layout: tuple[int, int, int]) -> None:
-    """Write what the order of a run follows from beside its record (RUN/datapoints/order.json). Atomic.
-
-    Args:
-        facts: of `describe_order`.
-        layout: (from_step, world_size, micro_batch_samples) from now on; earlier ones are kept.
-
-    A file that cannot be read is kept as order.json.damaged, and earlier layouts are lost with it; a warning says so.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "order.json"
-    try:
-        earlier = read_record(_Facts, path).layouts if os.path.lexists(path) else []
-    except (OSError, ValueError) as error:
-        aside = path.with_name("order.json.damaged")
-        os.replace(path, aside)
-        warnings.warn(
-            f"{error}; kept as {aside}, and the layouts of ranks before step {layout[0]} are lost", stacklevel=2
-        )
-        earlier = []
-    layouts = [list(entry) for entry in earlier if entry[0] < layout[0]] + [list(layout)]
-    write_json(path, {**facts, "layouts": layouts})
 
 
 def spans_of_step(run: TracedRun, step: int) -> pa.Table:

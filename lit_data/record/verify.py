@@ -15,8 +15,9 @@ from lit_data.loading.order import IntArray, first_sample_of_step
 from lit_data.loading.row_plans import check_plan
 from lit_data.loading.rows import PlannedRows
 from lit_data.packed.documents import Documents
-from lit_data.record.parts import SCHEMA, committed_parts
-from lit_data.record.reader import sort_rows, stream_record, stretches
+from lit_data.record.parts import committed_parts, group_by_steps
+from lit_data.record.reader import stream_record
+from lit_data.record.schema import SCHEMA, sort_rows
 from lit_data.record.trace import TracedRun
 
 MAX_FAULTS = 20  # of a kind, in a report
@@ -99,7 +100,7 @@ class _Checks:
     def parts(self) -> None:
         """The files follow each other without gap up to the newest checkpoint; every rank has its part."""
         expected = 0
-        for parts in stretches(committed_parts(self.run.folder)):
+        for parts in group_by_steps(committed_parts(self.run.folder)):
             first, end = parts[0].first_step, parts[0].end_step
             if first != expected:
                 self.faults.add("missing part", f"no part begins at step {expected}; the next begins at {first}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from lit_data.tokenizers.tokenizer import COMPANIONS, MAIN_FILES, Tokenizer, companions_in, open_tokenizer
-from lit_files.publish import sync_file, write_json
+from lit_files.publish import build_folder, write_json
 from lit_files.reading import read_object
 
 
@@ -35,23 +34,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def _copy_files(files: Sequence[Path], source: Path, target: Path) -> None:
     if target.exists():
         raise ValueError(f"{target} exists already; remove it or choose another folder")
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with build_folder(target) as temporary:
         for file in files:
             name = file.relative_to(source)
             if file.suffix == ".json" and not any(name.match(pattern) for pattern in COMPANIONS):
                 name = Path("tokenizer.json")  # given under another name, it would not be found in a folder
             (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, temporary / name)
-            sync_file(temporary / name)
-        for folder in (*(path for path in temporary.iterdir() if path.is_dir()), temporary):
-            sync_file(folder)
-        os.rename(temporary, target)
-        sync_file(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _name_eos(folder: Path, tokenizer: Tokenizer) -> None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from lit_data.tokenizers.tokenizer import (
     Tokenizer,
     open_tokenizer,
 )
+from lit_files.publish import write_text
 from lit_files.reading import read_object, read_text
 
 KEPT_SETTINGS = ("model_max_length", "chat_template", "padding_side", "truncation_side", "model_input_names")
@@ -464,6 +464,4 @@ def _template_files(tokenizer: Tokenizer) -> list[Path]:
 
 
 def _write(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")

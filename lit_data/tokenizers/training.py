@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from lit_data.corpus.readers import (
 )
 from lit_data.tokenizers.hf_export import config_for_transformers
 from lit_data.tokenizers.tokenizer import Tokenizer, cut, open_tokenizer
+from lit_files.publish import build_folder
 
 Kind = Literal["byte_bpe", "sentencepiece"]
 KINDS: tuple[Kind, ...] = ("byte_bpe", "sentencepiece")
@@ -136,26 +136,13 @@ def train_on_texts(
     """`train_tokenizer` on texts at hand; `source` names them in errors."""
     folder = Path(output)
     check_arguments(vocab_size, kind, folder, overwrite, special_tokens)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
+    with build_folder(folder, replace=overwrite) as temporary:
         corpus = _Corpus(texts)
         train: Callable[[_Corpus, int, Sequence[str], Path, str], None] = (
             _train_byte_bpe if kind == "byte_bpe" else _train_sentencepiece
         )
         train(corpus, vocab_size, special_tokens, temporary, source)
         open_tokenizer(temporary)
-        if folder.exists():
-            aside = temporary.with_name(temporary.name + "-old")
-            os.rename(folder, aside)
-            os.rename(temporary, folder)
-            shutil.rmtree(aside)
-        else:
-            os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return open_tokenizer(folder)
 
 

@@ -7,8 +7,8 @@ The `gguf` package lays out the file (`pip install gguf`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_files.publish import replace_file
 from lit_model.config import ModelConfig
 from lit_model.hf.families import family_of
 from lit_model.hf.family import Entry
@@ -89,9 +90,7 @@ def write_gguf(
         torch.bfloat16: gguf.GGMLQuantizationType.BF16,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    writer = gguf.GGUFWriter(temporary, architecture)
-    try:
+    with replace_file(path) as temporary, contextlib.closing(gguf.GGUFWriter(temporary, architecture)) as writer:
         for key, value in {**_metadata(config, architecture, dtype), **(tokenizer or {})}.items():
             _add(writer, gguf, key, value)
         if tokenizer is None:
@@ -105,14 +104,6 @@ def write_gguf(
         for _, tensor in _tensors(config, tensors, architecture, dtype):
             writer.write_tensor_data(tensor.cpu().contiguous().view(torch.uint8).numpy())
             del tensor  # before the next one is read
-        writer.flush()
-        for file in writer.fout or []:
-            os.fsync(file.fileno())
-        writer.close()
-        os.replace(temporary, path)
-    finally:
-        writer.close()
-        temporary.unlink(missing_ok=True)
 
 
 _BYTE = torch.empty(0, dtype=torch.uint8).numpy().dtype

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,8 +24,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lit_files.publish import publish, sync_file
-from lit_files.reading import read_object, read_record, regular
+from lit_files.publish import build_folder
+from lit_files.reading import read_dataclass, read_object, regular
 from lit_model.checksum import byte_view
 from lit_model.config import ModelConfig
 from lit_model.hf.families import config_from_hf, family_from_hf
@@ -81,10 +80,7 @@ def write_folder(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"output {directory} exists and is not an empty folder; give another path or remove it")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with build_folder(directory) as temporary:
         if layout is None:
             tensors = layout = list(tensors)
         _write_tensors(temporary, tensors, list(layout), shard_bytes)
@@ -94,13 +90,8 @@ def write_folder(
         for name, text in (extra_files or {}).items():
             (temporary / name).parent.mkdir(exist_ok=True)
             _write_text(temporary / name, text)
-            sync_file((temporary / name).parent)
-        sync_file(temporary)
         if directory.exists():
-            directory.rmdir()  # empty, as checked; os.replace does not put a folder over one on every system
-        publish(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            directory.rmdir()  # empty, as checked; not every system renames a folder over one
 
 
 def read_folder(directory: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
@@ -186,7 +177,6 @@ def _write_shard(path: Path, layout: dict[str, Tensor], tensors: Iterator[tuple[
                 # machine, whose host has to find them.
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 unflushed = 0
-        os.fsync(file.fileno())
 
 
 def _write_all(file: Any, content: bytes | memoryview) -> None:
@@ -243,7 +233,7 @@ def _stored_tensors(directory: Path) -> tuple[Path, _Stored]:
 def _listed(index: Path, read: Callable[[list[Path]], _Stored]) -> _Stored:
     """The tensors of the files that an index names. Raises ValueError for one that is not where the index says."""
     try:
-        weight_map = read_record(_Index, index).weight_map
+        weight_map = read_dataclass(_Index, index).weight_map
         files = sorted(set(weight_map.values()))
     except ValueError as error:
         raise ValueError(f"{error}; fetch the folder again") from error
@@ -313,4 +303,3 @@ def _open(path: Path) -> Any:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    sync_file(path)

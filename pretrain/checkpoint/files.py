@@ -21,7 +21,7 @@ from torch import Tensor
 from lit_data.loading.mixture import Phase, check_phases
 from lit_data.loading.order import Segment, check_segments
 from lit_data.record.merge import copy_record, cut_record
-from lit_data.record.parts import remove_temporaries
+from lit_data.record.writer import remove_temporaries
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.publish import sync_file
 from lit_files.reading import build

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as dcp_save
 
 from lit_files.checksum import file_sha256
-from lit_files.publish import sync_file
+from lit_files.publish import publish, sync_file, write_json
 from lit_model.checksum import tensor_checksum
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX
 from pretrain.checkpoint.files import remove
@@ -104,19 +104,13 @@ class CheckpointWriter:
                 meta["checksums"] = {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
                 with open(temporary, "wb") as f:
                     torch.save({**nested(tensors), "meta": json.dumps(meta)}, f)
-                    f.flush()
-                    os.fsync(f.fileno())
+                    sync_file(f)
 
-        def publish() -> None:
+        def commit() -> None:
             if self.rank == 0:
                 if self.sharded:
-                    with open(temporary / "meta.json", "w", encoding="utf-8") as f:
-                        json.dump(meta, f, indent=1)
-                        f.flush()
-                        os.fsync(f.fileno())
-                    sync_file(temporary)
-                os.rename(temporary, path)
-                sync_file(path.parent)
+                    write_json(temporary / "meta.json", meta)
+                publish(temporary, path)
 
         self._together(path, begin)
         if self.sharded:
@@ -125,7 +119,7 @@ class CheckpointWriter:
         else:
             self._together(path, write_file)
         self._together(path, finish_part)
-        self._together(path, publish)
+        self._together(path, commit)
 
     def _together(self, path: Path, work: Callable[[], T]) -> list[T]:
         """Do a stage on every rank. Returns the results of all; raises SaveError on all if one of them failed."""

@@ -6,7 +6,6 @@ The names and numbers are `lit_model/hf`'s.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import yaml
 from lit_data.tokenizers.gguf import gguf_tokenizer
 from lit_data.tokenizers.hf_export import declared_bos, prints_bos, write_hf_tokenizer
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
+from lit_files.publish import replace_file
 from lit_files.reading import read_object
 from lit_model.cost import count_parameters
 from lit_model.hf.families import config_to_hf, tensors_to_hf
@@ -238,13 +238,6 @@ def import_from_hf(source: Path, output: Path) -> KnownTokenizer:
     if (bos_id := encoding_of(source, tokenizer.opened).bos_id) is not None:
         meta["encoding"] = {"bos_id": bos_id}
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save({"model": dict(tensors), "optimizer": {}, "meta": json.dumps(meta)}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.rename(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replace_file(output) as temporary, open(temporary, "wb") as f:
+        torch.save({"model": dict(tensors), "optimizer": {}, "meta": json.dumps(meta)}, f)
     return tokenizer

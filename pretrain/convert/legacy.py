@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_files.checkpoint_name import checkpoint_step
-from lit_files.publish import sync_file
+from lit_files.publish import replace_file
 from lit_model.checksum import tensor_checksum
 from lit_model.config import ModelConfig
 from lit_model.legacy import (
@@ -353,16 +352,8 @@ def _write(output: Path, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(output.parent, sum(t.nbytes for t in named.values()))
     meta["checksums"] = {name: tensor_checksum(t) for name, t in named.items()}
-    temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save({"model": model, "optimizer": optimizer, "meta": json.dumps(meta)}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.rename(temporary, output)
-        sync_file(output.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replace_file(output) as temporary, open(temporary, "wb") as f:
+        torch.save({"model": model, "optimizer": optimizer, "meta": json.dumps(meta)}, f)
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -17,10 +17,9 @@ from torch.distributed.checkpoint import save as dcp_save
 
 from lit_files.checkpoint_name import checkpoint_step
 from lit_files.checksum import file_sha256
-from lit_files.publish import sync_file
+from lit_files.publish import build_folder, replace_file
 from lit_model.checksum import byte_view, tensor_checksum
 from lit_model.load import Checkpoint, is_hf_folder, resolve
-from pretrain.checkpoint.files import remove
 from pretrain.checkpoint.writing import check_free_space, nested
 
 
@@ -48,34 +47,23 @@ def convert_checkpoint(source: Path, output: Path, to: Literal["full", "sharded"
     layouts = {name: checkpoint.layout(name) for name in checkpoint.names()}
     check_free_space(output.parent, sum(t.nbytes for t in layouts.values()))
     meta = {key: value for key, value in checkpoint.meta.items() if key != "checksums"}
-    temporary = output.with_name(f".{output.name}.tmp")
-    remove(temporary)
-    try:
+    with (build_folder if to == "sharded" else replace_file)(output) as temporary:
         (_write_folder if to == "sharded" else _write_file)(temporary, checkpoint, meta)
         faults = Checkpoint(temporary).verify()
         if faults:
             raise ValueError(f"the output is not what was to be written: {faults[0]}")
-        os.rename(temporary, output)
-        sync_file(output.parent)
-    finally:
-        remove(temporary)
     return path
 
 
 def _write_folder(folder: Path, checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
     """By DCP's writer in one process. The tensors are maps of the file: its pages, which the system can drop."""
-    folder.mkdir()
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process writes, as meant
-        dcp_save(tensors, storage_writer=FileSystemWriter(folder, sync_files=True), no_dist=True)
+        dcp_save(tensors, storage_writer=FileSystemWriter(folder, sync_files=False), no_dist=True)
     files = sorted(folder.iterdir())
     meta["checksums"] = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files}
-    with open(folder / "meta.json", "w", encoding="utf-8") as f:
-        json.dump(meta, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    sync_file(folder)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def _write_file(path: Path, checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
@@ -101,7 +89,6 @@ def _write_file(path: Path, checkpoint: Checkpoint, meta: dict[str, Any]) -> Non
             view = byte_view(checkpoint.tensor(name_of[id(tensor)]))
             while view:
                 view = view[file.write(view[: 1 << 16]) :]
-        os.fsync(file.fileno())
 
 
 def _in_order(content: dict[str, Any]) -> Iterator[Tensor]:

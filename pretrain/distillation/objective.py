@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lit_data.loading.loader import MicroBatch
+from lit_data.loading.batches import MicroBatch
 from lit_data.loading.order import first_sample_of_step
 from lit_model.distillation import Distillation, DistillationHead
 from pretrain.args import DistillationArgs

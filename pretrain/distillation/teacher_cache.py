@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import re
 import tokenize
 from collections import OrderedDict
@@ -26,13 +25,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lit_data.loading.loader import MicroBatch, read_rows
+from lit_data.loading.batches import MicroBatch, read_rows
 from lit_data.loading.rows import Rows
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_files.checksum import file_sha256
 from lit_files.lock import FileLock, LockBusy
 from lit_files.mapping import MAX_MAPS, live_maps, map_array
-from lit_files.publish import create_json, sync_file
+from lit_files.publish import create_json, publish, sync_file
 from lit_files.reading import build, open_regular, read_object
 from lit_model.distillation import Distillation, Ensemble, TopK, ensemble_top_k
 from lit_model.load import resolve
@@ -143,8 +142,7 @@ def write_cache(
                 files = {name: stack.enter_context(open(path, "wb")) for name, path in temporary.items()}
                 _write_rows(files, facts, teachers, rows, file, batch)
             for name in NAMES:
-                os.replace(temporary[name], final[name])
-            sync_file(folder)
+                publish(temporary[name], final[name])
             written += 1
         finally:
             for path in temporary.values():
@@ -170,8 +168,7 @@ def _write_rows(
         for name, values in (("ids", said.ids), ("log_probs", said.log_probs)):
             files[name].write(values.cpu().numpy().astype(facts.dtype_of(name)).data)
     for file in files.values():
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
 
 
 def read_facts(folder: Path) -> CacheFacts:

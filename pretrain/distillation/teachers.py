@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_files.checksum import file_sha256
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters, largest_block, root_parameters

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import sys
 import threading
@@ -26,6 +25,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from lit_files.publish import create_json
 from pretrain.checkpoint.files import remove
 from pretrain.failure.rank_log import FOLDER, RankLog
 from pretrain.failure.watchdog import SILENT_INTERVALS, Watchdog
@@ -164,18 +164,14 @@ def claim(failure: Failure, watchdog: Watchdog) -> Failure:
 
 
 def publish(path: Path, failure: Failure) -> Failure:
-    """Create the file with its content at once, unless it exists; then read it."""
-    temporary = path.with_name(f".{path.name}.{failure.attempt}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(vars(failure), indent=1), encoding="utf-8")
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)  # fails, on network file systems too, if there is one
-        there = to_failure(path.read_text(encoding="utf-8"), failure.attempt)
-        if there is None:  # of an attempt that should be over
-            os.replace(temporary, path)
-        return there or failure
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Create the file, unless one of this attempt exists; then read that."""
+    while not create_json(path, vars(failure)):
+        with contextlib.suppress(FileNotFoundError):  # another rank has removed it for the same reason
+            earlier = to_failure(path.read_text(encoding="utf-8"), failure.attempt)
+            if earlier is not None:
+                return earlier
+            path.unlink()  # written by an attempt that should be over
+    return failure
 
 
 def read_failure(log: RankLog) -> Failure | None:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from lit_files.checkpoint_name import list_checkpoints
 from lit_files.cores import usable_cores
+from lit_files.publish import sync_file, write_text
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
 from pretrain.logs.environment import code_hash
@@ -268,10 +269,7 @@ def make_scratch(s: PreflightContext) -> tuple[Path, str]:
     scratch = Path(tempfile.mkdtemp(prefix=".preflight-", dir=s.folder.resolve()))
     s.scratch = scratch
     token = os.urandom(16).hex()
-    with open(scratch / "marker", "w") as f:
-        f.write(token)
-        f.flush()
-        os.fsync(f.fileno())
+    write_text(scratch / "marker", token)
     return scratch, token
 
 
@@ -299,7 +297,7 @@ def measure_disk(scratch: Path | None, ranks: Ranks) -> tuple[float, float]:
         began = time.perf_counter()
         for start in range(0, size, len(block)):
             f.write(block[: size - start])
-        os.fsync(f.fileno())
+        sync_file(f)
         written = time.perf_counter() - began
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else it is read from memory

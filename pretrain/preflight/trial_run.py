@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_files.checkpoint_name import list_checkpoints
 from lit_files.checksum import file_sha256
 from lit_model.config import ModelConfig

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from lit_data.loading.shard_cache import ShardCache
-from lit_data.packed.dataset import PackedDataset, PackedWriter
+from lit_data.packed.reader import PackedDataset
+from lit_data.packed.writer import PackedWriter
 
 pytestmark = pytest.mark.chaos
 

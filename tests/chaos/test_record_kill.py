@@ -24,8 +24,10 @@ import pytest
 from record_writer import EVERY, RANKS, STEPS
 from recorded_run import WRITER, check, prepare
 from running import ROOT
+from whole_record import read_record
 
-from lit_data.record.parts import SCHEMA, believe, list_parts, read_record
+from lit_data.record.parts import list_parts, select_files
+from lit_data.record.schema import SCHEMA
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 
@@ -186,7 +188,7 @@ def test_kill_while_rewinding(begun: tuple[Path, pa.Table], tmp_path: Path, call
         assert check(run, expected) == REWOUND
         graves = sorted((run / "abandoned").iterdir())
         if (graves[-1] / f"iter-{STEPS:08d}-ckpt.pth").exists():
-            files = believe(list_parts(graves[-1] / "datapoints"), STEPS)
+            files = select_files(list_parts(graves[-1] / "datapoints"), STEPS)
             kept = pa.concat_tables([SCHEMA.empty_table(), *(pq.read_table(p.path) for p in files)])
             assert kept.equals(expected.filter(pc.greater_equal(expected["step"], REWOUND)))
         run_to_the_end(run)

@@ -23,8 +23,9 @@ import pytest
 import lit_data.loading.shard_cache
 import lit_files.descriptors
 from lit_data.loading.cache_folder import CacheFolder
-from lit_data.loading.shard_cache import FileSource, ShardCache
-from lit_data.packed.dataset import PackedDataset, PackedWriter
+from lit_data.loading.shard_cache import ShardCache, ShardFiles
+from lit_data.packed.reader import PackedDataset
+from lit_data.packed.writer import PackedWriter
 
 CHUNK = 8192  # bytes
 ROW = 64  # tokens
@@ -548,7 +549,7 @@ def test_few_files_are_open(
 ) -> None:
     monkeypatch.setattr(lit_data.loading.shard_cache, "MAX_MAPS", 2)
     monkeypatch.setattr(lit_files.descriptors, "MAX_OPEN", 2)
-    source = FileSource(data)
+    source = ShardFiles(data)
     cache = opened(data, tmp_path, 100, source=source)
     before = len(os.listdir("/proc/self/fd"))
     starts, stops = windows(data, seed=5)

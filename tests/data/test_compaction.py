@@ -17,10 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_writer import MAX_ROWS, RANKS, STEPS
 from recorded_run import check, prepare, write
+from whole_record import read_record
 
 from lit_data.record.merge import Compactor, compact, copy_record, cut_record, next_merge
-from lit_data.record.parts import SCHEMA, Part, believe, committed_parts, list_parts, open_writer, read_record
+from lit_data.record.parts import Part, committed_parts, list_parts, select_files
 from lit_data.record.reader import read_steps, stream_record
+from lit_data.record.schema import SCHEMA, open_writer
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_cut_inside_a_merged_file(unmerged: Path, begun: tuple[Path, pa.Table], 
     expected = begun[1]
     assert read_record(unmerged).equals(expected.filter(pc.less(expected["step"], step)))
     assert all(p.end_step <= step for p in list_parts(unmerged / "datapoints"))
-    later = [pq.read_table(p.path) for p in believe(list_parts(tmp_path / "grave"), STEPS)]
+    later = [pq.read_table(p.path) for p in select_files(list_parts(tmp_path / "grave"), STEPS)]
     assert pa.concat_tables([SCHEMA.empty_table(), *later]).equals(
         expected.filter(pc.greater_equal(expected["step"], step))
     )
@@ -126,7 +128,7 @@ def test_each_step_is_believed_once(data: st.DataObject) -> None:
     for a, b in {(a, min(a + n, 31)) for a, n in data.draw(st.sets(st.tuples(st.integers(0, 30), st.integers(1, 31))))}:
         parts.append(Part(Path(f"steps-{a}-{b}"), a, b, None))
     newest = data.draw(st.sampled_from(cuts[1:]))
-    found = believe(parts, newest)
+    found = select_files(parts, newest)
     for step in range(31):
         here = [p for p in found if p.first_step <= step < p.end_step]
         ranks = [p.rank for p in here]

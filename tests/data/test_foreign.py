@@ -14,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_data.packed import foreign
-from lit_data.packed.dataset import MAX_DOCUMENT_TOKENS, PackedDataset, PackedWriter
 from lit_data.packed.foreign import MegatronIndex, find_token_files
+from lit_data.packed.index import MAX_DOCUMENT_TOKENS
+from lit_data.packed.reader import PackedDataset
 from lit_data.packed.token_import import Cutting, import_tokens
+from lit_data.packed.writer import PackedWriter
 from lit_data.tokenizers.tokenizer import open_tokenizer
 
 CODES = {"B": 1, "b": 2, "h": 3, "i": 4, "q": 5, "H": 8}  # struct's letter -> Megatron's code

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_data.loading.loader import IGNORE_TARGET, PADDING, Layout, Loader, bucket, read_rows
+from lit_data.loading.batches import IGNORE_TARGET, PADDING, bucket, read_rows
+from lit_data.loading.loader import Loader, RankLayout
 from lit_data.loading.mixture import Mixture, phase_list
 from lit_data.loading.order import Order, Segment
 from lit_data.loading.rows import ConcatRows, Rows, count_windows, open_rows
 from lit_data.loading.shard_cache import ShardCache
-from lit_data.packed.dataset import PackedDataset, PackedWriter
+from lit_data.packed.reader import PackedDataset
+from lit_data.packed.writer import PackedWriter
 from lit_data.record.span_hash import hash_spans
 from lit_data.record.verify import naive_hash
 
@@ -168,7 +170,7 @@ def test_sizes_of_boundaries(pieces, size):
 def loaders(dataset, block_size, world, micro, batch, packing="concat", order=None, **kw):
     rows = open_rows(dataset, packing, block_size)
     mixture = Mixture.single(order or Order(rows.n_windows, seed=11))
-    layouts = [Layout(block_size, micro, rank, world) for rank in range(world)]
+    layouts = [RankLayout(block_size, micro, rank, world) for rank in range(world)]
     return [Loader([rows], mixture, layout, [Segment(0, 0, batch)], **kw) for layout in layouts]
 
 
@@ -238,7 +240,7 @@ def test_resume_at_any_step_equals_steps_read_alone(tmp_path, packing, prefetch)
     rows, mixture = mixed(tmp_path, packing)
     segments = [Segment(0, 0, 4), Segment(10, 40, 8)]
     for rank in range(2):
-        loader = Loader(rows, mixture, Layout(16, 2, rank, 2), segments, prefetch_steps=prefetch)
+        loader = Loader(rows, mixture, RankLayout(16, 2, rank, 2), segments, prefetch_steps=prefetch)
         alone = [loader.read_step(step) for step in range(40)]
         assert len({d for step in alone for m in step.micro_batches for d in m.spans.dataset.tolist()} - {-1}) == 3
         for first in (0, 1, 9, 10, 33):
@@ -252,9 +254,9 @@ def test_resume_at_any_step_equals_steps_read_alone(tmp_path, packing, prefetch)
 def test_through_a_cache_all_is_the_same(tmp_path, packing):
     rows, mixture = mixed(tmp_path, packing)
     segments = [Segment(0, 0, 4)]
-    plain = Loader(rows, mixture, Layout(16, 2), segments)
+    plain = Loader(rows, mixture, RankLayout(16, 2), segments)
     caches = [ShardCache(r.dataset, tmp_path / "cache", 100_000, chunk_bytes=1000) for r in rows]
-    cached = Loader(rows, mixture, Layout(16, 2), segments, caches=caches)
+    cached = Loader(rows, mixture, RankLayout(16, 2), segments, caches=caches)
     for a, b in zip(plain.steps(3, 200), cached.steps(3, 200), strict=True):
         assert all(map(same, a.micro_batches, b.micro_batches))
     cached.close()
@@ -263,7 +265,7 @@ def test_through_a_cache_all_is_the_same(tmp_path, packing):
 def test_a_mixture_reads_each_row_from_its_dataset(tmp_path):
     """Tokens of dataset d begin at 15 000 d: none comes from elsewhere, and rows are those of the place."""
     rows, mixture = mixed(tmp_path, "concat")
-    loader = Loader(rows, mixture, Layout(16, 8), [Segment(0, 0, 8)])
+    loader = Loader(rows, mixture, RankLayout(16, 8), [Segment(0, 0, 8)])
     for step in loader.steps(0, 100):
         (batch,) = step.micro_batches
         dataset, _, window = mixture.place(batch.spans.sample)

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_data.packed.dataset import FEW_VALUES, MAX_DOCUMENT_TOKENS, PackedDataset, PackedWriter, _last_at_or_below
+from lit_data.packed.index import MAX_DOCUMENT_TOKENS
+from lit_data.packed.reader import FEW_VALUES, PackedDataset, _last_at_or_below
+from lit_data.packed.writer import PackedWriter
 
 FACTS = {"fingerprint": "f" * 64, "kind": "test", "folder": None}
 
@@ -183,7 +185,7 @@ def test_document_facts(tmp_path):
 
 
 def test_document_facts_across_row_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_data.packed.dataset.DOCUMENTS_PER_GROUP", 3)
+    monkeypatch.setattr("lit_data.packed.writer.DOCUMENTS_PER_GROUP", 3)
     dataset = PackedDataset(write(tmp_path / "set", [[i, 0] for i in range(8)]))
     assert [dataset.document(i)["id"] for i in range(8)] == [f"d{i}" for i in range(8)]
 
@@ -309,7 +311,7 @@ def test_a_failure_while_closing_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("lit_data.packed.dataset.sync_file", fail)
+    monkeypatch.setattr("lit_data.packed.writer.sync_file", fail)
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path / "set", [[1, 0]])
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from lit_data.loading import row_plans as plans
 from lit_data.loading.row_plans import best_fit_decreasing, check_plan, pack
 from lit_data.loading.rows import open_rows
-from lit_data.packed.dataset import PackedDataset, PackedWriter
+from lit_data.packed.reader import PackedDataset
+from lit_data.packed.writer import PackedWriter
 
 
 def dataset_of(folder: Path, lengths: list[int], shard_tokens: int = 64) -> PackedDataset:

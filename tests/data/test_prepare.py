@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
-from lit_data.packed.dataset import PackedDataset
-from lit_data.prepare import job as prepare_module
+from lit_data.packed.reader import PackedDataset
+from lit_data.prepare import run as prepare_module
 from lit_data.prepare import stages as module
 from lit_data.prepare.executors import run_on_executors
-from lit_data.prepare.job import in_validation, prepare, run_stage, work_folder
+from lit_data.prepare.run import prepare, run_stage, work_folder
+from lit_data.prepare.stages import in_validation
 from lit_data.tokenizers.files import copy_tokenizer
 from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_files.lock import lock_folder
@@ -431,7 +432,7 @@ def test_first_paragraphs_stay(repetitive, tokenizer_folder, tmp_path):
     call = {"workers": 1, "dedup_min_characters": 40}
     report = prepare([repetitive], tokenizer_folder, tmp_path / "exact", dedup="exact", **call)
     assert texts(tmp_path / "exact" / "train", tokenizer) == expected
-    stage = report.treatment.stages["paragraphs"]
+    stage = report.stage_reports.stages["paragraphs"]
     assert stage.documents_kept == len(expected) < stage.documents_in == 300
     assert stage.removed["seen before"].pieces > 500 and "seen before" in report.summary()
     prepare([repetitive], tokenizer_folder, tmp_path / "bloom", dedup="bloom", bloom_paragraphs=10_000, **call)
@@ -458,7 +459,7 @@ def test_cleaner_and_filters_report_what_they_remove(tokenizer_folder, tmp_path,
     assert texts(tmp_path / "out" / "train", open_tokenizer(tokenizer_folder)) == [t.upper() for t in kept]
     assert vars(dry.sides["train"]) == vars(report.sides["train"])
     assert dry.to_dict() == report.to_dict()
-    stages = {name: (s.documents_in, s.documents_kept) for name, s in report.treatment.stages.items()}
+    stages = {name: (s.documents_in, s.documents_kept) for name, s in report.stage_reports.stages.items()}
     assert list(stages.values()) == [(6, 5), (5, 4), (4, 3), (3, 2)]
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report.to_dict()
     manifest = PackedDataset(tmp_path / "out" / "train").manifest
@@ -474,7 +475,7 @@ def test_length_and_language(tokenizer_folder, tmp_path):
     call = {"min_characters": 10, "language": ["de"], "workers": 1}
     report = prepare([tmp_path / "x.jsonl"], tokenizer_folder, tmp_path / "out", **call)
     assert texts(tmp_path / "out" / "train", open_tokenizer(tokenizer_folder)) == [german]
-    assert [s.documents_kept for s in report.treatment.stages.values()] == [2, 1]
+    assert [s.documents_kept for s in report.stage_reports.stages.values()] == [2, 1]
     assert_refused(
         tmp_path, "--language xx", [tmp_path / "x.jsonl"], tokenizer_folder, tmp_path / "no", language=["xx"]
     )

@@ -13,14 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from record_writer import STEPS
 from recorded_run import prepare, write
+from whole_record import read_record
 
 from lit_data.loading.order import Segment, first_sample_of_step
-from lit_data.packed.dataset import PackedDataset, PackedWriter
 from lit_data.packed.documents import Documents
+from lit_data.packed.reader import PackedDataset
+from lit_data.packed.writer import PackedWriter
 from lit_data.record.exposures import count_exposures, draw_exposures, times_seen
-from lit_data.record.parts import read_record
-from lit_data.record.sql import difference, export, open_database, record_sql
+from lit_data.record.sql import difference, export, record_sql
 from lit_data.record.trace import open_run
+from lit_files.database import open_database
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from record_writer import RANKS, STEPS
 from recorded_run import prepare, write
+from whole_record import read_record
 
-from lit_data.record.parts import SCHEMA, committed_parts, list_parts, read_record
+from lit_data.record.parts import committed_parts, list_parts
+from lit_data.record.schema import SCHEMA
 from lit_data.record.span_hash import hash_spans
 from lit_data.record.trace import open_run
 from lit_data.record.verify import hash_pieces, naive_hash, verify

@@ -19,8 +19,7 @@ import torch
 from running import flags, metrics, script, train
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-from lit_data.record.parts import read_record
+from whole_record import read_record
 
 STORED = Path(__file__).with_name("golden.json")
 STEPS = 20

@@ -16,11 +16,11 @@ import time
 
 import numpy as np
 
-from lit_data.loading.shard_cache import FileSource, ShardCache
-from lit_data.packed.dataset import PackedDataset
+from lit_data.loading.shard_cache import ShardCache, ShardFiles
+from lit_data.packed.reader import PackedDataset
 
 
-class SlowSource(FileSource):
+class SlowSource(ShardFiles):
     """Sleeps in each read of the staging thread."""
 
     seconds = 0.0

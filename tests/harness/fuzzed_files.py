@@ -34,14 +34,14 @@ import torch
 import yaml
 from running import VOCAB, flags, write_dataset
 
-from lit_data.loading.loader import read_rows
+from lit_data.loading.batches import read_rows
 from lit_data.loading.rows import open_rows
-from lit_data.packed.dataset import PackedDataset
 from lit_data.packed.documents import Documents
 from lit_data.packed.inventory import faults_of
-from lit_data.prepare.settings import read_plan
-from lit_data.record.parts import SCHEMA, read_record
+from lit_data.packed.reader import PackedDataset
+from lit_data.prepare.job import read_job
 from lit_data.record.reader import read_steps, stream_record
+from lit_data.record.schema import SCHEMA
 from lit_data.record.trace import open_run, spans_of_step
 from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_data.tokenizers.training import train_on_texts
@@ -147,8 +147,6 @@ def read_tokenizer(folder: Path) -> None:
 
 
 def read_run_record(folder: Path) -> None:
-    table = read_record(folder)
-    assert table.schema.equals(SCHEMA)
     for some in stream_record(folder, 0, 4):
         assert some.schema.equals(SCHEMA)
     read_steps(folder, [1, 2]).to_pylist()
@@ -205,7 +203,7 @@ KINDS = [
     Kind("plan.json (rows)", "planned", "plans/*/plan.json", read_plan_of_rows, text=True),
     Kind("plan: rows.bin", "planned", "plans/*/rows.bin", read_plan_of_rows),
     Kind("plan: pieces.bin", "planned", "plans/*/pieces.bin", read_plan_of_rows),
-    Kind("plan.json (preparation)", "prepared", "plan.json", lambda f: read_plan(f / "plan.json"), text=True),
+    Kind("plan.json (preparation)", "prepared", "plan.json", lambda f: read_job(f / "plan.json"), text=True),
     Kind("checkpoint: meta.json", "sharded", f"{CHECKPOINT}/meta.json", read_checkpoint, text=True),
     Kind("checkpoint: .metadata", "sharded", f"{CHECKPOINT}/.metadata", read_checkpoint, checkpoint_damaged),
     Kind("checkpoint: .distcp", "sharded", f"{CHECKPOINT}/*.distcp", read_checkpoint, checkpoint_damaged),

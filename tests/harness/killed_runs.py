@@ -14,8 +14,8 @@ import torch
 from rank_server import Answer, RankServer
 from running import flags, metrics, shared_rank_server, write_dataset
 from torch import Tensor
+from whole_record import read_record
 
-from lit_data.record.parts import read_record
 from lit_data.record.trace import open_run
 from lit_data.record.verify import verify
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints

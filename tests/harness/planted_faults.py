@@ -32,7 +32,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from lit_data.record.parts import DatapointRecorder  # noqa: E402
+from lit_data.record.writer import DatapointRecorder  # noqa: E402
 from pretrain import build, loop  # noqa: E402
 from pretrain.checkpoint import saving, writing  # noqa: E402
 from pretrain.optim import local  # noqa: E402

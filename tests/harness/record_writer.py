@@ -23,9 +23,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lit_data.packed.dataset import sync_file  # noqa: E402
 from lit_data.record.merge import compact, cut_record  # noqa: E402
-from lit_data.record.parts import DatapointRecorder, newest_checkpoint_step, remove_temporaries  # noqa: E402
+from lit_data.record.parts import newest_checkpoint_step  # noqa: E402
+from lit_data.record.writer import DatapointRecorder, remove_temporaries  # noqa: E402
+from lit_files.publish import sync_file  # noqa: E402
 
 RANKS, ROWS, STEPS, EVERY = 2, 4, 24, 2  # ranks, rows of a micro-batch, steps, steps between checkpoints
 MAX_ROWS = 150  # of a merged file: a few steps

@@ -13,15 +13,18 @@ import record_writer
 import yaml
 from record_writer import RANKS, ROWS, STEPS
 from running import write_dataset
+from whole_record import read_record
 
-from lit_data.loading.loader import Layout, Loader
+from lit_data.loading.loader import Loader, RankLayout
 from lit_data.loading.mixture import Mixture
 from lit_data.loading.order import Order, Segment, row_of
 from lit_data.loading.rows import ConcatRows
-from lit_data.packed.dataset import PackedDataset
-from lit_data.record.parts import SCHEMA, newest_checkpoint_step, read_record
+from lit_data.packed.reader import PackedDataset
+from lit_data.record.order_file import describe_order, write_order
+from lit_data.record.parts import newest_checkpoint_step
+from lit_data.record.schema import SCHEMA
 from lit_data.record.span_hash import hash_spans
-from lit_data.record.trace import describe_order, open_run, write_order
+from lit_data.record.trace import open_run
 from lit_data.record.verify import verify
 
 BLOCK_SIZE, SEED = 16, 5
@@ -37,7 +40,7 @@ def prepare(folder: Path) -> tuple[Path, pa.Table]:
     segments = [Segment(0, 0, RANKS * ROWS)]
     steps, rows = [], []
     for rank in range(RANKS):
-        loader = Loader([rows_of], mixture, Layout(BLOCK_SIZE, ROWS, rank, RANKS), segments)
+        loader = Loader([rows_of], mixture, RankLayout(BLOCK_SIZE, ROWS, rank, RANKS), segments)
         read = [loader.read_step(step).micro_batches for step in range(STEPS)]
         steps.append([[vars(b.spans) | {"tokens": b.tokens.numpy()} for b in batches] for batches in read])
         for step, batches in enumerate(steps[-1]):

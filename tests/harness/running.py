@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_data.packed.dataset import PackedWriter
+from lit_data.packed.writer import PackedWriter
 from lit_model.load import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from lit_model.load import Checkpoint, file_sha256, tensor_checksum
+from lit_files.checksum import file_sha256
+from lit_model.checksum import tensor_checksum
+from lit_model.load import Checkpoint
 from lit_model.sharded import ShardedTensors, load_into
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

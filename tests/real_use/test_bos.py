@@ -13,7 +13,8 @@ import tokenizers
 from chat_tokenizers import FAMILIES, PLAIN, write_tokenizer
 from running import flags, script, train
 
-from lit_data.packed.dataset import MANIFEST, PackedDataset, read_manifest
+from lit_data.packed.manifest import MANIFEST, read_manifest
+from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_data.tokenizers.unit_encoder import UnitEncoder
 from lit_model.config import ModelConfig

@@ -20,7 +20,7 @@ from chat_tokenizers import CHAT, FAMILIES, PLAIN, write_tokenizer
 from running import ROOT, flags, script, train
 from tokenizers import Tokenizer as Backend
 
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.gguf import gguf_tokenizer
 from lit_data.tokenizers.hf_export import write_hf_tokenizer
 from lit_data.tokenizers.tokenizer import open_tokenizer

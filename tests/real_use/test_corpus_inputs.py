@@ -15,10 +15,11 @@ import zstandard
 from running import script
 
 from lit_data.corpus.readers import Place, ReadErrors, read_documents
-from lit_data.packed.dataset import PackedDataset
 from lit_data.packed.documents import Documents
+from lit_data.packed.reader import PackedDataset
 from lit_data.prepare import stages as preparation
-from lit_data.prepare.settings import Plan, Settings, differences
+from lit_data.prepare.job import Job, differences
+from lit_data.prepare.settings import Settings
 from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_data.tokenizers.training import train_on_texts
 
@@ -153,7 +154,7 @@ def test_a_file_beside_its_compressed_copy_is_warned_about(tmp_path, tokenizer):
 
 def test_work_of_an_older_version_is_resumed(tmp_path, tokenizer):
     """Point 6: a preparation that was killed before a setting existed is gone on with after the update."""
-    here = Plan.make(Settings((str(corpus(tmp_path / "corp")),), str(tokenizer))).to_dict()
+    here = Job.make(Settings((str(corpus(tmp_path / "corp")),), str(tokenizer))).to_dict()
     there = json.loads(json.dumps(here))
     for new in ("allow_mixed_splits", "seed", "metadata"):
         del there["settings"][new]

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from running import flags, script, train, write_dataset
 
-from lit_data.loading.loader import Layout, Loader
+from lit_data.loading.loader import Loader, RankLayout
 from lit_data.loading.mixture import Mixture
 from lit_data.loading.order import Order, Segment
 from lit_data.loading.rows import ConcatRows
-from lit_data.packed.dataset import HEADER, PackedDataset
+from lit_data.packed.index import HEADER
+from lit_data.packed.reader import PackedDataset
 from lit_model.config import ModelConfig
 from lit_model.load import load_tensors
 from pretrain import fabric_train
@@ -60,7 +61,7 @@ def test_a_flipped_bit_of_a_pointer_ends_the_reading_by_name(packed: Path) -> No
             dataset = PackedDataset(packed)  # the last pointer is right
             rows = ConcatRows(dataset, 32)
             order = Mixture.single(Order(rows.n_windows, 1))
-            loader = Loader([rows], order, Layout(32, 8), [Segment(0, 0, 8)], prefetch_steps=2)
+            loader = Loader([rows], order, RankLayout(32, 8), [Segment(0, 0, 8)], prefetch_steps=2)
             with pytest.raises(ValueError, match=r"data-00000\.idx is damaged"):
                 list(loader.steps(0, 40))
 

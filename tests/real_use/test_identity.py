@@ -15,7 +15,7 @@ import yaml
 from legacy_files import litgpt_fields, save_legacy, to_legacy
 from running import flags, metrics, script, train
 
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.compare import difference, ids_digest
 from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_data.tokenizers.training import train_on_texts

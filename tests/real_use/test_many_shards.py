@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from running import EOS, ROOT, VOCAB, flags, warm_python
 
-import lit_data.packed.dataset
-from lit_data.loading.loader import Layout, Loader
+import lit_data.packed.reader
+from lit_data.loading.loader import Loader, RankLayout
 from lit_data.loading.mixture import Mixture
 from lit_data.loading.order import Order, Segment
 from lit_data.loading.rows import ConcatRows
-from lit_data.packed.dataset import PackedDataset, PackedWriter
 from lit_data.packed.documents import Documents
+from lit_data.packed.reader import PackedDataset
+from lit_data.packed.writer import PackedWriter
 from lit_files.descriptors import MAX_OPEN, OpenFiles, raise_open_file_limit
 from lit_files.mapping import live_maps, map_array
 
@@ -82,12 +83,12 @@ def test_maps_keep_no_descriptor_and_are_let_go_of(two: Path) -> None:
 def test_a_process_has_one_budget_of_maps(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Point 13: two datasets share the maps that a process may have, and give the same tokens."""
     whole = PackedDataset(two / "b").tokens(0, 20 * SHARDS)
-    monkeypatch.setattr(lit_data.packed.dataset, "MAX_MAPS", live_maps() + 9)
+    monkeypatch.setattr(lit_data.packed.reader, "MAX_MAPS", live_maps() + 9)
     one, other = PackedDataset(two / "a"), PackedDataset(two / "b")
     for at in range(0, 20 * SHARDS, 20):
         one.tokens(at, at + 20)
         assert np.array_equal(other.tokens(at, at + 20), whole[at : at + 20])
-        assert live_maps() <= lit_data.packed.dataset.MAX_MAPS + 1
+        assert live_maps() <= lit_data.packed.reader.MAX_MAPS + 1
 
 
 def test_lookups_of_documents_leave_few_files_open(two: Path) -> None:
@@ -170,7 +171,7 @@ def test_plans_made_ahead_give_the_steps_of_plans_made_at_once(two: Path) -> Non
 
     def steps(prefetch: int) -> Iterator[object]:
         order = Mixture.single(Order(rows.n_windows, 3))
-        loader = Loader([rows], order, Layout(16, 4), [Segment(0, 0, 8)], prefetch_steps=prefetch)
+        loader = Loader([rows], order, RankLayout(16, 4), [Segment(0, 0, 8)], prefetch_steps=prefetch)
         for step in loader.steps(2, 60):
             for batch in step.micro_batches:
                 yield step.step, batch.tokens.tolist(), batch.targets.tolist(), batch.spans.document.tolist()

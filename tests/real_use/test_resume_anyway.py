@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from running import ROOT, flags, metrics, same_checkpoints, train, write_dataset
+from whole_record import read_record
 
-from lit_data.record.parts import list_parts, read_record
+from lit_data.record.parts import list_parts
 from pretrain.args import SaveArgs
 from pretrain.checkpoint import files as checkpoint
 from pretrain.checkpoint.files import retain, rewind

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 from running import script
 
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 
 EOS = 0
 DOCUMENTS = [[5, 6, 7], [8], [9, 3, 4, 2]]

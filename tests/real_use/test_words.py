@@ -12,8 +12,8 @@ import pytest
 from chat_tokenizers import write_tokenizer
 from running import script
 
-from lit_data.packed import word_counts
-from lit_data.packed.dataset import MANIFEST, PackedDataset, read_manifest
+from lit_data.packed.manifest import MANIFEST, read_manifest
+from lit_data.packed.reader import PackedDataset
 from lit_files.checksum import file_sha256
 
 TEXTS = ["one two  three\nfour", "eins\tzwei", "a", "  viele   Wörter \n\n hier und da ", "x " * 500]
@@ -122,7 +122,7 @@ def test_counting_that_was_interrupted_is_finished(
     for at in (1, 2, 3):
         folder = copy(prepared / "data", tmp_path / str(at))
         as_version_1(folder)
-        done, real = 0, os.replace
+        done, real = 0, os.rename
 
         def replace_until(source: Path, target: Path) -> None:
             nonlocal done
@@ -133,7 +133,7 @@ def test_counting_that_was_interrupted_is_finished(
             real(source, target)  # noqa: B023
 
         with monkeypatch.context() as patch:
-            patch.setattr(word_counts.os, "replace", replace_until)
+            patch.setattr(os, "rename", replace_until)
             assert count(folder).returncode == 2
         with pytest.raises(ValueError, match=r"count_words\.py was interrupted; call it again"):
             PackedDataset(folder)

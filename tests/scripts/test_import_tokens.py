@@ -9,7 +9,7 @@ import sys
 import numpy as np
 from running import ROOT, script
 
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from running import ROOT, script
 
-from lit_data.packed.dataset import PackedWriter
+from lit_data.packed.writer import PackedWriter
 from lit_data.tokenizers.tokenizer import open_tokenizer
 
 SCRIPT = ROOT / "scripts" / "inspect_dataset.py"

@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 from running import ROOT, script
 
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.tokenizer import open_tokenizer
 
 SCRIPT = ROOT / "scripts" / "prepare_data.py"

@@ -12,9 +12,9 @@ import pytest
 from record_writer import STEPS
 from recorded_run import prepare, write
 from running import ROOT, script
+from whole_record import read_record
 
-from lit_data.packed.dataset import PackedDataset
-from lit_data.record.parts import read_record
+from lit_data.packed.reader import PackedDataset
 
 
 @pytest.fixture(scope="module")

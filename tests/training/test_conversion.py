@@ -13,7 +13,7 @@ import running
 import torch
 from running import ROOT, flags, metrics, train
 
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_eval.agreement import largest_difference, our_span_losses, transformers_span_losses
 from lit_model.load import load_model, load_tensors

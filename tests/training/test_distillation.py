@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from parallel_configurations import column
 from running import flags, kill_once, metrics, same_checkpoints, script, train, train_killed
+from whole_record import read_record
 
-from lit_data.loading.loader import read_rows
+from lit_data.loading.batches import read_rows
 from lit_data.loading.mixture import Mixture
 from lit_data.loading.order import Order
 from lit_data.loading.rows import ConcatRows
-from lit_data.packed.dataset import PackedDataset
-from lit_data.record.parts import read_record
+from lit_data.packed.reader import PackedDataset
 from lit_files.mapping import live_maps
 from lit_model.cost import count_parameters
 from lit_model.load import load_model, load_tensors

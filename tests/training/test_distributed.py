@@ -16,7 +16,7 @@ from parallel_configurations import CONFIGURATIONS, GLOBAL_BATCH, column, settin
 from running import flags
 
 from lit_data.loading.rows import count_windows
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from pretrain.args import TrainArgs
 from pretrain.parallel import check_batch
 

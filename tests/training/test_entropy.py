@@ -12,7 +12,7 @@ import torch
 from running import ROOT, command
 
 from lit_data.corpus.synthetic import conditional_nll
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_model.load import load_model
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from rank_server import Answer
 from running import flags, metrics, shared_rank_server
+from whole_record import read_record
 
-from lit_data.record.parts import read_record
 from lit_data.record.trace import left_out_of_document, open_run
 from lit_data.record.verify import verify
 from lit_files.checkpoint_name import list_checkpoints

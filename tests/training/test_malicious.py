@@ -21,8 +21,9 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint import load as dcp_load
 from torch.distributed.checkpoint import save as dcp_save
 
+from lit_files.checksum import file_sha256
 from lit_model.hf.families import config_to_hf
-from lit_model.load import Checkpoint, file_sha256
+from lit_model.load import Checkpoint
 from pretrain import fabric_train
 
 CHECKPOINT = "iter-00000004-ckpt.pth"

@@ -12,11 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from running import flags, metrics, train
+from whole_record import read_record
 
 from lit_data.loading.rows import count_windows
-from lit_data.packed.dataset import PackedDataset
+from lit_data.packed.reader import PackedDataset
 from lit_data.record.merge import compact
-from lit_data.record.parts import SCHEMA, committed_parts, list_parts, read_record
+from lit_data.record.parts import committed_parts, list_parts
+from lit_data.record.schema import SCHEMA
 from lit_data.record.trace import open_run, spans_of_document, spans_of_step, steps_of_document
 from lit_data.record.verify import naive_hash, verify
 

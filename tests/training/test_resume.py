@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from running import ROOT, flags, metrics, same_checkpoints, train, train_killed
+from whole_record import read_record
 
-from lit_data.record.parts import read_record
 from lit_data.record.trace import open_run
 from lit_data.record.verify import verify
 from lit_files.checkpoint_name import list_checkpoints

@@ -17,22 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lit_data.packed.dataset import (
-    FORMAT_VERSION,
-    MANIFEST,
-    WORDS_WORK,
-    PackedDataset,
-    Shard,
-    add_words,
-    read_manifest,
-    sum_of_words,
-)
 from lit_data.packed.inventory import tokenizer_of
+from lit_data.packed.manifest import FORMAT_VERSION, MANIFEST, WORDS_WORK, Shard, read_manifest, sum_of_words
+from lit_data.packed.reader import PackedDataset
+from lit_data.packed.writer import add_words
 from lit_data.prepare.filters import count_words
 from lit_data.prepare.pool import Pool
 from lit_files.checksum import file_sha256
 from lit_files.lock import lock_folder
-from lit_files.publish import replace_file, sync_file, write_json
+from lit_files.publish import publish, replace_file, write_json
 
 
 def add_word_counts(folder: str | Path, tokenizer_path: str | Path | None = None, workers: int = 1) -> int:
@@ -92,10 +85,8 @@ def _replace(folder: Path, work: Path) -> int:
     """Put the finished files in the places of the old ones, the manifest last."""
     manifest = read_manifest(work)
     for path in sorted(work.glob("*.docs.parquet")):
-        os.replace(path, folder / path.name)
-    sync_file(folder)
-    os.replace(work / MANIFEST, folder / MANIFEST)
-    sync_file(folder)
+        publish(path, folder / path.name)
+    publish(work / MANIFEST, folder / MANIFEST)
     shutil.rmtree(work)
     assert manifest.words is not None
     return manifest.words

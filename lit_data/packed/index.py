@@ -1,0 +1,47 @@
+"""The index of a shard's tokens: Megatron's MMIDIDX version 1 (`.idx`), one document a sequence.
+
+A header, then for each document its length in tokens (int32), its first byte in the .bin (int64), and the numbers of
+the documents (int64, one more than there are).
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
+DTYPE_CODES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+UINT16_LIMIT = 65500  # Megatron's: vocabularies below it are stored as uint16
+MAX_DOCUMENT_TOKENS = 2**31 - 1  # sequence lengths are int32
+
+
+def dtype_of(vocab_size: int) -> np.dtype[Any]:
+    """The dtype in which Megatron stores the ids of a vocabulary."""
+    return np.dtype(np.uint16 if vocab_size < UINT16_LIMIT else np.int32)
+
+
+def write_index(path: Path, lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> None:
+    """Write the .idx of documents of these lengths, int32 [n], whose tokens follow each other in the .bin."""
+    code = next(c for c, d in DTYPE_CODES.items() if np.dtype(d) == dtype)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    with open(path, "wb") as f:
+        f.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        f.write(lengths.tobytes())
+        f.write(((ends - lengths) * dtype.itemsize).tobytes())
+        f.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())

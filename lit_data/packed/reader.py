@@ -1,0 +1,306 @@
+"""Reads a packed dataset: the documents of all shards as one stream of tokens, memory-mapped."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from lit_data.packed.index import DTYPE_CODES, HEADER, MAGIC, IntArray
+from lit_data.packed.manifest import MANIFEST, WORDS_WORK, Shard, check_documents_table, read_manifest
+from lit_files.checksum import file_sha256
+from lit_files.mapping import MAX_MAPS, live_maps, map_array
+from lit_files.parquet import open_table
+from lit_files.reading import open_regular
+
+COARSE_BITS = 10  # of a search in an index: so many bits of the place are found by one call
+FEW_VALUES = 32  # of a search in an index: up to so many are found faster one by one
+CHECK_DOCUMENTS = 1 << 20  # of an index compared at a time, 20 MB
+CHECK_THREADS = 8  # look at the files of a dataset at once: on a network file system each look takes a while
+
+
+def _by_shard(starts: IntArray, values: IntArray) -> Iterator[tuple[int, IntArray | slice]]:
+    """Each shard that holds some of the values, and which: their indices. Shard s holds [starts[s], starts[s + 1])."""
+    if not len(values):
+        return
+    shards = np.searchsorted(starts, values, side="right") - 1
+    low, high = int(shards.min()), int(shards.max())
+    if low == high:
+        yield low, slice(None)
+        return
+    order = np.argsort(shards, kind="stable")
+    ordered = shards[order]
+    begins = np.append(0, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
+    of = ordered[begins].tolist()
+    for shard, a, b in zip(of, begins.tolist(), [*begins[1:].tolist(), len(order)], strict=True):
+        yield shard, order[a:b]
+
+
+def _last_at_or_below(ascending: IntArray, values: IntArray) -> IntArray:
+    """Index of the last element <= each value; the first element is <= all of them.
+
+    For memory-mapped arrays that are not aligned, as in an .idx: np.searchsorted would copy the whole array each time.
+    It finds the stretch between some elements, no more than there are values, and halving does the rest.
+    """
+    if len(values) <= FEW_VALUES:
+        view = memoryview(ascending.view(np.uint8).data).cast("q")  # gives Python's integers, which cost a third
+        return np.asarray([bisect_right(view, value) - 1 for value in values.tolist()], dtype=np.int64)
+    coarse = min(COARSE_BITS, len(values).bit_length())
+    step = 1 << max(0, (len(ascending) - 1).bit_length() - coarse)
+    found = (np.searchsorted(ascending[::step], values, side="right") - 1) * step
+    while step := step // 2:
+        ahead = found + step
+        inside = np.minimum(ahead, len(ascending) - 1)
+        found = np.where((ahead < len(ascending)) & (ascending[inside] <= values), ahead, found)
+    return found
+
+
+class PackedDataset:
+    """A packed dataset opened for reading, memory-mapped. Cheap to open and to send to another process.
+
+    The documents of all shards form one stream of tokens.
+
+    Args:
+        check: compare the files' sizes, counts and last pointers with the manifest. One process of a run does that for
+            all: the others, and unpickled datasets, trust it. The pointers of a shard are checked when it is first
+            asked for a document.
+
+    Raises ValueError where a file is missing, truncated or does not fit the manifest.
+    """
+
+    def __init__(self, folder: str | Path, *, check: bool = True) -> None:
+        self.path = Path(folder)
+        self.manifest = read_manifest(self.path)
+        self._open()
+        if check:
+            self._check_shards()
+
+    def _open(self) -> None:
+        self.dtype = np.dtype(self.manifest.dtype)
+        self.token_start: IntArray = np.cumsum([0] + [s.tokens for s in self.manifest.shards], dtype=np.int64)
+        """Position in the stream of each shard's first token, and the number of tokens; (shards + 1,)."""
+        self._document_start = np.cumsum([0] + [s.documents for s in self.manifest.shards], dtype=np.int64)
+        self._token_starts: list[int] = self.token_start.tolist()  # bisect is faster than numpy for one number
+        self._maps: OrderedDict[tuple[int, str], npt.NDArray[Any]] = OrderedDict()
+        self._sound: set[int] = set()  # shards whose pointers were checked
+
+    def _check_shards(self) -> None:
+        shards = self.manifest.shards
+        with ThreadPoolExecutor(CHECK_THREADS if len(shards) > CHECK_THREADS else 1) as pool:
+            size = max(1, -(-len(shards) // (4 * CHECK_THREADS)))
+            for _ in pool.map(self._check_some, (shards[i : i + size] for i in range(0, len(shards), size))):
+                pass
+
+    def _check_some(self, shards: list[Shard]) -> None:
+        for shard in shards:
+            self._check_shard(shard)
+
+    def _check_shard(self, shard: Shard) -> None:
+        prefix = os.path.join(self.path, shard.name)
+        for kind, size in shard.sizes.items():
+            file = f"{prefix}.{kind}"
+            try:
+                actual: int | None = os.stat(file).st_size
+            except FileNotFoundError:
+                actual = None
+            if actual != size:
+                if (self.path / WORDS_WORK / MANIFEST).is_file():
+                    raise ValueError(
+                        f"{self.path}: scripts/count_words.py was interrupted; call it again on this folder to finish"
+                    )
+                state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+                raise ValueError(f"{file} {state}: the shard is truncated or was replaced; prepare the dataset again")
+        n = shard.documents
+        if shard.sizes["idx"] < HEADER.size + 12 * n:
+            raise ValueError(
+                f"{prefix}.idx is too short for the {n} documents of the manifest: prepare the dataset again"
+            )
+        with open_regular(f"{prefix}.idx") as f:
+            head = f.read(HEADER.size)
+            last_length = os.pread(f.fileno(), 4, HEADER.size + 4 * (n - 1)) if n else b""
+            last_pointer = os.pread(f.fileno(), 8, HEADER.size + 12 * n - 8) if n else b""
+        magic, version, code, sequences, _ = HEADER.unpack(head)
+        if magic != MAGIC or version != 1 or np.dtype(DTYPE_CODES.get(code, np.float32)) != self.dtype:
+            raise ValueError(f"{prefix}.idx is no MMIDIDX version 1 of {self.dtype}; prepare again")
+        if sequences != n:
+            raise ValueError(
+                f"{prefix}.idx holds {sequences} documents, the manifest says {n}: prepare the dataset again"
+            )
+        end = int.from_bytes(last_pointer, "little", signed=True)
+        end += int.from_bytes(last_length, "little", signed=True) * self.dtype.itemsize
+        if end != shard.tokens * self.dtype.itemsize:
+            raise ValueError(
+                f"{prefix}.idx ends at byte {end} of the .bin, the manifest says {shard.tokens} tokens: it was damaged "
+                "or replaced; prepare the dataset again"
+            )
+
+    def _map(self, shard: int, kind: str) -> npt.NDArray[Any]:
+        """A shard's tokens (`bin`) or the byte offsets of its documents (`idx`), mapped when first asked for."""
+        key = (shard, kind)
+        found = self._maps.get(key)
+        if found is not None:
+            return found
+        facts = self.manifest.shards[shard]
+        path = self.path / f"{facts.name}.{kind}"
+        if kind == "bin":
+            found = map_array(path, self.dtype, (facts.tokens,), random=True)
+        else:
+            found = map_array(path, np.int64, (facts.documents,), HEADER.size + 4 * facts.documents, random=True)
+            if shard not in self._sound:
+                self._check_pointers(facts)
+                self._sound.add(shard)
+        self._maps[key] = found
+        while live_maps() > MAX_MAPS and len(self._maps) > 1:
+            self._maps.popitem(last=False)
+        return found
+
+    def _check_pointers(self, shard: Shard) -> None:
+        """See that the documents of a shard follow each other as its lengths say. Raises ValueError if they do not."""
+        path, n = self.path / f"{shard.name}.idx", shard.documents
+        lengths = map_array(path, np.int32, (n,), HEADER.size)  # maps of their own: these are read from end to end
+        pointers = map_array(path, np.int64, (n,), HEADER.size + 4 * n)
+        end = 0
+        for first in range(0, n, CHECK_DOCUMENTS):
+            size = lengths[first : first + CHECK_DOCUMENTS].astype(np.int64)
+            ends = end + np.cumsum(size) * self.dtype.itemsize
+            wrong = (pointers[first : first + CHECK_DOCUMENTS] != ends - size * self.dtype.itemsize) | (size < 1)
+            if wrong.any():
+                number = first + int(wrong.argmax())
+                raise ValueError(
+                    f"{path} is damaged: the place or the length of document {number} of the shard is wrong; prepare "
+                    "the dataset again (scripts/inspect_dataset.py --verify compares all files with their checksums)"
+                )
+            end = int(ends[-1])
+        if end != shard.tokens * self.dtype.itemsize:
+            raise ValueError(f"{path} is damaged: it names {end} bytes of the .bin, not {shard.tokens} tokens")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path, self.manifest = state["path"], state["manifest"]
+        self._open()
+
+    @property
+    def n_tokens(self) -> int:
+        return self.manifest.tokens
+
+    @property
+    def n_documents(self) -> int:
+        return self.manifest.documents
+
+    @property
+    def n_words(self) -> int:
+        """Words of the text. Raises ValueError, naming the command that counts them, where they are not known."""
+        if self.manifest.words is None:
+            raise ValueError(
+                f"the words of {self.path} are not counted: it was made by an earlier version or from tokens; count "
+                f"them with: python scripts/count_words.py {self.path}"
+            )
+        return self.manifest.words
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest.vocab_size
+
+    @property
+    def eos_id(self) -> int:
+        return self.manifest.eos_id
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Where the tokenizer's files lie, if they are there."""
+        folder = self.manifest.tokenizer.get("folder")
+        path = (self.path / folder).resolve() if folder else None
+        return path if path is not None and path.exists() else None
+
+    def tokens(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Tokens [start, stop) of the stream, across shards, in the dataset's dtype; 0 <= start <= stop <= n_tokens."""
+        assert 0 <= start <= stop <= self.n_tokens, f"[{start}, {stop}) lies outside the {self.n_tokens} tokens"
+        parts = [self._map(shard, "bin")[a:b] for shard, a, b in self.shard_ranges(start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
+
+    def copy_tokens(self, out: IntArray, start: int, stop: int) -> None:
+        """Copy tokens [start, stop) of the stream to `out`, int64 [stop - start]."""
+        done = 0
+        for shard, a, b in self.shard_ranges(start, stop):
+            out[done : done + b - a] = self._map(shard, "bin")[a:b]
+            done += b - a
+
+    def shard_ranges(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Where tokens [start, stop) of the stream lie: (shard, first, end) counted in the shard."""
+        ranges = []
+        shard = bisect_right(self._token_starts, start) - 1
+        while start < stop:
+            base, end = self._token_starts[shard], min(stop, self._token_starts[shard + 1])
+            if end > start:
+                ranges.append((shard, start - base, end - base))
+                start = end
+            shard += 1
+        return ranges
+
+    def document_of(self, positions: IntArray) -> IntArray:
+        """Stream positions [n] -> numbers of the documents that hold them, int64 [n]."""
+        out = np.empty(len(positions), dtype=np.int64)
+        for shard, here in _by_shard(self.token_start, positions):
+            pointer = (positions[here] - self._token_starts[shard]) * self.dtype.itemsize
+            out[here] = self._document_start[shard] + _last_at_or_below(self._map(shard, "idx"), pointer)
+        return out
+
+    def document_start(self, documents: IntArray) -> IntArray:
+        """Document numbers [n] -> stream positions of their first tokens, int64 [n]; `n_documents` gives `n_tokens`."""
+        out = np.full(len(documents), self.n_tokens, dtype=np.int64)
+        for shard, here in _by_shard(self._document_start, documents):
+            if shard < len(self.manifest.shards):
+                pointers = self._map(shard, "idx")[documents[here] - self._document_start[shard]]
+                out[here] = self._token_starts[shard] + pointers // self.dtype.itemsize
+        return out
+
+    def document(self, number: int) -> dict[str, Any]:
+        """What is known of a document: id, source, place, bytes, metadata, and `start` and `tokens` in the stream."""
+        if not 0 <= number < self.n_documents:
+            raise ValueError(f"document {number} is not in {self.path}, which has {self.n_documents}")
+        shard = int(np.searchsorted(self._document_start, number, side="right")) - 1
+        row = number - int(self._document_start[shard])
+        facts: dict[str, Any] = {}
+        with open_table(self.path / f"{self.manifest.shards[shard].name}.docs.parquet") as file:
+            check_documents_table(file, self.manifest.shards[shard])
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if row < rows:
+                    facts = file.read_row_group(group).slice(row, 1).to_pylist()[0]
+                    break
+                row -= rows
+        start, stop = self.document_start(np.asarray([number, number + 1], dtype=np.int64)).tolist()
+        return {"number": number, **facts, "start": start, "tokens": stop - start}
+
+    def find(self, id: str) -> list[int]:
+        """Numbers of all documents with an id (ids may repeat). Scans the id column."""
+        found: list[int] = []
+        for shard, base in zip(self.manifest.shards, self._document_start, strict=False):
+            with open_table(self.path / f"{shard.name}.docs.parquet") as file:
+                matches = pc.equal(file.read(columns=["id"])["id"], id).to_numpy(zero_copy_only=False)
+            found.extend((int(base) + np.flatnonzero(matches)).tolist())
+        return found
+
+    def verify(self) -> list[str]:
+        """Compare every file's SHA-256 with the manifest; a list of what is wrong, empty if nothing is."""
+        wrong = []
+        for shard in self.manifest.shards:
+            for kind, expected in shard.sha256.items():
+                file = self.path / f"{shard.name}.{kind}"
+                if file_sha256(file) != expected:
+                    wrong.append(f"{file}: its content does not match the manifest's checksum")
+        return wrong

@@ -1,0 +1,290 @@
+"""Text -> packed datasets: OUTPUT/train, OUTPUT/val, OUTPUT/tokenizer and OUTPUT/report.json.
+
+What is written depends on the text, the tokenizer and the settings, never on workers, parts or interruptions. It is
+built in a folder beside OUTPUT, `.OUTPUT.preparing`, and renamed when whole; a killed preparation resumes from there
+when it is called again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_data.corpus.cleaners import open_cleaner
+from lit_data.corpus.files import large_plain_text
+from lit_data.corpus.readers import OnError, ReadErrors
+from lit_data.packed.manifest import MANIFEST
+from lit_data.packed.writer import remove_rows
+from lit_data.prepare.job import JOB_FILE, Job, differences, open_work, read_job
+from lit_data.prepare.report import Counts, PrepareReport, StageReports
+from lit_data.prepare.settings import Settings, strings
+from lit_data.prepare.stages import Options, Preparation
+from lit_data.prepare.worker import open_filters
+from lit_data.tokenizers.files import save_tokenizer
+from lit_files.cores import usable_cores
+from lit_files.lock import LOCK_NAMES, FileLock, lock_folder
+from lit_files.publish import replace_folder, sync_file, write_json
+
+Stage = Literal["hash", "join", "encode", "merge"]
+
+ASSEMBLED = "assembled.json"  # written when the output is whole in the working folder and only to be renamed
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    tokenizer_path: str | Path,
+    output: str | Path,
+    *,
+    val_inputs: Sequence[str | Path] | None = None,
+    workers: int | None = None,
+    on_error: OnError = "stop",
+    overwrite: bool = False,
+    fresh: bool = False,
+    dry_run: bool = False,
+    work: str | Path | None = None,
+    commit_seconds: float = 30.0,
+    **settings: Any,
+) -> PrepareReport:
+    """Encode text and write OUTPUT/train, OUTPUT/val (if asked for), OUTPUT/tokenizer and a report, all or nothing.
+
+    Args:
+        inputs, tokenizer_path, val_inputs, settings: see `lit_data.prepare.settings.Settings`.
+        output: must not exist, unless `overwrite` and it is a prepared folder.
+        workers: processes; the default is the cores this process may use. 1 does all in this process.
+        fresh: discard what an interrupted call with other settings left.
+        dry_run: do everything but write; the report says what would be there.
+        work: the working folder; default `.OUTPUT.preparing` beside `output`. It must lie on the same file system.
+        commit_seconds: time between the moments from which a killed call goes on.
+
+    Raises:
+        FileNotFoundError: an input or the tokenizer does not exist.
+        ValueError: any other mistake; the message names the thing.
+    """
+    began = time.monotonic()
+    output = Path(os.path.abspath(output))
+    workers = workers if workers is not None else usable_cores()
+    job = _make_job(inputs, tokenizer_path, val_inputs, settings)
+    job.errors.print_warnings()
+    options = Options(workers, on_error, commit_seconds, dry_run)
+    if dry_run:
+        with tempfile.TemporaryDirectory(prefix="llammlein-dry-run-") as temporary:
+            return _report(_finished(Preparation(job, Path(temporary), options)), output, began, resumed=False)
+    folder = Path(work) if work is not None else work_folder(output)
+    lock = _lock(folder) if folder.exists() else None
+    if lock is None or not _was_published(folder, job, output):
+        _check_output(output, overwrite)
+    lock = lock or _lock(folder)
+    try:
+        if _was_published(folder, job, output):
+            _remove_work(folder)
+            return _read_report(output, began)
+        resumed = open_work(folder, job, fresh)
+        if resumed and fresh:
+            _empty(folder)
+            resumed = open_work(folder, job, fresh)
+        preparation = Preparation(job, folder, options)
+        keep = False
+        try:
+            preparation.run()
+            report = _report(preparation, output, began, resumed)
+            replace_folder(_assemble(preparation, report), output)
+            _remove_work(folder)
+        except BaseException as error:
+            keep = preparation.committed() and not isinstance(error, _EmptyError)
+            if keep:
+                error.add_note(f"what was done is kept in {folder}: the same command goes on with it")
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        lock.close()
+    return report
+
+
+def run_stage(
+    stage: Stage,
+    part: int,
+    inputs: Sequence[str | Path],
+    tokenizer_path: str | Path,
+    output: str | Path,
+    *,
+    val_inputs: Sequence[str | Path] | None = None,
+    workers: int | None = None,
+    on_error: OnError = "stop",
+    overwrite: bool = False,
+    work: str | Path | None = None,
+    commit_seconds: float = 30.0,
+    **settings: Any,
+) -> PrepareReport | None:
+    """One stage of one part, for schedulers that call each on a machine of its own; the folders must be shared.
+
+    The order is: `hash` of each part and `join` (only with --dedup exact or --near_dedup), `encode` of each part,
+    `merge`, which publishes the output and returns the report. All calls take the same settings.
+    """
+    began = time.monotonic()
+    output = Path(os.path.abspath(output))
+    job = _make_job(inputs, tokenizer_path, val_inputs, settings)
+    if part == 0:
+        job.errors.print_warnings()
+    folder = Path(work) if work is not None else work_folder(output)
+    if stage == "merge" and _was_published(folder, job, output):
+        _remove_work(folder)
+        return _read_report(output, began)
+    _check_output(output, overwrite)
+    workers = workers if workers is not None else usable_cores()
+    preparation = Preparation(job, folder, Options(workers, on_error, commit_seconds))
+    one_part = stage in ("hash", "encode")
+    lock = _lock(preparation.part_folder(part) if one_part else folder)
+    try:
+        open_work(folder, job, fresh=False)
+        if stage == "hash":
+            preparation.hash_part(part)
+        elif stage == "join":
+            preparation.join()
+        elif stage == "encode":
+            preparation.encode_part(part)
+        else:
+            preparation.merge()
+            report = _report(preparation, output, began, resumed=True)
+            replace_folder(_assemble(preparation, report), output)
+            _remove_work(folder)
+            return report
+    finally:
+        lock.close()
+    return None
+
+
+def _lock(folder: Path) -> FileLock:
+    return lock_folder(folder, "wait for it or end it, or give another --work")
+
+
+def work_folder(output: Path) -> Path:
+    """Where an output is worked out by default."""
+    return output.with_name(f".{output.name}.preparing")
+
+
+def _make_job(
+    inputs: Sequence[str | Path],
+    tokenizer_path: str | Path,
+    val_inputs: Sequence[str | Path] | None,
+    settings: dict[str, Any],
+) -> Job:
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    chosen = Settings(strings(inputs) or (), str(tokenizer_path), val_input=strings(val_inputs), **given)
+    if chosen.cleaner:
+        open_cleaner(chosen.cleaner)
+    open_filters(chosen)
+    job = Job.make(chosen)
+    if "split_documents" not in settings:
+        job.errors.warnings += large_plain_text(job.files)
+    return job
+
+
+def _finished(preparation: Preparation) -> Preparation:
+    preparation.run()
+    return preparation
+
+
+def _report(preparation: Preparation, output: Path, began: float, resumed: bool) -> PrepareReport:
+    """Raises _EmptyError for a side without documents and for metadata that no document has."""
+    sides = {side: Counts(**counts) for side, counts in preparation.counts().items()}
+    stage_reports, errors = preparation.report()
+    options = preparation.options
+    seconds = time.monotonic() - began
+    report = PrepareReport(output, sides, stage_reports, errors, options.workers, seconds, options.dry_run, resumed)
+    report.bloom_rate = preparation.bloom_rate()
+    _check_sides(report, preparation.settings)
+    never_seen = [m for m in preparation.settings.metadata if m not in stage_reports.fields]
+    if never_seen:
+        raise _EmptyError(f"--metadata {' '.join(never_seen)}: no document has such a field")
+    return report
+
+
+class _EmptyError(ValueError):
+    """All was done, and the result is not what was meant: there is nothing to go on with."""
+
+
+def _check_sides(report: PrepareReport, s: Settings) -> None:
+    total = report.total.documents
+    left_out = f" ({report.empty_documents} empty and {report.errors.count} unreadable ones were left out)"
+    why = left_out if report.empty_documents or report.errors.count else ""
+    removed = sum(stage.documents_in - stage.documents_kept for stage in report.stage_reports.stages.values())
+    why += f" ({removed} were removed by cleaner, filters and deduplication)" if removed else ""
+    if total == 0:
+        raise _EmptyError(f"--input {' '.join(s.input)} holds no documents{why}: the dataset would be empty")
+    for side, counts in report.sides.items():
+        if counts.documents:
+            continue
+        if s.val_input is not None:
+            flag, paths = ("--val_input", s.val_input) if side == "val" else ("--input", s.input)
+            raise _EmptyError(f"{flag} {' '.join(paths)} holds no documents{why}: {side} would be empty")
+        raise _EmptyError(
+            f"--val_fraction {s.val_fraction} leaves no document for {side} out of {total}{why}: give "
+            f"{'a larger' if side == 'val' else 'a smaller'} fraction, another --seed, more documents, or --val_input"
+        )
+
+
+def _was_published(folder: Path, job: Job, output: Path) -> bool:
+    """Whether an earlier call of the same was killed after it had published the output."""
+    if not (folder / ASSEMBLED).is_file() or (folder / "output").exists() or not (output / "report.json").is_file():
+        return False
+    path = folder / JOB_FILE  # removed before the marker is
+    return not path.is_file() or not differences(read_job(path), job.to_dict())
+
+
+def _remove_work(folder: Path) -> None:
+    """Remove the working folder of a published output; the marker goes last, so that a kill is understood."""
+    _empty(folder, keep=[ASSEMBLED])
+    shutil.rmtree(folder)
+
+
+def _read_report(output: Path, began: float) -> PrepareReport:
+    content = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    sides = {side: Counts(**counts) for side, counts in content["sides"].items()}
+    errors = ReadErrors(content["errors"]["count"], content["errors"]["first"])
+    return PrepareReport(
+        output, sides, StageReports.from_dict(content), errors, seconds=time.monotonic() - began, resumed=True
+    )
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise ValueError(f"--output {output} exists already; choose another folder, remove it, or give --overwrite")
+    if output.is_symlink() or not (output / "train" / MANIFEST).is_file():
+        raise ValueError(f"--output {output} is no folder that this program wrote; --overwrite does not remove it")
+
+
+def _empty(folder: Path, keep: Sequence[str] = ()) -> None:
+    """Remove what is in a working folder, the lock and files to keep aside."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (*LOCK_NAMES, *keep):
+            path.unlink()
+
+
+def _assemble(preparation: Preparation, report: PrepareReport) -> Path:
+    """Put the output together in the working folder; what an interrupted call had done stays."""
+    target = preparation.assembled
+    target.mkdir(exist_ok=True)
+    for side, folder in preparation.datasets().items():
+        if folder.parent != target:
+            remove_rows(folder)
+            os.rename(folder, target / side)
+    for path in (target / "tokenizer", *target.glob(".*")):  # hidden: what a killed call was writing
+        if path.is_dir():
+            shutil.rmtree(path)
+    save_tokenizer(preparation.job.tokenizer, target / "tokenizer")
+    write_json(target / "report.json", report.to_dict())
+    sync_file(target)
+    write_json(preparation.work / ASSEMBLED, {})
+    return target

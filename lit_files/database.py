@@ -1,0 +1,53 @@
+"""DuckDB in bounded memory, for tables that do not fit into it."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MEMORY_BYTES = 10**9
+
+
+@contextlib.contextmanager
+def open_database(
+    file: Path | None = None,
+    *,
+    folder: Path | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+    keep_order: bool = True,
+    hint: str = "",
+) -> Iterator[Any]:
+    """A DuckDB connection, in memory or to a file.
+
+    Args:
+        folder: where a temporary folder is made for data that does not fit into memory; the system's by default.
+        memory_bytes: DuckDB's limit; the process needs about 200 MB besides.
+        keep_order: rows keep the order in which they were read; without it, which saves memory, use ORDER BY.
+        hint: added to the message of an error of DuckDB: out of memory or disk, a file that can't be read.
+
+    Raises ValueError if duckdb is not installed, or with that message.
+    """
+    try:
+        import duckdb
+    except ImportError as error:
+        raise ValueError("this needs the package duckdb: pip install 'llammlein[data]'") from error
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".duckdb-") as spill:
+        settings: dict[str, Any] = {
+            "memory_limit": f"{memory_bytes}B", "temp_directory": spill, "preserve_insertion_order": keep_order,
+        }  # fmt: skip
+        try:
+            with duckdb.connect(":memory:" if file is None else str(file), config=settings) as database:
+                database.execute("SET enable_progress_bar = false")
+                yield database
+        except duckdb.Error as error:
+            raise ValueError(
+                f"DuckDB failed with {memory_bytes >> 20} MB of memory, temporary files in {spill}: {error}{hint}"
+            ) from error
+
+
+def quoted(path: Path) -> str:
+    """A path as a string literal in SQL."""
+    return "'" + str(path).replace("'", "''") + "'"

@@ -1,0 +1,203 @@
+"""lit_files.publish: a process killed at any rename, link, sync or write leaves the old content or the new, whole."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_files.publish import build_folder, create_json, publish, replace_file, replace_folder, write_json, write_text
+
+OLD, NEW = "old" * 1000, "new" * 2000
+KILLED = 86
+CALLS = ("rename", "link", "fsync")
+
+
+def write_file(path: Path) -> None:
+    with replace_file(path) as temporary:
+        temporary.write_text(NEW)
+
+
+def publish_file(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_text(NEW)
+    publish(other, path)
+
+
+def build(path: Path, replace: bool) -> None:
+    with build_folder(path, replace=replace) as temporary:
+        (temporary / "inner").mkdir()
+        for name in ("a", "inner/b"):
+            (temporary / name).write_text(NEW)
+
+
+def replace_by_folder(path: Path) -> None:
+    other = path.with_name("other")
+    (other / "inner").mkdir(parents=True, exist_ok=True)
+    for name in ("a", "inner/b"):
+        (other / name).write_text(NEW)
+    replace_folder(other, path)
+
+
+ACTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "write_text": (lambda path: write_text(path, NEW), "file"),
+    "write_json": (lambda path: write_json(path, NEW), "file"),
+    "replace_file": (write_file, "file"),
+    "publish": (publish_file, "file"),
+    "create_json": (lambda path: create_json(path, NEW), "nothing"),
+    "build_folder": (lambda path: build(path, replace=False), "nothing"),
+    "build_folder, replacing": (lambda path: build(path, replace=True), "folder"),
+    "replace_folder": (replace_by_folder, "folder"),
+}
+
+
+def make(path: Path, old: str) -> None:
+    if old == "file":
+        path.write_text(OLD)
+    elif old == "folder":
+        path.mkdir()
+        (path / "a").write_text(OLD)
+
+
+def content(path: Path) -> Any:
+    """None where there is nothing, a file's text, or a folder's files by their names."""
+    if path.is_dir():
+        return {str(p.relative_to(path)): p.read_text() for p in path.rglob("*") if p.is_file()}
+    return path.read_text() if path.exists() else None
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """Run in a forked process; its exit status, or minus the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_at(number: int, work: Callable[[], Any]) -> int:
+    """Run in a forked process that ends just before its `number`-th call of CALLS."""
+
+    def run() -> None:
+        calls = iter(range(1, 1000))
+
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any) -> None:
+                if next(calls) == number:
+                    os._exit(KILLED)
+                real(*arguments)
+
+            return call
+
+        for name in CALLS:
+            setattr(os, name, counted(getattr(os, name)))
+        work()
+
+    return in_child(run)
+
+
+def killed_in_write(size: int, work: Callable[[], Any]) -> int:
+    """Run in a forked process that the system kills at the first byte of a file beyond `size`."""
+
+    def run() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        work()
+
+    return in_child(run)
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_a_kill_leaves_the_old_content_or_the_new(name: str, tmp_path: Path) -> None:
+    action, old = ACTIONS[name]
+    make(tmp_path / "old", old)
+    before = content(tmp_path / "old")
+    action(tmp_path / "whole")
+    after = content(tmp_path / "whole")
+    assert after not in (None, before)
+
+    def trial(number: int, kill: Callable[[Callable[[], Any]], int]) -> int:
+        path = tmp_path / str(number) / "x"
+        path.parent.mkdir()
+        make(path, old)
+        status = kill(lambda: action(path))
+        found = content(path)
+        if found is None and old == "folder":  # killed between its two renames
+            found = content(path.with_name(".x.replaced"))
+        assert found in (before, after)
+        if found == before:
+            action(path)  # not disturbed by what the killed one left
+        assert content(path) == after
+        return status
+
+    number = 1
+    while trial(number, lambda work: killed_at(number, work)) == KILLED:  # noqa: B023
+        number += 1
+    assert number >= 3, "a rename and a sync of its folder"
+    for size in (0, 1, len(NEW) // 2, len(NEW) - 1):
+        assert trial(number + 1 + size, lambda work: killed_in_write(size, work)) == -signal.SIGXFSZ  # noqa: B023
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_content_is_synced_before_its_name_and_the_name_after(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power loss leaves the old content or the new, too."""
+    action, old = ACTIONS[name]
+    path = tmp_path / "x"
+    make(path, old)
+    synced: list[str] = []
+    unsynced: set[Path] = set()  # folders with a new name in them
+    fsync, rename, link = os.fsync, os.rename, os.link
+
+    def on_fsync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        unsynced.discard(Path(synced[-1]))
+        fsync(descriptor)
+
+    def on_name(call: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def named(source: Path, target: Path) -> None:
+            if target == path and name not in ("publish", "replace_folder"):  # whose callers have synced it
+                assert {str(p) for p in (source, *source.rglob("*"))} <= {*synced, *aliases}
+            call(source, target)
+            unsynced.add(target.parent)
+            aliases.add(str(target))
+
+        return named
+
+    aliases: set[str] = set()  # what was synced under an earlier name
+    monkeypatch.setattr(os, "fsync", on_fsync)
+    monkeypatch.setattr(os, "rename", on_name(rename))
+    monkeypatch.setattr(os, "link", on_name(link))
+    action(path)
+    assert not unsynced and content(path) is not None
+
+
+def test_an_error_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever raises, the block or the last rename: the old folder is back, and no temporary one is left."""
+    path = tmp_path / "x"
+    make(path, "folder")
+    rename = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if target == path and not str(source).endswith(".replaced"):
+            raise OSError("no rename")
+        rename(source, target)
+
+    with pytest.raises(KeyboardInterrupt), build_folder(path, replace=True):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="no rename"):
+        build(path, replace=True)
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="not empty"):
+        build(path, replace=False)
+    assert content(path) == {"a": OLD} and [p.name for p in tmp_path.iterdir()] == ["x"]

@@ -17,68 +17,74 @@ RESERVED_COLUMNS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides what a preparation writes. The names are the flags of scripts/prepare_data.py.
-
-    Attributes:
-        input: files, folders, patterns and datasets, see `lit_data.corpus.files.list_files`.
-        tokenizer: folder or file, see `lit_data.tokenizers.tokenizer.open_tokenizer`; `eos_token` names its end of
-            document.
-        bos: each document begins with the tokenizer's BOS.
-        special_tokens: names of special tokens in a document are encoded as the `text` they are, or `parse`d: as
-            their ids.
-        val_fraction: share of the documents (in the mean) that goes to val: those whose hash of (seed, id) says so.
-        val_input: inputs that make up val instead. Without either there is only train.
-        allow_mixed_splits: .train files and .dev or .test files may make up one dataset.
-        require_id: a document without the field `id_field` is a fault.
-        metadata: fields of the documents to keep in `docs.parquet`.
-        shard_tokens: size of a shard.
-        cleaner: a profile of `lit_data.corpus.cleaners`, or module:function.
-        filter: the user's own filters, module:function.
-        min_characters, max_characters: documents outside are left out (after cleaning; max 0: no limit).
-        language, min_language_probability: languages (ISO 639-1) to keep; none keeps all.
-        max_token_word_ratio: documents with more tokens a word are left out; 0: no limit.
-        dedup: paragraphs that occurred before are left out: found `exact`ly in two passes, or by a `bloom` filter in
-            one, in which a few new ones look old.
-        dedup_min_characters: shorter paragraphs are always kept.
-        bloom_paragraphs, bloom_false_positives: number of paragraphs the filter is made for, and the share of new
-            ones that it may take for old ones when it is full.
-        near_dedup: documents whose estimated Jaccard similarity to an earlier kept one is at least this are left out;
-            0: none.
-        parts: the inputs are cut into so many ranges of whole files, prepared one by one and merged.
-        name: shards are called NAME-00000.
-        split_documents, max_document_mb: see `lit_data.corpus.readers.read_documents`.
-    """
+    """Everything that decides what a preparation writes. The fields are flags of scripts/prepare_data.py."""
 
     input: tuple[str, ...]
+    """Files, folders and patterns of text, and hf:NAME[@CONFIG][:SPLIT] for datasets of Hugging Face."""
     tokenizer: str
-    eos_token: str | None = None
-    bos: bool = False
-    special_tokens: Literal["text", "parse"] = "text"
+    """A tokenizer.json, a sentencepiece .model, or a folder (tokenizer.json is preferred to .model)."""
     val_fraction: float | None = None
+    """Fraction of the documents for validation, on average, chosen by a hash of (seed, id). Without this and
+    --val_input only OUTPUT/train is written."""
     val_input: tuple[str, ...] | None = None
-    seed: int = 0
-    text_field: str = "text"
-    id_field: str = "id"
-    require_id: bool = False
-    metadata: tuple[str, ...] = ()
-    shard_tokens: int = 1 << 31
-    cleaner: str | None = None
-    filter: tuple[str, ...] = ()
-    min_characters: int = 0
-    max_characters: int = 0
-    language: tuple[str, ...] = ()
-    min_language_probability: float = 0.5
-    max_token_word_ratio: float = 0.0
-    dedup: Literal["none", "exact", "bloom"] = "none"
-    dedup_min_characters: int = 20
-    bloom_paragraphs: int = 0
-    bloom_false_positives: float = 1e-6
-    near_dedup: float = 0.0
-    parts: int = 1
-    name: str = "data"
-    split_documents: SplitDocuments = "file"
-    max_document_mb: int = MAX_DOCUMENT_MB
+    """Inputs of validation text, instead of --val_fraction."""
     allow_mixed_splits: bool = False
+    """Allow .train files and .dev or .test files in one dataset."""
+    seed: int = 0
+    """Seed of the split by --val_fraction."""
+    eos_token: str | None = None
+    """Token that ends a document, if the tokenizer does not name it."""
+    bos: bool = False
+    """Begin each document with the tokenizer's BOS, as Llama 3 and Gemma 2 do."""
+    special_tokens: Literal["text", "parse"] = "text"
+    """Names of special tokens in a document: encode them as ordinary text (a page about </s> does not end there), or
+    parse them to their ids, for text formatted by a chat template."""
+    shard_tokens: int = 1 << 31
+    """Tokens per shard."""
+
+    text_field: str = "text"
+    """JSON key or column of the text, such as text or translation.de."""
+    id_field: str = "id"
+    """JSON key or column of the id; documents without one are named path:line."""
+    require_id: bool = False
+    """Treat a document without an id as an error."""
+    metadata: tuple[str, ...] = ()
+    """Further keys or columns to keep with each document (docs.parquet)."""
+    split_documents: SplitDocuments = "file"
+    """Documents in plain text: one per file, per block between blank lines, or per line."""
+    max_document_mb: int = MAX_DOCUMENT_MB
+    """Maximum size of a document, in MB; a longer one is an error."""
+
+    cleaner: str | None = None
+    """A profile (babylm, babylm-paper, wikipedia, subtitles, dialogue) or module:function, text -> text or None."""
+    filter: tuple[str, ...] = ()
+    """module:function, text -> whether to keep the document."""
+    min_characters: int = 0
+    """Remove shorter documents (after cleaning)."""
+    max_characters: int = 0
+    """Remove longer documents (after cleaning); 0: no limit."""
+    language: tuple[str, ...] = ()
+    """Keep only documents in these languages (ISO 639-1). Default: all."""
+    min_language_probability: float = 0.5
+    """Minimum probability of --language."""
+    max_token_word_ratio: float = 0.0
+    """Remove documents with more tokens per word; 0: no limit."""
+    dedup: Literal["none", "exact", "bloom"] = "none"
+    """Remove paragraphs that occurred before: exactly, in two passes, or with a Bloom filter in one pass, which also
+    removes a few new ones."""
+    dedup_min_characters: int = 20
+    """Always keep shorter paragraphs."""
+    bloom_paragraphs: int = 0
+    """Expected number of paragraphs, the capacity of the Bloom filter."""
+    bloom_false_positives: float = 1e-6
+    """Fraction of new paragraphs that a full Bloom filter may remove."""
+    near_dedup: float = 0.0
+    """Remove documents whose estimated Jaccard similarity (MinHash) to an earlier one is at least this; 0: off."""
+
+    parts: int = 1
+    """Split the input files into this many ranges, prepared separately and merged."""
+    name: str = "data"
+    """Shards are named NAME-00000."""
 
     def __post_init__(self) -> None:
         _check(self)

@@ -6,13 +6,17 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import dataclasses
 import difflib
 import io
+import json
 import re
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from pretrain.cli.fields import REQUIRED, Flag, flags_of, placeholder, without_none
 
 # Names of lit-gpt, TinyLlama, litgpt and transformers -> ours. Of each, those are suggested that a command line has.
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
@@ -219,13 +223,54 @@ class Once(argparse.Action):
 
 
 class ScriptParser(argparse.ArgumentParser):
-    """The parser of the scripts: `--switch true` is the same as `--switch`, a flag counts once, errors are short."""
+    """The parser of the scripts: `--switch true` is the same as `--switch`, a flag counts once, usage and errors are
+    short."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*arguments, **settings)
         self.given: dict[str, Any] = {}
         for name in (None, "store"):
             self.register("action", name, Once)
+
+    def add_fields(
+        self, fields: type, groups: Mapping[str, str] | None = None, leave_out: Collection[str] = ()
+    ) -> None:
+        """Add the fields of a dataclass as flags.
+
+        Args:
+            groups: field -> title of the group in --help that begins with it.
+        """
+        target: argparse._ActionsContainer = self
+        for flag in flags_of(fields):
+            if groups is not None and flag.name in groups:
+                title = groups[flag.name]
+                same = (group for group in self._action_groups if group.title == title)
+                target = next(same, None) or self.add_argument_group(title)
+            if flag.name not in leave_out:
+                target.add_argument(f"--{flag.name}", **argparse_settings(flag))
+
+    def format_help(self) -> str:
+        self.usage = self.usage or self.short_usage()
+        return super().format_help()
+
+    def short_usage(self) -> str:
+        """The required arguments alone."""
+        groups = [group._group_actions for group in self._mutually_exclusive_groups if group.required]
+        words = ["%(prog)s"]
+        for action in self._actions:
+            one_of = next((group for group in groups if action in group), [action])
+            if one_of[0] is action and (action.required or len(one_of) > 1):
+                words.append(" | ".join(map(self._usage_of, one_of)))
+        optional = sum(not action.required for action in self._actions) > 1  # more than --help
+        return " ".join([*words, *(["[options]"] if optional else [])])
+
+    def _usage_of(self, action: argparse.Action) -> str:
+        formatter = self._get_formatter()
+        if not action.option_strings:
+            return formatter._format_args(action, formatter._get_default_metavar_for_positional(action))
+        value = formatter._format_args(action, formatter._get_default_metavar_for_optional(action))
+        return f"{action.option_strings[0]} {value}"
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         make_printable()
@@ -248,6 +293,27 @@ class ScriptParser(argparse.ArgumentParser):
         flags = (flag for parser in parsers for action in parser._actions for flag in action.option_strings)
         known = list(dict.fromkeys(flag.lstrip("-") for flag in flags))
         self.exit(2, f"error: {explain(message, known)}\n{self.prog} --help lists the flags\n")
+
+
+def argparse_settings(flag: Flag) -> dict[str, Any]:
+    """The arguments of `add_argument` for a field; a flag that is not given leaves nothing in the namespace."""
+    (kind,) = without_none(flag.kind)
+    settings: dict[str, Any] = {"help": flag.help_with_default.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if kind is bool:
+        return settings | {"action": "store_true", "help": flag.help.replace("%", "%%")}
+    settings["required"] = flag.default is REQUIRED
+    if get_origin(kind) in (tuple, list):
+        settings["nargs"] = "*" if flag.default == () else "+"
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        return settings | {"choices": get_args(kind)}
+    return settings | {"type": json.loads if get_origin(kind) is dict else kind, "metavar": placeholder(kind)}
+
+
+def given_fields(fields: type, args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a dataclass that a command line gives, after `ScriptParser.add_fields`."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(fields) if hasattr(args, f.name)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def end_on_ctrl_c() -> None:

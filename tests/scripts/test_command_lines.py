@@ -7,6 +7,7 @@ import argparse
 import re
 import runpy
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def test_parses(script: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", [script, *words])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # a script's handler would outlive it
     with pytest.raises(Parsed):
         runpy.run_path(script, run_name="__main__")
 

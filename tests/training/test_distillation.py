@@ -187,7 +187,7 @@ def test_a_cache_of_everything_is_the_teacher(data: Path, teachers: list[Path], 
         done = script("cache_teacher.py", *whole, "--output", tmp_path / "cache", "--parts", 2, "--part", part)
         assert done.returncode == 0, done.stdout
     again = script("cache_teacher.py", *whole, "--output", tmp_path / "cache")
-    assert "0 files written" in again.stdout and f"{96 * 6} bytes a token" in again.stdout
+    assert "0 files written" in again.stdout and f"{96 * 6} bytes per token" in again.stdout
     cached = {"distillation__cache": tmp_path / "cache"}
     train(*flags(data, tmp_path / "run", **CHANGES, **cached, train__micro_batch_samples=4))
     for name in ("train_loss", "divergence", "grad_norm"):

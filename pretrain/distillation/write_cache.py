@@ -1,0 +1,117 @@
+"""Caches the teachers of a dataset: the work of one call of scripts/cache_teacher.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lit_data.loading.rows import open_rows
+from lit_data.packed.reader import PackedDataset
+from lit_model.load import load_tensors, resolve
+from pretrain.args import DistillationArgs, TeacherEntry
+from pretrain.distillation.teacher_cache import CacheFacts, begin_cache, write_cache
+from pretrain.distillation.teachers import Teachers, check_teacher, check_tokenizer, identify
+
+
+@dataclass(frozen=True)
+class CacheRequest:
+    """A cache and this call's share of it. The fields are flags of scripts/cache_teacher.py."""
+
+    teachers: tuple[Path, ...]
+    """Run folders, checkpoints, Hugging Face folders."""
+    data: Path
+    """Packed dataset that the student will be trained on."""
+    output: Path
+    """Folder of the cache."""
+    block_size: int
+    """Tokens per row, as in the student's run."""
+    k: int
+    """Top-k tokens to keep of each distribution."""
+    weights: tuple[float, ...] | None = None
+    """Weights of the teachers, relative to each other. Default: equal."""
+    temperature: float = 2.0
+    """Temperature of the distillation, as in the student's run."""
+    ensemble: Literal["logits", "probabilities"] = "logits"
+    """Quantity averaged over the teachers."""
+    packing: Literal["concat", "best_fit", "pad"] = "concat"
+    """Packing, as in the student's run."""
+    plan_dir: Path | None = None
+    """Folder for the row plans of best_fit and pad. Default: in the dataset."""
+    no_document_mask: bool = False
+    """Let the documents of a row attend to each other."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Type of the stored log-probabilities."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Precision of the teachers. Default: bf16 on CUDA, else fp32."""
+    batch: int = 16
+    """Rows per forward pass."""
+    rows_per_file: int = 4096
+    """Rows per file; an interrupted call resumes at the first missing file."""
+    part: int = 0
+    """Number of this call among --parts, from 0."""
+    parts: int = 1
+    """Calls that share the work."""
+    allow_tokenizer_mismatch: bool = False
+    """Allow teachers with another tokenizer than the data, where the ids are known to agree."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.part < self.parts:
+            raise ValueError(f"--part {self.part} is not in 0..{self.parts - 1} (--parts {self.parts})")
+        for name in ("block_size", "k", "batch", "rows_per_file"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.weights is not None and len(self.weights) != len(self.teachers):
+            raise ValueError(f"--weights has {len(self.weights)} numbers for {len(self.teachers)} teachers")
+
+
+def cache_teachers(request: CacheRequest) -> str:
+    """Write this call's share of a cache, and print its size first. Returns a report for a person.
+
+    Raises:
+        ValueError: the teachers do not fit the data or each other, or the folder holds something else.
+        OSError: a path does not exist or cannot be written.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = request.precision or ("bf16" if device.type == "cuda" else "fp32")
+    weights = request.weights or [1.0] * len(request.teachers)
+    entries = [TeacherEntry(resolve(path), weight) for path, weight in zip(request.teachers, weights, strict=True)]
+    setting = DistillationArgs(entries, temperature=request.temperature, ensemble=request.ensemble)
+    dataset = PackedDataset(request.data)
+    vocab_size = load_tensors(entries[0].path)[0].vocab_size
+    for entry in entries:
+        where = f"--teachers {entry.path}"
+        check_teacher(entry.path, vocab_size, request.block_size, where)
+        if not request.allow_tokenizer_mismatch:
+            check_tokenizer(entry.path, dataset, where, "--allow_tokenizer_mismatch")
+    if request.k > vocab_size:
+        raise ValueError(f"--k {request.k} exceeds the teachers' vocabulary of {vocab_size}")
+    rows = open_rows(dataset, request.packing, request.block_size, request.plan_dir)
+    facts = CacheFacts(
+        dataset=dataset.fingerprint,
+        packing=request.packing,
+        block_size=request.block_size,
+        document_mask=not request.no_document_mask,
+        n_windows=rows.n_windows,
+        vocab_size=vocab_size,
+        teachers=identify(entries),
+        ensemble=request.ensemble,
+        temperature=request.temperature,
+        precision=precision,
+        k=request.k,
+        dtype=request.dtype,
+        rows_per_file=request.rows_per_file,
+    )
+    begin_cache(request.output, facts)
+    tokens = facts.n_windows * facts.block_size
+    print(
+        f"{facts.bytes_per_token} bytes per token, {facts.bytes_per_token * tokens / 1e9:.2f} GB in all, "
+        f"{facts.n_files} files",
+        flush=True,
+    )
+    teachers = Teachers(setting, precision, device)
+    written, left = write_cache(request.output, facts, teachers, rows, request.batch, request.part, request.parts)
+    elsewhere = f"; another call is writing {left}" if left else ""
+    return f"{request.output}: {written} files written by part {request.part} of {request.parts}{elsewhere}"

@@ -71,7 +71,9 @@ def reduced(edges: dict[str, set[str]]) -> dict[str, set[str]]:
     below = {box: reachable(box, edges) for box in edges}
 
     def follows(box: str, target: str) -> bool:
-        return any(target in below[m] and box not in below[m] for m in edges[box] if m != target)
+        others = [m for m in edges[box] if m != target and target in below[m] and box not in below[m]]
+        # Of boxes that import each other the first keeps its arrow.
+        return any(m not in below[target] or m < target for m in others)
 
     return {box: {t for t in targets if not follows(box, t)} for box, targets in edges.items()}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -84,12 +86,14 @@ def build_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new, empty folder beside `path`; if the block ends well, sync everything in it and publish it.
 
     An existing folder is replaced if `replace`, as by `replace_folder`; else it must be empty (OSError). After an
-    exception the temporary folder is removed and `path` is as before.
+    exception the temporary folder is removed and `path` is as before. What a killed process left is removed by the next
+    one that builds the same folder.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_leftovers(path)
     shutil.rmtree(temporary, ignore_errors=True)
+    holder = _hold(temporary)
     try:
-        temporary.mkdir(parents=True)
         yield temporary
         sync_tree(temporary)
         if replace:
@@ -99,6 +103,32 @@ def build_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(holder)
+
+
+def _hold(folder: Path) -> int:
+    """Create a folder and lock it as long as the returned descriptor is open, so that it is no leftover."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without flock: nothing is removed there either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if folder.exists():  # else it was taken for a leftover before it was locked
+            return descriptor
+        os.close(descriptor)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary folders for `path` whose process no longer lives."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # in use, on a file system without flock, or gone by now
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

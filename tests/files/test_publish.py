@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -201,3 +202,21 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="not empty"):
         build(path, replace=False)
     assert content(path) == {"a": OLD} and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_living_one_stay(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+
+    def build_and_die() -> None:
+        with build_folder(path) as temporary:
+            (temporary / "a").write_text(NEW)
+            os._exit(KILLED)
+
+    assert in_child(build_and_die) == KILLED
+    assert len(list(tmp_path.iterdir())) == 1 and content(path) is None
+    with build_folder(path) as mine:
+        assert list(tmp_path.iterdir()) == [mine]
+        assert in_child(lambda: build(path, replace=False)) == 0, "another process builds the same meanwhile"
+        assert mine.exists() and content(path) == {"a": NEW, "inner/b": NEW}
+        shutil.rmtree(path)
+    assert list(tmp_path.iterdir()) == [path]

@@ -20,6 +20,8 @@ def names_in(path: Path) -> set[str]:
             found.add(node.name)
             if isinstance(node, ast.ClassDef):
                 found |= {f"{node.name}.{child.name}" for child in node.body if isinstance(child, ast.FunctionDef)}
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return found
 
 

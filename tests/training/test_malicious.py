@@ -143,7 +143,7 @@ def refused(run: Path, status: object, errors: str) -> None:
 
 
 def test_resume(planted: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {"save__state_dict_type": "sharded", "train__max_steps": 4}
+    settings = {"save__state_dict_type": "sharded", "train__max_steps": 8, "resume_allow": "train.max_steps"}
     given = flags(data, planted, resume="latest", **settings)
     if (planted / CHECKPOINT / "meta.json").exists():  # it is refused late, with much set up: in a process of its own
         done = train(*given, check=False)

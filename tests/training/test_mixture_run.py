@@ -85,7 +85,7 @@ def test_weights_of_what_was_seen_cannot_change(data, tmp_path):
     [
         ({"data__train": "{data}/web"}, "give one of --data.train"),
         ({"train__max_steps": None, "train__max_epochs": 1}, "--train.max_epochs 1"),
-        ({"data__phases": "[{from_step: 3, weights: [1]}]"}, "there are 1 weights for the 2 datasets"),
+        ({"data__phases": "[{from_step: 3, weights: [1]}]"}, "has 1 weights, --data.mixture has 2 datasets"),
         ({"data__phases": "[{from_step: 3, weights: [1, -1]}]"}, "--data.phases from step 3: weights"),
         ({"data__cache_dir": "{data}/web/manifest.json"}, "--data.cache_dir"),
         ({"data__packing": "best_fit", "data__plan_dir": "{data}/web/manifest.json"}, "--data.plan_dir"),

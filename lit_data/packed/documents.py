@@ -1,4 +1,4 @@
-"""What is known of a dataset's documents (id, source, ...), looked up in bounded memory, also among 10^8 of them."""
+"""Looks up the documents of a dataset (id, source, ...) in bounded memory, even among 10^8."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from lit_files.cores import usable_cores
 from lit_files.descriptors import OpenFiles
 from lit_files.parquet import group_rows, open_table, read_footer
 
-GROUPS_AT_A_TIME = 64  # row groups that one thread looks through
-BATCH = 1 << 16  # documents in memory at a time, of each thread
+GROUPS_AT_A_TIME = 64  # row groups that one thread searches
+BATCH = 1 << 16  # documents in memory at a time, per thread
 
 
 class Documents:
@@ -40,7 +40,7 @@ class Documents:
         self._opened = OpenFiles()
 
     def start(self, number: int) -> int:
-        """Place of a document's first token in the stream; `n_documents` gives `n_tokens`. Read from the .idx."""
+        """Position of a document's first token in the stream; `n_documents` gives `n_tokens`. Read from the .idx."""
         if number == self.dataset.n_documents:
             return self.dataset.n_tokens
         shard = bisect.bisect_right(self._first, number) - 1
@@ -67,9 +67,9 @@ class Documents:
         return np.concatenate(read) if read else np.zeros(0, dtype=dtype)
 
     def facts(self, numbers: Iterable[int], columns: list[str] | None = None) -> dict[int, dict[str, Any]]:
-        """Document numbers -> their rows of docs.parquet (all columns, or some). Each row group is read once.
+        """Rows of docs.parquet for document numbers (all columns, or some). Reads each row group once.
 
-        Raises ValueError for a number that is not in the dataset.
+        Raises ValueError for a number outside the dataset.
         """
         wanted: dict[tuple[int, int], list[int]] = {}
         for number in sorted(set(numbers)):
@@ -79,7 +79,7 @@ class Documents:
             begins = self._groups(shard)
             wanted.setdefault((shard, bisect.bisect_right(begins, number) - 1), []).append(number)
         found: dict[int, dict[str, Any]] = {}
-        for shard, here in groupby(wanted.items(), key=lambda item: item[0][0]):  # they ascend
+        for shard, here in groupby(wanted.items(), key=lambda item: item[0][0]):  # in ascending order
             with open_table(self.files[shard]) as file:
                 for (_, group), some in here:
                     rows = file.read_row_group(group, columns=columns, use_threads=False)
@@ -88,7 +88,7 @@ class Documents:
         return found
 
     def find(self, id: str) -> list[int]:
-        """Numbers of all documents with an id (ids may repeat). Reads only row groups whose bounds hold it."""
+        """Numbers of all documents with an id (ids may repeat). Reads only row groups whose bounds contain it."""
         found: list[int] = []
         with ThreadPoolExecutor(min(8, usable_cores())) as pool:
             for begin, path in zip(self._first, self.files, strict=False):
@@ -96,7 +96,7 @@ class Documents:
         return found
 
     def batches(self) -> Iterator[pa.Table]:
-        """All documents: number, id, source, place, bytes, tokens and the metadata, BATCH at a time."""
+        """Iterate over all documents, BATCH at a time: number, id, source, place, bytes, tokens and metadata."""
         number = 0
         for path, shard in zip(self.files, self.dataset.manifest.shards, strict=True):
             with open_table(path) as file:
@@ -109,7 +109,7 @@ class Documents:
                     number += batch.num_rows
 
     def _groups(self, shard: int) -> list[int]:
-        """The number of each row group's first document."""
+        """Number of each row group's first document."""
         if shard not in self._begins:
             with open_table(self.files[shard]) as file:
                 check_documents_table(file, self.dataset.manifest.shards[shard])
@@ -119,9 +119,9 @@ class Documents:
 
 
 def _split(path: Path, begin: int, id: str) -> tuple[Callable[[list[tuple[int, int]]], list[int]], Any]:
-    """A function that looks for an id in some row groups of a file, and the groups to give it, a piece at a time.
+    """A function that searches row groups of a file for an id, and the batches of row groups to call it with.
 
-    A group comes with the number of its first document, counted from `begin` for the file's first one.
+    Each group is paired with the number of its first document; `begin` is that of the file's first group.
     """
     facts = read_footer(path)
     column = facts.schema.to_arrow_schema().get_field_index("id")

@@ -1,8 +1,8 @@
-"""Token files of other programs, read as documents in bounded memory: Megatron `.bin/.idx`, datatrove's `.ds`, legacy
+"""Reads other programs' token files as documents, in bounded memory: Megatron `.bin/.idx`, datatrove's `.ds`, legacy
 chunks of lit-gpt and TinyLlama (`LITPKDS`), shards of llm.c and modded-nanogpt, `.npy`, flat `.bin` and `.npy`.
 
-Megatron's and datatrove's have an index of documents. In the others, documents are what stands between two
-occurrences of an id, or stretches of a fixed length, or whole files.
+Megatron and datatrove store an index of documents. Elsewhere documents are delimited by a separator id, have a fixed
+length, or are entire files.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class TokenFile:
     """One file of tokens.
 
     Attributes:
-        name: relative to the input it was found under; what its documents are named by.
+        name: path relative to the input it was found under; its documents are named after it.
         kind: `megatron`, `datatrove`, `chunk`, `llm.c`, `npy` or `flat`.
         offset: bytes before the first token.
-        tokens: how many there are.
+        tokens: number of tokens.
     """
 
     path: Path
@@ -54,17 +54,17 @@ class TokenFile:
 
     @property
     def has_index(self) -> bool:
-        """Whether a file beside it says where its documents end."""
+        """Whether an index file with the documents' ends exists."""
         return self.kind in ("megatron", "datatrove")
 
     def map(self) -> Tokens:
-        """Its tokens [tokens], memory-mapped."""
+        """The file's tokens [tokens], memory-mapped."""
         return map_array(self.path, self.dtype, (self.tokens,), self.offset)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some documents of a file: tokens [sum(lengths)] one after another, lengths [n], numbers in it from 0 [n]."""
+    """Some documents of a file: concatenated tokens [sum(lengths)], lengths [n], 0-based numbers in the file [n]."""
 
     file: TokenFile
     tokens: Tokens
@@ -72,7 +72,7 @@ class Block:
     numbers: IntArray
 
     def only(self, kept: npt.NDArray[np.bool_]) -> Block:
-        """Some of the documents; `kept` is [n]."""
+        """Select documents by the mask `kept` [n]."""
         if kept.all():
             return self
         tokens = self.tokens[np.repeat(kept, self.lengths)]
@@ -82,14 +82,14 @@ class Block:
 def find_token_files(
     inputs: Sequence[str | Path], dtype: str | None = None, errors: ReadErrors | None = None
 ) -> list[TokenFile]:
-    """The token files that inputs stand for: files, Megatron's common prefix of two files, and folders of these.
+    """Find the token files of inputs: files, Megatron prefixes (PREFIX.bin, PREFIX.idx), and folders of these.
 
-    `dtype` is that of files that don't say it themselves: flat `.bin`, and `.npy` without NumPy's header, as OLMo
-    writes them. A file that is found twice is there once, and noted in `errors.warnings`.
+    `dtype` applies to files without one: flat `.bin`, and `.npy` without NumPy's header, as OLMo writes them. A file
+    found twice is used once and noted in `errors.warnings`.
 
     Raises:
         FileNotFoundError: an input that does not exist.
-        ValueError: a file that is truncated or no token file, a folder without any.
+        ValueError: a file that is truncated or not a token file, or a folder without token files.
     """
     if dtype is not None and dtype not in FLAT_DTYPES:
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(FLAT_DTYPES)}")
@@ -102,7 +102,7 @@ def find_token_files(
         first = found.get((facts.st_dev, facts.st_ino))
         if first is None:
             found[facts.st_dev, facts.st_ino] = _open(path, name, dtype)
-        elif not is_companion:  # a shell's pattern gives .bin and .idx, which is no mistake
+        elif not is_companion:  # a shell pattern matches both .bin and .idx; that is fine
             how = "is given twice" if first.path == path else f"is the same file as {first.path}"
             errors.warnings.append(f"{path} {how}; it is read once")
     errors.warnings += [
@@ -114,7 +114,7 @@ def find_token_files(
 
 
 def _token_paths(given: Path) -> Iterator[tuple[Path, str, bool]]:
-    """(file of tokens, its name, whether only a file that belongs to it was given) of an input."""
+    """Token files of an input: (file, name, whether only a companion file was given)."""
     if given.is_dir():
         names = [p for p in sorted(given.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
         known = set(names)
@@ -134,7 +134,7 @@ def _token_paths(given: Path) -> Iterator[tuple[Path, str, bool]]:
 
 
 def _tokens_of(path: Path) -> Path:
-    """The file of tokens that a file belongs to."""
+    """The token file that a companion file belongs to."""
     if path.suffix == ".idx":
         return path.with_suffix(".bin")
     beside = path.suffix in (".index", ".metadata", ".loss") and path.with_suffix("").suffix == ".ds"
@@ -187,7 +187,7 @@ def _open_flat(path: Path, name: str, dtype: np.dtype[Any], named: str) -> Token
 
 
 def _open_npy(path: Path, name: str) -> TokenFile:
-    # Not by np.load: what it says of objects and of long headers is to load them as a pickle, which can run code.
+    # Not np.load: its errors for objects and long headers suggest allow_pickle, which can run code.
     try:
         with open(path, "rb") as f:
             version = np.lib.format.read_magic(f)
@@ -206,7 +206,7 @@ def _open_npy(path: Path, name: str) -> TokenFile:
 
 
 def _open_datatrove(path: Path, name: str, dtype: str | None) -> TokenFile:
-    """Tokens of 2 or 4 bytes; `.ds.index` has the end of each document, in tokens, `.ds.metadata` the bytes of one."""
+    """Tokens of 2 or 4 bytes; `.ds.index` has each document's end in tokens, `.ds.metadata` the token size."""
     size, index = path.stat().st_size, _beside(path, ".index")
     itemsize = _token_bytes(_beside(path, ".metadata"))
     tokens = None
@@ -236,7 +236,7 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def _token_bytes(metadata: Path) -> int | None:
-    """The size of a token by a .ds.metadata, whose first line is TOKENIZER|SIZE; None where it does not say."""
+    """Token size from a .ds.metadata, whose first line is TOKENIZER|SIZE; None if it has none."""
     if not metadata.is_file():
         return None
     with open(metadata, "rb") as f:
@@ -258,9 +258,9 @@ def _open_chunk(path: Path, name: str, head: bytes) -> TokenFile:
 
 
 class MegatronIndex:
-    """An `.idx` of Megatron (MMIDIDX version 1): lengths and byte offsets of sequences, and where documents end.
+    """Reads a Megatron `.idx` (MMIDIDX version 1): lengths and byte offsets of sequences, and document ends.
 
-    A document is one sequence or several. Raises ValueError for an index that is truncated or contradicts itself.
+    A document is one or more sequences. Raises ValueError for an index that is truncated or contradicts itself.
     """
 
     def __init__(self, path: Path) -> None:
@@ -288,27 +288,27 @@ class MegatronIndex:
         return int(self.boundaries) - 1
 
     def _read(self, kind: str, bytes_before: int, start: int, stop: int) -> Any:
-        """Entries [start, stop) of a section that begins `bytes_before` bytes a sequence after the header."""
+        """Read entries [start, stop) of the section that starts `bytes_before` bytes per sequence after the header."""
         dtype = np.dtype(f"<{kind}")
         offset = HEADER.size + bytes_before * self.sequences + start * dtype.itemsize
         return np.fromfile(self.path, dtype=dtype, count=stop - start, offset=offset)
 
     def lengths(self, start: int, stop: int) -> IntArray:
-        """Tokens of the sequences [start, stop), int64."""
+        """Lengths in tokens of sequences [start, stop), int64."""
         lengths: IntArray = self._read("i", 0, start, stop).astype(np.int64)
         if len(lengths) and lengths.min() < 0:
             raise ValueError(f"{self.path} is damaged: sequence {start + int(lengths.argmin())} has a negative length")
         return lengths
 
     def first_tokens(self, start: int, stop: int) -> IntArray:
-        """Places of the first tokens of the sequences [start, stop) in the .bin, int64."""
+        """Positions in the .bin of the first tokens of sequences [start, stop), int64."""
         offsets: IntArray = self._read("q", 4, start, stop)
         if len(offsets) and (offsets.min() < 0 or (offsets % self.dtype.itemsize).any()):
             raise ValueError(f"{self.path} is damaged: a sequence begins where no token does")
         return offsets // self.dtype.itemsize
 
     def first_sequences(self, start: int, stop: int) -> IntArray:
-        """First sequences of the documents [start, stop), and the end of the last: int64 [stop - start + 1]."""
+        """First sequences of documents [start, stop), and the end of the last: int64 [stop - start + 1]."""
         found: IntArray = self._read("q", 12, start, stop + 1)
         if (np.diff(found) < 0).any() or found[0] < 0 or found[-1] > self.sequences:
             raise ValueError(f"{self.path} is damaged: its documents are not in order")
@@ -318,7 +318,7 @@ class MegatronIndex:
         return int(self._read("q", 12, self.boundaries - 1, self.boundaries)[0])
 
     def _find_end(self) -> int:
-        """Bytes of the .bin up to the end of the last token."""
+        """Size in bytes of the .bin up to its last token."""
         end = 0
         for start in range(0, self.sequences, BLOCK_DOCUMENTS):
             stop = min(start + BLOCK_DOCUMENTS, self.sequences)
@@ -327,7 +327,7 @@ class MegatronIndex:
         return end * self.dtype.itemsize
 
     def is_plain(self) -> bool:
-        """Whether the sequences lie one after another from the first token of the .bin, without a gap."""
+        """Whether the sequences are contiguous from the first token of the .bin on."""
         expected = 0
         for start in range(0, self.sequences, BLOCK_DOCUMENTS):
             stop = min(start + BLOCK_DOCUMENTS, self.sequences)
@@ -339,7 +339,7 @@ class MegatronIndex:
 
 
 def megatron_blocks(file: TokenFile) -> Iterator[Block]:
-    """The documents of a Megatron dataset, each with all its sequences."""
+    """Iterate over the documents of a Megatron dataset, each with all its sequences."""
     index, tokens = MegatronIndex(file.path.with_suffix(".idx")), file.map()
     for start in range(0, index.documents, BLOCK_DOCUMENTS):
         firsts = index.first_sequences(start, min(start + BLOCK_DOCUMENTS, index.documents))
@@ -353,7 +353,7 @@ def megatron_blocks(file: TokenFile) -> Iterator[Block]:
 
 
 def datatrove_blocks(file: TokenFile) -> Iterator[Block]:
-    """The documents of a `.ds` by its index."""
+    """Iterate over the documents of a `.ds`, by its index."""
     index, tokens = _beside(file.path, ".index"), file.map()
     begin, count = 0, index.stat().st_size // 8
     for start in range(0, count, BLOCK_DOCUMENTS):
@@ -369,14 +369,14 @@ def datatrove_blocks(file: TokenFile) -> Iterator[Block]:
 
 
 def split_blocks(files: Sequence[TokenFile], separator: int, keep: bool, across_files: bool) -> Iterator[Block]:
-    """What stands between two occurrences of an id, without the separators or (`keep`) with the one that follows.
+    """Split at a separator id, which is dropped or (`keep`) left at the end of each document.
 
-    With `across_files` a document may begin in one file and end in a later one; it belongs to the first.
+    With `across_files` a document may continue in later files; it belongs to the first.
 
     Raises:
         ValueError: a document of 2^31 tokens or more.
     """
-    waiting: list[Tokens] = []  # the beginning, in earlier files, of a document whose end has not come
+    waiting: list[Tokens] = []  # start, in earlier files, of a still unfinished document
     owner, number = files[0], 0
     for file in files:
         tokens = file.map()
@@ -404,7 +404,7 @@ def split_blocks(files: Sequence[TokenFile], separator: int, keep: bool, across_
 
 
 def fixed_blocks(file: TokenFile, document_tokens: int | None) -> Iterator[Block]:
-    """Documents of a fixed length (the last may be shorter), or the whole file as one.
+    """Split into documents of a fixed length (the last may be shorter), or one document per file.
 
     Raises:
         ValueError: a document of 2^31 tokens or more.
@@ -421,7 +421,7 @@ def fixed_blocks(file: TokenFile, document_tokens: int | None) -> Iterator[Block
 
 
 def _check_length(file: TokenFile, number: int, length: int) -> None:
-    """Before a document is copied, which an error of the user's can make as large as a file."""
+    """Check a document's length before copying it: a wrong separator can make it as long as the file."""
     if length >= MAX_DOCUMENT_TOKENS:
         raise ValueError(
             f"{file.path}: document {number + 1} would have {length} tokens, and the format holds documents below "
@@ -441,7 +441,7 @@ def _without(block: Block, separator: int) -> Block:
 
 
 def _cut_by_size(lengths: IntArray) -> Iterator[tuple[int, int]]:
-    """Ranges of documents of at most BLOCK_TOKENS together, or of one."""
+    """Ranges of documents with at most BLOCK_TOKENS in total, or of a single one."""
     ends = np.cumsum(lengths)
     start = 0
     while start < len(lengths):
@@ -452,7 +452,7 @@ def _cut_by_size(lengths: IntArray) -> Iterator[tuple[int, int]]:
 
 
 def _gather(tokens: Tokens, places: IntArray, lengths: IntArray) -> Tokens:
-    """Stretches of a file one after another: a view where they lie so."""
+    """Concatenate ranges of a file; a view if they are contiguous."""
     if not len(places):
         return tokens[:0]
     if (places[1:] == places[:-1] + lengths[:-1]).all():

@@ -1,7 +1,7 @@
 """The index of a shard's tokens: Megatron's MMIDIDX version 1 (`.idx`), one document a sequence.
 
-A header, then for each document its length in tokens (int32), its first byte in the .bin (int64), and the numbers of
-the documents (int64, one more than there are).
+A header, then for each document its length in tokens (int32) and byte offset in the .bin (int64), then the document
+boundaries (int64, documents + 1).
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ DTYPE_CODES = {
     7: np.float32,
     8: np.uint16,
 }
-UINT16_LIMIT = 65500  # Megatron's: vocabularies below it are stored as uint16
+UINT16_LIMIT = 65500  # Megatron's limit: smaller vocabularies are stored as uint16
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # sequence lengths are int32
 
 
 def dtype_of(vocab_size: int) -> np.dtype[Any]:
-    """The dtype in which Megatron stores the ids of a vocabulary."""
+    """The dtype Megatron uses for a vocabulary size."""
     return np.dtype(np.uint16 if vocab_size < UINT16_LIMIT else np.int32)
 
 
 def write_index(path: Path, lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> None:
-    """Write the .idx of documents of these lengths, int32 [n], whose tokens follow each other in the .bin."""
+    """Write the .idx of documents with these lengths, int32 [n], contiguous in the .bin."""
     code = next(c for c, d in DTYPE_CODES.items() if np.dtype(d) == dtype)
     ends = np.cumsum(lengths, dtype=np.int64)
     with open(path, "wb") as f:

@@ -1,5 +1,5 @@
-"""What a packed dataset holds: counts, lengths of its documents, its sources, ids that repeat, samples. In constant
-memory, also for 10^9 documents.
+"""Summarizes a packed dataset: counts, document lengths, sources, repeated ids, samples. Constant memory, even for 10^9
+documents.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BAR_CHARACTERS = 40
 
 @dataclass(frozen=True)
 class Bin:
-    """Documents of `low` to `high` tokens, EOS counted."""
+    """A histogram bin: documents of `low` to `high` tokens, including EOS."""
 
     low: int
     high: int
@@ -36,7 +36,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long documents are, in tokens, EOS counted. `bins` double in width, from the shortest to the longest."""
+    """Distribution of document lengths in tokens, including EOS. `bins` double in width, from shortest to longest."""
 
     shortest: int
     mean: float
@@ -46,7 +46,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """What came from one file."""
+    """Counts of one source file."""
 
     source: str
     documents: int
@@ -56,7 +56,7 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class Sources:
-    """How many sources there are, and the largest of them."""
+    """The number of sources, and the largest of them."""
 
     count: int
     largest: list[SourceCounts]
@@ -64,7 +64,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class RepeatedIds:
-    """How many ids stand for several documents, how many documents these are, and the most frequent ids."""
+    """The number of ids shared by several documents, the number of these documents, and the most frequent ids."""
 
     ids: int
     documents: int
@@ -73,7 +73,7 @@ class RepeatedIds:
 
 @dataclass(frozen=True)
 class Sample:
-    """A document, and the beginning of its text (of its ids, where the tokenizer is not there)."""
+    """A document and the start of its text (or of its ids, without a tokenizer)."""
 
     number: int
     id: str
@@ -84,7 +84,7 @@ class Sample:
 
 
 def totals(dataset: PackedDataset) -> dict[str, Any]:
-    """What the manifest says, and the files' bytes."""
+    """Totals from the manifest, and file sizes."""
     manifest = dataset.manifest
     return {
         "folder": str(dataset.path),
@@ -105,12 +105,12 @@ def totals(dataset: PackedDataset) -> dict[str, Any]:
 
 
 def lengths_of(dataset: PackedDataset) -> Lengths:
-    """The distribution of the documents' lengths."""
+    """The distribution of document lengths."""
     documents = np.zeros(32, dtype=np.int64)
     tokens = np.zeros(32, dtype=np.int64)
     shortest, longest = np.iinfo(np.int64).max, 0
     for lengths in _blocks_of_lengths(dataset):
-        bins = np.frexp(lengths)[1] - 1  # exact: log2 rounded down
+        bins = np.frexp(lengths)[1] - 1  # exact floor(log2)
         documents += np.bincount(bins, minlength=32)
         for number in np.unique(bins):
             tokens[number] += lengths[bins == number].sum()
@@ -123,7 +123,7 @@ def lengths_of(dataset: PackedDataset) -> Lengths:
 
 
 def histogram(lengths: Lengths) -> str:
-    """Several lines of text: a bar of documents for each bin, and its share of the tokens."""
+    """Several lines of text: a bar of documents per bin, with its share of the tokens."""
     most = max((b.documents for b in lengths.bins), default=1)
     total = max(1, sum(b.tokens for b in lengths.bins))
     lines = [f"{'tokens':>21}  {'documents':>13}  {'of all tokens':>13}"]
@@ -135,7 +135,7 @@ def histogram(lengths: Lengths) -> str:
 
 
 def draw_lengths(lengths: Lengths, title: str, file: Path) -> None:
-    """Draw the documents and the tokens of each bin as bars."""
+    """Plot the documents and tokens of each bin as bars."""
     try:
         import matplotlib
     except ImportError as error:
@@ -156,9 +156,9 @@ def draw_lengths(lengths: Lengths, title: str, file: Path) -> None:
 
 
 def sources_of(dataset: PackedDataset, largest: int = 20, temporary: Path | None = None) -> Sources:
-    """Documents, tokens and bytes of text per source, the ones with most tokens first.
+    """Documents, tokens and text bytes per source, by descending tokens.
 
-    Needs duckdb, which puts what exceeds 1 GB into the folder `temporary` (default: the system's).
+    Needs duckdb, which spills beyond 1 GB to the folder `temporary` (default: the system's).
     """
     with open_database(folder=temporary) as database:
         database.register("documents", _rows(dataset, ["source", "bytes"]))
@@ -172,7 +172,7 @@ def sources_of(dataset: PackedDataset, largest: int = 20, temporary: Path | None
 
 
 def repeated_ids(dataset: PackedDataset, most: int = 5, temporary: Path | None = None) -> RepeatedIds:
-    """Ids that several documents have. Needs duckdb, as `sources_of` does."""
+    """Ids shared by several documents. Needs duckdb, as `sources_of` does."""
     with open_database(folder=temporary) as database:
         database.register("documents", _rows(dataset, ["id"]))
         database.execute(
@@ -186,13 +186,13 @@ def repeated_ids(dataset: PackedDataset, most: int = 5, temporary: Path | None =
 def samples_of(
     dataset: PackedDataset, tokenizer: Tokenizer | None, count: int, seed: int, max_characters: int
 ) -> list[Sample]:
-    """Some documents, drawn by the seed, in the dataset's order."""
+    """Random documents by the seed, in dataset order."""
     chosen = np.random.default_rng(seed).choice(dataset.n_documents, min(count, dataset.n_documents), replace=False)
     found = []
     for number in sorted(chosen.tolist()):
         facts = dataset.document(number)
         start, tokens = facts["start"], facts["tokens"]
-        ids = dataset.tokens(start, start + min(tokens, max_characters))  # a token is hardly ever less than a character
+        ids = dataset.tokens(start, start + min(tokens, max_characters))  # a token is rarely shorter than a character
         text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids.tolist()))
         found.append(Sample(number, facts["id"], facts["source"], facts["place"], tokens, text[:max_characters]))
     return found
@@ -201,10 +201,10 @@ def samples_of(
 def tokenizer_of(
     dataset: PackedDataset, path: str | Path | None = None, eos_token: str | None = None
 ) -> Tokenizer | None:
-    """The tokenizer at `path`, or the one that lies beside the dataset; None if there is none.
+    """Open the tokenizer at `path`, or the one stored beside the dataset; None if there is none.
 
     Raises:
-        ValueError: it is not the one that made the tokens.
+        ValueError: it is not the one that encoded the tokens.
     """
     folder = path if path is not None else dataset.tokenizer_folder
     if folder is None:
@@ -217,7 +217,7 @@ def tokenizer_of(
 
 
 def faults_of(folder: str | Path) -> list[str]:
-    """What is wrong with a dataset's files: missing, of another size, of another content. Reads them all.
+    """Check all files of a dataset; lists those missing or with a wrong size or checksum.
 
     Raises:
         FileNotFoundError, ValueError: there is no manifest, or it is damaged.
@@ -248,7 +248,7 @@ def _blocks_of_lengths(dataset: PackedDataset) -> Iterator[IntArray]:
 
 
 def _rows(dataset: PackedDataset, columns: Sequence[str]) -> pa.RecordBatchReader:
-    """The documents' rows, as a stream that is read once: some columns of docs.parquet, and `tokens`."""
+    """Stream the documents' rows once: some columns of docs.parquet, and `tokens`."""
     kinds = {"id": pa.string(), "source": pa.string(), "bytes": pa.int64()}
     schema = pa.schema([*((c, kinds[c]) for c in columns), ("tokens", pa.int64())])
 

@@ -1,6 +1,6 @@
-"""The manifest of a packed dataset, and the columns of its documents' tables.
+"""The manifest of a packed dataset, and the columns of its document tables.
 
-A dataset is a folder of shards and `manifest.json`, which is written last: no manifest, no dataset. A shard has its
+A dataset is a folder of shards and `manifest.json`, which is written last: no manifest, no dataset. A shard stores its
 tokens in `NAME-00000.bin`, their index in `.idx` (see `lit_data/packed/index.py`), and the id, source, place, bytes,
 words and metadata of each document in `.docs.parquet`.
 """
@@ -23,7 +23,7 @@ from lit_data.packed.index import DTYPE_CODES
 from lit_files.parquet import group_rows
 from lit_files.reading import read_dataclass
 
-FORMAT_VERSION = 2  # 1 had no words
+FORMAT_VERSION = 2  # version 1 had no word counts
 READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
 WORDS_WORK = ".words"  # folder in a dataset's, of scripts/count_words.py
@@ -37,7 +37,7 @@ DOCUMENT_COLUMNS = (
 class Shard:
     """One shard of a dataset: its base name, its counts, and the size in bytes and SHA-256 of each of its files.
 
-    words: None where they were not counted.
+    words: None if not counted.
     """
 
     name: str
@@ -51,12 +51,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a packed dataset holds. All counts are exact.
+    """The content of a packed dataset. All counts are exact.
 
     Attributes:
-        bos_id: the id that each document begins with; None: documents begin with their text.
-        special_tokens: whether names of special tokens in the text were encoded as `text`, or `parse`d to their ids.
-        words: separated by white space, counted in the text as it was encoded; None: not counted.
+        bos_id: the id that each document starts with; None: documents start with their text.
+        special_tokens: whether names of special tokens in the text were encoded as `text` or parsed to their ids
+            (`parse`).
+        words: whitespace-separated words of the encoded text; None: not counted.
     """
 
     format_version: int
@@ -75,7 +76,7 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash over what decides the data: tokenizer, how texts were encoded, order and checksums of the shards."""
+        """Hash of everything that decides the data: tokenizer, encoding options, order and checksums of the shards."""
         content = {
             "tokenizer": self.tokenizer["fingerprint"],
             "eos_id": self.eos_id,
@@ -86,12 +87,12 @@ class Manifest:
 
     @property
     def encoding(self) -> dict[str, Any]:
-        """How texts were encoded, where it is not the default: nothing is hashed of it for older datasets."""
+        """The non-default encoding options; defaults are not hashed, so older fingerprints stay valid."""
         found: dict[str, Any] = {} if self.bos_id is None else {"bos_id": self.bos_id}
         return found if self.special_tokens == "text" else {**found, "special_tokens": self.special_tokens}
 
     def to_dict(self) -> dict[str, Any]:
-        """For manifest.json. Fields that version 1 did not know are there only where they say something."""
+        """For manifest.json. Fields newer than version 1 are written only if they differ from the default."""
         content = asdict(self)
         for name in ("bos_id", "special_tokens"):
             if name not in self.encoding:
@@ -103,13 +104,13 @@ class Manifest:
 
 
 def sum_of_words(shards: Sequence[Shard]) -> int | None:
-    """The words of all shards; None if one has not counted them."""
+    """Total words of all shards; None if any shard has no count."""
     counts = [s.words for s in shards]
     return None if None in counts else sum(c for c in counts if c is not None)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a dataset's manifest. Raises FileNotFoundError or ValueError that name the folder and the remedy."""
+    """Read a dataset's manifest. Raises FileNotFoundError or ValueError naming the folder and the remedy."""
     path = folder / MANIFEST
     if not path.is_file():
         hint = ""
@@ -128,7 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_manifest(manifest: Manifest) -> None:
-    """Raises ValueError where what a manifest says contradicts itself."""
+    """Raise ValueError if a manifest contradicts itself."""
     if manifest.format_version not in READABLE_VERSIONS:
         readable = " and ".join(map(str, READABLE_VERSIONS))
         raise ValueError(f"it has format version {manifest.format_version}; this program reads {readable}")
@@ -162,10 +163,10 @@ def _check_manifest(manifest: Manifest) -> None:
 
 
 def check_documents_table(file: pq.ParquetFile, shard: Shard) -> None:
-    """See that an opened docs.parquet is that of a shard. Raises ValueError that says what is wrong."""
+    """Check that an opened docs.parquet belongs to a shard. Raises ValueError naming the fault."""
     schema = {field.name: field.type for field in file.schema_arrow}
     for name, kind in DOCUMENT_COLUMNS:
-        if name == "words" and shard.words is None:  # not counted: in older datasets it may be the user's own metadata
+        if name == "words" and shard.words is None:  # not counted: in older datasets `words` may be user metadata
             continue
         if schema.get(name) != kind:
             raise ValueError(f"its column {name} is {schema.get(name, 'missing')} instead of {kind}")

@@ -1,4 +1,4 @@
-"""Reads a packed dataset: the documents of all shards as one stream of tokens, memory-mapped."""
+"""Reads a packed dataset as one memory-mapped stream of tokens across all shards."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lit_files.mapping import MAX_MAPS, live_maps, map_array
 from lit_files.parquet import open_table
 from lit_files.reading import open_regular
 
-COARSE_BITS = 10  # of a search in an index: so many bits of the place are found by one call
-FEW_VALUES = 32  # of a search in an index: up to so many are found faster one by one
-CHECK_DOCUMENTS = 1 << 20  # of an index compared at a time, 20 MB
-CHECK_THREADS = 8  # look at the files of a dataset at once: on a network file system each look takes a while
+COARSE_BITS = 10  # index search: bits of the position found by one np.searchsorted
+FEW_VALUES = 32  # index search: up to this many values are faster one by one
+CHECK_DOCUMENTS = 1 << 20  # index entries compared at a time, 20 MB
+CHECK_THREADS = 8  # threads for stat calls: slow on network file systems
 
 
 def _by_shard(starts: IntArray, values: IntArray) -> Iterator[tuple[int, IntArray | slice]]:
-    """Each shard that holds some of the values, and which: their indices. Shard s holds [starts[s], starts[s + 1])."""
+    """Group values by shard: (shard, indices of its values). Shard s covers [starts[s], starts[s + 1])."""
     if not len(values):
         return
     shards = np.searchsorted(starts, values, side="right") - 1
@@ -47,11 +47,11 @@ def _by_shard(starts: IntArray, values: IntArray) -> Iterator[tuple[int, IntArra
 def _last_at_or_below(ascending: IntArray, values: IntArray) -> IntArray:
     """Index of the last element <= each value; the first element is <= all of them.
 
-    For memory-mapped arrays that are not aligned, as in an .idx: np.searchsorted would copy the whole array each time.
-    It finds the stretch between some elements, no more than there are values, and halving does the rest.
+    For unaligned memory-mapped arrays, as in an .idx: np.searchsorted would copy the entire array each time. Here it
+    only searches a sample of elements, no more than there are values; bisection does the rest.
     """
     if len(values) <= FEW_VALUES:
-        view = memoryview(ascending.view(np.uint8).data).cast("q")  # gives Python's integers, which cost a third
+        view = memoryview(ascending.view(np.uint8).data).cast("q")  # Python integers: three times as fast
         return np.asarray([bisect_right(view, value) - 1 for value in values.tolist()], dtype=np.int64)
     coarse = min(COARSE_BITS, len(values).bit_length())
     step = 1 << max(0, (len(ascending) - 1).bit_length() - coarse)
@@ -64,16 +64,16 @@ def _last_at_or_below(ascending: IntArray, values: IntArray) -> IntArray:
 
 
 class PackedDataset:
-    """A packed dataset opened for reading, memory-mapped. Cheap to open and to send to another process.
+    """A packed dataset, memory-mapped for reading. Cheap to open and to pickle.
 
     The documents of all shards form one stream of tokens.
 
     Args:
-        check: compare the files' sizes, counts and last pointers with the manifest. One process of a run does that for
-            all: the others, and unpickled datasets, trust it. The pointers of a shard are checked when it is first
-            asked for a document.
+        check: compare the files' sizes, counts and last pointers with the manifest. One process of a run does this for
+            all; the others, and unpickled datasets, skip it. A shard's pointers are checked at its first document
+            lookup.
 
-    Raises ValueError where a file is missing, truncated or does not fit the manifest.
+    Raises ValueError if a file is missing, truncated or does not match the manifest.
     """
 
     def __init__(self, folder: str | Path, *, check: bool = True) -> None:
@@ -90,7 +90,7 @@ class PackedDataset:
         self._document_start = np.cumsum([0] + [s.documents for s in self.manifest.shards], dtype=np.int64)
         self._token_starts: list[int] = self.token_start.tolist()  # bisect is faster than numpy for one number
         self._maps: OrderedDict[tuple[int, str], npt.NDArray[Any]] = OrderedDict()
-        self._sound: set[int] = set()  # shards whose pointers were checked
+        self._sound: set[int] = set()  # shards with checked pointers
 
     def _check_shards(self) -> None:
         shards = self.manifest.shards
@@ -143,7 +143,7 @@ class PackedDataset:
             )
 
     def _map(self, shard: int, kind: str) -> npt.NDArray[Any]:
-        """A shard's tokens (`bin`) or the byte offsets of its documents (`idx`), mapped when first asked for."""
+        """A shard's tokens (`bin`) or the byte offsets of its documents (`idx`), mapped on first use."""
         key = (shard, kind)
         found = self._maps.get(key)
         if found is not None:
@@ -163,9 +163,9 @@ class PackedDataset:
         return found
 
     def _check_pointers(self, shard: Shard) -> None:
-        """See that the documents of a shard follow each other as its lengths say. Raises ValueError if they do not."""
+        """Check that a shard's documents are contiguous according to their lengths. Raises ValueError if not."""
         path, n = self.path / f"{shard.name}.idx", shard.documents
-        lengths = map_array(path, np.int32, (n,), HEADER.size)  # maps of their own: these are read from end to end
+        lengths = map_array(path, np.int32, (n,), HEADER.size)  # separate maps, as these are read sequentially
         pointers = map_array(path, np.int64, (n,), HEADER.size + 4 * n)
         end = 0
         for first in range(0, n, CHECK_DOCUMENTS):
@@ -199,7 +199,7 @@ class PackedDataset:
 
     @property
     def n_words(self) -> int:
-        """Words of the text. Raises ValueError, naming the command that counts them, where they are not known."""
+        """Words of the text. If not counted, raises ValueError naming the command that counts them."""
         if self.manifest.words is None:
             raise ValueError(
                 f"the words of {self.path} are not counted: it was made by an earlier version or from tokens; count "
@@ -221,7 +221,7 @@ class PackedDataset:
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Where the tokenizer's files lie, if they are there."""
+        """Folder of the stored tokenizer, if there is one."""
         folder = self.manifest.tokenizer.get("folder")
         path = (self.path / folder).resolve() if folder else None
         return path if path is not None and path.exists() else None
@@ -240,7 +240,7 @@ class PackedDataset:
             done += b - a
 
     def shard_ranges(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Where tokens [start, stop) of the stream lie: (shard, first, end) counted in the shard."""
+        """Split tokens [start, stop) of the stream by shard: (shard, first, end), relative to the shard."""
         ranges = []
         shard = bisect_right(self._token_starts, start) - 1
         while start < stop:
@@ -252,7 +252,7 @@ class PackedDataset:
         return ranges
 
     def document_of(self, positions: IntArray) -> IntArray:
-        """Stream positions [n] -> numbers of the documents that hold them, int64 [n]."""
+        """Numbers of the documents at stream positions [n], int64 [n]."""
         out = np.empty(len(positions), dtype=np.int64)
         for shard, here in _by_shard(self.token_start, positions):
             pointer = (positions[here] - self._token_starts[shard]) * self.dtype.itemsize
@@ -260,7 +260,7 @@ class PackedDataset:
         return out
 
     def document_start(self, documents: IntArray) -> IntArray:
-        """Document numbers [n] -> stream positions of their first tokens, int64 [n]; `n_documents` gives `n_tokens`."""
+        """Stream positions of the first tokens of documents [n], int64 [n]; `n_documents` gives `n_tokens`."""
         out = np.full(len(documents), self.n_tokens, dtype=np.int64)
         for shard, here in _by_shard(self._document_start, documents):
             if shard < len(self.manifest.shards):
@@ -269,7 +269,7 @@ class PackedDataset:
         return out
 
     def document(self, number: int) -> dict[str, Any]:
-        """What is known of a document: id, source, place, bytes, metadata, and `start` and `tokens` in the stream."""
+        """All facts of a document: id, source, place, bytes, metadata, and its `start` and `tokens` in the stream."""
         if not 0 <= number < self.n_documents:
             raise ValueError(f"document {number} is not in {self.path}, which has {self.n_documents}")
         shard = int(np.searchsorted(self._document_start, number, side="right")) - 1
@@ -296,7 +296,7 @@ class PackedDataset:
         return found
 
     def verify(self) -> list[str]:
-        """Compare every file's SHA-256 with the manifest; a list of what is wrong, empty if nothing is."""
+        """Compare every file's SHA-256 with the manifest; returns a list of faults."""
         wrong = []
         for shard in self.manifest.shards:
             for kind, expected in shard.sha256.items():

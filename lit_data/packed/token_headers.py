@@ -1,4 +1,4 @@
-"""What a file of tokens is by its first bytes, so that no header and no archive is ever packed as tokens."""
+"""Recognises token files by their first bytes, so that headers and archives are never packed as tokens."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _KINDS = (
 
 
 def describe_other(path: Path, head: bytes) -> str | None:
-    """What a file is that holds no tokens as they are, and what to do; None if nothing speaks against tokens.
+    """Describe a file that is not plain tokens, and the remedy; None if it may be plain tokens.
 
-    `head` is its first HEAD_BYTES.
+    `head` is the file's first HEAD_BYTES.
     """
     for pattern, kind in _KINDS:
         if re.match(pattern, head, re.DOTALL):
@@ -58,9 +58,9 @@ def describe_other(path: Path, head: bytes) -> str | None:
 
 
 def llmc_tokens(path: Path, head: bytes) -> tuple[np.dtype[Any], int] | None:
-    """The type and number of the tokens behind a header of llm.c, or None without one.
+    """Token dtype and count from an llm.c header; None without one.
 
-    Raises ValueError for a file that is truncated.
+    Raises ValueError for a truncated file.
     """
     dtype = LLMC_TOKENS.get(_int32(head))
     if dtype is None:
@@ -80,7 +80,7 @@ def _int32(head: bytes) -> int:
 
 
 def _is_litdata_chunk(path: Path, head: bytes) -> bool:
-    """A chunk begins with the number of items and, for each and for the end, its place: all uint32."""
+    """Whether it is a litdata chunk: uint32 number of items, then the offset of each item and of the end."""
     if len(head) < 8:
         return False
     items, first = struct.unpack_from("<II", head)

@@ -1,5 +1,5 @@
-"""Token files of other programs -> a packed dataset; the tokens of Megatron's files are linked where they fit as they
-are. The folder is built under a temporary name and appears when it is whole.
+"""Imports other programs' token files as a packed dataset; Megatron files are hard-linked if their layout already fits.
+The folder is built under a temporary name and renamed when complete.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ MAX_VOCAB_SIZE = 2**31 - 1
 
 @dataclass(frozen=True)
 class Cutting:
-    """How token files without an index of documents are cut, and what becomes of documents without EOS.
+    """How to split token files without a document index, and how to treat documents without EOS.
 
     Attributes:
-        split_at: the id that stands between documents; where it is not EOS, it is left out.
-        document_tokens: else the length of documents; else a file is one.
-        across_files: documents may go on in the next file (legacy chunks, shards of one stream).
+        split_at: the id that separates documents; dropped unless it is EOS.
+        document_tokens: otherwise, the fixed length of documents; without either, each file is one document.
+        across_files: documents may continue in the next file (legacy chunks, shards of one stream).
         append_eos: append EOS to documents that don't end with it; else they are an error.
     """
 
@@ -70,7 +70,7 @@ class Cutting:
 
 @dataclass
 class ImportReport:
-    """What an import did. `linked` counts shards whose tokens are the source's own file."""
+    """The report of an import. `linked` counts shards whose tokens are the source's own file."""
 
     output: Path
     documents: int = 0
@@ -82,7 +82,7 @@ class ImportReport:
     seconds: float = 0.0
 
     def summary(self) -> str:
-        """Several lines of text for a person."""
+        """A human-readable summary of several lines."""
         lines = [f"wrote {self.output}: {self.documents:,} documents, {self.tokens:,} tokens, {self.shards} shards"]
         if self.linked:
             lines.append(f"  the tokens of {self.linked} shards are links to the source's files: don't change these")
@@ -105,20 +105,20 @@ def import_tokens(
     copy: bool = False,
     shard_tokens: int = 1 << 31,
 ) -> ImportReport:
-    """Make a packed dataset of token files, all of it or nothing.
+    """Import token files as a packed dataset, all or nothing.
 
     Args:
         inputs: see `lit_data.packed.foreign.find_token_files`; `dtype` is that of flat .bin files.
         output: the dataset's folder; must not exist.
-        tokenizer_path: the tokenizer that made the ids, copied to OUTPUT/tokenizer; `eos_token` names its end of
-            document. Without it, `vocab_size` and `eos_id` are needed.
-        bos: each document begins with the tokenizer's BOS; else that is an error.
+        tokenizer_path: the tokenizer that made the ids, copied to OUTPUT/tokenizer; `eos_token` names its EOS. Without
+            a tokenizer, `vocab_size` and `eos_id` are needed.
+        bos: each document starts with the tokenizer's BOS; a document without it is an error.
         copy: never link the source's files.
-        shard_tokens: size of a shard, where tokens are not linked.
+        shard_tokens: size of a shard, if tokens are not linked.
 
     Raises:
         FileNotFoundError: an input or the tokenizer does not exist.
-        ValueError: any other mistake; the message names the thing.
+        ValueError: any other mistake; the message names it.
     """
     began = time.monotonic()
     output, cutting = Path(os.path.abspath(output)), cutting or Cutting()
@@ -159,7 +159,7 @@ def _check_cutting(cutting: Cutting, files: Sequence[TokenFile]) -> None:
 
 @dataclass(frozen=True)
 class _Target:
-    """What the ids mean."""
+    """The vocabulary of the ids: size, EOS, BOS, tokenizer facts."""
 
     vocab_size: int
     eos_id: int
@@ -186,7 +186,7 @@ def _target(
         raise ValueError(f"--vocab_size {vocab_size} is too large: ids are of 31 bits, give {MAX_VOCAB_SIZE} or less")
     if vocab_size < 1 or not 0 <= eos_id < vocab_size:
         raise ValueError(f"--eos_id {eos_id} lies outside a vocabulary of --vocab_size {vocab_size}")
-    # All that is known; datasets imported alike count as of one tokenizer.
+    # Nothing else is known; datasets imported with the same values count as the same tokenizer.
     fingerprint = hashlib.sha256(f"unknown tokenizer {vocab_size} {eos_id}".encode()).hexdigest()
     facts = {"kind": "unknown", "fingerprint": fingerprint, "vocab_size": vocab_size, "eos_id": eos_id, "folder": None}
     return _Target(vocab_size, eos_id, facts, None)
@@ -200,7 +200,7 @@ class _Importer:
     report: ImportReport
 
     def blocks(self) -> Iterator[Block]:
-        """The documents of all files in order; those without tokens are counted and left out."""
+        """Iterate over the documents of all files in order; empty ones are counted and skipped."""
         for block, separator in self._all_blocks():
             kept = block.lengths > 0
             if separator is not None:
@@ -214,7 +214,7 @@ class _Importer:
             yield block.only(kept)
 
     def _all_blocks(self) -> Iterator[tuple[Block, int | None]]:
-        """Blocks, and the separator where documents hold it."""
+        """Iterate over blocks, with the separator if documents contain it."""
         split_at, across = self.cutting.split_at, self.cutting.across_files
         for files in [self.files] if across else [[file] for file in self.files]:
             if files[0].kind == "megatron":
@@ -229,7 +229,7 @@ class _Importer:
                 yield from ((block, None) for block in fixed_blocks(files[0], self.cutting.document_tokens))
 
     def convert(self, temporary: Path, output: Path, source: dict[str, Any], shard_tokens: int) -> Manifest:
-        """Write the documents anew."""
+        """Rewrite the documents."""
         writer = PackedWriter(
             output,
             tokenizer=self.target.facts,
@@ -264,11 +264,11 @@ class _Importer:
         self.report.appended_eos += len(open_ones)
         lengths = block.lengths.copy()
         lengths[open_ones] += 1
-        wide = np.promote_types(block.tokens.dtype, dtype_of(self.target.vocab_size))  # EOS may not fit the source's
+        wide = np.promote_types(block.tokens.dtype, dtype_of(self.target.vocab_size))  # EOS may exceed the source's
         return np.insert(block.tokens.astype(wide, copy=False), ends[open_ones], self.target.eos_id), lengths
 
     def fits(self, file: TokenFile) -> bool:
-        """Whether a Megatron file, as it is, is documents one after another, each closed by EOS, of our dtype."""
+        """Whether a Megatron file can be linked: contiguous documents, each ending in EOS, of our dtype."""
         index = MegatronIndex(file.path.with_suffix(".idx"))
         if file.dtype != dtype_of(self.target.vocab_size) or index.end_byte != file.path.stat().st_size:
             return False
@@ -281,7 +281,7 @@ class _Importer:
         return True
 
     def link(self, temporary: Path, source: dict[str, Any], copy: bool) -> Manifest:
-        """Link or copy the tokens and write what stands beside them: one shard a file."""
+        """Link or copy the tokens and write their companion files: one shard per file."""
         shards = [self._link_shard(file, temporary, f"data-{n:05d}", copy) for n, file in enumerate(self.files)]
         manifest = Manifest(
             FORMAT_VERSION,
@@ -336,7 +336,7 @@ _SCHEMA = pa.schema(DOCUMENT_COLUMNS)
 
 
 def _rows(file: TokenFile, numbers: IntArray) -> dict[str, list[Any]]:
-    """Columns of docs.parquet. A document's place is its number in its file, from 1; of its text nothing is known."""
+    """Columns of docs.parquet. A document's place is its 1-based number in its file; its text is unknown."""
     places = (numbers + 1).tolist()
     return {
         "id": [f"{file.name}:{place}" for place in places],
@@ -348,7 +348,7 @@ def _rows(file: TokenFile, numbers: IntArray) -> dict[str, list[Any]]:
 
 
 def _link(source: Path, target: Path, copy: bool) -> bool:
-    """Give a file a second name, or copy it where that can't be (another file system). Returns whether it is linked."""
+    """Hard-link a file, or copy it if that fails (another file system). Returns whether it is linked."""
     if not copy:
         try:
             os.link(os.path.realpath(source), target)

@@ -1,4 +1,4 @@
-"""Writes a packed dataset: shards that only grow, so that a killed writer can resume, and the manifest last."""
+"""Writes a packed dataset: append-only shards, so that a killed writer can resume, and the manifest last."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DOCUMENTS_PER_GROUP = 4096
 class _ShardWriter:
     """Writes one shard: tokens to `.bin`, each document's row to `.rows` (an Arrow stream), the rest when closed.
 
-    Both files only grow, so that a writer that was killed goes on from sizes that were synced before (`state`).
+    Both files are append-only, so that a killed writer resumes from the last synced sizes (`state`).
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class _ShardWriter:
         return self.folder / f"{self.name}.{kind}"
 
     def add(self, tokens: npt.NDArray[Any], rows: pa.RecordBatch) -> None:
-        """Append whole documents: their tokens one after another, and a row of the schema for each."""
+        """Append complete documents: concatenated tokens, and one row of the schema each."""
         data = np.ascontiguousarray(tokens, dtype=self.dtype).data.cast("B")
         self._bin.write(data)
         self._hash.update(data)
@@ -80,13 +80,13 @@ class _ShardWriter:
 
     def _flush(self) -> None:
         if self._pending:
-            # Each flush is a stream of its own, schema first: any prefix of whole flushes can be read back.
+            # Each flush is a separate stream with its own schema: any prefix of complete flushes is readable.
             with pa.ipc.new_stream(self._rows, self.schema) as stream:
                 stream.write_table(pa.Table.from_batches(self._pending, self.schema).combine_chunks())
             self._pending, self._pending_rows = [], 0
 
     def state(self) -> dict[str, Any]:
-        """Make what was added durable; a new writer goes on from the returned state."""
+        """Make added documents durable; a new writer resumes from the returned state."""
         self._flush()
         for file in (self._bin, self._rows):
             sync_file(file)
@@ -121,19 +121,19 @@ class _ShardWriter:
         return Shard(self.name, self.documents, self.tokens, self.bytes, sizes, sums, self.words)
 
     def abandon(self) -> None:
-        """Close the files as they are."""
+        """Close the files without finishing them."""
         for file in (self._bin, self._rows):
             with contextlib.suppress(OSError):
                 file.close()
 
 
 def add_words(before: int | None, column: pa.Array | pa.ChunkedArray) -> int | None:
-    """The sum of word counts; None once a document's are not known."""
+    """The sum of word counts; None if any is unknown."""
     return None if before is None or column.null_count else before + (pc.sum(column).as_py() or 0)
 
 
 def _reopen(path: Path, size: int) -> BinaryIO:
-    """Open for appending after the first `size` bytes; what a killed writer wrote beyond them is cut off."""
+    """Open for appending after the first `size` bytes; truncates what a killed writer wrote beyond them."""
     file = open(path, "r+b")  # noqa: SIM115 - the caller's
     actual = file.seek(0, os.SEEK_END)
     if actual < size:
@@ -151,7 +151,7 @@ def _read_rows(path: Path) -> Iterator[pa.Table]:
 
 
 def _regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The same rows in tables of exactly `rows`, the last one aside: files then don't depend on how rows came."""
+    """Regroup rows into tables of exactly `rows` (the last may be shorter), so that files don't depend on batching."""
     held: list[pa.Table] = []
     n_held = 0
     for table in tables:
@@ -174,19 +174,19 @@ def _without_length(schema: pa.Schema) -> pa.Schema:
 class PackedWriter:
     """Writes a packed dataset. Use as a context manager: leaving it without an error publishes the folder.
 
-    The folder is built under a temporary name and renamed when whole; on an error nothing is left. With `work`, a
-    folder of the caller's, nothing is removed on an error: `state` makes what was added durable, and a new writer of
-    the same `work` goes on from it.
+    The folder is built under a temporary name and renamed when complete; on an error it is removed. With `work`, a
+    folder of the caller's, it is kept on errors: `state` makes added documents durable, and a new writer with the same
+    `work` resumes from it.
 
     Args:
         folder: must not exist.
         tokenizer: its facts, at least `fingerprint`; stored in the manifest.
-        vocab_size: ids must lie below it; decides the dtype (uint16 below 65500, else int32).
-        metadata: names of further columns of `docs.parquet`, stored as text.
+        vocab_size: ids must be below it; decides the dtype (uint16 below 65500, else int32).
+        metadata: names of extra columns of `docs.parquet`, stored as text.
         shard_tokens: a shard is closed when it holds this many.
         work: the temporary folder, kept on errors.
-        state: where an earlier writer of `work` stood.
-        allow_empty: publish a dataset without documents too (a part of a larger one).
+        state: state of an earlier writer of `work`.
+        allow_empty: also publish a dataset without documents (a part of a larger one).
         bos_id, special_tokens: see `Manifest`; the caller has put the id first in each document.
     """
 
@@ -270,7 +270,7 @@ class PackedWriter:
         n_words: int | None = None,
         **metadata: str,
     ) -> None:
-        """Append one document: its token ids, BOS (if any) and the closing EOS included, and its row of `docs.parquet`.
+        """Append one document: its token ids, including BOS (if any) and EOS, and its row of `docs.parquet`.
 
         Raises ValueError for ids outside the vocabulary, a document without the closing EOS, the declared BOS or
         tokens, one of 2^31 tokens or more, and metadata that was not declared.
@@ -282,9 +282,10 @@ class PackedWriter:
         self.add_batch(array, np.asarray([len(array)], dtype=np.int64), {k: [v] for k, v in row.items()})
 
     def add_batch(self, tokens: npt.NDArray[Any], lengths: IntArray, rows: Mapping[str, Sequence[Any]]) -> None:
-        """Append documents: tokens [sum(lengths)], lengths [n], and columns of n values (lists or Arrow arrays).
+        """Append documents: concatenated tokens [sum(lengths)], lengths [n], and columns of n values (lists or Arrow
+        arrays).
 
-        The columns are id, source, place, bytes, words and the declared metadata; missing ones are left empty.
+        The columns are id, source, place, bytes, words and the declared metadata; missing ones stay empty.
         Raises as `add` does, before anything is written.
         """
         unknown = rows.keys() - set(self._schema.names)
@@ -307,7 +308,7 @@ class PackedWriter:
                 if self._shard.documents:
                     self._close_shard()
                     continue
-                stop = done + 1  # larger than a shard: it has one of its own
+                stop = done + 1  # larger than a shard: gets its own shard
             self._shard.add(tokens[before : ends[stop - 1]], table.slice(done, stop - done))
             done = stop
 
@@ -358,13 +359,13 @@ class PackedWriter:
         self._shard = None
 
     def state(self) -> dict[str, Any]:
-        """Make what was added durable, and say where this writer stands (JSON)."""
+        """Make added documents durable; returns the writer's state (JSON)."""
         open_shard = self._shard.state() if self._shard is not None else None
         sync_file(self._temporary)
         return {"shards": [asdict(s) for s in self._shards], "open": open_shard}
 
     def finish(self) -> Manifest:
-        """Close the last shard and write the manifest, all of it in the temporary folder (see `remove_rows`)."""
+        """Close the last shard and write the manifest in the temporary folder (see `remove_rows`)."""
         if self.documents == 0 and not self.allow_empty:
             raise ValueError(f"no documents for {self.folder}: the dataset would be empty")
         if self._shard is not None:
@@ -400,7 +401,7 @@ class PackedWriter:
         return manifest
 
     def abandon(self) -> None:
-        """Close the files, and remove them unless they are the caller's to keep."""
+        """Close the files; remove them unless the caller gave `work`."""
         if self._shard is not None:
             self._shard.abandon()
             self._shard = None
@@ -409,7 +410,7 @@ class PackedWriter:
 
 
 def remove_rows(folder: Path) -> None:
-    """Remove what only a writer that goes on would need, once there is none."""
+    """Remove the files that only a resuming writer needs."""
     for path in folder.glob("*.rows"):
         path.unlink()
     sync_file(folder)

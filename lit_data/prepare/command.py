@@ -1,4 +1,6 @@
-"""One call of scripts/prepare_data.py: a whole preparation here, one stage of it, or all stages on an executor."""
+"""One call of scripts/prepare_data.py: a complete preparation in this process, one stage of it, or all stages on an
+executor.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from lit_files.cores import usable_cores
 
 @dataclass(frozen=True)
 class Execution:
-    """How a preparation is carried out; nothing here changes the datasets. The fields are flags of the script."""
+    """Execution options of a preparation; none of them changes the datasets. The fields are flags of the script."""
 
     output: Path
     """Folder to write; it must not exist."""
@@ -51,8 +53,8 @@ class Execution:
 
 
 def carry_out(execution: Execution, settings: dict[str, Any]) -> str:
-    """Prepare data. `settings`: the fields of `Settings` that were given. Returns a report for a person; empty when the
-    tasks of an executor print theirs. Raises what `prepare` raises.
+    """Prepare data. `settings`: the fields of `Settings` that were given. Returns a human-readable report; empty when
+    the tasks of an executor print their own. Raises what `prepare` raises.
     """
     rest = dict(settings)
     call: dict[str, Any] = {

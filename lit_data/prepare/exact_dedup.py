@@ -1,9 +1,9 @@
-"""Exact deduplication of paragraphs over a whole corpus, in two passes and limited memory.
+"""Exact deduplication of paragraphs across a corpus, in two passes and bounded memory.
 
-The first pass writes each paragraph's hash and place (`HashWriter`), one file a stretch of the corpus, wherever that is
-done. `find_duplicates` joins all files and says of each which paragraphs have occurred before; the first by file,
-document and paragraph stays. The second pass asks `Dropped` while it reads the corpus again. The outcome depends on the
-order of the paragraphs only, not on how they are cut into files.
+The first pass writes each paragraph's hash and position (`HashWriter`), one file per section of the corpus, on any
+machine. `find_duplicates` joins all files and lists, for each, the paragraphs that occurred before; the first by file,
+document and paragraph is kept. The second pass queries `Dropped` while it reads the corpus again. The result depends
+only on the order of the paragraphs, not on how they are split into files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROWS_PER_GROUP = 1 << 16
 
 
 class HashWriter:
-    """Writes the hashes of one stretch of the corpus; the file is there, whole and synced, after `close`."""
+    """Writes the hashes of one section of the corpus; `close` publishes the file, complete and synced."""
 
     def __init__(self, path: Path) -> None:
         self._table = TableWriter(path, HASHES)
@@ -39,13 +39,13 @@ class HashWriter:
         self._paragraphs: list[int] = []
 
     def add(self, document: int, hashes: Sequence[bytes | None]) -> None:
-        """The hashes of a document's paragraphs, from `hash_paragraphs`; documents come in ascending order."""
+        """Add the hashes of a document's paragraphs (`hash_paragraphs`); documents must come in ascending order."""
         for paragraph, paragraph_hash in enumerate(hashes):
             if paragraph_hash is not None:
                 self._hashes.append(paragraph_hash)
                 self._documents.append(document)
                 self._paragraphs.append(paragraph)
-                if len(self._hashes) >= ROWS_PER_GROUP:  # within a document, too: one may have any number
+                if len(self._hashes) >= ROWS_PER_GROUP:  # within a document too: they can be long
                     self._flush()
 
     def _flush(self) -> None:
@@ -61,13 +61,13 @@ class HashWriter:
         self._table.close()
 
     def abandon(self) -> None:
-        """Remove what was written; nothing after `close`."""
+        """Remove the unfinished file; does nothing after `close`."""
         self._table.abandon()
 
 
 @dataclass(frozen=True)
 class DuplicateCounts:
-    """Of the paragraphs that have a hash: all of them, and those that occurred before."""
+    """Counts of hashed paragraphs: all of them, and those that occurred before."""
 
     paragraphs: int
     duplicates: int
@@ -83,17 +83,17 @@ def find_duplicates(
 ) -> DuplicateCounts:
     """Find all paragraphs that occurred before: in an earlier file, document or place.
 
-    DuckDB sorts the rows by hash out of core. Its intermediate data, up to about 40 bytes a paragraph, lie in
+    DuckDB sorts the rows by hash out of core. Its intermediate data, up to about 40 bytes per paragraph, are in
     `temporary`/find-duplicates, which is removed at the end.
 
     Args:
-        hash_files: of the whole corpus, in its order.
-        outputs: a file for each, to be written, with columns (document int64, paragraph int32), ascending.
+        hash_files: hash files of the entire corpus, in order.
+        outputs: the file to write for each, with columns (document int64, paragraph int32), ascending.
         memory_bytes: DuckDB's limit.
         temporary: an existing folder; one join at a time may use it.
-        excluded: a file for each of `hash_files` with a column `document`: documents that are dropped as a whole
-            for another reason. Their paragraphs count for nothing: else one that stands first in such a document
-            would be lost from all later ones as well.
+        excluded: a file for each of `hash_files` with a column `document`: documents dropped entirely for another
+            reason. Their paragraphs are ignored: otherwise a paragraph first seen in a dropped document would be
+            removed from all later ones too.
 
     Raises:
         ValueError: see `tables.open_scratch_database`.
@@ -121,7 +121,7 @@ def find_duplicates(
 
 
 def _cut_by_file(table: Path, outputs: Sequence[Path]) -> int:
-    """Write rows (file, document, paragraph), sorted, to a file each; returns how many there are."""
+    """Write sorted rows (file, document, paragraph) to one output per file; returns the number of rows."""
     rows = 0
     number, writer = 0, TableWriter(outputs[0], DUPLICATES)
     try:
@@ -145,7 +145,7 @@ def _cut_by_file(table: Path, outputs: Sequence[Path]) -> int:
 
 
 class Dropped:
-    """Reads what `find_duplicates` wrote for one file, in constant memory."""
+    """Reads one output file of `find_duplicates` in constant memory."""
 
     def __init__(self, path: Path) -> None:
         self._batches = read_batches(path)
@@ -153,7 +153,7 @@ class Dropped:
         self._paragraphs = np.zeros(0, np.int32)
 
     def of(self, document: int) -> list[int]:
-        """The paragraphs to drop from a document, ascending; documents are asked for in ascending order."""
+        """The paragraphs to drop from a document, ascending; query documents in ascending order."""
         found: list[int] = []
         while True:
             start, stop = np.searchsorted(self._documents, [document, document + 1]).tolist()

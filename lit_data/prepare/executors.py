@@ -1,4 +1,4 @@
-"""The stages of a preparation as tasks of datatrove's executors: local processes, or jobs of a SLURM cluster."""
+"""Runs the stages of a preparation as tasks of datatrove's executors: local processes or SLURM jobs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class StageStep:
-    """A pipeline of datatrove with one step: a stage, whose part is the task's rank.
+    """A datatrove pipeline of one step: a stage, whose part is the task's rank.
 
     Attributes:
         stage: see `lit_data.prepare.run.run_stage`.
-        arguments: of `run_stage`, stage and part aside.
+        arguments: of `run_stage`, except stage and part.
     """
 
     stage: Stage
@@ -40,17 +40,17 @@ def run_on_executors(
     executor: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> None:
-    """Run, or submit, all stages: as many tasks as parts where parts are independent, each waiting for the one before.
+    """Run or submit all stages, each after the one before; one task per part where parts are independent.
 
     Args:
-        kind: `local` returns when all is done, `slurm` when the jobs are submitted.
-        tasks_at_once: how many tasks run at the same time.
-        executor: further arguments of datatrove's LocalPipelineExecutor or SlurmPipelineExecutor, such as time,
-            partition, cpus_per_task, sbatch_args.
+        kind: `local` returns when all stages are done, `slurm` once the jobs are submitted.
+        tasks_at_once: number of tasks that run in parallel.
+        executor: extra arguments of datatrove's LocalPipelineExecutor or SlurmPipelineExecutor, e.g. time, partition,
+            cpus_per_task, sbatch_args.
         arguments: of `lit_data.prepare.run.run_stage`.
 
     Raises:
-        ValueError: datatrove is not installed, an argument it does not know, or a task that failed.
+        ValueError: datatrove is not installed, it does not know an argument, or a task failed.
     """
     try:
         from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor

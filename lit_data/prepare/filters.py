@@ -1,4 +1,4 @@
-"""Quality filters: whether to keep a document, and if not, why."""
+"""Quality filters: decide whether to keep a document, with a reason for dropping it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from lit_data.corpus.readers import Document
 from lit_data.corpus.user_code import describe, load_function
 
-LANGUAGE_CHARACTERS = 4000  # that the language is judged by; more change few decisions and cost as they are long
+LANGUAGE_CHARACTERS = 4000  # for language detection; more cost time and change few decisions
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Filter:
 
     Attributes:
         name: for reports.
-        keep: None to keep a document, else the reason for dropping it as `kind: detail`, see `report.StageReport`.
+        keep: returns None to keep a document, else the reason for dropping it as `kind: detail`, see
+            `report.StageReport`.
     """
 
     name: str
@@ -28,10 +29,10 @@ class Filter:
 
 
 def length_filter(min_characters: int = 0, max_characters: int | None = None) -> Filter:
-    """Keeps documents of min to max characters, both included.
+    """Keeps documents of min to max characters, inclusive.
 
     Raises:
-        ValueError: no length would do.
+        ValueError: no length satisfies both limits.
     """
     if min_characters < 0 or (max_characters is not None and max_characters < max(min_characters, 1)):
         raise ValueError(
@@ -50,17 +51,17 @@ def _length(min_characters: int, max_characters: int | None, document: Document)
 
 
 def language_filter(languages: Collection[str], min_probability: float = 0.5) -> Filter:
-    """Keeps documents in one of the languages, by py3langid's model, which comes with the package.
+    """Keeps documents in one of the languages, as detected by py3langid's bundled model.
 
-    The first `LANGUAGE_CHARACTERS` characters decide. Probabilities are normalised over all languages of the model;
-    for short or mixed texts they are low.
+    Looks at the first `LANGUAGE_CHARACTERS` characters. Probabilities are normalised over all languages of the model
+    and are low for short or mixed texts.
 
     Args:
-        languages: two-letter codes of ISO 639-1.
-        min_probability: of the language found.
+        languages: two-letter ISO 639-1 codes.
+        min_probability: minimum probability of the detected language.
 
     Raises:
-        ValueError: a language that the model does not know, or py3langid is not installed.
+        ValueError: the model does not know a language, or py3langid is not installed.
     """
     if not 0 <= min_probability <= 1:
         raise ValueError(f"--min_language_probability {min_probability}: give a number from 0 to 1")
@@ -73,7 +74,7 @@ def language_filter(languages: Collection[str], min_probability: float = 0.5) ->
     return Filter("language", partial(_language, frozenset(languages), min_probability))
 
 
-@cache  # once a process: reading the model takes a good part of a second
+@cache  # once per process: loading the model takes most of a second
 def _language_identifier() -> Any:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -92,25 +93,25 @@ def _language(languages: Collection[str], min_probability: float, document: Docu
 
 
 def count_words(text: str) -> int:
-    """Words of a text: what white space separates."""
+    """Number of whitespace-separated words."""
     return len(text.split())
 
 
 def token_word_ratio(n_tokens: int, text: str) -> float:
-    """Tokens a word (`count_words`); infinite for a text without words.
+    """Tokens per word (`count_words`); infinite for a text without words.
 
-    Tables, chords, source code and text in another language than the tokenizer's have many tokens a word.
+    Tables, chords, source code and text in a language other than the tokenizer's have many tokens per word.
     """
     words = count_words(text)
     return n_tokens / words if words else math.inf
 
 
 def open_filter(spec: str) -> Filter:
-    """The user's own filter, `module:function`: a function of the text that returns whether to keep it.
+    """Load a user-defined filter, `module:function`: takes the text and returns whether to keep it.
 
     Raises:
-        ValueError: no such module or function; while filtering, when the function raises an error or returns anything
-            but True or False, a ValueError that names the document.
+        ValueError: no such module or function; while filtering, if the function raises or returns anything but True or
+            False (the message names the document).
     """
     return Filter(spec, partial(_user_keeps, spec, load_function(spec, "--filter")))
 

@@ -1,4 +1,4 @@
-"""A preparation's job: settings, the files they apply to, the tokenizer; and the working folder."""
+"""The job of a preparation (settings, input files, tokenizer) and its working folder."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from lit_files.publish import create_json
 from lit_files.reading import read_dataclass
 
 JOB_FILE = "plan.json"
-VERSION = 2  # 1 had no words
+VERSION = 2  # version 1 had no word counts
 
 
 @dataclass
 class Job:
-    """Settings, the files they apply to, and the opened tokenizer.
+    """Settings, input files and the opened tokenizer.
 
     Attributes:
-        files: of the training inputs, then of the validation inputs.
-        n_train: how many belong to the training inputs.
+        files: training inputs, then validation inputs.
+        n_train: number of training files.
     """
 
     settings: Settings
@@ -78,14 +78,14 @@ class Job:
         return job
 
     def part_files(self, part: int) -> list[tuple[int, TextFile]]:
-        """(number among all files, file) of a part."""
+        """The files of a part, as (index among all files, file)."""
         if not 0 <= part < self.settings.parts:
             raise ValueError(f"--part {part}: the parts are numbered from 0 to {self.settings.parts - 1}")
         before = sum(len(part_of_files(self.files, p, self.settings.parts)) for p in range(part))
         return list(enumerate(part_of_files(self.files, part, self.settings.parts), before))
 
     def to_dict(self) -> dict[str, Any]:
-        """What two runs must share to be parts of one preparation (JSON)."""
+        """Everything two runs must agree on to work on the same preparation (JSON)."""
         return {
             "version": VERSION,
             "settings": json.loads(json.dumps(dataclasses.asdict(self.settings))),
@@ -116,16 +116,16 @@ def _facts(file: TextFile) -> list[Any]:
 
 
 def open_work(work: Path, job: Job, fresh: bool) -> bool:
-    """Open the working folder of a job, made if it is missing. Returns whether it existed.
+    """Open the working folder of a job; create it if missing. Returns whether it existed.
 
     Raises:
-        ValueError: what is there belongs to another job; the message names the differences.
+        ValueError: the folder belongs to another job; the message names the differences.
     """
     path = work / JOB_FILE
     wanted = job.to_dict()
     if not path.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        if create_json(path, wanted):  # tasks of several parts begin at once, on several machines
+        if create_json(path, wanted):  # tasks of several parts start at the same time, on several machines
             return False
     there = read_job(path)
     differs = differences(there, wanted)
@@ -139,7 +139,7 @@ def open_work(work: Path, job: Job, fresh: bool) -> bool:
 
 @dataclass(frozen=True)
 class _JobFile:
-    """plan.json, as `Job.to_dict` gives it."""
+    """Schema of plan.json, see `Job.to_dict`."""
 
     version: int
     settings: dict[str, Any]
@@ -148,16 +148,16 @@ class _JobFile:
 
 
 def read_job(path: Path) -> dict[str, Any]:
-    """plan.json. Raises ValueError that names it if it is damaged."""
+    """Read plan.json. Raises ValueError naming the file if it is damaged."""
     return dataclasses.asdict(read_dataclass(_JobFile, path))
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """How two jobs differ (`Job.to_dict`)."""
+    """Describe the differences between two jobs (`Job.to_dict`)."""
     found = []
     if there["version"] != here["version"]:
         found.append(f"version {there['version']}, now {here['version']}")
-    # A file written before a setting existed means its default.
+    # Files written before a setting existed imply its default.
     defaults = {f.name: f.default for f in dataclasses.fields(Settings) if f.default is not dataclasses.MISSING}
     defaults = json.loads(json.dumps(defaults))
     old, new = defaults | there["settings"], defaults | here["settings"]

@@ -1,14 +1,14 @@
-"""Removal of near-duplicate documents by MinHash (Broder, 1997) and bands of it (Leskovec et al., Mining of Massive
-Datasets, section 3.4), in limited memory.
+"""Removes near-duplicate documents by MinHash (Broder, 1997) with banded LSH (Leskovec et al., Mining of Massive
+Datasets, section 3.4), in bounded memory.
 
-The first pass writes each document's signature (`SignatureWriter`), made by rensa, one file a stretch of the corpus.
-`find_near_duplicates` then goes through the documents in order: one is dropped when an earlier kept one is estimated to
-be as similar as the threshold or more. The outcome depends on the order of the documents only, not on how they are cut
-into files.
+The first pass writes each document's signature (`SignatureWriter`), computed by rensa, one file per section of the
+corpus. `find_near_duplicates` then goes through the documents in order: one is dropped if its estimated similarity to
+an earlier kept one is at least the threshold. The result depends only on the order of the documents, not on how they
+are split into files.
 
-Similarity is the Jaccard index of two documents' sets of shingles: runs of `words` words in lower case without what
-stands between them. Its estimate, the share of the P values of two signatures that agree, has a standard error of at
-most sqrt(J (1 - J) / P): 0.035 for J = 0.8, P = 128.
+Similarity is the Jaccard index of two documents' sets of shingles: runs of `words` lower-cased words without the
+characters between them. Its estimate, the share of the P values of two signatures that agree, has a standard error of
+at most sqrt(J (1 - J) / P): 0.035 for J = 0.8, P = 128.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PERMUTATIONS = 128
 WORDS = 5
 SEED = 1
 ROWS_PER_GROUP = 1 << 12
-SLICE_CHARACTERS = 1 << 20  # of a long document at once: shingles take a hundred times the memory of their text
-MISSED = 0.01  # of the pairs whose similarity is the threshold, those that share no band
+SLICE_CHARACTERS = 1 << 20  # slice size for long documents: shingles take a hundred times the memory of their text
+MISSED = 0.01  # accepted fraction of pairs at the threshold that share no band
 
 NEAR_DUPLICATES = pa.schema(
     [
@@ -58,12 +58,12 @@ def _rensa() -> Any:
 
 
 def signatures(text: str, *, permutations: int = PERMUTATIONS, words: int = WORDS, seed: int = SEED) -> Signature:
-    """A document's MinHash signature, uint32 [permutations].
+    """Compute a document's MinHash signature, uint32 [permutations].
 
-    A text of fewer words than a shingle has one shingle, all of it.
+    A text with fewer words than a shingle is a single shingle.
     """
     sketch = _rensa().RMinHash(permutations, seed)
-    carried: list[str] = []  # the last words of one slice begin shingles that end in the next
+    carried: list[str] = []  # shingles may span two slices, so slices overlap
     start, any_shingle = 0, False
     while start < len(text):
         gap = _NO_WORD.search(text, start + SLICE_CHARACTERS)
@@ -78,7 +78,7 @@ def signatures(text: str, *, permutations: int = PERMUTATIONS, words: int = WORD
 
 
 class SignatureWriter:
-    """Writes the signatures of one stretch of the corpus; the file is there, whole and synced, after `close`."""
+    """Writes the signatures of one section of the corpus; `close` publishes the file, complete and synced."""
 
     def __init__(self, path: Path, permutations: int = PERMUTATIONS) -> None:
         schema = pa.schema(
@@ -91,7 +91,7 @@ class SignatureWriter:
         self._signatures: list[bytes] = []
 
     def add(self, document: int, signature: Signature) -> None:
-        """The signature of a document; documents come in ascending order."""
+        """Add the signature of a document; documents must come in ascending order."""
         assert signature.shape == (self._permutations,)
         self._documents.append(document)
         self._signatures.append(signature.astype("<u4").tobytes())
@@ -108,13 +108,13 @@ class SignatureWriter:
         self._table.close()
 
     def abandon(self) -> None:
-        """Remove what was written; nothing after `close`."""
+        """Remove the unfinished file; does nothing after `close`."""
         self._table.abandon()
 
 
 @dataclass(frozen=True)
 class NearDuplicateCounts:
-    """All documents, those that share a band with another (and were compared), and the near duplicates."""
+    """Counts of all documents, of those compared because they share a band, and of near duplicates."""
 
     documents: int
     candidates: int
@@ -122,7 +122,8 @@ class NearDuplicateCounts:
 
 
 def choose_bands(permutations: int, threshold: float) -> int:
-    """The fewest bands b of r = permutations / b values that all but `MISSED` of the pairs at the threshold share.
+    """The smallest number of bands b, of r = permutations / b values each, that misses at most `MISSED` of the pairs at
+    the threshold.
 
     A pair of similarity t shares no band with probability (1 - t^r)^b.
     """
@@ -141,26 +142,26 @@ def find_near_duplicates(
     temporary: Path,
     bands: int | None = None,
 ) -> NearDuplicateCounts:
-    """Go through the corpus and drop each document that is nearly the same as an earlier kept one.
+    """Find each document that is a near duplicate of an earlier kept one.
 
-    Only documents that share a band with another are looked at; DuckDB finds them out of core, band by band, in
-    `temporary`/find-near-duplicates, which is removed at the end (8 bytes a document and band). The pass itself holds
-    those kept documents that share a band with a later one, from the first to the last of the band: about 1 KB each and
-    150 bytes more for each such band. That is the one thing here that grows with the corpus.
+    Only documents that share a band are compared; DuckDB finds them out of core, band by band, in
+    `temporary`/find-near-duplicates, which is removed at the end (8 bytes per document and band). The pass keeps a kept
+    document in memory as long as a later one shares a band with it: about 1 KB each plus 150 bytes per shared band.
+    Only this grows with the corpus.
 
     Args:
-        signature_files: of the whole corpus, in its order.
-        outputs: a file for each, to be written, with columns (document int64, of_part int32, of_document int64,
-            similarity float32): the kept document that is most similar, the first of several, by the number of its
-            file in `signature_files`.
-        threshold: of the estimated similarity, above 0, at most 1.
+        signature_files: signature files of the entire corpus, in order.
+        outputs: the file to write for each, with columns (document int64, of_part int32, of_document int64, similarity
+            float32). `of_*` is the most similar kept document (the first on ties); `of_part` indexes `signature_files`.
+        threshold: minimum estimated similarity, above 0, at most 1.
         memory_bytes: DuckDB's limit.
         temporary: an existing folder; one join at a time may use it.
-        bands: a divisor of the number of permutations; see `choose_bands`. More find more and cost more.
+        bands: a divisor of the number of permutations; see `choose_bands`. More bands find more duplicates and cost
+            more.
 
     Raises:
-        ValueError: the threshold or the bands are impossible, the signatures were made in different ways; also see
-            `tables.open_scratch_database`.
+        ValueError: the threshold or the bands are impossible, the signatures were made with different settings; also
+            see `tables.open_scratch_database`.
     """
     assert len(signature_files) == len(outputs) > 0
     if not 0 < threshold <= 1:
@@ -199,7 +200,7 @@ def _permutations_of(signature_files: Sequence[Path]) -> int:
 
 
 def _read_signatures(path: Path) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]]:
-    """Documents [n] and signatures [n, P], some at a time."""
+    """Iterate over documents [n] and signatures [n, P] in batches."""
     for batch in read_batches(path):
         width = batch["signature"].type.byte_width
         joined = b"".join(batch["signature"].to_pylist())
@@ -207,7 +208,7 @@ def _read_signatures(path: Path) -> Iterator[tuple[npt.NDArray[np.int64], npt.ND
 
 
 def _write_bands(signature_files: Sequence[Path], bands: int, path: Path) -> int:
-    """Write each document's number in the corpus and the hashes of its bands; returns how many documents there are."""
+    """Write each document's index in the corpus and its band hashes; returns the number of documents."""
     schema = pa.schema([("number", pa.int64()), *((f"band_{band}", pa.uint64()) for band in range(bands))])
     table = TableWriter(path, schema)
     try:
@@ -222,7 +223,7 @@ def _write_bands(signature_files: Sequence[Path], bands: int, path: Path) -> int
 
 
 def _band_hashes(values: npt.NDArray[np.uint32], bands: int) -> npt.NDArray[np.uint64]:
-    """Of signatures [n, P]: [bands, n], different for different bands (but for chance: a comparison more)."""
+    """Hash signatures [n, P] to [bands, n]; a collision only costs an extra comparison."""
     n, permutations = values.shape
     columns = values.reshape(n, bands, permutations // bands).astype(np.uint64)
     hashes = np.broadcast_to(np.arange(1, bands + 1, dtype=np.uint64), (n, bands)).copy()
@@ -233,7 +234,7 @@ def _band_hashes(values: npt.NDArray[np.uint32], bands: int) -> npt.NDArray[np.u
 
 
 def _candidates(shared: Path) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """Documents that share bands, by their number: (band, the last document that has it) each."""
+    """Documents that share bands, by number, with (band, last document in that band) for each band."""
     number = -1
     bands: list[tuple[int, int]] = []
     for batch in read_batches(shared):
@@ -252,7 +253,7 @@ class _Kept:
     file: int
     document: int
     signature: Signature
-    n_bands: int  # that a later document shares
+    n_bands: int  # shared with a later document
 
 
 class _Pass:
@@ -269,7 +270,7 @@ class _Pass:
         signature_files: Sequence[Path],
         outputs: Sequence[Path],
     ) -> int:
-        """Write the near duplicates of each file; returns how many there are."""
+        """Write the near duplicates of each file; returns their number."""
         duplicates, first = 0, 0
         number, bands = next(candidates, (-1, []))
         for file, (path, output) in enumerate(zip(signature_files, outputs, strict=True)):
@@ -295,12 +296,12 @@ class _Pass:
         return duplicates
 
     def _most_similar(self, signature: Signature, bands: list[tuple[int, int]]) -> tuple[int, int, float] | None:
-        """(file, document, similarity) of the kept document that is nearest, if it is near enough."""
+        """(file, document, similarity) of the most similar kept document, if it reaches the threshold."""
         numbers = sorted({number for band, _ in bands for number in self.by_band.get(band, ())})
         if not numbers:
             return None
         similarities = (np.stack([self.kept[n].signature for n in numbers]) == signature).mean(axis=1)
-        best = int(similarities.argmax())  # the first of several
+        best = int(similarities.argmax())  # the first on ties
         if similarities[best] < self.threshold:
             return None
         kept = self.kept[numbers[best]]
@@ -315,7 +316,7 @@ class _Pass:
             self.kept[number] = kept
 
     def _forget(self, number: int, bands: list[tuple[int, int]]) -> None:
-        """Drop what no later document can meet."""
+        """Forget documents that share no band with a later one."""
         for band, last in bands:
             if last == number:
                 for other in self.by_band.pop(band, ()):
@@ -325,7 +326,7 @@ class _Pass:
 
 
 class NearDuplicates:
-    """Reads what `find_near_duplicates` wrote for one file, in constant memory."""
+    """Reads one output file of `find_near_duplicates` in constant memory."""
 
     def __init__(self, path: Path) -> None:
         self._rows = (
@@ -336,7 +337,7 @@ class NearDuplicates:
         self._next: tuple[int, float] | None = next(self._rows, None)
 
     def of(self, document: int) -> float | None:
-        """The similarity to the kept document it nearly equals; None: it is kept. Ask in ascending order."""
+        """The document's similarity to the kept one it duplicates, or None if it is kept. Query in ascending order."""
         while self._next is not None and self._next[0] < document:
             self._next = next(self._rows, None)
         return self._next[1] if self._next is not None and self._next[0] == document else None

@@ -1,6 +1,6 @@
-"""Paragraphs of a text, and hashes of them that find the same paragraph elsewhere.
+"""Splits text into paragraphs and hashes them for deduplication.
 
-A paragraph is a line with its newline and the blank lines that follow.
+A paragraph is a line with its newline and the blank lines after it.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ import hashlib
 import re
 from collections.abc import Collection
 
-HASH_BYTES = 16  # 128 bits: two different ones of 10^12 paragraphs are alike with probability 1.5e-15
+HASH_BYTES = 16  # 128 bits: any collision among 10^12 paragraphs has probability 1.5e-15
 
 _PARAGRAPH = re.compile(r"[^\n]*\n(?:[^\S\n]*\n)*|[^\n]+")
 
 
 def split_paragraphs(text: str) -> list[str]:
-    """The paragraphs in order; joined they are the text."""
+    """The paragraphs in order; joined they give the text."""
     return _PARAGRAPH.findall(text)
 
 
 def paragraph_hash(paragraph: str) -> bytes:
-    """BLAKE2b, 16 bytes, of the paragraph without white space around it and with one space for each run of it."""
+    """16-byte BLAKE2b of the paragraph, stripped and with each run of whitespace collapsed to one space."""
     return hashlib.blake2b(" ".join(paragraph.split()).encode(), digest_size=HASH_BYTES).digest()
 
 
 def hash_paragraphs(text: str, min_characters: int) -> list[bytes | None]:
-    """The hash of each paragraph; None for those of fewer characters (as hashed), which are always kept.
+    """The hash of each paragraph; None for shorter ones (length as hashed), which are always kept.
 
-    Blank paragraphs have none, whatever the limit.
+    Blank paragraphs never have a hash.
     """
     hashes: list[bytes | None] = []
     for paragraph in split_paragraphs(text):
@@ -40,7 +40,7 @@ def hash_paragraphs(text: str, min_characters: int) -> list[bytes | None]:
 
 
 def drop_paragraphs(text: str, dropped: Collection[int]) -> str:
-    """The text without the paragraphs of these numbers (from 0)."""
+    """The text without the paragraphs with these 0-based indices."""
     if not dropped:
         return text
     numbers = frozenset(dropped)

@@ -1,4 +1,4 @@
-"""Calls to an object in worker processes: results come in the order of the items, few are in flight."""
+"""Calls a method in worker processes; results keep the order of the items, with few items in flight."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ CALLS_PER_WORKER = 3  # in flight; bounds the memory
 
 
 class Pool:
-    """A pool of processes, each with an object of its own that `make` returns there.
+    """A process pool; each worker builds its own object with `make`.
 
-    With one worker the object lives in this process. Use as a context manager.
+    With one worker the object is in this process. Use as a context manager.
 
     Args:
         workers: number of processes.
-        make: can be pickled; called once in each process.
+        make: picklable; called once in each process.
     """
 
     def __init__(self, workers: int, make: Callable[[], Any]) -> None:
@@ -45,7 +45,9 @@ class Pool:
             self._executor.shutdown(cancel_futures=True)
 
     def map(self, method: str, items: Iterable[Any]) -> Generator[Any, None, None]:
-        """object.method(item) for each item. Items are taken as needed: at most CALLS_PER_WORKER a worker ahead."""
+        """Yield object.method(item) for each item. Items are consumed lazily, at most CALLS_PER_WORKER per worker
+        ahead.
+        """
         if self._executor is None:
             for item in items:
                 yield getattr(self._object, method)(item)
@@ -68,19 +70,19 @@ class Pool:
                 future.cancel()
 
 
-_object: Any = None  # of this worker process; made once, not sent with every call
+_object: Any = None  # this worker's object; built once, not sent with every call
 
 
 def _start_worker(make: Callable[[], Any]) -> None:
     global _object
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent tidies up
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallelism comes from the processes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent cleans up
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _object = make()
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed outright can't end its workers."""
+    """Exit when the parent is gone: a parent killed by SIGKILL can't stop its workers."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""Reports of a preparation: what each stage removed and why, and the totals of each dataset."""
+"""Reports of a preparation: removals per stage with reasons, and totals per dataset."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from lit_data.corpus.readers import Document, ReadErrors
 
-SAMPLES = 3  # kept of each reason
+SAMPLES = 3  # samples kept per reason
 SAMPLE_CHARACTERS = 80
 COUNTED = ("documents", "tokens", "bytes", "words")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One thing that was removed: the document it was, or came from, the reason in full, and how its text begins."""
+    """A removed document or piece: its document, the full reason, and the start of its text."""
 
     id: str
     source: str
@@ -26,7 +26,7 @@ class Sample:
 
 @dataclass
 class Removed:
-    """What was removed for one kind of reason."""
+    """Counts and samples of removals for one kind of reason."""
 
     pieces: int = 0
     characters: int = 0
@@ -36,14 +36,13 @@ class Removed:
 class StageReport:
     """Counts of one stage (one cleaner, one filter, one deduplication).
 
-    A reason is `kind` or `kind: detail` ("too short: 57 characters"); removed pieces are counted by kind, and the
-    samples of a kind, the first three, show the details. Merging the reports of parts in their order gives the report
-    of the whole.
+    A reason is `kind` or `kind: detail` ("too short: 57 characters"); removed pieces are counted by kind, and the first
+    three samples of a kind show the details. Merging the reports of the parts in order gives the full report.
 
     Attributes:
-        documents_in, characters_in: what came.
-        documents_kept, characters_kept: what went on to the next stage.
-        removed: by kind; its pieces are documents, or for deduplication paragraphs of them.
+        documents_in, characters_in: input of the stage.
+        documents_kept, characters_kept: output to the next stage.
+        removed: by kind; the pieces are documents, or paragraphs for deduplication.
     """
 
     def __init__(self, name: str) -> None:
@@ -53,7 +52,7 @@ class StageReport:
         self.removed: dict[str, Removed] = {}
 
     def count(self, before: str, after: str | None) -> None:
-        """One document passed the stage: its text before, and what is left of it (None: the document is dropped)."""
+        """Count one document: its text before and after the stage (None: the document is dropped)."""
         self.documents_in += 1
         self.characters_in += len(before)
         if after is not None:
@@ -61,7 +60,7 @@ class StageReport:
             self.characters_kept += len(after)
 
     def add(self, reason: str, document: Document, text: str, characters: int | None = None) -> None:
-        """One thing was removed: `text`, a whole document or a piece of it; it counts as its length or `characters`."""
+        """Record a removal: `text`, a document or a piece of it, counted by its length or as `characters`."""
         removed = self.removed.setdefault(reason.partition(": ")[0], Removed())
         removed.pieces += 1
         removed.characters += len(text) if characters is None else characters
@@ -71,7 +70,7 @@ class StageReport:
             )
 
     def add_change(self, reason: str, document: Document, before: str, after: str) -> None:
-        """A document was changed, not dropped; the sample is its text from the first place that differs."""
+        """Record a changed document; the sample is its text from the first difference."""
         if before != after:
             text = before[first_difference(before, after) :][:SAMPLE_CHARACTERS]
             self.add(reason, document, text, characters=max(0, len(before) - len(after)))
@@ -112,7 +111,7 @@ class StageReport:
         return report
 
     def summary(self) -> str:
-        """For people: a line of totals, a line a reason, a line a sample."""
+        """Human-readable: one line of totals, one per reason, one per sample."""
         lines = [
             f"{self.name}: {self.documents_kept:,} of {self.documents_in:,} documents kept, "
             f"{self.characters_kept:,} of {self.characters_in:,} characters"
@@ -127,8 +126,8 @@ class StageReport:
 
 
 def first_difference(a: str, b: str) -> int:
-    """The first place where two texts differ; the length of the shorter one when it begins the other."""
-    low, high = 0, min(len(a), len(b))  # equal up to low; bisection compares slices, not characters one by one
+    """Index of the first difference of two texts; the shorter length if one is a prefix of the other."""
+    low, high = 0, min(len(a), len(b))  # equal up to `low`; bisection compares slices instead of single characters
     while low < high:
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:
@@ -140,7 +139,7 @@ def first_difference(a: str, b: str) -> int:
 
 @dataclass
 class StageReports:
-    """What was done to documents: a StageReport for each stage, in order, and counts.
+    """A StageReport for each stage, in order, and counts.
 
     Attributes:
         stages: by name.
@@ -153,11 +152,11 @@ class StageReports:
     fields: set[str] = field(default_factory=set)
 
     def stage(self, name: str) -> StageReport:
-        """The report of a stage, made if it is not there."""
+        """The report of a stage, created if missing."""
         return self.stages.setdefault(name, StageReport(name))
 
     def merge(self, other: StageReports) -> None:
-        """Add what was done to later documents."""
+        """Add the report of later documents."""
         for name, stage in other.stages.items():
             self.stage(name).merge(stage)
         self.empty += other.empty
@@ -177,8 +176,9 @@ class StageReports:
 
 @dataclass
 class Counts:
-    """What went into one dataset. `tokens` counts BOS and EOS of each document, `bytes` the UTF-8 bytes of the text,
-    `words` what white space separates in it."""
+    """Totals of one dataset. `tokens` includes each document's BOS and EOS, `bytes` are UTF-8 bytes of the text,
+    `words` are separated by whitespace.
+    """
 
     documents: int = 0
     tokens: int = 0
@@ -188,15 +188,15 @@ class Counts:
 
 @dataclass
 class PrepareReport:
-    """What a preparation did.
+    """The report of a preparation.
 
     Attributes:
         sides: counts of `train` and, if there is one, `val`.
-        stage_reports: what each stage removed and why, and documents without a token, which are left out.
+        stage_reports: removals per stage with reasons, and documents without tokens, which are left out.
         errors: documents that could not be read (with on_error="skip"), and files of other kinds.
-        seconds: of this call.
-        resumed: whether an earlier call had done a part of it.
-        bloom_rate: share of new paragraphs that looked old to the Bloom filter at the end.
+        seconds: duration of this call.
+        resumed: whether this call resumed an earlier one.
+        bloom_rate: the Bloom filter's false positive rate at the end.
     """
 
     output: Path
@@ -219,7 +219,7 @@ class PrepareReport:
         return Counts(*(sum(getattr(s, kind) for s in sides) for kind in COUNTED))
 
     def summary(self) -> str:
-        """Several lines of text for a person."""
+        """A human-readable summary of several lines."""
         lines = ["dry run: nothing was written; it would hold" if self.dry_run else f"wrote {self.output}"]
         for name, side in self.sides.items():
             per_token = f", {side.bytes / side.tokens:.3f} bytes per token" if side.tokens else ""
@@ -247,6 +247,6 @@ class PrepareReport:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """What OUTPUT/report.json keeps."""
+        """The content of OUTPUT/report.json."""
         errors = {"count": self.errors.count, "first": self.errors.first, "ignored_files": self.errors.ignored_files}
         return {"sides": {k: vars(c) for k, c in self.sides.items()}, "errors": errors, **self.stage_reports.to_dict()}

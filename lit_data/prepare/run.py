@@ -1,8 +1,8 @@
 """Text -> packed datasets: OUTPUT/train, OUTPUT/val, OUTPUT/tokenizer and OUTPUT/report.json.
 
-What is written depends on the text, the tokenizer and the settings, never on workers, parts or interruptions. It is
-built in a folder beside OUTPUT, `.OUTPUT.preparing`, and renamed when whole; a killed preparation resumes from there
-when it is called again.
+The output depends on the text, the tokenizer and the settings, never on workers, parts or interruptions. It is built in
+a folder beside OUTPUT, `.OUTPUT.preparing`, and renamed when complete; calling a killed preparation again resumes it
+from there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lit_files.publish import replace_folder, sync_file, write_json
 
 Stage = Literal["hash", "join", "encode", "merge"]
 
-ASSEMBLED = "assembled.json"  # written when the output is whole in the working folder and only to be renamed
+ASSEMBLED = "assembled.json"  # written when the output is complete in the working folder and only the rename is missing
 
 
 def prepare(
@@ -56,15 +56,15 @@ def prepare(
     Args:
         inputs, tokenizer_path, val_inputs, settings: see `lit_data.prepare.settings.Settings`.
         output: must not exist, unless `overwrite` and it is a prepared folder.
-        workers: processes; the default is the cores this process may use. 1 does all in this process.
-        fresh: discard what an interrupted call with other settings left.
-        dry_run: do everything but write; the report says what would be there.
-        work: the working folder; default `.OUTPUT.preparing` beside `output`. It must lie on the same file system.
-        commit_seconds: time between the moments from which a killed call goes on.
+        workers: number of processes; default: the cores this process may use. 1 runs everything in this process.
+        fresh: discard the work of an interrupted call with other settings.
+        dry_run: process everything but write nothing; the report gives the counts.
+        work: the working folder; default `.OUTPUT.preparing` beside `output`. Must be on the same file system.
+        commit_seconds: seconds between commits; a kill loses at most this much work.
 
     Raises:
         FileNotFoundError: an input or the tokenizer does not exist.
-        ValueError: any other mistake; the message names the thing.
+        ValueError: any other mistake; the message names it.
     """
     began = time.monotonic()
     output = Path(os.path.abspath(output))
@@ -123,7 +123,7 @@ def run_stage(
     commit_seconds: float = 30.0,
     **settings: Any,
 ) -> PrepareReport | None:
-    """One stage of one part, for schedulers that call each on a machine of its own; the folders must be shared.
+    """One stage of one part, for schedulers that run stages on different machines; the folders must be shared.
 
     The order is: `hash` of each part and `join` (only with --dedup exact or --near_dedup), `encode` of each part,
     `merge`, which publishes the output and returns the report. All calls take the same settings.
@@ -166,7 +166,7 @@ def _lock(folder: Path) -> FileLock:
 
 
 def work_folder(output: Path) -> Path:
-    """Where an output is worked out by default."""
+    """The default working folder of an output."""
     return output.with_name(f".{output.name}.preparing")
 
 
@@ -208,7 +208,7 @@ def _report(preparation: Preparation, output: Path, began: float, resumed: bool)
 
 
 class _EmptyError(ValueError):
-    """All was done, and the result is not what was meant: there is nothing to go on with."""
+    """The preparation finished but the result can't be intended: a side is empty, or metadata is missing everywhere."""
 
 
 def _check_sides(report: PrepareReport, s: Settings) -> None:
@@ -232,7 +232,7 @@ def _check_sides(report: PrepareReport, s: Settings) -> None:
 
 
 def _was_published(folder: Path, job: Job, output: Path) -> bool:
-    """Whether an earlier call of the same was killed after it had published the output."""
+    """Whether an earlier call of the same job was killed after publishing the output."""
     if not (folder / ASSEMBLED).is_file() or (folder / "output").exists() or not (output / "report.json").is_file():
         return False
     path = folder / JOB_FILE  # removed before the marker is
@@ -240,7 +240,7 @@ def _was_published(folder: Path, job: Job, output: Path) -> bool:
 
 
 def _remove_work(folder: Path) -> None:
-    """Remove the working folder of a published output; the marker goes last, so that a kill is understood."""
+    """Remove the working folder of a published output; the marker last, so that a kill in between is recognised."""
     _empty(folder, keep=[ASSEMBLED])
     shutil.rmtree(folder)
 
@@ -264,7 +264,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _empty(folder: Path, keep: Sequence[str] = ()) -> None:
-    """Remove what is in a working folder, the lock and files to keep aside."""
+    """Empty a working folder, except the lock and files to keep."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -273,14 +273,14 @@ def _empty(folder: Path, keep: Sequence[str] = ()) -> None:
 
 
 def _assemble(preparation: Preparation, report: PrepareReport) -> Path:
-    """Put the output together in the working folder; what an interrupted call had done stays."""
+    """Assemble the output in the working folder; work of an interrupted call is reused."""
     target = preparation.assembled
     target.mkdir(exist_ok=True)
     for side, folder in preparation.datasets().items():
         if folder.parent != target:
             remove_rows(folder)
             os.rename(folder, target / side)
-    for path in (target / "tokenizer", *target.glob(".*")):  # hidden: what a killed call was writing
+    for path in (target / "tokenizer", *target.glob(".*")):  # hidden: unfinished files of a killed call
         if path.is_dir():
             shutil.rmtree(path)
     save_tokenizer(preparation.job.tokenizer, target / "tokenizer")

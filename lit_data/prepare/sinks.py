@@ -1,4 +1,4 @@
-"""Where the results of a preparation's stages go; each sink can be reopened from the state of its last commit."""
+"""Sinks for the results of a preparation's stages; each can be reopened from the state of its last commit."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lit_data.prepare.worker import Encoded, Hashed
 
 
 class Sink(Protocol):
-    """Where a stage's results go."""
+    """Receives the results of a stage."""
 
     def write(self, result: Any) -> None: ...
     def commit(self, number: int, done: bool) -> dict[str, Any]:
-        """Make durable what was written, of documents before `number`, and say what a new sink goes on from."""
+        """Make the results of documents before `number` durable; returns the state from which a new sink resumes."""
         ...
 
     def close(self) -> None:
-        """Let go of what is open, whole or not."""
+        """Close open files, finished or not."""
         ...
 
 
 class HashSink:
-    """Hashes and signatures, a chunk of files a commit: PART/hashes-00000.parquet and so on."""
+    """Writes hashes and signatures, one chunk of files per commit: PART/hashes-00000.parquet and so on."""
 
     def __init__(self, folder: Path, near: bool, state: dict[str, Any] | None, number: int) -> None:
         self.folder, self.near = folder, near
@@ -64,7 +64,7 @@ class HashSink:
 
 
 class EncodeSink:
-    """The packed datasets of a part, PART/train and PART/val, and the Bloom filter that goes with them."""
+    """Writes the packed datasets of a part, PART/train and PART/val, and the Bloom filter for them."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class EncodeSink:
         state: dict[str, Any] | None,
     ) -> None:
         self.folder, self.writers, self.bloom = folder, writers, bloom
-        self._bloom_file: str | None = state.get("bloom") if state else None  # which the progress file names
+        self._bloom_file: str | None = state.get("bloom") if state else None  # named in the progress file
         self.report = StageReports.from_dict(state["report"]) if state else StageReports()
 
     def write(self, result: Encoded) -> None:
@@ -105,7 +105,7 @@ class EncodeSink:
 
 
 class CountSink:
-    """Counts what would be written."""
+    """Only counts what would be written (dry run)."""
 
     def __init__(self, sides: Iterable[str], state: dict[str, Any] | None) -> None:
         assert state is None, "a dry run is never resumed"

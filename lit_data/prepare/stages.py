@@ -1,12 +1,12 @@
-"""The stages of a preparation in its working folder, each of which goes on where it was killed.
+"""The stages of a preparation in its working folder; a killed stage resumes from its last commit.
 
-`hash` (one part at a time): what is needed to find duplicates; only if they are to be found.
-`join`: the duplicates of all parts, the first place of each aside.
-`encode` (one part at a time): text to tokens, a packed dataset of each part and side.
-`merge`: the parts' datasets one after another; the same files as one part would give.
+`hash` (per part): paragraph hashes and document signatures; only with deduplication that needs them.
+`join`: finds the duplicates across all parts; the first occurrence of each is kept.
+`encode` (per part): text to tokens, one packed dataset per part and side.
+`merge`: concatenates the parts' datasets; gives the same files as a single part.
 
-A stage takes documents in segments. At the end of each, what it made is synced and its place is written to
-`STAGE.json` of the part's folder; a stage that was killed cuts off what came after and reads on from there.
+A stage takes documents in segments. After each, its output is synced and its position written to `STAGE.json` in the
+part's folder; a resumed stage truncates later output and continues reading from there.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from lit_files.parquet import open_table
 from lit_files.publish import write_json
 from lit_files.reading import read_dataclass, read_object
 
-BATCH_CHARACTERS = 1 << 18  # what a worker gets at once: enough to hide the cost of sending it
+BATCH_CHARACTERS = 1 << 18  # per call to a worker: enough to hide the cost of sending it
 BATCH_DOCUMENTS = 512
-COMMIT_SHARE = 20  # a commit may take this fraction of the time
+COMMIT_SHARE = 20  # maximum fraction of the time spent in commits
 JOIN_MEMORY_BYTES = 2 << 30
 MERGE_DOCUMENTS = 4096
 MAX_WORKERS = 1024
@@ -49,13 +49,13 @@ MAX_WORKERS = 1024
 
 @dataclasses.dataclass
 class Options:
-    """How a preparation is done; nothing here changes the result.
+    """Execution options of a preparation; none of them changes the result.
 
     Attributes:
-        workers: processes; with 1 all is done in this one.
-        on_error: what to do about a document that can't be read.
-        commit_seconds: time between commits, at least; a kill costs what was done since the last.
-        dry_run: process everything, write nothing but temporary files of the working folder.
+        workers: number of processes; 1 runs everything in this process.
+        on_error: how to handle a document that can't be read.
+        commit_seconds: minimum time between commits; a kill loses the work since the last.
+        dry_run: process everything, but write only temporary files in the working folder.
     """
 
     workers: int = 1
@@ -72,7 +72,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class _ProgressFile:
-    """A _Progress as its file holds it."""
+    """Schema of the file of a _Progress."""
 
     done: bool
     number: int
@@ -84,7 +84,7 @@ class _ProgressFile:
 
 @dataclasses.dataclass
 class _Progress:
-    """How far a stage has come in a part: documents before `number` are done, the last of which is at `place`."""
+    """Progress of a stage in a part: documents before `number` are done; the last of them is at `place`."""
 
     done: bool = False
     number: int = 0
@@ -116,18 +116,18 @@ class _Progress:
 
 
 class Preparation:
-    """A preparation in progress: a job and the folder it is worked out in."""
+    """A preparation in progress: a job and its working folder."""
 
     def __init__(self, job: Job, work: Path, options: Options) -> None:
         self.job, self.work, self.options = job, work, options
         self.settings = job.settings
 
     def part_folder(self, part: int) -> Path:
-        """Where a part is worked out."""
+        """The working folder of a part."""
         return self.work / f"part-{part:05d}"
 
     def run(self) -> None:
-        """All stages, those that are done left out."""
+        """Run all stages that are not done yet."""
         parts = range(self.settings.parts)
         if self.settings.needs_hashes:
             for part in parts:
@@ -138,15 +138,15 @@ class Preparation:
         self.merge()
 
     def is_done(self, stage: str, part: int) -> bool:
-        """Whether a stage of a part is done."""
+        """Whether a stage of a part is complete."""
         return _Progress.read(self.part_folder(part) / f"{stage}.json").done
 
     def committed(self) -> bool:
-        """Whether something is there that would be worth going on from."""
+        """Whether there is committed work to resume from."""
         return any(_Progress.read(path).number for path in self.work.glob("part-*/*.json"))
 
     def hash_part(self, part: int) -> None:
-        """First pass over a part."""
+        """Run the first pass over a part: hashes and signatures."""
         folder = self.part_folder(part)
         folder.mkdir(exist_ok=True)
 
@@ -160,7 +160,7 @@ class Preparation:
         done = self.work / "join.json"
         if done.is_file():
             return
-        chunks: list[Path] = []  # folders, with the number of the chunk as name
+        chunks: list[Path] = []  # folders named by chunk number
         for part in range(self.settings.parts):
             if not self.is_done("hash", part):
                 raise ValueError(f"--stage join: part {part} is not hashed yet (--stage hash --part {part})")
@@ -191,7 +191,7 @@ class Preparation:
         write_json(done, facts)
 
     def encode_part(self, part: int) -> None:
-        """Text of a part to tokens."""
+        """Encode the text of a part."""
         folder = self.part_folder(part)
         folder.mkdir(exist_ok=True)
         if self.settings.needs_hashes and not (self.work / "join.json").is_file():
@@ -238,7 +238,7 @@ class Preparation:
             yield batch
 
     def _run(self, part: int, stage: str, make_sink: Any, process: Any) -> None:
-        """Documents of a part through a stage, segment by segment, from where it was."""
+        """Run a part's documents through a stage, segment by segment, from its last commit."""
         path = self.part_folder(part) / f"{stage}.json"
         progress = _Progress.read(path)
         if progress.done:
@@ -260,7 +260,7 @@ class Preparation:
             sink.close()
 
     def merge(self) -> None:
-        """Write the parts' datasets one after another, as one machine would have written them."""
+        """Concatenate the parts' datasets; the files are the same as from one machine."""
         for part in range(self.settings.parts):
             if not self.is_done("encode", part):
                 raise ValueError(f"--stage merge: part {part} is not encoded yet (--stage encode --part {part})")
@@ -295,7 +295,7 @@ class Preparation:
             writer.abandon()
 
     def writer(self, folder: Path, side: str, state: dict[str, Any] | None) -> PackedWriter:
-        """The writer of a side's dataset in a folder of the working folder."""
+        """Open the writer of a side's dataset, inside the working folder."""
         s, tokenizer = self.settings, self.job.tokenizer
         return PackedWriter(
             folder / f"{side}.published",
@@ -314,7 +314,7 @@ class Preparation:
         )
 
     def _provenance(self, side: str) -> dict[str, Any]:
-        """What the manifest says of where the text came from: the settings that are not the defaults."""
+        """Provenance for the manifest: the settings that differ from their defaults."""
         s = self.settings
         facts: dict[str, Any] = {"inputs": list(s.val_input if side == "val" and s.val_input is not None else s.input)}
         if s.val_fraction is not None:
@@ -327,18 +327,18 @@ class Preparation:
         return facts
 
     def datasets(self) -> dict[str, Path]:
-        """The folder of each side's dataset, once all stages are done; in `assembled` when it was moved there."""
+        """The folder of each side's dataset, once all stages are done; in `assembled` once moved there."""
         folder = self.part_folder(0) if self.settings.parts == 1 else self.work / "merged"
         moved = {side: self.assembled / side for side in self.settings.sides}
         return {side: path if path.exists() else folder / side for side, path in moved.items()}
 
     @property
     def assembled(self) -> Path:
-        """Where the output is put together."""
+        """The folder in which the output is assembled."""
         return self.work / "output"
 
     def report(self) -> tuple[StageReports, ReadErrors]:
-        """What the encoding of all parts reported."""
+        """The merged report of all parts' encoding."""
         report, errors = StageReports(), ReadErrors()
         errors.ignored_files, errors.ignored_first = self.job.errors.ignored_files, self.job.errors.ignored_first
         for part in range(self.settings.parts):
@@ -351,7 +351,7 @@ class Preparation:
         return report, errors
 
     def bloom_rate(self) -> float | None:
-        """The share of new paragraphs that looked old to the Bloom filter at the end; None without one."""
+        """The Bloom filter's false positive rate at the end; None without a filter."""
         state = _Progress.read(self.part_folder(0) / "encode.json").state
         assert state is not None
         rate: float | None = state.get("bloom_rate")
@@ -373,7 +373,7 @@ class Preparation:
 
 
 class _PartDocuments:
-    """The documents of a part, in segments that end when a commit is due."""
+    """Iterates over the documents of a part, in segments that end when a commit is due."""
 
     def __init__(self, preparation: Preparation, part: int, progress: _Progress) -> None:
         self.job, self.settings, self.options = preparation.job, preparation.settings, preparation.options
@@ -397,7 +397,7 @@ class _PartDocuments:
         self._interval = self.options.commit_seconds
 
     def segment(self) -> Iterator[Item]:
-        """Documents until a commit is due, or all that are left (then `ended`)."""
+        """Documents until a commit is due, or all remaining ones (then sets `ended`)."""
         for document in self._documents:
             yield Item(self.number, self._side(document), document)
             self.number += 1
@@ -407,7 +407,7 @@ class _PartDocuments:
         self.ended = True
 
     def committed(self, seconds: float) -> None:
-        """A commit took so long: the next is due so much later that commits stay a small share of the time."""
+        """Schedule the next commit, given the duration of this one, so that commits stay a small share of the time."""
         self._last_commit = time.monotonic()
         self._interval = max(self.options.commit_seconds, COMMIT_SHARE * seconds)
 
@@ -419,7 +419,7 @@ class _PartDocuments:
 
 
 def in_validation(id: str, fraction: float, seed: int) -> bool:
-    """Whether the document belongs to val: SHA-256 of (seed, id) read as a number in [0, 1) lies below `fraction`."""
+    """Whether the document belongs to val: SHA-256 of (seed, id), as a number in [0, 1), is below `fraction`."""
     digest = hashlib.sha256(f"{seed}\n{id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
 
@@ -438,7 +438,7 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 class _ByChunk:
-    """Looks documents up, in ascending order, in files that each cover a range of them."""
+    """Looks up documents, in ascending order, in files that each cover a range of them."""
 
     def __init__(self, chunks: list[list[int]], files: list[Path], open_file: Any) -> None:
         self._waiting = deque(zip(chunks, files, strict=True))
@@ -462,7 +462,7 @@ def _chunks(folder: Path) -> list[list[int]]:
 
 
 def _drop_by_bloom(pool: Pool, batches: Iterable[list[Item]], bloom: BloomDedup) -> Iterator[list[Item]]:
-    """Hash the paragraphs in the workers, look them up here, in the order of the documents."""
+    """Deduplicate by the Bloom filter: workers hash the paragraphs, this process looks them up in document order."""
     sent: deque[list[Item]] = deque()
 
     def send() -> Iterator[list[Item]]:
@@ -479,7 +479,7 @@ def _drop_by_bloom(pool: Pool, batches: Iterable[list[Item]], bloom: BloomDedup)
 
 
 def _read_back(folder: Path, first: int) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
-    """Documents of a packed dataset from number `first` on, as `add_batch` takes them."""
+    """Read documents of a packed dataset from number `first` on, as arguments of `add_batch`."""
     dataset = PackedDataset(folder)
     number = 0
     for shard in dataset.manifest.shards:
@@ -495,14 +495,14 @@ def _read_back(folder: Path, first: int) -> Iterator[tuple[Any, Any, dict[str, A
                 if not rows.num_rows:
                     continue
                 starts = dataset.document_start(np.arange(number - rows.num_rows, number + 1, dtype=np.int64))
-                # Documents of a shard are short or few; a batch of long ones is read document by document.
+                # Ranges are limited by tokens, so that long documents don't fill the memory.
                 for a, b in _ranges(starts):
                     columns = {name: rows[name].slice(a, b - a) for name in rows.schema.names}
                     yield dataset.tokens(int(starts[a]), int(starts[b])), np.diff(starts[a : b + 1]), columns
 
 
 def _ranges(starts: np.ndarray[Any, Any], tokens: int = 1 << 24) -> Iterator[tuple[int, int]]:
-    """Cut documents, given by where they start, into ranges [a, b) of at most so many tokens, or one document."""
+    """Split documents, given by their starts, into ranges [a, b) of limited tokens or one document."""
     a = 0
     while a < len(starts) - 1:
         b = max(a + 1, int(np.searchsorted(starts, starts[a] + tokens, side="right")) - 1)

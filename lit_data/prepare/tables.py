@@ -1,4 +1,4 @@
-"""Tables of a preparation: Parquet files that are published whole, and DuckDB over them in bounded memory."""
+"""Tables of a preparation: atomically published Parquet files, queried by DuckDB in bounded memory."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ READ_ROWS = 1 << 16
 
 
 class TableWriter:
-    """Writes one Parquet file, a row group at a time; the file is there after `close`.
+    """Writes one Parquet file, a row group at a time; `close` publishes it.
 
-    Dictionaries are off: the columns here are hashes and ascending numbers.
+    Dictionary encoding is off: the columns are hashes and ascending numbers.
     """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path, self.schema = path, schema
         self.rows = 0
-        self._temporary = path.with_name(f".{path.name}.tmp")  # always the same: a rerun after a kill overwrites it
+        self._temporary = path.with_name(f".{path.name}.tmp")  # fixed name: a rerun after a kill overwrites it
         self._writer = pq.ParquetWriter(self._temporary, schema, compression="zstd", use_dictionary=False)
 
     def write(self, columns: Sequence[Any]) -> None:
@@ -44,16 +44,16 @@ class TableWriter:
         publish(self._temporary, self.path)
 
     def abandon(self) -> None:
-        """Remove what was written; nothing after `close`."""
+        """Remove the unfinished file; does nothing after `close`."""
         self._writer.close()
         self._temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def open_scratch_database(scratch: Path, memory_bytes: int) -> Iterator[Any]:
-    """An empty database in the folder `scratch`, which is made anew, and removed at the end.
+    """Open an empty database in a fresh folder `scratch`, removed at the end.
 
-    Raises ValueError if there is too little memory, and as `open_database` does.
+    Raises ValueError if `memory_bytes` is too small, and as `open_database` does.
     """
     if memory_bytes < MIN_MEMORY_BYTES:
         raise ValueError(f"{memory_bytes} bytes of memory for deduplication: at least {MIN_MEMORY_BYTES} are needed")
@@ -68,11 +68,11 @@ def open_scratch_database(scratch: Path, memory_bytes: int) -> Iterator[Any]:
 
 
 def from_files(files: Sequence[Path]) -> str:
-    """SQL that reads the rows of Parquet files, with the number of the file in the list as column `file`."""
+    """SQL that reads the rows of Parquet files, with the file's index in the list as column `file`."""
     return f"(SELECT file_index AS file, * FROM read_parquet([{', '.join(map(quoted, files))}]))"
 
 
 def read_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """The rows of a Parquet file, some at a time."""
+    """Iterate over the rows of a Parquet file in batches."""
     with pq.ParquetFile(path) as table:
         yield from (batch for batch in table.iter_batches(READ_ROWS) if batch.num_rows)

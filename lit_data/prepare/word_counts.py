@@ -1,7 +1,7 @@
-"""Word counts for a dataset without them: one of an earlier version, or of imported tokens.
+"""Adds word counts to a dataset without them (from an earlier version, or imported tokens).
 
-The new files are worked out in `.words` in the dataset's folder; manifest.json comes there last. Then each takes the
-place of the old one. A call that was killed, also between two of these, is finished by the next.
+The new files are built in `.words` in the dataset's folder, manifest.json last; then each replaces the old one. The
+next call completes one that was killed, also between two replacements.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from lit_files.publish import publish, replace_file, write_json
 
 
 def add_word_counts(folder: str | Path, tokenizer_path: str | Path | None = None, workers: int = 1) -> int:
-    """Count the words of each document and put them into docs.parquet and the manifest. Returns their sum.
+    """Count the words of each document and store them in docs.parquet and the manifest. Returns their sum.
 
     Args:
-        folder: of the dataset. Where its words are counted, nothing is done.
+        folder: the dataset; nothing is done if its words are already counted.
         tokenizer_path: default: the one stored with the dataset.
-        workers: processes, of which each takes a shard.
+        workers: number of processes; each handles one shard at a time.
 
     Raises:
-        FileNotFoundError, ValueError: no dataset, no tokenizer, or another one than the tokens were made with.
+        FileNotFoundError, ValueError: no dataset, no tokenizer, or not the one that encoded the tokens.
     """
     folder = Path(os.path.realpath(folder))
     if workers < 1:
@@ -49,7 +49,7 @@ def add_word_counts(folder: str | Path, tokenizer_path: str | Path | None = None
     try:
         if (work / MANIFEST).is_file():
             return _replace(folder, work)
-        if manifest.words is not None:  # all was replaced, and only the empty folder is left
+        if manifest.words is not None:  # everything was replaced; only the empty folder is left
             shutil.rmtree(work)
             return manifest.words
         try:
@@ -82,7 +82,7 @@ def _work_out(folder: Path, work: Path, tokenizer_path: str | Path | None, worke
 
 
 def _replace(folder: Path, work: Path) -> int:
-    """Put the finished files in the places of the old ones, the manifest last."""
+    """Replace the old files by the finished ones, the manifest last."""
     manifest = read_manifest(work)
     for path in sorted(work.glob("*.docs.parquet")):
         publish(path, folder / path.name)
@@ -93,7 +93,7 @@ def _replace(folder: Path, work: Path) -> int:
 
 
 class _Counter:
-    """Made once in each worker; counts shards."""
+    """Counts the words of shards; built once in each worker."""
 
     def __init__(self, folder: Path, work: Path, tokenizer: str, eos_token: str) -> None:
         self.folder, self.work, self.dataset = folder, work, PackedDataset(folder)
@@ -102,7 +102,7 @@ class _Counter:
         self.tokenizer = opened
 
     def count(self, number: int) -> Shard:
-        """Write a shard's docs.parquet with words, and say what the manifest keeps of it."""
+        """Write a shard's docs.parquet with words; returns its entry for the manifest."""
         shards = self.dataset.manifest.shards
         shard, document = shards[number], sum(s.documents for s in shards[:number])
         name, words = f"{shard.name}.docs.parquet", 0
@@ -122,7 +122,7 @@ class _Counter:
         return dataclasses.replace(shard, sizes=sizes, sha256=sums, words=words)
 
     def _words(self, first: int, count: int) -> list[int]:
-        """Words of `count` documents from number `first` on; BOS and EOS are no part of the text."""
+        """Words of `count` documents from number `first` on; BOS and EOS are not part of the text."""
         starts = self.dataset.document_start(np.arange(first, first + count + 1, dtype=np.int64)).tolist()
         begin = 0 if self.dataset.manifest.bos_id is None else 1
         found = []
@@ -133,7 +133,7 @@ class _Counter:
 
 
 def _with_words(schema: pa.Schema, path: Path) -> pa.Schema:
-    """The schema with a column of words after that of bytes. Raises ValueError if that is a name of the user's."""
+    """The schema with a column `words` after `bytes`. Raises ValueError if the user's metadata has that name."""
     at = schema.get_field_index("words")
     if at < 0:
         return schema.insert(schema.get_field_index("bytes") + 1, pa.field("words", pa.int64()))

@@ -1,4 +1,4 @@
-"""What happens to a batch of documents in a worker: cleaned, filtered, freed of duplicates, encoded."""
+"""Processes a batch of documents in a worker: cleaning, filters, deduplication, encoding."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from lit_data.tokenizers.unit_encoder import UnitEncoder
 
 @dataclass
 class Item:
-    """A document on its way.
+    """A document to process.
 
     Attributes:
-        number: of the document in its part, from 0.
+        number: 0-based number of the document in its part.
         side: train or val.
-        dropped: numbers of the paragraphs that occurred before.
-        near: why it is dropped as a near duplicate; empty if it is not.
+        dropped: indices of the duplicate paragraphs.
+        near: reason for dropping it as a near duplicate; empty to keep it.
     """
 
     number: int
@@ -48,7 +48,7 @@ class Item:
 
 @dataclass
 class Hashed:
-    """The paragraphs' hashes and the signature of each document that is left, with its number in the part."""
+    """The paragraph hashes and signature of each kept document, with its number in the part."""
 
     numbers: list[int]
     paragraphs: list[list[bytes | None]]
@@ -57,14 +57,14 @@ class Hashed:
 
 @dataclass
 class Encoded:
-    """The documents of a batch that are left, by side: tokens one after another, lengths [n], columns of n values."""
+    """The kept documents of a batch, by side: concatenated tokens, lengths [n], columns of n values."""
 
     sides: dict[str, tuple[npt.NDArray[Any], npt.NDArray[np.int64], dict[str, list[Any]]]]
     report: StageReports
 
 
 def open_filters(settings: Settings) -> list[Filter]:
-    """The filters of text that settings ask for. Raises ValueError for what can't be had."""
+    """The text filters requested by the settings. Raises ValueError if one can't be opened."""
     filters = [open_filter(f) for f in settings.filter]
     if settings.min_characters or settings.max_characters:
         filters.append(length_filter(settings.min_characters, settings.max_characters or None))
@@ -74,10 +74,10 @@ def open_filters(settings: Settings) -> list[Filter]:
 
 
 class Worker:
-    """Made once in each worker; processes batches.
+    """Processes batches; built once in each worker.
 
     Args:
-        settings: of the preparation.
+        settings: settings of the preparation.
         with_tokenizer: False for the first pass, which only hashes.
     """
 
@@ -92,7 +92,7 @@ class Worker:
             self.encoder = UnitEncoder(self.tokenizer, dtype, bos=settings.bos, parse=parse)
 
     def hash(self, batch: list[Item]) -> Hashed:
-        """The first pass: what is needed to find duplicates."""
+        """First pass: compute hashes and signatures for deduplication."""
         s = self.settings
         done = Hashed([], [], [])
         for item in batch:
@@ -106,7 +106,7 @@ class Worker:
         return done
 
     def encode(self, batch: list[Item]) -> Encoded:
-        """The second pass, or the only one: the tokens of what is left."""
+        """Second (or only) pass: encode the kept documents."""
         report = StageReports()
         kept: list[tuple[Item, str]] = []
         for item in batch:

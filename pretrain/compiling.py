@@ -1,4 +1,4 @@
-"""torch.compile block by block: dynamo's limits, and the number of blocks that run compiled."""
+"""Compiles a model block by block: sets dynamo's recompile limits and counts the blocks that run compiled."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from lit_model.model import GPT, Block
 
 COMPILATIONS_PER_KIND = 2 * 2 * 2
-"""Of blocks of one kind: in training and validation, with and without documents, and each of these first for the shapes
-it sees (micro-batch, number of pieces) and then, when they change, for any."""
+"""Per kind of block: training and validation, with and without document mask, each first for static shapes
+(micro-batch, number of pieces) and, once these change, for dynamic ones."""
 
 
 def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile each block; sharding stays outside of the graph. Blocks of one kind share their compilations.
+    """Compile each block; sharding stays outside the graph. Blocks of one kind share their compilations.
 
-    All blocks of all models share one code object, for which dynamo allows 8 compilations; after that it runs
-    everything new eagerly. The limits are raised to the model's need.
+    All blocks of all models share one code object, for which dynamo allows 8 compilations; beyond that it falls back to
+    eager. The limits are raised as the model requires.
     """
     allowed = COMPILATIONS_PER_KIND * len({block.kind() for block in model.blocks()})
     config = torch._dynamo.config
@@ -34,10 +34,10 @@ def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -
 
 
 class CompiledBlocks:
-    """Counts the blocks that run compiled from now on: those whose Python code is never run.
+    """Counts the blocks that run compiled from now on: those whose Python code is never executed.
 
     Args:
-        models: what is compiled, by what it is called.
+        models: the compiled models by display name.
     """
 
     def __init__(self, models: dict[str, Sequence[GPT]]) -> None:
@@ -50,13 +50,13 @@ class CompiledBlocks:
         return [block for blocks in self.blocks.values() for block in blocks]
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """Of each, how many blocks run compiled, and how many there are."""
+        """{model: (blocks that run compiled, all blocks)}."""
         return {
             name: (sum(block.eager_calls == 0 for block in blocks), len(blocks)) for name, blocks in self.blocks.items()
         }
 
     def describe(self) -> str:
-        """One line; it begins with "warning:" and gives the cause if a block runs eagerly."""
+        """One-line summary; starts with "warning:" and gives the cause if a block runs eagerly."""
         counts = self.counts()
         parts = [f"{n} of {total} blocks of the {name}" for name, (n, total) in counts.items()]
         line = f"compiled: {', '.join(parts)}"
@@ -68,7 +68,7 @@ class CompiledBlocks:
 
 
 class _LimitReached(logging.Filter):
-    """Replaces dynamo's warning of a limit by one line, once for each function."""
+    """Shortens dynamo's recompile-limit warning to one line, once per function."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""How texts are encoded for a model: whether they begin with BOS, and how special tokens in them are treated.
+"""How text is encoded for a model: whether documents start with BOS, and how special tokens in text are treated.
 
-The manifest of the training data states it, each checkpoint carries it, and everything that encodes text follows it.
+Recorded in the training data's manifest and in each checkpoint; everything that encodes text follows it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pretrain.model_tokenizer import of_model
 
 
 def check_bos(named: Sequence[tuple[str, PackedDataset]]) -> None:
-    """Check that the documents of all datasets, each with its flag, begin alike. Raises ValueError."""
+    """Check that all datasets (with their flags) agree on whether documents start with BOS. Raises ValueError."""
     first_flag, first = named[0]
     for flag, dataset in named[1:]:
         if dataset.manifest.bos_id != first.manifest.bos_id:
@@ -34,7 +34,7 @@ def _beginning(id: int | None) -> str:
 
 
 def unlike_special_tokens(datasets: Sequence[PackedDataset]) -> str | None:
-    """A line about datasets that treat special tokens in their text differently; None if they are alike."""
+    """A warning if datasets treat special tokens in their text differently; None if they agree."""
     kinds = [dataset.manifest.special_tokens for dataset in datasets]
     if len(set(kinds)) < 2:
         return None
@@ -46,7 +46,7 @@ def unlike_special_tokens(datasets: Sequence[PackedDataset]) -> str | None:
 
 
 def encoding_facts(datasets: Sequence[PackedDataset]) -> dict[str, Any]:
-    """How the training data was encoded, for the meta of a checkpoint: `bos_id` if documents begin with BOS, and
+    """How the training data was encoded, for a checkpoint's meta: `bos_id` if documents start with BOS, and
     `special_tokens` if they were parsed in all datasets ("parse") or in some ("mixed")."""
     facts: dict[str, Any] = {}
     if (bos_id := datasets[0].manifest.bos_id) is not None:
@@ -62,9 +62,9 @@ class Encoding:
     """How text is encoded for one model.
 
     Attributes:
-        bos_id: the id that a text begins with; None: none.
-        special_tokens: names of special tokens are `text`, or were `parse`d in all or some (`mixed`) of the data; None:
-            not known, since the model was not trained here.
+        bos_id: the id every text starts with; None: no BOS.
+        special_tokens: special tokens in text are plain `text`, or were `parse`d in all or some (`mixed`) of the data;
+            None: unknown, since the model was not trained here.
     """
 
     bos_id: int | None = None
@@ -72,8 +72,8 @@ class Encoding:
 
 
 def encoding_of(path: Path, tokenizer: Tokenizer | None) -> Encoding:
-    """Of a checkpoint, as its training data; of a Hugging Face folder, as its tokenizer does by default; of a
-    checkpoint made of one, as was noted then."""
+    """How to encode text for a model: for a checkpoint, like its training data; for a Hugging Face folder, by its
+    tokenizer's default; for a checkpoint imported from one, as recorded on import."""
     path = resolve(path)
     if is_hf_folder(path):
         if tokenizer is None:
@@ -89,8 +89,7 @@ def encoding_of(path: Path, tokenizer: Tokenizer | None) -> Encoding:
 
 
 def unlike_start(path: Path, dataset: PackedDataset) -> str | None:
-    """A line about a model to start from whose texts begin otherwise than those of the data; None if they don't, or if
-    it is not known."""
+    """A warning if the --init_from model and the data disagree on BOS; None if they agree or that is unknown."""
     model = encoding_of(path, of_model(path).opened)
     ours, theirs = dataset.manifest.bos_id, model.bos_id
     if (ours is None) == (theirs is None) or model == Encoding():
@@ -103,7 +102,7 @@ def unlike_start(path: Path, dataset: PackedDataset) -> str | None:
 
 
 def check_folder(run: Path, folder: Path, tokenizer: Tokenizer, validation: PackedDataset) -> None:
-    """Check that validation data and a converted folder begin texts as a run's training data did. Raises ValueError."""
+    """Check that validation data and a converted folder use BOS as a run's training data did. Raises ValueError."""
     trained, converted = encoding_of(run, None).bos_id, encoding_of(folder, tokenizer).bos_id
     if validation.manifest.bos_id != trained:
         raise ValueError(
@@ -118,8 +117,8 @@ def check_folder(run: Path, folder: Path, tokenizer: Tokenizer, validation: Pack
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, encoding: Encoding) -> list[int]:
-    """The ids of a text to be continued, never none: what comes before the first token of a document is BOS, or else
-    the EOS of the document before."""
+    """Token ids of a prompt, starting with BOS if the model expects it. Never empty: without BOS, an empty prompt
+    becomes EOS, which in training precedes each document."""
     parse = encoding.special_tokens in ("parse", "mixed")
     encoded = tokenizer.encode_parsed([text])[0] if parse else tokenizer.encode(text)
     ids: list[int] = encoded.tolist()

@@ -1,4 +1,4 @@
-"""What stops or rolls back a run: signals, repeated non-finite steps, loss spikes."""
+"""Stops or rolls back a run: signals, repeated non-finite steps, loss spikes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 AFTER_MINUTES = "stop.after_minutes"
 REASONS = (*(s.name for s in STOP_SIGNALS), AFTER_MINUTES)
 RELAYED_S = 2.0
-"""torchrun relays Ctrl-C to ranks that already got it from the terminal; after this time it is a second one."""
+"""torchrun relays Ctrl-C to ranks that already got it from the terminal; a later one counts as a second Ctrl-C."""
 
 
 class AgreedError(RuntimeError):
-    """The run must end, at the same step on every rank. `sound`: the state can be saved first."""
+    """The run must end, at the same step on every rank. `sound`: the state is valid and can be saved first."""
 
     def __init__(self, message: str, *, sound: bool) -> None:
         super().__init__(message)
@@ -36,7 +36,7 @@ class AgreedError(RuntimeError):
 
 
 class Interrupted(BaseException):
-    """A signal arrived before there was anything to save. Like KeyboardInterrupt, no `except Exception` stops it."""
+    """A signal arrived before there was anything to save. Like KeyboardInterrupt, not caught by `except Exception`."""
 
     def __init__(self, name: str, exit_code: int) -> None:
         super().__init__(f"ended by {name} before the first step")
@@ -44,15 +44,15 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Receives the signals that stop a run, in a `with` block around all of it.
+    """Handles the signals that stop a run; a context manager around the entire run.
 
-    Before training begins, a signal raises Interrupted. Then it is kept for the ranks to agree on, and a second SIGINT
-    ends the process at once.
+    Before training starts, a signal raises Interrupted. From then on it is kept until the ranks agree on a step to stop
+    at, and a second SIGINT exits immediately.
 
     Attributes:
-        received: the name of the first.
-        kept: whether training has begun.
-        exit_code: of Interrupted by another signal than SIGINT.
+        received: the name of the first signal.
+        kept: whether training has started.
+        exit_code: exit code for Interrupted by a signal other than SIGINT.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class StopSignals:
 
 
 def say(text: str) -> None:
-    """Write a line in a signal handler, where printing may fall into another print; of rank 0 only."""
+    """Write a line from a signal handler, where print() may interrupt another print(); rank 0 only."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))) == "0":
         with contextlib.suppress(OSError):
             os.write(2, f"\n{text}\n".encode())
@@ -94,7 +94,7 @@ def launched_by_torchrun() -> bool:
 
 
 def process_age_s() -> float:
-    """Seconds since this process began; without /proc, since this module was imported."""
+    """Seconds since this process started; without /proc, since this module was imported."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -106,17 +106,17 @@ IMPORTED = time.monotonic()
 
 
 class StopRequest:
-    """Reasons of one rank to stop them all: it got a signal, its time is up, or one of its threads has failed.
+    """This rank's reasons to stop all ranks: it got a signal, its time is up, or one of its threads has failed.
 
-    It is part of the all-reduce of counts that each step begins with, so all ranks see it after the same step without
-    an extra collective; validation has its own. On CUDA it is read a step later, when the copy is done: waiting for it
-    only keeps the host from running more than a step ahead.
+    The flags travel in the all-reduce of counts at the start of each step, so all ranks see them after the same step
+    without an extra collective; validation has its own. On CUDA they are read one step later, when the copy is done:
+    waiting for it only keeps the host from running more than a step ahead.
 
     Attributes:
-        signals: of this process; None: signals don't stop the run.
-        after_minutes: since the process began, or None.
-        reason: what the ranks agreed to stop for, once they have.
-        rank_failed: whether they agreed that one has failed.
+        signals: this process's signals; None: signals don't stop the run.
+        after_minutes: time limit since process start, or None.
+        reason: the agreed reason to stop, once there is one.
+        rank_failed: whether the ranks agreed that one has failed.
     """
 
     def __init__(
@@ -129,13 +129,13 @@ class StopRequest:
         self._flags: deque[tuple[Tensor, Callable[[], None]]] = deque()
 
     def flags(self, *, failed: bool) -> tuple[float, ...]:
-        """This rank's part of the sum: one number for each of REASONS, one for a failed thread."""
+        """This rank's summands: one number for each of REASONS, one for a failed thread."""
         received = self.signals.received if self.signals is not None else None
         late = self.after_minutes is not None and process_age_s() > 60 * self.after_minutes
         return (*(float(s.name == received) for s in STOP_SIGNALS), float(late), float(failed))
 
     def summed(self, flags: Tensor) -> None:
-        """Take the sums over the ranks, on the device, for `agreed` to read."""
+        """Store the sums over the ranks, on the device, for `agreed` to read."""
         if flags.is_cuda:
             host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
             host.copy_(flags, non_blocking=True)
@@ -163,7 +163,7 @@ def check_progress(skipped_in_row: int, most: int, step: int, last_checkpoint: s
             f"the last {skipped_in_row} steps before step {step} had a loss or gradients that were not finite and were "
             f"skipped (--guard.max_skipped_steps {most}); the last checkpoint before them is {last_checkpoint}. Lower "
             "--optim.lr, or look at the data of these steps with scripts/trace_data.py step",
-            sound=True,  # skipped steps have changed nothing
+            sound=True,  # skipped steps leave the state unchanged
         )
 
 
@@ -174,7 +174,7 @@ def skip_if_not_finite(norm: Tensor) -> Tensor:
 
 @dataclass
 class Spike:
-    """A loss spike: began at log step `first_step`, confirmed at `step`; `good_step` is the last one before it."""
+    """A loss spike: started at log step `first_step`, confirmed at `step`; `good_step` is the last one before it."""
 
     good_step: int
     first_step: int
@@ -191,10 +191,10 @@ class Spike:
 
 
 class SpikeDetector:
-    """Finds losses that stay far above those before them. A pure function of the logged losses, the same on all ranks.
+    """Detects losses that stay far above the earlier ones. A pure function of the logged losses, equal on all ranks.
 
-    A loss is high if it is not finite, or exceeds the mean of the last `spike_window` that were not high by
-    `spike_sigmas` of their standard deviations; `spike_rows` high ones in a row are a spike.
+    A loss is high if it is not finite, or exceeds the mean of the last `spike_window` normal losses by `spike_sigmas`
+    of their standard deviations; `spike_rows` high losses in a row are a spike.
     """
 
     def __init__(self, args: GuardArgs, state: dict[str, Any] | None = None) -> None:
@@ -205,7 +205,7 @@ class SpikeDetector:
         self.good_step = int(state["good_step"])
 
     def add(self, step: int, loss: float) -> Spike | None:
-        """Add the loss after `step` steps. Returns the spike that it confirms, if any."""
+        """Add the loss after `step` steps. Returns the spike it confirms, if any."""
         if self.args.spike_action == "none":
             return None
         enough = len(self.losses) * 2 >= self.args.spike_window
@@ -219,12 +219,12 @@ class SpikeDetector:
         if len(self.high) < self.args.spike_rows:
             return None
         spike = Spike(self.good_step, self.high[0][0], step, loss, mean, deviation)
-        # Later losses are compared with the new level, so that a lasting change is reported once.
+        # Later losses are compared with the new level, so that a permanent change is reported once.
         self.losses.clear()
         self.losses.extend(loss for _, loss in self.high if math.isfinite(loss))
         self.high, self.good_step = [], step
         return spike
 
     def state(self) -> dict[str, Any]:
-        """JSON-able; not finite losses are kept as text by Python's json."""
+        """JSON-serializable state; Python's json writes non-finite losses as text."""
         return {"losses": list(self.losses), "high": self.high, "good_step": self.good_step}

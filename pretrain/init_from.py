@@ -1,4 +1,4 @@
-"""The initial state of a run: the model's config, and weights and moments of another checkpoint."""
+"""Initial state of a run: the model config, and weights and optimizer moments from another checkpoint."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pretrain.optim import AdamW
 
 
 def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None) -> ModelConfig:
-    """The model's config: from the registry and the flags, or from --init_from.
+    """The model config: from the registry and the flags, or from --init_from.
 
-    A resumed run takes it from its checkpoint, and no longer needs --init_from.
+    A resumed run reads it from its checkpoint, and no longer needs --init_from.
     """
     if args.init_from is None:
         return args.model.config(vocab_size, args.train.block_size)
@@ -44,8 +44,8 @@ def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None)
 
 
 def load_weights(model: nn.Module, path: Path, layers: list[int] | None) -> None:
-    """Copy the weights of a checkpoint or a Hugging Face folder, or of these of its layers, into a model, sharded or
-    not.
+    """Copy the weights of a checkpoint or Hugging Face folder, or of the given layers only, into a model (sharded or
+    not).
     """
     _, tensors = load_tensors(path)
     for name, parameter in model.named_parameters():
@@ -55,7 +55,7 @@ def load_weights(model: nn.Module, path: Path, layers: list[int] | None) -> None
 
 
 def with_layers(config: ModelConfig, layers: list[int]) -> ModelConfig:
-    """The config of a model of some of another's layers. Raises ValueError for one that is not there."""
+    """The config of a model with a subset of another's layers. Raises ValueError for a layer that does not exist."""
     if not all(0 <= i < config.n_layer for i in layers):
         raise ValueError(f"--init_layers {layers}: --init_from has the layers 0 to {config.n_layer - 1}")
     attention = tuple(config.layer_attention(i) for i in layers)
@@ -74,7 +74,7 @@ def with_layers(config: ModelConfig, layers: list[int]) -> ModelConfig:
 
 
 def optimizer_of(args: RunArgs) -> Checkpoint:
-    """The checkpoint of --init_from. Raises ValueError if it does not hold AdamW's state of every parameter."""
+    """The --init_from checkpoint. Raises ValueError if it lacks AdamW state for any parameter."""
     assert args.init_from is not None
     path = resolve(args.init_from)
     if is_hf_folder(path):
@@ -91,6 +91,6 @@ def optimizer_of(args: RunArgs) -> Checkpoint:
 
 
 def load_optimizer(optimizer: AdamW, checkpoint: Checkpoint) -> None:
-    """Copy the moments and the count of updates of a checkpoint, see `optimizer_of`, into an optimizer."""
+    """Copy the moments and update count of a checkpoint (see `optimizer_of`) into an optimizer."""
     for name, target in (state_tensors({}, optimizer.state) | {STEP_COUNT: optimizer.step_count}).items():
         copy_slice(target, checkpoint.tensor(name))

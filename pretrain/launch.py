@@ -1,6 +1,6 @@
-"""The processes started by a launcher (srun, torchrun), from its environment variables.
+"""Detects the processes started by a launcher (srun, torchrun) from its environment variables.
 
-The launcher decides their number and places, which override a config; a flag that contradicts them is an error.
+The launcher decides how many processes run and where, which overrides a config; a contradicting flag is an error.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import Literal
 from pretrain.args import RunArgs, TrainArgs
 from pretrain.fabric import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
-# Names that SLURM gives to a shell's job; there `python` runs alone, whatever the job's size.
+# SLURM job names of interactive shells, where `python` runs as a single process, whatever the job size.
 SHELLS = ("interactive", "bash", "sh", "zsh", "fish", "tcsh")
-WAITING_S = 60.0  # until a process prints that it is waiting for the others
+WAITING_S = 60.0  # before a process prints that it is waiting for the others
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 def is_first_process() -> bool:
-    """Whether this process is rank 0 according to the environment, or starts the others itself."""
+    """Whether this process is rank 0 according to the environment, or spawns the others itself."""
     return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)
 
 
 def is_rank() -> bool:
-    """Whether this process was started as one of several, so that others may be waiting for it."""
+    """Whether this process is one of several, so that others may be waiting for it."""
     return any(name in os.environ for name in RANK_VARIABLES)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The processes, and this one's place among them. Each node has `devices` of them."""
+    """World layout, and the ranks of this process. Each node runs `devices` processes."""
 
     by: Literal["srun", "torchrun"]
     world_size: int
@@ -49,9 +49,9 @@ class Launch:
 
 
 def find_launch(env: Mapping[str, str] | None = None) -> Launch | None:
-    """The launcher of this process and its ranks; None: it was started alone, and may start others itself.
+    """Detect the launcher and this process's ranks; None: a single process, which may spawn others itself.
 
-    Raises ValueError if nodes have different numbers of processes.
+    Raises ValueError if nodes run different numbers of processes.
     """
     env = os.environ if env is None else env
     if "TORCHELASTIC_RUN_ID" in env and "LOCAL_WORLD_SIZE" in env:
@@ -61,14 +61,14 @@ def find_launch(env: Mapping[str, str] | None = None) -> Launch | None:
                 f"torchrun started {world_size} processes, {devices} on this node: each node needs the same number"
             )
         return Launch("torchrun", world_size, devices, int(env["RANK"]), int(env["LOCAL_RANK"]))
-    # A job's script has SLURM_PROCID too; the variables of a step are srun's alone.
+    # SLURM_PROCID is also set in a batch script; only srun sets the step variables.
     if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
         return None
     world_size = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
     if world_size == 1 and is_shell(env):
         return None
     nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or 1)
-    # The job's counts hold for the step only where they give its number of tasks.
+    # The job's counts apply to the step only if they add up to its number of tasks.
     places = next(
         (p for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
          if sum(p := tasks_per_node(env.get(name, ""))) == world_size),
@@ -96,12 +96,12 @@ def is_shell(env: Mapping[str, str]) -> bool:
 def fit_to_launch(
     args: RunArgs, typed: Collection[str], configured: Collection[str] = (), env: Mapping[str, str] | None = None
 ) -> tuple[RunArgs, list[str]]:
-    """The settings with the launcher's number of nodes and devices, and the lines to print about it.
+    """Settings with the launcher's number of nodes and devices, and messages to print about it.
 
-    `typed` and `configured` are the settings of the command line and of configs.
+    `typed` and `configured` are the settings given on the command line and in configs.
 
-    Raises ValueError for a typed --devices or --num_nodes that contradicts the launcher, and where a job of several
-    tasks has started one process without srun.
+    Raises ValueError if --devices or --num_nodes on the command line contradict the launcher, or if a job with several
+    tasks started a single process without srun.
     """
     env = os.environ if env is None else env
     launch = find_launch(env)
@@ -131,7 +131,7 @@ def fit_to_launch(
 
 
 def _alone(args: RunArgs, typed: Collection[str], env: Mapping[str, str]) -> list[str]:
-    """Without a launcher this process starts the others, if any."""
+    """Messages for a run without a launcher, where this process spawns the others, if any."""
     if "SLURM_JOB_ID" not in env or "LOCAL_RANK" in env:
         return []
     n_tasks = int(env.get("SLURM_NTASKS") or sum(tasks_per_node(env.get("SLURM_TASKS_PER_NODE", ""))) or 1)
@@ -147,8 +147,8 @@ def _alone(args: RunArgs, typed: Collection[str], env: Mapping[str, str]) -> lis
 
 
 def _fitting(train: TrainArgs, world_size: int) -> int | None:
-    """The largest smaller micro-batch that divides the global batch among the devices; None if there is none, or the
-    micro-batch fits."""
+    """The largest smaller micro-batch that divides the global batch evenly over the devices; None if the current one
+    does already, or none does."""
     per_device, left = divmod(train.global_batch_samples, world_size)
     if left or per_device % train.micro_batch_samples == 0:
         return None
@@ -161,9 +161,9 @@ def has_gpus(env: Mapping[str, str]) -> bool:
 
 
 def gpu_index(launch: Launch, n_visible: int, env: Mapping[str, str] | None = None) -> int:
-    """Which of the GPUs that this process sees is its own. Raises ValueError if there are too few for all.
+    """Index of this process's GPU among the visible ones. Raises ValueError if there are too few for all processes.
 
-    With --gpus-per-task or --gpu-bind each task of srun sees its own alone, as number 0.
+    With --gpus-per-task or --gpu-bind each srun task sees only its own GPU, as index 0.
     """
     env = os.environ if env is None else env
     if n_visible >= launch.devices:
@@ -177,10 +177,10 @@ def gpu_index(launch: Launch, n_visible: int, env: Mapping[str, str] | None = No
 
 
 class StepEnvironment(SLURMEnvironment):
-    """Presents a task of srun to Fabric as its own node, with one device that we choose.
+    """Presents each srun task to Fabric as its own node with one device, which we choose.
 
-    So the step's variables decide. Lightning would read the job's, require --ntasks-per-node, and take a job named
-    interactive for one without srun.
+    This way the step's variables decide. Lightning would read the job's, require --ntasks-per-node, and assume that a
+    job named "interactive" runs without srun.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -225,7 +225,7 @@ class StepEnvironment(SLURMEnvironment):
 
 
 def environment_for_fabric(launch: Launch | None) -> ClusterEnvironment | None:
-    """Fabric's source of information about the processes; None: it detects them itself, as for torchrun."""
+    """The cluster environment to pass to Fabric; None: Fabric detects it itself, as for torchrun."""
     if launch is not None and launch.by == "srun":
         return StepEnvironment(launch) if launch.world_size > 1 else LightningEnvironment()
     # Without srun, SLURM's variables don't describe this process.
@@ -233,7 +233,7 @@ def environment_for_fabric(launch: Launch | None) -> ClusterEnvironment | None:
 
 
 class WaitingNotice:
-    """While the processes start: after a minute, each prints that it is waiting for the others."""
+    """Prints after a minute of start-up, in each process, that it is waiting for the others."""
 
     def __init__(self, world_size: int) -> None:
         rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or "0"

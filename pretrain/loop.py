@@ -1,4 +1,4 @@
-"""Training: `fit` is a table of contents, `train_step` one optimizer step, `validate` the whole validation split.
+"""The training loop: `fit` is the outline, `train_step` one optimizer step, `validate` a full validation.
 
 Dimensions: B rows in a micro-batch, T tokens in a row, P pieces of a micro-batch (padded, see
 lit_data/loading/loader.py).
@@ -52,15 +52,15 @@ SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 
 @dataclass
 class StepResult:
-    """Results of a step, still on the device.
+    """Results of one step, still on the device.
 
     Attributes:
         loss_sum: this rank's summed loss, float64 scalar.
-        n_targets: targets of the whole step, all ranks.
+        n_targets: targets of the step over all ranks.
         grad_norm: global norm before clipping, float32 scalar.
-        span_losses: reads the losses of the pieces; for the record's thread.
+        span_losses: returns the losses of the pieces; called in the record's thread.
         router: this rank's sums over its micro-batches, float64; None for a model without experts.
-        divergence_sum: this rank's, from its teachers, float64 scalar; None without teachers, or if they did not count.
+        divergence_sum: this rank's divergence from the teachers, float64 scalar; None if no teachers were used.
     """
 
     loss_sum: Tensor
@@ -80,10 +80,10 @@ class RollBack(Exception):
 
 
 def fit(run: Run) -> str | None:
-    """Train to the end of the run. Returns the signal that stopped it early, if one did.
+    """Train to the end of the run. Returns the signal that stopped it early, if any.
 
-    Raises AgreedError, Mistake or SaveError, on every rank at the same step, when the run cannot continue. Any other
-    exception is that of one rank alone, or of all ranks; then the state has been saved, if it was sound.
+    Raises AgreedError, Mistake or SaveError on every rank at the same step if the run cannot continue. Any other
+    exception comes from one rank, or from all ranks; in the latter case the state, if valid, has been saved.
     """
     try:
         while True:
@@ -174,7 +174,7 @@ def run_steps(run: Run) -> str | None:
 
 
 def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> StepResult:
-    """One optimizer step: forward and backward of each micro-batch, clipping, update. Nothing waits for the device.
+    """One optimizer step: forward and backward of each micro-batch, clipping, update. No host sync.
 
     The loss is the mean over the targets of the global batch: each micro-batch backpropagates
     loss_sum * world_size / n_targets, since DDP and FSDP2 average gradients over the ranks.
@@ -208,7 +208,7 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
             head = None if head_of is None else head_of(batch, tokens, bounds)
             with run.autocast():
                 out: LossOutput = run.model(tokens, targets, cu_seqlens=bounds, head=head)
-            # A loss that is not finite makes every gradient so, on every rank: the step is skipped.
+            # A non-finite loss makes every gradient non-finite on every rank, so the step is skipped.
             run.fabric.backward(out.loss_sum * (factor + 0 * out.loss_sum.detach()))
         loss_sum += out.cross_entropy_sum
         piece_losses.append(sum_over_pieces(out.token_losses, cu_seqlens))
@@ -258,7 +258,7 @@ def sync_gradients(run: Run, last: bool) -> AbstractContextManager[Any]:
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens and targets int64 [B, T] and piece boundaries int32 [P + 1] on the device; copies don't wait."""
+    """Tokens and targets int64 [B, T] and piece boundaries int32 [P + 1] on the device; non-blocking copies."""
     return (
         batch.tokens.to(device, non_blocking=True),
         batch.targets.to(device, non_blocking=True),
@@ -267,13 +267,13 @@ def to_device(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, 
 
 
 def sum_over_pieces(token_losses: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """float32 [B, T] and boundaries int32 [P + 1] -> float64 [P]: sums of neighbours, in one fixed order."""
+    """float32 [B, T] and boundaries int32 [P + 1] -> float64 [P]: per-piece sums in a deterministic order."""
     lengths = cu_seqlens.diff().to(torch.int64)
     return torch.segment_reduce(token_losses.reshape(-1).double(), "sum", lengths=lengths, unsafe=True, initial=0.0)
 
 
 def add_routers(routers: list[RouterStatistics]) -> RouterStatistics | None:
-    """Sums over the micro-batches of a step, float64; None where there are no experts."""
+    """Router statistics summed over a step's micro-batches, float64; None without experts."""
     if not routers:
         return None
     return RouterStatistics(*(torch.stack(values).sum(0, dtype=torch.float64) for values in zip(*routers, strict=True)))
@@ -302,13 +302,13 @@ def read_later(piece_losses: list[Tensor], skip: Tensor) -> SpanLosses:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed dropout from (seed, step, rank), so that a step repeats wherever the run was interrupted."""
+    """Seed dropout from (seed, step, rank), so that a step is reproducible wherever the run was interrupted."""
     digest = hashlib.sha256(f"step:{seed}:{step}:{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, float]:
-    """The numbers of a log step. Reading them is the only host sync in `log.every_steps` steps."""
+    """Read the metrics of a log step: the only host sync in `log.every_steps` steps."""
     total = result.loss_sum.clone()
     if run.world_size > 1:
         dist.all_reduce(total)
@@ -343,7 +343,7 @@ def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, f
 
 
 def epoch_columns(run: Run, epochs: list[float]) -> list[tuple[str, float]]:
-    """Passes over the data as columns of metrics: `epoch`, and for a mixture `epoch_0`, ... by the dataset's number."""
+    """Epochs so far, as metrics columns: `epoch`, and for a mixture `epoch_0`, ... by dataset index."""
     if len(epochs) == 1:
         return [("epoch", epochs[0])]
     return [(f"epoch_{d}", epoch) for d, epoch in enumerate(epochs)]
@@ -352,8 +352,8 @@ def epoch_columns(run: Run, epochs: list[float]) -> list[tuple[str, float]]:
 def with_validation(
     run: Run, row: dict[str, float], throughput: Throughput, progress: ProgressDisplay
 ) -> dict[str, float]:
-    """A row of metrics with the columns of validation. Empty if a stop interrupted the validation: then the checkpoint
-    keeps the row, and a resume begins with the validation.
+    """A metrics row with the validation columns added. Empty if a stop interrupted the validation: the row is then kept
+    in the checkpoint, and a resume starts with the validation.
     """
     values = validate(run, throughput, progress)
     run.unfinished = row if values is None else None
@@ -362,11 +362,11 @@ def with_validation(
 
 @torch.no_grad()
 def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dict[str, float] | None:
-    """Mean loss over every target of the validation split (sum over count, all ranks), and bits per byte of its text.
+    """Mean loss over all targets of the validation split (sum / count over all ranks), and bits per byte of its text.
     None if the ranks have agreed to stop.
 
-    Bits per byte is the mean loss in bits times tokens per byte of the whole split: a document's first token, which
-    is never a target, is charged the mean.
+    Bits per byte is the mean loss in bits times tokens per byte of the split: a document's first token, which is never
+    a target, is counted at the mean loss.
     """
     if run.val_loader is None or run.data.val is None:
         return {}
@@ -421,7 +421,7 @@ def publish_row(
     row: dict[str, float],
     by_layer: dict[str, float] | None = None,
 ) -> None:
-    """Write a row of metrics, to the trackers too, and show it."""
+    """Write a metrics row, send it to the trackers, and display it."""
     if metrics is None:
         return
     metrics.write(row)
@@ -431,7 +431,7 @@ def publish_row(
 
 
 def check_losses(run: Run, row: dict[str, float]) -> None:
-    """Look for a loss spike: warn, or raise RollBack, or AgreedError if the run cannot go back."""
+    """Check for a loss spike: warn, raise RollBack, or raise AgreedError if the run cannot roll back."""
     guard = run.args.guard
     spike = run.spikes.add(run.step, row["train_loss"])
     if spike is None:
@@ -453,7 +453,7 @@ def check_losses(run: Run, row: dict[str, float]) -> None:
 
 
 def raise_fault(run: Run) -> NoReturn:
-    """End the run because of faults of some ranks, with the same error on all."""
+    """End the run after some ranks failed, with the same error on all ranks."""
     faults = [run.fault()]
     if run.world_size > 1:
         faults = [None] * run.world_size
@@ -464,7 +464,7 @@ def raise_fault(run: Run) -> NoReturn:
 
 
 def save(run: Run, throughput: Throughput) -> None:
-    """Save the state, and publish the part of the record since the last save."""
+    """Save a checkpoint, and publish the record since the last save."""
     paused = throughput.pause()
     run.beat("saving")
     finish_part = run.recorder.publish_later() if run.recorder is not None else lambda: None
@@ -473,14 +473,14 @@ def save(run: Run, throughput: Throughput) -> None:
 
 
 def may_save(run: Run) -> bool:
-    """Whether the state after `run.step` steps is whole, and can be saved without collectives of training: after an
+    """Whether the state after `run.step` steps is consistent and can be saved without training collectives: after an
     error the ranks may be at different ones."""
     gathers = uses_fsdp(run.args) and run.args.save.state_dict_type == "full" and run.world_size > 1
     return run.sound and not gathers and run.fault() is None
 
 
 def save_before_the_end(run: Run, throughput: Throughput) -> None:
-    """Save after an error that all ranks share. A failure to do so is only a warning."""
+    """Save after an error raised on all ranks. If saving fails, only warn."""
     try:
         if (run.folder / checkpoint_name(run.step)).exists():
             return
@@ -491,7 +491,7 @@ def save_before_the_end(run: Run, throughput: Throughput) -> None:
 
 
 def checkpoint_meta(run: Run) -> dict[str, object]:
-    """The meta of a checkpoint: everything besides its tensors, JSON-able."""
+    """A checkpoint's meta: everything except the tensors, JSON-serializable."""
     datasets = run.data.train
     return {
         **run.to_meta(),
@@ -518,6 +518,6 @@ def checkpoint_meta(run: Run) -> dict[str, object]:
 
 
 def last_checkpoint_name(run: Run, steps: int) -> str:
-    """The newest checkpoint from before the last `steps` steps, for an error message."""
+    """Name of the newest checkpoint before the last `steps` steps, for an error message."""
     names = [p.name for p in list_checkpoints(run.folder) if (checkpoint_step(p) or 0) <= run.step - steps]
     return names[-1] if names else "none"

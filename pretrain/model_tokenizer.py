@@ -1,7 +1,7 @@
-"""The tokenizer that a model was trained with, and whether it is that of the data.
+"""Finds the tokenizer a model was trained with, and compares it with the data's.
 
-The meaning of ids is part of a model. A checkpoint of a run states it (`meta["data"]["tokenizer"]`), as does an
-imported one (`meta["tokenizer"]`) if it had a tokenizer; a Hugging Face folder has it beside the model.
+A model only makes sense with its tokenizer. A run's checkpoint records it (`meta["data"]["tokenizer"]`), as does an
+imported one (`meta["tokenizer"]`) if it had one; a Hugging Face folder has it next to the model.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ OVERRIDE = "--data.allow_tokenizer_mismatch true"
 
 @dataclass(frozen=True)
 class KnownTokenizer:
-    """A tokenizer, as far as it is known.
+    """What is known about a tokenizer.
 
     Attributes:
-        facts: of `Tokenizer.facts`, perhaps with `ids_digest`; empty if nothing is known.
-        files: its folder or file, if it is at hand; it may turn out to be another one.
+        facts: from `Tokenizer.facts`, possibly with `ids_digest`; empty if nothing is known.
+        files: its folder or file, if available; may turn out to be a different tokenizer.
         unreadable: why the files could not be read.
     """
 
@@ -40,12 +40,12 @@ class KnownTokenizer:
 
     @property
     def named(self) -> bool:
-        """Whether it is known at all: data that came without a tokenizer says only how many ids it has."""
+        """Whether the tokenizer is identified: data imported without one only records the number of ids."""
         return self.fingerprint is not None and self.facts.get("kind") != "unknown"
 
     @functools.cached_property
     def opened(self) -> Tokenizer | None:
-        """The tokenizer itself, if its files are at hand and are those that the facts are of."""
+        """The tokenizer itself, if its files are available and match the facts."""
         if self.files is None:
             return None
         try:
@@ -66,7 +66,7 @@ class KnownTokenizer:
 
 
 def find_tokenizer(path: Path) -> Path | None:
-    """The tokenizer of a run folder, of a checkpoint in one, or of a Hugging Face folder; None if there is none."""
+    """Find the tokenizer of a run folder, a checkpoint in one, or a Hugging Face folder; None if there is none."""
     path = Path(path)
     if is_hf_folder(path):
         has_files = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
@@ -76,7 +76,7 @@ def find_tokenizer(path: Path) -> Path | None:
 
 
 def of_files(path: Path | None) -> KnownTokenizer:
-    """Of a tokenizer's folder or file. One that cannot be opened is not known, with the reason."""
+    """The tokenizer in a folder or file. One that cannot be opened counts as unknown, with the reason."""
     if path is None:
         return KnownTokenizer({})
     try:
@@ -86,7 +86,7 @@ def of_files(path: Path | None) -> KnownTokenizer:
 
 
 def of_model(path: Path) -> KnownTokenizer:
-    """Of a run folder, a checkpoint or a Hugging Face folder. Raises what `resolve` and `Checkpoint` raise."""
+    """The tokenizer of a run folder, checkpoint or Hugging Face folder. Raises as `resolve` and `Checkpoint` do."""
     path = resolve(path)
     if is_hf_folder(path):
         return of_files(find_tokenizer(path))
@@ -98,16 +98,16 @@ def of_data(dataset: PackedDataset) -> KnownTokenizer:
 
 
 def facts_of(meta: dict[str, Any]) -> dict[str, Any]:
-    """The facts of the tokenizer in a checkpoint; empty if there are none."""
+    """The tokenizer facts in a checkpoint's meta; empty if there are none."""
     data = meta.get("data")
     facts = (data.get("tokenizer") if isinstance(data, dict) else None) or meta.get("tokenizer")
     return facts if isinstance(facts, dict) else {}
 
 
 def ids_without_token(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
-    """Ids of a model's vocabulary that no token has: above the tokenizer's, or left out by it. Nothing trained them.
+    """Ids in a model's vocabulary without a token: beyond the tokenizer's range, or unused by it. They are untrained.
 
-    `tokenizer` None: the model's own counts, as far as its checkpoint says how many ids that has.
+    `tokenizer` None: use the model's own, if its checkpoint records how many ids it has.
     """
     if tokenizer is not None:
         return [id for id in range(vocab_size) if tokenizer.id_to_token(id) is None]
@@ -115,7 +115,7 @@ def ids_without_token(path: Path, tokenizer: Tokenizer | None, vocab_size: int) 
 
 
 def compare(one: KnownTokenizer, other: KnownTokenizer) -> Literal["same", "different", "unknown"]:
-    """Whether two give the same ids: by fingerprint, else by what they do; see lit_data/tokenizers/compare.py."""
+    """Whether two produce the same ids: by fingerprint, else by behaviour; see lit_data/tokenizers/compare.py."""
     if one.fingerprint is not None and one.fingerprint == other.fingerprint:
         return "same"
     if not (one.named and other.named):
@@ -124,7 +124,7 @@ def compare(one: KnownTokenizer, other: KnownTokenizer) -> Literal["same", "diff
 
 
 def describe_difference(one: KnownTokenizer, other: KnownTokenizer, whose: str) -> str:
-    """How two known tokenizers differ, as far as known. `whose` says what the other one is of."""
+    """Describe how two known tokenizers differ. `whose` names the owner of the other one."""
     how = f"its fingerprint is {str(one.fingerprint)[:12]}, that of {whose} is {str(other.fingerprint)[:12]}"
     if one.opened is not None and other.opened is not None:
         return f"{how} ({difference(one.opened, other.opened)})"
@@ -133,9 +133,9 @@ def describe_difference(one: KnownTokenizer, other: KnownTokenizer, whose: str) 
 
 
 def check_model_and_data(path: Path, dataset: PackedDataset, where: str, *, override: str = OVERRIDE) -> str | None:
-    """Check that a model was trained with the tokenizer of the data.
+    """Check that a model was trained with the data's tokenizer.
 
-    Returns None if it was, and a sentence if that is unknown. Raises ValueError that names the difference.
+    Returns None if it was, and a warning if that is unknown. Raises ValueError naming the difference.
 
     Args:
         where: the flag and the model, for messages.
@@ -157,7 +157,7 @@ def check_model_and_data(path: Path, dataset: PackedDataset, where: str, *, over
 
 
 def check_own_tokenizer(path: Path, tokenizer: Path | None) -> None:
-    """Check that a tokenizer is the one a model was trained with, as far as known. Raises ValueError."""
+    """Check that a tokenizer is the one a model was trained with, if that is known. Raises ValueError."""
     model, given = of_model(path), of_files(tokenizer)
     if compare(model, given) == "different":
         raise ValueError(

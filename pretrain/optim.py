@@ -1,7 +1,7 @@
-"""AdamW with decay on matrices only, clipping on any mesh, and steps that are skipped on the device.
+"""AdamW with weight decay on matrices only, gradient clipping on any mesh, and step skipping without a host sync.
 
-Everything works on the local parts of parameters (DTensor shards or plain tensors), so that the same code serves one
-device, DDP and FSDP2, without a host sync.
+Everything operates on local tensors (DTensor shards or plain tensors), so the same code serves one device, DDP and
+FSDP2.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from pretrain.args import OptimArgs
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor (sharing its storage), or the tensor itself."""
+    """This rank's shard of a DTensor (sharing its storage), or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def decays(parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and biases.
+    """Whether weight decay applies: yes for matrices, no for norms and biases.
 
-    Matrices are parameters of two dimensions or more: linears, embedding and head, learned positions, routers, and the
-    stacked matrices of experts. A DTensor counts its own dimensions, not those of its shard.
+    Matrices are parameters with two or more dimensions: linears, embedding and head, learned positions, routers, and
+    stacked expert matrices. For a DTensor the global dimensions count, not those of the shard.
     """
     return parameter.dim() >= 2
 
 
 class AdamW:
-    """Decoupled weight decay (Loshchilov and Hutter 2019) by torch's fused kernel, its state keyed by parameter name.
+    """AdamW (Loshchilov and Hutter 2019) using torch's fused kernel, with state keyed by parameter name.
 
     Attributes:
         state: {name: {"exp_avg": Tensor, "exp_avg_sq": Tensor}}, shaped and sharded like the parameters, fp32.
-        step_count: float32 scalar on the device: updates applied so far (skipped ones do not count).
+        step_count: float32 scalar on the device: updates applied so far, without skipped ones.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], args: OptimArgs) -> None:
@@ -54,10 +54,10 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, skip: Tensor | None = None) -> None:
-        """Update all parameters from their gradients; where `skip` (a float scalar on the device) is 1, none."""
+        """Update all parameters from their gradients, or none if `skip` (a float scalar on the device) is 1."""
         for matrices in (True, False):
             names = [n for n, p in self.parameters.items() if decays(p) == matrices and p.grad is not None]
-            # Shards of small parameters may be empty on some ranks: the fused kernel does not take those.
+            # Shards of small parameters may be empty on some ranks; the fused kernel rejects those.
             names = [n for n in names if local(self.parameters[n]).numel()]
             if not names:
                 continue
@@ -90,14 +90,14 @@ class AdamW:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: Tensor | None = None) -> Tensor:
     """Scale gradients to at most `max_norm` in global 2-norm; return the norm before that, a float32 scalar.
 
-    Shards are summed over the dimensions of their mesh that shard; replicas count once, as do gradients that are plain
-    tensors, which DDP has made equal on all ranks. The coefficient is min(1, max_norm / (norm + 1e-6)), as in
-    torch.nn.utils.clip_grad_norm_. Nothing is read on the host: a norm that is not finite comes back as it is, for the
-    caller to skip the step by. The norm is on the device of the gradients, the host under CPU offload.
+    Shards are summed over the sharded mesh dimensions; replicas count once, as do plain-tensor gradients, which DDP has
+    already made equal on all ranks. The coefficient is min(1, max_norm / (norm + 1e-6)), as in
+    torch.nn.utils.clip_grad_norm_. No host sync: a non-finite norm is returned as is, and the caller skips the step.
+    The norm is on the gradients' device, which is the host under CPU offload.
 
     Args:
-        max_norm: 0 leaves the gradients as they are (but for `scale`).
-        scale: a loss scale that the gradients carry and are divided by first.
+        max_norm: 0 disables clipping (`scale` still applies).
+        scale: loss scale to divide the gradients by first.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     assert grads, "clip_gradients needs gradients"
@@ -115,11 +115,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: T
 
 
 Layout = tuple[DeviceMesh, tuple[Placement, ...]] | None
-"""How a tensor is distributed over the ranks; None: plain."""
+"""How a tensor is distributed over the ranks; None: a plain tensor."""
 
 
 def by_layout(grads: list[Tensor]) -> dict[Layout, list[Tensor]]:
-    """Local parts by layout, in the order of the first of each: the same on every rank."""
+    """Group local shards by layout, in order of first appearance, which is the same on every rank."""
     groups: dict[Layout, list[Tensor]] = {}
     for g in grads:
         layout = (g.device_mesh, g.placements) if isinstance(g, DTensor) else None
@@ -128,7 +128,7 @@ def by_layout(grads: list[Tensor]) -> dict[Layout, list[Tensor]]:
 
 
 def sum_of_squares(layout: Layout, shards: list[Tensor]) -> Tensor:
-    """Of whole tensors of one layout, from this rank's parts; a float32 scalar, the same on all ranks."""
+    """Sum of squares over full tensors of one layout, from this rank's shards; float32 scalar, equal on all ranks."""
     total = torch.stack(torch._foreach_norm(shards, 2.0)).to(torch.float32).square().sum()
     mesh, placements = layout if layout is not None else (None, ())
     for dim, placement in enumerate(placements):
@@ -143,7 +143,7 @@ def sum_of_squares(layout: Layout, shards: list[Tensor]) -> Tensor:
 class LossScale:
     """Dynamic loss scale for fp16, on the device: halved on an overflow, doubled after `interval` good steps.
 
-    The rule and the constants of torch.amp.GradScaler; ours, since its bookkeeping reads the host each step.
+    Same rule and constants as torch.amp.GradScaler, which we can't use since it syncs with the host every step.
     """
 
     scale: Tensor
@@ -158,7 +158,7 @@ class LossScale:
         )
 
     def update(self, skip: Tensor) -> None:
-        """`skip`: float scalar, 1 where the step's gradients were not finite."""
+        """Adjust the scale after a step. `skip`: float scalar, 1 if the gradients were not finite."""
         torch._amp_update_scale_(self.scale, self.good_steps, skip, 2.0, 0.5, self.interval)
 
     def to_dict(self) -> dict[str, float]:

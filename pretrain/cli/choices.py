@@ -1,7 +1,8 @@
-"""The words of the trainer's command line, and settings that exclude each other.
+"""Splits the trainer's command line and resolves mutually exclusive settings.
 
-Flags override configs, wherever they are typed, and a second --config the first. A later choice replaces the earlier
-one's rivals. Two rivals in one place, both typed for example, stay, and are refused by the classes of pretrain/args.py.
+Flags override configs, regardless of their position, and a later --config overrides an earlier one. A later choice
+drops earlier settings that conflict with it. Two conflicting settings from one source, such as two flags, are kept, and
+rejected by the classes of pretrain/args.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pretrain.cli.command_line import spell_switches
 
 
 def switches_of(fields: type, prefix: str = "--") -> set[str]:
-    """The flags of a dataclass that are true or false."""
+    """The boolean flags of a dataclass."""
     found: set[str] = set()
     for name, kind in get_type_hints(fields).items():
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
@@ -55,7 +56,7 @@ def is_set(value: Any) -> bool:
     return value not in (None, False, 0, [], "")
 
 
-# (setting, whether a value of it is a choice, what that choice replaces)
+# (setting, whether a value of it is a choice, the settings that choice replaces)
 RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("train.max_steps", is_set, ("train.max_tokens", "train.max_epochs")),
     ("train.max_tokens", is_set, ("train.max_steps", "train.max_epochs")),
@@ -82,7 +83,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """Settings that were given in one place, with dots between the names: a config, or (`config` None) the flags."""
+    """Settings from one source, by dotted name: a config, or (`config` None) the flags."""
 
     config: str | None
     values: Mapping[str, Any]
@@ -93,7 +94,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Replaced:
-    """A setting of `old` that the choice of `key` in `new` has replaced."""
+    """A setting in `old` that was replaced by the choice of `key` in `new`."""
 
     new: Layer
     key: str
@@ -102,7 +103,7 @@ class Replaced:
 
 
 def replaced(layers: Sequence[Layer]) -> list[Replaced]:
-    """What the choices of later layers have replaced in earlier ones."""
+    """The settings of earlier layers that choices in later ones replace."""
     live: dict[str, Layer] = {}
     gone: dict[str, Replaced] = {}
     for layer in layers:
@@ -118,7 +119,7 @@ def replaced(layers: Sequence[Layer]) -> list[Replaced]:
 
 
 def describe_replaced(gone: Sequence[Replaced]) -> list[str]:
-    """A line for each choice that has replaced something."""
+    """One message per choice that replaced something."""
     choices: dict[tuple[Layer, str], list[Replaced]] = {}
     for one in gone:
         choices.setdefault((one.new, one.key), []).append(one)
@@ -132,24 +133,24 @@ def describe_replaced(gone: Sequence[Replaced]) -> list[str]:
 
 @dataclass(frozen=True)
 class Words:
-    """A command line: `words` for the parser, configs first; the paths of the configs; the flags and their values."""
+    """A split command line: `words` for the parser, configs first; the config paths; the flags and their values."""
 
     words: list[str]
     configs: list[str]
     typed: dict[str, Any]
     repeated: dict[str, Any]
-    """Flags that were given more than once, and the value that is used."""
+    """Flags given more than once, and the value used."""
 
     def layers(self) -> list[Layer]:
-        """What was given where, from the first config to the flags. To be called once the parser has read them."""
+        """The settings by source, from the first config to the flags. Call it after the parser has read them."""
         configs = [Layer(path, flat(read_config(path))) for path in self.configs]
         return [*configs, Layer(None, self.typed)]
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The settings in a YAML file. Raises ValueError that names it for what is no such file.
+    """Read the settings in a YAML file. Raises ValueError naming a file that is not valid YAML settings.
 
-    A pipe that the shell has opened, as for `--config <(...)`, can be read once, by the parser: it gives nothing here.
+    A pipe, as in `--config <(...)`, can only be read once, by the parser, so it yields no settings here.
     """
     if Path(path).is_fifo() and Path(path).is_relative_to("/dev/fd"):
         return {}
@@ -167,21 +168,21 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def expanded(value: Any, known: dict[int, int] | None = None) -> int:
-    """How many values a document holds, what its aliases repeat included."""
+    """Number of values in a document with its aliases expanded."""
     known = {} if known is None else known
     if not isinstance(value, dict | list):
         if isinstance(value, str) and "\0" in value:
             raise ValueError("a setting holds a zero byte")
         return 1
     if id(value) not in known:
-        known[id(value)] = MAX_CONFIG_VALUES + 1  # until it is known: a list that holds itself has no end
+        known[id(value)] = MAX_CONFIG_VALUES + 1  # until it is known: a list may contain itself
         items = value.values() if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(expanded(item, known) for item in items)
     return known[id(value)]
 
 
 def read_words(argv: Sequence[str], known: Collection[str]) -> Words:
-    """Split the command line. What the parser, whose flags are `known`, will refuse stays as it is."""
+    """Split the command line. Words that the parser, whose flags are `known`, will reject are left unchanged."""
     configs: list[str] = []
     rest: list[str] = []
     typed: dict[str, Any] = {}
@@ -211,7 +212,7 @@ def read_words(argv: Sequence[str], known: Collection[str]) -> Words:
 
 
 def in_full(word: str, known: Collection[str]) -> str:
-    """The full name of an abbreviated flag, if only one flag begins with it."""
+    """Expand an abbreviated flag if it is unambiguous."""
     flag, equals, value = word.partition("=")
     if not flag.startswith("--") or flag in known or flag == "--":
         return word
@@ -220,7 +221,7 @@ def in_full(word: str, known: Collection[str]) -> str:
 
 
 def load(value: str) -> Any:
-    """A flag's value as YAML reads it."""
+    """Parse a flag's value as YAML."""
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError:
@@ -228,7 +229,7 @@ def load(value: str) -> Any:
 
 
 def sizes_over_name(layers: Sequence[Layer], name: str | None) -> list[str]:
-    """A line if flags change sizes of a registered model that a config has chosen."""
+    """A message if flags change sizes of a registered model chosen by a config."""
     typed = layers[-1].values
     changed = [key for key in SIZES if key in typed and is_set(typed[key])]
     if name not in MODELS or not changed or "model.name" in typed:

@@ -1,5 +1,5 @@
-"""What all command lines share: short errors that name the flag that was meant, switches with or without a value, no
-flag that is silently replaced by a second one, and output that no terminal refuses. Standard library only.
+"""Shared by all command lines: short errors that suggest the intended flag, switches with or without a value, repeated
+flags as errors, and output that any terminal encoding can print. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pretrain.cli.fields import REQUIRED, Flag, flags_of, placeholder, without_none
 
-# Names of lit-gpt, TinyLlama, litgpt and transformers -> ours. Of each, those are suggested that a command line has.
+# Flag names of lit-gpt, TinyLlama, litgpt and transformers -> ours. Only flags the command line has are suggested.
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "learning_rate": ("optim.lr",),
     "max_lr": ("optim.lr",),
@@ -142,7 +142,7 @@ FLAG = re.compile(r"--?[A-Za-z]")
 
 
 def near_flags(flag: str, known: Collection[str]) -> list[str]:
-    """Which of the flags (without their dashes) may be meant by one that is not among them; the likeliest first."""
+    """Known flags (without dashes) that an unknown one may have been meant to be, best match first."""
     name = flag.lstrip("-").partition("=")[0].lower().replace("-", "_")
     last = name.rpartition(".")[2]
     groups: tuple[Iterable[str], ...] = (
@@ -160,7 +160,7 @@ def near_flags(flag: str, known: Collection[str]) -> list[str]:
 
 
 def explain(message: str, known: Collection[str]) -> str:
-    """A parser's message about flags or keys that it does not know, with those that may be meant."""
+    """Add suggestions to a parser's message about unknown flags or keys."""
     if match := re.match(r"unrecognized arguments: (.*)", message, flags=re.DOTALL):
         unknown = [word for word in match[1].split() if FLAG.match(word)]
         if not unknown:
@@ -204,7 +204,7 @@ def spell_switches(argv: Sequence[str], switches: Collection[str]) -> list[str]:
 
 
 class Once(argparse.Action):
-    """Stores a value. A second one is an error, or is added where the flag takes several."""
+    """Stores a value. A repeated flag is an error, or extends the list if the flag takes several values."""
 
     def __call__(
         self,
@@ -223,8 +223,8 @@ class Once(argparse.Action):
 
 
 class ScriptParser(argparse.ArgumentParser):
-    """The parser of the scripts: `--switch true` is the same as `--switch`, a flag counts once, usage and errors are
-    short."""
+    """Argument parser of the scripts: accepts `--switch true` for `--switch`, rejects repeated flags, and keeps usage
+    and errors short."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -239,7 +239,7 @@ class ScriptParser(argparse.ArgumentParser):
         """Add the fields of a dataclass as flags.
 
         Args:
-            groups: field -> title of the group in --help that begins with it.
+            groups: field -> title of the --help group that starts with it.
         """
         target: argparse._ActionsContainer = self
         for flag in flags_of(fields):
@@ -255,7 +255,7 @@ class ScriptParser(argparse.ArgumentParser):
         return super().format_help()
 
     def short_usage(self) -> str:
-        """The required arguments alone."""
+        """Usage with only the required arguments."""
         groups = [group._group_actions for group in self._mutually_exclusive_groups if group.required]
         words = ["%(prog)s"]
         for action in self._actions:
@@ -296,7 +296,7 @@ class ScriptParser(argparse.ArgumentParser):
 
 
 def argparse_settings(flag: Flag) -> dict[str, Any]:
-    """The arguments of `add_argument` for a field; a flag that is not given leaves nothing in the namespace."""
+    """Arguments of `add_argument` for a field; a flag that is not given is absent from the namespace."""
     (kind,) = without_none(flag.kind)
     settings: dict[str, Any] = {"help": flag.help_with_default.replace("%", "%%"), "default": argparse.SUPPRESS}
     if kind is bool:
@@ -311,13 +311,13 @@ def argparse_settings(flag: Flag) -> dict[str, Any]:
 
 
 def given_fields(fields: type, args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a dataclass that a command line gives, after `ScriptParser.add_fields`."""
+    """The dataclass fields given on a command line, after `ScriptParser.add_fields`."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(fields) if hasattr(args, f.name)}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def end_on_ctrl_c() -> None:
-    """From now on Ctrl-C ends this script with one line and status 130. For the imports too, which take seconds."""
+    """Make Ctrl-C exit this script with one line and status 130, also during the imports, which take seconds."""
     usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -330,7 +330,7 @@ def end_on_ctrl_c() -> None:
 
 
 def make_printable() -> None:
-    """Let standard output and error print any text: what their encoding lacks becomes \\uXXXX, as in JSON."""
+    """Let standard output and error print any text: unencodable characters become \\uXXXX, as in JSON."""
     codecs.register_error("json_escapes", _escape)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -1,4 +1,4 @@
-"""The fields of a dataclass as flags: name, type, default, the attribute docstring as help. Standard library only."""
+"""Turns dataclass fields into flags: name, type, default, attribute docstring as help. Standard library only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REQUIRED = dataclasses.MISSING
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag: `name` without dashes and with dots between sections, its type, default (or REQUIRED) and help."""
+    """A flag: dotted `name` without dashes, type, default (or REQUIRED) and help."""
 
     name: str
     kind: Any
@@ -27,7 +27,7 @@ class Flag:
 
     @property
     def placeholder(self) -> str:
-        """What --help shows in place of a value."""
+        """Placeholder for the value in --help."""
         return placeholder(self.kind)
 
     @property
@@ -39,7 +39,7 @@ class Flag:
 
 
 def flags_of(fields: type, prefix: str = "") -> Iterator[Flag]:
-    """The flags of a dataclass; those of a field that is a dataclass itself begin with the field's name and a dot."""
+    """The flags of a dataclass; those of a nested dataclass are prefixed with its field's name and a dot."""
     hints = get_type_hints(fields)
     for field in dataclasses.fields(fields):
         kind = hints[field.name]
@@ -74,7 +74,7 @@ def _classes(path: str) -> dict[str, ast.ClassDef]:
 
 
 def without_none(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, None aside; of any other type, itself."""
+    """The members of a union except None; for any other type, the type itself."""
     members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     return tuple(member for member in members if member is not type(None))
 

@@ -1,4 +1,4 @@
-"""The command line of the trainer: configs and flags -> RunArgs, and its --help."""
+"""Parses the trainer's command line (configs and flags) into RunArgs, and formats its --help."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CONFIG_HELP = "YAML file of settings; may be repeated, later files override earl
 
 
 class RunParser(ArgumentParser):
-    """Errors in one line, and a --help that begins with the settings most runs need."""
+    """Prints one-line errors, and a --help that starts with the settings most runs need."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
@@ -68,7 +68,7 @@ class RunParser(ArgumentParser):
 
 
 def run_help() -> str:
-    """About, examples, and the settings most runs need; then all of them, by section."""
+    """Help text: description, examples and the settings most runs need, then all settings by section."""
     flags = {flag.name: flag for flag in flags_of(RunArgs)}
     hints = get_type_hints(RunArgs)
     sections = [f.name for f in dataclasses.fields(RunArgs) if is_section(hints[f.name])]
@@ -98,7 +98,7 @@ def run_help() -> str:
 
 @functools.cache
 def build_parser() -> ArgumentParser:
-    """The command line: the fields of RunArgs, and --config."""
+    """Build the parser: the fields of RunArgs, and --config."""
     parser = RunParser(prog="fabric_train.py")
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(RunArgs)
@@ -107,7 +107,7 @@ def build_parser() -> ArgumentParser:
 
 @contextlib.contextmanager
 def named_faults(configs: list[str]) -> Iterator[None]:
-    """Name the configs in what the parser raises for a setting of the wrong shape."""
+    """Add the config names to parser errors about malformed settings."""
     try:
         yield
     except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
@@ -116,15 +116,15 @@ def named_faults(configs: list[str]) -> Iterator[None]:
 
 
 def parse(argv: list[str] | None = None) -> RunArgs:
-    """The command line -> RunArgs, with the launcher's number of processes. Exits with a message and status 2 on an
-    unknown flag or a wrong value; raises ValueError for settings that contradict each other or the launcher.
+    """Parse the command line into RunArgs, with the launcher's number of processes. Exits with a message and status 2
+    on an unknown flag or invalid value; raises ValueError for settings that conflict with each other or the launcher.
     """
     parser = build_parser()
     known = [flag for action in parser._actions for flag in action.option_strings]
     given = read_words(sys.argv[1:] if argv is None else argv, known)
     for config in given.configs:
         if Path(config).exists():
-            read_config(config)  # before the parser meets it
+            read_config(config)  # before the parser reads it
     with named_faults(given.configs):
         namespace: Namespace = parser.parse_args(given.words)
     layers = given.layers()

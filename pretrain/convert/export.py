@@ -1,6 +1,6 @@
-"""Checkpoint <-> Hugging Face folder, with tokenizer and model card; and -> GGUF.
+"""Converts between checkpoints and Hugging Face folders, with tokenizer and model card, and exports to GGUF.
 
-The names and numbers are `lit_model/hf`'s.
+Tensor names and config fields are mapped by `lit_model/hf`.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from pretrain.model_tokenizer import (
 
 
 def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> Path:
-    """Write a checkpoint (or a run folder's newest) as a Hugging Face folder, whole or not at all.
+    """Write a checkpoint (or a run folder's newest) as a Hugging Face folder, atomically.
 
     Args:
-        tokenizer: default: the one in the run folder; without one the folder has no tokenizer files.
+        tokenizer: default: the one in the run folder; without one, no tokenizer files are written.
 
-    Returns the checkpoint that was read. Raises ValueError or FileNotFoundError that name the path.
+    Returns the checkpoint that was read. Raises ValueError or FileNotFoundError naming the path.
     """
     path = resolve(source)
     if is_hf_folder(path):
@@ -60,7 +60,7 @@ def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> P
     eos_id = opened.eos_id if opened is not None else facts.get("eos_id")
     bos_id = declared_bos(opened, encoding.bos_id is not None) if opened is not None else encoding.bos_id
     generation = _generation_config(opened, bos_id, eos_id)
-    if empty := ids_without_token(path, opened, config.vocab_size):  # transformers' generate never draws these
+    if empty := ids_without_token(path, opened, config.vocab_size):  # transformers' generate never samples these
         generation["suppress_tokens"] = sorted({*(generation.get("suppress_tokens") or []), *empty})
     layout = list(tensors_to_hf(config, checkpoint.model_layout()))
     dtype = str(layout[0][1].dtype).removeprefix("torch.")
@@ -83,18 +83,18 @@ def export_to_gguf(
     tokenizer: Path | None = None,
     pre_tokenizer: str | None = None,
 ) -> Path:
-    """Write a checkpoint, a run folder's newest or a Hugging Face folder as one GGUF file, whole or not at all.
+    """Write a checkpoint, a run folder's newest or a Hugging Face folder as one GGUF file, atomically.
 
     Args:
         dtype: of the matrices: float32, float16 or bfloat16.
-        tokenizer: default: the one beside the model. Raises ValueError if there is none.
+        tokenizer: default: the one next to the model. Raises ValueError if there is none.
         pre_tokenizer: see `lit_data.tokenizers.gguf`.
 
-    Returns the checkpoint that was read. Raises ValueError or FileNotFoundError that name the path.
+    Returns the checkpoint that was read. Raises ValueError or FileNotFoundError naming the path.
     """
     path = resolve(source)
     config, tensors = load_tensors(path)
-    architecture_of(config)  # raises for a family that GGUF does not have
+    architecture_of(config)  # raises for a family that GGUF does not support
     found = tokenizer or find_tokenizer(path)
     if found is None:
         raise ValueError(f"{path} has no tokenizer beside it: give one by --tokenizer")
@@ -117,7 +117,7 @@ def _tokenizer_files(tokenizer: Tokenizer | None, encoding: Encoding) -> dict[st
 
 
 def _generation_config(tokenizer: Tokenizer | None, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
-    """The one beside the tokenizer, with the declared BOS, and EOS among the ids that end a text."""
+    """The generation config next to the tokenizer, with the given BOS, and EOS added to the stop ids."""
     path = tokenizer.path.with_name("generation_config.json") if tokenizer is not None else None
     if tokenizer is None or path is None or not path.is_file():
         return {"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True}
@@ -216,7 +216,7 @@ def model_card(checkpoint: Checkpoint, tokenizer: Tokenizer | None = None, encod
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
-    """The run's settings without its machine's folders."""
+    """The run's settings without local paths."""
     out = {k: v for k, v in config.items() if k not in ("out_dir", "resume", "resume_allow", "init_from")}
     out["data"] = {k: v for k, v in config["data"].items() if k not in ("train", "val")}
     return out
@@ -225,7 +225,7 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
 def import_from_hf(source: Path, output: Path) -> KnownTokenizer:
     """Write a Hugging Face folder as a checkpoint file, for --init_from. A failed attempt leaves nothing behind.
 
-    Returns the tokenizer that the checkpoint now names, as far as the folder has one.
+    Returns the tokenizer recorded in the checkpoint, if the folder has one.
     """
     if output.exists():
         raise ValueError(f"output {output} exists already; give another name or remove it")

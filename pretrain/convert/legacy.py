@@ -1,7 +1,7 @@
-"""A checkpoint of TinyLlama, LLäMmlein, lit-gpt or litgpt -> one of ours, optimizer and all, for --init_from.
+"""Imports checkpoints of TinyLlama, LLäMmlein, lit-gpt and litgpt, including the optimizer state, for --init_from.
 
-Theirs is one file of torch.save: {"model", "optimizer", "hparams", "iter_num", "step_count"}, or a model's state dict
-alone; litgpt puts it as lit_model.pth into a folder, beside model_config.yaml. Their names are `lit_model/legacy.py`'s.
+The source is one torch.save file: {"model", "optimizer", "hparams", "iter_num", "step_count"}, or only the model's
+state dict; litgpt writes lit_model.pth next to model_config.yaml. `lit_model/legacy.py` maps the tensor names.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CONFIG_FILES = ("model_config.yaml", "lit_config.json")
 
 @dataclass(frozen=True)
 class Imported:
-    """The imported checkpoint. `settings`: {our flag: value} of the run that wrote it, as far as known."""
+    """The imported checkpoint. `settings`: {our flag: value} of the original run, where known."""
 
     path: Path
     config: ModelConfig
@@ -63,22 +63,21 @@ def import_legacy(
     weights_only: bool = False,
     tokenizer: Path | None = None,
 ) -> Imported:
-    """Write a legacy checkpoint as one of ours, whole or not at all.
+    """Convert a legacy checkpoint to our format, atomically.
 
-    Weights and moments keep their precision. They are maps of the source file; only what is rearranged, the grouped
-    projections of queries, keys and values, takes memory, at most a quarter of the file, and so does a
-    vocabulary that must be padded.
+    Weights and moments keep their precision. They are memory-mapped from the source file; only rearranged tensors (the
+    fused QKV projections, at most a quarter of the file) and a padded vocabulary are copied into memory.
 
     Args:
         source: the file, or a folder with lit_model.pth.
-        model: a name in the registry or in the trainers' lists, or a model_config.yaml or lit_config.json. Default: the
-            config beside the file, or else the name among its hparams.
+        model: a name in our registry or the original trainers', or a model_config.yaml or lit_config.json. Default:
+            the config next to the file, otherwise the name in its hparams.
         vocab_size: number of token ids. Default: the model's.
-        weights_only: leave the optimizer out.
-        tokenizer: the folder or file of the tokenizer it was trained with, which the output then names. Default: the
-            one beside the file, if there is one.
+        weights_only: drop the optimizer state.
+        tokenizer: folder or file of the tokenizer it was trained with, to record in the output. Default: the one next
+            to the file, if there is one.
 
-    Raises ValueError or FileNotFoundError that name what is wrong before anything is written, OSError without room.
+    Raises ValueError or FileNotFoundError with the cause before anything is written, OSError if the disk is full.
     """
     if output.exists():
         raise ValueError(f"output {output} exists already; give another name or remove it")
@@ -112,7 +111,7 @@ def import_legacy(
 
 
 def find_file(source: Path) -> Path:
-    """The checkpoint file. Raises FileNotFoundError or ValueError that name the places searched."""
+    """The checkpoint file. Raises FileNotFoundError or ValueError naming the paths searched."""
     if source.is_dir():
         if (source / "lit_model.pth").is_file():
             return source / "lit_model.pth"
@@ -125,8 +124,8 @@ def find_file(source: Path) -> Path:
 
 
 def find_own_tokenizer(path: Path, given: Path | None, vocab_size: int) -> KnownTokenizer:
-    """The tokenizer that is given, or the one that litgpt puts beside a checkpoint. Raises ValueError if a given one
-    cannot be opened or has more ids than the model.
+    """The given tokenizer, or the one litgpt puts next to a checkpoint. Raises ValueError if the given one cannot be
+    opened or has more ids than the model.
     """
     if given is None:
         beside = any((path.parent / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
@@ -138,9 +137,9 @@ def find_own_tokenizer(path: Path, given: Path | None, vocab_size: int) -> Known
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """{"model": {name: tensor}, ...}, the tensors as maps of the file where its format has them. No code of it runs.
+    """{"model": {name: tensor}, ...}, tensors memory-mapped where the format allows it. Never executes pickled code.
 
-    Raises ValueError for a file with anything but tensors and plain values, naming the class, and for a damaged one.
+    Raises ValueError for a damaged file, and for one with anything but tensors and plain values, naming the class.
     """
     try:
         content = open_tensor_file(path)
@@ -170,7 +169,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def find_config(path: Path, hparams: Any, model: str | None, rows: int) -> ModelConfig:
-    """The config by --model, by the file beside the checkpoint, or by the model's name in its hparams."""
+    """The config from --model, from the file next to the checkpoint, or from the model's name in its hparams."""
     files = [path.parent / name for name in CONFIG_FILES]
     if model is not None and Path(model).suffix in (".yaml", ".yml", ".json"):
         files = [Path(model)]
@@ -182,7 +181,7 @@ def find_config(path: Path, hparams: Any, model: str | None, rows: int) -> Model
         if file.is_file():
             try:
                 text = file.read_text(encoding="utf-8")
-                # YAML would do for both, but reads the 1e-05 that JSON writes as a string.
+                # A YAML parser could read both, but parses JSON's 1e-05 as a string.
                 fields = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
                 if not isinstance(fields, dict):
                     raise ValueError("it holds no fields")
@@ -205,7 +204,7 @@ def find_config(path: Path, hparams: Any, model: str | None, rows: int) -> Model
 
 @dataclass(frozen=True)
 class Moments:
-    """An optimizer's part of a checkpoint: {name: {key: tensor}}, and the settings of its parameter group."""
+    """Optimizer state of a checkpoint: {name: {key: tensor}}, and the settings of its parameter group."""
 
     tensors: dict[str, dict[str, Tensor]]
     group: dict[str, Any]
@@ -216,8 +215,8 @@ class Legacy:
 
     Attributes:
         weights: {our name: tensor as in the file}.
-        order: our names in the order of the file's parameters; a matrix that is embedding and head comes once.
-        step: optimizer steps done.
+        order: our names in the file's parameter order; a tied embedding and head appear once.
+        step: optimizer steps completed.
     """
 
     def __init__(self, path: Path, content: dict[str, Any], model: str | None, vocab_size: int | None) -> None:
@@ -236,7 +235,7 @@ class Legacy:
         self.config = dataclasses.replace(config, tie_embeddings=tied)
         if tied and HEAD in self.weights:
             del self.weights[HEAD], self.names[HEAD]
-            self.order.remove(EMBEDDING)  # it is the head there, whose module was built first
+            self.order.remove(EMBEDDING)  # tied: listed as the head, whose module was built first
             self.order[self.order.index(HEAD)] = EMBEDDING
         step = content.get("step_count", 0)
         if not isinstance(step, int) or step < 0:
@@ -245,14 +244,14 @@ class Legacy:
         self.tensors(self.weights, "the model")  # raises for names and shapes
 
     def tensors(self, stored: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
-        """Parameters, or a moment of each, as ours; see `legacy_tensors`."""
+        """Parameters, or one moment of each, in our layout; see `legacy_tensors`."""
         return legacy_tensors(self.config, self.names, {self.names[ours]: t for ours, t in stored.items()}, where)
 
     def optimizer(self, optimizer: Any) -> Moments:
-        """AdamW's moments and count of updates, from torch's state dict: by number, or by name as FSDP writes it.
+        """AdamW's moments and update count from torch's state dict, keyed by index, or by name as FSDP writes it.
 
-        A number is an index into the model's parameters, which the trainers put into one group.
-        Raises ValueError naming what does not fit.
+        An index refers to the model's parameters, which these trainers put into one group.
+        Raises ValueError naming the mismatch.
         """
         if not isinstance(optimizer, Mapping) or not {"state", "param_groups"} <= set(optimizer):
             raise ValueError(f"optimizer holds no state and param_groups {_LEAVE_OUT}")
@@ -294,7 +293,7 @@ class Legacy:
                 f"the optimizer numbers {len(groups[0]['params'])} parameters, the model has {len(self.order)} "
                 f"{_LEAVE_OUT}"
             )
-        # `names` is in the order in which the trainers build the modules; numbers mean nothing in any other order.
+        # `names` follows the order in which these trainers build their modules; indices are only valid in that order.
         for here, there in zip(self.order, self.names, strict=True):
             if here != there:
                 raise ValueError(
@@ -315,7 +314,7 @@ _LEAVE_OUT = "(--weights_only leaves the optimizer out)"
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one, or hold the same numbers."""
+    """Whether two tensors share storage or have equal values."""
     return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
@@ -330,7 +329,7 @@ _HPARAMS = {
 
 
 def legacy_settings(hparams: Any, group: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """The flags that continue the old run: {flag: number}, as far as known."""
+    """The flags that continue the old run: {flag: number}, where known."""
     known = hparams if isinstance(hparams, Mapping) else {}
     settings = {ours: known[theirs] for theirs, ours in _HPARAMS.items() if theirs in known}
     if isinstance(known.get("max_step"), int):
@@ -357,6 +356,6 @@ def _write(output: Path, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """A tensor with a storage of its own size: torch.save writes whole storages, whatever a tensor sees of them."""
+    """A tensor whose storage is exactly its own size: torch.save writes the full storage even of a small view."""
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)

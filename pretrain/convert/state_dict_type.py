@@ -1,4 +1,4 @@
-"""A checkpoint in the other form: one file (`full`) <-> a folder of torch's distributed checkpoint (`sharded`)."""
+"""Converts between checkpoint formats: one file (`full`) <-> a torch distributed checkpoint folder (`sharded`)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from pretrain.checkpoint.writing import check_free_space, nested
 
 
 def convert_checkpoint(source: Path, output: Path, to: Literal["full", "sharded"]) -> Path:
-    """Write a checkpoint (or a run folder's newest), optimizer and all, in the other form; whole or not at all.
+    """Convert a checkpoint (or a run folder's newest), including the optimizer state, to the other format; atomic.
 
-    Tensors and meta are the same; checksums are computed anew, and the output is compared with them before it gets its
-    name. Training resumes from it as from the original. Returns the checkpoint that was read. Raises ValueError or
-    FileNotFoundError that name the path, OSError if there is no room.
+    Tensors and meta are unchanged; checksums are recomputed, and the output is verified against them before it gets
+    its final name. Training resumes from it as from the original. Returns the checkpoint that was read. Raises
+    ValueError or FileNotFoundError naming the path, OSError if the disk is full.
     """
     path = resolve(source)
     if is_hf_folder(path):
@@ -56,10 +56,10 @@ def convert_checkpoint(source: Path, output: Path, to: Literal["full", "sharded"
 
 
 def _write_folder(folder: Path, checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
-    """By DCP's writer in one process. The tensors are maps of the file: its pages, which the system can drop."""
+    """Write with DCP's writer in one process. The tensors are memory-mapped, so the system can reclaim their pages."""
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process writes, as meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
         dcp_save(tensors, storage_writer=FileSystemWriter(folder, sync_files=False), no_dist=True)
     files = sorted(folder.iterdir())
     meta["checksums"] = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files}
@@ -67,10 +67,10 @@ def _write_folder(folder: Path, checkpoint: Checkpoint, meta: dict[str, Any]) ->
 
 
 def _write_file(path: Path, checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
-    """torch.save writes everything but the tensors' bytes, for which it leaves room; they follow one at a time.
+    """Let torch.save write everything but the tensors' bytes, reserving their space; then fill them in one by one.
 
-    For the tensors it gets memory that is never touched. The checksums are part of the meta, which comes first: each
-    tensor is read twice.
+    torch.save is given placeholder memory that is never touched. The checksums are part of the meta, which is written
+    first, so each tensor is read twice.
     """
     meta["checksums"] = {name: tensor_checksum(checkpoint.tensor(name)) for name in checkpoint.names()}
     untouched = {name: torch.empty_like(checkpoint.layout(name), device="cpu") for name in checkpoint.names()}
@@ -92,7 +92,7 @@ def _write_file(path: Path, checkpoint: Checkpoint, meta: dict[str, Any]) -> Non
 
 
 def _in_order(content: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors of nested dictionaries as a pickle meets them."""
+    """The tensors of nested dictionaries in pickling order."""
     for value in content.values():
         if isinstance(value, Tensor):
             yield value

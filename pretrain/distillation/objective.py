@@ -1,4 +1,4 @@
-"""What is minimised beside the cross-entropy: teaching for a batch, its weight at a step, its numbers at a log step."""
+"""The distillation term of the loss: the student head per micro-batch, its weight per step, its logged values."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pretrain.run import Run
 
 
 def setting_of(args: DistillationArgs) -> Distillation:
-    """How the distance of a student from its teachers is measured."""
+    """The divergence settings of the distillation loss."""
     return Distillation(args.divergence, args.temperature, args.ensemble, args.top_k)
 
 
 def alpha_at(args: DistillationArgs, step: int, max_steps: int) -> float:
-    """The weight of the cross-entropy at `step` (0-based): from alpha to alpha_end, which the last step has."""
+    """Weight of the cross-entropy at `step` (0-based), interpolated from alpha to alpha_end at the last step."""
     if args.alpha_end is None:
         return args.alpha
     x = min(1.0, step / max(1, max_steps - 1))
@@ -30,8 +30,8 @@ def alpha_at(args: DistillationArgs, step: int, max_steps: int) -> float:
 
 
 def divergence_scale(run: Run, step: int, n_targets: Tensor | float) -> Tensor | float:
-    """What a step's divergence is multiplied by. The sum over the global batch is divided by its targets later on: a
-    mean over the rows that hold data is that times targets per row.
+    """Factor for a step's divergence. The sum over the global batch is later divided by its number of targets, so a
+    mean over the rows with data is that times targets per row.
     """
     if run.args.distillation.reduction == "per_token":
         return 1.0
@@ -44,9 +44,9 @@ def divergence_scale(run: Run, step: int, n_targets: Tensor | float) -> Tensor |
 def student_head(
     run: Run, step: int, n_targets: Tensor
 ) -> Callable[[MicroBatch, Tensor, Tensor | None], DistillationHead] | None:
-    """A function from a micro-batch, and its tokens and boundaries on the device, to the student's head for it.
+    """A function (micro-batch, its tokens and boundaries on the device) -> the student's head for that micro-batch.
 
-    None without teachers and at alpha 1, so that the step equals that of a run without teachers.
+    None without teachers and at alpha 1, so that the step is identical to one without teachers.
     """
     args, teachers = run.args.distillation, run.teachers
     alpha = alpha_at(args, step, run.data.max_steps)
@@ -65,7 +65,7 @@ def student_head(
 def distillation_values(
     run: Run, cross_entropy: float, divergence: float | None = None, n_targets: float = 0
 ) -> dict[str, float]:
-    """The columns of a student at a log step. Without a divergence the teachers were not asked: alpha is 1."""
+    """The distillation columns at a log step. No divergence means that alpha is 1 and the teachers did not run."""
     args, step = run.args.distillation, run.step - 1
     alpha = alpha_at(args, step, run.data.max_steps)
     if divergence is None:

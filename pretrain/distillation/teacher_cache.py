@@ -1,10 +1,9 @@
-"""What teachers say of a dataset, written once for many students: the k likeliest tokens and their log-probabilities.
+"""Caches teacher predictions on a dataset, for reuse by many students: the top-k tokens and their log-probabilities.
 
-A folder: `cache.json`, which says of what and by whom; and for each so many rows of the dataset `ids-NNNNN.npy`,
-integers [rows, T, k], and `log_probs-NNNNN.npy`, floating [rows, T, k], at the temperature of the distillation. Rows
-lie in it by their number in the dataset (its windows), not in the order of a run: one cache serves every seed, epoch
-and batch. What the k tokens leave of 1 is the probability of all others. The files are numpy's, which everyone reads,
-and they are mapped, not read whole.
+The cache is a folder: `cache.json` identifies the dataset and the teachers; each group of rows has `ids-NNNNN.npy`,
+integer [rows, T, k], and `log_probs-NNNNN.npy`, float [rows, T, k], at the distillation temperature. Rows are stored
+by their window number in the dataset, not in a run's order: one cache serves every seed, epoch and batch size. The
+probability mass not covered by the top k belongs to all other tokens. The files are plain .npy, and memory-mapped.
 
 Dimensions: B rows in a micro-batch, T tokens in a row, k cached tokens, V vocabulary.
 """
@@ -42,12 +41,12 @@ VERSION = 1
 FILE = "cache.json"
 NAMES = ("ids", "log_probs")
 LAST = NAMES[-1]
-"""Files get their names in this order: where this one is, all are."""
+"""Files are renamed in this order: if this one exists, all do."""
 
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """What a cache is of: everything that its numbers depend on."""
+    """Identity of a cache: everything its values depend on."""
 
     dataset: str
     """Fingerprint of the packed dataset."""
@@ -58,13 +57,13 @@ class CacheFacts:
     """Rows of the dataset."""
     vocab_size: int
     teachers: list[dict[str, Any]]
-    """As `identify` names them."""
+    """Teacher identities, as returned by `identify`."""
     ensemble: Ensemble
     temperature: float
     precision: str
     k: int
     dtype: str
-    """Of the log-probabilities."""
+    """Type of the log-probabilities."""
     rows_per_file: int
     version: int = VERSION
 
@@ -78,14 +77,14 @@ class CacheFacts:
             raise ValueError(f"dtype is {self.dtype!r:.40}; it must be float16 or float32")
 
     def dtype_of(self, name: str) -> np.dtype[Any]:
-        """Of the files of this name."""
+        """The dtype of the files of this name."""
         if name == "ids":
             return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
         return np.dtype(self.dtype)
 
     @property
     def bytes_per_token(self) -> int:
-        """On the disk."""
+        """Disk usage."""
         return self.k * sum(self.dtype_of(name).itemsize for name in NAMES)
 
     @property
@@ -103,11 +102,11 @@ class CacheFacts:
 
 
 def begin_cache(folder: Path, facts: CacheFacts) -> None:
-    """Make the folder, or see that what is there is the same cache. Raises ValueError that says what differs."""
+    """Create the folder, or check that it holds the same cache. Raises ValueError naming the difference."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / FILE).exists():
         others = [p for p in folder.iterdir() if not p.name.startswith(".")]
-        if not others and create_json(folder / FILE, asdict(facts)):  # parts begin at the same moment
+        if not others and create_json(folder / FILE, asdict(facts)):  # parts may start at the same time
             return
         if not (folder / FILE).exists():
             raise ValueError(f"{folder} holds something else; give an empty folder or a new one")
@@ -119,7 +118,7 @@ def begin_cache(folder: Path, facts: CacheFacts) -> None:
 def write_cache(
     folder: Path, facts: CacheFacts, teachers: Teachers, rows: Rows, batch: int, part: int, parts: int
 ) -> tuple[int, int]:
-    """Write the files that are this part's and not there yet, each whole or not at all.
+    """Write the missing files of this part, each atomically.
 
     Returns how many were written, and how many were left to another call on this machine that is writing them.
     """
@@ -136,7 +135,7 @@ def write_cache(
             left += 1
             continue
         try:
-            if final[LAST].exists():  # since then: another call has finished it
+            if final[LAST].exists():  # finished by another call in the meantime
                 continue
             with contextlib.ExitStack() as stack:
                 files = {name: stack.enter_context(open(path, "wb")) for name, path in temporary.items()}
@@ -154,7 +153,7 @@ def write_cache(
 def _write_rows(
     files: Mapping[str, BinaryIO], facts: CacheFacts, teachers: Teachers, rows: Rows, number: int, batch: int
 ) -> None:
-    """Write one file of each name, from its start, and see that it is on the disk."""
+    """Write one file of each name from the start, and sync it to disk."""
     setting = Distillation("topk_kl", facts.temperature, facts.ensemble, facts.k)
     device, windows = teachers.student_device, facts.rows_of(number)
     for name, file in files.items():
@@ -172,7 +171,7 @@ def _write_rows(
 
 
 def read_facts(folder: Path) -> CacheFacts:
-    """Raises FileNotFoundError or ValueError that name the folder."""
+    """Read cache.json. Raises FileNotFoundError or ValueError naming the folder."""
     if not (folder / FILE).is_file():
         raise FileNotFoundError(
             f"{folder} is no cache of a teacher: it has no {FILE} (scripts/cache_teacher.py makes it)"
@@ -184,8 +183,8 @@ def read_facts(folder: Path) -> CacheFacts:
 
 
 def check_finished(folder: Path, facts: CacheFacts) -> None:
-    """Raises ValueError if files are missing, or are not as long as they must be."""
-    there = {path.name for path in folder.iterdir()}  # a damaged number of rows must not decide how long this takes
+    """Raise ValueError if files are missing or have the wrong size."""
+    there = {path.name for path in folder.iterdir()}  # a corrupt row count must not decide how long this takes
     numbers = {int(found[1]) for name in there if (found := re.fullmatch(rf"{LAST}-(\d+)\.npy", name))}
     whole = {
         file
@@ -204,7 +203,7 @@ def check_finished(folder: Path, facts: CacheFacts) -> None:
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Map a file. Raises ValueError that names it if it is damaged, or not what it must be."""
+    """Memory-map a file. Raises ValueError naming it if it is damaged or has the wrong shape or dtype."""
     try:
         with open_regular(path) as file:
             if (version := np.lib.format.read_magic(file)) != (1, 0):
@@ -227,7 +226,7 @@ def _differences(there: CacheFacts, here: CacheFacts) -> str:
 
 
 class CachedTeacher:
-    """Reads what was cached, for the rows of micro-batches."""
+    """Reads cached predictions for the rows of a micro-batch."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device, self.facts = folder, device, read_facts(folder)
@@ -256,7 +255,7 @@ class CachedTeacher:
         )
 
     def _map(self, name: str, file: int) -> npt.NDArray[Any]:
-        """A file, mapped when first asked for."""
+        """A file, memory-mapped on first use."""
         found = self._maps.get((name, file))
         if found is None:
             path = self.facts.path(self.folder, name, file)
@@ -269,7 +268,7 @@ class CachedTeacher:
 def check_cache(
     args: DistillationArgs, dataset: PackedDataset, packing: str, block_size: int, document_mask: bool, vocab_size: int
 ) -> None:
-    """See that a cache is of this data and setting. Raises ValueError naming what differs, with the flag."""
+    """Check that a cache matches the data and settings. Raises ValueError naming the difference and the flag."""
     assert args.cache is not None
     facts = read_facts(args.cache)
     check_finished(args.cache, facts)
@@ -299,9 +298,9 @@ def check_cache(
 
 
 def resolve_teachers(args: DistillationArgs) -> tuple[DistillationArgs, list[dict[str, Any]]]:
-    """The settings with checkpoints in place of runs, which may be saving new ones; and the identity of each teacher.
+    """Settings with run folders resolved to checkpoints (a run may still be saving new ones), and teacher identities.
 
-    A cache, which holds the identity of its teachers, takes their place.
+    With a cache, the identities come from it.
     """
     if args.cache is not None:
         return args, [{"name": args.cache.name, "sha256": file_sha256(args.cache / FILE), "weight": 1.0}]
@@ -310,7 +309,7 @@ def resolve_teachers(args: DistillationArgs) -> tuple[DistillationArgs, list[dic
 
 
 def open_teachers(args: DistillationArgs, run_precision: str, device: torch.device) -> Teachers | CachedTeacher | None:
-    """The teachers or their cache; None for a run without."""
+    """Open the teachers or their cache; None for a run without teachers."""
     if args.cache is not None:
         return CachedTeacher(args.cache, device)
     return Teachers(args, run_precision, device) if args.teachers else None

@@ -1,4 +1,4 @@
-"""Frozen teachers: opened, checked against the student's data, and what they say of a batch.
+"""Frozen teachers: loading, checks against the student's data, and predictions for a micro-batch.
 
 Dimensions: B rows in a micro-batch, T tokens in a row, P pieces of a micro-batch.
 """
@@ -30,9 +30,9 @@ from pretrain.parallel import DTYPES
 
 
 def check_teachers(args: RunArgs, config: ModelConfig, dataset: PackedDataset, block_size: int) -> None:
-    """See that the teachers can teach. Raises ValueError or FileNotFoundError naming the one that cannot, and why.
+    """Check that all teachers are usable. Raises ValueError or FileNotFoundError naming the unusable one and why.
 
-    Reads configs, tokenizers, and names and shapes of tensors; no weights.
+    Reads configs, tokenizers, and tensor names and shapes; no weights.
     """
     top_k = args.distillation.top_k
     if top_k is not None and top_k > config.vocab_size:
@@ -45,7 +45,7 @@ def check_teachers(args: RunArgs, config: ModelConfig, dataset: PackedDataset, b
 
 
 def check_teacher(path: Path, vocab_size: int, block_size: int, where: str) -> None:
-    """See that a teacher has the student's vocabulary, and room for a row. Raises ValueError."""
+    """Check that a teacher has the student's vocabulary and a long enough context. Raises ValueError."""
     teacher, _ = load_tensors(path)
     if teacher.vocab_size != vocab_size:
         raise ValueError(
@@ -59,14 +59,14 @@ def check_teacher(path: Path, vocab_size: int, block_size: int, where: str) -> N
 
 
 def check_tokenizer(path: Path, dataset: PackedDataset, where: str, override: str = OVERRIDE) -> None:
-    """See that a teacher was trained with the tokenizer of the data. Raises ValueError, also if that is not known."""
+    """Check that a teacher was trained with the data's tokenizer. Raises ValueError, also if that is unknown."""
     unknown = check_model_and_data(path, dataset, where, override=override)
     if unknown is not None:
         raise ValueError(f"{unknown}. Put the tokenizer beside it, or override with {override}")
 
 
 def identify(teachers: Sequence[TeacherEntry]) -> list[dict[str, Any]]:
-    """Which teachers these are: of each its name, one checksum of the files that hold it, and its weight."""
+    """Identity of each teacher: name, one checksum over its files, and weight."""
     found = []
     for entry in teachers:
         path = resolve(entry.path)
@@ -80,19 +80,19 @@ def identify(teachers: Sequence[TeacherEntry]) -> list[dict[str, Any]]:
 
 
 def teacher_precision(d: DistillationArgs, run_precision: str) -> str:
-    """fp32 or bf16, of the teachers' weights and arithmetic."""
+    """Precision of the teachers' weights and arithmetic: fp32 or bf16."""
     return d.teacher_precision or ("fp32" if run_precision == "fp32" else "bf16")
 
 
 def teacher_bytes(d: DistillationArgs, run_precision: str, kind: str, world_size: int) -> int:
-    """Bytes of the teachers' weights on a device of a kind (cpu, cuda) that trains."""
+    """Bytes of teacher weights on one training device of this kind (cpu, cuda)."""
     elsewhere = d.teacher_device is not None and not torch.device(d.teacher_device).type == kind == "cpu"
     n_parameters = 0
     for entry in d.teachers:
         config, _ = load_tensors(entry.path)
-        if elsewhere:  # the head comes over for the loss
+        if elsewhere:  # the head is copied over for the loss
             n_parameters += config.padded_vocab_size * config.n_embd
-        elif d.shard_teachers:  # the root stays whole, and a block is gathered
+        elif d.shard_teachers:  # the root stays unsharded, plus one gathered block
             root, block = root_parameters(config), largest_block(config)
             n_parameters += root + (count_parameters(config) - root) // world_size + block
         else:
@@ -101,7 +101,7 @@ def teacher_bytes(d: DistillationArgs, run_precision: str, kind: str, world_size
 
 
 class Teachers:
-    """The ensemble on its devices. Every rank holds it whole, or with `shard_teachers` its share of it."""
+    """The ensemble on its devices. Every rank holds all of it, or its shard with `shard_teachers`."""
 
     def __init__(self, d: DistillationArgs, run_precision: str, device: torch.device) -> None:
         self.device = torch.device(d.teacher_device) if d.teacher_device is not None else device
@@ -122,7 +122,7 @@ class Teachers:
         for block in model.blocks():
             if self.sharded:
                 fully_shard(block)
-        if self.sharded:  # the root stays whole after its forward: the student's loss reads the head
+        if self.sharded:  # the root stays unsharded after its forward: the student's loss reads the head
             fully_shard(model, reshard_after_forward=False)
         model.to_empty(device=self.device)
         for name, parameter in model.named_parameters():
@@ -130,11 +130,11 @@ class Teachers:
         return model
 
     def __call__(self, tokens: Tensor, cu_seqlens: Tensor | None) -> list[Teacher]:
-        """What each says of a micro-batch: tokens int64 (B, T), boundaries int32 (P + 1,), on the student's device."""
-        lasting = self.device.type != "cpu"  # a copy to the host that nobody waits for is read before it is there
+        """Run each on a micro-batch: tokens int64 (B, T), boundaries int32 (P + 1,), on the student's device."""
+        lasting = self.device.type != "cpu"  # an async copy to the host could be read too early
         here = tokens.to(self.device, non_blocking=lasting)
         bounds = None if cu_seqlens is None else cu_seqlens.to(self.device, non_blocking=lasting)
-        # FSDP's hooks count the versions of what they gather, which inference tensors do not have.
+        # FSDP's hooks read version counters of gathered tensors; inference tensors have none.
         quiet = torch.no_grad() if self.sharded else torch.inference_mode()
         said = []
         with quiet, torch.autocast(self.student_device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""Caches the teachers of a dataset: the work of one call of scripts/cache_teacher.py."""
+"""Caches teacher predictions for a dataset; called by scripts/cache_teacher.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pretrain.distillation.teachers import Teachers, check_teacher, check_tokeni
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """A cache and this call's share of it. The fields are flags of scripts/cache_teacher.py."""
+    """A cache, and the share of it that this call writes. The fields are flags of scripts/cache_teacher.py."""
 
     teachers: tuple[Path, ...]
     """Run folders, checkpoints, Hugging Face folders."""
@@ -29,7 +29,7 @@ class CacheRequest:
     block_size: int
     """Tokens per row, as in the student's run."""
     k: int
-    """Top-k tokens to keep of each distribution."""
+    """Number of top tokens to keep of each distribution."""
     weights: tuple[float, ...] | None = None
     """Weights of the teachers, relative to each other. Default: equal."""
     temperature: float = 2.0
@@ -68,10 +68,10 @@ class CacheRequest:
 
 
 def cache_teachers(request: CacheRequest) -> str:
-    """Write this call's share of a cache, and print its size first. Returns a report for a person.
+    """Write this call's share of a cache, printing its size first. Returns a readable report.
 
     Raises:
-        ValueError: the teachers do not fit the data or each other, or the folder holds something else.
+        ValueError: the teachers don't match the data or each other, or the folder holds something else.
         OSError: a path does not exist or cannot be written.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,7 @@
-"""RUN/environment.jsonl: software and hardware of each start and resume. A checkpoint names the line of its start.
+"""Writes RUN/environment.jsonl: software and hardware of each start and resume, referenced by the checkpoints.
 
-Nothing here may stop or delay a run: unknown facts are null. Keys and passwords are never written: of the
-environment only the variables named here are read, and the command line is cleaned.
+Nothing here may stop or delay a run: unknown facts are null. Keys and passwords are never written: only the
+environment variables listed here are read, and the command line is redacted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pretrain.logs.messages import warn
 FILE = "environment.jsonl"  # in the run folder
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("lit_data", "lit_eval", "lit_files", "lit_model", "pretrain")
-GIT_S = 5.0  # at most, for one question to git on a slow file system
+GIT_S = 5.0  # timeout of one git call, for slow file systems
 PACKAGES = (
     *("torch", "lightning-fabric", "numpy", "transformers", "tokenizers", "sentencepiece", "safetensors", "pyarrow"),
     *("jsonargparse", "zstandard", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cutlass-dsl"),
@@ -52,11 +52,11 @@ MASK = "***"
 
 
 def record_environment(run: Path, attempt: str, step: int, argv: Sequence[str], device: torch.device) -> None:
-    """Append the line of this start. Every rank calls this; rank 0 writes. Never raises for a disk.
+    """Append this start's line. Every rank calls this; rank 0 writes. Disk errors never raise.
 
     Args:
-        attempt: the id of this start, which its checkpoints carry.
-        step: optimizer steps done at this start.
+        attempt: the id of this start, stored in its checkpoints.
+        step: optimizer steps completed at this start.
     """
     mine = {"host": socket.gethostname(), "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
     ranks: list[Any] = [mine]
@@ -83,7 +83,7 @@ def record_environment(run: Path, attempt: str, step: int, argv: Sequence[str], 
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line, whole or not at all: one that a kill or a full disk cut short is closed first, and stays."""
+    """Append a line atomically. An earlier line truncated by a kill or a full disk is kept, and terminated first."""
     with open(path, "a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
@@ -118,7 +118,7 @@ def local_facts() -> dict[str, Any]:
 
 
 def code_hash() -> str:
-    """Of the packages' Python files, names and contents; 12 hexadecimal digits."""
+    """Hash of the names and contents of the packages' Python files; 12 hexadecimal digits."""
     digest = hashlib.sha256()
     for package in CODE:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -128,10 +128,10 @@ def code_hash() -> str:
 
 
 def git_facts(root: Path) -> dict[str, Any] | None:
-    """The commit of a checkout, whether it is as committed, and the hash of what differs; None if it is no checkout.
+    """Commit of a checkout, whether it is clean, and a hash of the changes; None outside a checkout.
 
-    `clean` counts new files that git does not ignore; the hash is over the diff of tracked files and new Python files.
-    Without git, or where git refuses (a checkout of another user), the commit is read from its files.
+    Untracked files that git does not ignore make it not `clean`; the hash covers the diff of tracked files, and new
+    Python files. Without git, or where git refuses (another user's checkout), the commit is read from its files.
     """
     if not (root / ".git").exists():
         return None
@@ -154,14 +154,14 @@ def git_facts(root: Path) -> dict[str, Any] | None:
 
 
 def git(root: Path, *arguments: str) -> bytes:
-    """A question to git that writes nothing into the checkout."""
+    """Output of a git command, run so that it writes nothing into the checkout."""
     command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(root), *arguments]
     foreign = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     return subprocess.run(command, capture_output=True, check=True, timeout=GIT_S, env=foreign).stdout
 
 
 def commit_of_files(root: Path) -> str | None:
-    """HEAD's commit, from the files of a repository or of a worktree of one."""
+    """HEAD's commit, read from the files of a repository or worktree."""
     try:
         folder = root / ".git"
         if folder.is_file():
@@ -185,14 +185,14 @@ def commit_of_files(root: Path) -> str | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Of those that decide what a run computes, where they are installed."""
+    """Versions of the installed packages that affect a run's results."""
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    versions["torch"] = torch.__version__  # with the build, which metadata may lack
+    versions["torch"] = torch.__version__  # includes the build tag, which the metadata may lack
     return versions
 
 
@@ -206,7 +206,7 @@ def cpu_model() -> str:
 
 
 def driver_version() -> str | None:
-    """NVIDIA's driver; None without one."""
+    """Version of the NVIDIA driver; None without one."""
     try:
         first = Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
     except OSError:
@@ -223,7 +223,7 @@ def nccl_version() -> str | None:
 
 
 def clean_command(argv: Sequence[str]) -> list[str]:
-    """A command line without keys and passwords: values of flags that name one, known forms, passwords in addresses."""
+    """Redact secrets from a command line: values of flags that name one, known key formats, passwords in URLs."""
     cleaned: list[str] = []
     hide = False
     for word in argv:
@@ -240,5 +240,5 @@ def clean_command(argv: Sequence[str]) -> list[str]:
 
 
 def command_line(argv: Sequence[str] | None) -> list[str]:
-    """Of this process, or as `main` was given it."""
+    """The command line of this process, or the one passed to `main`."""
     return sys.argv if argv is None else ["fabric_train.py", *argv]

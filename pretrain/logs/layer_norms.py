@@ -1,12 +1,12 @@
-"""Norms of each layer's gradients, activations and updates at log steps (--log.layers), in RUN/layers.csv.
+"""Logs per-layer norms of gradients, activations and updates at log steps (--log.layers) to RUN/layers.csv.
 
-Layers are the blocks by their number from 0, and the modules around them (wte, wpe, ln_f, lm_head).
+Layers are the blocks, numbered from 0, and the modules around them (wte, wpe, ln_f, lm_head).
 
 - gradient_norm: 2-norm of the gradients of the layer's parameters, over all ranks, before clipping.
 - activation_rms: root mean square of a block's output (the residual stream), over all slots of the step's rows.
 - update_norm: 2-norm of the step's change of the layer's parameters; 0 for a skipped step.
 
-Nothing is read on the host before `read`. The update costs a copy of this rank's weights during the step.
+No host sync before `read`. The update norm costs a copy of this rank's weights during the step.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def layer_of(parameter: str) -> str:
 
 
 class LayerNorms:
-    """Measures a step: call `begin` before the first forward, then the others in order, on every rank.
+    """Measures one step: call `begin` before the first forward, then the other methods in order, on every rank.
 
     Args:
-        parameters: of the model, by name; DTensors where they are sharded.
+        parameters: the model's, by name; DTensors if sharded.
     """
 
     def __init__(self, model: GPT, parameters: dict[str, nn.Parameter], device: torch.device) -> None:
@@ -58,7 +58,7 @@ class LayerNorms:
 
     @torch.no_grad()
     def gradients(self, scale: Tensor | None) -> None:
-        """After the last backward. `scale`: a loss scale that the gradients carry."""
+        """Measure the gradients, after the last backward. `scale`: the loss scale they were multiplied by."""
         self.model.observe = None
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         if world_size > 1:
@@ -80,11 +80,11 @@ class LayerNorms:
         self._before = []
 
     def read(self) -> dict[str, float]:
-        """The values by `columns`. Waits for the device."""
+        """The values, keyed by `columns`. Waits for the device."""
         return dict(zip(self.columns, torch.cat(self._values).tolist(), strict=True))
 
     def _norms(self, layers: list[list[Tensor]]) -> Tensor:
-        """float64 [layers]: 2-norms of whole tensors, on the device; the same on every rank."""
+        """float64 [layers]: 2-norms of the full (unsharded) tensors, on the device; the same on every rank."""
         sums = []
         for tensors in layers:
             squares = [sum_of_squares(layout, shards).double() for layout, shards in by_layout(tensors).items()]

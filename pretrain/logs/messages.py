@@ -1,4 +1,4 @@
-"""Lines to standard output and standard error that never end a run, also where the log's disk is full."""
+"""Prints to standard output and standard error without ever ending the run, even when the log's disk is full."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def warn(message: str) -> None:
 
 
 class Unfailing:
-    """A text stream whose writes never raise OSError: for all of a process's output, also what libraries print."""
+    """A text stream whose writes never raise OSError: for all of a process's output, including that of libraries."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

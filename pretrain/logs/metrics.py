@@ -1,4 +1,4 @@
-"""metrics.csv: its columns, its rows as they are written while training, and its repair when a run is resumed."""
+"""metrics.csv: columns, appending rows while training, and repair when a run is resumed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from pretrain.logs.messages import say, warn
 FILE = "metrics.csv"  # in the run folder
 
 COLUMNS = (
-    "step",  # optimizer steps done
+    "step",  # optimizer steps completed
     "tokens",  # input tokens seen, padding not counted
     "epoch",
-    "train_loss",  # of this very step, nats per target
+    "train_loss",  # of this step alone, nats per target
     "val_loss",
     "val_bits_per_byte",
     "lr",
@@ -35,32 +35,32 @@ COLUMNS = (
     "loss_scale",
     "tokens_per_s",
     "mfu",
-    "mfu_causal",  # with half the attention's work counted
+    "mfu_causal",  # counting half of the attention FLOPs
     "memory_gib",  # peak: allocated on CUDA, resident on a CPU
     "seconds",  # since this process began training
 )
 
-# Only for models with experts; of all tokens of this very step that have a target.
+# Only for models with experts; over all tokens of this step that have a target.
 ROUTER_COLUMNS = (
-    "expert_load_max",  # tokens of the busiest expert of any layer, as a share of an even load
+    "expert_load_max",  # tokens of the busiest expert in any layer, relative to an even load
     "expert_load_min",  # of the least busy one
-    "router_entropy",  # of the mean of the router's probabilities, as a share of ln(experts); mean over the layers
-    "load_balance_loss",  # before its weight, 1 at an even load
+    "router_entropy",  # of the mean router probabilities, relative to ln(experts); mean over layers
+    "load_balance_loss",  # unweighted; 1 at an even load
 )
 
-# Only for --objective distillation; train_loss is the cross-entropy alone.
+# Only for --objective distillation; train_loss is then the cross-entropy alone.
 DISTILLATION_COLUMNS = (
-    "alpha",  # the weight of the cross-entropy
-    "divergence",  # from the teachers, nats a target (mse: squared logits); empty where alpha is 1
-    "total_loss",  # the minimised loss of the mean target, without z-loss and the routers' losses
+    "alpha",  # weight of the cross-entropy
+    "divergence",  # from the teachers, nats per target (mse: squared logits); empty where alpha is 1
+    "total_loss",  # minimised loss per target, without z-loss and router losses
 )
 
-KEPT_ROWS = 10_000  # at most, that a full disk did not take, until there is room
+KEPT_ROWS = 10_000  # limit on rows buffered while the disk is full
 
 
 @dataclass
 class Rows:
-    """The content of a metrics.csv: its header and its whole rows, as bytes with line ends."""
+    """The content of a metrics.csv: header and complete rows, as bytes with line ends."""
 
     header: bytes
     text: list[bytes]
@@ -71,10 +71,10 @@ class Rows:
 
 
 def read_rows(content: bytes, expected: Sequence[str] = COLUMNS) -> Rows:
-    """The whole rows of a metrics.csv in any state.
+    """Parse the complete rows of a metrics.csv in any state.
 
-    A last line without its end is left by a killed run, and is no damage. `expected` are the columns of a file whose
-    header was lost, if its rows have as many.
+    An unterminated last line comes from a killed run and does not count as damage. `expected`: the columns to assume if
+    the header was lost and the rows have that many.
     """
     *lines, torn = content.split(b"\n")
     header, rows, damage = header_line(expected), lines, None
@@ -98,7 +98,7 @@ def header_line(columns: Sequence[str]) -> bytes:
 
 
 def columns_of(header: bytes) -> list[str] | None:
-    """The names in a line, if it is a header."""
+    """The column names, if a line is a header."""
     if re.fullmatch(rb"step(,[A-Za-z]\w*)+\s*", header) is None:
         return None
     names = header.decode().rstrip().split(",")
@@ -106,7 +106,7 @@ def columns_of(header: bytes) -> list[str] | None:
 
 
 def is_row(line: bytes, width: int) -> bool:
-    """Whether it is a step and `width` numbers, any of which may be missing."""
+    """Whether a line is a step and `width` numbers, any of which may be missing."""
     step, *values = line.rstrip(b"\r").split(b",")
     if len(values) != width or re.fullmatch(rb"\d{1,18}", step) is None:
         return False
@@ -117,7 +117,7 @@ def is_row(line: bytes, width: int) -> bool:
 
 
 def newest_step(path: Path) -> int | None:
-    """The highest step that metrics.csv has a row of; None without one."""
+    """The highest step in metrics.csv; None if it has no rows."""
     try:
         return max(read_rows(path.read_bytes()).steps(), default=None)
     except OSError:
@@ -125,13 +125,13 @@ def newest_step(path: Path) -> int | None:
 
 
 def cut_metrics(path: Path, step: int, columns: Sequence[str] = COLUMNS, *, again: bool = False) -> None:
-    """Drop the rows after `step` from metrics.csv, and a last row that a killed run left unfinished.
+    """Drop the rows after `step` from metrics.csv, and a last row left incomplete by a kill.
 
-    A run at step 0 begins with a row of its own, so that none is kept. A damaged file never raises: it is kept beside
-    as metrics.csv.damaged-N, its whole rows stay in metrics.csv, and one line on standard error says so.
+    At step 0 no row is kept, since the run writes that row itself. A damaged file never raises: it is kept as
+    metrics.csv.damaged-N, its complete rows stay in metrics.csv, and standard error gets one warning line.
 
     Args:
-        columns: of a file whose header was lost.
+        columns: to assume if the header was lost.
         again: drop the row of `step` as well.
     """
     if not os.path.lexists(path):
@@ -148,7 +148,7 @@ def cut_metrics(path: Path, step: int, columns: Sequence[str] = COLUMNS, *, agai
     new = b"".join([rows.header, *kept])
     try:
         if damage is None and content is not None and content.startswith(new):
-            os.truncate(path, len(new))  # takes no room
+            os.truncate(path, len(new))  # needs no disk space
             return
         if damage is not None and content != b"":
             damage += f"; kept as {set_aside(path).name}"
@@ -171,13 +171,13 @@ def set_aside(path: Path) -> Path:
 
 
 class MetricsFile:
-    """Appends rows to a CSV file, one write each, so that they are seen at once. A failing disk never raises.
+    """Appends rows to a CSV file with one write each, so that readers see them at once. Disk errors never raise.
 
-    Rows that could not be written (a full disk, a quota) are kept in memory and written when there is room again; what
-    was written of one is cut off first. One line says that it failed, another that it works again.
+    Rows that could not be written (disk full, quota) are buffered in memory until there is space again; a partially
+    written one is cut off first. The failure and the recovery are reported once each.
 
     Args:
-        path: its columns are kept, and those that it lacks are added.
+        path: an existing file keeps its columns and gains the missing ones.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
@@ -188,7 +188,7 @@ class MetricsFile:
         self._flush()
 
     def write(self, row: dict[str, float]) -> None:
-        """`row` maps names of columns to numbers; unmeasured ones are left out."""
+        """Append a row: column names to numbers, without the unmeasured ones."""
         self._pending.append(row)
         self._flush()
 
@@ -232,7 +232,7 @@ class MetricsFile:
                 append(file, header_line(self.columns))
         else:
             if len(whole) < len(content):
-                os.truncate(self.path, len(whole))  # a row of which a full disk took a part
+                os.truncate(self.path, len(whole))  # drop a partial row left by a full disk
             if more := [name for name in self.columns if name not in columns]:
                 add_columns(self.path, more)
             self.columns = [*columns, *more]
@@ -252,7 +252,7 @@ def append(file: IO[bytes], data: bytes) -> None:
 
 
 def add_columns(path: Path, more: Sequence[str]) -> None:
-    """Give metrics.csv the columns that it lacks, empty so far. Atomic."""
+    """Add missing columns to metrics.csv, empty in existing rows. Atomic."""
     header, *rows = path.read_bytes().splitlines()
     with replace_file(path) as temporary:
         lines = [b",".join([header, *(name.encode() for name in more)]), *(row + b"," * len(more) for row in rows)]
@@ -264,7 +264,7 @@ def _number(value: float) -> str:
 
 
 def router_values(router: RouterStatistics) -> Tensor:
-    """The values of ROUTER_COLUMNS, on the device, from sums over a step (of L layers and E experts)."""
+    """Compute ROUTER_COLUMNS on the device from sums over a step (L layers, E experts)."""
     n_expert = router.assigned.shape[-1]
     load = n_expert * router.assigned / router.assigned.sum(-1, keepdim=True).clamp(min=1)  # (L, E)
     mean = router.probability / router.tokens.unsqueeze(-1).clamp(min=1)  # (L, E)

@@ -1,7 +1,7 @@
-"""Progress while training: a bar on a terminal, lines in a log.
+"""Shows training progress: a bar on a terminal, lines in a log.
 
-Lines go to standard output: one at a log step, but not within 10 s of the line before, except for the first, the last
-and validations. Where a minute passes without one, a line says how far the run is, from the host's clock alone.
+Lines go to standard output: one per log step, at least 10 s apart, except for the first, the last and validations.
+After a minute without one, a line reports the progress by the host's clock alone, without a device sync.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from rich.text import Text
 
 from pretrain.logs.messages import say
 
-LINE_S = 10.0  # at least, between two lines of log steps
-QUIET_S = 60.0  # at most, without a line
-WIDE = 100  # columns of a terminal that has room for the bar itself
+LINE_S = 10.0  # minimum time between two log-step lines
+QUIET_S = 60.0  # maximum time without a line
+WIDE = 100  # terminal columns needed for the bar itself
 
 
 class ProgressDisplay:
-    """Shows a run's progress, on rank 0; the others show nothing.
+    """Shows a run's progress on rank 0; a no-op on the others.
 
     Args:
-        step_tokens: of one optimizer step.
-        clock: seconds; for tests.
+        step_tokens: tokens per optimizer step.
+        clock: returns seconds; replaced in tests.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class ProgressDisplay:
     ) -> None:
         self.step, self.max_steps, self.step_tokens = first_step, max_steps, step_tokens
         self._clock = clock
-        self._begun: tuple[int, float] | None = None  # after the first step, which compiles
-        self._line = (first_step, clock())  # of the newest line
+        self._begun: tuple[int, float] | None = None  # excludes the first step, which compiles
+        self._line = (first_step, clock())  # when the last line was printed
         self._said = False
         self._bar = Bar(first_step, max_steps) if show and Console(stderr=True).is_terminal else None
         self._lines = show and (self._bar is None or not sys.stdout.isatty())
         self._show = show
 
     def phase(self, name: str, done: int | None = None, of: int | None = None) -> None:
-        """Show what the run does besides training: compiling, validating (`done` of so many steps), saving."""
+        """Show the current phase besides training: compiling, validating (`done` of `of` steps), saving."""
         text = name if done is None else f"{name} {done}/{of}"
         if self._bar is not None:
             self._bar.update(doing=text)
@@ -60,7 +60,7 @@ class ProgressDisplay:
             self.say(f"{self._position()}: {text}")
 
     def advance(self, step: int) -> None:
-        """A step is done, on the host: the device may still be at work on it."""
+        """Count a step as done on the host; the device may still be computing it."""
         self.step = step
         if self._begun is None:
             self._begun = (step, self._clock())
@@ -87,7 +87,7 @@ class ProgressDisplay:
         self.say(f"{self._position()}: {', '.join(filter(None, [*losses, *rates, self._left()]))}")
 
     def say(self, text: str) -> None:
-        """A line in the log, or above the bar."""
+        """Print a line to the log, or above the bar."""
         if self._show:
             self._line = (self.step, self._clock())
             say(text)
@@ -103,7 +103,7 @@ class ProgressDisplay:
         return self._clock() - self._line[1]
 
     def _left(self) -> str:
-        """The time left at the mean pace since the first step of this start; empty where it is not known."""
+        """Remaining time at the mean speed since this start's first step; empty if unknown."""
         if self._begun is None or self.step <= self._begun[0] or self.step >= self.max_steps:
             return ""
         first, then = self._begun
@@ -134,21 +134,21 @@ def whole(text: str) -> ProgressColumn:
 
 
 class Note(ProgressColumn):
-    """The newest numbers, cut short on a narrow terminal."""
+    """The latest numbers, truncated on a narrow terminal."""
 
     def render(self, task: Task) -> Text:
         return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
 
 
 class Bar:
-    """A bar on standard error. A lost terminal does not end the run."""
+    """A progress bar on standard error. Losing the terminal does not end the run."""
 
     def __init__(self, first_step: int, max_steps: int) -> None:
         console = Console(stderr=True)
         columns = [whole("[bold]{task.fields[doing]}"), whole("{task.completed}/{task.total}")]
         columns += [BarColumn(bar_width=None)] if console.width >= WIDE else []
         columns += [Note(), whole("{task.fields[left]}")]
-        # Lines for a log file that standard output is sent to must not land on the terminal.
+        # If standard output is redirected to a log file, its lines must not end up on the terminal.
         self._progress = Progress(*columns, console=console, expand=True, redirect_stdout=sys.stdout.isatty())
         with contextlib.suppress(OSError):
             self._progress.start()

@@ -1,4 +1,4 @@
-"""Tokens per second, model FLOPs utilisation and peak memory of a run."""
+"""Measures tokens per second, model FLOPs utilisation and peak memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from lit_model.config import ModelConfig
 from lit_model.cost import flops_per_token
 
-# Dense bf16 peak of one device in FLOP/s, by a part of its name (vendor data sheets).
+# Dense bf16 peak FLOP/s of one device, by substring of its name (vendor data sheets).
 PEAK_FLOPS = {
     "H200": 989.5e12,
     "H100 PCIe": 756e12,
@@ -40,18 +40,18 @@ class Throughput:
         self.begin = self._start
 
     def add(self, tokens: int) -> None:
-        """Count the slots of a step, over all ranks (padding included: the model computes it too)."""
+        """Count a step's tokens over all ranks, including padding, which is computed too."""
         self._tokens += tokens
 
     def pause(self) -> float:
-        """Begin an interval that is not training; pass the returned value to `resume`."""
+        """Start an interval to exclude from the timing; pass the returned value to `resume`."""
         return time.perf_counter()
 
     def resume(self, paused: float) -> None:
         self._start += time.perf_counter() - paused
 
     def read(self) -> dict[str, float]:
-        """Values since the last read. The caller has just waited for the device."""
+        """Values since the last read. The caller must have just waited for the device."""
         now = time.perf_counter()
         rate = self._tokens / max(now - self._start, 1e-9)
         self._tokens, self._start = 0, now

@@ -1,8 +1,8 @@
-"""TensorBoard and Weights & Biases beside metrics.csv. A tracker shows the rows of metrics.csv, and never ends a run.
+"""TensorBoard and Weights & Biases: mirror the rows of metrics.csv. A tracker failure never ends a run.
 
-A run has a unique id, kept in RUN/run_id.json. When a run returns to an older checkpoint, TensorBoard drops the later
-steps. Weights & Biases cannot drop steps in general: its rewind is enabled server by server, and not offline. So the
-run there is left as it is, and another begins with the rows that are still valid.
+A run has a unique id, stored in RUN/run_id.json. When a run goes back to an older checkpoint, TensorBoard drops the
+later steps. Weights & Biases generally can't: its rewind must be enabled per server and does not work offline. So
+that W&B run is left as it is, and a new one starts with the rows that are still valid.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pretrain.logs.messages import warn
 from pretrain.logs.metrics import FILE as METRICS
 
 ID_FILE = "run_id.json"
-FORBIDDEN = "/\\#?%:"  # in a name of a project of Weights & Biases
+FORBIDDEN = "/\\#?%:"  # in W&B project names
 LONGEST_NAME = 128
 
 
@@ -32,10 +32,10 @@ class RunId:
     """The identity of a run for trackers.
 
     Attributes:
-        id: unique, made once.
-        folder: of the run when this was written, absolute; tells a copy of it from the run itself.
-        wandb: the id at Weights & Biases of the run that shows this one's rows; None before there is one.
-        wandb_runs: runs begun there so far.
+        id: unique, created once.
+        folder: absolute run folder at the time of writing; distinguishes a copy of the folder from the run itself.
+        wandb: id of the W&B run that shows this run's rows; None before there is one.
+        wandb_runs: number of W&B runs started so far.
     """
 
     id: str
@@ -56,9 +56,9 @@ class Tracker(Protocol):
 
 
 def check_trackers(args: LogArgs, run: Path) -> None:
-    """Raise ValueError if a tracker could not start here: no package, no key, a name that it refuses.
+    """Raise ValueError if a tracker could not start here: missing package, missing key, or a name it rejects.
 
-    Uses no network, and leaves nothing behind.
+    Needs no network, and leaves no files behind.
     """
     if "tensorboard" in args.trackers:
         import_tensorboard()
@@ -102,17 +102,16 @@ def check_wandb(args: LogArgs, name: str) -> None:
 
 
 def has_key(wandb: Any) -> bool:
-    """Whether wandb would log in without asking at the terminal."""
+    """Whether wandb would log in without a terminal prompt."""
     if "prompt" in inspect.signature(wandb.login).parameters:
         return bool(wandb.login(prompt=False))
     return wandb.api.api_key is not None  # before wandb.login had a parameter to suppress its prompt
 
 
 def open_id(run: Path, name: str) -> RunId:
-    """The id of the run in this folder, which gets one if it has none yet.
+    """Read the id of the run in this folder, or create one.
 
-    A copy of a run's folder is a run of its own from then on. A run from before there were ids keeps its name at
-    Weights & Biases, which was its id.
+    A copy of a run folder counts as a separate run. A run from before ids existed keeps its W&B name, which was its id.
     """
     here = run.resolve()
     known = read_id(here)
@@ -130,7 +129,7 @@ def open_id(run: Path, name: str) -> RunId:
 
 
 def read_id(run: Path) -> RunId | None:
-    """None where there is none, or none that can be read."""
+    """The stored id; None if it is missing or unreadable."""
     try:
         facts = json.loads((run / ID_FILE).read_text(encoding="utf-8"))
         known = RunId(**facts)
@@ -144,8 +143,8 @@ class Trackers:
     """The trackers of a run, on rank 0.
 
     Args:
-        config: the settings, shown beside the run.
-        step: optimizer steps done; what a tracker shows of later ones is dropped, see `abandon`.
+        config: the settings to show with the run.
+        step: optimizer steps completed; later steps already logged are dropped, see `abandon`.
         strict: raise ValueError for a tracker that cannot start. Otherwise warn, and train without it.
     """
 
@@ -157,7 +156,7 @@ class Trackers:
                 check_trackers(LogArgs(trackers=[name], project=args.project, run_name=args.run_name), run)
                 begin: type[TensorBoard | WandB] = TensorBoard if name == "tensorboard" else WandB
                 self._open.append(begin(run, args, config, step))
-            except Exception as error:  # of a library, which may raise anything
+            except Exception as error:  # a library may raise anything
                 is_mistake = isinstance(error, ValueError)
                 message = one_line(error) if is_mistake else f"--log.trackers {name}: {cause(error)}"
                 if strict:
@@ -184,14 +183,14 @@ class Trackers:
         self._open = []
 
     def _warn(self, tracker: Tracker, error: Exception) -> None:
-        """Once for each tracker."""
+        """Warn once per tracker."""
         if tracker.name not in self._failed:
             warn(f"{tracker.name} lost a row ({cause(error)}); training continues, and so do the rows if it recovers")
         self._failed.add(tracker.name)
 
 
 def abandon(run: Path, args: LogArgs) -> None:
-    """Before rows are cut from metrics.csv: what Weights & Biases shows is no longer this run."""
+    """Detach the W&B run before rows are cut from metrics.csv, since it shows steps that no longer count."""
     if not (run / ID_FILE).exists() and not (run / "wandb").is_dir():
         return
     try:
@@ -224,7 +223,7 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
         except Exception:
-            self._writer = None  # a writer whose thread has failed fails for ever
+            self._writer = None  # once its thread has failed, a writer never recovers
             raise
 
     def close(self) -> None:
@@ -233,7 +232,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run at Weights & Biases. WANDB_MODE, WANDB_API_KEY, WANDB_ENTITY and the like come from the environment."""
+    """A Weights & Biases run. WANDB_MODE, WANDB_API_KEY, WANDB_ENTITY etc. are read from the environment."""
 
     name = "wandb"
 
@@ -266,7 +265,7 @@ class WandB:
 
 
 def rows_until(run: Path, step: int) -> list[tuple[dict[str, float], int]]:
-    """What was logged up to a step, as (values, step): for a tracker that has none of it yet."""
+    """Rows logged up to a step, as (values, step), to backfill a new tracker."""
     rows: dict[int, dict[str, float]] = {}
     for name, prefix in ((METRICS, ""), (LAYERS, "layers/")):
         path = run / name

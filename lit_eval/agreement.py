@@ -1,4 +1,4 @@
-"""Does transformers agree with us? The loss of every span of a packed dataset, ours against theirs."""
+"""Compares our per-span losses on a packed dataset with those of transformers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lit_model.loss import LossOutput
 
 @dataclass
 class SpanLosses:
-    """Summed losses (nats) of spans, in the order of the stream, and where they lie.
+    """Summed losses (nats) of spans, in stream order, and their positions.
 
     Attributes:
-        start: position in the stream of the first input token; `length` inputs, `targets` of them with a target.
+        start: stream position of the first input token; `length` inputs, `targets` of them with a target.
     """
 
     start: npt.NDArray[np.int64]
@@ -38,7 +38,7 @@ class SpanLosses:
 
 @torch.no_grad()
 def our_span_losses(model_path: Path, dataset: PackedDataset, block_size: int, batch: int = 16) -> SpanLosses:
-    """Rows of a packed dataset through our model with the document mask, as the trainer's validation does."""
+    """Run our model on the rows of a packed dataset with the document mask, as the trainer's validation does."""
     model, _ = load_model(model_path)
     windows_of = ConcatRows(dataset, block_size)
     parts: list[tuple[Any, ...]] = []
@@ -58,7 +58,7 @@ def our_span_losses(model_path: Path, dataset: PackedDataset, block_size: int, b
 
 @torch.no_grad()
 def transformers_span_losses(folder: Path, dataset: PackedDataset, spans: SpanLosses) -> SpanLosses:
-    """The same spans, one at a time, through `AutoModelForCausalLM` in float32."""
+    """Run `AutoModelForCausalLM` in float32 on the same spans, one at a time."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -76,6 +76,6 @@ def transformers_span_losses(folder: Path, dataset: PackedDataset, spans: SpanLo
 
 
 def largest_difference(ours: SpanLosses, theirs: SpanLosses) -> float:
-    """Largest relative difference of a span's summed loss."""
+    """Largest relative difference between two summed losses of a span."""
     scored = theirs.targets > 0
     return float(np.max(np.abs(ours.loss - theirs.loss)[scored] / theirs.loss[scored]))

@@ -1,4 +1,4 @@
-"""The longest stretch of a generated text that stands word for word in the training text: does the model recite?"""
+"""Finds the longest passage of a generated text that occurs verbatim in the training text (memorization check)."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import NamedTuple
 
 
 class Overlap(NamedTuple):
-    """A longest common substring; empty (length 0) where the two texts share no character."""
+    """A longest common substring; length 0 if the texts share no character."""
 
     length: int
     """In characters."""
     text: str
     position: int
-    """Where the text first stands in the sample, in characters."""
+    """Its first occurrence in the sample, in characters."""
 
 
 def longest_overlap(sample: str, corpus: str) -> Overlap:
-    """The longest substring of `sample` that occurs in `corpus`; of several the first in the sample. Exact.
+    """The longest substring of `sample` that occurs in `corpus`; of several, the first in the sample. Exact.
 
-    A window that never shrinks slides over the sample: it grows while its text occurs in the corpus, else it moves on
-    by one. Each search asks for more than the best so far, so there are at most 2 len(sample) of them, each in C and in
-    practice linear in len(corpus): 1.6 s for 1000 characters against 6 million on one core.
+    A window slides over the sample without ever shrinking: it grows while its text occurs in the corpus, otherwise it
+    moves by one. Each search looks for more than the best so far, so there are at most 2 len(sample) searches, each in
+    C and in practice linear in len(corpus): 1.6 s for 1000 characters against 6 million on one core.
     """
     return _longest(sample, [corpus])
 
 
 def longest_overlap_in_files(sample: str, paths: Iterable[Path]) -> Overlap:
-    """`longest_overlap` with the documents of some files, never across two of them; holds one file in memory at a time.
+    """`longest_overlap` with the documents in files, never across documents; holds one file in memory at a time.
 
-    A .jsonl file holds one document a line in the field "text"; any other file is one document of UTF-8 text.
-    ValueError names the file (and line) that cannot be read.
+    A .jsonl file has one document per line in the field "text"; any other file is one document of UTF-8 text.
+    Raises ValueError naming the file (and line) that cannot be read.
     """
     best = Overlap(0, "", 0)
     for path in paths:
@@ -43,8 +43,8 @@ def longest_overlap_in_files(sample: str, paths: Iterable[Path]) -> Overlap:
 
 
 def _longest(sample: str, documents: list[str], at_least: int = 0) -> Overlap:
-    """The longest overlap with any one of the documents, if it is not shorter than `at_least`, else length 0."""
-    # The documents are joined by a character that the sample lacks, so that one search covers them all.
+    """The longest overlap with any single document, if at least `at_least` long, otherwise length 0."""
+    # Documents are joined by a character not in the sample, so that one search covers them all.
     corpus = _absent(sample).join(documents)
     best, start = Overlap(0, "", 0), 0
     wanted = max(at_least, 1)

@@ -1,10 +1,10 @@
-"""Cache the teachers of a dataset once for many students: the top-k next tokens at every position.
+"""Cache teacher predictions on a dataset once for many students: the top-k next tokens at every position.
 
     python scripts/cache_teacher.py --teachers runs/a runs/b --data data/train --block_size 128 --k 64 --output cache/
 
 Train with `--objective distillation --distillation.cache cache/ --distillation.divergence topk_kl`. Repeat an
-interrupted call to resume it. To share the work between calls, on one machine or many: `--parts 4`, and `--part 0` to
-`--part 3`. The temperature is part of the cache: the student's run must have the same.
+interrupted call to resume it. To split the work over several calls, on one machine or many: `--parts 4`, with
+`--part 0` to `--part 3`. The temperature is baked into the cache: the student's run must use the same one.
 """
 
 from __future__ import annotations

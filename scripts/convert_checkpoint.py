@@ -1,4 +1,4 @@
-"""Write a checkpoint in the other form: one file (full) or a folder (sharded), optimizer and all.
+"""Convert a checkpoint, including the optimizer state, to one file (full) or a folder (sharded).
 
 python scripts/convert_checkpoint.py runs/mine/iter-00001000-ckpt.pth whole/iter-00001000-ckpt.pth --to full
 """

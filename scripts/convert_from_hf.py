@@ -1,4 +1,4 @@
-"""Write a Hugging Face folder as a checkpoint, to go on training from with --init_from."""
+"""Convert a Hugging Face folder to a checkpoint, to continue training from it with --init_from."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Write a checkpoint of TinyLlama, LLäMmlein, lit-gpt or litgpt as one of this project, optimizer and all.
+"""Convert a checkpoint of TinyLlama, LLäMmlein, lit-gpt or litgpt to this project's format, with the optimizer state.
 
 python scripts/convert_legacy.py out/LLaMmlein_1B/iter-00100000-ckpt.pth imported/llammlein-1B.pth
 
-What comes out is opened by evaluation, generation and scripts/convert_to_hf.py, and trained on from with --init_from
-(docs/legacy.md). The source is a .pth, or a litgpt folder with lit_model.pth and model_config.yaml.
+The result works with evaluation, generation and scripts/convert_to_hf.py, and training can continue from it with
+--init_from (docs/legacy.md). The source is a .pth, or a litgpt folder with lit_model.pth and model_config.yaml.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pretrain.convert.legacy import Imported, import_legacy
 
 
 def command_to_go_on(imported: Imported, output: Path) -> str:
-    """The call of the trainer that continues the old run, as far as its checkpoint says how it went."""
+    """The trainer command that continues the old run, with the settings its checkpoint records."""
     flags: dict[str, object] = {"init_from": output}
     if imported.optimizer:
         flags |= {"init_optimizer": "true", "optim.steps_before": imported.step}

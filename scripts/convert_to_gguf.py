@@ -1,4 +1,4 @@
-"""Write a Llama-like model as one GGUF file, with its tokenizer, for llama.cpp and programs built on it."""
+"""Convert a Llama-like model and its tokenizer to one GGUF file, for llama.cpp and programs built on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a checkpoint as a Hugging Face folder: safetensors, configs, tokenizer, model card."""
+"""Convert a checkpoint to a Hugging Face folder: safetensors, configs, tokenizer, model card."""
 
 from __future__ import annotations
 

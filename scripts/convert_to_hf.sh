@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# convert_to_hf.sh CHECKPOINT OUTPUT: a checkpoint (or a run folder) as a Hugging Face folder.
+# convert_to_hf.sh CHECKPOINT OUTPUT: convert a checkpoint (or a run folder) to a Hugging Face folder.
 set -euo pipefail
 if [ "$#" -lt 2 ]; then
     echo "usage: $0 CHECKPOINT OUTPUT [--tokenizer PATH]" >&2

@@ -1,10 +1,10 @@
-"""Add the words of each document to a dataset that lacks them: one of an earlier version, or of imported tokens.
+"""Add word counts per document to a dataset without them: one from an earlier version, or from imported tokens.
 
     python scripts/count_words.py data/train
 
-Words are what white space separates, counted in the text that the tokens decode to (preparation counts them in the text
-itself). docs.parquet and manifest.json are replaced, tokens stay as they are, and so does the dataset's fingerprint. A
-call that was killed is finished by the same call.
+Words are separated by whitespace and counted in the text decoded from the tokens (preparation counts them in the
+original text). Replaces docs.parquet and manifest.json; tokens and the dataset's fingerprint don't change. Repeat a
+killed call to finish it.
 """
 
 from __future__ import annotations

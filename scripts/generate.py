@@ -48,7 +48,7 @@ def parser() -> ScriptParser:
 
 
 def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[tuple[str | None, list[int]]]:
-    """(text, ids) of each prompt; without text where ids were given."""
+    """(text, ids) of each prompt; text is None if ids were given."""
     if args.prompt_ids is not None:
         return [(None, parse_ids(ids)) for ids in args.prompt_ids]
     if tokenizer is None:
@@ -56,7 +56,7 @@ def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None) -> lis
     encoding = encoding_of(args.model, tokenizer)
     prompts: list[tuple[str | None, list[int]]] = []
     for argument in args.prompt:
-        try:  # the bytes of the command line, whatever encoding Python took them for
+        try:  # the raw bytes of the command line, whatever encoding Python assumed
             text = os.fsencode(argument).decode("utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"--prompt {argument!r} is not UTF-8") from None
@@ -114,7 +114,7 @@ def main() -> int:
 
 
 def show(prompt: str | None, ids: list[int], new: list[int], tokenizer: Tokenizer | None, as_json: bool) -> None:
-    """Print a prompt and what follows it."""
+    """Print a prompt and its continuation."""
     stopped = tokenizer is not None and bool(new) and new[-1] == tokenizer.eos_id
     text = tokenizer.decode(new[:-1] if stopped else new) if tokenizer is not None else None
     if as_json:

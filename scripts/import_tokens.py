@@ -1,8 +1,8 @@
-"""Make a packed dataset of token files that other programs wrote.
+"""Make a packed dataset from token files written by other programs.
 
     python scripts/import_tokens.py --input megatron/corpus_text_document --tokenizer tokenizer/ --output data/train
 
-Reads Megatron's .bin/.idx (linked, not copied, where the .bin fits as it is), datatrove's .ds, chunks of lit-gpt and
+Reads Megatron's .bin/.idx (linked, not copied, if the .bin is usable as is), datatrove's .ds, chunks of lit-gpt and
 TinyLlama (LITPKDS), shards of llm.c and modded-nanogpt, .npy, flat .bin and .npy (with --dtype; nanoGPT's, OLMo's), and
 folders of these. Each id is checked against the vocabulary.
 """
@@ -84,5 +84,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that partial output is removed
     sys.exit(main())

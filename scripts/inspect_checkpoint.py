@@ -1,6 +1,6 @@
-"""What a checkpoint holds; with --verify, whether it is still what was written (ends with 1 if it is not).
+"""Show the contents of a checkpoint; with --verify, check its checksums (exits with 1 on a mismatch).
 
-python scripts/inspect_checkpoint.py runs/mine              # the newest of a run
+python scripts/inspect_checkpoint.py runs/mine              # newest checkpoint of a run
 python scripts/inspect_checkpoint.py runs/mine/iter-00001000-ckpt.pth --verify
 """
 
@@ -57,7 +57,7 @@ def print_facts(facts: dict[str, Any]) -> None:
 
 
 def faults_of(path: Path) -> list[str]:
-    """All faults; a checkpoint that does not even open is one."""
+    """All faults of a checkpoint; failing to open counts as one."""
     try:
         checkpoint = Checkpoint(path)
         faults = checkpoint.verify()

@@ -1,7 +1,7 @@
-"""What a packed dataset holds: totals, lengths of documents, sources, ids that repeat; samples; a check of every file.
+"""Show the contents of a packed dataset: totals, document lengths, sources, duplicate ids, samples; verify every file.
 
 python scripts/inspect_dataset.py data/train --samples 3 --picture lengths.png
-python scripts/inspect_dataset.py data/train --verify       # ends with 1 if a file is not what was written
+python scripts/inspect_dataset.py data/train --verify       # exits with 1 if a file is damaged
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         code = run(args)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:

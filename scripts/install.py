@@ -3,13 +3,13 @@
     python3 scripts/install.py [--system-site-packages]
 
 Environment:
-    TORCH_INDEX_URL  take torch from this index, as PyTorch's "Start locally" page names it (--index-url)
-    FORCE=1          install CUDA packages on a machine without a fitting NVIDIA driver
+    TORCH_INDEX_URL  install torch from this index, as given on PyTorch's "Start locally" page (--index-url)
+    FORCE=1          install CUDA packages on a machine without a compatible NVIDIA driver
     SYSTEM_SITE_PACKAGES=1  the same as --system-site-packages: reuse the torch of the calling Python
 
-What would come is resolved before anything large is downloaded. A second call with nothing changed ends at once,
-whatever Python calls it (to change the Python, remove `.venv`); a `.venv` left half made by a killed call is made
-anew. The syntax is that of Python 3.6, so that an old Python gets a sentence instead of a SyntaxError.
+Packages are resolved before anything large is downloaded. A second call with nothing changed returns at once,
+whichever Python calls it (to change the Python, remove `.venv`); an incomplete `.venv` left by a killed call is
+recreated. The syntax is limited to Python 3.6, so that an old Python prints a clear error instead of a SyntaxError.
 """
 
 import argparse
@@ -30,24 +30,24 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-TYPE_CHECKING = False  # the type checker takes it for True; typing would be imported for this alone
+TYPE_CHECKING = False  # type checkers assume True; avoids importing typing just for this
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_PYTHON = (3, 11)
-# From this version on, `install --dry-run --report` reads the wheels' metadata and leaves their bytes where they are.
+# From this version on, `install --dry-run --report` reads the wheels' metadata without downloading the wheels.
 MIN_PIP = (26, 0)
 EXTRAS = "test,dev,hf,gguf,data,plots,quickstart"
-STAMP = "llammlein-installed.json"  # in .venv, written last: what is installed
-MARKER = "llammlein-installing"  # in .venv while an install is under way
-# For packages whose size no server told: CUDA 13 wheels of torch 2.13 for Linux, measured.
+STAMP = "llammlein-installed.json"  # in .venv, written last: the installed state
+MARKER = "llammlein-installing"  # in .venv during an install
+# Used if a server reports no size: CUDA 13 wheels of torch 2.13 for Linux, measured.
 ESTIMATE_GB = 2.7
 
 
 @contextlib.contextmanager
 def lock(path: Path) -> "Iterator[None]":
-    """One install at a time. pip inherits the lock, so that one that outlives a killed caller is waited for."""
+    """Allow one install at a time. pip inherits the lock, so a pip that outlives its killed caller is waited for."""
     try:
         import fcntl
     except ImportError:  # not POSIX
@@ -64,7 +64,7 @@ def lock(path: Path) -> "Iterator[None]":
 
 
 class Refusal(Exception):
-    """A condition on the user's machine; the text says what to do."""
+    """A problem on the user's machine; the message says how to fix it."""
 
 
 def check_python() -> None:
@@ -85,7 +85,7 @@ def check_python() -> None:
 
 
 def state(system_site_packages: bool) -> "dict[str, str]":
-    """What an environment depends on. Equal state, nothing to do."""
+    """Everything an environment depends on; if it is unchanged, there is nothing to do."""
     files = hashlib.sha256()
     for name in ("pyproject.toml", "constraints.txt"):
         files.update((ROOT / name).read_bytes())
@@ -99,7 +99,7 @@ def state(system_site_packages: bool) -> "dict[str, str]":
 
 
 def torch_range() -> "list[tuple[str, tuple[int, ...]]]":
-    """The bounds of torch in constraints.txt: [(">=", (2, 11)), ("<", (2, 14))]. Empty where it is not bounded."""
+    """Version bounds of torch in constraints.txt: [(">=", (2, 11)), ("<", (2, 14))]. Empty if unbounded."""
     found = re.search(r"^torch\s*([<>=!~][^;#\s]*)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     bounds = re.findall(r"(>=|<=|==|<|>)\s*([\d.]+)", found.group(1)) if found else []
     return [(sign, version_numbers(version)) for sign, version in bounds]
@@ -112,7 +112,7 @@ def version_numbers(version: str) -> "tuple[int, ...]":
 
 
 def is_suitable_torch(version: str, bounds: "list[tuple[str, tuple[int, ...]]]") -> bool:
-    """Whether a torch of this version lies in the range. Compared to as many numbers as the bound has."""
+    """Whether a torch version is within bounds, compared at the bound's precision."""
     own = version_numbers(version)
     tests = {
         ">=": lambda a, b: a >= b,
@@ -125,10 +125,10 @@ def is_suitable_torch(version: str, bounds: "list[tuple[str, tuple[int, ...]]]")
 
 
 def system_torch() -> "str | None":
-    """The version of the calling Python's torch, None without one, or where a virtual environment hides it."""
+    """Version of the calling Python's torch; None without one, or if a virtual environment hides it."""
     if sys.prefix != sys.base_prefix:
         return None
-    import importlib.metadata  # not in Python 3.7, which gets here never
+    import importlib.metadata  # missing in Python 3.7, which never gets here
 
     try:
         return importlib.metadata.version("torch")
@@ -149,13 +149,13 @@ def read_stamp(venv: Path) -> "dict[str, str]":
 
 
 def is_current(stamp: "dict[str, str]", wanted: "dict[str, str]") -> bool:
-    """Choices that were not repeated (the index, the reuse of packages) stay as they were."""
+    """Whether the install is up to date. Options not given again (index, system packages) count as unchanged."""
     unsaid = [k for k in ("torch_index_url", "system_site_packages") if wanted[k] in ("", "False")]
     return all(stamp.get(k) == v for k, v in wanted.items() if k not in unsaid)
 
 
 def version_in(venv: Path) -> str:
-    """Version of the environment's Python, "3.11"; empty where it does not start. About 20 ms."""
+    """Version of the environment's Python, such as "3.11"; empty if it does not start. Takes about 20 ms."""
     try:
         return subprocess.check_output(
             [str(venv_python(venv)), "-I", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
@@ -167,7 +167,7 @@ def version_in(venv: Path) -> str:
 
 
 def remove(venv: Path) -> None:
-    """Delete an environment. The marker goes last: a killed removal is taken up again, not refused as foreign."""
+    """Delete an environment, the marker last, so that a killed removal is resumed instead of rejected as foreign."""
     (venv / MARKER).touch()
     for child in venv.iterdir():
         if child.is_dir() and not child.is_symlink():
@@ -178,7 +178,7 @@ def remove(venv: Path) -> None:
 
 
 def clean_environment() -> "dict[str, str]":
-    """The caller's environment without what would send pip's files elsewhere."""
+    """The caller's environment without variables that would redirect pip's files."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX")}
     env.update(PIP_USER="0", PYTHONNOUSERSITE="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
     return env
@@ -200,7 +200,7 @@ def run(*command: str, quiet: bool = False) -> str:
 
 
 def run_with_status(*command: str) -> None:
-    """Run a command; on a terminal its newest line is shown in place, after a failure all that it said."""
+    """Run a command, showing its latest line on a terminal, and all of its output if it fails."""
     lines = []
     width = shutil.get_terminal_size().columns - 1
     pipe = subprocess.PIPE
@@ -224,18 +224,18 @@ def run_with_status(*command: str) -> None:
 
 
 def make_venv(venv: Path, system_site_packages: bool) -> None:
-    """An environment whose Python runs, with the marker in it."""
+    """Make sure there is a working environment with the marker in it."""
     marker = venv / MARKER
     if venv.exists():
         whole = venv_python(venv).exists() and not marker.exists()
         stamp = read_stamp(venv)
-        # Installed by us at another place or without the system's packages: not to be patched.
+        # Installed by us elsewhere, or without the system's packages: don't patch it.
         ours_but_other = bool(stamp) and any(
             stamp.get(k) != v
             for k, v in state(system_site_packages).items()
             if k == "root" or (k == "system_site_packages" and v == "True")
         )
-        # The Python under it was replaced by a newer one: its packages lie in a folder that nobody reads any more.
+        # The base Python was upgraded: the installed packages are in a folder that is no longer used.
         ours_but_other = ours_but_other or (bool(stamp) and stamp.get("python") != version_in(venv))
         if whole and not ours_but_other:
             try:
@@ -266,7 +266,7 @@ def renew_pip(python: str) -> None:
 
 
 def resolve(python: str, *requirements: str) -> "list[dict[str, str]]":
-    """What pip would install for these: name, version, URL. Wheels stay where they are, their metadata is read."""
+    """Packages pip would install for these: name, version, URL. Reads the wheels' metadata without downloading them."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         run(
@@ -285,7 +285,7 @@ def resolve(python: str, *requirements: str) -> "list[dict[str, str]]":
 
 
 def cuda_of(packages: "list[dict[str, str]]") -> "int | None":
-    """The CUDA major version these packages bring, None where they bring none."""
+    """The CUDA major version these packages need, None without CUDA."""
     for package in packages:
         name, version = package["name"], package["version"]
         if name == "torch" and "+cu" in version:
@@ -296,7 +296,7 @@ def cuda_of(packages: "list[dict[str, str]]") -> "int | None":
 
 
 def driver_cuda() -> "int | None":
-    """The newest CUDA major version this machine's NVIDIA driver runs, None without a driver."""
+    """The newest CUDA major version this machine's NVIDIA driver supports, None without a driver."""
     for name in ("libcuda.so.1", ctypes.util.find_library("cuda"), "nvcuda.dll" if os.name == "nt" else None):
         if not name:
             continue
@@ -315,7 +315,7 @@ def driver_cuda() -> "int | None":
 
 
 def size_of(url: str) -> "int | None":
-    """Bytes behind a URL, None where the server does not say."""
+    """Size of a URL in bytes, None if the server does not report it."""
     if url.startswith("file:"):
         path = Path(urllib.request.url2pathname(urllib.parse.urlparse(url).path))
         return path.stat().st_size if path.is_file() else None
@@ -331,7 +331,7 @@ def size_of(url: str) -> "int | None":
 
 
 def download_bytes(packages: "list[dict[str, str]]") -> "int | None":
-    """The packages' sizes added up, None as soon as a server does not tell one: no more of them are asked then."""
+    """Total download size; None, without further requests, as soon as a server does not report a size."""
     total = 0
     for package in packages:
         size = size_of(package["url"])
@@ -342,7 +342,7 @@ def download_bytes(packages: "list[dict[str, str]]") -> "int | None":
 
 
 def check_cuda(packages: "list[dict[str, str]]", driver: "int | None", force: bool) -> None:
-    """Refuse gigabytes of CUDA packages that this machine can't use."""
+    """Refuse to download gigabytes of CUDA packages that this machine can't use."""
     cuda = cuda_of(packages)
     if cuda is None or (driver is not None and driver >= cuda):
         return
@@ -433,7 +433,7 @@ def main() -> int:
         if system:
             check_system_torch()
         with lock(ROOT / ".venv.lock"):
-            if current():  # made meanwhile by another call
+            if current():  # another call has installed it in the meantime
                 return 0
             install(venv, system)
             temporary = venv / (STAMP + ".tmp")

@@ -1,4 +1,4 @@
-"""Draw OUTPUT/train.jsonl and OUTPUT/val.jsonl from a grammar whose entropy is known."""
+"""Sample OUTPUT/train.jsonl and OUTPUT/val.jsonl from a grammar of known entropy."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
     python scripts/prepare_data.py --input corpus/ --tokenizer tokenizer/ --output data/ --val_fraction 0.01
 
-Reads .txt (one document a file, or as --split_documents says), .jsonl and .json lines, each also .gz or .zst, .parquet;
-folders and patterns of these; hf:NAME[@CONFIG][:SPLIT] for a dataset of Hugging Face. A call that was killed is resumed
-when it is repeated. On a cluster, --executor slurm submits the stages as jobs; with a scheduler of your own, call
---stage hash, join, encode, merge.
+Reads .txt (one document per file, or see --split_documents), .jsonl and .json lines, each also .gz or .zst, .parquet;
+folders and glob patterns of these; hf:NAME[@CONFIG][:SPLIT] for a Hugging Face dataset. Repeat a killed call to resume
+it. On a cluster, --executor slurm submits the stages as jobs; with another scheduler, call --stage hash, join, encode,
+merge.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_fields(Settings, GROUPS, leave_out=["name"])
     parser.add_fields(Execution, {"workers": "execution"})
     args = parser.parse_args(arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers 1 means one core
-    sys.path.append(os.getcwd())  # for module:function of the user's own
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # so that --workers 1 uses one core
+    sys.path.append(os.getcwd())  # for the user's module:function
     try:
         report = carry_out(Execution(**given_fields(Execution, args)), given_fields(Settings, args))
         print(report, end="\n" if report else "")
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         notes(error)
         return 2
-    except OSError as error:  # a full disk, a quota, a device that fails
+    except OSError as error:  # full disk, quota, device error
         print(f"error: {error.strerror or error}: {error.filename or args.output}", file=sys.stderr)
         notes(error)
         return 2

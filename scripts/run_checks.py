@@ -1,4 +1,4 @@
-"""Lint, format check and types, all three also when one fails. `make check` calls this."""
+"""Run lint, format check and type check, all three even if one fails. `make check` calls this."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Run pytest over the CPUs this process may use. Arguments go on to pytest; `make test` calls this."""
+"""Run pytest on the CPUs available to this process. Arguments are passed to pytest; `make test` calls this."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def available_cpus() -> int:
-    """CPUs in this process's affinity: what a container or a batch job was given, not what the machine has."""
+    """Number of CPUs in this process's affinity: those of the container or batch job, not of the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -17,10 +17,10 @@ def available_cpus() -> int:
 
 def main() -> int:
     cpus = available_cpus()
-    # Tests start processes of their own (two ranks); more workers than this would only wait for each other.
+    # Tests start their own processes (two ranks); more workers than this would only compete for cores.
     workers = min(cpus, 8)
     env = dict(os.environ)
-    # One thread a worker. Torch otherwise starts one for each CPU in every process: slower, and other roundings.
+    # One thread per worker. Torch otherwise starts one per CPU in every process: slower, and different rounding.
     env["OMP_NUM_THREADS"] = "1"
     env.setdefault("HF_HUB_OFFLINE", "1")
     spread = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []

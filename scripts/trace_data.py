@@ -1,4 +1,4 @@
-"""Questions to a run's datapoint record: what a step saw, who saw a document, what was seen between two checkpoints."""
+"""Query a run's datapoint record: the data of a step, the steps of a document, the data between two checkpoints."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def print_step(run: TracedRun, args: argparse.Namespace) -> None:
         about = facts[row["dataset"]][row["document"]]
         dataset = documents[row["dataset"]]
         start = dataset.start(row["document"]) + row["start"]
-        # A token may be no more than a byte of a character.
+        # A token may be a single byte of a character.
         shown = row["length"] if args.json else min(row["length"], 4 * args.max_chars)
         tokens = dataset.tokens(start, start + shown).tolist()
         text = tokenizer.decode(tokens) if tokenizer is not None else " ".join(map(str, tokens))
@@ -98,7 +98,7 @@ def print_step(run: TracedRun, args: argparse.Namespace) -> None:
 
 
 def find_documents(run: TracedRun, name: str) -> list[tuple[int, int]]:
-    """(dataset, document) of all documents with an id, or of the one that `#N` or `#D:N` means."""
+    """(dataset, document) of all documents with an id, or of the one given as `#N` or `#D:N`."""
     if match := NUMBER.fullmatch(name):
         if match[1] is None and len(run.datasets) > 1:
             raise ValueError(f"{name}: the run has {len(run.datasets)} datasets; give #D:N for document N of dataset D")
@@ -141,7 +141,7 @@ def print_document(run: TracedRun, args: argparse.Namespace) -> None:
 
 
 def steps_done(run: TracedRun, name: str) -> int:
-    """Optimizer steps done, from a number, or the name or path of a checkpoint."""
+    """Optimizer steps completed, from a number, or the name or path of a checkpoint."""
     steps = int(name) if name.isdigit() else checkpoint_step(Path(name))
     if steps is None:
         raise ValueError(f"{name!r} is neither a number of steps nor a checkpoint's name (iter-XXXXXXXX-ckpt.pth)")
@@ -207,7 +207,7 @@ def main() -> int:
             print(f"{run.folder}: {run.steps} steps checked against {data}, {verdict}")
             return 1 if faults else 0
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

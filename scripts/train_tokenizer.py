@@ -2,8 +2,8 @@
 
     python scripts/train_tokenizer.py --input corpus/ --vocab_size 32000 --output tokenizer/
 
-Reads what scripts/prepare_data.py reads. Writes OUTPUT/tokenizer.json (byte_bpe) or OUTPUT/tokenizer.model
-(sentencepiece), with the files that name its special tokens.
+Reads the same formats as scripts/prepare_data.py. Writes OUTPUT/tokenizer.json (byte_bpe) or OUTPUT/tokenizer.model
+(sentencepiece), and the files that define its special tokens.
 """
 
 from __future__ import annotations
@@ -107,5 +107,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that partial output is removed
     sys.exit(main())

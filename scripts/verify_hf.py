@@ -1,4 +1,4 @@
-"""Compare the loss of every validation span: the run's checkpoint here, its converted folder in transformers."""
+"""Compare the loss of every validation span between a run's checkpoint and its converted folder in transformers."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""A process that reads rows of a dataset through a cache and checks each against the dataset itself.
+"""Worker process: reads rows of a dataset through a cache and checks each against the dataset itself.
 
     PYTHONPATH=ROOT python cache_worker.py PLAN
 
-PLAN is JSON: data, folder, budget and chunk in bytes, rows (first tokens), row_tokens, and what `main` asks for.
+PLAN is JSON: data, folder, budget and chunk in bytes, rows (first tokens), row_tokens, and the other keys `main` reads.
 
-Prints "ready" when the cache is open, and at the end its counters as JSON.
+Prints "ready" when the cache is open, and its counters as JSON at the end.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Small tokenizers of the kinds that chat models have: the parts, special tokens and templates of the families.
+"""Small tokenizers like those of chat models, with each family's components, special tokens and chat template.
 
-`write_tokenizer(folder, family)` writes what a Hugging Face folder holds of one, for "llama3", "qwen3", "gemma2" and
-"smollm2"; the vocabulary comes from TEXTS.
+`write_tokenizer(folder, family)` writes the tokenizer files of a Hugging Face folder, for "llama3", "qwen3", "gemma2"
+and "smollm2"; the vocabulary comes from TEXTS.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ _GEMMA2 = (
 
 
 def write_tokenizer(folder: Path, family: str, **changes: Any) -> Path:
-    """Write a family's tokenizer; `changes` are keys of tokenizer_config.json, left out where None."""
+    """Write a family's tokenizer; `changes` override keys of tokenizer_config.json (None removes one)."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, config, template, generation = {
         "llama3": _llama3, "qwen3": _qwen3, "gemma2": _gemma2, "smollm2": _smollm2,
     }[family]()  # fmt: skip
     tokenizer.save(str(folder / "tokenizer.json"))
-    if family in ("qwen3", "smollm2"):  # transformers 4.56 and later write it apart
+    if family in ("qwen3", "smollm2"):  # transformers 4.56 and later write it to a separate file
         (folder / "chat_template.jinja").write_text(template)
         more = folder / "additional_chat_templates"
         more.mkdir()
@@ -143,7 +143,7 @@ def _smollm2() -> tuple[Tokenizer, dict[str, Any], str, dict[str, Any]]:
 
 
 def _gemma2() -> tuple[Tokenizer, dict[str, Any], str, dict[str, Any]]:
-    """Spaces written as ▁, characters outside the vocabulary as bytes, and special tokens first in the vocabulary."""
+    """Spaces as ▁, byte fallback for characters outside the vocabulary, special tokens first in the vocabulary."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")

@@ -1,4 +1,4 @@
-"""For tests of faults: runs the cases of tests/harness/watchdog_worker.py, ranks in processes of their own."""
+"""For fault tests: runs the cases of tests/harness/watchdog_worker.py, each rank in a separate process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from running import ROOT
 
 
 class Case:
-    """How a case of the worker ended: exit statuses (negative: of a signal), seconds from the fault to each end."""
+    """Outcome of a worker case: exit statuses (negative: signal), and seconds from the fault to each rank's exit."""
 
     def __init__(self, folder: Path, statuses: list[int], seconds: list[float]) -> None:
         self.folder, self.statuses, self.seconds = folder, statuses, seconds
@@ -23,15 +23,15 @@ class Case:
         return (self.folder / "logs" / f"rank-{rank:05d}.log").read_text()
 
     def message(self, rank: int) -> str:
-        """The one line of its standard error that begins with what went wrong."""
+        """The one line of the rank's standard error that starts with the failure."""
         lines = [line for line in (self.folder / f"stderr-{rank}").read_text().splitlines() if "error: " in line]
         assert len(lines) == 1, lines
         return lines[0]
 
 
 def run_cases(temporary: pytest.TempPathFactory, name: str, cases: list[str]) -> dict[str, Case]:
-    """Run cases of the worker at once, dozens of processes: once, and never beside those of another name, however many
-    processes of pytest share the tests. The run folder of each case is FOLDER/CASE."""
+    """Run worker cases concurrently (dozens of processes): once per name, and never at the same time as another name's,
+    however many pytest processes share the tests. The run folder of each case is FOLDER/CASE."""
     base = temporary.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     outcome = folder / "outcome.json"

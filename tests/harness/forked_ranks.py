@@ -1,10 +1,10 @@
-"""For tests of kills: a process that has imported everything, and forks the ranks of one training run after another.
+"""For kill tests: a process with everything imported that forks the ranks of one training run after another.
 
     python tests/harness/forked_ranks.py
 
-reads requests from standard input and answers on standard output, one JSON object a line (see `trial`);
-rank_server.py asks. An import of torch and Lightning takes seconds, a fork some milliseconds. Nothing that a fork
-would break is alive before it: no process group and no thread of any library, which is asserted.
+reads requests from standard input and answers on standard output, one JSON object per line (see `trial`); the client is
+rank_server.py. Importing torch and Lightning takes seconds, a fork a few milliseconds. Nothing that a fork would break
+exists before it: no process group and no library thread, which is asserted.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ import pretrain.loop
 from pretrain.cli.run_parser import build_parser
 from pretrain.fabric_train import leave, main
 
-SLOTS = 3 + len(PHASES)  # int64 in shared memory, of each rank:
-STEP, KILLED_NS, PHASE, ENTERED = 0, 1, 2, 3  # steps done, when it killed itself, what it does; how often it began to
+SLOTS = 3 + len(PHASES)  # int64 in shared memory, per rank:
+STEP, KILLED_NS, PHASE, ENTERED = 0, 1, 2, 3  # steps completed, time of its kill, current phase; entries per phase
 
 
 class Reporter:
-    """In a rank: says in shared memory what is being done, and kills at the call that was asked for."""
+    """In a rank: reports its phase in shared memory, and kills at the requested call."""
 
     def __init__(self, rank: int, request: dict[str, Any], slots: memoryview) -> None:
         self.slots = slots
@@ -79,17 +79,17 @@ def trial(request: dict[str, Any]) -> dict[str, Any] | list[str]:
 
     The request:
         world_size, run, arguments: ranks, run folder, command line.
-        log: how the paths of each rank's output (LOG-R) and calls (LOG-calls-R) begin.
-        env, plants: of the ranks: their further environment, and faults of tests/harness/planted_faults.py.
-        watch: note all calls that change the run folder, and what is being done; needed for what follows.
+        log: path prefix of each rank's output (LOG-R) and calls (LOG-calls-R).
+        env, plants: extra environment of the ranks, and faults of tests/harness/planted_faults.py.
+        watch: record all calls that change the run folder, and the current phase; required for the keys below.
         kill: {rank, call: [kind, phase, number], half, everyone}: SIGKILL before this call of this rank; with `half`,
-            after half of what it writes is written. It falls on this rank, or on `everyone`.
-        moment: {rank, phase, entry, delay_s, everyone}: SIGKILL `delay_s` after the rank begins the phase for the
+            after half of its bytes are written. Kills this rank, or `everyone`.
+        moment: {rank, phase, entry, delay_s, everyone}: SIGKILL `delay_s` after the rank enters the phase for the
             `entry`-th time.
-        timeout_s: after which what is alive writes its stacks to its output or log, and is killed.
+        timeout_s: after this, live processes dump their stacks to their output or log, and are killed.
 
-    The answer: the ranks' `statuses` (negative: of a signal); whether one was `killed`, in which `phase`, after which
-    `step`, and how long the others `survived_s`; whether `timeout_s` was `exceeded`; `seconds` in all, `train_s`
+    The answer: the ranks' `statuses` (negative: signal); whether one was `killed`, in which `phase`, after which
+    `step`, and how long the others `survived_s`; whether `timeout_s` was `exceeded`; total `seconds`, and `train_s`
     from the first step on; how often each rank `entered` each phase.
     """
     world_size, moment, kill = request["world_size"], request["moment"], request["kill"]
@@ -150,7 +150,7 @@ def trial(request: dict[str, Any]) -> dict[str, Any] | list[str]:
 
 
 def become(rank: int, request: dict[str, Any], port: int, slots: memoryview) -> None:
-    """Make a forked child a rank as torchrun starts one, with its output in a file."""
+    """Turn a forked child into a rank as torchrun would start it, with its output in a file."""
     output = os.open(f"{request['log']}-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
         os.dup2(descriptor, target)
@@ -165,7 +165,7 @@ def become(rank: int, request: dict[str, Any], port: int, slots: memoryview) -> 
 
 
 def serve_python(address: str) -> dict[str, Any]:
-    """Fork the process that answers tests/harness/warm_python.py at this address; its scripts end in here."""
+    """Fork the process that serves tests/harness/warm_python.py at this address; its scripts exit in this function."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(32)
@@ -173,7 +173,7 @@ def serve_python(address: str) -> dict[str, Any]:
         listener.close()
         return {"address": address}
     null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)  # the pipes of this process are not its child's
+    os.dup2(null, 0)  # the child must not keep this process's pipes
     os.dup2(null, 1)
     words = warm_python.serve(listener)
     try:
@@ -186,7 +186,7 @@ def serve_python(address: str) -> dict[str, Any]:
 
 
 def serve() -> list[str] | None:
-    """Answer until the requests end (None). In a forked rank: its command line."""
+    """Serve until the requests end (None). In a forked rank, return its command line."""
     for line in sys.stdin:
         assert not dist.is_initialized() and len(os.listdir("/proc/self/task")) == 1
         request = json.loads(line)
@@ -198,8 +198,8 @@ def serve() -> list[str] | None:
 
 
 def end(status: int) -> NoReturn:
-    """End a rank as the interpreter does, without its tear-down: it would take ten times as long as most runs here, as
-    every page that it touches is first copied."""
+    """Exit a rank like the interpreter but without teardown, which would take ten times as long as most runs here, as
+    every page it touches is copied first."""
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -208,8 +208,8 @@ def end(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    build_parser()  # half of the time of a short run; once, and not in each fork
-    gc.freeze()  # a collection in a fork leaves what it shares with this process alone
+    build_parser()  # half the time of a short run; done once instead of per fork
+    gc.freeze()  # keeps garbage collection in a fork from touching pages shared with this process
     arguments = serve()
     if arguments is not None:
         try:

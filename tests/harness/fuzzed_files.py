@@ -1,11 +1,11 @@
-"""Damage to every file that the system reads, and what its reader makes of it.
+"""Fuzzes every file format that the system reads and checks how its reader reacts.
 
     OMP_NUM_THREADS=1 PYTHONPATH=. python tests/harness/fuzzed_files.py [--count 200] [--seed 0] [--only KIND ...]
 
 makes one small example of every kind of file, mutates each `count` times (bits, truncation, other types, deep nesting,
-huge numbers) and opens it as the system does, in processes forked from this one. It prints a table of what happened,
-and every fault: another error than one that names the file, a value outside the file's schema, damage that a checksum
-covers and does not show, more than 5 s of CPU time, 500 MB of memory, a command run, a file left behind.
+huge numbers) and opens it as the system does, in processes forked from this one. It prints a table of the outcomes and
+every fault: an error that does not name the file, a value outside the file's schema, damage that a checksum covers but
+does not detect, more than 5 s of CPU time or 500 MB of memory, a command executed, a file left behind.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ FORBIDDEN = ("os.system", "subprocess.Popen", "os.posix_spawn", "os.exec", "os.f
 
 @dataclass
 class Kind:
-    """One kind of file: where its example lies, and how it is read.
+    """One kind of file: the path of its example, and how it is read.
 
-    `read` gets the folder, reads as the system does, and asserts that what it got is of the file's schema. `covered`
-    gets the folder too and says whether the check of the file's checksum finds a fault.
+    `read` takes the folder, reads as the system does, and asserts that the result matches the file's schema. `covered`
+    also takes the folder and returns whether the file's checksum test finds a fault.
     """
 
     name: str
@@ -168,7 +168,7 @@ def read_cache(folder: Path) -> None:
     check_finished(folder / "cache", facts)
     teacher = CachedTeacher(folder / "cache", torch.device("cpu"))
     rows = open_rows(PackedDataset(folder / "data"), "concat", 8)
-    if (facts.block_size, facts.n_windows) != (8, 9):  # check_cache refuses it
+    if (facts.block_size, facts.n_windows) != (8, 9):  # check_cache rejects it
         return
     for row in (0, 5, 8):
         found = teacher(read_rows(rows, np.asarray([row]), np.asarray([0]), True))
@@ -227,7 +227,7 @@ KINDS = [
 
 
 def make_examples(top: Path) -> None:
-    """One small example of each kind, in the folders that KINDS names."""
+    """Write one small example of each kind, in the folders named in KINDS."""
     rng = np.random.default_rng(7)
     write_dataset(top / "data", rng.integers(1, 30, size=60).tolist())
     write_dataset(top / "sets" / "train", rng.integers(1, 30, size=60).tolist())
@@ -288,7 +288,7 @@ OTHER: list[Any] = [
 
 
 def mutate(content: bytes, text: bool, rng: random.Random) -> tuple[str, bytes]:
-    """A kind of damage, and the content with it."""
+    """Pick a kind of damage; returns its name and the damaged content."""
     ways = [flip_bits, truncate, overwrite, insert, *([change_type, change_number, nest, change_key] if text else [])]
     way = rng.choice(ways)
     return way.__name__, way(content, rng)
@@ -306,7 +306,7 @@ def truncate(content: bytes, rng: random.Random) -> bytes:
 
 
 def overwrite(content: bytes, rng: random.Random) -> bytes:
-    """Zeros, ones, the largest number, or noise over some bytes; half of the time where headers and footers are."""
+    """Overwrite some bytes with zeros, ones, the largest number or noise; half of the time in a header or footer."""
     size = rng.choice((1, 4, 8, 64, 4096))
     at = rng.choice((0, 8, 16, 24, len(content) - 8, rng.randrange(len(content)), rng.randrange(len(content))))
     new = rng.choice((b"\0" * size, b"\xff" * size, b"\xff" * 7 + b"\x7f", rng.randbytes(size)))
@@ -319,7 +319,7 @@ def insert(content: bytes, rng: random.Random) -> bytes:
 
 
 def nodes(value: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """(container, key) of everything in a document."""
+    """(container, key) of every value in a document."""
     for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         found.append((value, key))
         nodes(value[key], found)
@@ -364,7 +364,7 @@ def change_key(content: bytes, rng: random.Random) -> bytes:
 
 @dataclass
 class Outcomes:
-    """What the mutations of a kind led to: refused with a clean error, or read; and the faults."""
+    """Outcomes of the mutations of one kind: rejected with a clean error, or read; and the faults."""
 
     mutations: int = 0
     refused: int = 0
@@ -408,14 +408,14 @@ def trial(kind: Kind, folder: Path, file: Path, original: bytes, seed: str) -> d
 
 
 def resident_mb() -> float:
-    """The most memory that this process has had."""
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def child(kind: Kind, folder: Path, numbers: range, seed: int, write: int) -> None:
-    """In a forked process: the mutations of these numbers; a line of JSON for each."""
+    """In a forked process: run the mutations with these numbers; one line of JSON each."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit = size + (4 << 30)  # beyond it memory is refused; what counts is what was used
+    limit = size + (4 << 30)  # allocations beyond it fail; the fault is judged by the memory used
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     ran: list[str] = []
     sys.addaudithook(lambda event, _: ran.append(event) if event in FORBIDDEN else None)
@@ -434,7 +434,7 @@ def child(kind: Kind, folder: Path, numbers: range, seed: int, write: int) -> No
 
 
 def try_kind(kind: Kind, examples: Path, work: Path, count: int, seed: int) -> Outcomes:
-    """All mutations of a kind, in forked processes: a new one where the last was killed."""
+    """Run all mutations of a kind in forked processes, a new one whenever one is killed."""
     outcomes, first = Outcomes(), 0
     while first < count:
         folder = work / kind.folder
@@ -460,7 +460,7 @@ def try_kind(kind: Kind, examples: Path, work: Path, count: int, seed: int) -> O
 
 
 def forked(work: Callable[[int], None]) -> tuple[list[str], int]:
-    """Run `work` in a forked process with a pipe to write to. Returns the lines it wrote, and its status."""
+    """Run `work` in a forked process with a pipe to write to. Returns the lines written and the exit status."""
     sys.stdout.flush()
     read, write = os.pipe()
     pid = os.fork()

@@ -1,4 +1,4 @@
-"""For tests of collectives: a function in several processes, forked from one that has imported torch."""
+"""For tests of collectives: runs a function in several processes, forked from one that has imported torch."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def _enter(
     function(rank, world_size, *arguments)
     dist.barrier()
     dist.destroy_process_group()
-    # A gloo process now and then aborts while C++ tears down its threads ("terminate called without an active
-    # exception", once in about 60 exits with torch 2.13), after everything above has passed: leave without teardown.
+    # gloo processes occasionally abort while C++ tears down their threads ("terminate called without an active
+    # exception", about 1 in 60 exits with torch 2.13), after everything above has passed: exit without teardown.
     os._exit(0)

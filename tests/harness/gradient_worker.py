@@ -1,10 +1,10 @@
-"""Trains by forked ranks, and reports the gradients of some steps and whether a checkpoint was loaded as it is.
+"""Trains in forked ranks; reports the gradients of some steps and whether a checkpoint was loaded exactly.
 
     python tests/harness/gradient_worker.py
 
-reads requests from standard input and answers on standard output, one JSON object a line (see `train`). An import of
-torch and Lightning takes seconds, a fork some milliseconds, and a test of strategies has many runs. Nothing that a fork
-would break is alive before it: no process group, and no thread of any library.
+reads requests from standard input and answers on standard output, one JSON object per line (see `train`). Importing
+torch and Lightning takes seconds, a fork a few milliseconds, and strategy tests have many runs. Nothing that a fork
+would break exists before it: no process group, and no library thread.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def train(request: dict[str, Any]) -> list[int]:
 
     The request:
         world_size, arguments: ranks and command line; without a command line they clip gradients on several meshes.
-        report: how the paths of each rank's output begin (REPORT-R.log), and where the gradients go (REPORT.pt).
+        report: path prefix of each rank's output (REPORT-R.log) and of the gradients (REPORT.pt).
         gradient_steps: steps (0-based) whose gradients are reported, before clipping.
-        loaded: the path of a checkpoint that the state must equal before the first step, or null.
-        timeout_s: after which everything is killed.
+        loaded: path of a checkpoint that the state must equal before the first step, or null.
+        timeout_s: after this, everything is killed.
     """
     # Held and not listened to: nobody else gets the port, and rank 0 can bind it, as both reuse addresses.
     reserved = socket.socket()
@@ -65,12 +65,12 @@ def train(request: dict[str, Any]) -> list[int]:
                 os._exit(1)
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)  # the interpreter's tear-down takes longer than most runs here
+            os._exit(0)  # interpreter teardown takes longer than most runs here
         ranks.append(pid)
     statuses, deadline = [], time.monotonic() + request["timeout_s"]
     for pid in ranks:
         while not (done := os.waitpid(pid, os.WNOHANG))[0]:
-            # The others of a rank that has failed would wait for it.
+            # The other ranks would wait for a failed one.
             if time.monotonic() > deadline or any(statuses):
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.002)
@@ -80,7 +80,7 @@ def train(request: dict[str, Any]) -> list[int]:
 
 
 def become(rank: int, request: dict[str, Any], port: int) -> None:
-    """Make a forked child a rank as torchrun starts one, with its output in a file."""
+    """Turn a forked child into a rank as torchrun would start it, with its output in a file."""
     output = os.open(f"{request['report']}-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
         os.dup2(descriptor, target)
@@ -120,7 +120,7 @@ def work(args: RunArgs, request: dict[str, Any]) -> None:
 
 
 def check_loaded(run: Run, path: Path) -> None:
-    """The state of this run is what a checkpoint holds, read whole."""
+    """Assert that the state of this run equals a checkpoint, read unsharded."""
     checkpoint, state = Checkpoint(path), run.tensors()
     assert set(checkpoint.names()) == set(state)
     for name, tensor in state.items():
@@ -157,12 +157,12 @@ def clip_on_meshes(request: dict[str, Any]) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor or all of a DTensor, which every rank must ask for."""
+    """The full tensor of a DTensor (a collective: every rank must call it), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def everyone(value: Any) -> list[Any]:
-    """`value` of every rank."""
+    """Gather `value` from every rank."""
     values = [value]
     if dist.is_initialized():
         values = [None] * dist.get_world_size()
@@ -171,7 +171,7 @@ def everyone(value: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # a collection in a fork leaves what it shares with this process alone
+    gc.freeze()  # keeps garbage collection in a fork from touching pages shared with this process
     for line in sys.stdin:
         assert not dist.is_initialized() and len(os.listdir("/proc/self/task")) == 1
         print(json.dumps(train(json.loads(line))), flush=True)

@@ -1,4 +1,4 @@
-"""What is checked of every family against transformers, on random small configs; the test of each family calls these.
+"""Checks of every model family against transformers, on small random configs; called by each family's test.
 
 A test is
 
@@ -12,7 +12,7 @@ A test is
     def test_packed_documents(config, seed):
         check_packed(config, seed)
 
-where `configs` is a strategy of hypothesis, for which `sizes` draws what all families have.
+where `configs` is a hypothesis strategy that uses `sizes` for the fields common to all families.
 """
 
 import os
@@ -59,7 +59,7 @@ scalings = st.one_of(
 
 @st.composite
 def sizes(draw, *, grouped=True, own_head_size=True):
-    """Fields that every family has, as a dict. With `own_head_size` n_head * head_size may differ from n_embd."""
+    """Draw the fields every family has, as a dict. With `own_head_size`, n_head * head_size may differ from n_embd."""
     groups = draw(st.sampled_from([1, 2, 3]))
     n_head = groups * (draw(st.sampled_from([1, 2, 4])) if grouped else 1)
     head_size = draw(st.sampled_from([2, 6, 8, 10, 16, 24]))
@@ -85,7 +85,7 @@ def sizes(draw, *, grouped=True, own_head_size=True):
 
 
 def build(config, seed=0, **kwargs):
-    """A model with every parameter random (norms and biases too, so that a lost one shows), in evaluation mode."""
+    """A model in eval mode with every parameter random, including norms and biases, so that a lost one is noticed."""
     model = GPT(config, **kwargs)
     initialise(model, config, seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -94,14 +94,14 @@ def build(config, seed=0, **kwargs):
             if p.dim() == 1:
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
             if name == "lm_head.bias":
-                p[config.vocab_size :] = 0  # of padding rows, which a conversion drops
+                p[config.vocab_size :] = 0  # padding rows, which a conversion drops
     return model.eval()
 
 
 def to_transformers(model, folder, attention="eager", **kwargs):
-    """The model written as a folder and opened by transformers, with every tensor of both accounted for.
+    """Write the model as a folder and open it with transformers, checking that every tensor of both is accounted for.
 
-    "eager" computes all that a family does, but takes the softmax in float32.
+    "eager" supports everything a family does, but computes the softmax in float32.
     """
     config = model.config
     write_folder(folder, config_to_hf(config, bos_id=0, eos_id=1), tensors_to_hf(config, model.state_dict()), **kwargs)
@@ -127,7 +127,7 @@ def draw_tokens(config, B=2, T=33, seed=0):
 def check_family(config, folder, seed=0, uncarried=()):
     """Logits, gradients, folders both ways and greedy generation of a random model equal transformers'.
 
-    `uncarried` names fields of the config that the family has no word for.
+    `uncarried` names config fields that the family cannot represent.
     """
     model = build(config, seed)
     hf = to_transformers(model, folder / "ours")
@@ -143,7 +143,7 @@ def check_family(config, folder, seed=0, uncarried=()):
 
 
 def check_folders(model, folder, uncarried=()):
-    """`ours` and transformers' `theirs` hold the same tensors, and both give back every tensor and field of ours."""
+    """`ours` and transformers' `theirs` hold the same tensors, and both restore every tensor and field of ours."""
     config = model.config
     ours, theirs = load_file(folder / "ours/model.safetensors"), load_file(folder / "theirs/model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -161,7 +161,7 @@ def check_folders(model, folder, uncarried=()):
 
 
 def check_generation(model, hf, seed, prompt_tokens=9, new_tokens=6):
-    """Greedy tokens with our cache, without a cache, and by transformers are the same."""
+    """Greedy generation gives the same tokens with our cache, without a cache, and in transformers."""
     prompt = draw_tokens(model.config, 1, prompt_tokens, seed + 1)
     cached = generate(model, prompt[0], new_tokens, temperature=0)
     plain = prompt
@@ -190,9 +190,9 @@ def gradients(model, inputs, targets):
 
 
 def check_gradients(model, hf, folder, seed):
-    """float32 gradients lie no further from our float64 ones than twice transformers' do, and those lie near.
+    """Error of our float32 gradients against float64 is at most twice that of transformers', which must be small too.
 
-    Ends the use of `hf`: its gradients are put in place of its parameters, and travel the same way.
+    `hf` is unusable afterwards: its gradients replace its parameters, so that they are converted the same way.
     """
     config = model.config
     tokens = draw_tokens(config, 2, 21, seed + 2)
@@ -226,7 +226,7 @@ def check_packed(config: ModelConfig, seed=0):
     B, T = 2, 30
     tokens = draw_tokens(config, B, T + 1, seed + 3)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
-    # Pieces of 1 to 12 tokens; no piece runs over the end of a row.
+    # Pieces of 1 to 12 tokens; no piece crosses the end of a row.
     ends, alone = [0], []
     for row in range(B):
         start = 0
@@ -255,8 +255,8 @@ def check_packed(config: ModelConfig, seed=0):
 def check_dropout(config: ModelConfig, folder, monkeypatch):
     """In training both sides drop the same number of elements at the same rates, in the same order and places.
 
-    Every call of dropout gets a mask that is a function of how many there were before it: so the logits are equal only
-    if each mask falls on the same thing.
+    Each dropout call gets a mask that depends on the number of earlier calls, so the logits are equal only if each mask
+    is applied to the same tensor.
     """
     model = build(config).train()
     hf = to_transformers(model, folder).train()

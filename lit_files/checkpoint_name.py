@@ -1,6 +1,6 @@
 """The name of a checkpoint: iter-00001000-ckpt.pth, a file or a folder in the run folder, after 1000 optimizer steps.
 
-It gets this name once it is whole: a checkpoint that can be listed can be loaded.
+It gets this name once complete: a checkpoint that can be listed can be loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoint_step(path: Path) -> int | None:
-    """Optimizer steps done in a checkpoint, by its name; None for any other name."""
+    """Optimizer steps completed in a checkpoint, from its name; None for any other name."""
     match = PATTERN.fullmatch(path.name)
     return int(match[1]) if match else None
 

@@ -1,4 +1,4 @@
-"""How many cores this process may use."""
+"""Counts the cores this process may use."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def usable_cores() -> int:
-    """Cores in this process's affinity mask, or all of the machine's where the system has no such mask."""
+    """Cores in this process's affinity mask, or all cores on systems without one."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

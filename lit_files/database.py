@@ -1,4 +1,4 @@
-"""DuckDB in bounded memory, for tables that do not fit into it."""
+"""Opens DuckDB with bounded memory, for tables larger than memory."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def open_database(
     """A DuckDB connection, in memory or to a file.
 
     Args:
-        folder: where a temporary folder is made for data that does not fit into memory; the system's by default.
-        memory_bytes: DuckDB's limit; the process needs about 200 MB besides.
-        keep_order: rows keep the order in which they were read; without it, which saves memory, use ORDER BY.
-        hint: added to the message of an error of DuckDB: out of memory or disk, a file that can't be read.
+        folder: parent of a temporary folder for spilled data; default: the system's.
+        memory_bytes: DuckDB's limit; the process needs about 200 MB more.
+        keep_order: preserve the order in which rows were read; False saves memory, but use ORDER BY.
+        hint: added to DuckDB's error messages: out of memory or disk, an unreadable file.
 
     Raises ValueError if duckdb is not installed, or with that message.
     """

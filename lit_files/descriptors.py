@@ -1,4 +1,4 @@
-"""Open files: one budget for a process, so that datasets of thousands of shards can be read under any `ulimit -n`."""
+"""Limits open files per process, so that datasets of thousands of shards can be read under any `ulimit -n`."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from typing import ClassVar
 
 from lit_files.reading import open_regular
 
-MAX_OPEN = 64  # files kept open for the next read; the usual least limit is 256, for everything in the process
+MAX_OPEN = 64  # files kept open for the next read; the lowest usual limit is 256 for the entire process
 
 
 def raise_open_file_limit() -> None:
-    """Let this process, and those that it starts, open as many files as the system allows it (`ulimit -Hn`)."""
+    """Raise the open file limit of this process and its children to the hard limit (`ulimit -Hn`)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else hard
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own
+        with contextlib.suppress(ValueError, OSError):  # macOS has another, lower limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class OpenFiles:
-    """Reads parts of files, which stay open for the next reads as far as the budget of the process goes.
+    """Reads parts of files and keeps them open for later reads, within the process's budget.
 
-    Any thread may read. Close it when no thread does any more, or let go of it.
+    Any thread may read. Close it, or drop the last reference, when no thread reads any more.
     """
 
     _kept: ClassVar[OrderedDict[tuple[int, str], list[int]]] = OrderedDict()
-    """(reader, path) -> [descriptor, reads in progress], of all readers of the process; the latest used comes last."""
+    """(reader, path) -> [descriptor, reads in progress], of all readers of the process; most recently used last."""
     _lock: ClassVar[threading.RLock] = threading.RLock()  # re-entrant: a reader may be collected while it is held
     _numbers = itertools.count()
 
@@ -40,7 +40,7 @@ class OpenFiles:
         self._number = next(self._numbers)
 
     def read(self, path: str | Path, size: int, offset: int) -> bytes:
-        """Exactly `size` bytes of a file from `offset` on. Raises ValueError that names it where it ends before."""
+        """Read exactly `size` bytes of a file at `offset`. Raises ValueError naming the file if it is too short."""
         key = self._number, str(path)
         with self._lock:
             file = self._kept.get(key)

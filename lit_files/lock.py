@@ -1,8 +1,8 @@
-"""One process at a time in a folder, or at a file.
+"""Locks a folder or file for one process at a time.
 
-The rule is flock: the system releases it however the process ends, so the next start need not wait. Where the file
-system has none (Lustre mounted without flock, some NFS and FUSE mounts) a file beside the lock holds an id that its
-holder renews every 10 s. Clocks of hosts are never compared: a start that finds such a file watches whether it changes.
+Normally by flock: the system releases it however the process exits, so the next start does not wait. On file systems
+without it (Lustre mounted without flock, some NFS and FUSE mounts) a file beside the lock holds an id that the holder
+renews every 10 s. Host clocks are never compared: a process that finds the file watches whether it changes.
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ from typing import Any
 LOCK = ".lock"
 HEARTBEAT = ".heartbeat"
 LOCK_NAMES = (LOCK, LOCK + HEARTBEAT)
-"""In a locked folder; whoever empties it leaves these."""
+"""Files of a locked folder to keep when emptying it."""
 
 BEAT_S = 10.0
 STALE_S = 120.0
-"""A heartbeat that was not renewed for so long belongs to a process that is gone. Several times what a client of NFS
-keeps a file's attributes for (60 s)."""
+"""A heartbeat not renewed for this long belongs to a dead process. Several times the NFS attribute cache time (60 s).
+"""
 
 WITHOUT_FLOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
 
 class LockBusy(ValueError):
-    """Another process holds the lock."""
+    """Raised when another process holds the lock."""
 
 
 def end_process(message: str) -> None:
-    """The default for a lost lock: another process is at work there, so nothing more may be written, not even what
-    would be removed on the way out."""
+    """Default action for a lost lock: exit without any clean-up, as another process now owns the folder."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -49,17 +48,17 @@ class FileLock:
     """Holds a lock from its creation until `close`, or until the process ends.
 
     Args:
-        path: the lock file; it is created, and says who holds the lock.
-        name: what the lock is for, in messages.
-        advice: what a user can do if it is taken.
+        path: the lock file; created, and names the holder.
+        name: purpose of the lock, for messages.
+        advice: what a user can do if the lock is taken.
         remove: `close` removes the file.
-        beat_s, stale_s: only without flock: between two beats, and until a heartbeat counts as stale.
-        on_lost: only without flock: called, in a thread, once another process has taken the lock over, because this
-            one did not run for `stale_s`.
+        beat_s, stale_s: only without flock: interval of heartbeats, and age at which one is stale.
+        on_lost: only without flock: called in a thread once another process has taken over the lock because this one
+            was stalled for `stale_s`.
 
     Raises:
-        LockBusy: another process holds it; the message names that one.
-        OSError: the file can't be created or locked, with its path.
+        LockBusy: another process holds it; the message names the holder.
+        OSError: the file can't be created or locked; has its path.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class FileLock:
         self._file = self._open_locked()
         try:
             beating = path.with_name(path.name + HEARTBEAT)
-            if self._file is None or beating.exists():  # flock may be missing on the other's node only
+            if self._file is None or beating.exists():  # flock may be missing only on the other process's node
                 self._heartbeat = Heartbeat(beating, name, beat_s, stale_s, on_lost)
                 if (holder := self._heartbeat.acquire()) is not None:
                     raise self._busy(holder)
@@ -91,7 +90,7 @@ class FileLock:
             raise
 
     def _open_locked(self) -> Any:
-        """The lock file, locked; None if its file system has no locks."""
+        """Open and lock the file; None if its file system has no locks."""
         while True:
             file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held until close
             try:
@@ -99,7 +98,7 @@ class FileLock:
                 with contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
                         return file
-                file.close()  # the holder before removed it between the two calls
+                file.close()  # the previous holder removed it between the two calls
             except OSError as error:
                 file.seek(0)
                 holder = file.read()
@@ -124,16 +123,16 @@ class FileLock:
 
 
 def lock_folder(folder: Path, advice: str) -> FileLock:
-    """Make the folder if it is missing, and hold it for this process. Raises as FileLock does."""
+    """Create the folder if missing, and lock it for this process. Raises as FileLock does."""
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / LOCK, str(folder), advice)
 
 
 class Heartbeat:
-    """A lease: a file with an id and a count, renewed by a thread. The arguments are those of FileLock.
+    """A lease: a file with an id and a count, renewed by a thread. Same arguments as FileLock.
 
-    Whoever finds a stale one replaces it by its own, and holds the lease if its own is still there a beat later. The
-    holder looks at the id before each beat, and so notices that the lease was taken over.
+    A process that finds a stale one replaces it by its own, and holds the lease if its own is still there a beat later.
+    The holder checks the id before each beat, and so notices a takeover.
     """
 
     def __init__(
@@ -146,7 +145,7 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> str | None:
-        """Take the lease. Returns None, or what the file of a holder that is alive says."""
+        """Acquire the lease. Returns None, or the text of the file if another holder is alive."""
         while not self._create():
             stale, found = self._watch()
             if stale:
@@ -164,7 +163,7 @@ class Heartbeat:
         return json.dumps({"id": self.id, **this_process(), "beats": f"{self._beats:012d}"})
 
     def _create(self) -> bool:
-        """Create the file, unless there is one."""
+        """Create the file unless it exists."""
         try:
             with open(self.path, "x", encoding="utf-8") as file:
                 file.write(self._text())
@@ -173,7 +172,7 @@ class Heartbeat:
         return True
 
     def _watch(self) -> tuple[bool, str]:
-        """Look at another's file until it changes, is gone ("") or counts as stale: (whether that, its text)."""
+        """Watch another holder's file until it changes, is gone ("") or is stale: (whether stale, its text)."""
         found = self._read()
         began = said = time.monotonic()
         while found and (waited := time.monotonic() - began) < self.stale_s:
@@ -194,7 +193,7 @@ class Heartbeat:
         mine = self.path.with_name(f"{self.path.name}.{self.id}")
         mine.write_text(self._text(), encoding="utf-8")
         os.replace(mine, self.path)
-        time.sleep(self.beat_s)  # another start may have found it stale as well: the last to replace it has it
+        time.sleep(self.beat_s)  # another process may have found it stale too: the last to replace it wins
 
     def _read(self) -> str:
         """The file's text, "" if there is none."""
@@ -204,9 +203,9 @@ class Heartbeat:
             return ""
 
     def _beat(self) -> None:
-        """The thread. A beat that fails is tried again: the lease is lost only when another process has it."""
+        """Thread body. A failed beat is retried: the lease is lost only when another process has it."""
         while not self._closing.wait(self.beat_s):
-            # In place: if another replaces the file after this has opened it, the other's is not overwritten.
+            # In place: if another process replaces the file after this open, its file is not overwritten.
             with contextlib.suppress(OSError), open(self.path, "r+", encoding="utf-8", errors="replace") as file:
                 found = file.read()
                 if found and self.id not in found:
@@ -220,7 +219,7 @@ class Heartbeat:
                 file.write(self._text())
 
     def close(self) -> None:
-        """End the thread, and remove the file if it is this lease's."""
+        """Stop the thread, and remove the file if it belongs to this lease."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
@@ -230,14 +229,14 @@ class Heartbeat:
 
 
 def this_process() -> dict[str, Any]:
-    """What a lock says of its holder."""
+    """This process's identity, for the lock file."""
     facts: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
     job = os.environ.get("SLURM_JOB_ID")
     return facts | ({"slurm_job": job} if job else {})
 
 
 def describe(holder: str) -> str:
-    """The holder's own words, for a message."""
+    """The holder as described in the lock file, for a message."""
     try:
         facts = json.loads(holder)
         job = f", SLURM job {facts['slurm_job']}" if "slurm_job" in facts else ""

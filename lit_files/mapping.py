@@ -1,4 +1,4 @@
-"""Memory maps of files that keep no file descriptor: a process may hold thousands of them under any `ulimit -n`."""
+"""Memory-maps files without keeping descriptors: a process may hold thousands under any `ulimit -n`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from lit_files.reading import open_regular
 
-MAX_MAPS = 1 << 15  # of a process; Linux allows 65530 by default (vm.max_map_count), libraries need some too
+MAX_MAPS = 1 << 15  # per process; Linux allows 65530 by default (vm.max_map_count), libraries need some too
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -26,7 +26,7 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 class _Map:
-    """The bytes of a file, for as long as an array of them lives. Python's own mmap keeps a descriptor until 3.13."""
+    """The mapped bytes of a file, while an array uses them. Python's own mmap keeps a descriptor until 3.13."""
 
     live = 0  # in this process
 
@@ -51,17 +51,17 @@ class _Map:
 def map_array(
     path: str | Path, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int = 0, *, random: bool = False
 ) -> npt.NDArray[Any]:
-    """An array of a file's bytes from `offset` on, mapped read-only. The file is closed again at once.
+    """Map a file's bytes from `offset` on read-only, as an array. The file is closed immediately.
 
     Args:
-        random: have only what is asked for read from the disk. Where rows lie anywhere, reading megabytes ahead of
-            each, as disks are often set to, costs a hundred times more.
+        random: disable read-ahead. For scattered rows, the megabytes of read-ahead often configured for disks cost a
+            hundred times more.
 
-    Raises ValueError, naming the file, if it is too short or no regular file.
+    Raises ValueError, naming the file, if it is too short or not a regular file.
     """
     path, dtype = Path(path), np.dtype(dtype)
     count = 1
-    for extent in shape:  # Python's integers: a damaged header may ask for more than 2^63 bytes
+    for extent in shape:  # Python integers: a damaged header may give more than 2^63 bytes
         count *= int(extent)
     end = offset + count * dtype.itemsize
     with open_regular(path) as file:
@@ -75,5 +75,5 @@ def map_array(
 
 
 def live_maps() -> int:
-    """Maps that this process holds; more than MAX_MAPS should not be."""
+    """Number of maps in this process; should not exceed MAX_MAPS."""
     return _Map.live

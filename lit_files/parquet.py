@@ -1,4 +1,4 @@
-"""Parquet files of our own formats, opened so that a damaged one is an error that names it."""
+"""Opens Parquet files of our own formats; a damaged one raises an error that names it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from lit_files.reading import regular
 
 @contextlib.contextmanager
 def open_table(path: Path, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
-    """Open a file for a block that only reads from it, and close it after that.
+    """Open a file for reading in a `with` block.
 
-    Raises FileNotFoundError if there is none, and ValueError that names the file for whatever Arrow, or a look at what
-    it gave, finds wrong.
+    Raises FileNotFoundError if there is none, and ValueError naming the file for any error of Arrow or of the block.
     """
     regular(path)
     try:
         with pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True) as file:
             yield file
     except OSError as error:
-        if error.errno is not None:  # of the disk, not of the file's content
+        if error.errno is not None:  # a disk error, not a fault of the content
             raise
         raise _damaged(path, error) from error
     except (pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
@@ -35,7 +34,7 @@ def open_table(path: Path, metadata: pq.FileMetaData | None = None) -> Iterator[
 
 
 def read_footer(path: Path, schema: pa.Schema | None = None) -> pq.FileMetaData:
-    """A file's metadata; with `schema`, whose columns must be those. Raises as `open_table` does."""
+    """Read a file's metadata; with `schema`, the columns must match. Raises as `open_table` does."""
     with open_table(path) as file:
         if schema is not None and not file.schema_arrow.equals(schema):
             raise ValueError(f"its columns are {', '.join(f'{f.name} {f.type}' for f in file.schema_arrow)}")
@@ -43,7 +42,7 @@ def read_footer(path: Path, schema: pa.Schema | None = None) -> pq.FileMetaData:
 
 
 def group_rows(metadata: pq.FileMetaData) -> list[int]:
-    """Rows of each row group. Raises ValueError where they are not those of the file."""
+    """Rows of each row group. Raises ValueError if they don't sum to the file's."""
     rows: list[int] = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
     if sum(rows) != metadata.num_rows or min(rows, default=0) < 0:
         raise ValueError(f"its row groups have {sum(rows)} rows, the file {metadata.num_rows}")

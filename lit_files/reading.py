@@ -1,7 +1,7 @@
-"""Reading files that may be damaged or not files at all: every fault is an error that names the file.
+"""Reads files that may be damaged or not regular files: every fault raises an error that names the file.
 
-Only regular files are opened: a named pipe or a device would block or never end. JSON is read into the dataclass that
-says what it should hold, so that a wrong type is found where the file is read and not where the value is used.
+Only regular files are opened: a named pipe or a device could block or never end. JSON is read into a dataclass that is
+its schema, so that a wrong type is found when the file is read, not when the value is used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal, TypeVar
 
 T = TypeVar("T")
 
-MAX_TEXT_BYTES = 256 << 20  # of a file that is parsed as a whole; the largest tokenizers have 40 MB
+MAX_TEXT_BYTES = 256 << 20  # limit of a file parsed at once; the largest tokenizers have 40 MB
 MAX_DEPTH = 64  # of nested lists and objects
 INT64 = 1 << 63
 
@@ -32,7 +32,7 @@ _KINDS = {
 
 
 def regular(path: str | Path) -> Path:
-    """The path itself, for a library to open, if it leads to a regular file.
+    """Return the path, for a library to open, if it is a regular file.
 
     Raises FileNotFoundError if there is nothing, ValueError for a named pipe, a device, a socket or a folder.
     """
@@ -42,7 +42,7 @@ def regular(path: str | Path) -> Path:
 
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a file for reading bytes; raises as `regular` does, and never waits for a writer of a pipe."""
-    _check_kind(path, os.stat(path))  # opening some devices has effects
+    _check_kind(path, os.stat(path))  # opening some devices has side effects
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         _check_kind(path, os.fstat(descriptor))
@@ -59,7 +59,7 @@ def _check_kind(path: str | Path, facts: os.stat_result) -> None:
 
 
 def read_bytes(path: str | Path, most: int = MAX_TEXT_BYTES) -> bytes:
-    """The content of a file that is parsed as a whole. Raises ValueError for one of more than `most` bytes."""
+    """Read a file that is parsed at once. Raises ValueError if it has more than `most` bytes."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -73,7 +73,7 @@ def read_bytes(path: str | Path, most: int = MAX_TEXT_BYTES) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """The content of a UTF-8 file. Raises ValueError that names it where it is no such text."""
+    """Read a UTF-8 file. Raises ValueError naming the file if it is not valid UTF-8."""
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -81,7 +81,7 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_json(text: str | bytes, source: str | Path) -> Any:
-    """A JSON text's value. Raises ValueError that names `source`."""
+    """Parse a JSON text. Raises ValueError that names `source`."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, no Unicode, numbers of thousands of digits; deep nesting
@@ -90,30 +90,30 @@ def parse_json(text: str | bytes, source: str | Path) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """A JSON file's value, of any form (see `read_dataclass`). Raises ValueError that names the file."""
+    """Read a JSON file of any structure (see `read_dataclass`). Raises ValueError that names the file."""
     return parse_json(read_bytes(path), path)
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """A JSON file's value, which must be an object. Raises ValueError that names the file."""
+    """Read a JSON file, which must be an object. Raises ValueError that names the file."""
     return as_object(read_json(path), path)
 
 
 def as_object(value: Any, source: str | Path) -> dict[str, Any]:
-    """A value that must be a JSON object of bounded depth and numbers. Raises ValueError that names `source`."""
+    """Check that a value is a JSON object of bounded depth and numbers. Raises ValueError that names `source`."""
     return build(dict[str, Any], value, source)
 
 
 def read_dataclass(kind: type[T], path: str | Path) -> T:
-    """A JSON file as a dataclass. Raises ValueError that names the file and what is wrong in it."""
+    """Read a JSON file into a dataclass. Raises ValueError naming the file and the fault."""
     return build(kind, read_json(path), path)
 
 
 def build(kind: type[T], value: Any, source: str | Path) -> T:
-    """A value of JSON as what a type annotation says: dataclasses, containers, unions, literals, numbers, strings.
+    """Convert a JSON value to an annotated type: dataclasses, containers, unions, literals, numbers, strings.
 
-    Whole numbers must fit int64. A dataclass's fields without a default must be there, and no
-    others may. Raises ValueError that names `source` and the place in it.
+    Integers must fit int64. Dataclass fields without a default are required, unknown fields are errors. Raises
+    ValueError that names `source` and the place in it.
     """
     try:
         return typing.cast(T, _build(kind, value, ""))
@@ -154,7 +154,7 @@ def _build(kind: Any, value: Any, place: str) -> Any:
 
 
 def _is_leaf(kind: Any, value: Any) -> bool:
-    """Whether the value is right as it is. Asked first: a manifest has tens of thousands of numbers and strings."""
+    """Whether the value already has the type. Checked first: manifests have tens of thousands of leaves."""
     if kind is int:
         return type(value) is int and -INT64 <= value < INT64
     return kind in (str, bool, type(None)) and type(value) is kind
@@ -189,7 +189,7 @@ def _build_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
             return _build(kind, value, place)
         except ValueError as error:
             first = error
-    if len(kinds) == 2 and type(None) in kinds and value is not None:  # say what is wrong inside
+    if len(kinds) == 2 and type(None) in kinds and value is not None:  # report the inner fault
         return _build(next(k for k in kinds if k is not type(None)), value, place)
     raise first
 

@@ -1,10 +1,10 @@
-"""Micro-batches of rows: which documents they hold, planned for many at a time, and their tokens, copied one by one.
+"""Builds micro-batches of rows: their layout is planned for many at a time, their tokens are copied one by one.
 
-A `BatchPlan` turns the windows of many rows into places in the data: which documents, where the targets end. What is
-left for each micro-batch is to copy its tokens, and to cut a few slices.
+A `BatchPlan` maps the windows of many rows to positions in the data: which documents, where the targets end. Each
+micro-batch then only copies its tokens and takes a few slices.
 
 Dimensions: `B` rows in a micro-batch, `T` tokens in a row, `N = B * T`, `P` pieces (spans of documents, and padding),
-`M` micro-batches, `R = M * B` rows, `U` runs (stretches of the stream that are copied in one go).
+`M` micro-batches, `R = M * B` rows, `U` runs (contiguous ranges of the stream, one copy each).
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ import torch
 from lit_data.loading.order import IntArray
 from lit_data.loading.rows import Pieces, Rows
 
-IGNORE_TARGET = -100  # what torch's and the model's cross-entropy leave out
-PADDING = -1  # the document number of a piece that is padding
-_BUCKETS = 1 << np.arange(4, 40)  # sizes of cu_seqlens
+IGNORE_TARGET = -100  # ignore_index of torch's and the model's cross-entropy
+PADDING = -1  # the document number of padding
+_BUCKETS = 1 << np.arange(4, 40)  # allowed sizes of cu_seqlens
 
 
 class TokenSource(Protocol):
-    """What tokens are copied from: a dataset, or a cache before it."""
+    """The source of tokens: a dataset, or a cache in front of it."""
 
     def copy_tokens(self, out: npt.NDArray[Any], start: int, stop: int) -> None:
-        """Copy tokens [start, stop) of the stream to `out`, of an integer type that holds them."""
+        """Copy tokens [start, stop) of the stream to `out`, whose integer type must hold them."""
         ...
 
 
 @dataclass
 class Spans:
-    """The pieces of a micro-batch in their order in it; they fill its rows. Arrays of length P.
+    """The pieces of a micro-batch, in order; they fill its rows. Arrays of length P.
 
     Attributes:
         place: row of the micro-batch.
         dataset: number of the dataset in the run; PADDING for padding.
         document: number of the document in its dataset, or PADDING.
-        start: first token of the piece, counted in its document.
-        length: tokens that are inputs.
-        targets: tokens that are targets, i.e. have a loss.
+        start: first token of the piece, relative to its document.
+        length: number of input tokens.
+        targets: number of target tokens, i.e. with a loss.
         window: of the row, and `sample`: the row's number in the run, per row (length B); -1 for a row without data.
     """
 
@@ -59,15 +59,15 @@ class Spans:
 
 @dataclass
 class MicroBatch:
-    """What one rank puts through the model at once.
+    """The rows one rank puts through the model at once.
 
     Attributes:
         tokens: int64 [B, T].
-        targets: int64 [B, T], IGNORE_TARGET where there is none.
+        targets: int64 [B, T], IGNORE_TARGET for positions without one.
         cu_seqlens: int32 [power of two], boundaries of the pieces in the flattened rows, padded by repeating N.
-        spans: where the tokens come from (host memory).
-        n_targets: tokens that have a loss.
-        n_inputs: tokens of documents; padding is not counted.
+        spans: origin of the tokens (host memory).
+        n_targets: number of tokens with a loss.
+        n_inputs: number of document tokens, without padding.
     """
 
     tokens: torch.Tensor
@@ -80,7 +80,7 @@ class MicroBatch:
 
 @dataclass
 class StepData:
-    """One rank's part of one step: its micro-batches and the number of its valid targets."""
+    """One rank's share of a step: its micro-batches and the number of its valid targets."""
 
     step: int
     micro_batches: list[MicroBatch]
@@ -96,7 +96,7 @@ class StepData:
 
 @dataclass
 class RowNumbers:
-    """Which windows some rows hold. int64 (R,) each, all of them -1 for a row without data."""
+    """The windows of some rows. int64 (R,) each, all -1 for a row without data."""
 
     dataset: IntArray
     window: IntArray
@@ -104,7 +104,7 @@ class RowNumbers:
 
 
 class BatchPlan:
-    """What micro-batches hold, up to their tokens. See the legend of the module."""
+    """The layout of micro-batches, everything except the tokens. See the module's legend."""
 
     def __init__(self, rows: Sequence[Rows], numbers: RowNumbers, batch_rows: int, document_mask: bool) -> None:
         self.numbers, self.batch_rows, self.block_size = numbers, batch_rows, rows[0].block_size
@@ -124,7 +124,7 @@ class BatchPlan:
         self.simple = self._find_simple(rows)
 
     def _find_pieces(self, rows: Sequence[Rows]) -> None:
-        """The pieces of documents and of padding, by row; arrays (P,)."""
+        """Find the pieces of documents and padding, by row; arrays (P,)."""
         found: list[Pieces] = []
         row, dataset = [], []
         for d, of in enumerate(rows):
@@ -148,18 +148,18 @@ class BatchPlan:
         self.position = np.concatenate([*(p.position for p in found), nothing])
         self.ends = np.concatenate([*(p.ends for p in found), np.ones(len(self.pad_row), dtype=np.bool_)])
         if len(found) > 1 or len(self.pad_row):
-            order = np.argsort(self.row, kind="stable")  # padding comes last in its row
+            order = np.argsort(self.row, kind="stable")  # padding is last in its row
             self.row, self.dataset, self.document = self.row[order], self.dataset[order], self.document[order]
             self.start, self.length, self.position = self.start[order], self.length[order], self.position[order]
             self.ends = self.ends[order]
-        self.first = np.cumsum(self.length) - self.length  # of the flattened rows
+        self.first = np.cumsum(self.length) - self.length  # in the flattened rows
 
     def _find_targets(self, rows: Sequence[Rows], real: npt.NDArray[np.bool_], document_mask: bool) -> None:
-        """Which pieces have no target at their last token, and the number of targets of each."""
+        """Find the pieces without a target at their last token, and the number of targets of each."""
         if document_mask:
             silent = self.ends
         else:
-            # The stream runs on beyond a row of `concat`; elsewhere what follows is padding or another row.
+            # With `concat` the stream continues beyond the row; otherwise padding or another row follows.
             following = np.append(self.row[1:], -1) == self.row
             following[:-1] &= real[1:]
             runs_on = np.asarray([r.packing == "concat" for r in rows])[self.dataset]
@@ -177,7 +177,7 @@ class BatchPlan:
         ).tolist()
 
     def _find_runs(self, rows: Sequence[Rows], real: npt.NDArray[np.bool_]) -> None:
-        """Stretches of a stream that lie in one piece in a row, with the token after them where it is a target."""
+        """Find contiguous ranges of the stream within a row, plus the next token where it is a target."""
         row, position, length = self.row[real], self.position[real], self.length[real]
         begins = np.ones(len(row), dtype=np.bool_)
         begins[1:] = (row[1:] != row[:-1]) | (position[1:] != position[:-1] + length[:-1])
@@ -195,7 +195,7 @@ class BatchPlan:
         ).tolist()
 
     def _find_boundaries(self) -> None:
-        """cu_seqlens of each micro-batch; those with the same size are made together."""
+        """Compute cu_seqlens of each micro-batch, batched by size."""
         bounds = np.asarray(self.piece_bounds)
         sizes = bucket(np.diff(bounds))
         n = self.batch_rows * self.block_size
@@ -211,7 +211,7 @@ class BatchPlan:
                 self.cu_seqlens[b] = boundaries
 
     def _find_simple(self, rows: Sequence[Rows]) -> list[tuple[int, int] | None]:
-        """Of each micro-batch the (dataset, shard) that its rows are whole windows of, if there is one."""
+        """For each micro-batch, the (dataset, shard) of which all its rows are complete windows, or None."""
         starts = [r.dataset.token_start for r in rows]
         whole = self.run_length == self.block_size
         shard, base = np.empty_like(self.run_row), np.empty_like(self.run_row)
@@ -237,7 +237,7 @@ class BatchPlan:
 def bucket(pieces: IntArray) -> IntArray:
     """The size of cu_seqlens for a number of pieces: the next power of two above it.
 
-    A few fixed sizes, so that a compiled kernel is not built anew for each batch; never cut.
+    A few fixed sizes, so that a kernel is not recompiled for each batch; never truncates.
     """
     return _BUCKETS[np.searchsorted(_BUCKETS, pieces, side="right")]
 
@@ -290,7 +290,7 @@ class BatchReader:
         return MicroBatch(tokens, targets, cu_seqlens, spans, plan.n_targets[batch], plan.n_inputs[batch])
 
     def copy_runs(self, plan: BatchPlan, batch: int) -> npt.NDArray[Any]:
-        """The rows and the token after each, (B, T + 1), copied run by run; what is padding is 0."""
+        """The rows and the token after each, (B, T + 1), copied run by run; padding is 0."""
         if self.text.shape != (plan.batch_rows, plan.block_size + 1):
             self.text = np.zeros((plan.batch_rows, plan.block_size + 1), dtype=self.dtype)
         text = self.text
@@ -309,7 +309,7 @@ class BatchReader:
         return text
 
     def shard_windows(self, dataset: int, shard: int, width: int) -> npt.NDArray[Any]:
-        """All stretches of `width` tokens of a shard, by their first token, as a view; the last one used is kept."""
+        """Sliding windows of `width` tokens over a shard, as a view indexed by first token; caches the last shard."""
         if self.windows is None or self.windows[0] != (dataset, shard):
             of = self.rows[dataset].dataset
             tokens = of.tokens(*of.token_start[shard : shard + 2].tolist())
@@ -318,12 +318,12 @@ class BatchReader:
 
 
 def read_rows(rows: Rows, windows: IntArray, samples: IntArray, document_mask: bool) -> MicroBatch:
-    """Read windows of a dataset as the rows of one micro-batch.
+    """Read windows of a dataset as one micro-batch.
 
     Args:
         windows: int64 [B], window numbers; -1 gives a row of padding without targets.
-        samples: int64 [B], their numbers in the run; only carried along.
-        document_mask: with it no target crosses a document's end; without it the next document in the row is one.
+        samples: int64 [B], their numbers in the run; only passed through.
+        document_mask: if true, no target crosses a document's end; else the next document's first token is a target.
     """
     numbers = RowNumbers(np.where(windows >= 0, 0, -1), windows, samples)
     return BatchReader([rows], None, False).read(BatchPlan([rows], numbers, len(windows), document_mask), 0)

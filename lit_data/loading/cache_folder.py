@@ -1,26 +1,24 @@
-"""A cache folder of a node, shared by processes that may be killed at any moment, under one budget in bytes.
+"""A node's cache folder, shared under one byte budget by processes that may be killed at any moment.
 
     CACHE/0123456789abcdef-16777216/00000-000003.bin           chunk 3 of shard 0: 16 MiB of its .bin
     CACHE/0123456789abcdef-16777216/00000-000004.bin.ID.part   a chunk that holder ID is copying
     CACHE/holder-BUDGET-ID/00000-000003.bin                    a second link: holder ID needs the chunk
 
-A holder is one open `ShardCache` of any process; those of all ranks and jobs of a node share the folder. What makes
-that safe, also against SIGKILL at any moment:
+A holder is one open `ShardCache` of any process; those of all ranks and jobs on a node share the folder. It is safe
+against SIGKILL at any moment because:
 
-- A chunk's name appears when its bytes are complete and synced, so that a name that exists is whole, after a power
-  loss too. (A checksum would cost each reader a pass over the chunk; syncing is free in /dev/shm, and elsewhere only
-  writes earlier what is written anyway.)
-- A holder's folder is locked (flock) as long as its process lives. One that can be locked belongs to a dead process:
-  its links and unfinished copies are removed by the next holder that looks. (A process forked from a holder's keeps
-  the lock too, until it ends.)
-- Everything a holder reads it has linked before: a chunk with one link only is needed by nobody and may be evicted,
-  the one released longest ago first (linking and unlinking set the file's ctime). Mapped chunks are always linked.
-- Files are counted, claimed, named and evicted under one lock, of the folder itself. A claimed copy has its full size
+- A chunk gets its name when its bytes are complete and synced, so every named chunk is complete, even after a power
+loss. (A checksum would cost each reader a pass over the chunk; syncing is free in /dev/shm, and elsewhere only moves
+writes forward.) - A holder's folder is locked (flock) while its process is alive. A folder that can be locked belongs
+to a dead process: the next survey by any holder removes its links and unfinished copies. (A forked child also keeps the
+lock until it exits.) - A holder links each chunk before reading it: a chunk with a single link is unused and may be
+evicted, least recently released first (linking and unlinking set the file's ctime). Mapped chunks are always linked. -
+Files are counted, claimed, named and evicted under one lock on the folder itself. A claimed copy has its full size
   before a byte is written, so that the sum of sizes never exceeds the budget.
-- Each holder states a budget for the whole folder; the smallest of the living ones holds for all. When a smaller one
-  comes, what nobody needs goes at once, chunks in use stay until they are released; nothing is added before all fit.
-- Who finds no room says so, and nobody takes more than an equal share with those who did, a chunk of n holders
-  counting 1/n for each.
+- Each holder states a budget for the entire folder; the smallest among live holders applies to all. When a smaller one
+arrives, unused chunks are evicted at once and chunks in use stay until released; nothing is added before everything
+fits. - A holder that finds no room marks itself as waiting; then nobody takes more than an equal share with the waiting
+ones. A chunk with n holders counts 1/n for each.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ from pathlib import Path
 from lit_files.publish import sync_file
 
 HUNGRY_SECONDS = 2.0
-FILES_A_CLAIM = 256  # a look costs about 3 us a file: one more file is claimed per so many that are there
+FILES_A_CLAIM = 256  # a survey costs about 3 us per file: claim one more file for each so many present
 
 _SHARED = re.compile(r"[0-9a-f]{16}-\d+")
 _HOLDER = re.compile(r"holder-(\d+)-([0-9a-f]{32})")
@@ -49,26 +47,26 @@ _PART = re.compile(r"(.+)\.([0-9a-f]{32})\.part")
 
 @dataclass
 class _Contents:
-    """What a holder sees in the folder, under its lock."""
+    """The folder's content as surveyed by a holder, under the lock."""
 
-    limit: int  # bytes: the smallest budget of the living
+    limit: int  # bytes: the smallest budget of live holders
     holders: int = 1
-    hungry: int = 0  # other holders that find no room
+    hungry: int = 0  # other holders waiting for room
     total: int = 0  # bytes of all files
     files: int = 0
     chunks: dict[str, os.stat_result] = field(default_factory=dict)  # of this dataset
     claimed: set[str] = field(default_factory=set)  # of this dataset, being copied
-    idle: dict[str, tuple[int, int]] = field(default_factory=dict)  # path -> (ctime, bytes) of what nobody needs
+    idle: dict[str, tuple[int, int]] = field(default_factory=dict)  # path -> (ctime, bytes) of unused files
 
 
 class CacheFolder:
-    """A holder's view of a cache folder: which files it needs, and the budget it shares with the others.
+    """A holder's view of a cache folder: the files it holds, under the budget it shares with other holders.
 
     Args:
-        kind: name of the sub-folder of files that are the same for all who use the name.
-        budget_bytes: for everything in the folder.
+        kind: name of the sub-folder; holders with the same kind share its files.
+        budget_bytes: budget for the entire folder.
 
-    Raises ValueError where the folder cannot be used or is smaller than the budget.
+    Raises ValueError if the folder cannot be used or its file system is smaller than the budget.
     """
 
     def __init__(self, folder: str | Path, kind: str, budget_bytes: int) -> None:
@@ -84,7 +82,7 @@ class CacheFolder:
             self._folder_lock = self._open(self.folder)
             with self._locked():
                 self.own.mkdir()
-                fcntl.flock(self._open(self.own), fcntl.LOCK_EX)  # for as long as the process lives
+                fcntl.flock(self._open(self.own), fcntl.LOCK_EX)  # held until the process exits
         except OSError as error:
             self._close_descriptors()
             raise ValueError(
@@ -117,17 +115,16 @@ class CacheFolder:
             fcntl.flock(self._folder_lock, fcntl.LOCK_UN)
 
     def hold(self, wanted: Sequence[tuple[str, int]]) -> tuple[list[str], list[str]]:
-        """Link the wanted files that are there, and claim room for some that are not, the most urgent first.
+        """Link the wanted files that are present, and claim room for some missing ones, most urgent first.
 
-        It ends at the first file that finds no room, and when enough is claimed: what is needed later shall not take
-        the place of what is needed before. Files that others are copying are passed over. What exceeds the budget is
-        evicted first, as far as nobody needs it.
+        Stops at the first file without room, or when enough is claimed, so that later files don't take the room of
+        earlier ones. Files being copied by others are skipped. First evicts unused files beyond the budget.
 
         Args:
             wanted: names and sizes in bytes, none of them held.
 
         Returns:
-            The names now held, and the names claimed: the caller has to `write` and then `publish` or `drop` them.
+            The names now held, and the names claimed: the caller must `write` and then `publish` or `drop` these.
         """
         held: list[str] = []
         claimed: list[str] = []
@@ -143,7 +140,7 @@ class CacheFolder:
                     facts = None
                 if facts is None and name in contents.claimed:
                     continue
-                if facts is None or facts.st_nlink == 1:  # else it costs no room: another holder needs it too
+                if facts is None or facts.st_nlink == 1:  # else it takes no room: another holder uses it too
                     if share < size and (self.held or held or claimed):
                         break
                     share -= size
@@ -165,13 +162,13 @@ class CacheFolder:
         return held, claimed
 
     def _sort_idle(self, contents: _Contents, wanted: list[str]) -> None:
-        """Bring what may be evicted into the order of going: released long ago; then, of the wanted, needed late."""
+        """Sort evictable files in eviction order: least recently released first, then wanted ones by latest need."""
         place = {str(self.shared / name): -i for i, name in enumerate(wanted)}
         order = sorted(contents.idle, key=lambda path: (path in place, place.get(path, contents.idle[path][0])))
         contents.idle = {path: contents.idle[path] for path in order}
 
     def _make_room(self, contents: _Contents, size: int) -> bool:
-        """Evict what nobody needs until `size` more bytes fit; False if they cannot."""
+        """Evict unused files until `size` more bytes fit; False if they can't."""
         while contents.total + size > contents.limit and contents.idle:
             path = next(iter(contents.idle))
             self._evict(contents, path, contents.idle[path][1])
@@ -185,14 +182,14 @@ class CacheFolder:
         contents.total -= size
 
     def _free_share(self, contents: _Contents) -> float:
-        """Bytes that this holder may still take: without bound, unless another finds no room."""
+        """Bytes this holder may still take: unlimited unless another holder is waiting for room."""
         if not contents.hungry:
             return math.inf
         mine = [contents.chunks[name] for name in self.held if name in contents.chunks]
         return contents.limit / (1 + contents.hungry) - sum(f.st_size / max(1, f.st_nlink - 1) for f in mine)
 
     def _survey(self) -> _Contents:
-        """Count everything, and remove what dead holders left."""
+        """Count all files, and clean up after dead holders."""
         contents = _Contents(self.budget_bytes)
         living = {self.id}
         with os.scandir(self.folder) as entries:
@@ -242,7 +239,7 @@ class CacheFolder:
                 done += os.pwrite(f.fileno(), data[done:], offset + done)
 
     def publish(self, name: str) -> None:
-        """Give a claimed file, now complete, its name; it is held from then on."""
+        """Give a completed claimed file its name; it is then held."""
         part = self._part(name)
         sync_file(part)
         with self._locked():
@@ -255,7 +252,7 @@ class CacheFolder:
         self._part(name).unlink(missing_ok=True)
 
     def release(self, name: str) -> None:
-        """Need a file no longer: it stays until its room is needed."""
+        """Release a file; it stays until its room is needed."""
         self.held.discard(name)
         (self.own / name).unlink()
 
@@ -263,7 +260,7 @@ class CacheFolder:
         """Release everything; without `keep` the last holder to leave removes all files."""
         if not self._descriptors:
             return
-        with contextlib.suppress(FileNotFoundError), self._locked():  # the folder may have been removed
+        with contextlib.suppress(FileNotFoundError), self._locked():  # the folder may be gone
             for part in self.shared.glob(f"*.{self.id}.part"):
                 part.unlink()
             shutil.rmtree(self.own)

@@ -1,4 +1,4 @@
-"""Whole steps of micro-batches, read ahead by one background thread and planned by another."""
+"""Loads the micro-batches of each step, prefetched by one background thread and planned by another."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lit_data.loading.order import IntArray, Segment, first_sample_of_step, row_
 from lit_data.loading.rows import Rows
 from lit_data.loading.shard_cache import ShardCache
 
-FIRST_PLAN_ROWS = 8  # of the first plan, so that the first batch comes at once
-MAX_GROUP_ROWS = 64  # of steps handed over together
-MAX_PLAN_ROWS = 8192  # of a plan: about 100 bytes a piece are held
+FIRST_PLAN_ROWS = 8  # small first plan, so that the first batch is not delayed
+MAX_GROUP_ROWS = 64  # of the steps handed over together
+MAX_PLAN_ROWS = 8192  # of a plan: about 100 bytes per piece
 
 
 @dataclass(frozen=True)
 class RankLayout:
-    """How the rows of a step are dealt out. `world_size` counts data-parallel ranks."""
+    """How the rows of a step are split over ranks. `world_size` counts data-parallel ranks."""
 
     block_size: int
     micro_batch_samples: int
@@ -34,18 +34,18 @@ class RankLayout:
 
 
 class Loader:
-    """One rank's steps, in order, prefetched by a thread and planned by another.
+    """Yields one rank's steps in order, prefetched by one thread and planned by another.
 
     Args:
         rows: of each dataset.
         mixture: sample number -> dataset and window.
-        segments: which samples make up which step.
+        segments: the samples of each step.
         end_sample: samples from this number on are rows without data (the end of the last epoch, of a validation
-            split); None if there is no end.
-        prefetch_steps: steps read ahead; 0 reads each when it is asked for, without a thread.
-        pin_memory: page-lock the tensors, for copies to CUDA that do not wait.
-        caches: read through these, one a dataset, instead of the datasets themselves.
-        mock: give the first step again and again, to see how fast the rest is without a loader.
+            split); None: no end.
+        prefetch_steps: steps read ahead; 0 reads each on demand, without a thread.
+        pin_memory: pin the tensors' memory, for asynchronous copies to CUDA.
+        caches: read through these, one per dataset, instead of from the datasets.
+        mock: repeat the first step forever, to measure training speed without a loader.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class Loader:
         self.rows, self.mixture, self.layout, self.segments = list(rows), mixture, layout, tuple(segments)
         self.end_sample, self.prefetch_steps, self.caches, self.mock = end_sample, prefetch_steps, caches, mock
         self._reader = BatchReader(self.rows, caches, pin_memory)
-        self._done = 0  # steps before this one were read
+        self._done = 0  # steps before this one have been read
 
     def read_step(self, step: int) -> StepData:
-        """Read one step now: a pure function of its number."""
+        """Read one step synchronously; a pure function of its number."""
         return self._read(self._plan(step, step + 1), step, 0, 1)
 
     def steps(self, first_step: int, last_step: int) -> Iterator[StepData]:
-        """Iterate over steps `first_step` to `last_step - 1`, reading ahead in a thread; an error there is raised here.
+        """Iterate over steps `first_step` to `last_step - 1`, prefetched in a thread; its errors are raised here.
 
-        Close the iterator (or exhaust it) to end the thread.
+        Close the iterator (or exhaust it) to stop the thread.
         """
         if self.mock:
             batches = self.read_step(first_step).micro_batches
@@ -87,7 +87,7 @@ class Loader:
         if self.prefetch_steps == 0:
             yield from steps
             return
-        # Handing something to another thread costs some 30 us, twice what a small step takes to read: so in groups.
+        # Handing over to another thread costs about 30 us, twice the time to read a small step: so in groups.
         small = MAX_GROUP_ROWS // (self._batches(first_step) * self.layout.micro_batch_samples)
         group = max(1, min(small, self.prefetch_steps // 2))
         ahead: queue.Queue[list[StepData] | BaseException] = queue.Queue(maxsize=-(-self.prefetch_steps // group))
@@ -102,7 +102,7 @@ class Loader:
 
         def read() -> None:
             some: list[StepData] = []
-            size = 1  # the first step comes at once
+            size = 1  # the first step is handed over immediately
             try:
                 for data in steps:
                     some.append(data)
@@ -133,7 +133,7 @@ class Loader:
             thread.join()
 
     def _read_steps(self, first_step: int, last_step: int, plan_ahead: bool) -> Generator[StepData, None, None]:
-        """Steps in order; planned together, and announced to the caches."""
+        """Read steps in order, planned together and announced to the caches."""
         self._done = first_step
         counts = self._follow(first_step, last_step)
         plan_of = self._plans_ahead if plan_ahead else self._plans
@@ -146,12 +146,12 @@ class Loader:
                         cache.used(rows)
 
     def _plans(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, BatchPlan]]:
-        """(first step, end, plan) of the stretches of steps that are planned together."""
+        """Iterate over the ranges of steps planned together: (first step, end, plan)."""
         for begin, end in self._stretches(first_step, last_step):
             yield begin, end, self._plan(begin, end)
 
     def _plans_ahead(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, BatchPlan]]:
-        """The same, each made by a thread while the one before is read: with thousands of shards it takes a while."""
+        """Like `_plans`, each plan made in a thread while the one before is read: slow with thousands of shards."""
         waiting: deque[tuple[int, int, Future[BatchPlan]]] = deque()
         with ThreadPoolExecutor(1, "llammlein-planning") as pool:
             for begin, end in self._stretches(first_step, last_step):
@@ -163,18 +163,18 @@ class Loader:
                 yield first, last, plan.result()
 
     def close(self) -> None:
-        """Let go of the caches."""
+        """Close the caches."""
         for cache in self.caches or ():
             cache.close()
 
     def _batches(self, step: int) -> int:
-        """Micro-batches of a step on this rank."""
+        """Number of this rank's micro-batches in a step."""
         return first_sample_of_step(self.segments, step)[1] // (
             self.layout.world_size * self.layout.micro_batch_samples
         )
 
     def _stretches(self, first_step: int, last_step: int) -> Iterator[tuple[int, int]]:
-        """Steps that are planned together: few at first, then many; with one global batch."""
+        """Ranges of steps planned together, of one global batch size: few steps at first, then many."""
         rows, begin = FIRST_PLAN_ROWS, first_step
         changes = sorted(s.from_step for s in self.segments)
         while begin < last_step:
@@ -212,7 +212,9 @@ class Loader:
         return StepData(step, [self._reader.read(plan, b) for b in range(nth * n, (nth + 1) * n)])
 
     def _follow(self, first_step: int, last_step: int) -> list[dict[int, int]]:
-        """Let the caches stage what these steps will read. Returns, per cache, how many ranges each step ends with."""
+        """Let the caches stage the data of these steps. Returns, per cache, the cumulative number of ranges at each
+        step's end.
+        """
         counts: list[dict[int, int]] = [{} for _ in self.caches or ()]
         for d, cache in enumerate(self.caches or ()):
             cache.follow(self._ranges(d, first_step, last_step, counts[d]))
@@ -221,7 +223,7 @@ class Loader:
     def _ranges(
         self, dataset: int, first_step: int, last_step: int, counts: dict[int, int]
     ) -> Iterator[tuple[IntArray, IntArray]]:
-        """The stretches of a dataset's stream in the order in which they will be read; notes where each step ends."""
+        """The ranges of a dataset's stream in reading order; records the number of ranges at each step's end."""
         total = 0
         for begin, end in self._stretches(first_step, last_step):
             numbers = self._numbers(begin, end)
@@ -232,6 +234,6 @@ class Loader:
             total = int(ends[-1])
             counts.update(zip(range(begin, end), ends.tolist(), strict=True))
             done = min(self._done, end)
-            if done > begin and self.caches is not None:  # the reader was faster: what it needed is over
+            if done > begin and self.caches is not None:  # the reader was faster: these are no longer needed
                 self.caches[dataset].used(int(ends[done - begin - 1]))
             yield starts, stops

@@ -1,12 +1,12 @@
-"""Several datasets by weight: sample number -> (dataset, epoch, window). Integers only, as in order.py.
+"""Mixes datasets by weight: sample number -> (dataset, epoch, window). Integers only, as in order.py.
 
 The samples of a run are cut into blocks of BLOCK. A block holds a fixed number of rows of each dataset, its quota, in
 an order permuted by a key of (seed, phase, block); the n-th row of a dataset in the run is the n-th of its own order.
-How many rows of each dataset the first s samples hold is therefore a product and a count in one block.
+The rows of each dataset among the first s samples are therefore a product plus a count in one block.
 
-A phase has quotas of its own. Its blocks begin at its first sample, where the last block of the phase before is cut.
+Each phase has its own quotas. Its blocks start at its first sample, which truncates the previous phase's last block.
 
-Dimensions: `D` datasets, `P` phases, `S` samples asked for.
+Dimensions: `D` datasets, `P` phases, `S` requested samples.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import numpy.typing as npt
 from lit_data.loading.order import ROUNDS, IntArray, Order, permute, round_keys
 
 BLOCK = 1024  # rows; a power of two. The resolution of the weights.
-BLOCKS_AT_ONCE = 256  # evaluated together: about 10 MB
+BLOCKS_AT_ONCE = 256  # blocks evaluated together: about 10 MB
 
 
 def quotas(weights: Sequence[float]) -> tuple[int, ...]:
-    """Rows of each dataset in a block, by the largest remainder; they sum to BLOCK.
+    """Rows of each dataset in a block, by the largest remainder method; they sum to BLOCK.
 
     Raises ValueError for weights that are negative, all zero, or so small that a dataset would get no row.
     """
@@ -47,7 +47,7 @@ def quotas(weights: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Phase:
-    """From `first_sample` on each block holds `quotas[d]` rows of dataset d."""
+    """A phase: from `first_sample` on, each block holds `quotas[d]` rows of dataset d."""
 
     first_sample: int
     quotas: tuple[int, ...]
@@ -61,8 +61,8 @@ class Mixture:
     """The order of the samples of a run.
 
     Attributes:
-        orders: of each dataset.
-        phases: ascending; the first one begins at sample 0.
+        orders: the order of each dataset.
+        phases: ascending; the first starts at sample 0.
         seed: of the run.
     """
 
@@ -77,7 +77,7 @@ class Mixture:
 
     @classmethod
     def single(cls, order: Order) -> Mixture:
-        """One dataset."""
+        """A mixture of one dataset."""
         return cls((order,), (Phase(0, (BLOCK,)),), order.seed)
 
     @cached_property
@@ -124,12 +124,14 @@ class Mixture:
         return dataset, epoch, window
 
     def sample(self, dataset: int, epochs: IntArray, windows: IntArray) -> IntArray:
-        """(epoch, window) of a dataset, int64 (S,) each -> sample numbers, -1 for what never comes: inverts `place`."""
+        """(epoch, window) of a dataset, int64 (S,) each -> sample numbers, -1 for windows never reached; the inverse of
+        `place`.
+        """
         rows = self.orders[dataset].sample(epochs, windows)
         if len(self.orders) == 1:
             return rows
         before = self._before[:, dataset]
-        # Of phases that begin with the same count, all but the last hold no row of the dataset.
+        # Of phases that start at the same count, only the last holds rows of the dataset.
         phases = np.searchsorted(before, rows, side="right") - 1
         out = np.full_like(rows, -1)
         for phase in np.unique(phases).tolist():
@@ -143,7 +145,7 @@ class Mixture:
                 chosen = distinct[first : first + BLOCKS_AT_ONCE]
                 inside = (which >= first) & (which < first + len(chosen))
                 of, _ = self._blocks(phase, chosen)
-                offsets = np.nonzero(of == dataset)[1].reshape(len(chosen), quota)  # of the rows of each block
+                offsets = np.nonzero(of == dataset)[1].reshape(len(chosen), quota)  # order of the rows of each block
                 offset = offsets[which[inside] - first, rank[inside]]
                 out[here[inside]] = self.phases[phase].first_sample + block[inside] * BLOCK + offset
         return out
@@ -152,7 +154,7 @@ class Mixture:
         return np.searchsorted([p.first_sample for p in self.phases], samples, side="right") - 1
 
     def _counts_in_phase(self, phase: int, samples: int) -> IntArray:
-        """Rows of each dataset among the first `samples` of a phase that went on for ever."""
+        """Rows of each dataset among the first `samples` of a phase, ignoring its end."""
         blocks, rest = divmod(samples, BLOCK)
         counts = blocks * np.asarray(self.phases[phase].quotas, dtype=np.int64)
         if rest:
@@ -161,10 +163,10 @@ class Mixture:
         return counts
 
     def _blocks(self, phase: int, blocks: IntArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Of each place in some blocks the dataset, and how many rows of that dataset the block holds before it.
+        """For each position in some blocks, its dataset and the number of that dataset's rows before it in the block.
 
         Args:
-            blocks: (K,), numbers in the phase.
+            blocks: (K,), block numbers in the phase.
 
         Returns:
             int64 (K, BLOCK) each.
@@ -182,7 +184,7 @@ class Mixture:
 
 
 def check_phases(phases: Sequence[Phase], datasets: int) -> None:
-    """Raises ValueError for phases, read from a file, that no mixture of so many datasets has."""
+    """Check phases read from a file. Raises ValueError if they are impossible for this number of datasets."""
     firsts = [p.first_sample for p in phases]
     if not firsts or firsts[0] != 0 or firsts != sorted(set(firsts)):
         raise ValueError(f"phases begin at samples {firsts!r:.80}")
@@ -191,7 +193,7 @@ def check_phases(phases: Sequence[Phase], datasets: int) -> None:
 
 
 def phase_list(weights: Sequence[tuple[int, Sequence[float]]]) -> tuple[Phase, ...]:
-    """[(first sample, weights)] -> phases. Raises ValueError where they do not ascend from 0, or see `quotas`."""
+    """[(first sample, weights)] -> phases. Raises ValueError if they do not ascend from 0, and as `quotas` does."""
     firsts = [first for first, _ in weights]
     if any(a >= b for a, b in pairwise(firsts)):
         raise ValueError(f"phases must begin one after another; these begin at samples {firsts}")

@@ -1,8 +1,7 @@
-"""Sample number -> place in the data. Integers only: no files, no ranks, no state.
+"""Maps sample numbers to windows. Integers only: no files, no ranks, no state.
 
-The order of a run is a pure function of the seed and the number of windows. Within an epoch the windows are
-permuted by a keyed bijection, so that any sample can be found without building an index and any window can be
-traced back to its sample without a scan.
+The order of a run is a pure function of the seed and the number of windows. A keyed bijection permutes the windows of
+an epoch, so any sample is found without an index and any window is traced back to its sample without a scan.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 _UintArray = npt.NDArray[np.uint64]
 
-ROUNDS = 6  # even, so that the two halves of a Feistel network of unequal widths end where they began
+ROUNDS = 6  # even, so that unequal halves of the Feistel network end in their original positions
 
 
 def round_keys(seed: int, *place: int | str) -> _UintArray:
     """The Feistel keys of one permutation, (ROUNDS,) uint64, drawn from SHA-512.
 
     Args:
-        place: which permutation of the run: (dataset, epoch) for the windows of an epoch, and longer ones.
+        place: identifies the permutation in the run: (dataset, epoch) for the windows of an epoch, longer for others.
     """
     text = ":".join(map(str, ("llammlein-order-1", seed, *place)))
     return np.frombuffer(hashlib.sha512(text.encode()).digest(), dtype="<u8")[:ROUNDS].astype(np.uint64)
@@ -45,7 +44,7 @@ def _feistel(x: _UintArray, bits: int, keys: _UintArray, inverse: bool) -> _Uint
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
     high_mask = (np.uint64(1) << high_bits) - np.uint64(1)
     high, low = x >> low_bits, x & low_mask
-    # Even rounds change `high` by a function of `low`, odd rounds the reverse: each step undoes itself.
+    # Even rounds change `high` by a function of `low`, odd rounds the reverse: each round is its own inverse.
     order = range(ROUNDS - 1, -1, -1) if inverse else range(ROUNDS)
     for i in order:
         if i % 2 == 0:
@@ -58,13 +57,13 @@ def _feistel(x: _UintArray, bits: int, keys: _UintArray, inverse: bool) -> _Uint
 def permute(index: IntArray, n: int, keys: _UintArray, inverse: bool = False) -> IntArray:
     """Apply a keyed permutation of [0, n), or its inverse, to an array of indices.
 
-    Cycle walking (Black and Rogaway 2002): the network acts on the next power of two, and an image outside
-    [0, n) is mapped again until it falls inside; fewer than two applications are needed on average.
+    Cycle walking (Black and Rogaway 2002): the network acts on the next power of two; an image outside [0, n) is mapped
+    again until it is inside; fewer than two applications are needed on average.
 
     Args:
         index: int64, any shape, values in [0, n).
         n: size of the domain, up to 2^62.
-        keys: from `round_keys`; or (ROUNDS, ...) that broadcast against `index`, for n a power of two.
+        keys: from `round_keys`; or (ROUNDS, ...) broadcastable with `index`, if n is a power of two.
     """
     assert keys.ndim == 1 or n & (n - 1) == 0
     bits = max(2, int(n - 1).bit_length())
@@ -81,18 +80,18 @@ def permute(index: IntArray, n: int, keys: _UintArray, inverse: bool = False) ->
 class Order:
     """The order of the windows of one dataset.
 
-    With `block_windows` the shuffle has two levels, which keeps reads local: blocks of so many contiguous windows are
-    permuted, `group_blocks` neighbours in that order make a group, and the windows of a group are permuted. A run is
-    then inside `group_blocks` stretches of the corpus at a time. The last block may be short; wherever it comes to
-    lie, the offsets behind it shift by what it lacks, so that nothing is padded or looked up.
+    With `block_windows` the shuffle has two levels, which keeps reads local: blocks of that many contiguous windows are
+    permuted, each `group_blocks` consecutive blocks of that order form a group, and the windows of a group are
+    permuted. A run then reads from `group_blocks` regions of the corpus at a time. The last block may be short; offsets
+    after its position shift by the missing windows, so no padding or lookup is needed.
 
     Attributes:
         n_windows: windows in the dataset.
-        seed: of the run.
-        dataset: number of the dataset in the run, part of the key.
+        seed: the run's seed.
+        dataset: number of the dataset in the run; part of the key.
         shuffle: False keeps the order of the corpus (validation).
-        block_windows: of a block; 0 shuffles all windows at once.
-        group_blocks: of a group.
+        block_windows: windows per block; 0 shuffles all windows at once.
+        group_blocks: blocks per group.
     """
 
     n_windows: int
@@ -132,12 +131,12 @@ class Order:
 
 
 class _TwoLevels:
-    """One epoch of an order with blocks. A window's place in the order is its `rank`, a block's its `turn`."""
+    """One epoch of an order with blocks. A window's position in the order is its `rank`, a block's its `turn`."""
 
     def __init__(self, order: Order, epoch: int) -> None:
         self.order, self.epoch, self.size = order, epoch, order.block_windows
         self.n_blocks = -(-order.n_windows // self.size)
-        self.lack = self.n_blocks * self.size - order.n_windows  # windows the last block lacks
+        self.lack = self.n_blocks * self.size - order.n_windows  # windows missing from the last block
         self.keys = round_keys(order.seed, order.dataset, epoch)
         last = np.asarray([self.n_blocks - 1], dtype=np.int64)
         self.short = int(permute(last, self.n_blocks, self.keys, inverse=True)[0])  # the last block's turn
@@ -147,12 +146,12 @@ class _TwoLevels:
         return turns * self.size - np.where(turns > self.short, self.lack, 0)
 
     def turn_of(self, offsets: IntArray) -> IntArray:
-        """The turns of the blocks that hold these offsets among the windows of the permuted blocks."""
+        """The turns of the blocks at these offsets, counted over the permuted blocks' windows."""
         behind = offsets >= (self.short + 1) * self.size - self.lack
         return (offsets + np.where(behind, self.lack, 0)) // self.size
 
     def shuffled(self, offsets: IntArray, inverse: bool) -> IntArray:
-        """Offsets -> offsets, permuted inside each group."""
+        """Permute offsets within each group."""
         groups = self.turn_of(offsets) // self.order.group_blocks
         out = np.empty_like(offsets)
         for group in _distinct(groups):
@@ -177,7 +176,7 @@ class _TwoLevels:
 
 
 def _distinct(values: IntArray) -> list[int]:
-    """The distinct values; cheap where there is one, as usual."""
+    """The distinct values; fast for the usual case of a single one."""
     if not values.size:
         return []
     low, high = int(values.min()), int(values.max())
@@ -186,7 +185,7 @@ def _distinct(values: IntArray) -> list[int]:
 
 @dataclass(frozen=True)
 class Segment:
-    """From `from_step` on, step t is made of samples `first_sample + (t - from_step) * global_batch ...`."""
+    """From `from_step` on, step t consists of samples `first_sample + (t - from_step) * global_batch ...`."""
 
     from_step: int
     first_sample: int
@@ -197,7 +196,7 @@ class Segment:
 
 
 def check_segments(segments: Sequence[Segment]) -> None:
-    """Raises ValueError for segments, read from a file, that no run has: they begin at step 0, one after another."""
+    """Check segments read from a file. Raises ValueError unless they start at step 0 and ascend."""
     steps = [s.from_step for s in segments]
     if not steps or steps[0] != 0 or steps != sorted(steps):
         raise ValueError(f"segments begin at steps {steps!r:.80}")
@@ -206,7 +205,7 @@ def check_segments(segments: Sequence[Segment]) -> None:
 
 
 def segment_of(segments: Sequence[Segment], step: int) -> Segment:
-    """The segment that holds `step`: the last one that begins at or before it."""
+    """The segment of `step`: the last one that starts at or before it."""
     return max((s for s in segments if s.from_step <= step), key=lambda s: s.from_step)
 
 
@@ -217,7 +216,7 @@ def first_sample_of_step(segments: Sequence[Segment], step: int) -> tuple[int, i
 
 
 def steps_of_sample(segments: Sequence[Segment], sample: int, n_steps: int) -> list[tuple[int, int]]:
-    """All (step, row) below `n_steps` that used a sample; empty where it was skipped or lies ahead."""
+    """All (step, row) below `n_steps` that used a sample; empty if it was skipped or is still to come."""
     found = []
     ordered = sorted(segments, key=lambda s: s.from_step)
     for i, s in enumerate(ordered):
@@ -229,5 +228,5 @@ def steps_of_sample(segments: Sequence[Segment], sample: int, n_steps: int) -> l
 
 
 def row_of(micro_batch: int, rank: int, place: int, world_size: int, micro_batch_samples: int) -> int:
-    """(micro-batch, data-parallel rank, place in the micro-batch) -> row of the step. The fixed rule of the loader."""
+    """Row of the step for (micro-batch, data-parallel rank, position in the micro-batch). The loader's fixed rule."""
     return (micro_batch * world_size + rank) * micro_batch_samples + place

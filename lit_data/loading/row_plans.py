@@ -1,15 +1,15 @@
-"""Plans: which pieces of documents fill which rows, for packings that need the documents' lengths.
+"""Row plans: the document pieces in each row, for packings that depend on document lengths.
 
-A plan is a folder of flat arrays, memory-mapped when read, and plan.json. Documents are taken in groups of
-GROUP_DOCUMENTS, so that building holds one group in memory, and rows and pieces of a group lie together:
+A plan is a folder of flat arrays, memory-mapped when read, and plan.json. Documents are processed in groups of
+GROUP_DOCUMENTS, so that building holds one group in memory and a group's rows and pieces are contiguous:
 
     rows.bin       int64 (rows + 1)    number of each row's first piece
     pieces.bin     PIECE (pieces)      document, first token in it, tokens; by row, in a row by document
     groups.bin     int64 (groups + 1)  number of each group's first row
 
-The folder's name is a hash of what decides its content. It appears by one rename, after everything in it was synced.
+The folder's name is a hash of everything that decides its content. It is published by one rename, after syncing.
 
-Dimensions: `N` items (whole documents and rests) of a group, `K` rows.
+Dimensions: `N` items (complete documents and remainders) of a group, `K` rows.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from lit_files.reading import read_dataclass, regular
 
 VERSION = 1
 GROUP_DOCUMENTS = 1 << 18
-PIECE = np.dtype([("document", "<i8"), ("start", "<i4"), ("length", "<i4")])  # a document has less than 2^31 tokens
+PIECE = np.dtype([("document", "<i8"), ("start", "<i4"), ("length", "<i4")])  # documents have fewer than 2^31 tokens
 
 
 def plan_folder(dataset: PackedDataset, packing: str, block_size: int, plan_dir: Path | None) -> Path:
-    """Where the plan of a dataset lies, or would."""
+    """The folder of a dataset's plan, whether or not it exists."""
     facts = f"{VERSION}:{dataset.fingerprint}:{packing}:{block_size}:{GROUP_DOCUMENTS}"
     name = f"{packing}-{block_size}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
     return (plan_dir if plan_dir is not None else dataset.path / "plans") / name
@@ -43,7 +43,7 @@ def plan_folder(dataset: PackedDataset, packing: str, block_size: int, plan_dir:
 
 @dataclass(frozen=True)
 class _Facts:
-    """plan.json."""
+    """Schema of plan.json."""
 
     version: int
     dataset: str
@@ -64,7 +64,7 @@ class _Facts:
 
 
 class RowPlan:
-    """A plan opened for reading. Raises ValueError, here and while reading, where it is damaged."""
+    """A plan opened for reading. Raises ValueError, here and while reading, if it is damaged."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,11 +84,11 @@ class RowPlan:
             raise ValueError(f"{folder} is damaged ({error}): remove it, and it will be built again") from error
 
     def first_row(self, group: int) -> int:
-        """The first row of a group of documents; that of the group after the last is the number of rows."""
+        """The first row of a group of documents; one past the last group gives the number of rows."""
         return int(self._groups[group])
 
     def row_pieces(self, rows: IntArray) -> tuple[IntArray, IntArray]:
-        """Of each row the number of its first piece, and how many it has."""
+        """The first piece of each row, and its number of pieces."""
         first = self._rows[rows]
         count = self._rows[rows + 1] - first
         if len(rows) and (first.min() < 0 or count.min() < 1 or int((first + count).max()) > self.n_pieces):
@@ -96,7 +96,7 @@ class RowPlan:
         return first, count
 
     def read(self, pieces: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Pieces by number -> document, start, length; int64 each."""
+        """Read pieces by number: document, start, length; int64 each."""
         found = self._pieces[pieces]
         document, start, length = found["document"], found["start"].astype(np.int64), found["length"].astype(np.int64)
         if len(pieces):
@@ -108,12 +108,12 @@ class RowPlan:
         return document, start, length
 
     def pieces_of_row(self, row: int) -> list[tuple[int, int, int]]:
-        """(document, start, length) of the pieces of a row, as they lie in the file."""
+        """(document, start, length) of the pieces of a row, in file order."""
         found: list[tuple[int, int, int]] = self._pieces[int(self._rows[row]) : int(self._rows[row + 1])].tolist()
         return found
 
     def rows_of_document(self, document: int) -> IntArray:
-        """The rows that hold a part of a document, ascending. Reads the pieces of its group."""
+        """The rows with a part of a document, ascending. Reads the pieces of its group."""
         group = document // self.group_documents
         rows = self._rows[int(self._groups[group]) : int(self._groups[group + 1]) + 1]
         pieces = int(rows[0]) + np.flatnonzero(self._pieces["document"][int(rows[0]) : int(rows[-1])] == document)
@@ -128,9 +128,9 @@ def _open(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
 
 
 def build_plan(dataset: PackedDataset, packing: str, block_size: int, folder: Path) -> None:
-    """Build the plan of a dataset and publish it as `folder`. What another process published meanwhile is as good.
+    """Build the plan of a dataset and publish it as `folder`, unless another process did so meanwhile.
 
-    Raises ValueError where it cannot be written.
+    Raises ValueError if it cannot be written.
     """
     try:
         with build_folder(folder) as temporary:
@@ -151,7 +151,7 @@ def _write(dataset: PackedDataset, packing: str, block_size: int, folder: Path) 
         for first, lengths in _lengths(dataset):
             pieces, row = pack(lengths, block_size, share=packing == "best_fit")
             pieces["document"] += first
-            counts = np.bincount(row)  # rows are numbered without a gap
+            counts = np.bincount(row)  # rows are numbered without gaps
             (n_pieces + np.cumsum(counts) - counts).astype("<i8").tofile(rows_file)
             pieces.tofile(pieces_file)
             n_rows, n_pieces = n_rows + len(counts), n_pieces + len(pieces)
@@ -166,14 +166,14 @@ def _write(dataset: PackedDataset, packing: str, block_size: int, folder: Path) 
 
 
 def _lengths(dataset: PackedDataset) -> Iterator[tuple[int, IntArray]]:
-    """(first document, lengths of the documents) of each group."""
+    """Iterate over groups: (first document, document lengths)."""
     for first in range(0, dataset.n_documents, GROUP_DOCUMENTS):
         end = min(first + GROUP_DOCUMENTS, dataset.n_documents)
         yield first, np.diff(dataset.document_start(np.arange(first, end + 1, dtype=np.int64)))
 
 
 def check_plan(plan: RowPlan, dataset: PackedDataset, block_size: int) -> list[str]:
-    """See that a plan holds each token of a dataset once, in rows of at most `block_size`; a list of faults."""
+    """Check that a plan has each token of a dataset once, in rows of at most `block_size`; returns a list of faults."""
     faults = []
     for group, (first, lengths) in enumerate(_lengths(dataset)):
         rows = np.arange(plan.first_row(group), plan.first_row(group + 1) + 1, dtype=np.int64)
@@ -183,7 +183,7 @@ def check_plan(plan: RowPlan, dataset: PackedDataset, block_size: int) -> list[s
         faults += [f"{plan.folder}: row {rows[r]} holds more than {block_size} tokens" for r in too_long.tolist()]
         order = np.lexsort((start, document))
         document, start, length = document[order], start[order], length[order]
-        # Pieces that follow each other from each document's first token to its last.
+        # Pieces must be contiguous from each document's first token to its last.
         begins = np.append(True, document[1:] != document[:-1])
         expected = np.where(begins, 0, np.append(0, (start + length)[:-1]))
         wrong = set(document[(start != expected) | (length < 1)].tolist())
@@ -199,16 +199,16 @@ def check_plan(plan: RowPlan, dataset: PackedDataset, block_size: int) -> list[s
 
 
 def pack(lengths: IntArray, capacity: int, share: bool) -> tuple[npt.NDArray[Any], IntArray]:
-    """Cut the documents of a group into pieces and put them in rows.
+    """Split the documents of a group into pieces and pack them into rows.
 
     Args:
         lengths: int64, tokens of each document, at least 1.
         capacity: tokens of a row.
-        share: whether rests and documents that fit in a row share rows; full rows never do.
+        share: whether remainders and documents that fit in a row share rows; full rows never do.
 
     Returns:
-        the pieces (PIECE), by row and in a row by document, and the row of each, int64 from 0 without a gap. Rows
-        stand in the order of their first documents.
+        the pieces (PIECE), by row and in a row by document, and the row of each, int64 from 0 without a gap. Rows are
+        in the order of their first documents.
     """
     counts = -(-lengths // capacity)
     document = np.repeat(np.arange(len(lengths), dtype=np.int64), counts)
@@ -222,7 +222,7 @@ def pack(lengths: IntArray, capacity: int, share: bool) -> tuple[npt.NDArray[Any
         return pieces, row
     items = np.flatnonzero(pieces["length"] < capacity)
     bins = best_fit_decreasing(pieces["length"][items].astype(np.int64), capacity)
-    # A shared row takes the place of the first piece in it: pieces are in the order of documents already.
+    # A shared row is ordered by its first piece: pieces are already in document order.
     first = np.full(int(bins.max(initial=-1)) + 1, len(pieces), dtype=np.int64)
     np.minimum.at(first, bins, items)
     row[items] = first[bins]
@@ -231,23 +231,23 @@ def pack(lengths: IntArray, capacity: int, share: bool) -> tuple[npt.NDArray[Any
 
 
 def best_fit_decreasing(lengths: IntArray, capacity: int) -> IntArray:
-    """Put items in bins of a capacity: the longest first, each in the bin it leaves least room in.
+    """Pack items into bins of a capacity: longest first, each into the bin with the least room left after it.
 
-    Items of one length are alike, and so are bins with the same room; they are dealt with together. The smallest room
-    that takes an item of length l, r, goes on taking them until less than l is left: r // l items to a bin. That makes
-    a few numpy calls a length and room, however many items there are.
+    Items of equal length are handled together, as are bins with equal room. A bin with the smallest sufficient room r
+    for length l takes r // l such items, until less than l is left. This needs a few numpy calls per length and room,
+    independent of the number of items.
 
     Args:
         lengths: int64 (N,), 1 <= length <= capacity.
 
     Returns:
-        the bin of each item, int64 (N,), from 0 on.
+        the bin of each item, int64 (N,), from 0.
     """
     bin_of = np.empty(len(lengths), dtype=np.int64)
     by_length = np.argsort(-lengths, kind="stable")
     values, counts = np.unique(-lengths, return_counts=True)
-    room: dict[int, list[IntArray]] = {}  # bins by the room they have left
-    rooms = 0  # bit r is set where room[r] is not empty
+    room: dict[int, list[IntArray]] = {}  # bins by remaining room
+    rooms = 0  # bit r is set if room[r] is not empty
     n_bins = at = 0
     for length, count in zip((-values).tolist(), counts.tolist(), strict=True):
         items, at = by_length[at : at + count], at + count
@@ -271,7 +271,7 @@ def best_fit_decreasing(lengths: IntArray, capacity: int) -> IntArray:
             items = items[used * each :]
             left = [(r - each * length, bins[:used])]
             bins = bins[used:]
-            if len(bins):  # fewer items than one bin takes are left: they go in one
+            if len(bins):  # fewer items left than fit in one bin: they share one
                 if len(items):
                     bin_of[items] = bins[0]
                     left.append((r - rest * length, bins[:1]))

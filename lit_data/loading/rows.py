@@ -1,15 +1,15 @@
-"""How documents fill rows: which pieces of which documents lie in a row, and which rows hold a document.
+"""Maps rows to the document pieces in them, and documents to their rows.
 
-A row of a dataset is called its window, in every packing. In each packing every token is an input exactly once.
+A row of a dataset is called a window, in every packing. Every token is an input exactly once.
 
-- `concat`: windows of stride `block_size` over the stream of all documents. Arithmetic, nothing is stored.
-- `best_fit`: a document longer than a row is cut into full rows and a rest; rests and whole documents share rows, and
-  none of them is cut (Ding et al. 2024, "Fewer Truncations Improve Language Modeling").
-- `pad`: one piece a row. A document longer than a row is cut into full rows and a rest.
+- `concat`: windows of stride `block_size` over the stream of all documents. Pure arithmetic, nothing is stored.
+- `best_fit`: a document longer than a row is split into full rows and a remainder; remainders and complete documents
+share rows without being split (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). - `pad`: one piece per
+row. A document longer than a row is split into full rows and a remainder.
 
-The last two follow from the lengths of the documents; a plan (see plans.py) says what each row holds.
+The last two depend on document lengths; a plan (row_plans.py) stores the content of each row.
 
-Dimensions: `W` windows asked for, `P` pieces.
+Dimensions: `W` requested windows, `P` pieces.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Packing = Literal["concat", "best_fit", "pad"]
 
 @dataclass(frozen=True)
 class Pieces:
-    """Pieces of documents in rows, in the order of the rows and in them. A row is filled from its first column on.
+    """Pieces of documents in rows, by row and column. A row is filled from its first column.
 
     Attributes (length P):
-        place: index of the row among the windows asked for.
+        place: index of the row among the requested windows.
         document, start, length: tokens [start, start + length) of a document are inputs.
-        position: of the first of them in the stream of the dataset.
+        position: of the first of these in the dataset's stream.
         ends: whether the piece ends its document.
     """
 
@@ -60,11 +60,11 @@ class Rows(Protocol):
         ...
 
     def ranges(self, windows: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """The stretches of the stream that some windows need, in order: index of the window, first token, end."""
+        """The ranges of the stream that some windows need, in order: index of the window, first token, end."""
         ...
 
     def windows_of_document(self, document: int) -> IntArray:
-        """The windows that hold a part of a document, ascending."""
+        """The windows with a part of a document, ascending."""
         ...
 
 
@@ -85,7 +85,7 @@ class ConcatRows:
     def pieces(self, windows: IntArray) -> Pieces:
         begin = windows * self.block_size
         end = np.minimum(begin + self.block_size, self.dataset.n_tokens)
-        # Documents of each row: the run of numbers from the first to the last one it touches.
+        # Documents of each row: all numbers from the first to the last one in it.
         first = self.dataset.document_of(begin)
         last = first.copy()
         beyond = np.flatnonzero(self.dataset.document_start(first + 1) < end)
@@ -100,7 +100,7 @@ class ConcatRows:
 
     def ranges(self, windows: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         begin = windows * self.block_size
-        end = np.minimum(begin + self.block_size + 1, self.dataset.n_tokens)  # and a target
+        end = np.minimum(begin + self.block_size + 1, self.dataset.n_tokens)  # plus a target
         return np.arange(len(windows), dtype=np.int64), begin, end
 
     def windows_of_document(self, document: int) -> IntArray:
@@ -109,7 +109,7 @@ class ConcatRows:
 
 
 class PlannedRows:
-    """Rows as a plan says."""
+    """Rows given by a plan."""
 
     def __init__(self, dataset: PackedDataset, packing: Packing, block_size: int, plan: RowPlan) -> None:
         self.dataset, self.packing, self.block_size, self.plan = dataset, packing, block_size, plan
@@ -137,10 +137,10 @@ class PlannedRows:
 
 
 def open_rows(dataset: PackedDataset, packing: Packing, block_size: int, plan_dir: Path | None = None) -> Rows:
-    """The rows of a dataset. Builds the plan where there is none yet; one process does that for all.
+    """Open the rows of a dataset. Builds the plan if there is none; one process does this for all.
 
     Args:
-        plan_dir: where plans lie; default: the folder `plans` of the dataset.
+        plan_dir: folder of plans; default: `plans` in the dataset.
 
     Raises:
         ValueError: the plan cannot be written there.

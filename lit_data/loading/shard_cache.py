@@ -1,12 +1,12 @@
-"""Tokens of a packed dataset, copied ahead of their use to memory or a disk of the node.
+"""Caches tokens of a packed dataset in the node's memory or on its disk, ahead of use.
 
-A dataset is staged in chunks of a shard's .bin, in the order in which the rows to come need them, as far as the budget
-goes; a chunk stays until no row known ahead needs it. What is not staged is read from the source. `cache_folder` says
-how processes share the chunks.
+A dataset is staged in chunks of a shard's .bin, in the order of the coming rows and within the budget; a chunk stays
+until no known row needs it. Anything not staged is read from the source. See `cache_folder` for how processes share
+chunks.
 
-An order that needs each chunk many times and then no more reads the source about once an epoch: two levels, blocks no
-smaller than a chunk, groups of at most half the budget. One that jumps over a dataset much larger than the budget gains
-nothing.
+The source is read about once per epoch if the order uses each chunk many times within a short span: two-level
+shuffling, blocks no smaller than a chunk, groups of at most half the budget. A fully random order over a dataset much
+larger than the budget gains nothing.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ from lit_files.descriptors import OpenFiles
 from lit_files.mapping import map_array
 
 CHUNK_BYTES = 16 << 20
-PIECE_BYTES = 1 << 20  # of one read while staging: other readers of a slow source come between
-AHEAD_ROWS = 1 << 20  # rows known ahead of the consumer
-AHEAD_BUDGETS = 4  # or so many times the chunks of the budget: what lies beyond decides nothing
-# A chunk in regular use keeps its place between two rows that need it; one that comes again after a longer pause, as in
-# the next epoch, gives way meanwhile. The limit in rows, for each chunk of the budget:
+PIECE_BYTES = 1 << 20  # bytes per read while staging, so that other reads of a slow source can interleave
+AHEAD_ROWS = 1 << 20  # rows of lookahead
+AHEAD_BUDGETS = 4  # or this many times the budget's chunks: more lookahead has no effect
+# A chunk stays cached between two rows that need it unless the gap is long, as until the next epoch. The limit in rows,
+# per chunk of the budget:
 PAUSE_ROWS = 16
 POLL_SECONDS = 0.05
-MAX_MAPS = 4096  # chunks mapped at once, of a process's 65530 maps
-LINKS_A_LOOK = 256  # chunks looked for under one lock
+MAX_MAPS = 4096  # chunks mapped at once; a process has 65530 maps
+LINKS_A_LOOK = 256  # chunks requested under one lock
 
 Ranges = Iterator[tuple[IntArray, IntArray]]
 
 
 class ShardReader(Protocol):
-    """Where the tokens come from. Called by two threads at once."""
+    """The source of the tokens. Called by two threads concurrently."""
 
     def pread(self, shard: int, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes of a shard's .bin from `offset` on."""
+        """Read exactly `size` bytes of a shard's .bin at `offset`."""
         ...
 
 
 class ShardFiles:
-    """Reads the shards of a dataset by pread: a page fault would stop the whole process, a read waits alone."""
+    """Reads the shards of a dataset by pread: a page fault would block the entire process, a read only its thread."""
 
     def __init__(self, dataset: PackedDataset) -> None:
         self._paths = [dataset.path / f"{s.name}.bin" for s in dataset.manifest.shards]
         self._files = OpenFiles()
 
     def pread(self, shard: int, offset: int, size: int) -> bytes:
-        """See `ShardReader`. Raises ValueError where the file ends too early."""
+        """See `ShardReader`. Raises ValueError if the file is too short."""
         return self._files.read(self._paths[shard], size, offset)
 
     def close(self) -> None:
@@ -67,26 +67,26 @@ class ShardFiles:
 
 
 class _StagingError(Exception):
-    """The cache folder failed, not the source."""
+    """Raised when the cache folder failed, not the source."""
 
 
 class ShardCache:
     """Reads tokens of a dataset from staged chunks, or from the source where one is not staged.
 
-    One thread may call `copy_tokens`; another one, of this object's own, stages.
+    One thread may call `copy_tokens`; this object's own thread stages.
 
     Args:
-        folder: the cache, best on the node itself; shared with other holders.
-        budget_bytes: for everything in the folder, at least one chunk.
+        folder: the cache folder, ideally local to the node; shared with other holders.
+        budget_bytes: budget for the entire folder, at least one chunk.
         chunk_bytes: holders with different sizes share the budget, but no chunks.
-        source: read in place of the dataset's files.
-        keep: leave the chunks for the next job; else the last holder to leave removes them.
+        source: read from this instead of the dataset's files.
+        keep: leave the chunks for the next job; else the last holder removes them.
 
     Attributes:
-        hits, misses: pieces of rows copied from a chunk, and from the source.
-        wait_seconds: spent in reading the source for `copy_tokens`.
-        staged_bytes: copied to the cache by this holder.
-        failure: why staging ended early, if it did: reads go on from the source.
+        hits, misses: pieces copied from a chunk, and from the source.
+        wait_seconds: time `copy_tokens` spent reading the source.
+        staged_bytes: bytes copied to the cache by this holder.
+        failure: why staging stopped early, if it did; reads then use the source.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class ShardCache:
         self._chunk_starts: list[int] = self._chunk_start.tolist()
         self._cache = CacheFolder(folder, f"{dataset.fingerprint[:16]}-{chunk_bytes}", budget_bytes)
 
-        self._lock = threading.Lock()  # over the next two: no chunk is released while it is read
+        self._lock = threading.Lock()  # guards the next two: no chunk is released while being read
         self._held: set[int] = set()
         self._maps: dict[int, npt.NDArray[Any]] = {}  # of held chunks, at most MAX_MAPS
 
@@ -129,17 +129,17 @@ class ShardCache:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._error: BaseException | None = None
-        # The thread's own.
+        # Used by the staging thread only.
         self._known = 0  # rows taken from the iterator
-        self._needed: dict[int, list[tuple[int, int]]] = {}  # chunk -> its times of need: first row, last row
-        self._wanted: dict[int, int] = {}  # chunk that is needed and not held -> first row that needs it
+        self._needed: dict[int, list[tuple[int, int]]] = {}  # chunk -> its periods of use: first row, last row
+        self._wanted: dict[int, int] = {}  # missing chunk -> first row that needs it
 
     # ------------------------------------------------------------ reading
 
     def copy_tokens(self, out: npt.NDArray[Any], start: int, stop: int) -> None:
         """Copy tokens [start, stop) of the stream to `out`, [stop - start] of any integer type that holds them.
 
-        Raises what the source raised, in this call or while staging.
+        Raises errors of the source, from this call or from staging.
         """
         if self._error is not None:
             raise self._error
@@ -177,7 +177,7 @@ class ShardCache:
         self.misses += 1
 
     def _map(self, chunk: int) -> npt.NDArray[Any] | None:
-        """Map a held chunk; None if someone took it away or cut it. The caller has the lock."""
+        """Map a held chunk; None if another program removed or truncated it. The caller has the lock."""
         name, size = self._chunk(chunk)
         try:
             path = self._cache.own / name
@@ -189,7 +189,7 @@ class ShardCache:
             self._end_staging(error)
             return None
         while len(self._maps) >= MAX_MAPS:
-            del self._maps[next(iter(self._maps))]  # first in, first out: nothing to note on each read
+            del self._maps[next(iter(self._maps))]  # FIFO: no bookkeeping per read
         self._maps[chunk] = view
         return view
 
@@ -206,8 +206,8 @@ class ShardCache:
         """Stage ahead of a consumer, from now on.
 
         Args:
-            ranges: the rows to come, a batch after another: first tokens and ends in the stream, int64 [n] each, in
-                the order of use; start == stop is a row without data. Read by the staging thread.
+            ranges: the coming rows in batches: first tokens and ends in the stream, int64 [n] each, in order of use;
+                start == stop is a row without data. Read by the staging thread.
         """
         self._halt()
         self._stop, self._used, self._known = threading.Event(), 0, 0
@@ -217,13 +217,13 @@ class ShardCache:
         self._thread.start()
 
     def used(self, rows: int) -> None:
-        """The first `rows` rows since `follow` were copied: chunks needed by them only may go."""
+        """Note that the first `rows` rows since `follow` were copied: chunks only they need may be evicted."""
         self._used = max(self._used, rows)
 
     @property
     def staged_rows(self) -> int:
-        """Rows since `follow` before the first one that waits for a chunk, as far as rows are known."""
-        known = self._known  # read first: the other thread adds to it last
+        """Rows since `follow` before the first known one that lacks a chunk."""
+        known = self._known  # read first: the other thread updates it last
         return min(list(self._wanted.values()), default=known)
 
     def _run(self, ranges: Ranges) -> None:
@@ -268,7 +268,7 @@ class ShardCache:
             self._stop.wait(POLL_SECONDS)
 
     def _learn(self, starts: IntArray, stops: IntArray) -> None:
-        """Note which rows of a batch need which chunks."""
+        """Record which chunks each row of a batch needs."""
         rows = np.flatnonzero(stops > starts)
         first, last = self._chunk_of(starts[rows]), self._chunk_of(stops[rows] - 1)
         widest = int((last - first).max(initial=0)) + 1
@@ -295,7 +295,7 @@ class ShardCache:
         return self._chunk_start[shards] + inside
 
     def _release(self) -> bool:
-        """Let go of the chunks whose time has passed; whether there was one."""
+        """Release the chunks no longer needed; returns whether there was one."""
         passed = [chunk for chunk, times in self._needed.items() if not times or times[0][1] < self._used]
         for chunk in passed:
             times = [t for t in self._needed[chunk] if t[1] >= self._used]
@@ -314,7 +314,7 @@ class ShardCache:
         return bool(passed)
 
     def _stage(self) -> bool:
-        """Hold or copy some of the chunks that are needed next; False if there was none to be had."""
+        """Hold or copy some of the chunks needed next; False if there was nothing to do."""
         first = [
             (chunk, *self._chunk(chunk)) for chunk in sorted(self._wanted, key=self._wanted.__getitem__)[:LINKS_A_LOOK]
         ]
@@ -330,7 +330,7 @@ class ShardCache:
                 self._hold(chunks[claimed.pop(0)])
         finally:
             for name in claimed:
-                with contextlib.suppress(OSError):  # of a folder that may have failed already; close removes the rest
+                with contextlib.suppress(OSError):  # the folder may have failed already; close removes the rest
                     self._cache.drop(name)
         return True
 
@@ -362,7 +362,7 @@ class ShardCache:
             self._thread = None
 
     def close(self) -> None:
-        """End staging and release all chunks. Reading is over."""
+        """Stop staging and release all chunks. No reads after this."""
         self._halt()
         with self._lock:
             self._held.clear()

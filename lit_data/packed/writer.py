@@ -100,7 +100,7 @@ class _ShardWriter:
         }
 
     def close(self) -> Shard:
-        """Write index and documents' table, sync everything. `.rows` stays until the dataset is published."""
+        """Write the index and the document table, sync everything. `.rows` stays until the dataset is published."""
         self._flush()
         self._rows.close()
         self._bin.close()
@@ -187,7 +187,7 @@ class PackedWriter:
         work: the temporary folder, kept on errors.
         state: state of an earlier writer of `work`.
         allow_empty: also publish a dataset without documents (a part of a larger one).
-        bos_id, special_tokens: see `Manifest`; the caller has put the id first in each document.
+        bos_id, special_tokens: see `Manifest`; the caller puts the id first in each document.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How often the tokens of a run's data were seen, over its steps: numbers and a picture."""
+"""Counts how often a run's tokens were seen, over its steps, and plots it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lit_data.loading.order import IntArray
 from lit_data.record.reader import stream_record
 from lit_data.record.trace import TracedRun
 
-POINTS = 200  # along the steps
-MAX_TIMES = 8  # seen so often or more: one class
+POINTS = 200  # points along the steps
+MAX_TIMES = 8  # seen this often or more: one class
 
 
 @dataclass(frozen=True)
 class Exposures:
-    """How often the tokens of one dataset were seen.
+    """Exposure counts of the tokens of one dataset.
 
     Attributes:
-        steps: int64 [S], steps done, ascending from 0.
-        shares: float64 [S, K + 1], share of the dataset's tokens seen exactly 0, 1, ... times by then, the last column
-            K times or more; rows sum to 1. K is the largest number that occurs, at most MAX_TIMES.
+        steps: int64 [S], steps completed, ascending from 0.
+        shares: float64 [S, K + 1], share of the dataset's tokens seen exactly 0, 1, ... times by then; last column: K
+            times or more; rows sum to 1. K is the largest number that occurs, at most MAX_TIMES.
     """
 
     path: Path
@@ -48,9 +48,7 @@ def count_exposures(run: TracedRun) -> list[Exposures]:
         np.add.at(new, at, tokens[shown])
     found = []
     for number, packed in enumerate(run.datasets):
-        at_least = np.cumsum(
-            new[number], axis=0
-        )  # tokens seen so often or more, by each point; column 0 stands for all
+        at_least = np.cumsum(new[number], axis=0)  # tokens seen this often or more; column 0 counts all
         at_least[:, 0] = packed.n_tokens
         most = int(np.flatnonzero(at_least[-1])[-1])
         shares = (at_least[:, : most + 1] - at_least[:, 1 : most + 2]) / packed.n_tokens
@@ -59,10 +57,10 @@ def count_exposures(run: TracedRun) -> list[Exposures]:
 
 
 def times_seen(run: TracedRun, samples: IntArray, steps: IntArray) -> tuple[IntArray, IntArray]:
-    """Samples and the steps that used them -> (dataset, which use of its window that was, from 1 on).
+    """For samples and the steps that used them: (dataset, how many times its window had been used by then, from 1).
 
-    A window is one sample in each epoch. How many of these were used before follows from the segments, in which
-    samples may be left out or used again.
+    A window is one sample in each epoch. The number used before follows from the segments, which may skip or repeat
+    samples.
     """
     mixture = run.mixture
     datasets, epochs, windows = mixture.place(samples)
@@ -74,7 +72,7 @@ def times_seen(run: TracedRun, samples: IntArray, steps: IntArray) -> tuple[IntA
     for number in np.unique(datasets).tolist():
         n_epochs = -(-int(mixture.counts(stop)[number]) // mixture.orders[number].n_windows)
         for epoch in range(n_epochs):
-            # Where samples only ascend, an epoch that comes later was not used before.
+            # If samples only ascend, no later epoch was used before.
             mine = (datasets == number) & (epochs >= epoch if firsts == sorted(firsts) else True)
             here = np.flatnonzero(mine)
             other = mixture.sample(number, np.full(len(here), epoch, dtype=np.int64), windows[here])
@@ -86,7 +84,7 @@ def times_seen(run: TracedRun, samples: IntArray, steps: IntArray) -> tuple[IntA
 
 
 def draw_exposures(exposures: Sequence[Exposures], file: Path) -> None:
-    """Draw one panel a dataset: shares of its tokens seen 0, 1, 2, ... times, stacked, over the steps."""
+    """Plot one panel per dataset: stacked shares of its tokens seen 0, 1, 2, ... times, over the steps."""
     try:
         import matplotlib
     except ImportError as error:

@@ -1,12 +1,12 @@
-"""Merging the record's parts in the background: few files, sorted by step, row, document and start.
+"""Merges the record's parts in the background into few files, sorted by step, row, document and start.
 
-A checkpoint leaves one part of each rank. Committed parts are merged into one file of all ranks; neighbouring files are
-merged again once the result is at least twice its largest source, up to MAX_ROWS. So a row is rewritten at most
-log2(MAX_ROWS / rows between two checkpoints) + 1 times, and n rows lie in about 2 n / MAX_ROWS large files and a few
+Each checkpoint adds one part per rank. Committed parts are merged into one file of all ranks; adjacent files are merged
+again once the result is at least twice its largest source, up to MAX_ROWS. A row is thus rewritten at most
+log2(MAX_ROWS / rows between two checkpoints) + 1 times, and n rows take about 2 n / MAX_ROWS large files and a few
 small ones.
 
 A merged file is written under a temporary name, synced, renamed, and the folder synced, before its sources are deleted.
-In between both are there, and `select_files` reads each step from the merged file.
+In between both exist, and `select_files` reads each step from the merged file.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from lit_data.record.schema import ROWS_PER_GROUP, SCHEMA, open_writer
 from lit_files.parquet import read_footer
 from lit_files.publish import publish, sync_file
 
-MAX_ROWS = 1 << 26  # of a merged file: about 2 GB
-FAN_IN = 4  # files are merged again when so many have come together
+MAX_ROWS = 1 << 26  # rows of a merged file: about 2 GB
+FAN_IN = 4  # merge again once this many files have accumulated
 
 
 class MergeStoppedError(Exception):
-    """The run ends: an unfinished merge is given up."""
+    """Raised when the run ends: an unfinished merge is abandoned."""
 
 
 class MergedFile:
-    """One merged file while it is written, in row groups of ROWS_PER_GROUP."""
+    """Writes one merged file, in row groups of ROWS_PER_GROUP."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self.folder, self.first_step = folder, first_step
@@ -66,7 +66,7 @@ class MergedFile:
             self._write(self._pending_rows // ROWS_PER_GROUP * ROWS_PER_GROUP)
 
     def publish(self, end_step: int) -> None:
-        """Give the file the name of its steps, for good."""
+        """Publish the file under the name of its steps."""
         self._write(self._pending_rows)
         self._writer.close()
         sync_file(self._file)
@@ -92,7 +92,7 @@ def merge(
     max_rows: int = MAX_ROWS,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Write the rows of adjacent parts to merged files in `folder`, each begun where the one before reached `max_rows`.
+    """Write the rows of adjacent parts to merged files in `folder`, starting a new one at `max_rows`.
 
     Memory: about one row group of each rank. Raises MergeStoppedError when `stopped()`.
     """
@@ -115,7 +115,7 @@ def merge(
 
 
 def _split(table: pa.Table, max_rows: int) -> Iterator[pa.Table]:
-    """A table of whole steps in pieces of whole steps, of at most `max_rows` rows where one step has no more."""
+    """Split a table at step boundaries into tables of at most `max_rows` rows (more if one step has more)."""
     steps = table["step"].to_numpy()
     begins = [0, *(np.flatnonzero(steps[1:] != steps[:-1]) + 1).tolist(), len(steps)]
     start = 0
@@ -127,11 +127,11 @@ def _split(table: pa.Table, max_rows: int) -> Iterator[pa.Table]:
 
 
 def next_merge(parts: list[Part], count_rows: Callable[[Path], int], max_rows: int = MAX_ROWS) -> list[Part]:
-    """The parts to merge next, adjacent and in order of their steps; empty when there is nothing to do.
+    """The parts to merge next, adjacent and in step order; empty if none are due.
 
     Args:
-        parts: the committed ones, as `select_files` gives them.
-        count_rows: gives the number of rows of a merged file.
+        parts: the committed parts, from `select_files`.
+        count_rows: returns the number of rows of a merged file.
     """
     fresh: list[Part] = []
     merged: list[Part] = []
@@ -158,7 +158,7 @@ def next_merge(parts: list[Part], count_rows: Callable[[Path], int], max_rows: i
 
 
 def compact(run: Path, max_rows: int = MAX_ROWS, stopped: Callable[[], bool] = lambda: False) -> int:
-    """Merge all that is due in a run's record; returns the number of merges. Raises MergeStoppedError and OSError."""
+    """Run all due merges of a run's record; returns the number of merges. Raises MergeStoppedError and OSError."""
     folder, merges = run / "datapoints", 0
     rows: dict[Path, int] = {}
 
@@ -176,7 +176,7 @@ def compact(run: Path, max_rows: int = MAX_ROWS, stopped: Callable[[], bool] = l
 
 
 def remove_covered(folder: Path, steps: int) -> None:
-    """Delete files of the first `steps` steps of which nothing is selected any more."""
+    """Delete files of the first `steps` steps that are no longer selected."""
     parts = list_parts(folder)
     selected = {part.path for part in select_files(parts, steps)}
     for part in parts:
@@ -185,9 +185,9 @@ def remove_covered(folder: Path, steps: int) -> None:
 
 
 def cut_record(folder: Path, steps: int) -> list[str]:
-    """Remove everything beyond the first `steps` steps. Killed on the way, it can be done again.
+    """Remove everything after the first `steps` steps. Safe to repeat if killed.
 
-    A damaged file of which earlier steps were needed is kept under another name. Returns a line for each.
+    A damaged file with earlier steps that are still needed is kept under another name. Returns one line for each.
     """
     parts, damaged = list_parts(folder), []
     later = {part.path for part in parts if part.end_step > steps}
@@ -197,7 +197,7 @@ def cut_record(folder: Path, steps: int) -> list[str]:
                 merge([part], folder)
             except (pa.ArrowException, OSError, ValueError, EOFError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
-                    raise  # of the file system; Arrow's own for damage have no number
+                    raise  # a file system error; Arrow's errors for damage have no errno
                 aside = part.path.with_name(part.path.name + ".damaged")
                 os.rename(part.path, aside)
                 later.discard(part.path)
@@ -206,14 +206,14 @@ def cut_record(folder: Path, steps: int) -> list[str]:
     for path in later:
         try:
             path.unlink()
-        except OSError:  # what must not be read gets another name
+        except OSError:  # rename what must not be read
             os.rename(path, path.with_name(path.name + ".deleting"))
-    sync_file(folder)  # before anyone writes other rows for the same steps
+    sync_file(folder)  # before new rows for the same steps are written
     return damaged
 
 
 def copy_record(run: Path, first_step: int, folder: Path) -> None:
-    """Copy the committed record from `first_step` on to another folder: links where the file system has them."""
+    """Copy the committed record from `first_step` on to another folder, by hard links where possible."""
     whole = list_parts(run / "datapoints")
     for group in group_by_steps(committed_parts(run)):
         if group[0].first_step >= first_step and all(part in whole for part in group):
@@ -228,9 +228,9 @@ def copy_record(run: Path, first_step: int, folder: Path) -> None:
 
 
 class Compactor:
-    """Merges a run's record in a thread of its own, so that training never waits for it.
+    """Merges a run's record in a background thread, so that training never waits for it.
 
-    An error is said once and ends compaction, nothing else: the parts stay as they are.
+    An error is reported once and only stops compaction: the parts stay as they are.
     """
 
     def __init__(self, run: Path) -> None:
@@ -241,11 +241,11 @@ class Compactor:
         self._thread.start()
 
     def start(self) -> None:
-        """Merge what checkpoints have committed up to now. Returns at once."""
+        """Start merging what checkpoints have committed so far. Returns immediately."""
         self._due.set()
 
     def close(self, finish: bool) -> None:
-        """End the thread: with `finish` when all is merged that is due, else now."""
+        """Stop the thread: with `finish` after all due merges, else immediately."""
         if not finish:
             self._stopped.set()
         self._ending = True
@@ -262,5 +262,5 @@ class Compactor:
                 compact(self.run, stopped=self._stopped.is_set)
         except MergeStoppedError:
             pass
-        except Exception as error:  # the record is whole without it; whatever it is must not end the run
+        except Exception as error:  # the record is complete without merging, so no error here may end the run
             print(f"warning: parts of {self.run / 'datapoints'} stay unmerged: {error!r}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`RUN/datapoints/order.json`: the facts that the order of a run's data follows from, kept beside its record."""
+"""Reads and writes `RUN/datapoints/order.json`: everything that determines the order of a run's data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Skip:
 
 @dataclass(frozen=True)
 class OrderFacts:
-    """order.json, as `describe_order` and `write_order` make it."""
+    """Schema of order.json, see `describe_order` and `write_order`."""
 
     datasets: list[_Dataset]
     packing: Packing
@@ -76,9 +76,9 @@ def describe_order(
     plan_dir: Path | None = None,
     skips: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What the order of a run follows from, as JSON.
+    """Everything that determines the order of a run, as JSON.
 
-    `skips` are samples that were left out on purpose: {"step", "first_sample", "end_sample", "reason"}.
+    `skips` are samples skipped on purpose: {"step", "first_sample", "end_sample", "reason"}.
     """
     order = mixture.orders[0]
     return {
@@ -97,13 +97,13 @@ def describe_order(
 
 
 def write_order(folder: Path, facts: dict[str, Any], layout: tuple[int, int, int]) -> None:
-    """Write what the order of a run follows from beside its record (RUN/datapoints/order.json). Atomic.
+    """Write the order facts of a run to RUN/datapoints/order.json, atomically.
 
     Args:
-        facts: of `describe_order`.
+        facts: from `describe_order`.
         layout: (from_step, world_size, micro_batch_samples) from now on; earlier ones are kept.
 
-    A file that cannot be read is kept as order.json.damaged, and earlier layouts are lost with it; a warning says so.
+    An unreadable file is kept as order.json.damaged; earlier layouts are lost, with a warning.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ORDER_FILE

@@ -1,11 +1,11 @@
-"""The files of a run's datapoint record, and which of them a step is read from.
+"""Finds the files of a run's datapoint record, and selects the ones to read each step from.
 
 A part `part-A-B-rankR.parquet` holds steps A to B - 1 of one rank. It counts once the checkpoint after step B exists;
 until then readers ignore it, and a resume removes it. `lit_data/record/merge.py` merges committed parts into files
 `steps-A-B.parquet` of all ranks.
 
-Which file a step is read from follows from the names alone (`select_files`), so that a merge may be killed at any
-moment: a merged file goes before the parts inside it, a longer one before a shorter one.
+The selection depends on the names alone (`select_files`), so that a merge may be killed at any moment: a merged file
+takes precedence over the parts in it, a longer one over a shorter one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Part:
     """Steps `first_step` to `end_step - 1` of one file of the record.
 
     Attributes:
-        rank: whose rows it holds; None for a merged file, which holds all ranks'.
+        rank: the rank whose rows it holds; None for a merged file, with the rows of all ranks.
     """
 
     path: Path
@@ -39,7 +39,7 @@ class Part:
 
 
 def list_parts(folder: Path) -> list[Part]:
-    """All published files of a record folder, with all steps they hold, by step and rank."""
+    """All published files of a record folder, with all their steps, by step and rank."""
     parts = []
     for name in os.listdir(folder):
         if match := PART_NAME.fullmatch(name):
@@ -54,16 +54,16 @@ def _by_step_and_rank(part: Part) -> tuple[int, int, int]:
 
 
 def select_files(parts: Iterable[Part], steps: int) -> list[Part]:
-    """What of these files holds the first `steps` steps: each step in one merged file, or one part of each rank.
+    """Select the files for the first `steps` steps: each step from one merged file, or one part of each rank.
 
-    Returns parts cut to the steps that are to be read from them; those of the same steps follow each other.
+    Returns parts restricted to the steps to read from them; parts of the same steps are adjacent.
     """
     groups: dict[tuple[bool, int, int], list[Part]] = {}
     for part in parts:
         merged = part.rank is None
         if part.first_step < steps and (merged or part.end_step <= steps):
             groups.setdefault((not merged, part.first_step - part.end_step, part.first_step), []).append(part)
-    covered: list[tuple[int, int]] = []  # apart from each other, ascending
+    covered: list[tuple[int, int]] = []  # disjoint, ascending
     found: list[Part] = []
     for (_, minus_length, first), group in sorted(groups.items(), key=lambda item: item[0]):
         at, end = first, min(first - minus_length, steps)
@@ -81,16 +81,16 @@ def select_files(parts: Iterable[Part], steps: int) -> list[Part]:
 
 
 def newest_checkpoint_step(run: Path) -> int:
-    """Steps done in the newest checkpoint of a run folder; 0 where there is none."""
+    """Steps completed in the newest checkpoint of a run folder; 0 if there is none."""
     return max((checkpoint_step(path) or 0 for path in list_checkpoints(run)), default=0)
 
 
 def committed_parts(run: Path) -> list[Part]:
-    """The parts of a run's record that a checkpoint has committed, as `select_files` gives them."""
+    """The parts of a run's record committed by a checkpoint, from `select_files`."""
     steps = newest_checkpoint_step(run)
     return select_files(list_parts(run / "datapoints"), steps)
 
 
 def group_by_steps(parts: Iterable[Part]) -> list[list[Part]]:
-    """Parts as `select_files` gives them, grouped by the steps to read from them."""
+    """Group parts from `select_files` by the steps to read from them."""
     return [list(group) for _, group in groupby(parts, key=lambda p: (p.first_step, p.end_step))]

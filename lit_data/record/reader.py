@@ -1,4 +1,4 @@
-"""Reading the datapoint record: a few steps by the files' bounds, or all of it as a stream, in bounded memory."""
+"""Reads the datapoint record in bounded memory: a few steps by the files' bounds, or all of it as a stream."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ STEP = SCHEMA.get_field_index("step")
 
 
 class _RowGroups:
-    """The row groups of one file, which hold ascending steps. Opened for each read: a step may have 1000 ranks."""
+    """The row groups of one file, by ascending steps. Opened for each read: a step may have 1000 ranks."""
 
     def __init__(self, part: Part) -> None:
         self.part = part
         self._facts = read_footer(part.path, SCHEMA)
 
     def holding(self, first: int, end: int) -> range:
-        """The row groups with steps of [first, end), found by their bounds."""
+        """The row groups with steps in [first, end), by their bounds."""
         groups = range(self._facts.num_row_groups)
         low = bisect.bisect_left(groups, first, key=lambda g: self._bounds(g)[1])
         return range(low, bisect.bisect_left(groups, end, key=lambda g: self._bounds(g)[0]))
 
     def read(self, group: int, first: int, end: int) -> pa.Table:
-        """The rows of a row group with steps of [first, end)."""
+        """The rows of a row group with steps in [first, end)."""
         with open_table(self.part.path, self._facts) as file:
             table = file.read_row_group(group, use_threads=False)
         steps = table["step"].to_numpy()
@@ -54,7 +54,7 @@ class _PartReader:
         self._ahead = deque(self._groups.holding(part.first_step, part.end_step))
         self._held = SCHEMA.empty_table()
         self._group_rows = 1
-        self.last_step = part.first_step - 1  # the step that may go on in the next row group
+        self.last_step = part.first_step - 1  # the step that may continue in the next row group
 
     @property
     def more(self) -> bool:
@@ -62,7 +62,7 @@ class _PartReader:
 
     @property
     def low(self) -> bool:
-        """Less than half a row group is held."""
+        """Whether less than half a row group is buffered."""
         return bool(2 * self._held.num_rows < self._group_rows)
 
     def fill(self) -> None:
@@ -74,7 +74,7 @@ class _PartReader:
             self._held = pa.concat_tables([self._held, table]) if self._held.num_rows else table
 
     def take(self, end: int) -> pa.Table:
-        """Held rows of the steps before `end`."""
+        """Take the buffered rows of the steps before `end`."""
         before = self._held["step"].to_numpy() < end
         held, self._held = self._held, SCHEMA.empty_table()
         if before.all():
@@ -84,13 +84,15 @@ class _PartReader:
 
 
 def stream(parts: Sequence[Part]) -> Iterator[pa.Table]:
-    """The rows of parts of the same steps, sorted, as tables of whole steps. Holds up to two row groups a part."""
+    """Stream the rows of parts of the same steps, sorted, as tables of complete steps. Buffers up to two row groups per
+    part.
+    """
     readers = [_PartReader(part) for part in parts]
     end = max(part.end_step for part in parts)
     while True:
         lowest = min((s.last_step for s in readers if s.more), default=end)
         for reader in readers:
-            # All at about the same step together: one turn for a row group of each rank, not one for each row group.
+            # Ranks advance together: one iteration per row group of all ranks, not one per row group.
             if reader.more and (reader.last_step == lowest or reader.low):
                 reader.fill()
         bound = min((s.last_step for s in readers if s.more), default=end)
@@ -104,9 +106,9 @@ def stream(parts: Sequence[Part]) -> Iterator[pa.Table]:
 
 
 def stream_record(run: Path, first_step: int, end_step: int) -> Iterator[pa.Table]:
-    """The committed rows of steps `first_step` to `end_step - 1` as tables of whole steps, sorted.
+    """Stream the committed rows of steps `first_step` to `end_step - 1` as sorted tables of complete steps.
 
-    The run may be going on: a file that a merge has taken away meanwhile is found again under its new name.
+    The run may still be active: if a merge removes a file meanwhile, its rows are read from the merged file.
     """
     at = first_step
     while at < end_step:
@@ -125,16 +127,16 @@ def stream_record(run: Path, first_step: int, end_step: int) -> Iterator[pa.Tabl
 
 
 def read_steps(run: Path, steps: Iterable[int], keep: Callable[[pa.Table], Any] | None = None) -> pa.Table:
-    """The committed rows of some steps, sorted; reads only the row groups that hold them.
+    """Read the committed rows of some steps, sorted; reads only their row groups.
 
     Args:
-        keep: a mask over the rows of a table; only rows it is true for are kept.
+        keep: returns a mask over a table's rows; only rows where it is true are kept.
     """
     wanted = sorted(set(steps))
     while True:
         try:
             return _read_steps(committed_parts(run), wanted, keep)
-        except FileNotFoundError:  # merged meanwhile
+        except FileNotFoundError:  # merged in the meantime
             continue
 
 

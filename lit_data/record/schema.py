@@ -1,4 +1,4 @@
-"""The datapoint record's table: one row a span, and how its Parquet files are written."""
+"""The datapoint record's table (one row per span), and the options of its Parquet files."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import pyarrow.parquet as pq
 
 SCHEMA = pa.schema(
     [
-        ("step", pa.int64()),  # 0-based: the optimizer step in which the data was used
+        ("step", pa.int64()),  # 0-based optimizer step that used the data
         ("rank", pa.int32()),
         ("micro_batch", pa.int32()),
         ("row", pa.int64()),  # of the step
-        ("sample", pa.int64()),  # number of the row in the run
+        ("sample", pa.int64()),  # sample number in the run
         ("dataset", pa.int32()),
         ("document", pa.int64()),
-        ("start", pa.int64()),  # first token, counted in the document
-        ("length", pa.int32()),  # tokens that were inputs
-        ("targets", pa.int32()),  # tokens that had a loss
-        ("hash", pa.uint64()),  # of the tokens as they went into the model
+        ("start", pa.int64()),  # first token, relative to the document
+        ("length", pa.int32()),  # number of input tokens
+        ("targets", pa.int32()),  # number of tokens with a loss
+        ("hash", pa.uint64()),  # hash of the tokens fed to the model
         ("loss", pa.float64()),  # summed over the targets, nats
         ("applied", pa.bool_()),  # False: the step's gradient was not finite and the update was skipped
     ]
 )
 SORT_KEYS = ("step", "row", "document", "start")
-ROWS_PER_GROUP = 1 << 16  # read as a whole to find one step: about 2 MB, 10 ms
+ROWS_PER_GROUP = 1 << 16  # read entirely to find one step: about 2 MB, 10 ms
 
 
 def open_writer(file: BinaryIO) -> pq.ParquetWriter:
-    """A Parquet writer for rows of the record: what ascends as differences, bounds only for what is looked for."""
+    """Open a Parquet writer for record rows: delta-encodes ascending columns; statistics only for searched ones."""
     return pq.ParquetWriter(
         file,
         SCHEMA,
@@ -43,5 +43,5 @@ def open_writer(file: BinaryIO) -> pq.ParquetWriter:
 
 
 def sort_rows(table: pa.Table) -> pa.Table:
-    """Rows by step, row, document and start."""
+    """Sort rows by step, row, document and start."""
     return table.sort_by([(k, "ascending") for k in SORT_KEYS])

@@ -1,9 +1,9 @@
-"""The hash of a span's tokens in the record. No torch: the record is written and read without it.
+"""Hashes the tokens of a span for the record. Without torch, which the record does not need.
 
-A multilinear hash (Carter and Wegman 1979): sum of (token + 1) * key[place] mod 2^64, place counted in the span. The
-keys are fixed, odd, and drawn by SplitMix64. A change of one token is always seen, since an odd key has an inverse. Two
-spans of which neither was made to fool these keys collide with probability 2^(v - 63) at most, where 2^v divides all
-differences of their tokens: 2^-63 as a rule, 2^-46 in the worst case with ids below 2^17.
+A multilinear hash (Carter and Wegman 1979): sum of (token + 1) * key[place] mod 2^64, place relative to the span. The
+keys are fixed, odd, and drawn by SplitMix64. A change of one token is always detected, since odd keys are invertible.
+Two spans not chosen to defeat these keys collide with probability at most 2^(v - 63), where 2^v divides all differences
+of their tokens: usually 2^-63, at worst 2^-46 with ids below 2^17.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _UintArray = npt.NDArray[np.uint64]
 
 
 class _Keys:
-    """The keys of the places in a span, and their sums; they grow with the longest span seen."""
+    """Keys by place in a span, and their prefix sums; extended for the longest span seen."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.keys = self.sums = np.zeros(0, dtype=np.uint64)
 
     def get(self, n: int) -> tuple[_UintArray, _UintArray]:
-        """The first n keys or more, and the sums of the first 0, 1, ... of them."""
+        """At least the first n keys, and their prefix sums, from 0."""
         with self.lock:
             if n > len(self.keys):
                 places = np.arange(1, 2 * n + 1, dtype=np.uint64)
@@ -40,7 +40,7 @@ _KEYS = _Keys()
 
 
 def hash_spans(tokens: npt.NDArray[np.int64], lengths: IntArray) -> _UintArray:
-    """Hash the spans that follow each other in a flat array of tokens.
+    """Hash consecutive spans in a flat array of tokens.
 
     Args:
         tokens: int64 (N,), not negative.

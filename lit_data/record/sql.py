@@ -1,4 +1,4 @@
-"""Questions that group the whole record, answered by DuckDB within a memory limit: differences and export."""
+"""Queries over the entire record by DuckDB within a memory limit: differences and export."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def _select(parts: Sequence[Part], first: int, end: int) -> str:
 
 @dataclass
 class Difference:
-    """What a run saw between two steps.
+    """The data a run saw between two steps.
 
     Attributes:
-        documents, tokens, mean_loss: of all of it.
-        rows: per document, in the order and number asked for: dataset, document, spans, tokens (seen in between),
-            exposures (how often the document was seen: tokens over its length), mean_loss (nats a target, None
-            without one), id and source.
+        documents, tokens, mean_loss: over all of it.
+        rows: per document, in the requested order and number: dataset, document, spans, tokens (seen in between),
+            exposures (tokens seen over the document's length), mean_loss (nats per target, None without targets), id
+            and source.
     """
 
     documents: int
@@ -77,9 +77,9 @@ def difference(
     """The documents seen in steps `first_step` to `end_step - 1`.
 
     Args:
-        new: only those of which nothing was seen before; this reads two columns of all of the record before.
+        new: only documents not seen at all before; this reads two columns of the entire earlier record.
         sort: a key of SORTS.
-        limit: rows given, 0 for all.
+        limit: maximum number of rows, 0 for all.
     """
     grouped = (
         "SELECT dataset, document, count(*) AS spans, sum(length)::BIGINT AS tokens, sum(loss) AS loss, "
@@ -118,12 +118,13 @@ def difference(
 
 
 def export(run: Path, datasets: Sequence[PackedDataset], end_step: int, file: Path) -> None:
-    """Write the record for users of SQL or tables. Atomic.
+    """Export the record for SQL or tabular tools. Atomic.
 
     `.duckdb` has the tables spans (the record), documents (dataset, document, id, source, place, bytes, tokens) and
-    steps (one row a step), and the view seen, which joins spans with ids. `.parquet` and `.csv` hold that view, sorted.
+    steps (one row per step), and the view seen, which joins spans with ids. `.parquet` and `.csv` contain that view,
+    sorted.
 
-    Raises ValueError for another ending, or a file that exists.
+    Raises ValueError for any other suffix, or if the file exists.
     """
     if file.suffix not in EXPORTS:
         raise ValueError(f"{file}: the ending decides the format and must be one of {', '.join(EXPORTS)}")

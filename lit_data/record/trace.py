@@ -1,4 +1,4 @@
-"""Questions to a run's datapoint record: what a step saw, and who saw a document. `verify` is in verify.py."""
+"""Queries of a run's datapoint record: the documents of a step, and the steps of a document."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from lit_files.reading import read_dataclass
 
 @dataclass
 class TracedRun:
-    """A run folder opened for questions.
+    """A run folder opened for queries.
 
     Attributes:
-        datasets, rows: by their number in the record, and how they fill rows.
+        datasets, rows: by dataset number in the record; their tokens, and their mapping to rows.
         layouts: (from_step, world_size, micro_batch_samples).
-        steps: of the newest checkpoint.
-        skips: samples that were left out after a loss spike: {"step", "first_sample", "end_sample", "reason"}.
+        steps: steps completed in the newest checkpoint.
+        skips: samples skipped after a loss spike: {"step", "first_sample", "end_sample", "reason"}.
     """
 
     folder: Path
@@ -47,9 +47,9 @@ class TracedRun:
 
 
 def open_run(folder: str | Path, data: str | Path | Sequence[str | Path] | None = None) -> TracedRun:
-    """Open a run folder. `data` is where its packed datasets lie now, if they were moved since.
+    """Open a run folder. `data` is the current location of its packed datasets, if they were moved.
 
-    Raises FileNotFoundError or ValueError that say what is missing.
+    Raises FileNotFoundError or ValueError naming what is missing.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
@@ -98,24 +98,24 @@ def open_run(folder: str | Path, data: str | Path | Sequence[str | Path] | None 
 
 
 def find_recorded(run: Path, path: str | Path, holding: str = "") -> Path:
-    """Where a path that a run has recorded leads, from any working folder; `holding` is a file that is there.
+    """Resolve a path recorded by a run, from any working folder; `holding` is a file that must be in it.
 
-    A relative path began in the folder that training was called from, which is one of those that the run folder lies
-    in, as a rule. Where nothing is found the path is given back as it is.
+    A relative path is relative to the folder training was started in, usually a parent of the run folder. Returns the
+    path unchanged if nothing is found.
     """
     places = [Path(path), *(above / path for above in run.resolve().parents)]
     return next((place for place in places if (place / holding).exists()), Path(path))
 
 
 def spans_of_step(run: TracedRun, step: int) -> pa.Table:
-    """The record's rows of one step, in the order of the rows. Reads only the parts that hold the step."""
+    """The record's rows of one step, in the order of the rows. Reads only the parts with the step."""
     if not 0 <= step < run.steps:
         raise ValueError(f"step {step} is not in the record, which holds steps 0 to {run.steps - 1}")
     return _read(run, {step})
 
 
 def steps_of_document(run: TracedRun, document: int, dataset: int = 0) -> list[tuple[int, int]]:
-    """All (step, row) that saw a part of a document, by inverting the order: no scan of the record."""
+    """All (step, row) that used a part of a document, by inverting the order: no scan of the record."""
     found = []
     for sample in _samples_of_document(run, document, dataset):
         found.extend(steps_of_sample(run.segments, sample, run.steps))
@@ -123,7 +123,7 @@ def steps_of_document(run: TracedRun, document: int, dataset: int = 0) -> list[t
 
 
 def left_out_of_document(run: TracedRun, document: int, dataset: int = 0) -> list[tuple[int, str]]:
-    """All samples with a part of a document that no step saw since a rollback left them out, and why."""
+    """All samples with a part of a document that no step used because a rollback skipped them, and why."""
     return [
         (sample, skip["reason"])
         for sample in sorted(_samples_of_document(run, document, dataset))
@@ -133,7 +133,7 @@ def left_out_of_document(run: TracedRun, document: int, dataset: int = 0) -> lis
 
 
 def _samples_of_document(run: TracedRun, document: int, dataset: int) -> list[int]:
-    """Of the run so far, those that were left out among them."""
+    """The samples with a part of a document in the run so far, including skipped ones."""
     windows = run.rows[dataset].windows_of_document(document)
     ends = [first_sample_of_step(run.segments, step) for step in _last_steps(run)]
     end_sample = max(first + count for first, count in ends)
@@ -147,13 +147,13 @@ def _samples_of_document(run: TracedRun, document: int, dataset: int) -> list[in
 
 
 def _last_steps(run: TracedRun) -> list[int]:
-    """The last step of each segment that the record holds."""
+    """The last recorded step of each segment."""
     begins = sorted(s.from_step for s in run.segments if s.from_step < run.steps)
     return [end - 1 for end in [*begins[1:], run.steps]]
 
 
 def spans_of_document(run: TracedRun, document: int, dataset: int = 0) -> pa.Table:
-    """The record's rows of one document (its number in the dataset): every step that saw it, and its loss there."""
+    """The record's rows of one document (its number in the dataset): every step that used it, with its loss."""
     data = run.datasets[dataset]
     if not 0 <= document < data.n_documents:
         raise ValueError(f"document {document} is not in {data.path}, which has {data.n_documents}")

@@ -1,4 +1,4 @@
-"""Is a run's record true? Every span is compared with the order of the data and with the tokens in the shards."""
+"""Verifies a run's record: compares every span with the data order and the tokens in the shards."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ from lit_data.record.reader import stream_record
 from lit_data.record.schema import SCHEMA, sort_rows
 from lit_data.record.trace import TracedRun
 
-MAX_FAULTS = 20  # of a kind, in a report
+MAX_FAULTS = 20  # faults of one kind in a report
 TOKENS_AT_A_TIME = 1 << 20
 
 Span = tuple[int, int, int]  # document, start, length
 
 
 def verify(run: TracedRun) -> list[str]:
-    """Compare a run's record with the order and the shards; a list of faults, empty if there is none.
+    """Compare a run's record with the order and the shards; returns a list of faults.
 
-    Checked: the files follow each other, with every rank's part; each step is covered by its rows, once, on the rank
-    and micro-batch of the rule; each row holds the window that the order gives, cut into its documents without gap or
-    overlap; the numbers of targets; the tokens' hashes; and that no window is seen twice in an epoch. A plan must hold
-    each token once. The code shares only the order's formula, the plan's file and the index of documents with what
-    wrote the record.
+    Checks that the files are contiguous, with every rank's part; each step has each of its rows once, on the rank and
+    micro-batch given by the rule; each row has the window given by the order, split into its documents without gap or
+    overlap; target counts and token hashes match; and no window is seen twice in an epoch. A plan must have each token
+    once. The code shares only the order's formula, the plan's file and the document index with the writer.
 
-    Memory: some row groups of the record, and a bit for each window of the epochs that are under way.
+    Memory: some row groups of the record, and one bit per window of the current epochs.
     """
     if not committed_parts(run.folder):
         return [f"{run.folder} has checkpoints but no committed part of a record"]
@@ -74,13 +73,13 @@ class _Faults:
 
 
 class _Seen:
-    """Which windows of each (dataset, epoch) were seen: one bit a window. Past epochs are forgotten."""
+    """Tracks which windows of each (dataset, epoch) were seen: one bit per window. Past epochs are dropped."""
 
     def __init__(self) -> None:
         self._bits: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
 
     def again(self, dataset: int, epoch: int, n_windows: int, windows: IntArray) -> IntArray:
-        """Mark windows of one epoch; those that were marked before, or occur twice here."""
+        """Mark windows of one epoch; returns those marked before or repeated here."""
         for key in [k for k in self._bits if k[0] == dataset and k[1] < epoch - 1]:
             del self._bits[key]
         bits = self._bits.setdefault((dataset, epoch), np.zeros(n_windows // 8 + 1, dtype=np.uint8))
@@ -98,7 +97,7 @@ class _Checks:
         self.documents = [Documents(dataset) for dataset in run.datasets]
 
     def parts(self) -> None:
-        """The files follow each other without gap up to the newest checkpoint; every rank has its part."""
+        """Check that the files are contiguous up to the newest checkpoint, with every rank's part."""
         expected = 0
         for parts in group_by_steps(committed_parts(self.run.folder)):
             first, end = parts[0].first_step, parts[0].end_step
@@ -115,9 +114,9 @@ class _Checks:
             self.faults.add("missing part", text)
 
     def steps(self, table: pa.Table, first: int, end: int) -> None:
-        """Compare rows of the record with what steps `first` to `end - 1` must hold.
+        """Compare rows of the record with the expected content of steps `first` to `end - 1`.
 
-        The comparison is of whole arrays; only rows that differ are looked at one by one, to say how.
+        Compares entire arrays; only differing rows are examined individually, to explain the fault.
         """
         table = sort_rows(table)
         c: dict[str, npt.NDArray[Any]] = {k: table[k].to_numpy() for k in SCHEMA.names}
@@ -125,7 +124,7 @@ class _Checks:
         base = np.cumsum([0, *(len(w) for w in wanted)])
         samples = np.concatenate([*wanted, np.zeros(0, dtype=np.int64)])
 
-        # One entry for each (step, row) that is there, `index` its place among the wanted ones.
+        # One entry per recorded (step, row); `index` is its position among the expected ones.
         step, row = c["step"].astype(np.int64), c["row"].astype(np.int64)
         begins = np.flatnonzero(np.append(True, (step[1:] != step[:-1]) | (row[1:] != row[:-1]))[: len(step)])
         counts = np.diff(begins, append=len(step))
@@ -147,7 +146,7 @@ class _Checks:
             self._rows(c, begins, counts, samples[index])
 
     def _rows(self, c: dict[str, npt.NDArray[Any]], begins: IntArray, counts: IntArray, samples: IntArray) -> None:
-        """Compare rows, given by their first spans and the numbers of these, with the samples they must hold."""
+        """Compare rows, given by their first spans and span counts, with their expected samples."""
         spans = np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         of_row = np.repeat(np.arange(len(begins)), counts)
         datasets, epochs, windows = self._place(samples)
@@ -194,7 +193,7 @@ class _Checks:
         windows: IntArray,
         where: list[str],
     ) -> None:
-        """The spans of rows of one dataset are exactly the pieces of their windows, with the tokens that lie there."""
+        """Check that the spans of rows of one dataset match the pieces of their windows and the tokens there."""
         keys = ("document", "start", "length")
         document, start, length = (c[k][spans].astype(np.int64) for k in keys)
         expected = self._expected(number, windows)
@@ -218,7 +217,7 @@ class _Checks:
             self.faults.add("wrong tokens", f"{where[of_row[i]]}: {names[i]}: {what}")
 
     def _silent(self, number: int, of_row: IntArray, document: IntArray, end: IntArray) -> npt.NDArray[np.bool_]:
-        """Which spans, of whole rows, have no target at their last token: nothing that they may see follows."""
+        """Find the spans, of complete rows, without a target at their last token."""
         dataset = self.run.datasets[number]
         ends: npt.NDArray[np.bool_] = end == dataset.document_start(document + 1)
         if self.run.document_mask:
@@ -230,7 +229,7 @@ class _Checks:
         return ends
 
     def _explain(self, mine: IntArray, expected: IntArray, where: list[str], n_documents: int) -> npt.NDArray[np.bool_]:
-        """Say how spans differ from the pieces they must be; which rows don't. Both int64 [4, P]: row and Span."""
+        """Report how spans differ from expected pieces (int64 [4, P]: row and Span); returns which rows match."""
         there: list[list[Span]] = [[] for _ in where]
         due: list[list[Span]] = [[] for _ in where]
         for lists, array in ((there, mine), (due, expected)):
@@ -261,7 +260,9 @@ class _Checks:
     def _wrong_hashes(
         self, documents: Documents, begin: IntArray, length: IntArray, hashes: npt.NDArray[Any]
     ) -> Iterator[int]:
-        """Spans whose tokens in the shards do not give their hash; the first of each read also token by token."""
+        """Find spans whose hash does not match the shards' tokens; the first of each read is also hashed token by
+        token.
+        """
         cuts = np.searchsorted(
             np.cumsum(length) // TOKENS_AT_A_TIME, np.arange(1 + int(length.sum()) // TOKENS_AT_A_TIME)
         )
@@ -277,7 +278,7 @@ class _Checks:
             yield from (low + np.flatnonzero(again != hashes[low:high])).tolist()
 
     def _wanted(self, first: int, end: int) -> list[IntArray]:
-        """The samples of steps `first` to `end - 1`, as far as they lie in the run."""
+        """The samples of steps `first` to `end - 1`, within the run."""
         wanted = []
         for step in range(first, end):
             begin, n_rows = first_sample_of_step(self.run.segments, step)
@@ -286,7 +287,7 @@ class _Checks:
         return wanted
 
     def _layout(self, step: int) -> tuple[int, int]:
-        """(world size, samples of a micro-batch) at a step."""
+        """(world size, samples per micro-batch) at a step."""
         _, world_size, micro_batch_samples = max(layout for layout in self.run.layouts if layout[0] <= step)
         return world_size, micro_batch_samples
 
@@ -298,7 +299,7 @@ class _Checks:
         return self.run.rows[number].n_windows
 
     def _expected(self, number: int, windows: IntArray) -> IntArray:
-        """The pieces that windows must hold, int64 [4, P]: place in `windows`, document, start, length; sorted."""
+        """The expected pieces of windows, int64 [4, P]: place in `windows`, document, start, length; sorted."""
         dataset, size, rows = self.run.datasets[number], self.run.block_size, self.run.rows[number]
         if isinstance(rows, PlannedRows):
             return np.asarray(

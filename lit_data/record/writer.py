@@ -1,4 +1,4 @@
-"""Writes the datapoint record: one rank's parts, in a thread, so that training need not wait."""
+"""Writes one rank's parts of the datapoint record in a thread, so that training does not wait."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lit_data.record.schema import ROWS_PER_GROUP, SCHEMA, open_writer
 from lit_data.record.span_hash import hash_spans
 from lit_files.publish import publish, sync_file
 
-if TYPE_CHECKING:  # the loader imports torch, which a question to the record should not wait for
+if TYPE_CHECKING:  # the loader imports torch, which queries of the record don't need
     from lit_data.loading.batches import Spans, StepData
 
-GROUPED_ROWS = 1 << 19  # in one row group of each rank: what a merge of all ranks holds in memory
+GROUPED_ROWS = 1 << 19  # rows in one row group of every rank: the memory of a merge of all ranks
 
 
 @dataclass
@@ -40,23 +40,23 @@ class _Publication:
 
 
 class DatapointRecorder:
-    """Writes one rank's record in a thread of its own.
+    """Writes one rank's record in a background thread.
 
     Args:
-        folder: RUN/datapoints; made if it is missing.
-        rank, world_size, micro_batch_samples: where this rank's rows lie in a step.
-        first_step: the step the run begins or goes on with.
+        folder: RUN/datapoints; created if missing.
+        rank, world_size, micro_batch_samples: determine this rank's rows of a step.
+        first_step: the step the run starts or resumes at.
     """
 
     def __init__(self, folder: Path, rank: int, world_size: int, micro_batch_samples: int, first_step: int) -> None:
         self.folder, self.rank = folder, rank
         self.world_size, self.micro_batch_samples = world_size, micro_batch_samples
-        self._first_step = first_step  # of the part that is being written; the thread's
+        self._first_step = first_step  # of the part being written; used by the thread only
         self._end_step = first_step
         # A merge reads one row group of each rank at a time.
         self._rows_per_group = min(ROWS_PER_GROUP, max(1024, GROUPED_ROWS // world_size))
         folder.mkdir(parents=True, exist_ok=True)
-        # Bounded: if the disk stalls, training waits here instead of filling the memory with the tokens of its steps.
+        # Bounded: if the disk stalls, training waits here instead of filling memory with queued tokens.
         self._queue: queue.Queue[_Entry | _Publication | None] = queue.Queue(maxsize=64)
         self._writer: pq.ParquetWriter | None = None
         self._file: Any = None
@@ -66,7 +66,7 @@ class DatapointRecorder:
         self._thread.start()
 
     def add(self, data: StepData, losses: Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]) -> None:
-        """Queue one step. `losses()` is called in the writer's thread and may wait for the device.
+        """Queue one step. `losses()` is called in the writer thread and may wait for the device.
 
         It returns, per micro-batch, the summed loss of each piece (float64, in the order of its spans), and whether
         the step was applied.
@@ -77,11 +77,11 @@ class DatapointRecorder:
         self._queue.put(_Entry(data.step, [(b.spans, b.tokens) for b in data.micro_batches], losses))
 
     def publish(self) -> None:
-        """Write, sync and name the part of all steps since the last one. The checkpoint that follows commits it."""
+        """Write, sync and publish the part with all steps since the last one. The next checkpoint commits it."""
         self.publish_later()()
 
     def publish_later(self) -> Callable[[], None]:
-        """Publish the part of all steps up to now in the thread. The returned function waits for it, or raises."""
+        """Publish the part with all steps so far, in the thread. The returned function waits for it, or raises."""
         request = _Publication(self._end_step)
         self._queue.put(request)
 
@@ -97,7 +97,7 @@ class DatapointRecorder:
         return self._error is not None
 
     def close(self) -> None:
-        """End the thread; what was not published is discarded."""
+        """Stop the thread; discards unpublished rows."""
         self._queue.put(None)
         self._thread.join()
         if self._writer is not None:
@@ -124,7 +124,7 @@ class DatapointRecorder:
                             self._flush()
                 elif self._error is None:
                     self._publish(item.end_step)
-            except BaseException as error:  # raised again by the next add or publish
+            except BaseException as error:  # re-raised by the next add or publish
                 self._error = error
             if isinstance(item, _Publication):
                 item.done.set()
@@ -148,7 +148,7 @@ class DatapointRecorder:
             self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by publish
             self._writer = open_writer(self._file)
         table = pa.concat_tables(self._pending)
-        if table.num_rows:  # a row group without rows would have no bounds
+        if table.num_rows:  # an empty row group would have no bounds
             self._writer.write_table(table)
         self._pending.clear()
 
@@ -157,7 +157,7 @@ class DatapointRecorder:
         tables = []
         for m, ((s, tokens), loss) in enumerate(zip(entry.micro_batches, losses, strict=True)):
             hashes = hash_spans(np.asarray(tokens).reshape(-1), s.length)
-            keep = s.document >= 0  # a negative number is padding
+            keep = s.document >= 0  # negative numbers are padding
             place = s.place[keep]
             n = len(place)
             first_row = row_of(m, self.rank, 0, self.world_size, self.micro_batch_samples)
@@ -181,9 +181,9 @@ class DatapointRecorder:
 
 
 def as_arrow(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """Numbers or truth values as an Arrow array of a fixed-width type.
+    """Convert numbers or booleans to an Arrow array of a fixed-width type.
 
-    pa.array does the same, and imports pandas to see whether it was given something of pandas: 1 s and 60 MB a rank.
+    pa.array would do the same, but imports pandas for a type check: 1 s and 60 MB per rank.
     """
     if pa.types.is_boolean(kind):
         content = np.packbits(values, bitorder="little")
@@ -193,8 +193,8 @@ def as_arrow(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what writers that were killed left behind."""
+    """Remove temporary files of killed writers."""
     for pattern in (".part-*.tmp", ".steps-*.tmp"):
         for path in folder.glob(pattern):
-            with contextlib.suppress(OSError):  # a writer truncates what is there
+            with contextlib.suppress(OSError):  # a writer truncates existing files
                 path.unlink()

@@ -1,9 +1,9 @@
-"""Whether two tokenizers give the same ids, whatever form they are written in.
+"""Checks whether two tokenizers give the same ids, regardless of file format.
 
-A tokenizer comes as a sentencepiece model, as the tokenizer.json made of it, or as that file written again by a program
-that spells out defaults or adds special tokens to a list: the fingerprints differ, the ids do not. So tokenizers of
-different fingerprints are compared by what they do: the token of every id, and the ids of texts. Names of special
-tokens are left out of the texts, since how they are taken there is a setting, not part of the tokenizer.
+The same tokenizer may be a sentencepiece model, a tokenizer.json converted from it, or that file rewritten by a program
+that spells out defaults or lists more special tokens: the fingerprints differ, the ids do not. Tokenizers with
+different fingerprints are therefore compared by behaviour: the token of every id, and the ids of texts. The texts have
+no names of special tokens, since their handling is a setting, not part of the tokenizer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import zip_longest
 
 from lit_data.tokenizers.tokenizer import SPACE_MARK, Tokenizer
 
-# Digests are kept in files: another text here makes them worthless.
+# Digests are stored in files: changing a text here invalidates them.
 _TEXTS = (
     "Ein Satz über Bäume, Straßen und Öl; „Zitat“ – 12,5 % (S. 3 ff.) …",
     "The quick brown fox doesn't jump over 12 lazy dogs.\n\nA new paragraph:  two spaces,\ttab.",
@@ -28,12 +28,12 @@ _TEXTS = (
     "aaaaaaaaaa ababababab ---------- ..........",
 )
 _SPECIAL = re.compile(r"[<\[].+[>\]]")
-_TOGETHER = 8  # tokens of a text that is made of tokens
+_TOGETHER = 8  # tokens per text made of tokens
 _MAX_TEXTS = 4096
 
 
 def ids_digest(tokenizer: Tokenizer) -> str:
-    """SHA-256 (hex) over the token of every id and the ids of texts. Equal ones give the same ids for the same text."""
+    """SHA-256 (hex) over the token of every id and the ids of texts. Equal digests: same ids for the same text."""
     digest = hashlib.sha256(json.dumps(_tokens(tokenizer)).encode())
     for ids in tokenizer.encode_plain(list(_texts(tokenizer))):
         digest.update(json.dumps([int(i) for i in ids]).encode())
@@ -62,7 +62,7 @@ def _tokens(tokenizer: Tokenizer) -> list[str | None]:
 
 
 def _texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """Fixed texts, and texts of the tokens themselves, which put every merge to the test."""
+    """Fixed texts, and texts made of the tokens themselves, which exercise every merge."""
     yield from _TEXTS
     words = [t.replace(SPACE_MARK, " ") for t in _tokens(tokenizer) if t is not None and not _SPECIAL.fullmatch(t)]
     step = _TOGETHER * -(-len(words) // (_TOGETHER * _MAX_TEXTS))

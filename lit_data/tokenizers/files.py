@@ -1,4 +1,4 @@
-"""Copies of a tokenizer's files: beside the data made with it, beside a run, beside an exported model."""
+"""Copies a tokenizer's files, beside a dataset, a run or an exported model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lit_files.reading import read_object
 
 
 def copy_tokenizer(source_folder: str | Path, target_folder: str | Path) -> None:
-    """Copy a tokenizer's files (and no others, such as weights) to a new folder, which appears whole or not at all."""
+    """Copy a tokenizer's files (but no others, e.g. weights) to a new folder, atomically."""
     source = Path(source_folder)
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder of a tokenizer")
@@ -26,7 +26,7 @@ def copy_tokenizer(source_folder: str | Path, target_folder: str | Path) -> None
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Copy an opened tokenizer's files to a new folder; the copy says by itself which token ends a document."""
+    """Copy an opened tokenizer's files to a new folder; the copy declares its EOS token."""
     _copy_files(tokenizer.files, tokenizer.path.parent, folder)
     _name_eos(folder, tokenizer)
 
@@ -38,13 +38,13 @@ def _copy_files(files: Sequence[Path], source: Path, target: Path) -> None:
         for file in files:
             name = file.relative_to(source)
             if file.suffix == ".json" and not any(name.match(pattern) for pattern in COMPANIONS):
-                name = Path("tokenizer.json")  # given under another name, it would not be found in a folder
+                name = Path("tokenizer.json")  # under another name it would not be found in a folder
             (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, temporary / name)
 
 
 def _name_eos(folder: Path, tokenizer: Tokenizer) -> None:
-    """Have a copied tokenizer say by itself which token ends a document, where it did not (--eos_token)."""
+    """Declare EOS in a copied tokenizer that did not (--eos_token)."""
     with contextlib.suppress(ValueError):
         if open_tokenizer(folder).eos_id == tokenizer.eos_id:
             return

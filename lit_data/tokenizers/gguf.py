@@ -1,7 +1,7 @@
-"""A tokenizer as the metadata of a GGUF file, for llama.cpp to encode as it was prepared.
+"""Writes a tokenizer as GGUF metadata, so that llama.cpp encodes text as preparation did.
 
-llama.cpp knows two kinds that can give the same ids: byte-level BPE (`gpt2`), whose pre-tokenizer it chooses by name
-from those built into it; and sentencepiece BPE (`llama`), which it applies without normalisation.
+llama.cpp has two kinds that can give the same ids: byte-level BPE (`gpt2`), with a built-in pre-tokenizer chosen by
+name; and sentencepiece BPE (`llama`), applied without normalisation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _WORDS = (
     r"\s+(?!\S)|\s+"
 )
 _NO_REGEX = {"type": "ByteLevel", "use_regex": False}
-# What a tokenizer.json has where llama.cpp's pre-tokenizer of that name does the same.
+# The part of a tokenizer.json to which llama.cpp's pre-tokenizer of that name is equivalent.
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [{"type": "ByteLevel", "use_regex": True}],
     "smollm": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}],
@@ -32,9 +32,9 @@ def gguf_tokenizer(
 ) -> dict[str, Any]:
     """Keys and values for a model of `vocab_size` ids; ids beyond the tokenizer's become unused tokens.
 
-    `pre_tokenizer` is a name that llama.cpp knows, for byte-level BPE; None: the one that cuts texts as the file says.
-    `bos`: training documents began with BOS, so that texts do.
-    Raises ValueError for a tokenizer that llama.cpp would apply otherwise, and for one with more ids than the model.
+    `pre_tokenizer` is a llama.cpp name, for byte-level BPE; None: the one equivalent to the file's.
+    `bos`: training documents started with BOS, so texts do too.
+    Raises ValueError if llama.cpp would apply the tokenizer differently, or if it has more ids than the model.
     """
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model only {vocab_size}")
@@ -46,7 +46,7 @@ def gguf_tokenizer(
     for role, id in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("padding", tokenizer.pad_id)):
         if id is not None:
             keys[f"{role}_token_id"] = int(id)
-    keys |= {"add_bos_token": bos, "add_eos_token": False}  # as prepared
+    keys |= {"add_bos_token": bos, "add_eos_token": False}  # as in preparation
     template = chat_templates(tokenizer).get("default")
     return {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | (
         {"tokenizer.chat_template": template} if template is not None else {}
@@ -54,7 +54,7 @@ def gguf_tokenizer(
 
 
 def _padded(tokens: list[str], types: list[int], vocab_size: int) -> dict[str, Any]:
-    """Tokens and their types, which are numbered as in sentencepiece."""
+    """Tokens and their types, with sentencepiece's numbering."""
     unused = [f"[UNUSED{id}]" for id in range(len(tokens), vocab_size)]
     return {"tokens": tokens + unused, "token_type": types + [int(PieceType.UNUSED)] * len(unused)}
 
@@ -102,7 +102,7 @@ def _byte_level_bpe(tokenizer: JsonTokenizer, vocab_size: int, pre_tokenizer: st
 
 
 def _pre_tokenizer_of(tokenizer: JsonTokenizer) -> str:
-    """The name of llama.cpp's pre-tokenizer that cuts as the file says."""
+    """The name of llama.cpp's pre-tokenizer that is equivalent to the file's."""
     described = tokenizer.content["pre_tokenizer"]
     parts = described["pretokenizers"] if described["type"] == "Sequence" else [described]
     for name, wanted in PRE_TOKENIZERS.items():

@@ -1,20 +1,19 @@
-"""A tokenizer as files that transformers opens, giving the ids that preparation wrote.
+"""Exports a tokenizer as files for transformers that give the same ids as preparation.
 
-`AutoTokenizer.from_pretrained(folder)(text)["input_ids"]` equals `Tokenizer.encode(text)` for a text in which no
-special token is named, with BOS before it where the documents of the training data had one. Names of special tokens
-become their ids, as in the source tokenizer and as chat templates need it. The class is the generic one, since classes
-with a model's name rebuild normaliser and pre-tokenizer by their own idea. Chat templates are copied.
+`AutoTokenizer.from_pretrained(folder)(text)["input_ids"]` equals `Tokenizer.encode(text)` for a text without names of
+special tokens, with BOS in front if the training documents had one. Names of special tokens become their ids, as in the
+source tokenizer and as chat templates need it. The class is the generic one, since model-specific classes rebuild
+normaliser and pre-tokenizer in their own way. Chat templates are copied.
 
-The BOS token is declared where the training data had it or a chat template prints it. Else it is left out, so that an
-evaluation that begins with BOS if there is one does not begin with a token that the model never saw.
+The BOS token is declared if the training data had it or a chat template prints it. Otherwise it is left out, so that
+evaluations that prepend any declared BOS don't start with a token unseen in training.
 
-A sentencepiece model becomes a tokenizer.json. What it does to a text is expressed with the tokenizers library's parts;
-whether they give the same ids is tried on hard strings and on its own pieces, and a difference is an error.
-One difference is known and not tried: the library applies a character map (nmt_nfkc and the like) grapheme by grapheme,
-sentencepiece by longest match, so that unusual sequences of combining marks can come out otherwise.
-Another one concerns Unigram models: where two segmentations have the same score (`**` `*` and `*` `**`), the rounding
-of sentencepiece's float32 sums over the text so far decides, which the library's float64 sums can't repeat. To have the
-same ids everywhere, prepare the data with the converted folder instead of the .model.
+A sentencepiece model becomes a tokenizer.json. Its processing is expressed with components of the tokenizers library
+and tested on hard strings and on its own pieces; any difference is an error. One known difference is not tested: the
+library applies a character map (nmt_nfkc and similar) per grapheme, sentencepiece by longest match, so unusual
+sequences of combining marks may differ. Another affects Unigram models: between segmentations of equal score (`**` `*`
+and `*` `**`), rounding of sentencepiece's float32 sums over the preceding text decides, which the library's float64
+sums can't reproduce. For identical ids everywhere, prepare the data with the converted folder instead of the .model.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from lit_files.reading import read_object, read_text
 
 KEPT_SETTINGS = ("model_max_length", "chat_template", "padding_side", "truncation_side", "model_input_names")
 STAND_INS = 0xF0000  # a private use area
-UNREACHABLE_SCORE = -1000.0  # far below what a text costs that is as long as a control token's name
+UNREACHABLE_SCORE = -1000.0  # far below the score of any text as long as a control token's name
 
 HARD_STRINGS = (
     "",
@@ -86,12 +85,12 @@ def write_hf_tokenizer(source: str | Path | Tokenizer, output_dir: str | Path, *
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, and copy chat templates.
 
     Args:
-        source: an opened tokenizer, or what `open_tokenizer` opens.
-        output_dir: made if needed; files of these names in it are replaced.
-        bos: whether the training documents began with BOS, so that texts do.
+        source: an opened tokenizer, or a path for `open_tokenizer`.
+        output_dir: created if needed; existing files of these names are replaced.
+        bos: whether the training documents started with BOS, so texts do too.
 
     Raises:
-        ValueError: a sentencepiece model that can't be expressed, or a string on which the result differs.
+        ValueError: the sentencepiece model can't be expressed, or the result differs on a string.
     """
     tokenizer = source if isinstance(source, Tokenizer) else open_tokenizer(source)
     for content in _candidates(tokenizer):
@@ -118,7 +117,7 @@ def write_hf_tokenizer(source: str | Path | Tokenizer, output_dir: str | Path, *
 
 
 def declared_bos(tokenizer: Tokenizer, bos: bool) -> int | None:
-    """The id of the BOS token that an exported model declares: see the module. `bos`: the training data had it."""
+    """The id of the BOS token to declare, see the module. `bos`: whether the training data had it."""
     return tokenizer.bos_id if bos or prints_bos(tokenizer) else None
 
 
@@ -132,7 +131,7 @@ def prints_bos(tokenizer: Tokenizer) -> bool:
 
 
 def chat_templates(tokenizer: Tokenizer) -> dict[str, str]:
-    """The chat templates that lie beside a tokenizer, by name; "default" is the one that is used unasked."""
+    """The chat templates beside a tokenizer, by name; "default" is used unless another is named."""
     found: dict[str, str] = {}
     kept = _settings(tokenizer).get("chat_template")
     if isinstance(kept, str):
@@ -149,7 +148,7 @@ def chat_templates(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def begins_with_bos(tokenizer: Tokenizer) -> bool:
-    """Whether transformers puts BOS before a text, as the files of the tokenizer say."""
+    """Whether transformers puts BOS before a text, according to the tokenizer's files."""
     if tokenizer.bos_id is None:
         return False
     if isinstance(asked := _settings(tokenizer).get("add_bos_token"), bool):
@@ -160,16 +159,16 @@ def begins_with_bos(tokenizer: Tokenizer) -> bool:
 
 
 def parses_special_tokens(tokenizer: Tokenizer) -> bool:
-    """Whether transformers gives special tokens that a text names their ids, as the files of the tokenizer say."""
+    """Whether transformers parses special tokens named in a text to their ids, according to the tokenizer's files."""
     return isinstance(tokenizer, JsonTokenizer) and not _settings(tokenizer).get("split_special_tokens", False)
 
 
 def check_with_transformers(
     folder: str | Path, tokenizer: Tokenizer, texts: Sequence[str] = HARD_STRINGS, *, bos: bool = False
 ) -> None:
-    """Compare what AutoTokenizer makes of the folder with the tokenizer. Needs transformers.
+    """Compare AutoTokenizer on the folder with the tokenizer. Needs transformers.
 
-    Texts in which special tokens are named are compared only where the tokenizer can parse them. `bos`: see
+    Texts with names of special tokens are compared only if the tokenizer can parse them. `bos`: see
     `write_hf_tokenizer`.
 
     Raises:
@@ -189,14 +188,14 @@ def check_with_transformers(
 
 
 def _candidates(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """Contents for tokenizer.json, the first that agrees on the hard strings is taken."""
+    """Candidates for tokenizer.json; the first that agrees on the hard strings is used."""
     if isinstance(tokenizer, JsonTokenizer):
         yield {**tokenizer.content, "post_processor": None, "truncation": None, "padding": None}
         return
     assert isinstance(tokenizer, SentencepieceTokenizer)
     _check_convertible(tokenizer)
     has_map = bool(tokenizer.content.precompiled_charsmap)
-    # Composing first helps where marks follow a letter that the map changes too, and changes some rare texts.
+    # Composing first helps if marks follow a letter that the map also changes, but alters some rare texts.
     for compose in (False, True)[: 1 + has_map]:
         for split_crlf in (False, True)[: 1 + has_map]:
             yield _from_sentencepiece(tokenizer.content, compose, split_crlf)
@@ -230,7 +229,7 @@ def _from_sentencepiece(content: SentencepieceFile, compose: bool, split_crlf: b
     is_bpe = content.model_type == ModelType.BPE
     model = _bpe(content) if is_bpe else _unigram(content)
     splits = [_user_defined_split(content.pieces)]
-    if not is_bpe or model["ignore_merges"]:  # these look up whole names
+    if not is_bpe or model["ignore_merges"]:  # these look up complete names
         splits.append(_reserved_split(content))
     decoders: list[dict[str, Any]] = [
         _replace(SPACE_MARK, " "),
@@ -265,7 +264,7 @@ def _normalizers(content: SentencepieceFile, compose: bool, split_crlf: bool) ->
         yield from (_replace(symbol, stand_in) for symbol, stand_in in stand_ins)
         if compose:
             yield {"type": "NFC"}
-        if split_crlf:  # one grapheme, which would become one space, where \r and \n become one each
+        if split_crlf:  # one grapheme, which would become one space; \r and \n each become one
             yield _replace("\r\n", "\n\n")
         charsmap = base64.b64encode(content.precompiled_charsmap).decode()
         yield {"type": "Precompiled", "precompiled_charsmap": charsmap}
@@ -276,7 +275,7 @@ def _normalizers(content: SentencepieceFile, compose: bool, split_crlf: bool) ->
     if content.add_dummy_prefix:
         yield {"type": "Prepend", "prepend": SPACE_MARK}
     yield _replace(" ", SPACE_MARK)
-    if content.remove_extra_whitespaces:  # a ▁ of the text goes as well
+    if content.remove_extra_whitespaces:  # a ▁ in the text is removed too
         yield {"type": "Replace", "pattern": {"Regex": rf"{SPACE_MARK}+\z"}, "content": ""}
 
 
@@ -289,7 +288,7 @@ def _user_defined(pieces: Sequence[Piece]) -> list[str]:
 
 
 def _user_defined_split(pieces: Sequence[Piece]) -> dict[str, Any] | None:
-    """User-defined symbols are found first, the longest at each place, and never part of another token."""
+    """Split off user-defined symbols: matched first, longest at each position, and never part of another token."""
     symbols = _user_defined(pieces)
     if not symbols:
         return None
@@ -297,9 +296,10 @@ def _user_defined_split(pieces: Sequence[Piece]) -> dict[str, Any] | None:
 
 
 def _reserved_split(content: SentencepieceFile) -> dict[str, Any] | None:
-    """A name such as `</s>` in the text must not be found as a token: the text is cut inside it, between a character
-    that pieces hold and one that none does, where it changes nothing. Names without such a place need no cut in Unigram
-    models, thanks to their low score."""
+    """A name such as `</s>` in the text must not be found as a token: the text is cut inside it, between a character in
+    some piece and one in none, which has no other effect. Names without such a position need no cut in Unigram models,
+    thanks to their low score.
+    """
     known = {c for p in content.pieces if p.type == PieceType.NORMAL for c in p.text}
     patterns = []
     for piece in content.pieces:
@@ -307,7 +307,7 @@ def _reserved_split(content: SentencepieceFile) -> dict[str, Any] | None:
         if piece.type in (PieceType.CONTROL, PieceType.UNKNOWN, PieceType.BYTE):
             places = [i for i in range(1, len(name)) if (name[i - 1] in known) != (name[i] in known)]
             if len(name) > 1 and content.byte_fallback and not known & set(name):
-                places = [1]  # bytes are never joined, as unknown characters are
+                places = [1]  # bytes are never merged, unlike unknown characters
             patterns += [f"{re.escape(name[:i])}(?={re.escape(name[i:])})" for i in places[:1]]
     return _split("|".join(patterns), "MergedWithPrevious") if patterns else None
 
@@ -330,7 +330,7 @@ def _bpe(content: SentencepieceFile) -> dict[str, Any]:
         "end_of_word_suffix": None,
         "fuse_unk": True,
         "byte_fallback": content.byte_fallback,
-        # A symbol of several characters has no merges: it is found as a whole.
+        # A symbol of several characters has no merges: it is matched as a unit.
         "ignore_merges": any(len(symbol) > 1 for symbol in _user_defined(pieces)),
         "vocab": {piece.text: id for id, piece in enumerate(pieces)},
         "merges": _merges(pieces),
@@ -338,7 +338,7 @@ def _bpe(content: SentencepieceFile) -> dict[str, Any]:
 
 
 def _merges(pieces: Sequence[Piece]) -> list[list[str]]:
-    """Every pair of pieces that makes a piece, best score first: sentencepiece joins by the score of what results."""
+    """Every pair of pieces that makes a piece, best score first: sentencepiece merges by the score of the result."""
     ids = {piece.text: id for id, piece in enumerate(pieces) if piece.type == PieceType.NORMAL}
     merges = []
     for text, id in ids.items():
@@ -387,7 +387,7 @@ def _own_strings(tokenizer: Tokenizer) -> list[str]:
 
 
 def _bos_processor(tokenizer: Tokenizer) -> dict[str, Any]:
-    """BOS before a text, and before each of two."""
+    """A post-processor that puts BOS before a text, and before each of a pair."""
     id = tokenizer.need_bos()
     name = tokenizer.id_to_token(id)
 
@@ -419,7 +419,7 @@ def _special_tokens(tokenizer: Tokenizer, content: dict[str, Any], bos: bool) ->
 
 
 def config_for_transformers(special: Mapping[str, Any], bos: bool = False) -> dict[str, Any]:
-    """tokenizer_config.json, with the special tokens by their role (`eos_token` and so on)."""
+    """Build tokenizer_config.json, with special tokens by role (`eos_token` and so on)."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": bos,
@@ -430,7 +430,7 @@ def config_for_transformers(special: Mapping[str, Any], bos: bool = False) -> di
 
 
 def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What tokenizer_config.json beside a tokenizer says; nothing where there is none."""
+    """Read the tokenizer_config.json beside a tokenizer; empty if there is none."""
     path = tokenizer.path.with_name(NAMING_FILES[0])
     return read_object(path) if path.is_file() else {}
 
@@ -440,10 +440,10 @@ def _kept_settings(tokenizer: Tokenizer) -> dict[str, Any]:
     kept = {key: settings[key] for key in KEPT_SETTINGS if settings.get(key) is not None}
 
     def known(token: Any) -> bool:
-        # One that the vocabulary lacks would get an id beyond the model's.
+        # A token missing from the vocabulary would get an id beyond the model's.
         return (name := _content_of(token)) is not None and tokenizer.token_to_id(name) is not None
 
-    # transformers 5 calls the list extra_special_tokens and reads both; 4 wants names in a dict of that key.
+    # transformers 5 calls the list extra_special_tokens and reads both; 4 expects a dict under that key.
     extra = settings.get("extra_special_tokens") or {}
     named = {k: _content_of(t) for k, t in extra.items() if known(t)} if isinstance(extra, dict) else {}
     listed = settings.get("additional_special_tokens") or (extra if isinstance(extra, list) else [])
@@ -452,7 +452,7 @@ def _kept_settings(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _content_of(token: Any) -> str | None:
-    """The name of a token in a JSON file, given as text or as {"content": ...}."""
+    """The name of a token in a JSON file, either text or {"content": ...}."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None

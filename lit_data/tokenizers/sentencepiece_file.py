@@ -1,7 +1,7 @@
-"""What a sentencepiece .model file says, read without protobuf.
+"""Parses sentencepiece .model files without protobuf.
 
-The file is one serialized `ModelProto` of sentencepiece_model.proto (proto2): fields are looked up by their number,
-and a field that is absent has the default written there.
+The file is one serialized `ModelProto` of sentencepiece_model.proto (proto2): fields are looked up by number, and
+absent fields have the defaults given there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ModelType(IntEnum):
 
 @dataclass(frozen=True)
 class Piece:
-    """One piece; its place in the list is its id."""
+    """One piece; its index in the list is its id."""
 
     text: str
     score: float
@@ -46,7 +46,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencepieceFile:
-    """The parts of the model that decide which ids a text gets."""
+    """The parts of the model that decide the ids of a text."""
 
     pieces: tuple[Piece, ...]
     model_type: ModelType
@@ -60,7 +60,7 @@ class SentencepieceFile:
 
 
 def read_sentencepiece_file(path: Path) -> SentencepieceFile:
-    """Parse a .model file. Raises ValueError where it is none."""
+    """Parse a .model file. Raises ValueError if it is not one."""
     try:
         return _parse_model(read_bytes(path))
     except (IndexError, struct.error, UnicodeDecodeError, ValueError) as error:
@@ -112,7 +112,7 @@ def _as_bytes(value: int | bytes) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message: varints as int, everything else as its bytes."""
+    """(field number, value) of a protobuf message: varints as int, everything else as bytes."""
     position = 0
     while position < len(data):
         tag, position = _varint(data, position)

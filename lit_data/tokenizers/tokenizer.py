@@ -1,8 +1,8 @@
-"""Text <-> ids: one face for a Hugging Face `tokenizer.json` and a sentencepiece `.model`.
+"""Encodes and decodes text: one interface for a Hugging Face `tokenizer.json` and a sentencepiece `.model`.
 
-No special tokens are added, and special tokens that occur in the text are encoded as the text they are: a page that
-talks about `</s>` does not end there. `encode_parsed` gives them their ids instead, for text that a chat template made.
-BOS and EOS are added by whoever packs the documents.
+No special tokens are added, and names of special tokens in the text are encoded as ordinary text: a page about `</s>`
+does not end there. `encode_parsed` gives them their ids instead, for text formatted by a chat template. BOS and EOS are
+added when documents are packed.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ COMMON_PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]")
 MAIN_FILES = ("tokenizer.json", "*.model")
 NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
-# All that belongs to a tokenizer beside its main file. What copies, exports or imports one goes by this list.
+# All files of a tokenizer besides its main file; used to copy, export and import one.
 COMPANIONS = (
     *NAMING_FILES, "added_tokens.json", "vocab.json", "merges.txt", *TEMPLATE_FILES, "generation_config.json",
 )  # fmt: skip
 
-# Encoding holds some hundred bytes a character, so this is about 20 MB at once.
+# Encoding takes a few hundred bytes per character, so this is about 20 MB at once.
 PIECE_CHARACTERS = 1 << 16
-# A stretch of text that can't be cut is encoded at once up to this length; it takes gigabytes.
+# Limit of text that can't be cut and is encoded at once; this takes gigabytes.
 LIMIT_CHARACTERS = 1 << 24
 BATCH_CHARACTERS = 1 << 22
 
 SPACE_MARK = "▁"
-# Texts are cut between characters whose role is the same in every normaliser: letters and digits, but those that hold
-# a space once they are normalised (NFKC), ASCII punctuation, and some punctuation of European languages.
+# Texts are cut between characters whose role is the same in every normaliser: letters and digits, except those with a
+# space once normalised (NFKC), ASCII punctuation, and some punctuation of European languages.
 _WITH_SPACE = "\u037a\ufc5e-\ufc63\ufdfa\ufdfb\ufe70\ufe72\ufe74\ufe76\ufe78\ufe7a\ufe7c\ufe7e"
 SAFE = rf"(?:[^\W{_WITH_SPACE}]|[!-/:-@\[-`{{-~„“”‚‘’–—…§€°«»·•])"
 _CUT = re.compile(rf"(?<={SAFE}) (?={SAFE})")
@@ -54,23 +54,23 @@ _BEFORE_NEWLINE = re.compile(r"\S\n")
 
 
 class Tokenizer(ABC):
-    """A tokenizer opened from a file; see `open_tokenizer`. It can be pickled: the copy opens the file again.
+    """A tokenizer opened from a file; see `open_tokenizer`. Picklable: the copy reopens the file.
 
     Attributes:
         kind: "tokenizers" or "sentencepiece".
         path: the file, not its folder.
-        files: the file and those beside it that belong to it.
-        fingerprint: SHA-256 (hex) over what decides the ids: vocabulary, merges or scores, normaliser, pre-tokenizer,
-            added tokens. Layout and order of the file don't matter.
-        vocab_size: largest id + 1, added tokens counted.
+        files: the file and its companion files.
+        fingerprint: SHA-256 (hex) over everything that decides the ids: vocabulary, merges or scores, normaliser,
+            pre-tokenizer, added tokens. Layout and order of the file don't matter.
+        vocab_size: largest id + 1, including added tokens.
         eos_id, eos_token: the end of a document.
-        bos_id, pad_id: None where the tokenizer has none.
-        continuation: how a later piece of a long document is encoded so that the pieces give the tokens of the whole:
-            "keep" the space it begins with, "drop" it, or None if neither does.
-        separators: characters (of space and newline) before which no token begins earlier, so that what lies between
-            them is encoded independently; empty if this can't be relied on. See `lit_data/tokenizers/unit_encoder.py`.
+        bos_id, pad_id: None if the tokenizer has none.
+        continuation: how to encode later pieces of a long document so that the tokens equal those of the uncut text:
+            "keep" the piece's leading space, "drop" it, or None if neither works.
+        separators: the characters among space and newline that no token reaches across, so that the text between them
+            is encoded independently; empty if this is not guaranteed. See `lit_data/tokenizers/unit_encoder.py`.
 
-    The last two are found by encoding some thousand samples, when they are first asked for.
+    The last two are found by encoding some thousand samples, on first use.
     """
 
     kind: str
@@ -85,19 +85,19 @@ class Tokenizer(ABC):
     @cached_property
     @abstractmethod
     def fingerprint(self) -> str:
-        """See above."""
+        """See the class."""
 
     @abstractmethod
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token by its name, or None."""
+        """The id of a token name, or None."""
 
     @abstractmethod
     def id_to_token(self, id: int) -> str | None:
-        """The name of a token, or None for an id that no token has."""
+        """The token name of an id, or None."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
-        """Text of ids. Special tokens are shown (tokenizers) or left out (sentencepiece)."""
+        """Decode ids to text. Special tokens are shown (tokenizers) or left out (sentencepiece)."""
 
     @abstractmethod
     def encode_plain(self, texts: list[str]) -> list[list[int]]:
@@ -105,17 +105,17 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def vocabulary(self) -> Iterable[tuple[int, str]]:
-        """(id, text that the token stands for) of all learnt tokens; spaces and newlines as they are."""
+        """(id, decoded text) of all learnt tokens, with literal spaces and newlines."""
 
     def encode(self, text: str) -> Ids:
         """Ids of a text, int32 [tokens]."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of each text, int32 [tokens]. Long texts are encoded in pieces, which gives the same ids.
+        """Ids of each text, int32 [tokens]. Long texts are encoded in pieces, with the same ids.
 
         Raises:
-            ValueError: a stretch of more than LIMIT_CHARACTERS characters that can't be cut.
+            ValueError: more than LIMIT_CHARACTERS characters can't be cut.
         """
         collected: list[list[Ids]] = [[] for _ in texts]
         waiting: list[tuple[int, str]] = []
@@ -131,12 +131,12 @@ class Tokenizer(ABC):
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in collected]
 
     def encode_parsed(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of each text, int32 [tokens], with special tokens that are named in it as their ids.
+        """Ids of each text, int32 [tokens], with names of special tokens parsed to their ids.
 
-        A text that holds such a name is encoded at once.
+        A text with such a name is encoded at once.
 
         Raises:
-            ValueError: the tokenizer can't (`check_parses`), or such a text has more than LIMIT_CHARACTERS characters.
+            ValueError: unsupported by the tokenizer (`check_parses`), or such a text exceeds LIMIT_CHARACTERS.
         """
         self.check_parses()
         encoded = self.encode_batch(["" if self.may_hold_special(text) else text for text in texts])
@@ -151,7 +151,7 @@ class Tokenizer(ABC):
         return encoded
 
     def need_bos(self) -> int:
-        """The id of BOS. Raises ValueError for --bos where there is none."""
+        """The id of BOS. Raises ValueError naming --bos if there is none."""
         if self.bos_id is None:
             raise ValueError(
                 f"--bos: {self.path} has no beginning-of-sequence token: the files beside it name no bos_token it "
@@ -195,7 +195,7 @@ class Tokenizer(ABC):
         return without_first_spaces(pieces) if self.continuation == "drop" else pieces
 
     def facts(self) -> dict[str, Any]:
-        """What a dataset's manifest keeps of its tokenizer."""
+        """The facts stored in a dataset's manifest."""
         return {
             "kind": self.kind,
             "fingerprint": self.fingerprint,
@@ -211,7 +211,7 @@ class Tokenizer(ABC):
         return f"{type(self).__name__}({str(self.path)!r}, vocab_size={self.vocab_size}, eos_token={self.eos_token!r})"
 
     def _find_specials(self, eos_token: str | None, native: dict[str, int]) -> None:
-        """Set eos, bos and pad. `native` holds those that the tokenizer's own file names."""
+        """Set eos, bos and pad. `native` has those named in the tokenizer's own file."""
         if eos_token is not None:
             found = self.token_to_id(eos_token)
             if found is None:
@@ -239,7 +239,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def continuation(self) -> Literal["keep", "drop"] | None:
-        """Tried on hard samples, cut at each place where they can be cut: which way gives the tokens of the whole."""
+        """Found by encoding hard samples, cut at each possible position, and comparing with the uncut tokens."""
         if self._may_cross_a_cut():
             return None
         samples = cut_samples(self.added_texts())
@@ -263,19 +263,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _may_cross_a_cut(self) -> bool:
-        """Whether a token could reach over a cut: one with a space inside, or one that takes the space beside it."""
+        """Whether a token could span a cut: one with a space inside, or one that absorbs the adjacent space."""
 
     @abstractmethod
     def _weighs_whole_texts(self) -> bool:
-        """Whether scores are summed over the whole text, so that ties depend on what was before (unigram models)."""
+        """Whether scores are summed over the entire text, so that ties depend on the text before (unigram models)."""
 
     def added_texts(self) -> list[str]:
-        """Tokens that are looked for in the text before the model sees it."""
+        """Tokens matched in the text before the model is applied."""
         return []
 
 
 class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json` of the tokenizers library."""
+    """Wraps a `tokenizer.json` with the tokenizers library."""
 
     kind = "tokenizers"
 
@@ -310,8 +310,9 @@ class JsonTokenizer(Tokenizer):
         return backend
 
     def _make_special(self, ids: set[int | None]) -> bool:
-        """Mark EOS, BOS and padding as special where the file has them as ordinary added tokens, else they would be
-        found in the text. Returns whether there were any."""
+        """Mark EOS, BOS and padding as special if the file has them as ordinary added tokens, else they would be
+        matched in the text. Returns whether there were any.
+        """
         found = [t for t in self.content.get("added_tokens") or [] if t["id"] in ids and not t.get("special")]
         for token in found:
             token["special"] = True
@@ -339,13 +340,13 @@ class JsonTokenizer(Tokenizer):
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def first_added(self) -> int | None:
-        """The id that the file's post-processor puts before a text; None if it puts none."""
+        """The id that the file's post-processor prepends to a text, or None."""
         plain, whole = (self.backend.encode("a", add_special_tokens=added).ids for added in (False, True))
         begun: bool = len(whole) > len(plain) and whole[1 : len(plain) + 1] == plain
         return int(whole[0]) if begun else None
 
     def check_parses(self) -> None:
-        """It can."""
+        """Does nothing: parsing is supported."""
 
     def may_hold_special(self, text: str) -> bool:
         return self._special_names is None or self._special_names.search(text) is not None
@@ -356,7 +357,7 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def _special_names(self) -> re.Pattern[str] | None:
-        """Finds the names of special tokens; None where they are looked for in normalised text."""
+        """Pattern of special token names; None if they are matched in normalised text."""
         special = [t for t in self.backend.get_added_tokens_decoder().values() if t.special and t.content]
         if any(t.normalized for t in special) and self.content.get("normalizer") is not None:
             return None
@@ -390,7 +391,7 @@ class JsonTokenizer(Tokenizer):
 
 
 class SentencepieceTokenizer(Tokenizer):
-    """A sentencepiece `.model`. Tokens that other files beside it add (added_tokens.json) are not part of it."""
+    """Wraps a sentencepiece `.model`. Tokens added by other files (added_tokens.json) are ignored."""
 
     kind = "sentencepiece"
 
@@ -413,8 +414,8 @@ class SentencepieceTokenizer(Tokenizer):
 
     def _may_cross_a_cut(self) -> bool:
         learned = (PieceType.NORMAL, PieceType.USER_DEFINED, PieceType.UNUSED)
-        # Unigram scores are summed in float32 over the whole text: what was rounded before decides between
-        # segmentations of equal score, so that pieces can give other tokens wherever they are cut.
+        # Unigram scores are summed in float32 over the entire text: earlier rounding decides between segmentations of
+        # equal score, so cutting anywhere can change the tokens.
         return (
             self._weighs_whole_texts()
             or self.content.treat_whitespace_as_suffix
@@ -459,7 +460,7 @@ class SentencepieceTokenizer(Tokenizer):
 
 
 def open_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
-    """Open a tokenizer: a folder (`tokenizer.json` is taken before `*.model`) or a file.
+    """Open a tokenizer: a folder (`tokenizer.json` is preferred to `*.model`) or a file.
 
     EOS is `eos_token`, else what tokenizer_config.json or special_tokens_map.json beside it names, else the
     sentencepiece model's own, else one of COMMON_EOS_TOKENS.
@@ -479,9 +480,9 @@ def open_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
 
 
 def cut(text: str, piece_characters: int) -> list[str]:
-    """Cut a text before single spaces between two words, each piece the first such place after `piece_characters`.
+    """Cut a text before single spaces between words, at the first one after `piece_characters` each.
 
-    Joined, the pieces are the text; all but the first begin with a space.
+    The pieces concatenate to the text; all but the first start with a space.
     """
     pieces, start = [], 0
     while (end := _next_cut(text, start + piece_characters)) is not None:
@@ -496,7 +497,7 @@ def _next_cut(text: str, position: int) -> int | None:
 
 
 def cut_samples(added: Sequence[str]) -> list[str]:
-    """Texts around spaces that are hard to cut: what could join, be stripped, or get a prefix at a piece's begin."""
+    """Texts that are hard to cut at spaces: pieces that could merge, be stripped, or get a prefix at their start."""
     ends = ["a", "A", "ZZ", "Wort", "Straße", "1", "12345", "3.", "x,", "(y)", "don't", "i’ll", "'s", "-", "_", "%"]
     ends += ["//", "é", "qü", "ﬁ", "½", "日本", "\U0001d54f", "<s>", "</s>", "<0x20>"]
     ends += ["„Wort“", "»x«", "–", "—x", "z…", "§", "12€", "°", "·", "•", "‚x‘", "”"]
@@ -518,12 +519,12 @@ def cut_samples(added: Sequence[str]) -> list[str]:
 
 
 def without_first_spaces(pieces: list[str]) -> list[str]:
-    """Pieces of a text that was cut before spaces, without the space that each but the first begins with."""
+    """Remove the leading space of each piece but the first."""
     return [pieces[0], *(piece[1:] for piece in pieces[1:])]
 
 
 def _joins(token: str, byte_level: bool = False) -> bool:
-    """Whether a vocabulary entry holds a space after something that is none, so that a cut could go through it.
+    """Whether a vocabulary entry has a space after a non-space, so that a cut could split it.
 
     byte_level: the entry is written in the byte alphabet, where the bytes of " \\n\\t\\r\\v\\f" are "ĠĊĉčċČ".
     """
@@ -531,12 +532,12 @@ def _joins(token: str, byte_level: bool = False) -> bool:
 
 
 def _as_text(token: str) -> str:
-    """The text of a token of a vocabulary that writes spaces as SPACE_MARK and bytes as <0x0A>."""
+    """The text of a token, for vocabularies that write spaces as SPACE_MARK and bytes as <0x0A>."""
     return {"<0x0A>": "\n", "<0x20>": " "}.get(token) or token.replace(SPACE_MARK, " ")
 
 
 def too_long(stretch: str) -> ValueError:
-    """The error for a stretch of text in which there is no place to cut."""
+    """The error for a too long text that can't be cut."""
     return ValueError(
         f"a document has {len(stretch)} characters in a row without a single space between two words, more than the "
         f"limit of {LIMIT_CHARACTERS}; split the document{_beginning(stretch)}"
@@ -569,12 +570,12 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def companions_in(folder: Path) -> list[Path]:
-    """The files in a folder that belong to its tokenizer, its main file aside."""
+    """The files of a tokenizer in a folder, except its main file."""
     return [file for pattern in COMPANIONS for file in sorted(folder.glob(pattern)) if file.is_file()]
 
 
 def _named_token(path: Path, role: str) -> str | None:
-    """The token that a companion file names for a role, as a string or as {"content": ...}."""
+    """The token a companion file names for a role, as a string or {"content": ...}."""
     content = read_json(path) if path.is_file() else None
     token = content.get(role) if isinstance(content, dict) else None
     if isinstance(token, dict):
@@ -597,7 +598,7 @@ def _fingerprint_of_json(content: dict[str, Any]) -> str:
 
 
 def _without_defaults(value: Any) -> Any:
-    """Leave out keys that are null or false, which some writers spell out and others don't."""
+    """Drop keys that are null or false, which only some programs write."""
     if isinstance(value, dict):
         return {k: _without_defaults(v) for k, v in value.items() if v is not None and v is not False}
     if isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value):

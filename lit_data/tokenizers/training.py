@@ -1,7 +1,7 @@
-"""Train a tokenizer on text: byte-level BPE (tokenizers) or BPE with byte fallback (sentencepiece).
+"""Trains a tokenizer on text: byte-level BPE (tokenizers) or BPE with byte fallback (sentencepiece).
 
-Both encode every text and give it back unchanged: nothing is normalised, no space is added in front (so a word at the
-very beginning of a document is not the same token as inside), and what no piece holds is written in bytes.
+Both are lossless for every text: no normalisation, no dummy prefix space (so a word at the start of a document is
+another token than inside), and byte fallback for characters without a piece.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ EOS, BOS, PAD, UNK = "</s>", "<s>", "<pad>", "<unk>"
 BYTE_BPE_SPECIALS = (EOS, BOS, PAD)
 SENTENCEPIECE_SPECIALS = (UNK, BOS, EOS, PAD)
 BYTES = 256
-MAX_VOCAB_SIZE = 10_000_000  # a trainer allocates it ahead; ten times the largest vocabulary in use
+MAX_VOCAB_SIZE = 10_000_000  # trainers preallocate it; ten times the largest vocabulary in use
 
-# What BPE may join. As in the tokenizers of GPT-4 and Llama 3: English clitics, a word with the character before it,
-# up to three digits, punctuation with line ends, line ends, spaces. Combining marks belong to their word.
+# Units within which BPE may merge. As in the tokenizers of GPT-4 and Llama 3: English clitics, a word with the
+# character before it, up to three digits, punctuation with line ends, line ends, spaces. Combining marks belong to
+# their word.
 WORDS = "|".join(
     (
         r"'(?i:s|t|m|d|ll|re|ve)(?![\p{L}\p{M}])",
@@ -49,7 +50,7 @@ WORDS = "|".join(
         r"\s+",
     )
 )
-TEXT_CHARACTERS = 1 << 16  # longer documents are given to the trainer in pieces; bounds its memory
+TEXT_CHARACTERS = 1 << 16  # longer documents are split for the trainer; bounds its memory
 LINE_CHARACTERS = 1 << 12
 LINE_BYTES = 4 * (LINE_CHARACTERS + 1)
 
@@ -69,21 +70,20 @@ def train_tokenizer(
     max_document_mb: int = MAX_DOCUMENT_MB,
     errors: ReadErrors | None = None,
 ) -> Tokenizer:
-    """Train on the documents of files and folders and write the tokenizer to the folder `output`, whole or not at all.
+    """Train on the documents of files and folders and write the tokenizer to the folder `output`, atomically.
 
     Args:
-        paths: what `read_documents` reads.
-        vocab_size: ids in all, bytes and special tokens counted. The tokenizer has fewer if the text gives fewer.
+        paths: inputs of `read_documents`.
+        vocab_size: total ids, including bytes and special tokens. Fewer if the text does not support as many.
         kind: "byte_bpe" writes tokenizer.json, "sentencepiece" tokenizer.model, each with the files that name EOS.
-        special_tokens: more of them, after those that are always there.
-        max_sample_mb: learn from so much text (of 2^20 bytes each) at most: the beginning of each file, in proportion
-            to its size.
-        overwrite: replace an `output` that holds a tokenizer.
+        special_tokens: additional ones, after the built-in ones.
+        max_sample_mb: maximum amount of text, in 2^20 bytes: the start of each file, in proportion to its size.
+        overwrite: replace an `output` that contains a tokenizer.
         on_error, text_field, split_documents, max_document_mb, errors: see `read_documents`.
 
     Raises:
         FileNotFoundError: an input does not exist.
-        ValueError: no text, a vocabulary too small, an `output` that exists.
+        ValueError: no text, the vocabulary is too small, or `output` exists.
     """
     check_arguments(vocab_size, kind, Path(output), overwrite, special_tokens)
     if max_sample_mb is not None and max_sample_mb < 1:
@@ -111,7 +111,7 @@ def train_tokenizer(
 
 
 def _beginnings(files: Sequence[TextFile], sample_bytes: int, options: dict[str, Any]) -> Generator[str, None, None]:
-    """Text from the beginning of each file, in proportion to its size."""
+    """Text from the start of each file, in proportion to its size."""
     sizes = sizes_of(files)
     for file, size in zip(files, sizes, strict=True):
         left = sample_bytes * size // max(1, sum(sizes))
@@ -133,7 +133,7 @@ def train_on_texts(
     overwrite: bool = False,
     source: str = "the text",
 ) -> Tokenizer:
-    """`train_tokenizer` on texts at hand; `source` names them in errors."""
+    """Like `train_tokenizer`, on texts in memory; `source` names them in errors."""
     folder = Path(output)
     check_arguments(vocab_size, kind, folder, overwrite, special_tokens)
     with build_folder(folder, replace=overwrite) as temporary:
@@ -149,7 +149,7 @@ def train_on_texts(
 def check_arguments(
     vocab_size: int, kind: str, output: Path, overwrite: bool, special_tokens: Sequence[str] = ()
 ) -> None:
-    """What can be refused before any text is read. Raises ValueError."""
+    """Check the arguments before any text is read. Raises ValueError."""
     if kind not in KINDS:
         raise ValueError(f"--type {kind}: choose {' or '.join(KINDS)}")
     specials = [*(BYTE_BPE_SPECIALS if kind == "byte_bpe" else SENTENCEPIECE_SPECIALS), *special_tokens]
@@ -185,7 +185,7 @@ def _starts(text: str) -> range:
 
 
 class _Corpus:
-    """The texts in handy pieces; keeps an error of the reader, which the trainers would turn into one of their own."""
+    """Iterates over the texts in pieces; keeps an error of the reader, which trainers would replace by their own."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts, self.n_characters = texts, 0
@@ -200,7 +200,7 @@ class _Corpus:
             self.error = error
 
     def lines(self) -> Iterator[str]:
-        """Lines without their ends, which sentencepiece encodes as bytes; long ones in parts."""
+        """Lines without line ends, which sentencepiece encodes as bytes; long ones split."""
         for piece in self.pieces():
             for line in re.split(r"[\r\n]", piece):
                 parts = (p[i : i + LINE_CHARACTERS] for p in cut(line, LINE_CHARACTERS // 2) for i in _starts(p))
@@ -225,7 +225,7 @@ def _train_byte_bpe(corpus: _Corpus, vocab_size: int, special_tokens: Sequence[s
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    backend.encode_special_tokens = True  # `</s>` in the corpus is text, here too
+    backend.encode_special_tokens = True  # `</s>` in the corpus is ordinary text here too
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[*BYTE_BPE_SPECIALS, *special_tokens],
@@ -272,7 +272,7 @@ def _train_sentencepiece(
             allow_whitespace_only_pieces=True,
             split_digits=True,
             max_sentence_length=LINE_BYTES,
-            hard_vocab_limit=False,  # fewer ids where the text gives fewer
+            hard_vocab_limit=False,  # fewer ids if the text does not support more
             control_symbols=list(special_tokens),
             minloglevel=2,
             **settings,

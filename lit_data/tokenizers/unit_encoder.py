@@ -1,9 +1,9 @@
-"""Text -> ids by units, each distinct unit encoded once.
+"""Tokenizes text by units, encoding each distinct unit once.
 
-A unit is a stretch of text from one place where no token can reach across to the next: a word with the space or
-newline before it, mostly. Natural text repeats its words, so that a dictionary answers for most of it and the
-tokenizer sees the rest only. The ids are the tokenizer's own: where that can't be shown when the tokenizer is opened
-(see `Tokenizer.separators`), texts are encoded whole.
+A unit is the text between two positions that no token can span: usually a word with the space or newline before it.
+Natural text repeats its words, so most units are found in a dictionary and only the rest is tokenized. The ids equal
+the tokenizer's own: if that can't be verified when the tokenizer is opened (see `Tokenizer.separators`), texts are
+encoded without splitting.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy.typing as npt
 
 from lit_data.tokenizers.tokenizer import LIMIT_CHARACTERS, SAFE, Tokenizer, cut_samples, too_long
 
-MAX_UNITS = 1 << 18  # remembered at once, about 50 MB
-LONG_UNIT = 64  # characters; longer ones hardly come again
+MAX_UNITS = 1 << 18  # units cached at once, about 50 MB
+LONG_UNIT = 64  # characters; longer units rarely recur
 SLICE_CHARACTERS = 1 << 20
-GROUP_CHARACTERS = 1 << 12  # of new units that are encoded as one text
-FIRST = "\0"  # marks the unit that begins a text, where a tokenizer may put a space; others begin with a separator
-CONTEXT = "a"  # stands before units that are encoded outside their text
+GROUP_CHARACTERS = 1 << 12  # characters of new units encoded as one text
+FIRST = "\0"  # marks a text's first unit, where a tokenizer may add a space; others start with a separator
+CONTEXT = "a"  # prefix of units encoded outside their text
 
 
 class _Units(dict[str, bytes]):
-    """Unit -> bytes of its ids. Those that are asked for and not there are noted."""
+    """Maps units to the bytes of their ids; records missing ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,19 +39,19 @@ class _Units(dict[str, bytes]):
 
 
 class UnitEncoder:
-    """Encodes texts into one array of ids, each text closed by EOS.
+    """Encodes texts into one array of ids, each text ending in EOS.
 
     Args:
         tokenizer: decides the ids.
         dtype: of the ids.
-        max_units: units remembered; when there are more, it begins anew.
-        bos: begin each text with the tokenizer's BOS, which it must have.
-        parse: give special tokens in the text their ids, see `Tokenizer.encode_parsed`. A text that then begins with
-            BOS or ends with EOS by itself gets no second one.
+        max_units: units cached; the cache is cleared when full.
+        bos: start each text with the tokenizer's BOS, which must exist.
+        parse: parse special tokens in the text to their ids, see `Tokenizer.encode_parsed`. A text that already starts
+            with BOS or ends with EOS gets no second one.
 
     Attributes:
-        by_units: False if texts are encoded whole.
-        marks: ids that a text without a token gets.
+        by_units: False if texts are encoded without splitting.
+        marks: number of ids of a text without tokens.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class UnitEncoder:
         self.by_units = all(a[first:end].tolist() == b for a, b in zip(mine, encoded, strict=True))
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """Texts [n] -> ids of all of them one after another, and the length of each, int64 [n]; BOS and EOS counted.
+        """Encode texts [n]: concatenated ids, and each text's length including BOS and EOS, int64 [n].
 
-        A text without a token has length `marks`. Raises ValueError for a stretch of text that is too long to be
-        encoded at once (see `Tokenizer.encode_batch`).
+        A text without tokens has length `marks`. Raises ValueError for text that is too long and can't be cut (see
+        `Tokenizer.encode_batch`).
         """
         if self.parse and any(map(self.tokenizer.may_hold_special, texts)):
             return self._encode_whole(texts)
@@ -116,17 +116,17 @@ class UnitEncoder:
         last = 0
         for numbers, slices in self._together(texts):
             for number, data in zip(numbers, self._look_up(slices), strict=True):
-                parts.extend(repeat(between, number - last))  # of the texts before, which are whole
+                parts.extend(repeat(between, number - last))  # of the texts before, which are complete
                 parts.append(data)
                 sizes[number] += len(data)
                 last = number
         parts.extend(repeat(between, len(texts) - last))
         lengths = sizes // self.dtype.itemsize
-        # The BOS that the last EOS brought along begins no text.
+        # The BOS added with the last EOS starts no text.
         return np.frombuffer(b"".join(parts), dtype=self.dtype, count=int(lengths.sum())), lengths
 
     def _together(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[list[str]]]]:
-        """The units of texts, in lists of SLICE_CHARACTERS or so: (number of the text, its units) for each slice."""
+        """Iterate over the units of texts in slices of about SLICE_CHARACTERS: lists of (text number, its units)."""
         numbers: list[int] = []
         slices: list[list[str]] = []
         n_characters = 0
@@ -141,7 +141,7 @@ class UnitEncoder:
         yield numbers, slices
 
     def _split(self, text: str) -> Iterator[tuple[list[str], int]]:
-        """The units of a text in slices, with the characters of each."""
+        """Iterate over the units of a text in slices, with the number of characters of each."""
         start = 0
         while start < len(text):
             stop = len(text)
@@ -184,7 +184,7 @@ class UnitEncoder:
         return whole
 
     def _learn(self, units: list[str]) -> None:
-        """Encode units and remember them."""
+        """Encode units and cache them."""
         first = [unit[1:] for unit in units if unit[0] == FIRST]
         for text, ids in zip(first, self.tokenizer.encode_plain(first), strict=True):
             self._units[FIRST + text] = self._bytes(ids)
@@ -197,7 +197,7 @@ class UnitEncoder:
             self._units[unit] = self._bytes(ids)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of texts that begin with a separator, as they are in the middle of a text."""
+        """Ids of texts that start with a separator, as in the middle of a text."""
         n = len(self._context)
         encoded = self.tokenizer.encode_plain([CONTEXT + text for text in texts])
         for text, ids in zip(texts, encoded, strict=True):
@@ -205,7 +205,7 @@ class UnitEncoder:
         return [ids[n:] for ids in encoded]
 
     def _take_apart(self, units: list[str], ids: list[int]) -> bool:
-        """Give each unit its ids out of those of the fenced text; False if a unit holds the fence itself."""
+        """Assign each unit its ids from the fenced text; False if a unit contains the fence."""
         array = np.asarray(ids)
         fences = np.flatnonzero(array == self._fence_id)
         if len(fences) != len(units) - 1:
@@ -219,7 +219,7 @@ class UnitEncoder:
         return True
 
     def _find_fence(self) -> tuple[str, int] | None:
-        """A rare unit of a single token, to stand between new units that are encoded together."""
+        """Find a rare single-token unit to separate new units that are encoded together."""
         words = [(id, text) for id, text in self.tokenizer.vocabulary() if re.fullmatch(" [A-Za-z]+", text)]
         for id, text in sorted(words, reverse=True):
             if self.tokenizer.encode_plain([CONTEXT + text])[0] == [*self._context, id]:
@@ -231,10 +231,10 @@ class UnitEncoder:
 
 
 def unit_patterns(separators: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """(all units of a text by `findall`, with an empty one at the end; the next place to cut by `search`).
+    """Patterns: `findall` gives all units of a text, with an empty one at the end; `search` the next position to cut.
 
-    A text is cut before separators that follow a character of SAFE. In the middle of long texts, where what follows
-    is not looked at, also a character of SAFE has to follow.
+    A text is cut before separators that follow a character of SAFE. Inside long texts, whose continuation is not
+    examined, a character of SAFE must also follow.
     """
     sep, other = f"[{re.escape(separators)}]", f"[^{re.escape(separators)}]"
     return re.compile(rf"{sep}*{other}*(?:(?<!{SAFE}){sep}+{other}*)*"), re.compile(rf"(?<={SAFE}){sep}(?={SAFE})")

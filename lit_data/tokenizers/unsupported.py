@@ -1,4 +1,4 @@
-"""Tokenizer formats that are not supported: recognized by their content, with the way to a tokenizer.json."""
+"""Recognizes unsupported tokenizer formats by content and explains how to convert them to a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HEAD_BYTES = 4096
 
 
 def describe_foreign(path: Path) -> str | None:
-    """What a file or a folder holds instead of a tokenizer.json or a sentencepiece model, and how to make one of it.
+    """Describe a file or folder in another tokenizer format, and how to convert it.
 
     None for anything else.
     """

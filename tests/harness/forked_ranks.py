@@ -96,7 +96,7 @@ def trial(request: dict[str, Any]) -> dict[str, Any] | list[str]:
     endings = [(request["timeout_s"], signal.SIGABRT), (request["timeout_s"] + 2, signal.SIGKILL)]
     memory = memoryview(mmap.mmap(-1, 8 * SLOTS * world_size)).cast("q")
     slots = [memory[rank * SLOTS : (rank + 1) * SLOTS] for rank in range(world_size)]
-    # Held and not listened to: nobody else gets the port, and rank 0 can bind it, as both reuse addresses.
+    # Bound but not listening: reserves the port, and rank 0 can still bind it, as both set SO_REUSEADDR.
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind(("127.0.0.1", 0))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-# An import costs seconds in each process; a fork of this process itself could not run a backward.
+# Importing takes seconds in each process; a fork of this process itself could not run a backward.
 multiprocessing.set_forkserver_preload(
     ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"]
 )

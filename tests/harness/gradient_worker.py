@@ -47,7 +47,7 @@ def train(request: dict[str, Any]) -> list[int]:
         loaded: path of a checkpoint that the state must equal before the first step, or null.
         timeout_s: after this, everything is killed.
     """
-    # Held and not listened to: nobody else gets the port, and rank 0 can bind it, as both reuse addresses.
+    # Bound but not listening: reserves the port, and rank 0 can still bind it, as both set SO_REUSEADDR.
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind(("127.0.0.1", 0))

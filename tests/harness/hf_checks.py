@@ -210,7 +210,7 @@ def check_gradients(model, hf, folder, seed):
         p.data = torch.zeros_like(p) if p.grad is None else p.grad
     hf.save_pretrained(folder)
     _, theirs = read_folder(folder)
-    # A gradient may be 0 but for rounding (a key's bias shifts all scores alike), so size is measured over all.
+    # A gradient may be 0 up to rounding (a key bias shifts all scores equally), so the scale is taken over all.
     whole = torch.stack([g.norm() for g in exact.values()]).max()
     for name, reference in exact.items():
         error = (theirs[name] - reference).norm()

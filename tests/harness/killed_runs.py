@@ -1,4 +1,4 @@
-"""For tests of kills: training runs of forked ranks, killed, checked against the undisturbed run, and resumed."""
+"""For kill tests: training runs of forked ranks that are killed, checked against an undisturbed run, and resumed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_model.load import Checkpoint
 
 STEPS = 8
-SURVIVAL_S = 30  # within which the others of a killed rank must end
+SURVIVAL_S = 30  # limit for the other ranks to exit after one is killed
 COLUMNS = ("step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "skipped")
 
 
 class Setting(NamedTuple):
-    """How a run is spread over processes and saved."""
+    """Parallelism and checkpointing settings of a run."""
 
     world_size: int
     strategy: str
@@ -38,7 +38,7 @@ class Setting(NamedTuple):
         return f"{self.world_size}-{self.strategy}-{self.kind}-{'asynchronous' if self.asynchronous else 'synchronous'}"
 
     def arguments(self, data: Path, run: Path, **changes: object) -> list[str]:
-        """8 steps, a checkpoint every 2; the newest and every fourth step's stay."""
+        """Command line: 8 steps, a checkpoint every 2; retention keeps the newest and every fourth step's."""
         settings: dict[str, object] = {
             "resume": "auto",
             "devices": self.world_size,
@@ -57,7 +57,7 @@ class Setting(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """An undisturbed run: the state after each checkpoint, what it left, what its ranks did."""
+    """An undisturbed run: the state at each checkpoint, its final files, and its ranks' calls."""
 
     states: dict[int, dict[str, Tensor]]
     record: pa.Table
@@ -78,7 +78,7 @@ class Bench:
         self._wholes: dict[Setting, Whole] = {}
 
     def train(self, setting: Setting, run: Path, changes: dict[str, object] | None = None, **request: Any) -> Answer:
-        """Train as far as it goes; the request is that of tests/harness/rank_server.py."""
+        """Train until the run ends or is killed; see tests/harness/rank_server.py for the request."""
         arguments = setting.arguments(self.data, run, **(changes or {}))
         return self.server.run(setting.world_size, run, arguments, watch=True, **request)
 
@@ -89,7 +89,7 @@ class Bench:
         return answer
 
     def whole(self, setting: Setting) -> Whole:
-        """The undisturbed run, made once."""
+        """The undisturbed run, trained once."""
         if setting not in self._wholes:
             every, run = self.folder / "every", self.folder / "whole"
             self.end(setting, every, save__keep_last=0)
@@ -105,7 +105,7 @@ class Bench:
     def kill(
         self, setting: Setting, begun: Path | None = None, changes: dict[str, object] | None = None, **request: Any
     ) -> Answer:
-        """Kill a run, which resumes a copy of `begun` if that is given; check what is left, resume it, check all.
+        """Kill a run (resumed from a copy of `begun`, if given), check its files, resume it, and check the final result.
 
         Returns the answer of the killed run.
         """
@@ -121,7 +121,7 @@ class Bench:
         assert not answer.exceeded and answer.survived_s < SURVIVAL_S, told
         newest = check(run, whole)
         assert newest == STEPS or 0 not in answer.statuses, f"a rank was content: {told}"
-        if answer.phase != "begin":  # a run that is only going back has later checkpoints
+        if answer.phase != "begin":  # a run that is still rolling back has later checkpoints
             assert newest <= answer.step, f"{newest} was published after the kill: {told}"
         again = self.end(setting, run).outputs[0]
         resumed = re.search(r"resumed after step (\d+)|is finished", again)
@@ -129,7 +129,7 @@ class Bench:
         assert check(run, whole) == STEPS
         assert rows(run) == whole.metrics, "metrics.csv differs"
         names = [p.name for p in list_checkpoints(run)]
-        # A finished run is left alone: what its last retention did not come to stays.
+        # Resuming a finished run changes nothing, so checkpoints its last retention did not delete remain.
         assert names == whole.names or (newest == STEPS and set(names) > set(whole.names)), names
         if newest < STEPS:
             left = [p for p in run.rglob(".*") if p.name not in (".lock", ".metadata")]
@@ -138,7 +138,7 @@ class Bench:
 
 
 def check(run: Path, whole: Whole) -> int:
-    """What is visible is readable and true. Returns the newest checkpoint's step, 0 if there is none."""
+    """Check that all published files are readable and correct. Returns the newest checkpoint's step, 0 if none."""
     checkpoints = list_checkpoints(run)
     for path in checkpoints:
         step = checkpoint_step(path) or 0
@@ -154,12 +154,12 @@ def check(run: Path, whole: Whole) -> int:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, its checksums verified."""
+    """All tensors of a checkpoint, after verifying its checksums."""
     checkpoint = Checkpoint(path)
     assert checkpoint.verify() == []
     return {name: checkpoint.tensor(name).clone() for name in checkpoint.names()}
 
 
 def rows(run: Path) -> list[list[str]]:
-    """metrics.csv without what depends on the clock."""
+    """metrics.csv without its timing columns."""
     return [[row[column] for column in COLUMNS] for row in metrics(run)]

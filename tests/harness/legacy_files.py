@@ -1,4 +1,4 @@
-"""For tests of legacy checkpoints: our weights and optimizer's state in the form of the old trainers."""
+"""For tests of legacy checkpoints: converts our weights and optimizer state to the old trainers' format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS = {"learning_rate": 1e-2, "min_lr": 1e-3, "warmup_steps": 2, "max_step"
 
 
 def group(qkv: Tensor, config: ModelConfig) -> Tensor:
-    """Rows of all queries, all keys, all values -> of each query group its queries, its key, its value."""
+    """Reorder rows from all queries, all keys, all values to queries, key, value of each query group."""
     H, G, D = config.n_head, config.n_query_groups, config.head_size
     heads = list(qkv.split(D))
     per_group = H // G
@@ -34,7 +34,7 @@ def group(qkv: Tensor, config: ModelConfig) -> Tensor:
 
 
 def to_legacy(state: Mapping[str, Tensor], config: ModelConfig, naming: str) -> dict[str, Tensor]:
-    """Our tensors by our names -> theirs, in the order in which their model has its parameters."""
+    """Convert our named tensors to theirs, in the parameter order of their model."""
     fused, gate, up, down = MLP_NAMES[naming]
     theirs: dict[str, Tensor] = {}
 
@@ -66,7 +66,7 @@ def to_legacy(state: Mapping[str, Tensor], config: ModelConfig, naming: str) -> 
 def optimizer_to_legacy(
     moments: Mapping[str, Mapping[str, Tensor]], step: int, config: ModelConfig, naming: str, *, by_name: bool = False
 ) -> dict[str, Any]:
-    """{"state", "param_groups"} of torch's AdamW: by number, or by name as FSDP gives it."""
+    """{"state", "param_groups"} of torch's AdamW: keyed by index, or by name as with FSDP."""
     parts = {
         key: to_legacy({n: m[key] for n, m in moments.items()}, config, naming) for key in ("exp_avg", "exp_avg_sq")
     }
@@ -88,7 +88,7 @@ def save_legacy(
     step: int = 0,
     hparams: dict[str, Any] | None = None,
 ) -> None:
-    """A file as TinyLlama's trainer writes it."""
+    """Write a file as TinyLlama's trainer does."""
     content: dict[str, Any] = {"model": dict(state), "hparams": hparams or {}, "iter_num": 4 * step, "step_count": step}
     torch.save(content if optimizer is None else {**content, "optimizer": optimizer}, path)
 

@@ -1,4 +1,4 @@
-"""For tests of parallel strategies: the configurations, and runs of them by tests/harness/gradient_worker.py."""
+"""For tests of parallel strategies: the configurations, and a client that runs them in gradient_worker.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GLOBAL_BATCH = 8
 
 
 class Configuration(NamedTuple):
-    """Processes, and what they share. Each has 2 micro-batches in a step."""
+    """Number of processes and their flags. Each process has 2 micro-batches per step."""
 
     world_size: int
     settings: dict[str, object]
@@ -33,7 +33,7 @@ def _fsdp(world_size: int, sharding: str, **settings: object) -> Configuration:
 CONFIGURATIONS = {
     "single": Configuration(1, {}),
     "ddp2": Configuration(2, {"strategy": "ddp"}),
-    "ddp4": Configuration(4, {"strategy": "fsdp", "sharding_strategy": "NO_SHARD"}),  # which is ddp
+    "ddp4": Configuration(4, {"strategy": "fsdp", "sharding_strategy": "NO_SHARD"}),  # equivalent to ddp
     "full2": _fsdp(2, "FULL_SHARD"),
     "full4": _fsdp(4, "FULL_SHARD", train__prefetch_blocks=2),
     "sgo2": _fsdp(2, "SHARD_GRAD_OP", train__defer_gradient_sync="true"),
@@ -46,7 +46,7 @@ CONFIGURATIONS = {
 
 
 class Trainer:
-    """Starts the worker, and asks it for runs."""
+    """Starts the worker, and sends it requests for runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class Trainer:
     def run(
         self, name: str, arguments: list[str], *, gradient_steps: tuple[int, ...] = (), loaded: Path | None = None
     ) -> dict[int, dict[str, Any]]:
-        """Train a configuration; the gradients of some steps: {step: {gradients, norm, counts}}.
+        """Train a configuration; returns the gradients of some steps: {step: {gradients, norm, counts}}.
 
         With `loaded`, the state before the first step must equal that checkpoint.
         """
@@ -75,7 +75,7 @@ class Trainer:
         return steps
 
     def ask(self, name: str, world_size: int, **request: Any) -> dict[Any, Any]:
-        """What rank 0 of `world_size` reports. The request is that of `train` in the worker."""
+        """The report of rank 0 of `world_size` ranks. See `train` in the worker for the request."""
         self.runs += 1
         report = self.folder / f"{self.runs}-{name}"
         request |= {"world_size": world_size, "report": str(report), "timeout_s": 240}
@@ -109,7 +109,7 @@ def settings_of(name: str) -> dict[str, object]:
 
 
 def column(run: Path, name: str, after: int = 0) -> Tensor:
-    """A column of metrics.csv where it has a value, of the rows after step `after`; float64."""
+    """The non-empty values of a metrics.csv column in rows after step `after`; float64."""
     rows = [r for r in metrics(run) if int(r["step"]) > after or after == 0]
     return torch.tensor([float(r[name]) for r in rows if r[name]], dtype=torch.float64)
 

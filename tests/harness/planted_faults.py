@@ -1,16 +1,16 @@
-"""For tests: faults planted in a training process before it begins. Each is a dictionary, `kind` and its fields.
+"""For tests: faults injected into a training process before it starts. Each is a dictionary: `kind` and its fields.
 
 nan     {rank, steps: [a, b)}               the loss of this rank is not a number in these steps
-spike   {samples: [a, b), factor}           the parameters are multiplied after a step that held one of the samples
+spike   {samples: [a, b), factor}           the parameters are multiplied after a step with one of the samples
 signal  {rank, name, when, number}          the process signals itself at the number-th step | validation | saving
 hang    {rank, step}                        the rank sleeps for ever before this step
 raise   {rank, step}                        the rank raises before this step
 error   {ranks, where, type, file}          the ranks raise an error of this type, once: in set-up | resume | save |
-                                            validation | end; when that is is written to the file
+                                            validation | end; the time is written to the file
 ballast {rank, file, from_step, to_step}    a file fills the disk before one step, and is removed before the other
-blind   {}                                  no look at the free space before a save: it meets the full disk
+blind   {}                                  skips the free-space check before a save, which then hits the full disk
 kill    {rank, step}                        the rank is killed before this step
-code    {rank, text}                        the rank, or each where none is given, runs this Python first
+code    {rank, text}                        the rank, or every rank if none is given, runs this Python first
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pretrain.optim import local  # noqa: E402
 
 
 def plant(faults: list[dict[str, Any]]) -> None:
-    """Plant faults in this process, which must not have begun to train."""
+    """Inject faults into this process, before it starts training."""
     for fault in faults:
         PLANTS[fault["kind"]](fault)
 
@@ -98,7 +98,7 @@ def _signal(fault: dict[str, Any]) -> None:
         calls[0] += 1
         if calls[0] == fault["number"]:
             os.kill(os.getpid(), getattr(signal, fault["name"]))
-            time.sleep(0.01)  # the handler runs before anything goes on
+            time.sleep(0.01)  # lets the handler run before continuing
 
     def before(name: str, owner: Any) -> None:
         original = getattr(owner, name)
@@ -135,7 +135,7 @@ def fail() -> None:
 
 
 def throw(kind: str) -> None:
-    """Raise an error of a kind: the name of a built-in one, or "C++" for one of torch's own."""
+    """Raise an error of a kind: the name of a built-in exception, or "C++" for one raised inside torch."""
     if kind == "C++":
         torch.ones(2) @ torch.ones(3)
     raise getattr(builtins, kind)("planted")

@@ -1,4 +1,4 @@
-"""For tests: training runs of several ranks that start at once, forked from a process that has imported everything."""
+"""For tests: starts multi-rank training runs without import time, forked from a process with everything imported."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ TIMEOUT_S = 100
 
 @dataclass
 class Answer:
-    """What became of a run.
+    """Outcome of a run.
 
     Attributes:
-        statuses: exit status of each rank, negative: the signal that ended it.
-        outputs: what each rank printed.
-        exceeded: it did not end in time, was made to write its stacks, and killed.
-        seconds: in all; `train_s` from the first step on, if the run was watched.
-        killed: the kill that was asked for has happened, in this `phase`, after this `step`; the other ranks
+        statuses: exit status of each rank; negative: killed by that signal.
+        outputs: output of each rank.
+        exceeded: the run timed out, had to dump its stacks, and was killed.
+        seconds: total time; `train_s` from the first step on, if the run was watched.
+        killed: whether the requested kill happened, in this `phase`, after this `step`; the other ranks lived on for
             `survived_s`.
-        calls: of each rank, and how often it `entered` each phase, if the run was watched.
+        calls: calls of each rank, and how often it `entered` each phase, if the run was watched.
     """
 
     statuses: list[int]
@@ -49,11 +49,11 @@ class Answer:
 
 
 class RankServer:
-    """Starts tests/harness/forked_ranks.py, and asks it for runs.
+    """Starts tests/harness/forked_ranks.py, and sends it requests for runs.
 
     Args:
         folder: for the ranks' outputs.
-        before: a command that the process is started by.
+        before: a command prefix to start the process with.
     """
 
     def __init__(self, folder: Path, before: Sequence[str] = ()) -> None:
@@ -81,7 +81,7 @@ class RankServer:
         moment: dict[str, Any] | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> Answer:
-        """Train in the run folder `run`, and wait for the end. `trial` in forked_ranks.py describes the rest."""
+        """Train in the run folder `run`, and wait for the end. See `trial` in forked_ranks.py for the arguments."""
         assert self._process.stdin is not None and self._process.stdout is not None
         for old in self.folder.glob("rank-*"):
             old.unlink()
@@ -105,14 +105,14 @@ class RankServer:
         return Answer(outputs=outputs, calls=[self._calls(rank) for rank in ranks] if watch else [], **outcome)
 
     def serve_python(self, address: Path) -> None:
-        """Have what tests/harness/warm_python.py asks for at this address answered."""
+        """Start the server for tests/harness/warm_python.py at this address."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps({"address": str(address)}) + "\n")
         self._process.stdin.flush()
         assert json.loads(self._process.stdout.readline()) == {"address": str(address)}
 
     def _calls(self, rank: int) -> list[Call]:
-        """A rank may be killed while it writes its last line."""
+        """Read a rank's calls; the last line may be incomplete after a kill."""
         path = self.folder / f"rank-calls-{rank}"
         lines = path.read_text().splitlines() if path.exists() else []
         return [Call(*json.loads(line)) for line in lines if line.endswith("]")]

@@ -1,10 +1,10 @@
-"""For tests of the record: a run without a model. Publishes parts of two ranks, makes empty checkpoints, merges.
+"""For tests of the record: a run without a model. Publishes parts of two ranks, writes empty checkpoints, merges.
 
     python tests/harness/record_writer.py RUN [--kill CALL:N]
 
-resumes the newest checkpoint of RUN to the last step, as training would after a crash. --kill ends the process
-like a SIGKILL at its N-th call of os.rename or os.fsync. It imports no torch: what the loader would deliver lies in
-RUN/steps.pickle, which `prepare` writes.
+resumes RUN from its newest checkpoint to the last step, as training would after a crash. --kill ends the process like a
+SIGKILL at its N-th call of os.rename or os.fsync. It does not import torch: the loader's batches are read from
+RUN/steps.pickle, written by `prepare`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from lit_data.record.parts import newest_checkpoint_step  # noqa: E402
 from lit_data.record.writer import DatapointRecorder, remove_temporaries  # noqa: E402
 from lit_files.publish import sync_file  # noqa: E402
 
-RANKS, ROWS, STEPS, EVERY = 2, 4, 24, 2  # ranks, rows of a micro-batch, steps, steps between checkpoints
-MAX_ROWS = 150  # of a merged file: a few steps
+RANKS, ROWS, STEPS, EVERY = 2, 4, 24, 2  # ranks, rows per micro-batch, steps, steps between checkpoints
+MAX_ROWS = 150  # per merged file: a few steps
 
 
 def enter(run: Path, phase: str) -> None:
-    """Say what is done next; by a folder, since making one is no call that is counted."""
+    """Mark the start of a phase; with a folder, since creating one is not a counted call."""
     folder = run / "phases"
     number = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
     (folder / f"{number:05d}-{phase}").mkdir(parents=True)
@@ -49,7 +49,7 @@ def record_step(recorder: DatapointRecorder, step: int, batches: list[dict[str, 
 
 
 def write(run: Path) -> None:
-    """Go on from the newest checkpoint to the end."""
+    """Resume from the newest checkpoint and run to the end."""
     steps = pickle.loads((run / "steps.pickle").read_bytes())
     done = newest_checkpoint_step(run)
     enter(run, "start")
@@ -77,7 +77,7 @@ def write(run: Path) -> None:
 
 
 def kill_at(call: str, number: int) -> None:
-    """Let the process end at its `number`-th call of os.rename or os.fsync, before it is done."""
+    """Make the process exit just before its `number`-th call of os.rename or os.fsync."""
     original: Callable[..., Any] = getattr(os, call)
     calls = iter(range(1, number + 1))
 

@@ -1,4 +1,4 @@
-"""For tests of the record: a run folder without a model, that tests/harness/record_writer.py writes the record of."""
+"""For tests of the record: a run folder without a model, whose record tests/harness/record_writer.py writes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WRITER = Path(__file__).resolve().parent / "record_writer.py"
 
 
 def prepare(folder: Path) -> tuple[Path, pa.Table]:
-    """A run folder in `folder` that has begun, and the record it must have in the end, from the loader directly."""
+    """Create a started run folder in `folder`; returns it and the expected final record, taken from the loader."""
     path = write_dataset(folder / "data", [1 + 7 * i % 40 for i in range(60)])
     dataset = PackedDataset(path)
     rows_of = ConcatRows(dataset, BLOCK_SIZE)
@@ -63,7 +63,7 @@ def prepare(folder: Path) -> tuple[Path, pa.Table]:
 
 
 def write(run: Path, *arguments: str, before: tuple[str, ...] = ()) -> int:
-    """Let the writer continue; its exit status (137 or -9 for a kill, which needs a process of its own)."""
+    """Resume the writer; returns its exit status (137 or -9 for a kill, which needs a separate process)."""
     if not arguments and not before:
         record_writer.write(run)
         return 0
@@ -72,7 +72,7 @@ def write(run: Path, *arguments: str, before: tuple[str, ...] = ()) -> int:
 
 
 def check(run: Path, expected: pa.Table) -> int:
-    """The record up to the newest checkpoint is exact, row by row and to `verify`; returns that step."""
+    """Check that the record up to the newest checkpoint is exact and passes `verify`; returns that step."""
     steps = newest_checkpoint_step(run)
     assert read_record(run).equals(expected.filter(pc.less(expected["step"], steps)))
     if steps:

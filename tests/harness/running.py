@@ -1,4 +1,4 @@
-"""For tests of training: a small packed dataset of random ids, and runs of the trainer in processes of their own."""
+"""For tests of training: a small packed dataset of random ids, and runs of the trainer in separate processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VOCAB, EOS = 96, 1
 
 
 def write_dataset(folder: Path, lengths: list[int], seed: int = 0) -> Path:
-    """A packed dataset whose documents follow a noisy rule, so that there is something to learn."""
+    """Write a packed dataset whose documents follow a noisy rule, so that there is something to learn."""
     rng = np.random.default_rng(seed)
     facts = {"kind": "none", "fingerprint": "test", "vocab_size": VOCAB, "eos_id": EOS, "bos_id": None, "folder": None}
     with PackedWriter(folder, tokenizer=facts, vocab_size=VOCAB, eos_id=EOS, shard_tokens=sum(lengths) // 2) as writer:
@@ -52,7 +52,7 @@ MODEL = {
 
 
 def flags(data: Path, out_dir: Path, **changes: object) -> list[str]:
-    """The command line of a small run; changes are settings with dots as double underscores."""
+    """Command line of a small run; `changes` are settings, with double underscores for dots."""
     settings: dict[str, object] = {
         "out_dir": out_dir,
         "data.train": data / "train",
@@ -86,7 +86,7 @@ def shared_rank_server() -> Any:
 
 @functools.cache
 def warm_python() -> str:
-    """A command that runs a script as python does, without the seconds that imports take: warm_python.py."""
+    """A command that runs scripts like python, without the seconds of import time: warm_python.py."""
     folder = Path(tempfile.mkdtemp(prefix="llammlein-python-"))
     shared_rank_server().serve_python(folder / "socket")
     command = folder / "python"
@@ -99,9 +99,9 @@ def warm_python() -> str:
 def train(
     *arguments: str, env: dict[str, str] | None = None, check: bool = True, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """Train by ranks that are forked with everything imported, as many as --devices says; `command` is a user's way.
+    """Train in --devices ranks, forked with everything imported; `command` runs the trainer as a user would.
 
-    tests/chaos/test_train_kill.py shows that both do the same. Standard output and error come as one.
+    tests/chaos/test_train_kill.py shows that both do the same. Standard output and error are merged.
     """
     answer = shared_rank_server().run(*ranks_and_folder(arguments), arguments, env=env, timeout_s=timeout)
     status = next((status for status in answer.statuses if status), 0)
@@ -110,14 +110,14 @@ def train(
 
 
 def train_killed(step: int, *arguments: str) -> None:
-    """Likewise, but all ranks are ended by SIGKILL when rank 0 begins its `step`-th step."""
+    """Like `train`, but SIGKILL all ranks when rank 0 starts its `step`-th step."""
     moment = {"rank": 0, "phase": "step", "entry": step, "delay_s": 0.0, "everyone": True}
     answer = shared_rank_server().run(*ranks_and_folder(arguments), arguments, watch=True, moment=moment)
     assert answer.killed and set(answer.statuses) == {-signal.SIGKILL}, answer.output
 
 
 def ranks_and_folder(arguments: Sequence[str]) -> tuple[int, Path]:
-    """What --devices and --out_dir say."""
+    """The values of --devices and --out_dir."""
     devices = next((int(a.partition("=")[2]) for a in arguments if a.startswith("--devices=")), 1)
     run = next((a.partition("=")[2] for a in arguments if a.startswith("--out_dir=")), ".")
     return devices, Path(run)
@@ -126,7 +126,7 @@ def ranks_and_folder(arguments: Sequence[str]) -> tuple[int, Path]:
 def command(
     *arguments: str, env: dict[str, str] | None = None, check: bool = True, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python pretrain/fabric_train.py` as a user does."""
+    """Run `python pretrain/fabric_train.py` as a user would."""
     line = [sys.executable, str(ROOT / "pretrain" / "fabric_train.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=timeout)
@@ -136,7 +136,7 @@ def command(
 
 
 def kill_once(happened: Callable[[], bool], script: str, *arguments: object) -> None:
-    """Start a script as a user does, and SIGKILL it and its children once something has happened."""
+    """Start a script as a user would, and SIGKILL it and its children once `happened` returns True."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         stdout=subprocess.DEVNULL,
@@ -157,7 +157,7 @@ def kill_once(happened: Callable[[], bool], script: str, *arguments: object) -> 
 
 
 def same_checkpoints(a: Path, b: Path) -> None:
-    """Every tensor of both, the optimizer's too, is equal bit for bit."""
+    """Assert that all tensors of both, including the optimizer's, are bitwise equal."""
     one, two = Checkpoint(a), Checkpoint(b)
     assert sorted(one.names()) == sorted(two.names())
     for name in one.names():
@@ -171,7 +171,7 @@ def metrics(run: Path) -> list[dict[str, str]]:
 
 
 def script(name: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A script as it is run by path, in this process, whose environment and handling of SIGTERM stay as they were."""
+    """Run a script by path in this process, restoring the environment and the SIGTERM handler afterwards."""
     out, errors, path = io.StringIO(), io.StringIO(), str(ROOT / "scripts" / name)
     argv, handler = [path, *map(str, arguments)], signal.getsignal(signal.SIGTERM)
     with (

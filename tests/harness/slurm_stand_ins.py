@@ -1,4 +1,4 @@
-"""For tests of cluster/: its jobs run with stand-ins for SLURM and Apptainer (tests/scripts/fake_slurm) on PATH."""
+"""For tests of cluster/: runs its jobs with fake SLURM and Apptainer commands (tests/scripts/fake_slurm) on PATH."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from running import ROOT
 
 CLUSTER = ROOT / "cluster"
 STAND_INS = ROOT / "tests" / "scripts" / "fake_slurm"
-# Ends with the statuses of the file `statuses`, in turn; `wait` stands for a signal: it then ends with 75.
+# Exits with the statuses in the file `statuses`, in turn; `wait` means: wait for a signal, then exit with 75.
 PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$FAKE_SLURM/python"
 [ "$SLURM_PROCID" = 0 ] || exit 0
@@ -36,7 +36,7 @@ exit "$status"
 
 
 class Cluster:
-    """A checkout in `folder`, and the stand-ins."""
+    """A checkout in `folder`, with the fake commands."""
 
     def __init__(self, folder: Path) -> None:
         self.checkout, self.state = folder / "checkout", folder / "slurm"
@@ -56,7 +56,7 @@ class Cluster:
         (self.checkout / "llammlein.sif").touch()
         self.bin = folder / "bin"
         self.bin.mkdir()
-        with socket.socket() as free:  # Lightning makes the port of the job's number
+        with socket.socket() as free:  # Lightning derives the port from the job id
             for self.job in range(31000, 39000, 7):
                 try:
                     free.bind(("", self.job % 10000 + 15000))
@@ -69,7 +69,7 @@ class Cluster:
         self.env["PATH"] = os.pathsep.join([*map(str, path), os.environ["PATH"]])
 
     def fake_python(self, *statuses: object) -> None:
-        """`python` in the image is the stand-in."""
+        """Replace `python` in the image by the fake one."""
         (self.bin / "python").write_text(PYTHON)
         (self.bin / "python").chmod(0o755)
         (self.state / "statuses").write_text("".join(f"{status}\n" for status in statuses))
@@ -81,7 +81,7 @@ class Cluster:
         )  # fmt: skip
 
     def run(self, *command: object) -> tuple[int, str]:
-        """(status, what it and its jobs printed)."""
+        """Run a command; returns (status, output of it and its jobs)."""
         process = self.start(*command)
         output, _ = process.communicate(timeout=200)
         return process.returncode, output + self.log
@@ -91,7 +91,7 @@ class Cluster:
         return "".join(path.read_text() for path in sorted(self.checkout.glob("*.log")))
 
     def calls(self, name: str) -> list[str]:
-        """Calls of a stand-in of SLURM or Apptainer; of `python`, those that the tasks made."""
+        """Recorded calls of a fake SLURM or Apptainer command; for `python`, the calls by the tasks."""
         if name == "python":
             return (self.state / "python").read_text().splitlines()
         lines = (self.state / "calls").read_text().splitlines() if (self.state / "calls").exists() else []

@@ -1,4 +1,4 @@
-"""What transformers makes of a folder's tokenizer, as JSON; run as a script it serves other versions of transformers.
+"""Prints what transformers reads from a folder's tokenizer, as JSON; a script, so as to test other versions of it.
 
 python tests/harness/tokenizer_facts.py FOLDER '[["plain text"], [{"role": "user", "content": "..."}]]'
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def describe(folder: Path, plain: list[str], chat: list[dict[str, str]]) -> dict[str, Any]:
-    """Ids of texts and of a chat, the special tokens, and what the configs say of them."""
+    """Ids of texts and of a chat, the special tokens, and their settings in the configs."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -1,10 +1,10 @@
-"""For tests: a `python` that starts at once, forked from a process that has imported everything.
+"""For tests: a `python` that starts instantly, forked from a process that has imported everything.
 
 `running.warm_python()` is the path of a command that takes a script, `-m module` or `-c code`, and their arguments, as
-python does: it has the caller's folder, environment, open-file limit and standard streams (as UTF-8), answers with the
-script's exit status, passes signals on, and takes the script with it when it is killed. It is no user's python: modules
-are those that forked_ranks.py has imported. One process, forked from there, answers all of them (`serve`); the
-command itself (this file, run as a script) imports the standard library only.
+python does: it has the caller's folder, environment, open-file limit and standard streams (as UTF-8), returns the
+script's exit status, forwards signals, and kills the script when it is killed. Unlike a user's python, it has all of
+forked_ranks.py's imports loaded. One process, forked from there, serves all calls (`serve`); the command itself (this
+file, run as a script) imports the standard library only.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, sign
 
 
 def serve(listener: socket.socket) -> list[str]:
-    """Answer while the parent lives. In a forked script's process: its command line."""
+    """Serve while the parent lives. In a forked script's process, return its command line."""
     parent = os.getppid()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that wait for the scripts
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # auto-reap the children that wait for scripts
     listener.settimeout(1.0)
     while os.getppid() == parent:
         try:
@@ -42,14 +42,14 @@ def serve(listener: socket.socket) -> list[str]:
 
 
 def attend(connection: socket.socket) -> list[str]:
-    """Fork the script, pass signals on to it and its status back. Returns its command line, in its process."""
+    """Fork the script, forward signals to it and its status back. In the script's process, return its command line."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     connection.setblocking(True)
     content, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
     while not content.endswith(b"\n"):
         content += connection.recv(1 << 20)
     request = json.loads(content)
-    ended, child_ends = os.pipe()  # the end of the script closes it
+    ended, child_ends = os.pipe()  # closed when the script exits
     script = os.fork()
     if script == 0:
         os.close(ended)
@@ -73,7 +73,7 @@ def attend(connection: socket.socket) -> list[str]:
 
 
 def become(request: dict[str, object], streams: list[int]) -> list[str]:
-    """Make this process the one that the command asked for."""
+    """Set up this process as the command requested."""
     os.setsid()
     for target, stream in enumerate(streams):
         os.dup2(stream, target)
@@ -92,7 +92,7 @@ def become(request: dict[str, object], streams: list[int]) -> list[str]:
 
 
 def run(words: list[str]) -> None:
-    """What python does with its command line; options of one letter before the script are of no meaning here."""
+    """Run a python command line; single-letter options before the script are ignored."""
     sys.path[:0] = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     while words[0].startswith("-") and words[0] not in ("-m", "-c"):
         words = words[1:]
@@ -104,7 +104,7 @@ def run(words: list[str]) -> None:
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     elif Path(words[0]).resolve() == ROOT / "pretrain" / "fabric_train.py":
-        from pretrain.fabric_train import leave, main  # its parser is built
+        from pretrain.fabric_train import leave, main  # its parser is already built
 
         sys.argv = words
         leave(main())
@@ -115,7 +115,7 @@ def run(words: list[str]) -> None:
 
 
 def ask(address: str, words: list[str]) -> int:
-    """The command: have a script run, and wait for it. Returns its status; ends by its signal, if one ended it."""
+    """The command: run a script and wait for it. Returns its status; if a signal killed it, dies by the same signal."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
 

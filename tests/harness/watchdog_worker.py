@@ -1,10 +1,10 @@
-"""Run as `watchdog_worker.py FOLDER CASE ...`: start the ranks of each case, all at once, and tell how they ended.
+"""Run as `watchdog_worker.py FOLDER CASE ...`: starts the ranks of all cases at once, and reports how they exited.
 
-A case is a function below: what a rank does between the start and the end of its training. Its ranks are forked from
-this process, which has imported torch, and meet by a TCPStore in rank 0. FOLDER/CASE is the run folder; it holds the
-report of a failure of an earlier attempt. Each rank's standard error goes to FOLDER/CASE/stderr-RANK.
-Prints {case: {"statuses": [...], "seconds": [...]}}: exit statuses (negative: of a signal), and seconds from the fault
-to the rank's end.
+A case is a function below, run by each rank in place of training. Its ranks are forked from this process, which has
+imported torch, and rendezvous through a TCPStore in rank 0. FOLDER/CASE is the run folder, with the failure report of
+an earlier attempt in it. Each rank's standard error goes to FOLDER/CASE/stderr-RANK.
+Prints {case: {"statuses": [...], "seconds": [...]}}: exit statuses (negative: signal), and seconds from the fault to
+the rank's exit.
 """
 
 import ctypes
@@ -43,11 +43,11 @@ def kill_myself() -> None:
 
 
 def keep_the_lock() -> None:
-    ctypes.PyDLL(None).sleep(1000)  # PyDLL: the interpreter's lock is kept
+    ctypes.PyDLL(None).sleep(1000)  # PyDLL: keeps the GIL
 
 
 class Rank:
-    """One rank of a case, in its process."""
+    """One rank of a case, in its own process."""
 
     def __init__(self, folder: Path, rank: int, world_size: int, listener: socket.socket) -> None:
         self.folder, self.rank, self.world_size = folder, rank, world_size
@@ -68,7 +68,7 @@ class Rank:
         (self.folder / "fault").write_text(str(time.monotonic()))
 
     def train(self, guilty: int, fault=None) -> None:
-        """Steps with an all-reduce; in one of them `guilty` has its fault before it."""
+        """Run steps with an all-reduce; in one of them rank `guilty` runs its fault first."""
         self.join()
         for step in range(10):
             self.watchdog.beat(step, "train")
@@ -96,14 +96,14 @@ def lock_kept(rank: Rank) -> None:
 
 
 def behind(rank: Rank) -> None:
-    """Without collectives: one rank is a step behind."""
+    """No collectives; one rank is a step behind."""
     rank.watchdog.beat(4 if rank.rank == 2 else 5, "train")
     rank.fault()
     wait_for_ever()
 
 
 def one_idle(rank: Rank) -> None:
-    """Without collectives: one rank stands still, the others get on."""
+    """No collectives; one rank makes no progress, the others do."""
     rank.fault()
     for step in range(1000):
         if rank.rank == 2 and step == FAULT_STEP:
@@ -113,7 +113,7 @@ def one_idle(rank: Rank) -> None:
 
 
 def host_killed_asleep(rank: Rank) -> None:
-    """The store ends with rank 0; the others get no error, and wait."""
+    """The store dies with rank 0; the others get no error, and wait."""
     rank.watchdog.beat(5, "train")
     time.sleep(3 * INTERVAL_S)
     rank.watchdog.beat(6, "train")
@@ -130,7 +130,7 @@ def alone(rank: Rank) -> None:
 
 
 def log_stuck(rank: Rank) -> None:
-    """The log can be written to no more: writes wait."""
+    """Writes to the log block."""
     _, writer = os.pipe()
     os.set_blocking(writer, False)
     try:
@@ -143,8 +143,8 @@ def log_stuck(rank: Rank) -> None:
 
 
 def healthy(rank: Rank) -> None:
-    """Longer than the time-out, with collectives that wait; then rank 1 goes on alone for longer than the silence of
-    the others that is taken for their end."""
+    """Runs longer than the timeout, with waiting collectives; then rank 1 continues alone for longer than the silence
+    after which other ranks count as lost."""
     rank.join()
     rank.fault()
     for step in range(5):
@@ -169,7 +169,7 @@ def one_fails(rank: Rank) -> None:
 
 
 def one_fails_without_file(rank: Rank) -> None:
-    """The file system takes nothing more; the store decides."""
+    """The file system accepts no more writes; the store decides."""
 
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -179,7 +179,7 @@ def one_fails_without_file(rank: Rank) -> None:
 
 
 def two_fail(rank: Rank) -> None:
-    """Rank 2 fails a little before rank 0 does, each by its own error."""
+    """Rank 2 fails slightly before rank 0, each with a different error."""
 
     def both() -> None:
         time.sleep(0.0 if rank.rank == 2 else 0.5)
@@ -241,7 +241,7 @@ def main(root: Path, cases: list[str]) -> None:
             if done:
                 ended[pid] = (os.waitstatus_to_exitcode(status), time.monotonic())
             elif case.endswith("stopped") and sum(ranks[p][0] == case for p in ended) == WORLD - 1:
-                os.kill(pid, signal.SIGCONT)  # once the others have ended
+                os.kill(pid, signal.SIGCONT)  # once the others have exited
             elif time.monotonic() - began > LIMIT_S:
                 os.kill(pid, signal.SIGKILL)
     outcome = {case: {"statuses": [], "seconds": []} for case in cases}

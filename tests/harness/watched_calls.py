@@ -1,7 +1,7 @@
-"""For tests of kills: every call of a process that changes its run folder is seen, counted, and may be its last.
+"""For kill tests: intercepts and counts every call that changes the run folder, so that a kill can hit any of them.
 
 `watch` replaces the functions of `os` and `open` that training, torch.save, DCP and pyarrow write with. A file opened
-for writing gets a raw file whose `write` is counted: one call is one system call, as strace sees it
+for writing gets a raw file whose `write` is counted: each call is one system call, as in strace
 (tests/chaos/test_train_kill.py compares them).
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 KINDS = ("rename", "sync", "write", "delete", "mkdir")
-# What a process is doing. `begin`: before the first step, in a resumed run that is the return to the checkpoint.
+# Phases of a process. `begin`: before the first step; in a resumed run, the rollback to the checkpoint.
 PHASES = (
     "begin",
     "step",
@@ -52,8 +52,8 @@ class Watch:
     """Counts calls on the files of `run`.
 
     Args:
-        act: called before each call, by the thread that makes it, one at a time; given the call and, for a write of
-            bytes, a function that writes the first half of them.
+        act: called before each call, in its thread, one at a time; gets the call and, for a write of bytes, a function
+            that writes their first half.
     """
 
     def __init__(self, run: Path, act: Callable[[Call, Callable[[], object] | None], None]) -> None:
@@ -77,7 +77,7 @@ class Watch:
             self.act(Call(kind, phase, self.counts[kind, phase], name), half)
 
     def phase(self, kind: str, name: str, target: str | None) -> str:
-        """What a call on `name`, relative to the run folder, belongs to."""
+        """The phase of a call on `name`, relative to the run folder."""
         first = name.split("/")[0]
         if not self.begun:
             return "begin"
@@ -108,7 +108,7 @@ class Watch:
         return watched
 
     def _watched_open(self, file: Any, mode: str = "r", buffering: int = -1, *arguments: Any, **keywords: Any) -> Any:
-        """As io.open, with a raw file that is watched where it may be written to."""
+        """Like io.open, but with a watched raw file if it is writable."""
         if not set(mode) & set("wax+") or os.path.relpath(path_of(file), self.run).startswith(".."):
             return self._open(file, mode, buffering, *arguments, **keywords)
         names = ("encoding", "errors", "newline", "closefd", "opener")
@@ -142,7 +142,7 @@ class _WatchedFile(io.FileIO):
 
 
 def path_of(what: Any, folder: int | None = None) -> str:
-    """The absolute path of a path or descriptor; of a path relative to a folder's descriptor, if one is given."""
+    """The absolute path of a path or descriptor; with `folder`, of a path relative to that descriptor."""
     if isinstance(what, int):
         return os.readlink(f"/proc/self/fd/{what}")
     path = os.fsdecode(what)

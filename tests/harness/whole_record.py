@@ -1,4 +1,4 @@
-"""For tests of the record: all of it as one table, read by Arrow alone."""
+"""For tests of the record: reads all of it as one table, with Arrow alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lit_data.record.schema import SCHEMA, sort_rows
 
 
 def read_record(run: Path) -> pa.Table:
-    """The committed record of a run, sorted by step, row, document and start."""
+    """Read the committed record of a run, sorted by step, row, document and start."""
     tables = [SCHEMA.empty_table()]
     for part in committed_parts(run):
         steps = (pc.field("step") >= part.first_step) & (pc.field("step") < part.end_step)

@@ -1,4 +1,4 @@
-# Every target calls a Python script of the standard library; without make, run the commands of the recipe.
+# Every target calls a Python script that needs only the standard library; without make, run the recipe's commands.
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 
@@ -22,7 +22,7 @@ test: install
 slow: install
 	$(VENV_PYTHON) scripts/run_tests.py -m "slow or chaos" --timeout 5400 $(ARGS)
 
-# -rP: what the tests counted is printed.
+# -rP: print the tests' counts.
 chaos: install
 	$(VENV_PYTHON) scripts/run_tests.py -m chaos --timeout 5400 -rP $(ARGS)
 

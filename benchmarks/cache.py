@@ -1,14 +1,14 @@
-"""The cache before a slow source: waiting, staged rate, hits, and the folder's size against its budget.
+"""The cache in front of a slow source: waiting time, staging rate, hits, and the folder's size against its budget.
 
-A dataset is read in the two-level order at a given rate, through a source that gives so many MB/s in all, each read
-after a delay, as a parallel file system does. First without a cache (rows come straight from the source), then through
-caches in one folder: `--jobs` of them at the same time, in the same order, as the ranks of a node. "Cold" is the first
-group of the order, which nothing could be staged ahead of; "staged" is all that follows.
+A dataset is read in the two-level order at a given rate, through a source with limited total bandwidth and a delay per
+read, like a parallel file system. First without a cache (rows come directly from the source), then through caches in
+one folder: `--jobs` of them concurrently, in the same order, like the ranks of a node. "Cold" is the first group of the
+order, which could not be staged in advance; "staged" is everything after it.
 
     python benchmarks/cache.py --json FILE
 
-Waiting is the time in which the source is read because a row is asked for, as a share of the time that using the rows
-takes at the given rate.
+Waiting is the time spent reading the source for a requested row, as a share of the time it takes to consume the rows at
+the given rate.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What a save costs training: at once, in the background, and not at all; beside torch's own asynchronous save.
+"""Cost of a save to training: synchronous, in the background, and none; compared with torch's own asynchronous save.
 
     python benchmarks/checkpoint.py --json FILE [--model LLaMmlein_120M] [--steps 12] [--rounds 3]
 
-Each row is a process of its own that trains the same model for the same steps on made text, and saves once, after a
+Each row is a separate process that trains the same model for the same steps on synthetic text, and saves once, after a
 quarter of them; the rounds alternate. `none` saves nothing. `blocked` is how long the loop waited for the save, `copy`
-what of it was the copy to host memory; `steps` the time of all steps, a wait for the disk at the end left out, against
-`none`; `memory` the peak beyond the resident memory before the save. `dcp.async_save` is torch's own call on the same
-tensors, without checksums or publication. The goal: blocked - copy under 5 % of the synchronous save's time.
+the part of it spent copying to host memory; `steps` the time of all steps relative to `none`, without the final wait
+for the disk; `memory` the peak above the resident memory before the save. `dcp.async_save` is torch's own call on the
+same tensors, without checksums or publication. The goal: blocked - copy under 5 % of the synchronous save's time.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""A sharded checkpoint to Hugging Face, beside a copy of the same bytes and litgpt's converter, in the same call.
+"""Converting a sharded checkpoint to Hugging Face, compared with a plain copy and litgpt's converter, in the same call.
 
     python benchmarks/convert.py --json FILE --peer litgpt=PYTHON [--model LLaMmlein_1B] [--ranks 2]
 
-Random float32 weights are written by as many ranks, each its shards, as training does. Each conversion is a process
-of its own; the rounds alternate. `copy` is `cp` of the file ours wrote and a sync of it, as ours syncs too; litgpt
-does not. litgpt reads a file with the same weights; that it writes the same tensors is checked. What is read lies in
-the page cache in the warm rounds, which favours the copy most, and is dropped from it before each cold one.
+Random float32 weights are written by `--ranks` ranks, each its shards, as in training. Each conversion runs in a
+separate process; the rounds alternate. `copy` is `cp` of our output followed by a sync, since ours syncs too; litgpt
+does not. litgpt reads a file with the same weights, and is checked to write the same tensors. In warm rounds the input
+is in the page cache, which favours the copy most; before each cold round it is dropped from it.
 
-Seconds are those of the conversion, without the imports, which are given apart. Memory is the peak of the resident set
-above what it is after the imports, mapped files included. Ratios are medians over the rounds.
+Seconds are those of the conversion without the imports, which are listed separately. Memory is the peak resident set
+above its size after the imports, mapped files included. Ratios are medians over the rounds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""For benchmarks that train on a text: the project's commands, one thread each, and what a run came to."""
+"""For benchmarks that train on a text: runs the project's commands, one thread each, and reads a run's results."""
 
 from __future__ import annotations
 

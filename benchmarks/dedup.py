@@ -2,8 +2,8 @@
 
     python benchmarks/dedup.py --corpus PATH --paragraphs 10000000 --json FILE
 
-A synthetic stream stands in for a large corpus: hashes of paragraphs of which one in four occurred before, at a random
-place. Each measurement runs in a process of its own, so that its peak of memory is its own.
+A synthetic stream stands in for a large corpus: paragraph hashes, one in four of which repeats an earlier one chosen at
+random. Each measurement runs in a separate process, so that peak memory is not shared.
 """
 
 from __future__ import annotations

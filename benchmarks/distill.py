@@ -1,15 +1,15 @@
-"""Peak memory and time of the chunked distillation, beside the loss as BabyLlama writes it.
+"""Peak memory and time of the chunked distillation loss, compared with BabyLlama's implementation.
 
     python benchmarks/distill.py --json FILE [--rounds 3] [--device cpu|cuda] [--threads N]
 
 Two teachers (width 1024 and 1536), a student (512), a vocabulary of 32000, 16 rows of 128 tokens; from the last hidden
 states of all three to the gradients of the student's hidden states and head. `naive` holds the full logits of the three
 in float32: F.cross_entropy, and F.kl_div of log_softmax and softmax with `batchmean`. Ours has the same weighting, and
-the losses and gradients of both must agree. Each measurement is a process of its own; the rounds alternate.
+the losses and gradients of both must agree. Each measurement runs in a separate process; the rounds alternate.
 
 Memory is the peak above the inputs, of the first pass: of the resident set on a CPU (the libraries were warmed on tiny
 tensors), of torch's allocator on CUDA. Seconds are the median of further passes. Float32 on a CPU; on CUDA the matrix
-products are bfloat16. Ratios are medians over the rounds. The goal: a fourth of the memory, 1.1 times the time.
+products are bfloat16. Ratios are medians over the rounds. The goal: a quarter of the memory, 1.1 times the time.
 """
 
 from __future__ import annotations

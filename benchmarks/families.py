@@ -1,10 +1,10 @@
-"""Llama, GPT-J and GPT-2 of about ten million parameters on the same tokens in the same order: the loss of each.
+"""Losses of Llama, GPT-J and GPT-2 with about ten million parameters each, on the same tokens in the same order.
 
     python benchmarks/families.py --input corpus.jsonl.zst [--steps 250] [--seeds 1] [--json FILE]
 
 A BPE tokenizer of 8192 is trained on the text, and each family is trained by `fabric_train.py`, one thread each, with
-the same seeds, batches and learning rate. Widths and layers are the same; the gated MLP of Llama is narrower, so that
-the number of parameters is too. The losses are of held-out documents.
+the same seeds, batches and learning rate. Widths and layers are the same; Llama's gated MLP is narrower, to match the
+number of parameters. Losses are on held-out documents.
 """
 
 from __future__ import annotations

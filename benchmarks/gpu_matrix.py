@@ -1,10 +1,10 @@
-"""Small real runs of everything that depends on the device, one line each; it ends with 1 if one of them failed.
+"""Small real runs of everything that depends on the device, one line each; exits with 1 if any of them failed.
 
     python benchmarks/gpu_matrix.py --output DIR [--device cpu] [--jobs 4] [--only REGEX]
 
 Every command of an entry (training, resume, conversion, ...) is a process forked from this one, which has imported
-everything and never touches the device. With `--device cpu` what needs CUDA is skipped with the reason. The output of
-an entry is DIR/NAME.log.
+everything and never touches the device. With `--device cpu`, entries that need CUDA are skipped with the reason. The
+output of an entry is in DIR/NAME.log.
 """
 
 from __future__ import annotations

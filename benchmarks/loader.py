@@ -1,17 +1,17 @@
-"""The loader beside a plain gather and beside the loaders of peers, in the same call.
+"""The loader compared with a plain gather and with other projects' loaders (peers), in the same call.
 
     python benchmarks/loader.py --corpus FILE.jsonl.zst --tokenizer DIR --json FILE --peer data=PYTHON
 
-The corpus is prepared once; all read the same tokens, in rows of 2048, 8 rows a batch, each in a process of its own
-with one thread of torch; the rounds alternate. `gather` copies rows from random places of the map into a new int64
-tensor: inputs only, no documents; `gather-targets` the targets too, into a second one. Ours delivers inputs, targets,
-document boundaries and the record's spans, all shuffled. It is measured reading in the caller's thread, with a thread
-of its own (which a training step hides), and with the record's hashes, which the record's thread computes. Ratios are
-medians over the rounds.
+The corpus is prepared once; all read the same tokens, in rows of 2048, 8 rows per batch, each in a separate process
+with one torch thread; the rounds alternate. `gather` copies rows from random positions of the memory map into a new
+int64 tensor: inputs only, no documents; `gather-targets` also copies the targets into a second one. Ours delivers
+inputs, targets, document boundaries and the record's spans, all shuffled. It is measured reading in the caller's
+thread, in a background thread (which a training step hides), and with the record's hashes, which the record's thread
+computes. Ratios are medians over the rounds.
 
-Peers are looked for in the Python given by --peer NAME=PYTHON: NAME is one of them, or anything for all; a missing one
+Peers are imported in the Python given by --peer NAME=PYTHON: NAME is one of them, or anything for all; a missing one
 is a skipped row. Also: milliseconds from an opened dataset to its first batch, and to a batch in the middle of a run,
-for the corpus and for a dataset of 10^12 tokens (a sparse file), and the memory that opening and reading takes.
+for the corpus and for a dataset of 10^12 tokens (a sparse file), and the memory used by opening and reading.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Our packed datasets through megatron-core's reader, and its datasets through ours, token for token.
+"""Reads our packed datasets with megatron-core, and its datasets with our reader, and compares them token by token.
 
     python benchmarks/megatron_round_trip.py --peer megatron=/path/to/an/environment/bin/python
 
-The peer's environment needs megatron-core and torch, not this project. Without --peer it says that nothing was
-compared, and ends with 3. The layout itself is tested without megatron-core by tests/data/test_packed.py and
+The peer's environment needs megatron-core and torch, not this project. Without --peer it reports that nothing was
+compared, and exits with 3. The layout itself is tested without megatron-core by tests/data/test_packed.py and
 test_foreign.py.
 """
 

@@ -1,8 +1,8 @@
-"""One conversion in a process that has done nothing else, its time and its memory; `convert.py` starts it.
+"""Time and memory of one conversion in a fresh process; started by `convert.py`.
 
     python peer_convert.py litgpt PLAN      # needs torch and litgpt only, so that it runs in litgpt's own environment
 
-The plan is a JSON file: `source` and `output` as the converter wants them; for litgpt also `config`, of the model.
+The plan is a JSON file: `source` and `output` as the converter expects them; for litgpt also the model's `config`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Loaders of peers, and what they are measured against. Run by benchmarks/loader.py; needs nothing of ours.
+"""Other projects' loaders and the plain gather baseline. Run by benchmarks/loader.py; does not import this project.
 
     PYTHON peer_loader.py NAME PLAN.json
 
-The plan says: tokens (a flat uint16 file), megatron (path prefix of a .bin/.idx of the same documents), block_size,
-batch, vocab_size, eos_id, out (a folder), seed. For each line `N` on the standard input it reads N batches and prints
-a JSON line with the seconds. Every batch is int64 [batch, block_size], inputs at least.
+Keys of the plan: tokens (a flat uint16 file), megatron (path prefix of a .bin/.idx of the same documents), block_size,
+batch, vocab_size, eos_id, out (a folder), seed. For each line `N` on standard input it reads N batches and prints a
+JSON line with the seconds. Every batch is int64 [batch, block_size], inputs at least.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Preparation by peers: text to token files. Run by benchmarks/prepare.py under a peer's Python; needs nothing of ours.
+"""Other projects' text-to-token preparation. Run by benchmarks/prepare.py in a peer's Python, without this project.
 
     PYTHON peer_prepare.py NAME PLAN.json
 
-The plan says: corpus (a .jsonl file), halves (a folder with the same in several files), tokenizer (folder), workers,
-out (a folder), eos_id. Prints one JSON line: seconds of the work, imports left out, and how many tokens it made.
+Keys of the plan: corpus (a .jsonl file), halves (a folder with the same text in several files), tokenizer (folder),
+workers, out (a folder), eos_id. Prints one JSON line: seconds without imports, and the number of tokens written.
 """
 
 from __future__ import annotations

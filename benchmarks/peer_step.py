@@ -1,6 +1,6 @@
-"""A peer's model under the usual training loop, driven by lines on standard input; `train_step.py` starts it.
+"""Runs a peer's model in a standard training loop, driven by lines on standard input; started by `train_step.py`.
 
-Needs torch, numpy and the peer only, so that it runs in the peer's own environment: python peer_step.py NAME PLAN.
+Needs only torch, numpy and the peer, so that it runs in the peer's own environment: python peer_step.py NAME PLAN.
 """
 
 from __future__ import annotations

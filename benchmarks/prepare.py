@@ -1,13 +1,13 @@
-"""Preparation of a corpus, beside the tokenizers alone and beside peers, in the same call.
+"""Preparation of a corpus, compared with the tokenizers alone and with other projects (peers), in the same call.
 
     python benchmarks/prepare.py --corpus FILE.jsonl.zst --tokenizer DIR --json FILE --peer data=PYTHON
 
-Ours is the whole command `scripts/prepare_data.py`, from its start to its end: interpreter, reading, checks, hashes,
-writing, syncs. Of the others only the work is counted, imports left out; `encode_batch_fast` and `sentencepiece` are
-the libraries alone, with the texts in memory and the ids thrown away. The rounds alternate between all of them. Ratios
-are medians over the rounds of the ratio inside a round.
+Ours is the complete command `scripts/prepare_data.py`, including interpreter start, reading, checks, hashes, writing
+and syncs. For the others imports are not counted; `encode_batch_fast` and `sentencepiece` are the libraries alone, with
+the texts in memory and the ids discarded. The rounds alternate between all of them. Ratios are computed within each
+round; reported is their median over the rounds.
 
-Peers are looked for in the Python given by --peer NAME=PYTHON: NAME is one of them, or anything for all; a missing one
+Peers are imported in the Python given by --peer NAME=PYTHON: NAME is one of them, or anything for all; a missing one
 is a skipped row. `--memory` also measures the peak memory of ours (all its processes) for the corpus and for 8 copies.
 """
 

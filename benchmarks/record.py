@@ -1,10 +1,10 @@
-"""Questions to a datapoint record of 10^9 rows: seconds and memory of whole commands.
+"""Queries on a datapoint record of 10^9 rows: time and memory of complete commands.
 
     python benchmarks/record.py --rows 1000000000 --dir DIR --json FILE
 
-makes a run folder below DIR and asks it through scripts/trace_data.py. The record is consistent: its spans follow from
-the real order over a packed dataset whose token file is sparse (all zeros). Hashes and losses are random, and as
-hard to compress as real ones. Before each command the files are dropped from the page cache.
+creates a run folder in DIR and queries it with scripts/trace_data.py. The record is consistent: its spans follow from
+the real order over a packed dataset whose token file is sparse (all zeros). Hashes and losses are random, so they
+compress as badly as real ones. Before each command the files are dropped from the page cache.
 """
 
 from __future__ import annotations

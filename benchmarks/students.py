@@ -1,14 +1,14 @@
-"""A student of two teachers, the same student from scratch on the same tokens, and the teachers: their losses.
+"""Losses of a student of two teachers, the same student trained from scratch on the same tokens, and the teachers.
 
     python benchmarks/students.py --input corpus.jsonl.zst [--documents 6] [--seeds 3] [--json FILE]
 
-BabyLlama's question in small: the models of configs/distillation_small/ are trained on the first documents of a text,
-as those files say, each seed with teachers of its own; the next `--val_documents` are held out. The student learns once
-from the live teachers, and once from what `scripts/cache_teacher.py` keeps of them (`--k`). All have the same rows in
-the same order. Losses are cross-entropies of the held-out documents, after the last step and the lowest on the way.
+BabyLlama's question at small scale: the models of configs/distillation_small/ are trained on the first documents of a
+text, with separate teachers per seed; the next `--val_documents` are held out. The student is trained once with the
+live teachers, and once with their cache from `scripts/cache_teacher.py` (`--k`). All see the same rows in the same
+order. Losses are cross-entropies on the held-out documents: after the last step, and the lowest during training.
 
-Then, with the models of the first seed on held-out rows, what a cache of k tokens leaves out: probability, part of the
-divergence, and part of its gradient (of the student's last hidden states), each against the teachers' whole
+Then, with the first seed's models on held-out rows, the loss from caching only k tokens: the share of probability, of
+the divergence, and of its gradient (with respect to the student's last hidden states), each against the teachers' full
 distributions.
 """
 

@@ -1,12 +1,12 @@
-"""One training step: our trainer beside litgpt's model and transformers' Llama, same shapes, data and precision.
+"""One training step: our trainer against litgpt's model and transformers' Llama, with equal shapes, data and precision.
 
-Every contender runs in a process of its own; the rounds alternate between them (A B C A B C ...), so that a machine
-that changes its speed changes it for all. A round is `--steps` optimizer steps: forward, backward, clipping to norm 1,
-fused AdamW on fp32 weights. Printed are medians over the rounds and, per round, the ratio to ours.
+Every contender runs in a separate process; the rounds alternate between them (A B C A B C ...), so that changes in
+machine speed affect all of them. A round is `--steps` optimizer steps: forward, backward, clipping to norm 1, fused
+AdamW on fp32 weights. Prints medians over the rounds and, per round, the ratio to ours.
 
     python benchmarks/train_step.py --model llama-10M --peer litgpt=PYTHON --json FILE
 
-Peers are looked for in this Python, or in the one given by --peer NAME=PYTHON; a missing one is skipped, and said so.
+Peers are imported in this Python, or in the one given by --peer NAME=PYTHON; a missing one is reported and skipped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # build_image.sh [--flash_attn REQUIREMENT] [IMAGE]: build llammlein.def into an Apptainer image (default: llammlein.sif in
-# the checkout). REQUIREMENT is the flash-attn: `fa4` (the default: wheels), `none` (attention uses what torch has),
-# `compile` for the version of FA2 below, which takes hours, or the address of a wheel of FA2 or FA3.
+# the checkout). REQUIREMENT selects flash-attn: `fa4` (the default: wheels), `none` (use torch's own attention),
+# `compile` for the version of FA2 below, which takes hours, or the URL of a wheel of FA2 or FA3.
 # Needs network access and about 30 GB of free space in APPTAINER_TMPDIR. On many clusters: run it on a build or login node.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -24,8 +24,8 @@ if [ -e "$image" ]; then
     echo "error: $image exists already; remove it, or give another name" >&2
     exit 2
 fi
-cd "$root" # the definition names files of the checkout
-# --fakeroot: no administrator is needed. The name appears when the image is whole.
+cd "$root" # the definition refers to files in the checkout
+# --fakeroot: needs no root access. The image gets its name only when it is complete.
 apptainer build --fakeroot --build-arg "flash_attn=$flash_attn" "$image.part" llammlein.def
 mv "$image.part" "$image"
 echo "built $image"

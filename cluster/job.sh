@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# Read by the jobs of this folder from the checkout: the paths of cluster/env, the image, and `container`, the arguments
-# of `apptainer exec` up to the command. Ends a job that could not work.
+# Sourced by the jobs in this folder from the checkout: the paths of cluster/env, the image, and `container`, the
+# arguments of `apptainer exec` up to the command. Exits if the job could not work.
 
 if [ ! -f pretrain/fabric_train.py ]; then
     echo "error: $PWD is not the checkout; submit from there" >&2
     exit 2
 fi
-# Of the shell that called sbatch; the ranks meet at the job's first node.
+# Inherited from the shell that called sbatch; the ranks rendezvous on the job's first node.
 unset MASTER_ADDR MASTER_PORT
-# Of its modules and environments: apptainer would pass them on, and the image has another Python and other libraries.
+# From its modules and environments: apptainer would pass them on, but the image has a different Python and libraries.
 unset PYTHONPATH PYTHONHOME LD_LIBRARY_PATH
 if [ -f cluster/env ]; then
     # shellcheck disable=SC1091
@@ -20,6 +20,6 @@ if [ ! -e "$image" ]; then
     exit 2
 fi
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun no longer takes it over from sbatch
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun no longer inherits it from sbatch
 # shellcheck disable=SC2034 # used by the jobs
 container=(--bind "$PWD${LLAMMLEIN_BIND:+,$LLAMMLEIN_BIND}" --pwd "$PWD" "$image")

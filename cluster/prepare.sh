@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prepare data in jobs of SLURM: PARTS tasks at once, then one that merges what they made. Run it on a login node, from
-# the checkout. Flags before -- are those of sbatch, the others those of scripts/prepare_data.py:
+# Prepare data in SLURM jobs: PARTS tasks in parallel, then one that merges their output. Run it on a login node, from
+# the checkout. Flags before -- go to sbatch, the others to scripts/prepare_data.py:
 #
 #   cluster/prepare.sh 64 [--partition=cpu --cpus-per-task=16 --time=10:00:00] -- \
 #       --input corpus/ --tokenizer tokenizer/ --output data
@@ -30,10 +30,10 @@ after=()
 for stage in "${stages[@]}"; do
     array=()
     case $stage in hash | encode) array=(--array="0-$((parts - 1))") ;; esac
-    # Where one task fails the later stages would wait for ever.
+    # If one task fails, the later stages would wait forever.
     id=$(sbatch --parsable --kill-on-invalid-dep=yes "${job[@]}" "${array[@]}" "${after[@]}" \
         cluster/prepare.sbatch "$stage" --parts "$parts" "$@")
-    id=${id%%;*} # with several clusters the cluster's name follows
+    id=${id%%;*} # with several clusters, the cluster name follows
     echo "$stage: job $id"
     after=(--dependency="afterok:$id")
 done

@@ -105,7 +105,7 @@ class Bench:
     def kill(
         self, setting: Setting, begun: Path | None = None, changes: dict[str, object] | None = None, **request: Any
     ) -> Answer:
-        """Kill a run (resumed from a copy of `begun`, if given), check its files, resume it, and check the final result.
+        """Kill a run (resumed from a copy of `begun`, if given), check its files, resume it, and check the result.
 
         Returns the answer of the killed run.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -16,6 +17,8 @@ import pytest
 import yaml
 from running import ROOT, flags, metrics, same_checkpoints, script, train, write_dataset
 
+from lit_data.prepare.command import Execution
+from lit_data.prepare.settings import Settings
 from lit_data.tokenizers.training import train_tokenizer
 from lit_model.load import Checkpoint
 from pretrain import fabric_train
@@ -23,6 +26,7 @@ from pretrain.args import ModelArgs, OptimArgs
 from pretrain.cli.choices import RULES, SWITCHES
 from pretrain.cli.command_line import OTHER_NAMES, ScriptParser, make_printable
 from pretrain.cli.run_parser import build_parser, parse
+from pretrain.distillation.write_cache import CacheRequest
 
 BASE = ["--data.train=x", "--train.max_steps=3"]
 
@@ -122,6 +126,7 @@ def test_other_names_lead_to_flags_that_there_are() -> None:
     known = {flag.removeprefix("--") for a in build_parser()._actions for flag in a.option_strings}
     for path in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r"\"--(\w+)\"", path.read_text(encoding="utf-8")))
+    known |= {field.name for kind in (Settings, Execution, CacheRequest) for field in dataclasses.fields(kind)}
     for other, ours in OTHER_NAMES.items():
         assert set(ours) <= known | {"run"}, other
 

@@ -118,7 +118,7 @@ def test_folder_from_before_keeps_its_id(tmp_path: Path, wandb: FakeWandB) -> No
     [
         ("wandb", "pip install llammlein[wandb]"),
         ("tensorboard", "pip install llammlein[tensorboard]"),
-        ("tensorbord", "give tensorboard or wandb"),
+        ("tensorbord", "choose tensorboard or wandb"),
     ],
 )
 def test_tracker_that_is_not_installed(

@@ -1,8 +1,8 @@
-"""Cleaning profiles: named ways to clean a document's text, and cleaners of the user's own.
+"""Cleaning profiles: named cleaners of a document's text, and user-defined ones.
 
-`wikipedia`, `subtitles` and `dialogue` clean any text. `babylm` (the first set, made of these three) and `babylm-paper`
-(the second, of the BabyLlama paper) choose by the name of the document's file, one of `BABYLM_FILES` (those of 2023,
-and those that were renamed in 2024), whatever its suffixes. All take time linear in the text.
+`wikipedia`, `subtitles` and `dialogue` clean any text. `babylm` (composed of these three) and `babylm-paper` (from the
+BabyLlama paper) choose by the name of the document's file, one of `BABYLM_FILES` (2023, and those renamed in 2024),
+with any suffix. All take time linear in the text.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lit_data.corpus.readers import Document
 from lit_data.corpus.user_code import describe, load_function
 
 Cleaner = Callable[[Document], str | None]
-"""The document's new text, or None to drop it. Cleaners can be pickled."""
+"""The document's new text, or None to drop it. Cleaners are picklable."""
 
 _REFERENCE = re.compile(r"\[\d+\]")
 _BLANK_LINES = re.compile(r"\n{3,}")
 _SUBTITLE_LINE = re.compile(r"subtitles by|^\s*(\d\d:\d\d:\d\d[,.]\d+\s*-->.*)?$", re.IGNORECASE)
-# Without an opening bracket inside, a line of nothing but opening ones takes linear time.
+# No opening bracket inside, so that a line of only opening ones takes linear time.
 _BRACKETED = re.compile(r"\[[^\[\]\n]*\]|\([^()\n]*\)")
 _SPEAKER = re.compile(r"\b[A-Z]\d+:")
 _SPACE = re.compile(r"\s+")
@@ -34,46 +34,46 @@ _SENTENCE_PARTS = re.compile(r"[.!?]\s|\w+")
 
 
 def clean_wikipedia(text: str) -> str:
-    """`== Heading ==` becomes `Heading`, references such as `[12]` go, three or more newlines become two."""
+    """`== Heading ==` becomes `Heading`, references like `[12]` are removed, three or more newlines become two."""
     lines = "\n".join(_unwrap(line, "==") for line in text.split("\n"))
     return _BLANK_LINES.sub("\n\n", _REFERENCE.sub("", lines))
 
 
 def clean_subtitles(text: str) -> str:
-    """Lines of credits ("Subtitles by ..."), of SRT timings, of digits only, and blank ones go."""
+    """Removes credits ("Subtitles by ..."), SRT timings, lines of digits only, and blank lines."""
     return "\n".join(line for line in text.split("\n") if not _is_subtitle_frame(line))
 
 
 def clean_dialogue(text: str) -> str:
-    """`[...]`, `(...)` within a line and speaker labels such as `A1:` go; each run of white space, newlines too,
+    """Removes `[...]`, `(...)` within a line and speaker labels like `A1:`; each run of whitespace, including newlines,
     becomes one space.
     """
     return _SPACE.sub(" ", _SPEAKER.sub("", _BRACKETED.sub("", text))).strip()
 
 
 def unchanged(text: str) -> str:
-    """The text itself."""
+    """Returns the text unchanged."""
     return text
 
 
 def drop_blank_lines(text: str) -> str:
-    """Blank lines go."""
+    """Removes blank lines."""
     return "\n".join(line for line in text.split("\n") if line.strip())
 
 
 def clean_spaced_wikipedia(text: str) -> str:
-    """`= = = Heading = = =` becomes `Heading`, lines are stripped, blank ones go."""
+    """`= = = Heading = = =` becomes `Heading`, lines are stripped, blank ones removed."""
     lines = (_unwrap(line, "= = =") for line in text.split("\n"))
     return "\n".join(line.strip() for line in lines if line.strip())
 
 
 def clean_qed(text: str) -> str:
-    """Lines with half their letters or more in upper case get `I` for `l` and sentence case."""
+    """In lines with at least half upper-case letters, `l` becomes `I`, then sentence case is applied."""
     return "\n".join(_sentence_case(line) if _is_upper(line) else line for line in text.split("\n"))
 
 
 def squeeze_blanks(text: str) -> str:
-    """Runs of spaces become one, and none stays before `.,;!?`."""
+    """Runs of spaces become one; spaces before `.,;!?` are removed."""
     return _SPACE_BEFORE_MARK.sub(r"\1", _BLANKS.sub(" ", text))
 
 
@@ -83,12 +83,12 @@ def clean_cbt(text: str) -> str:
 
 
 def drop_subtitle_lines(text: str) -> str:
-    """Lines that hold "subtitle" in any case go."""
+    """Removes lines with "subtitle" in any case."""
     return "\n".join(line for line in text.split("\n") if "subtitle" not in line.lower())
 
 
 def _unwrap(line: str, signs: str) -> str:
-    """What stands between the signs, or more of them, on both sides; a line without them as it is."""
+    """The text between the marks (one or more) on both sides; other lines unchanged."""
     stripped = line.strip()
     if not (stripped.startswith(signs) and stripped.endswith(signs)):
         return line
@@ -105,7 +105,7 @@ def _is_upper(line: str) -> bool:
 
 
 def _sentence_case(line: str) -> str:
-    """In lower case, but for the first letter of the line and after `.!?` and white space."""
+    """Lower case except the first letter of the line and after `.!?` and whitespace."""
     line = line.replace("l", "I").lower()
     parts, done, begins = [], 0, True
     for match in _SENTENCE_PARTS.finditer(line):
@@ -173,14 +173,14 @@ PROFILES: Mapping[str, Cleaner] = {
 
 
 def open_cleaner(spec: str) -> Cleaner:
-    """A profile by its name, or the user's own as `module:function`.
+    """Open a profile by name, or a user-defined cleaner as `module:function`.
 
     The function takes the text, or the Document if its first parameter is named `document`, and returns the new text,
     or None to drop the document.
 
     Raises:
-        ValueError: no such profile, module or function; while cleaning, when a function of the user's raises an error
-            or returns anything else, a ValueError that names the document.
+        ValueError: no such profile, module or function; while cleaning, if a user's function raises or returns anything
+            else (the message names the document).
     """
     if ":" not in spec:
         if spec not in PROFILES:

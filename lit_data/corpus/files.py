@@ -1,4 +1,4 @@
-"""Inputs -> the files they stand for, in a fixed order; and the cut of a list of files into parts."""
+"""Resolves inputs to files, in a fixed order, and splits a list of files into parts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from lit_data.corpus.hf_source import HubShard, parse_hub_dataset
 
-TEXT_SUFFIXES = (".txt", ".train", ".dev", ".test")  # a file is one document
-LINE_SUFFIXES = (".jsonl", ".json", ".jsonlines")  # a line is one document
+TEXT_SUFFIXES = (".txt", ".train", ".dev", ".test")  # one document per file
+LINE_SUFFIXES = (".jsonl", ".json", ".jsonlines")  # one document per line
 COMPRESSED = (".gz", ".zst", ".zstd")
 PARQUET = ".parquet"
 SUFFIXES = (*(s + c for s in (*TEXT_SUFFIXES, *LINE_SUFFIXES) for c in ("", *COMPRESSED)), PARQUET)
@@ -27,9 +27,9 @@ SUPPORTED = f"{', '.join((*TEXT_SUFFIXES, *LINE_SUFFIXES))} (each also with {', 
 
 @dataclass
 class ReadErrors:
-    """What was left out on the way: the number of faults and the first few, and files of other kinds in folders.
+    """Collects skipped input: the number of faults and the first few, and files of other kinds in folders.
 
-    `warnings` says what is odd about the inputs themselves.
+    `warnings` are about the inputs themselves.
     """
 
     count: int = 0
@@ -45,7 +45,7 @@ class ReadErrors:
             self.first.append(message)
 
     def print_warnings(self) -> None:
-        """Print what is odd about the inputs, to be seen before long work: the first few."""
+        """Print the first few warnings about the inputs, before any long work."""
         for warning in self.warnings[: self.keep]:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         if len(self.warnings) > self.keep:
@@ -59,12 +59,12 @@ class ReadErrors:
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file to read, or a shard of a dataset of Hugging Face.
+    """A file to read, or a shard of a Hugging Face dataset.
 
     Attributes:
-        path: of the file; `hf:NAME@CONFIG:SPLIT` of a dataset, with `#SHARD` where it has several.
-        relative: its name relative to the input it was found under; what documents without an id are named by.
-        suffix: as written above, compression included; empty for a dataset.
+        path: of the file; `hf:NAME@CONFIG:SPLIT` for a dataset, with `#SHARD` if it has several.
+        relative: path relative to the input it was found under; documents without an id are named after it.
+        suffix: one of those above, including compression; empty for a dataset.
         hub: the shard, if it is one.
     """
 
@@ -80,17 +80,17 @@ class TextFile:
 
     @property
     def kind(self) -> str:
-        """The suffix without the compression's."""
+        """The suffix without that of the compression."""
         return self.suffix.removesuffix(f".{self.compression}")
 
     @property
     def identity(self) -> Hashable:
-        """Equal for two names of one file: through links of both kinds, and other ways to write a path."""
+        """Equal for two paths of one file, also through symbolic and hard links."""
         if self.hub is not None:
             return str(self.path)
         try:
             facts = os.stat(self.path)
-        except OSError:  # reading it will say so
+        except OSError:  # reading it will raise the error
             return os.path.realpath(self.path)
         return facts.st_dev, facts.st_ino
 
@@ -102,16 +102,16 @@ def suffix_of(path: Path) -> str | None:
 
 
 def list_files(inputs: Iterable[str | Path | TextFile], errors: ReadErrors | None = None) -> list[TextFile]:
-    """The files that inputs stand for, in the order given; what a folder or a pattern holds, in sorted order.
+    """List the files of inputs, in the given order; those of a folder or pattern sorted.
 
-    Each file is there once, under the first of its names; the others are noted in `errors.warnings`.
+    Each file is listed once, under its first name; the others are noted in `errors.warnings`.
 
-    An input is a file, a folder, a pattern such as `corpus/**/*.jsonl.zst` (a path that exists is never taken for
-    one), `hf:NAME[@CONFIG][:SPLIT]`, or a TextFile, which stays as it is. Links are followed, each folder once; hidden
-    files are left out; files of other kinds in a folder are noted in `errors`.
+    An input is a file, a folder, a pattern such as `corpus/**/*.jsonl.zst` (an existing path is never treated as one),
+    `hf:NAME[@CONFIG][:SPLIT]`, or a TextFile, which is kept. Links are followed, each folder once; hidden files are
+    skipped; files of other kinds in a folder are noted in `errors`.
 
     Raises:
-        FileNotFoundError: no such path, or nothing fits a pattern.
+        FileNotFoundError: no such path, or nothing matches a pattern.
         ValueError: an unknown suffix, a folder without text, a dataset that can't be opened.
     """
     errors = errors if errors is not None else ReadErrors()
@@ -154,15 +154,15 @@ def _each_once(files: Sequence[TextFile], errors: ReadErrors) -> list[TextFile]:
 
 
 def train_and_held_out(files: Sequence[TextFile]) -> tuple[TextFile, TextFile] | None:
-    """The first .train file and the first .dev or .test file, where there are both."""
+    """The first .train file and the first .dev or .test file, if there are both."""
     train = next((f for f in files if f.kind == ".train"), None)
     held_out = next((f for f in files if f.kind in (".dev", ".test")), None)
     return None if train is None or held_out is None else (train, held_out)
 
 
 def mixed_split_names(files: Sequence[TextFile]) -> list[tuple[str, str]]:
-    """Folders, or files, beside each other that are named after training and held-out splits: (training, held-out)."""
-    splits: dict[tuple[str, ...], dict[bool, str]] = {}  # by the folder they are in, files apart from folders
+    """Sibling folders or files named after training and held-out splits: (training, held-out)."""
+    splits: dict[tuple[str, ...], dict[bool, str]] = {}  # by parent folder, files and folders separately
     for file in files:
         parts = file.path.parts if file.hub is None else ()
         for i, part in enumerate(parts):
@@ -175,7 +175,7 @@ def mixed_split_names(files: Sequence[TextFile]) -> list[tuple[str, str]]:
 
 
 def large_plain_text(files: Sequence[TextFile]) -> list[str]:
-    """A warning where plain-text files of many bytes are to be one document each."""
+    """A warning if large plain-text files would be one document each."""
     sizes = [(f.path, f.path.stat().st_size) for f in files if f.kind in TEXT_SUFFIXES and f.path.exists()]
     large = [(path, size) for path, size in sizes if size > LARGE_TEXT_BYTES]
     if not large:
@@ -188,7 +188,7 @@ def large_plain_text(files: Sequence[TextFile]) -> list[str]:
 
 
 def compressed_copies(files: Sequence[TextFile]) -> list[str]:
-    """A warning for files that differ from another only by the suffix of a compression."""
+    """A warning for files that differ only by a compression suffix."""
     first: dict[str, Path] = {}
     pairs = (
         (first.setdefault(str(f.path).removesuffix(f".{f.compression}"), f.path), f.path) for f in files if not f.hub
@@ -201,7 +201,7 @@ def compressed_copies(files: Sequence[TextFile]) -> list[str]:
 
 
 def _is_train(name: str) -> bool | None:
-    """Whether a name says that it is of a training split (True) or of a held-out one (False); None for neither."""
+    """Whether a name indicates a training split (True) or a held-out one (False); None for neither."""
     words = re.findall(r"[a-z]+", name.lower())
     for word in (words[:1] + words[-1:]) if words else ():
         if word in TRAIN_NAMES or word in HELD_OUT_NAMES:
@@ -210,7 +210,7 @@ def _is_train(name: str) -> bool | None:
 
 
 def sizes_of(files: Sequence[TextFile]) -> list[int]:
-    """Bytes of each file; those of a shard of a dataset are not known, and it counts as a file does on average."""
+    """Bytes of each file; dataset shards, of unknown size, count as the average file."""
     known = [None if file.hub else file.path.stat().st_size for file in files]
     measured = [size for size in known if size is not None]
     average = max(1, sum(measured) // len(measured)) if measured else 1
@@ -220,8 +220,8 @@ def sizes_of(files: Sequence[TextFile]) -> list[int]:
 def part_of_files(files: Sequence[TextFile], part: int, n_parts: int) -> list[TextFile]:
     """The `part`-th (0-based) of `n_parts` contiguous ranges of files, of about equal size in bytes.
 
-    Depends on the files' order and sizes only; the parts in order are all the files, and none is empty. A shard of a
-    dataset, whose size is not known, counts as much as a file does in the mean.
+    Depends only on the files' order and sizes; the parts in order cover all files, and none is empty. Dataset shards,
+    of unknown size, count as the average file.
 
     Raises:
         ValueError: no such part, or fewer files than parts.
@@ -236,7 +236,7 @@ def part_of_files(files: Sequence[TextFile], part: int, n_parts: int) -> list[Te
     cuts = [0]
     for number in range(1, n_parts):
         wanted = ends[-1] * number / n_parts
-        after = bisect_left(ends, wanted)  # the file in which the cut would lie; the nearer of its two ends is taken
+        after = bisect_left(ends, wanted)  # the file that contains the cut, which moves to the nearer end of the file
         before_it = ends[after - 1] if after else 0
         nearest = after if wanted - before_it < ends[after] - wanted else after + 1
         cuts.append(min(max(nearest, cuts[-1] + 1), len(files) - (n_parts - number)))
@@ -255,7 +255,7 @@ def _files_below(folder: Path, errors: ReadErrors) -> list[TextFile]:
     seen = {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
         kept = []
-        for name in sorted(folders):  # so that of two ways to a folder always the same one is taken
+        for name in sorted(folders):  # so that of two paths to a folder always the same one is used
             real = os.path.realpath(os.path.join(root, name))
             if not name.startswith(".") and real not in seen:
                 seen.add(real)
@@ -274,13 +274,13 @@ def _files_below(folder: Path, errors: ReadErrors) -> list[TextFile]:
 
 
 def _files_like(pattern: str, errors: ReadErrors) -> list[TextFile]:
-    """What fits a pattern, each file once, named from the last folder that the pattern names in full."""
+    """Files matching a pattern, each once, named relative to the last literal folder of the pattern."""
     matches = sorted(glob.glob(pattern, recursive=True))
     if not matches:
         raise FileNotFoundError(f"no file fits {pattern}")
     fixed = itertools.takewhile(lambda part: not glob.has_magic(part), PurePosixPath(pattern).parts)
     root = Path(*fixed)
-    found: dict[str, TextFile] = {}  # by the file that links lead to
+    found: dict[str, TextFile] = {}  # by link target
     for match in map(Path, matches):
         suffix = suffix_of(match)
         if match.is_dir():

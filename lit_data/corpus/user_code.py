@@ -1,4 +1,4 @@
-"""Functions of the user's own, named on the command line as `module:function`."""
+"""Loads user-defined functions, named on the command line as `module:function`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 def load_function(spec: str, flag: str) -> Callable[..., Any]:
-    """Import the function that `module:function` names; modules are found as Python does, and in the current folder.
+    """Import `module:function`; modules are searched on Python's path and in the current folder.
 
     Raises:
-        ValueError: the form is wrong, there is no such module or function, it can't be called, or importing it fails.
+        ValueError: wrong form, no such module or function, not callable, or importing it fails.
     """
     module_name, _, name = spec.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), name]):

@@ -1,7 +1,7 @@
 """The training loop: `fit` is the outline, `train_step` one optimizer step, `validate` a full validation.
 
 Dimensions: B rows in a micro-batch, T tokens in a row, P pieces of a micro-batch (padded, see
-lit_data/loading/loader.py).
+lit_data/loading/batches.py).
 """
 
 from __future__ import annotations

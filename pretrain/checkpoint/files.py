@@ -41,7 +41,7 @@ STEP_COUNT = "optimizer.all/step_count"  # in a checkpoint: AdamW's updates so f
 
 
 def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Fill `tensors` (as given to `save_checkpoint`) in place from a checkpoint of any kind and world size.
+    """Fill `tensors` (as `training_state` gives them) in place from a checkpoint of any kind and world size.
 
     Returns its meta. Raises ValueError, on every rank, if its checksums show damage, and where names or shapes do not
     fit, before anything is changed.

@@ -103,10 +103,10 @@ def test_it_parses_its_arithmetic_holds_and_its_model_builds(path):
 
     text = path.read_text(encoding="utf-8")
     tokens = train.global_batch_samples * (train.block_size or config.block_size)
-    for (said,) in numbers(r"= ([\d.,]+(?:e\d+)?) tokens a step", text):
+    for (said,) in numbers(r"= ([\d.,]+(?:e\d+)?) tokens per step", text):
         assert said == pytest.approx(tokens, rel=0.01)
     if train.max_steps is not None:
-        for (said,) in numbers(r"= ([\d.,]+(?:e\d+)?) tokens(?! a step)\b", text):
+        for (said,) in numbers(r"= ([\d.,]+(?:e\d+)?) tokens(?! per step)\b", text):
             assert said == pytest.approx(train.max_steps * tokens, rel=0.01)
     for gpus, rows, accumulation in numbers(r"(?:(\d+) GPUs [^x]*x )?micro-batch (\d+) x accumulation (\d+)", text):
         assert rows == train.micro_batch_samples

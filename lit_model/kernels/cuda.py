@@ -133,8 +133,8 @@ def _varlen_arguments() -> frozenset[str]:
 
 
 VARLEN_ARGUMENTS = _varlen_arguments()
-# In order of preference. FA4 is ahead of FA3 on Hopper too: on an H100 its gradients are right, the 1B step is 1.06 times
-# as fast as with varlen, and its wheels install; FA3 has not been tested there.
+# In order of preference. FA4 is ahead of FA3 on Hopper too: on an H100 its gradients are right, the 1B step is 1.06
+# times as fast as with varlen, and its wheels install; FA3 has not been tested there.
 KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, AttentionVariant], Tensor]] = {
     "fa4": _fa4,
     "fa3": _fa3,

@@ -1,7 +1,7 @@
 """What we use of Lightning Fabric, imported without torchmetrics.
 
 `lightning_fabric` imports torchmetrics to compare its version, for a class that nothing here uses; and torchmetrics
-imports transformers, matplotlib and pandas where they are installed: a third of the time of each rank's start, and
+imports transformers, matplotlib and pandas where they are installed: a quarter of the time of each rank's start, and
 thousands of files to open on a cluster's file system.
 """
 

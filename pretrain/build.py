@@ -39,13 +39,7 @@ from pretrain.init_from import load_optimizer, load_weights, model_config, optim
 from pretrain.launch import is_rank
 from pretrain.logs.environment import command_line, record_environment
 from pretrain.optim import AdamW, LossScale
-from pretrain.parallel import (
-    autocast,
-    build_fabric,
-    check_shapes,
-    device_kind,
-    uses_fsdp,
-)
+from pretrain.parallel import autocast, build_fabric, check_shapes, device_kind, uses_fsdp
 from pretrain.ranks import Peers, on_rank_zero
 from pretrain.resume import check_resume, is_finished, new_progress, read_meta, restore, resumed_progress
 from pretrain.run import Run
@@ -95,7 +89,7 @@ def set_arithmetic(args: RunArgs) -> None:
 
 
 def open_before_launch(args: RunArgs) -> tuple[Datasets, ModelConfig] | None:
-    """The data, where it exists and no other process has been started: mistakes are then reported before any is.
+    """The data, if it exists and this is the only process so far: mistakes in it are reported before others start.
 
     None on a rank of several, for synthetic data, and for a resume, which must find its checkpoint first.
     """

@@ -22,9 +22,7 @@ from pretrain.encoding import check_bos, unlike_special_tokens, unlike_start
 from pretrain.fabric import Fabric
 from pretrain.init_from import model_config
 from pretrain.model_tokenizer import OVERRIDE, check_model_and_data, compare, of_data
-from pretrain.parallel import (
-    device_kind,
-)
+from pretrain.parallel import device_kind
 from pretrain.ranks import on_rank_zero
 
 MAX_SAMPLES = 1 << 60  # of a run: their numbers are 64-bit integers
@@ -111,9 +109,8 @@ def open_datasets(args: RunArgs, checkpoint: Path | None = None) -> tuple[Datase
         facts = (train[0], args.data.packing, block_size, args.data.document_mask, config.vocab_size)
         check_cache(args.distillation, *facts)
     weights_of(args)
-    if (
-        args.train.max_epochs is None or args.data.packing == "concat"
-    ):  # else the number of rows needs a plan, and is checked later
+    # Otherwise the number of rows needs a plan, and the length is checked once there is one.
+    if args.train.max_epochs is None or args.data.packing == "concat":
         length_of(args, block_size, count_windows(train[0].n_tokens, block_size), first_segments(args))
     return Datasets(train, val, block_size, notes), config
 

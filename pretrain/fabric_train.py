@@ -93,7 +93,7 @@ def train(run: Run) -> int:
         run.say(f"stopped by {stopped} after step {run.step}; resume with --resume latest")
         return 130 if stopped == "SIGINT" else run.args.stop.exit_code
     except (AgreedError, SaveError, Mistake) as error:
-        if lost_connection(error):  # a save that ended since another rank has gone
+        if lost_connection(error):  # a save that failed because another rank is lost
             run.peers.give_up(error, run.step)
         run.watchdog.log.exception(error)
         if is_first_process():

@@ -42,8 +42,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--split_at",
         type=int,
         metavar="ID",
-        help="the id that stands between documents in files without an index; where it is not EOS (BOS, say), it is "
-        "left out",
+        help="the id between documents in files without an index; left out if it is not EOS (if it is BOS, say)",
     )
     add("--document_tokens", type=int, metavar="N", help="instead, cut such files into documents of N tokens")
     add(

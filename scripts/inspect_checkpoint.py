@@ -45,15 +45,15 @@ def facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def print_facts(facts: dict[str, Any]) -> None:
-    def told(key: str) -> str:
+    def shown(key: str) -> str:
         value = facts[key]
         return "unknown" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
     print(f"{facts['path']} ({facts['kind']})")
-    print(f"  step {told('step')}, {told('tokens')} tokens")
-    print(f"  model {facts['model']}: {told('parameters')} parameters, {', '.join(facts['dtypes'])}")
-    print(f"  {told('file_bytes')} bytes: model {told('model_bytes')}, optimizer {told('optimizer_bytes')}")
-    print(f"  written by {told('world_size')} ranks, torch {told('torch')}")
+    print(f"  step {shown('step')}, {shown('tokens')} tokens")
+    print(f"  model {facts['model']}: {shown('parameters')} parameters, {', '.join(facts['dtypes'])}")
+    print(f"  {shown('file_bytes')} bytes: model {shown('model_bytes')}, optimizer {shown('optimizer_bytes')}")
+    print(f"  written by {shown('world_size')} ranks, torch {shown('torch')}")
 
 
 def faults_of(path: Path) -> list[str]:

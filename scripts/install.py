@@ -361,7 +361,7 @@ def check_cuda(packages: "list[dict[str, str]]", driver: "int | None", force: bo
     reuse = version is not None and is_suitable_torch(version, torch_range())
     raise Refusal(
         f"{message}\nNothing of it was downloaded. Choose:\n"
-        "  TORCH_INDEX_URL=... make install   another build: CPU, or an older CUDA. The address is what stands\n"
+        "  TORCH_INDEX_URL=... make install   another build: CPU, or an older CUDA. The address is the one\n"
         '                                     after --index-url on PyTorch\'s "Start locally" page.\n'
         "  FORCE=1 make install               these packages all the same.\n"
         + (

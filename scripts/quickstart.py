@@ -114,7 +114,7 @@ def make_data(python: str, paths: Paths) -> None:
 
 def train(python: str, paths: Paths, steps: int | None) -> None:
     length = f"{steps} steps" if steps else "about three minutes on two cores"
-    begin(f"training -> {paths.run} ({length}; it may be interrupted, a second call goes on)")
+    begin(f"training -> {paths.run} ({length}; you may interrupt it, the next call resumes)")
     override = ["--train.max_steps", str(steps), "--optim.warmup_steps", str(steps // 10)] if steps else []
     call(
         python, "pretrain/fabric_train.py", "--config", "configs/quickstart.yaml", "--out_dir", paths.run,
@@ -212,11 +212,11 @@ def main() -> int:
         show_samples(sys.executable, paths)
         summarise(paths)
     except StepFailed as failed:
-        print(f"error: this step failed, its message stands above:\n  {failed}", file=sys.stderr)
-        print("The next call goes on from here; `make quickstart ARGS=--fresh` begins again.", file=sys.stderr)
+        print(f"error: this step failed, see its message above:\n  {failed}", file=sys.stderr)
+        print("The next call resumes here; `make quickstart ARGS=--fresh` starts over.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the next call goes on from here", file=sys.stderr)
+        print("\ninterrupted; the next call resumes here", file=sys.stderr)
         return 130
     print(f"\n{time.monotonic() - start:.0f} s")
     return 0

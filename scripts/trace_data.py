@@ -59,7 +59,7 @@ def parser() -> ScriptParser:
     exposures = command("exposures", "how often the tokens were seen, over the steps")
     exposures.add_argument("--picture", type=Path, help="a .png, .pdf or .svg to draw it to (needs matplotlib)")
     for made in commands.choices.values():
-        made.add_argument("--data", type=Path, help="where the packed training data lies now, if it was moved")
+        made.add_argument("--data", type=Path, help="where the packed training data is now, if it was moved")
         made.add_argument("--json", action="store_true", help="print one JSON object a line")
     return top
 

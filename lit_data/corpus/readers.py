@@ -130,7 +130,7 @@ def read_documents(
     errors = errors if errors is not None else ReadErrors()
     files = list_files(paths, errors)
     if start is not None and not 0 <= start.file < len(files):
-        raise ValueError(f"reading was to go on in file number {start.file} of {len(files)}: the inputs have changed")
+        raise ValueError(f"reading was to resume in file number {start.file} of {len(files)}: the inputs have changed")
     first = start.file if start is not None else 0
 
     fields = _Fields(text_field, id_field, require_id, tuple(metadata))

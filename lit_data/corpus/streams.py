@@ -101,7 +101,7 @@ def after_lines(chunks: Iterator[bytes], lines: int, name: str) -> Iterator[byte
             yield chunk
     if lines > unfinished:
         missing = lines - unfinished
-        raise ValueError(f"{name} ends {missing} lines before the place where reading was to go on: it has changed")
+        raise ValueError(f"{name} ends {missing} lines before the place to resume from: it has changed")
 
 
 def _raw_chunks(path: Path, chunk_bytes: int) -> Iterator[bytes]:

@@ -143,7 +143,7 @@ class ShardCache:
         """
         if self._error is not None:
             raise self._error
-        assert 0 <= start <= stop <= self._shard_starts[-1], f"[{start}, {stop}) lies outside the dataset"
+        assert 0 <= start <= stop <= self._shard_starts[-1], f"[{start}, {stop}) is outside the dataset"
         starts, chunk_tokens = self._shard_starts, self._chunk_tokens
         shard = bisect_right(starts, start) - 1
         done = 0

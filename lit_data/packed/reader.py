@@ -228,7 +228,7 @@ class PackedDataset:
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Tokens [start, stop) of the stream, across shards, in the dataset's dtype; 0 <= start <= stop <= n_tokens."""
-        assert 0 <= start <= stop <= self.n_tokens, f"[{start}, {stop}) lies outside the {self.n_tokens} tokens"
+        assert 0 <= start <= stop <= self.n_tokens, f"[{start}, {stop}) is outside the {self.n_tokens} tokens"
         parts = [self._map(shard, "bin")[a:b] for shard, a, b in self.shard_ranges(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
 

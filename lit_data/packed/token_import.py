@@ -185,7 +185,7 @@ def _target(
     if vocab_size > MAX_VOCAB_SIZE:
         raise ValueError(f"--vocab_size {vocab_size} is too large: ids are of 31 bits, give {MAX_VOCAB_SIZE} or less")
     if vocab_size < 1 or not 0 <= eos_id < vocab_size:
-        raise ValueError(f"--eos_id {eos_id} lies outside a vocabulary of --vocab_size {vocab_size}")
+        raise ValueError(f"--eos_id {eos_id} is outside a vocabulary of --vocab_size {vocab_size}")
     # Nothing else is known; datasets imported with the same values count as the same tokenizer.
     fingerprint = hashlib.sha256(f"unknown tokenizer {vocab_size} {eos_id}".encode()).hexdigest()
     facts = {"kind": "unknown", "fingerprint": fingerprint, "vocab_size": vocab_size, "eos_id": eos_id, "folder": None}

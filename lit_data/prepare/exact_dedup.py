@@ -26,11 +26,11 @@ DUPLICATES = pa.schema([("document", pa.int64()), ("paragraph", pa.int32())])
 ROWS_PER_GROUP = 1 << 16
 
 
-class HashWriter:
-    """Writes the hashes of one section of the corpus; `close` publishes the file, complete and synced."""
+class HashWriter(TableWriter):
+    """Writes the hashes of one section of the corpus."""
 
     def __init__(self, path: Path) -> None:
-        self._table = TableWriter(path, HASHES)
+        super().__init__(path, HASHES)
         self._clear()
 
     def _clear(self) -> None:
@@ -46,23 +46,14 @@ class HashWriter:
                 self._documents.append(document)
                 self._paragraphs.append(paragraph)
                 if len(self._hashes) >= ROWS_PER_GROUP:  # within a document too: they can be long
-                    self._flush()
+                    self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         joined = b"".join(self._hashes)
         assert len(joined) == HASH_BYTES * len(self._hashes)
         words = np.frombuffer(joined, dtype=">u8").astype(np.uint64).reshape(-1, 2)
-        self._table.write([words[:, 0], words[:, 1], self._documents, self._paragraphs])
+        self.write([words[:, 0], words[:, 1], self._documents, self._paragraphs])
         self._clear()
-
-    def close(self) -> None:
-        """Publish the file."""
-        self._flush()
-        self._table.close()
-
-    def abandon(self) -> None:
-        """Remove the unfinished file; does nothing after `close`."""
-        self._table.abandon()
 
 
 @dataclass(frozen=True)

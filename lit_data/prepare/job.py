@@ -132,7 +132,7 @@ def open_work(work: Path, job: Job, fresh: bool) -> bool:
     if differs and not fresh:
         raise ValueError(
             f"{work} holds a preparation that was not finished, with other settings: {'; '.join(differs)}. Give the "
-            "same to go on with it, or --fresh to discard it"
+            "same to resume it, or --fresh to discard it"
         )
     return True
 

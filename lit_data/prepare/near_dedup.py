@@ -77,8 +77,8 @@ def signatures(text: str, *, permutations: int = PERMUTATIONS, words: int = WORD
     return np.array(sketch.digest(), np.uint32)
 
 
-class SignatureWriter:
-    """Writes the signatures of one section of the corpus; `close` publishes the file, complete and synced."""
+class SignatureWriter(TableWriter):
+    """Writes the signatures of one section of the corpus."""
 
     def __init__(self, path: Path, permutations: int = PERMUTATIONS) -> None:
         schema = pa.schema(
@@ -86,7 +86,7 @@ class SignatureWriter:
             metadata={"sketch": f"rensa RMinHash {_rensa().RMinHash.ALGORITHM_VERSION}"},
         )
         self._permutations = permutations
-        self._table = TableWriter(path, schema)
+        super().__init__(path, schema)
         self._documents: list[int] = []
         self._signatures: list[bytes] = []
 
@@ -96,20 +96,11 @@ class SignatureWriter:
         self._documents.append(document)
         self._signatures.append(signature.astype("<u4").tobytes())
         if len(self._documents) >= ROWS_PER_GROUP:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
-        self._table.write([self._documents, self._signatures])
+    def flush(self) -> None:
+        self.write([self._documents, self._signatures])
         self._documents, self._signatures = [], []
-
-    def close(self) -> None:
-        """Publish the file."""
-        self._flush()
-        self._table.close()
-
-    def abandon(self) -> None:
-        """Remove the unfinished file; does nothing after `close`."""
-        self._table.abandon()
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def prepare(
         except BaseException as error:
             keep = preparation.committed() and not isinstance(error, _EmptyError)
             if keep:
-                error.add_note(f"what was done is kept in {folder}: the same command goes on with it")
+                error.add_note(f"the work so far is kept in {folder}: the same command resumes it")
             raise
         finally:
             if not keep:

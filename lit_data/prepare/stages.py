@@ -319,10 +319,20 @@ class Preparation:
         facts: dict[str, Any] = {"inputs": list(s.val_input if side == "val" and s.val_input is not None else s.input)}
         if s.val_fraction is not None:
             facts |= {"split": side, "val_fraction": s.val_fraction, "seed": s.seed}
-        told = {"input", "val_input", "val_fraction", "seed", "tokenizer", "eos_token", "parts", "name", "shard_tokens"}
+        reported = {
+            "input",
+            "val_input",
+            "val_fraction",
+            "seed",
+            "tokenizer",
+            "eos_token",
+            "parts",
+            "name",
+            "shard_tokens",
+        }
         for f in dataclasses.fields(s):
             value = getattr(s, f.name)
-            if f.name not in told and value != f.default:
+            if f.name not in reported and value != f.default:
                 facts[f.name] = list(value) if isinstance(value, tuple) else value
         return facts
 

@@ -19,7 +19,7 @@ READ_ROWS = 1 << 16
 
 
 class TableWriter:
-    """Writes one Parquet file, a row group at a time; `close` publishes it.
+    """Writes one Parquet file, a row group at a time; `close` publishes it, complete and synced.
 
     Dictionary encoding is off: the columns are hashes and ascending numbers.
     """
@@ -37,8 +37,12 @@ class TableWriter:
             self._writer.write_table(table, row_group_size=table.num_rows)
             self.rows += table.num_rows
 
+    def flush(self) -> None:
+        """Write the rows that a subclass has collected."""
+
     def close(self) -> None:
         """Publish the file."""
+        self.flush()
         self._writer.close()
         sync_file(self._temporary)
         publish(self._temporary, self.path)

@@ -285,8 +285,8 @@ class Legacy:
     def _by_number(self, state: Mapping[Any, Any], groups: Any) -> dict[str, Any]:
         if len(groups) != 1:
             raise ValueError(
-                f"the optimizer has {len(groups)} groups of numbered parameters: which parameter a number stands for "
-                f"is not known {_LEAVE_OUT}"
+                f"the optimizer has {len(groups)} groups of numbered parameters: it is unknown which number is "
+                f"which parameter {_LEAVE_OUT}"
             )
         if list(groups[0]["params"]) != list(range(len(self.order))):
             raise ValueError(
@@ -298,7 +298,7 @@ class Legacy:
             if here != there:
                 raise ValueError(
                     f"the model's parameters are in another order than its trainers': {here} where {there} belongs; "
-                    f"the optimizer's numbers cannot be told {_LEAVE_OUT}"
+                    f"the optimizer's numbers cannot be matched {_LEAVE_OUT}"
                 )
         return {self.order[number]: entry for number, entry in state.items()}
 

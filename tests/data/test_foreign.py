@@ -302,7 +302,7 @@ def test_arguments_are_checked(tmp_path):
             import_tokens([prefix], tmp_path / "out", **{**IDS, **changes})
 
     refused("give --tokenizer, or --vocab_size and --eos_id", eos_id=None)
-    refused("--eos_id 100 lies outside", eos_id=100)
+    refused("--eos_id 100 is outside", eos_id=100)
     refused("leave out --vocab_size", tokenizer_path="x")
     refused("--split_at: .*x.bin has an index", cutting=Cutting(split_at=0))
     refused("--document_tokens: .*x.bin has an index", cutting=Cutting(document_tokens=4))

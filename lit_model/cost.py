@@ -143,7 +143,7 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
     copies), exact: FSDP2 cuts the first dimension of each tensor, rounded up. Activations: counted from what each
     operator of lit_model keeps, in the manner of Korthikanti et al. 2022, section 4, with a flash kernel's attention.
     The total is the larger of two moments: the loss, when all activations are alive, and the end of the backward, when
-    all gradients are. In between one grows as the other shrinks; where layers differ, the largest is taken for the last.
+    all gradients are. In between one grows as the other shrinks; where layers differ, the last counts as the largest.
     Kernels are taken to be fused, as on CUDA: a CPU's RMSNorm of bf16 keeps more, and attention with capped scores on a
     CPU keeps the scores.
     """

@@ -112,11 +112,9 @@ class Peers:
                 time.sleep(0.02)
             same = here and len(set(store.multi_get(keys))) == 1
             together = store.compare_set("llammlein/together", "", "yes" if same else "no") == b"yes"
-            store.set(f"llammlein/notified/{self.rank}", "")
+            store.set(f"llammlein/heard/{self.rank}", "")
             if together and self.rank == 0:  # the store may end with this process
-                store.wait(
-                    [f"llammlein/notified/{rank}" for rank in range(self.world_size)], timedelta(seconds=NOTICE_S)
-                )
+                store.wait([f"llammlein/heard/{rank}" for rank in range(self.world_size)], timedelta(seconds=NOTICE_S))
             return together
         except RuntimeError:  # the store is gone with its host, or a rank that agreed has not answered
             return False

@@ -172,9 +172,17 @@ def explain(message: str, known: Collection[str]) -> str:
         key = ".".join(filter(None, match.groups()))
         return f"there is no setting {key}{_meant(key, known, dashes='')}"
     if match := re.match(r'Parser key "([\w.]+)":\s+Expected an? (.*)\. Got value: (.*)', message, flags=re.DOTALL):
-        kind = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.Literal", "one of ")
-        return f"--{match[1]} {match[3]}: expected {kind}"
+        return f"--{match[1]} {match[3]}: expected {_type_name(match[2])}"
+    optional = r'Parser key "([\w.]+)":.*  Subtypes: \[(.*), <class \'NoneType\'>\]\n.*  Given value: (.*)'
+    if match := re.match(optional, message, flags=re.DOTALL):
+        return f"--{match[1]} {match[3]}: expected {_type_name(match[2])}"
     return message
+
+
+def _type_name(annotation: str) -> str:
+    """A type as the parser's messages write it, in the words of the help: a dataclass is a group of settings."""
+    plain = re.sub(r"<class '(\w+)'>", r"\1", annotation)
+    return re.sub(r"<class '[\w.]+\.(\w+)'>", r"the settings of a \1", plain).replace("typing.Literal", "one of ")
 
 
 def _meant(word: str, known: Collection[str], dashes: str) -> str:

@@ -138,6 +138,10 @@ def test_other_names_lead_to_flags_that_there_are() -> None:
         ("train: {max_step: 3}", "there is no setting train.max_step; did you mean train.max_steps?"),
         ("optim: {lr: fast}", "--optim.lr fast: expected float"),
         ("strategy: fsdp2", "--strategy fsdp2: expected one of ['auto', 'ddp', 'fsdp']"),
+        ("train: {max_steps: 1.5}", "--train.max_steps 1.5: expected int"),
+        ("init_layers: x", "--init_layers x: expected list[int]"),
+        ("model: {attention_pattern: [foo]}", "expected list[one of ['full', 'sliding', 'chunked']]"),
+        ("model: {rope_scaling: 3}", "--model.rope_scaling 3: expected the settings of a RopeScaling"),
     ],
 )
 def test_a_wrong_key_of_a_config(

@@ -82,7 +82,7 @@ class Run(Progress):
         model: `raw_model` as Fabric wraps it.
         taught_by: name, sha256 and weight of each teacher.
         trackers, compactor, lock: of rank 0.
-        sound: the state is that after `step` steps: not between an update and its count.
+        sound: the state is that after `step` steps; False between the optimizer update and the increment of `step`.
     """
 
     args: RunArgs

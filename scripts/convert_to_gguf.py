@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="file to write; must not exist")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the matrices (default: float16)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or file (default: the model's)")
-    parser.add_argument("--pre_tokenizer", help="llama.cpp's pre-tokenizer by name, where none cuts as the file says")
+    parser.add_argument("--pre_tokenizer", help="llama.cpp's pre-tokenizer by name, if none matches the tokenizer file")
     args = parser.parse_args()
     try:
         path = export_to_gguf(

@@ -81,7 +81,7 @@ class Saver:
     ) -> None:
         """Save the state after `step` steps. Every rank calls this.
 
-        With `asynchronous` it returns once the state is in host memory, else once the checkpoint has its name.
+        With `asynchronous` it returns once the state is in host memory, otherwise once the checkpoint is published.
 
         Args:
             tensors: keys as in `Checkpoint.names`; plain tensors (the same on every rank) or DTensors.

@@ -249,7 +249,7 @@ def test_a_replacement_that_fails_puts_the_old_folder_back(corpus, tokenizer_fol
         patch.setattr(os, "rename", fail)
         with pytest.raises(OSError, match="no rename") as error:
             prepare([corpus], tokenizer_folder, out, **again)
-    assert "kept in" in error.value.__notes__[0] and "the same command goes on" in error.value.__notes__[0]
+    assert "kept in" in error.value.__notes__[0] and "the same command resumes it" in error.value.__notes__[0]
     assert content(out) == before
     report = prepare([corpus], tokenizer_folder, out, **again)
     assert report.resumed and report.sides["val"].documents > 0

@@ -17,7 +17,7 @@ from lit_model.init import initialise
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from pretrain.args import RunArgs
-from pretrain.checkpoint.saving import Saver
+from pretrain.checkpoint.saver import Saver
 from pretrain.compiling import compile_blocks
 from pretrain.data import (
     Datasets,
@@ -32,6 +32,7 @@ from pretrain.data import (
 from pretrain.distillation.teacher_cache import open_teachers, resolve_teachers
 from pretrain.fabric import Fabric
 from pretrain.failure.first_failure import begin_attempt
+from pretrain.failure.peers import Peers, on_rank_zero
 from pretrain.failure.rank_log import RankLog
 from pretrain.failure.watchdog import Watchdog, control_store
 from pretrain.guards import StopRequest, StopSignals
@@ -40,7 +41,6 @@ from pretrain.launch import is_rank
 from pretrain.logs.environment import command_line, record_environment
 from pretrain.optim import AdamW, LossScale
 from pretrain.parallel import autocast, build_fabric, check_shapes, device_kind, uses_fsdp
-from pretrain.ranks import Peers, on_rank_zero
 from pretrain.resume import check_resume, is_finished, new_progress, read_meta, restore, resumed_progress
 from pretrain.run import Run
 from pretrain.run_folder import begin_recording, metrics_columns, open_folder

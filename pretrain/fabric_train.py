@@ -32,17 +32,17 @@ from lit_model.hf.families import family_of
 from lit_model.kernels.choose import AttentionChoice, choose_attention
 from pretrain.args import RunArgs
 from pretrain.build import RunFinished, set_up
-from pretrain.checkpoint.writing import SaveError
+from pretrain.checkpoint.commit import SaveError
 from pretrain.cli.command_line import make_printable
 from pretrain.cli.run_parser import parse
 from pretrain.failure.first_failure import lost_connection
+from pretrain.failure.peers import Mistake, status_of
 from pretrain.guards import AgreedError, Interrupted, StopSignals
 from pretrain.launch import has_gpus, is_first_process
 from pretrain.logs.messages import Unfailing, say
 from pretrain.loop import fit
 from pretrain.parallel import DTYPES
 from pretrain.preflight.preflight import preflight
-from pretrain.ranks import Mistake, status_of
 from pretrain.run import Run
 from pretrain.run_folder import STOPPED
 

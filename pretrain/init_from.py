@@ -12,7 +12,7 @@ from lit_model.config import ModelConfig
 from lit_model.init import copy_slice
 from lit_model.load import OPTIMIZER_PREFIX, Checkpoint, is_hf_folder, load_tensors, resolve
 from pretrain.args import RunArgs
-from pretrain.checkpoint.files import STEP_COUNT, state_tensors
+from pretrain.checkpoint.load import STEP_COUNT, state_tensors
 from pretrain.optim import AdamW
 
 

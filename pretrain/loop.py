@@ -28,11 +28,11 @@ from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from lit_model.moe import RouterStatistics
 from pretrain.args import plain
-from pretrain.checkpoint.writing import SaveError
+from pretrain.checkpoint.commit import SaveError
 from pretrain.compiling import CompiledBlocks
 from pretrain.distillation.objective import distillation_values, student_head
 from pretrain.distillation.teachers import Teachers
-from pretrain.encoding import encoding_facts
+from pretrain.failure.peers import Mistake, on_rank_zero
 from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
 from pretrain.logs.layer_norms import FILE as LAYERS
 from pretrain.logs.layer_norms import LayerNorms
@@ -42,10 +42,10 @@ from pretrain.logs.progress import ProgressDisplay
 from pretrain.logs.throughput import Throughput
 from pretrain.optim import clip_gradients
 from pretrain.parallel import uses_fsdp
-from pretrain.ranks import Mistake, on_rank_zero
 from pretrain.resume import go_back
 from pretrain.run import Run
 from pretrain.schedule import learning_rate
+from pretrain.text_encoding import encoding_facts
 
 SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 

@@ -12,7 +12,7 @@ from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_model.config import ModelConfig
 from lit_model.load import Checkpoint
 from pretrain.args import DistillationArgs, RunArgs, flat, plain
-from pretrain.checkpoint.files import check_meta, load_state, training_state
+from pretrain.checkpoint.load import check_meta, load_state, training_state
 from pretrain.data import Data, in_order, training_loader
 from pretrain.guards import SpikeDetector
 from pretrain.optim import AdamW, LossScale

@@ -19,19 +19,19 @@ from lit_files.lock import FileLock
 from lit_model.config import ModelConfig
 from lit_model.model import GPT
 from pretrain.args import RunArgs
-from pretrain.checkpoint.files import training_state
-from pretrain.checkpoint.saving import Saver
+from pretrain.checkpoint.load import training_state
+from pretrain.checkpoint.saver import Saver
 from pretrain.data import Data
 from pretrain.distillation.teacher_cache import CachedTeacher
 from pretrain.distillation.teachers import Teachers
 from pretrain.fabric import Fabric
+from pretrain.failure.peers import Peers
 from pretrain.failure.watchdog import Watchdog
 from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.logs.messages import say
 from pretrain.logs.trackers import Trackers
 from pretrain.optim import AdamW, LossScale
 from pretrain.parallel import autocast
-from pretrain.ranks import Peers
 
 
 @dataclass(kw_only=True)

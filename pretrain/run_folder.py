@@ -18,14 +18,15 @@ from lit_files.lock import FileLock, lock_folder
 from lit_files.publish import write_text
 from lit_model.config import ModelConfig
 from pretrain.args import RunArgs, plain
-from pretrain.checkpoint.files import find_checkpoint, remove, remove_if_possible, rewind
+from pretrain.checkpoint.load import find_checkpoint
+from pretrain.checkpoint.retention import remove, remove_if_possible, rewind
 from pretrain.data import Data
 from pretrain.fabric import Fabric
+from pretrain.failure.peers import on_rank_zero
 from pretrain.logs.messages import warn
 from pretrain.logs.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS, newest_step
 from pretrain.logs.metrics import FILE as METRICS
 from pretrain.logs.trackers import Trackers, abandon, check_trackers
-from pretrain.ranks import on_rank_zero
 from pretrain.run import Progress
 
 STOPPED = "stopped.json"  # in the folder of a run that a signal ended

@@ -16,7 +16,7 @@ from pretrain.cli.command_line import end_on_ctrl_c
 end_on_ctrl_c()
 
 from pretrain.cli.command_line import ScriptParser
-from pretrain.convert.state_dict_type import convert_checkpoint
+from pretrain.convert.full_and_sharded import convert_checkpoint
 
 
 def main() -> int:

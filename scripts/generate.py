@@ -20,8 +20,8 @@ from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_model.generate import generate
 from lit_model.load import load_model
 from pretrain.cli.command_line import ScriptParser
-from pretrain.encoding import encode_prompt, encoding_of
 from pretrain.model_tokenizer import check_own_tokenizer, find_tokenizer, ids_without_token
+from pretrain.text_encoding import encode_prompt, encoding_of
 
 
 def parser() -> ScriptParser:

@@ -20,8 +20,8 @@ from lit_data.record.trace import find_recorded
 from lit_eval.agreement import largest_difference, our_span_losses, transformers_span_losses
 from lit_model.load import Checkpoint, resolve
 from pretrain.cli.command_line import ScriptParser
-from pretrain.encoding import check_folder
 from pretrain.model_tokenizer import compare, describe_difference, of_data, of_model
+from pretrain.text_encoding import check_folder
 
 TOLERANCE = 1e-4
 

@@ -23,7 +23,6 @@ from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.gguf import architecture_of, write_gguf
 from lit_model.hf.io import read_folder, write_folder
 from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
-from pretrain.encoding import Encoding, encoding_of
 from pretrain.model_tokenizer import (
     KnownTokenizer,
     check_own_tokenizer,
@@ -32,6 +31,7 @@ from pretrain.model_tokenizer import (
     ids_without_token,
     of_files,
 )
+from pretrain.text_encoding import Encoding, encoding_of
 
 
 def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> Path:

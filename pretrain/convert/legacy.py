@@ -34,8 +34,8 @@ from lit_model.legacy import (
     match_names,
 )
 from lit_model.tensor_file import DAMAGED, fault, open_tensor_file
-from pretrain.checkpoint.files import FORMAT_VERSION
-from pretrain.checkpoint.writing import check_free_space
+from pretrain.checkpoint.commit import check_free_space
+from pretrain.checkpoint.load import FORMAT_VERSION
 from pretrain.model_tokenizer import KnownTokenizer, of_files
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

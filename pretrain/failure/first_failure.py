@@ -26,7 +26,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from lit_files.publish import create_json
-from pretrain.checkpoint.files import remove
+from pretrain.checkpoint.retention import remove
 from pretrain.failure.rank_log import FOLDER, RankLog
 from pretrain.failure.watchdog import SILENT_INTERVALS, Watchdog
 from pretrain.logs.messages import warn
@@ -136,10 +136,10 @@ def cause_elsewhere(watchdog: Watchdog) -> Failure | None:
 def of_silent(silent: list[tuple[int, float]], watchdog: Watchdog) -> Failure:
     """The failure of a rank that could not report it."""
     rank, seconds = silent[0]
-    sign, log = watchdog.last_sign(rank), watchdog.log
+    heartbeat, log = watchdog.last_heartbeat(rank), watchdog.log
     also = f", nor from ranks {', '.join(str(r) for r, _ in silent[1:])}" if silent[1:] else ""
-    message = f"no sign of life for {seconds:.1f} s{also}: killed, stopped, or its host is gone"
-    host, step = (sign.host, sign.step) if sign is not None else ("unknown", 0)
+    message = f"no heartbeat for {seconds:.1f} s{also}: killed, stopped, or its host is gone"
+    host, step = (heartbeat.host, heartbeat.step) if heartbeat is not None else ("unknown", 0)
     return Failure(log.attempt, rank, host, step, "Silent", message, utc_now(), log.rank)
 
 

@@ -1,9 +1,9 @@
 """Detects a hung run, dumps every rank's stacks and names the stuck rank.
 
-Each rank posts a sign of life to the store and reads those of the others. A rank whose training thread has shown no
+Each rank posts a heartbeat to the store and reads those of the others. A rank whose training thread has shown no
 progress for `timeout_s` raises the alarm there. Every rank that still can then writes the stacks of its threads to its
 log, and exits with status 76 after a message that names the stuck ranks. Clocks of hosts are never compared: the age of
-a sign is the time since the reader saw it change.
+a heartbeat is the time since the reader saw it change.
 
 Two threads, since a call to a store whose host has stopped never returns: one talks to the store, the other decides.
 C code that keeps the interpreter's lock stops both; then a timer of faulthandler writes the stacks and ends the process
@@ -25,17 +25,17 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from pretrain.failure.heartbeats import COLLECTIVES, Heartbeat, blame, parse_heartbeat, place, stacks
 from pretrain.failure.rank_log import RankLog
-from pretrain.failure.signs import COLLECTIVES, Sign, blame, place, stacks, to_sign
 
 EXIT_HUNG = 76
 
 GRACE_INTERVALS = 12
 """A run that hangs has ended, on every rank, `timeout_s` plus so many intervals after its last progress: one until that
-is seen, up to four until the others know, four for the last signs of life, three for files that are slow to write."""
+is seen, up to four until the others know, four for the last heartbeats, three for files that are slow to write."""
 
 SILENT_INTERVALS = 3
-"""A rank whose sign of life has not changed for longer is silent."""
+"""A rank whose heartbeat has not changed for longer is silent."""
 
 RECENT_INTERVALS = 10
 """A suspension of this process that ended longer ago does not explain an error now."""
@@ -51,7 +51,7 @@ def control_store(attempt: str) -> dist.Store | None:
 
 
 def default_interval_s(timeout_s: float, world_size: int) -> float:
-    """Seconds between two signs of life: 20 in the time-out, and not too many for the one process with the store.
+    """Seconds between two heartbeats: 20 in the time-out, and not too many for the one process with the store.
 
     That process answers `world_size` requests an interval, each for as many keys; one for 512 keys takes it 2 ms.
     """
@@ -64,8 +64,8 @@ class Watchdog:
 
     Args:
         store: where the ranks meet; calls go over a connection of its own. None: one process, nothing is exchanged.
-        timeout_s: without progress, until the alarm. 0: no alarm is raised; signs of life are exchanged all the same.
-        interval_s: between two signs of life. None: as `default_interval_s` says.
+        timeout_s: without progress, until the alarm. 0: no alarm is raised; heartbeats are exchanged all the same.
+        interval_s: between two heartbeats. None: as `default_interval_s` says.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class Watchdog:
         self._alarm: str | None = None  # the one that all ranks follow
         self._store_error: str | None = None
         self._round_at = now  # when the last exchange was complete
-        self._seen: dict[int, tuple[bytes, float]] = {}  # rank: its newest sign, when that was first seen
+        self._seen: dict[int, tuple[bytes, float]] = {}  # rank: its newest heartbeat, when that was first seen
         self._began = now
         self._number = 0
-        self._final: Sign | None = None  # of the moment of the alarm
+        self._final: Heartbeat | None = None  # of the moment of the alarm
         self._watch_at: float | None = None  # when the watching thread ran last
         self._stopped = (0.0, 0.0)  # the last time in which it did not run: seconds, and when that ended
         self._closing = threading.Event()
@@ -98,7 +98,7 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
         if store is not None:
             self._client: dist.Store = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
-            self._start(self._exchange_signs, "llammlein-signs")
+            self._start(self._exchange, "llammlein-heartbeats")
         if timeout_s:
             self._arm()
             self._start(self._watch, "llammlein-watchdog")
@@ -112,7 +112,7 @@ class Watchdog:
         self._beat = (step, phase, time.monotonic())
 
     def silent_ranks(self) -> list[tuple[int, float]]:
-        """(rank, seconds since its last sign of life) of ranks from which none came for more than 3 intervals.
+        """(rank, seconds since its last heartbeat) of ranks from which none came for more than 3 intervals.
 
         When the store itself is silent nothing is known of the others, except for its host: rank 0, unless torchrun's
         agent hosts it.
@@ -120,7 +120,7 @@ class Watchdog:
         now, patience_s, silent = time.monotonic(), SILENT_INTERVALS * self.interval_s, []
         for rank in self._others():
             text, since = self._seen.get(rank, (None, self._began))
-            if self._round_at - since > patience_s and not (text is not None and to_sign(text).ended):
+            if self._round_at - since > patience_s and not (text is not None and parse_heartbeat(text).ended):
                 silent.append((rank, now - since))
         if self.store_silent_s() > 0 and self.rank != 0 and not agent_keeps_store() and 0 not in dict(silent):
             silent.insert(0, (0, now - self._round_at))
@@ -150,9 +150,9 @@ class Watchdog:
     def _is_stop(self, seconds: float) -> bool:
         return seconds - self.interval_s > SILENT_INTERVALS * self.interval_s
 
-    def last_sign(self, rank: int) -> Sign | None:
-        """The last sign of a rank; None if there was none."""
-        return to_sign(self._seen[rank][0]) if rank in self._seen else None
+    def last_heartbeat(self, rank: int) -> Heartbeat | None:
+        """The last heartbeat of a rank; None if there was none."""
+        return parse_heartbeat(self._seen[rank][0]) if rank in self._seen else None
 
     def stand_by(self) -> None:
         """After an alarm this does not return, since the process is about to end: errors of collectives that fail
@@ -173,14 +173,14 @@ class Watchdog:
     def _others(self) -> list[int]:
         return [rank for rank in range(self.world_size) if rank != self.rank]
 
-    def _sign(self) -> Sign:
+    def _heartbeat(self) -> Heartbeat:
         """This rank now; after an alarm as it was then, since its collectives fail when the first ranks end."""
         self._number += 1
         if self._final is not None:
             return dataclasses.replace(self._final, number=self._number)
         step, phase, at = self._beat
         frame = sys._current_frames().get(self._training_thread)
-        sign = Sign(
+        heartbeat = Heartbeat(
             step=step,
             phase=phase,
             idle_s=time.monotonic() - at,
@@ -191,19 +191,19 @@ class Watchdog:
             ended=self._closing.is_set(),
             number=self._number,
         )
-        if sign.alarmed:
-            self._final = sign
-        return sign
+        if heartbeat.alarmed:
+            self._final = heartbeat
+        return heartbeat
 
-    def _exchange_signs(self) -> None:
+    def _exchange(self) -> None:
         """The thread that talks to the store."""
         while True:
-            sign = self._sign()
+            heartbeat = self._heartbeat()
             try:
-                self._client.set(f"rank-{self.rank}", json.dumps(vars(sign)))
-                if sign.ended:
+                self._client.set(f"rank-{self.rank}", json.dumps(vars(heartbeat)))
+                if heartbeat.ended:
                     return
-                self._read_signs()
+                self._read_heartbeats()
             except RuntimeError as error:  # torch's DistError is one
                 if not self._closing.is_set():
                     self._store_error = str(error).splitlines()[0]
@@ -213,7 +213,7 @@ class Watchdog:
             self._exchange_now.wait(self.interval_s)
             self._exchange_now.clear()
 
-    def _read_signs(self) -> None:
+    def _read_heartbeats(self) -> None:
         here = [rank for rank in self._others() if rank in self._seen or self._client.check([f"rank-{rank}"])]
         if here:
             for rank, text in zip(here, self._client.multi_get([f"rank-{rank}" for rank in here]), strict=True):
@@ -246,7 +246,7 @@ class Watchdog:
                 self._end(self._alarm)
 
     def _end(self, alarm: str) -> NoReturn:
-        """Write the stacks, wait for the last signs of life, name the stuck rank, end the process."""
+        """Write the stacks, wait for the last heartbeats, name the stuck rank, end the process."""
         until = time.monotonic() + SILENT_INTERVALS * self.interval_s
         if self.rank == 0:
             until += self.interval_s  # the store may end with this process
@@ -255,11 +255,11 @@ class Watchdog:
             dump = stacks()
         except OSError as error:
             dump = f"the stacks could not be taken: {error}"
-        in_background(lambda: self.log.event(f"alarm: {alarm}; this rank is {self._sign()}\n{dump}"))
+        in_background(lambda: self.log.event(f"alarm: {alarm}; this rank is {self._heartbeat()}\n{dump}"))
         time.sleep(max(0.0, until - time.monotonic()))
-        signs = {rank: self.last_sign(rank) for rank in self._others()} | {self.rank: self._sign()}
-        silent = {rank: s for rank, s in self.silent_ranks() if (sign := signs[rank]) is None or not sign.alarmed}
-        text = f"error: the run hangs: {alarm} (--guard.hang_timeout_s {self.timeout_s:g}); {blame(signs, silent)}"
+        heartbeats = {rank: self.last_heartbeat(rank) for rank in self._others()} | {self.rank: self._heartbeat()}
+        silent = {r: s for r, s in self.silent_ranks() if (last := heartbeats[r]) is None or not last.alarmed}
+        text = f"error: the run hangs: {alarm} (--guard.hang_timeout_s {self.timeout_s:g}); {blame(heartbeats, silent)}"
         if (silent_s := self.store_silent_s()) > 0:
             text += f"; the store has given no answer for {silent_s:.0f} s, so this is what was known before"
         if (stopped_s := self.stopped_s()) > 0:

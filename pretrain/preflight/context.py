@@ -12,7 +12,7 @@ from lit_model.config import ModelConfig
 from lit_model.cost import TrainingMemory
 from pretrain.args import RunArgs
 from pretrain.data import Data, Datasets
-from pretrain.preflight.ranks import Outcome, Ranks
+from pretrain.preflight.outcomes import Outcome, Ranks
 from pretrain.run_folder import named_folder
 
 T = TypeVar("T")

@@ -25,7 +25,7 @@ from lit_model.cost import count_parameters
 from pretrain.logs.environment import code_hash
 from pretrain.preflight.context import Finding, PreflightContext, faults, odd_ones, results, show_bytes
 from pretrain.preflight.nccl_transport import has_verbs, infiniband_devices, read_log, slow_for, transports
-from pretrain.preflight.ranks import Ranks
+from pretrain.preflight.outcomes import Ranks
 
 # GB/s of the largest message, bus bandwidth. Far below any sound network (NVLink: hundreds; InfiniBand: 10 to 50 a
 # card; 10 Gbit Ethernet: 1.2; loopback: 0.3 and more), so that only a broken one fails: NCCL that fell back to a

@@ -27,7 +27,7 @@ from pretrain.preflight.context import Finding, PreflightContext, Verdict, fault
 from pretrain.preflight.machine import check_devices, check_disk, check_environment, check_network
 from pretrain.preflight.memory import check_memory
 from pretrain.preflight.nccl_transport import ask_for_log
-from pretrain.preflight.ranks import Outcome, RankLostError, Ranks, describe
+from pretrain.preflight.outcomes import Outcome, RankLostError, Ranks, describe
 from pretrain.preflight.trial_run import check_data, check_one_step, check_run_folder, check_tracker_setup
 
 # Each checks one thing, and is called on all ranks. Work that differs between ranks is done in `ranks.together` (no

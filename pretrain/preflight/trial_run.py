@@ -20,7 +20,7 @@ from lit_model.load import Checkpoint
 from lit_model.registry import get_config
 from pretrain.args import RunArgs
 from pretrain.build import set_up
-from pretrain.checkpoint.files import check_meta, find_checkpoint
+from pretrain.checkpoint.load import check_meta, find_checkpoint
 from pretrain.data import Datasets, first_segments, length_of, open_data, open_datasets, training_loader
 from pretrain.distillation.teacher_cache import resolve_teachers
 from pretrain.init_from import model_config
@@ -29,7 +29,7 @@ from pretrain.logs.trackers import check_trackers
 from pretrain.loop import train_step
 from pretrain.preflight.context import Finding, PreflightContext, faults, results, show_bytes
 from pretrain.preflight.memory import memory_advice, training_setting
-from pretrain.preflight.ranks import Ranks
+from pretrain.preflight.outcomes import Ranks
 from pretrain.resume import check_resume
 
 CHECKSUM_BYTES = 256 << 20  # of shards that one rank reads again

@@ -39,7 +39,7 @@ CALLS = {
 }
 REWIND = (
     "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
-    "from pretrain.checkpoint.files import rewind; rewind(Path(sys.argv[2]), int(sys.argv[3]))"
+    "from pretrain.checkpoint.retention import rewind; rewind(Path(sys.argv[2]), int(sys.argv[3]))"
 )
 REWOUND = 14  # inside a merged file
 PARTS = tuple(f".part-rank{rank:05d}.tmp" for rank in range(RANKS))

@@ -252,7 +252,7 @@ def test_lost_host_ends_the_other_and_both_go_on(
         time.sleep(0.2)
     print(f"{kind} {devices} {how}: the ranks have ended after {time.monotonic() - began:.1f} s")
     for host in left:
-        assert "no sign of life" in host.told() or "the run hangs" in host.told(), host.told()
+        assert "no heartbeat" in host.told() or "the run hangs" in host.told(), host.told()
     assert hosts.both[0].end(ENDED_S) != 0
     # Without the network, the launcher that does not keep the store of the rendezvous may wait for it for long.
     hosts.both[1].lose()

@@ -47,10 +47,10 @@ from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_data.tokenizers.training import train_on_texts
 from lit_files.publish import write_json
 from lit_model.load import Checkpoint, load_tensors
-from pretrain.checkpoint.files import check_meta, check_whole
+from pretrain.checkpoint.load import check_meta, check_whole
 from pretrain.cli.run_parser import build_parser, parse
 from pretrain.convert.export import export_to_hf
-from pretrain.convert.state_dict_type import convert_checkpoint
+from pretrain.convert.full_and_sharded import convert_checkpoint
 from pretrain.distillation.teacher_cache import CachedTeacher, CacheFacts, begin_cache, check_finished, read_facts
 from pretrain.fabric_train import main
 from pretrain.logs.metrics import cut_metrics

@@ -34,7 +34,7 @@ import torch.distributed as dist  # noqa: E402
 
 from lit_data.record.writer import DatapointRecorder  # noqa: E402
 from pretrain import build, loop  # noqa: E402
-from pretrain.checkpoint import saving, writing  # noqa: E402
+from pretrain.checkpoint import commit, saver  # noqa: E402
 from pretrain.optim import local  # noqa: E402
 
 
@@ -112,7 +112,7 @@ def _signal(fault: dict[str, Any]) -> None:
         setattr(owner, name, struck)
 
     if fault["when"] == "saving":
-        before("write", writing.CheckpointWriter)
+        before("write", commit.CheckpointWriter)
     else:
         before({"step": "train_step", "validation": "validate"}[fault["when"]], loop)
 
@@ -145,7 +145,7 @@ def _error(fault: dict[str, Any]) -> None:
     owner, name = {
         "set-up": (build, "open_data"),
         "resume": (build, "restore"),
-        "save": (saving.Saver, "save"),
+        "save": (saver.Saver, "save"),
         "validation": (loop, "validate"),
         "end": (DatapointRecorder, "close"),
     }[fault["where"]]
@@ -176,7 +176,7 @@ def _ballast(fault: dict[str, Any]) -> None:
 
 
 def _blind(fault: dict[str, Any]) -> None:
-    writing.check_free_space = lambda folder, n_bytes: None
+    commit.check_free_space = lambda folder, n_bytes: None
 
 
 def _code(fault: dict[str, Any]) -> None:

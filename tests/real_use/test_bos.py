@@ -21,7 +21,7 @@ from lit_model.config import ModelConfig
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.io import write_folder
 from lit_model.model import GPT
-from pretrain.encoding import unlike_start
+from pretrain.text_encoding import unlike_start
 
 CHATTY = [
     "<|im_start|>user\nWas?<|im_end|>\n",

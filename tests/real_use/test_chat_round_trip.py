@@ -30,7 +30,7 @@ from lit_model.hf.io import write_folder
 from lit_model.init import initialise
 from lit_model.load import load_tensors
 from lit_model.model import GPT
-from pretrain.encoding import check_folder
+from pretrain.text_encoding import check_folder
 
 transformers = pytest.importorskip("transformers")
 

@@ -17,9 +17,9 @@ from whole_record import read_record
 
 from lit_data.record.parts import list_parts
 from pretrain.args import SaveArgs
-from pretrain.checkpoint import files as checkpoint
-from pretrain.checkpoint.files import retain, rewind
-from pretrain.checkpoint.writing import clear
+from pretrain.checkpoint import retention
+from pretrain.checkpoint.commit import clear
+from pretrain.checkpoint.retention import retain, rewind
 from pretrain.failure.first_failure import begin_attempt, to_failure
 from pretrain.failure.rank_log import RankLog
 
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_cannot_be_deleted(
             raise OSError(16, "Device or resource busy", str(source))
         real(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "rename", rename)
+    monkeypatch.setattr(retention.os, "rename", rename)
     undeletable: set[Path] = set()
     for _ in range(3):
         retain(tmp_path, SaveArgs(keep_last=1), undeletable)
@@ -165,7 +165,7 @@ def test_leftovers_that_cannot_be_deleted(done: Path, tmp_path: Path, monkeypatc
     def rmtree(path: Path) -> None:
         raise OSError(39, "Directory not empty", str(path))
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", rmtree)
+    monkeypatch.setattr(retention.shutil, "rmtree", rmtree)
     rewind(run, 8)
     clear(run / ".iter-00000012-ckpt.pth.tmp")
     assert not (run / ".iter-00000012-ckpt.pth.tmp").exists()

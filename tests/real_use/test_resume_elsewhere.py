@@ -10,7 +10,7 @@ from running import flags, metrics, train, write_dataset
 
 from lit_files.checkpoint_name import list_checkpoints
 from lit_model.load import Checkpoint
-from pretrain.checkpoint.files import find_checkpoint
+from pretrain.checkpoint.load import find_checkpoint
 
 NAME = "iter-00000004-ckpt.pth"
 EIGHT: dict[str, object] = {"train__max_steps": 8, "train__micro_batch_samples": 8}

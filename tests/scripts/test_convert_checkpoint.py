@@ -12,7 +12,7 @@ from running import flags, script, train
 
 from lit_model.hf.families import config_to_hf
 from lit_model.load import Checkpoint
-from pretrain.checkpoint.writing import nested
+from pretrain.checkpoint.commit import nested
 
 FIRST, LAST = "iter-00000004-ckpt.pth", "iter-00000008-ckpt.pth"
 SETTINGS = {"save__every_steps": 4, "train__max_steps": 8, "eval__every_steps": 8}

@@ -57,7 +57,7 @@ def test_a_killed_rank_is_named_by_the_others(cases: dict[str, Case], name: str,
         assert case.statuses[rank] == (-9 if rank == killed else 1)
         if rank != killed:
             assert f"rank {rank} stopped since rank {killed} failed first (host" in case.message(rank)
-            assert "Silent: no sign of life for" in case.message(rank)
+            assert "Silent: no heartbeat for" in case.message(rank)
     facts = json.loads((case.folder / FOLDER / FILE).read_text())
     assert facts["rank"] == killed and facts["seen_by"] != killed and facts["attempt"] != "earlier"
 
@@ -66,7 +66,7 @@ def test_a_rank_that_was_stopped_names_itself_and_not_those_that_gave_it_up(tmp_
     store, interval_s = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), 0.05
     watchdog = Watchdog(store, 1, 3, RankLog(tmp_path, 1, 3, "now"), 60.0, interval_s)
     try:
-        time.sleep(4 * interval_s)  # ranks 0 and 2 give no sign of life either
+        time.sleep(4 * interval_s)  # ranks 0 and 2 send no heartbeat either
         ctypes.PyDLL(None).usleep(400_000)  # PyDLL: the interpreter's lock is kept, so nothing runs
         assert 0.4 <= watchdog.stopped_s() < 10
         first = report_failure(RuntimeError("Connection closed by peer"), 7, watchdog)

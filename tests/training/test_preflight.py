@@ -26,7 +26,7 @@ from pretrain.preflight import trial_run as preflight_run
 from pretrain.preflight.context import PreflightContext
 from pretrain.preflight.machine import check_network
 from pretrain.preflight.memory import host_memory_bytes
-from pretrain.preflight.ranks import Outcome, Ranks
+from pretrain.preflight.outcomes import Outcome, Ranks
 
 ITEMS = ("devices", "environment", "network", "run folder", "trackers", "data", "disk", "memory", "one step")
 FINE = {name: "ok" for name in ITEMS}
@@ -95,8 +95,8 @@ def test_one_process_passes_and_leaves_nothing(data: Path, tmp_path: Path, capsy
 
 SMALL_AND_SHORT = """
 from pretrain.preflight import machine as preflight_checks
-from pretrain.preflight import ranks as preflight_ranks
-preflight_ranks.GRACE_S = 1.0
+from pretrain.preflight import outcomes
+outcomes.GRACE_S = 1.0
 preflight_checks.MARKER_WAIT_S = 0.5
 preflight_checks.DISK_BYTES = 1 << 20
 """

@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from lit_files.checkpoint_name import list_checkpoints
 from lit_model.load import Checkpoint
 from pretrain.args import SaveArgs
-from pretrain.checkpoint.files import load_state
+from pretrain.checkpoint.commit import CheckpointWriter, SaveError
 from pretrain.checkpoint.host_copy import local_tensor
-from pretrain.checkpoint.saving import Saver
-from pretrain.checkpoint.writing import CheckpointWriter, SaveError
+from pretrain.checkpoint.load import load_state
+from pretrain.checkpoint.saver import Saver
 
 KINDS = ["full", "sharded"]
 
@@ -123,9 +123,9 @@ def test_full_disk(
     small_disk: Path, kind: str, asynchronous: bool, blind: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two states fit, three don't; with and without a look at the free space before."""
-    monkeypatch.setattr("pretrain.checkpoint.writing.SPARE_BYTES", 1 << 16)
+    monkeypatch.setattr("pretrain.checkpoint.commit.SPARE_BYTES", 1 << 16)
     if blind:
-        monkeypatch.setattr("pretrain.checkpoint.writing.check_free_space", lambda folder, n_bytes: None)
+        monkeypatch.setattr("pretrain.checkpoint.commit.check_free_space", lambda folder, n_bytes: None)
     writer = saver(small_disk, state_dict_type=kind, asynchronous=asynchronous)
     states = {step: state(step, n=10000) for step in (1, 2, 3)}
     for step in (1, 2):

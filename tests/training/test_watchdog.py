@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 from failing_ranks import Case, run_cases
 
+from pretrain.failure.heartbeats import Heartbeat, blame, spans
 from pretrain.failure.rank_log import RankLog
-from pretrain.failure.signs import Sign, blame, spans
 from pretrain.failure.watchdog import EXIT_HUNG, GRACE_INTERVALS, Watchdog, default_interval_s
 
 SILENT = {"stopped": 1, "lock_kept": 1, "host_stopped": 0, "host_killed_asleep": 0}  # case: rank
@@ -41,8 +41,8 @@ def test_a_rank_without_a_sign_of_life_is_named(cases: dict[str, Case], name: st
     case = cases[name]
     for rank in {0, 1, 2} - {culprit}:
         assert case.statuses[rank] == EXIT_HUNG and case.seconds[rank] < LIMIT_S
-        assert f"; rank {culprit} has given no sign of life for" in case.message(rank)
-        assert case.message(rank).count("no sign of life") == 1
+        assert f"; rank {culprit} has sent no heartbeat for" in case.message(rank)
+        assert case.message(rank).count("no heartbeat") == 1
         assert ("all_reduce" if name != "host_killed_asleep" else "wait_for_ever") in case.log(rank)
 
 
@@ -101,21 +101,21 @@ def test_no_alarm_in_a_run_that_gets_on(cases: dict[str, Case]) -> None:
         assert "alarm" not in case.log(rank) and "gone" not in case.log(rank)
 
 
-def sign(**facts: object) -> Sign:
+def heartbeat(**facts: object) -> Heartbeat:
     usual = {"step": 1, "phase": "train", "idle_s": 9.0, "frame": "a.py:1 in f", "collective": False, "host": "h"}
-    return Sign(**usual | {"alarmed": True, "ended": False, "number": 1} | facts)  # type: ignore[arg-type]
+    return Heartbeat(**usual | {"alarmed": True, "ended": False, "number": 1} | facts)  # type: ignore[arg-type]
 
 
 def test_blame_in_order() -> None:
-    waits = sign(collective=True, frame="d.py:2 in all_reduce")
-    silent = blame({0: waits, 1: sign(step=0), 2: None, 3: sign(host="k")}, {2: 40.0, 3: 50.0})
-    life = "has given no sign of life for"
+    waits = heartbeat(collective=True, frame="d.py:2 in all_reduce")
+    silent = blame({0: waits, 1: heartbeat(step=0), 2: None, 3: heartbeat(host="k")}, {2: 40.0, 3: 50.0})
+    life = "has sent no heartbeat for"
     assert silent.startswith(f"rank 2 {life} 40 s; rank 3 {life} 50 s; last seen on k in step 1, train")
-    assert blame({0: waits, 1: sign(step=0), 2: sign()}, {}).startswith("behind: rank 1 on h in step 0")
-    assert blame({0: waits, 1: sign(), 2: waits}, {}).startswith("held up by rank 1 on h")
-    every = blame({0: sign(), 1: sign(phase="save"), 2: sign()}, {})
+    assert blame({0: waits, 1: heartbeat(step=0), 2: heartbeat()}, {}).startswith("behind: rank 1 on h in step 0")
+    assert blame({0: waits, 1: heartbeat(), 2: waits}, {}).startswith("held up by rank 1 on h")
+    every = blame({0: heartbeat(), 1: heartbeat(phase="save"), 2: heartbeat()}, {})
     assert every.startswith("all are in the same step: rank 1 on h in step 1, save") and "ranks 0, 2 on h" in every
-    ended = blame({0: sign(phase="failed", ended=True), 1: waits}, {})
+    ended = blame({0: heartbeat(phase="failed", ended=True), 1: waits}, {})
     assert ended.startswith("rank 1 on h") and "; ended already: rank 0 on h in step 1, failed" in ended
 
 
@@ -138,7 +138,7 @@ def test_silent_ranks(tmp_path: Path, kind: str) -> None:
     time.sleep(0.5)  # rank 1 was not heard of for longer than three intervals by now
     ((rank, seconds),) = dogs[0].silent_ranks()
     assert rank == 2 and seconds > 0.3
-    last = dogs[0].last_sign(1)
+    last = dogs[0].last_heartbeat(1)
     assert last is not None and (last.step, last.phase, last.ended) == (4, "save", True)
     dogs[0].close()
     for log in reversed(logs):

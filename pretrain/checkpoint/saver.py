@@ -1,6 +1,6 @@
 """When checkpoints are written: at once or in the background, one at a time, and which old ones are deleted.
 
-`pretrain/checkpoint/writing.py` writes each of them.
+`pretrain/checkpoint/commit.py` writes each of them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from lit_files.checkpoint_name import checkpoint_name
 from pretrain.args import SaveArgs
-from pretrain.checkpoint.files import FORMAT_VERSION, retain
+from pretrain.checkpoint.commit import CheckpointWriter, SaveError
 from pretrain.checkpoint.host_copy import HostBuffers, gather
-from pretrain.checkpoint.writing import CheckpointWriter, SaveError
+from pretrain.checkpoint.load import FORMAT_VERSION
+from pretrain.checkpoint.retention import retain
 from pretrain.logs.messages import say, warn
 
 

@@ -30,7 +30,7 @@ from lit_files.checksum import file_sha256
 from lit_files.publish import publish, sync_file, write_json
 from lit_model.checksum import tensor_checksum
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX
-from pretrain.checkpoint.files import remove
+from pretrain.checkpoint.retention import remove
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Signs of life: each rank reports its step, phase and place in the code; from all of them follows which rank hangs."""
+"""Heartbeats: each rank reports its step, phase and place in the code; all of them together show which rank hangs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLLECTIVES = os.path.dirname(dist.__file__)
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     """The state of a rank, as it reports it.
 
     Attributes:
@@ -28,7 +28,7 @@ class Sign:
         collective: that place is inside torch.distributed.
         alarmed: it knows of the alarm.
         ended: it has closed its watchdog, and sends no more.
-        number: counts the signs of this rank, so that each differs from the one before.
+        number: counts the heartbeats of this rank, so that each differs from the one before.
     """
 
     step: int
@@ -45,25 +45,25 @@ class Sign:
         return f"in step {self.step}, {self.phase}, without progress for {self.idle_s:.0f} s, at {self.frame}"
 
 
-def to_sign(text: bytes) -> Sign:
-    return Sign(**json.loads(text))
+def parse_heartbeat(text: bytes) -> Heartbeat:
+    return Heartbeat(**json.loads(text))
 
 
-def blame(signs: Mapping[int, Sign | None], silent: Mapping[int, float]) -> str:
+def blame(heartbeats: Mapping[int, Heartbeat | None], silent: Mapping[int, float]) -> str:
     """The ranks that block the others, as far as can be known, and the place of the others.
 
     Args:
-        signs: the last of each rank; None for a rank that never sent one.
+        heartbeats: the last of each rank; None for a rank that never sent one.
         silent: {rank: seconds} of the ranks that no longer answer.
     """
-    known = {r: s for r, s in signs.items() if s is not None and r not in silent and not s.ended}
-    found, why, how = dict[int, Sign](), "", "the others"
+    known = {r: s for r, s in heartbeats.items() if s is not None and r not in silent and not s.ended}
+    found, why, how = dict[int, Heartbeat](), "", "the others"
     if silent:
         parts = []
         for rank, seconds in silent.items():
-            sign = signs[rank]
-            last = f"; last seen on {sign.host} {sign}" if sign is not None else ""
-            parts.append(f"rank {rank} has given no sign of life for {seconds:.0f} s{last}")
+            heartbeat = heartbeats[rank]
+            last = f"; last seen on {heartbeat.host} {heartbeat}" if heartbeat is not None else ""
+            parts.append(f"rank {rank} has sent no heartbeat for {seconds:.0f} s{last}")
         why = "; ".join(parts) + " (killed, stopped, its host gone, or in C code that keeps the interpreter's lock)"
     elif len({s.step for s in known.values()}) > 1:
         least = min(s.step for s in known.values())
@@ -76,19 +76,19 @@ def blame(signs: Mapping[int, Sign | None], silent: Mapping[int, float]) -> str:
     else:
         found, why = known, places(known)
     rest = {r: s for r, s in known.items() if r not in found}
-    ended = {r: s for r, s in signs.items() if s is not None and s.ended}
+    ended = {r: s for r, s in heartbeats.items() if s is not None and s.ended}
     return why + (f"; {how}: {places(rest)}" if rest else "") + (f"; ended already: {places(ended)}" if ended else "")
 
 
-def places(signs: Mapping[int, Sign]) -> str:
+def places(heartbeats: Mapping[int, Heartbeat]) -> str:
     """The places of ranks; those in the same place are named together, smallest group first."""
     groups: dict[tuple[int, str, str, str], list[int]] = {}
-    for rank, sign in sorted(signs.items()):
-        groups.setdefault((sign.step, sign.phase, sign.frame, sign.host), []).append(rank)
+    for rank, heartbeat in sorted(heartbeats.items()):
+        groups.setdefault((heartbeat.step, heartbeat.phase, heartbeat.frame, heartbeat.host), []).append(rank)
     parts = []
     for (_, _, _, host), ranks in sorted(groups.items(), key=lambda item: len(item[1])):
         name = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {spans(ranks)}"
-        parts.append(f"{name} on {host} {signs[ranks[0]]}")
+        parts.append(f"{name} on {host} {heartbeats[ranks[0]]}")
     return ", ".join(parts)
 
 

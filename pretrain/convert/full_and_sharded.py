@@ -20,7 +20,7 @@ from lit_files.checksum import file_sha256
 from lit_files.publish import build_folder, replace_file
 from lit_model.checksum import byte_view, tensor_checksum
 from lit_model.load import Checkpoint, is_hf_folder, resolve
-from pretrain.checkpoint.writing import check_free_space, nested
+from pretrain.checkpoint.commit import check_free_space, nested
 
 
 def convert_checkpoint(source: Path, output: Path, to: Literal["full", "sharded"]) -> Path:

@@ -1,17 +1,17 @@
-# Every target calls a Python script that needs only the standard library; without make, run the recipe's commands.
+# Each target calls a Python script that needs only the standard library; without make, run the commands directly.
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 
 .PHONY: help install test slow chaos check quickstart clean
 
 help:
-	@echo "make quickstart  install, then the whole way from text to a Hugging Face model in runs/quickstart/"
-	@echo "make install     make .venv with the extras test, dev, hf, gguf, data, plots, quickstart"
+	@echo "make quickstart  install, then run every step from text to a Hugging Face model in runs/quickstart/"
+	@echo "make install     create .venv with the extras test, dev, hf, gguf, data, plots, quickstart"
 	@echo "make test        run the tests (ARGS='-k loss' goes to pytest)"
-	@echo "make slow        run the tests that take minutes"
-	@echo "make chaos       only those that kill, and what each of them counted (docs/reliability.md); about an hour"
-	@echo "make check       lint, format check and types"
-	@echo "make clean       remove .venv and caches; runs/ stays"
+	@echo "make slow        run the tests that take minutes, including the kill tests"
+	@echo "make chaos       run only the kill tests and print their counts (docs/reliability.md); about an hour"
+	@echo "make check       check lint, format and types"
+	@echo "make clean       remove .venv and caches, but not runs/"
 
 install:
 	$(PYTHON) scripts/install.py

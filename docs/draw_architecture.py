@@ -1,10 +1,10 @@
-"""Draw which folder imports which, from the imports of the code, into docs/architecture.md.
+"""Generate the import diagram of docs/architecture.md from the code.
 
-    python docs/draw_architecture.py          # rewrites the picture in docs/architecture.md
-    python docs/draw_architecture.py --check  # status 1 if the picture is not that of the code
+    python docs/draw_architecture.py          # rewrites the diagram in docs/architecture.md
+    python docs/draw_architecture.py --check  # status 1 if the diagram does not match the code
 
-A box is a folder; the files at the root of `pretrain` are two boxes. An arrow A -> B says that a file of A imports one
-of B. An arrow that follows from others (A -> B -> C, so A -> C) is left out.
+A box is a folder; the files at the root of `pretrain` form two boxes. An arrow A -> B means that a file in A imports
+one in B. Arrows implied by others (A -> C by A -> B -> C) are omitted.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("scripts", "pretrain", "lit_eval", "lit_model", "lit_data", "lit_files")
-ROAD = ("fabric_train", "build", "data", "resume", "run", "run_folder", "loop")  # of pretrain: every run passes these
+MAIN_PATH = ("fabric_train", "build", "data", "resume", "run", "run_folder", "loop")  # in pretrain: used by every run
 BEGIN, END = "```mermaid\n", "```\n"
 
 
 def box_of(module: str) -> str | None:
-    """The box of one of our modules: its folder, dotted; None for a module of others."""
+    """The box of one of our modules: its folder, dotted; None for a third-party module."""
     parts = module.split(".")
     if parts[0] not in PACKAGES:
         return None
     if parts[0] == "pretrain" and len(parts) > 1 and ROOT.joinpath("pretrain", f"{parts[1]}.py").exists():
-        return "pretrain.the road" if parts[1] in ROAD else "pretrain.parts"
+        return "pretrain.main path" if parts[1] in MAIN_PATH else "pretrain.components"
     while len(parts) > 1 and not ROOT.joinpath(*parts).is_dir():
         parts.pop()
     return ".".join(parts)
 
 
 def find_edges() -> dict[str, set[str]]:
-    """Box -> boxes that its files import, itself left out."""
+    """Box -> boxes that its files import, excluding itself."""
     edges: dict[str, set[str]] = {}
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -55,7 +55,7 @@ def find_edges() -> dict[str, set[str]]:
 
 
 def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
-    """All boxes that `start` imports, also through others."""
+    """All boxes that `start` imports, directly or indirectly."""
     found: set[str] = set()
     waiting = list(edges[start])
     while waiting:
@@ -67,19 +67,19 @@ def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
 
 
 def reduced(edges: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Without arrows that follow from others. Boxes that import each other keep theirs."""
+    """The edges without those implied by others. Boxes that import each other keep theirs."""
     below = {box: reachable(box, edges) for box in edges}
 
     def follows(box: str, target: str) -> bool:
         others = [m for m in edges[box] if m != target and target in below[m] and box not in below[m]]
-        # Of boxes that import each other the first keeps its arrow.
+        # Among boxes that import each other, the first keeps its arrow.
         return any(m not in below[target] or m < target for m in others)
 
     return {box: {t for t in targets if not follows(box, t)} for box, targets in edges.items()}
 
 
 def draw() -> str:
-    """The picture as mermaid text."""
+    """The diagram as mermaid text."""
     edges = reduced(find_edges())
     ids = {box: re.sub(r"\W", "_", box) for box in edges}
     lines = ["flowchart TD"]

@@ -1,4 +1,4 @@
-"""Options of the tests, and the packed dataset that tests of training share."""
+"""Pytest options, and the packed dataset shared by the training tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DIR/train (about 4000 tokens, documents of 1 to 90) and DIR/val."""
+    """DIR/train (about 4000 tokens, documents of 1 to 90 tokens) and DIR/val."""
     folder = tmp_path_factory.mktemp("packed")
     rng = np.random.default_rng(7)
     write_dataset(folder / "train", rng.integers(1, 90, size=90).tolist())

@@ -1,4 +1,4 @@
-"""docs/architecture.md shows the code as it is: its picture, and every file and name in it."""
+"""docs/architecture.md matches the code: the diagram, and every file and name on the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 
 
 def names_in(path: Path) -> set[str]:
-    """Functions, classes, methods (`Class.method`) and assigned names at the top of a file."""
+    """Functions, classes, methods (`Class.method`) and assigned names at the top level of a file."""
     found: set[str] = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -26,7 +26,7 @@ def names_in(path: Path) -> set[str]:
 
 
 def faults(text: str) -> list[str]:
-    """Files and names of the page that the code does not have."""
+    """Files and names on the page that do not exist in the code."""
     gone = [p for p in re.findall(r"`([\w/]+\.(?:py|md|sh))`", text) if "/" in p and not (ROOT / p).exists()]
     for name, path in re.findall(r"`([\w.]+)`\s+\(`([\w/]+\.py)`\)", text):
         if (ROOT / path).exists() and name not in names_in(ROOT / path):
@@ -34,16 +34,16 @@ def faults(text: str) -> list[str]:
     return gone
 
 
-def test_the_picture_is_that_of_the_code() -> None:
+def test_diagram_matches_the_code() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "docs" / "draw_architecture.py"), "--check"], cwd=ROOT)
     assert done.returncode == 0
 
 
-def test_files_and_names_of_the_page_exist() -> None:
+def test_files_and_names_on_the_page_exist() -> None:
     assert faults(PAGE.read_text(encoding="utf-8")) == []
 
 
-def test_a_name_that_is_gone_is_found() -> None:
+def test_a_removed_name_is_found() -> None:
     where = "\n(`pretrain/loop.py`)"
     text = f"`no_such`{where}, `pretrain/nothing.py`, `fit`{where}, `Run.fault`{where}"
     assert faults(text) == ["pretrain/nothing.py", "no_such (pretrain/loop.py)", "Run.fault (pretrain/loop.py)"]

@@ -1,12 +1,12 @@
-"""The import rules of the house, read from the syntax trees; and planted violations, each of which must be found.
+"""The import rules, checked on the syntax trees; and planted violations, each of which must be found.
 
-- lit_files imports none of our packages and all others may import it; lit_model and lit_data import nothing else of
+- lit_files imports none of our packages and all others may import it; lit_model and lit_data import no other package of
   ours; lit_eval imports these two as well; pretrain all four; scripts and benchmarks anything; nobody imports scripts
   or benchmarks.
-- No import cycle; no import of an own package inside a function.
-- No file named utils, helpers, common or misc. No module beside a script that shadows the standard library.
-- At the top of its files lit_model imports torch, safetensors and the standard library only.
-- Lightning Fabric comes by pretrain/fabric.py, which keeps what it would import for nothing out of every start.
+- No import cycle; no import of one of our packages inside a function.
+- No file named utils, helpers, common or misc. No module next to a script that shadows the standard library.
+- Module-level imports in lit_model are limited to torch, safetensors and the standard library.
+- Lightning Fabric is imported through pretrain/fabric.py only, which avoids its unnecessary imports at start-up.
 - No __init__.py in tests. No tracked text file names a package registry's host or a folder of one machine.
 """
 
@@ -32,9 +32,9 @@ ALLOWED = {
     "scripts": {"scripts", "lit_files", "pretrain", "lit_eval", "lit_model", "lit_data"},
     "benchmarks": {"benchmarks", "lit_files", "pretrain", "lit_eval", "lit_model", "lit_data"},
 }
-# What a package may take from others at the top of a file; optional packages are imported inside functions.
+# Third-party packages that a package may import at module level; optional ones are imported inside functions.
 FOREIGN = {"lit_model": {"torch", "safetensors"}}
-# In pieces, so that this file passes its own test.
+# Split into pieces so that this file passes its own test.
 REGISTRY_HOSTS = (
     r"pypi\." + "org",
     "python" + "hosted",
@@ -79,7 +79,7 @@ def imports(tree: ast.AST, package: str) -> Iterator[tuple[str, int, bool]]:
 
 
 def find_cycle(edges: dict[str, set[str]]) -> list[str]:
-    """A cycle of modules, first and last the same; empty where there is none."""
+    """A cycle of modules, first and last the same; empty if there is none."""
     done: set[str] = set()
 
     def visit(module: str, path: list[str]) -> list[str]:
@@ -102,7 +102,7 @@ def find_cycle(edges: dict[str, set[str]]) -> list[str]:
 
 
 def violations(root: Path) -> list[str]:
-    """Every breach of the rules under `root`, one sentence each."""
+    """Every violation of the rules under `root`, one sentence each."""
     found: list[str] = []
     files = {f: f.relative_to(root) for p in ALLOWED for f in sorted((root / p).rglob("*.py"))}
     names: dict[Path, str] = {}
@@ -146,7 +146,7 @@ def violations(root: Path) -> list[str]:
 
 
 def tracked_files(root: Path) -> list[Path]:
-    """Files git knows or would take up; outside a checkout, every file that is no build output or cache."""
+    """Files that git tracks or would add; outside a checkout, all files except build output and caches."""
     if (root / ".git").exists():
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True, text=True).stdout
@@ -177,7 +177,7 @@ def test_rules_hold() -> None:
     assert violations(ROOT) == []
 
 
-def test_the_tree_was_read() -> None:
+def test_the_source_tree_was_read() -> None:
     for package in ("lit_files", "lit_model", "lit_data", "lit_eval", "pretrain", "scripts"):
         assert list((ROOT / package).rglob("*.py")), package
 
@@ -258,7 +258,7 @@ def test_harmless_text_is_not_found(tmp_path: Path) -> None:
     assert unwanted_text(tmp_path) == []
 
 
-def test_what_is_allowed_is_not_reported(tmp_path: Path) -> None:
+def test_allowed_imports_are_not_reported(tmp_path: Path) -> None:
     allowed = {
         "lit_model/a.py": "import torch\ndef f():\n    import flash_attn",
         "lit_model/b.py": "from lit_model import a\nfrom lit_model.a import f",

@@ -1,4 +1,4 @@
-"""The longest overlap against brute force over all substrings."""
+"""The longest overlap, compared with brute force over all substrings."""
 
 import json
 import random
@@ -35,7 +35,7 @@ def test_files_equal_brute_force(sample: str, files: list[list[str]], tmp_path_f
     assert longest_overlap_in_files(sample, paths) == brute_force(sample, [d for file in files for d in file])
 
 
-def test_finds_a_planted_stretch_in_five_megabytes() -> None:
+def test_finds_a_planted_passage_in_five_megabytes() -> None:
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(5000)]
     corpus = " ".join(rng.choices(words, k=800_000))

@@ -1,4 +1,4 @@
-"""lit_files.publish: a process killed at any rename, link, sync or write leaves the old content or the new, whole."""
+"""lit_files.publish: a process killed at any rename, link, sync or write leaves the complete old or new content."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def make(path: Path, old: str) -> None:
 
 
 def content(path: Path) -> Any:
-    """None where there is nothing, a file's text, or a folder's files by their names."""
+    """A file's text, a folder's files by name, or None if the path does not exist."""
     if path.is_dir():
         return {str(p.relative_to(path)): p.read_text() for p in path.rglob("*") if p.is_file()}
     return path.read_text() if path.exists() else None
 
 
 def in_child(work: Callable[[], Any]) -> int:
-    """Run in a forked process; its exit status, or minus the signal that ended it."""
+    """Run in a forked process; returns its exit status, or minus the signal that killed it."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -84,7 +84,7 @@ def in_child(work: Callable[[], Any]) -> int:
 
 
 def killed_at(number: int, work: Callable[[], Any]) -> int:
-    """Run in a forked process that ends just before its `number`-th call of CALLS."""
+    """Run in a forked process that exits just before its `number`-th call of one of CALLS."""
 
     def run() -> None:
         calls = iter(range(1, 1000))
@@ -105,7 +105,7 @@ def killed_at(number: int, work: Callable[[], Any]) -> int:
 
 
 def killed_in_write(size: int, work: Callable[[], Any]) -> int:
-    """Run in a forked process that the system kills at the first byte of a file beyond `size`."""
+    """Run in a forked process that the kernel kills when it writes beyond `size` bytes of a file."""
 
     def run() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -117,7 +117,7 @@ def killed_in_write(size: int, work: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize("name", ACTIONS)
-def test_a_kill_leaves_the_old_content_or_the_new(name: str, tmp_path: Path) -> None:
+def test_a_kill_leaves_either_the_old_or_the_new_content(name: str, tmp_path: Path) -> None:
     action, old = ACTIONS[name]
     make(tmp_path / "old", old)
     before = content(tmp_path / "old")
@@ -135,7 +135,7 @@ def test_a_kill_leaves_the_old_content_or_the_new(name: str, tmp_path: Path) -> 
             found = content(path.with_name(".x.replaced"))
         assert found in (before, after)
         if found == before:
-            action(path)  # not disturbed by what the killed one left
+            action(path)  # not affected by leftovers of the killed process
         assert content(path) == after
         return status
 
@@ -148,10 +148,10 @@ def test_a_kill_leaves_the_old_content_or_the_new(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ACTIONS)
-def test_content_is_synced_before_its_name_and_the_name_after(
+def test_content_is_synced_before_the_rename_and_the_folder_after(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A power loss leaves the old content or the new, too."""
+    """So a power loss, too, leaves either the old or the new content."""
     action, old = ACTIONS[name]
     path = tmp_path / "x"
     make(path, old)
@@ -166,7 +166,7 @@ def test_content_is_synced_before_its_name_and_the_name_after(
 
     def on_name(call: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
         def named(source: Path, target: Path) -> None:
-            if target == path and name not in ("publish", "replace_folder"):  # whose callers have synced it
+            if target == path and name not in ("publish", "replace_folder"):  # its callers have synced it
                 assert {str(p) for p in (source, *source.rglob("*"))} <= {*synced, *aliases}
             call(source, target)
             unsynced.add(target.parent)
@@ -174,7 +174,7 @@ def test_content_is_synced_before_its_name_and_the_name_after(
 
         return named
 
-    aliases: set[str] = set()  # what was synced under an earlier name
+    aliases: set[str] = set()  # synced under an earlier name
     monkeypatch.setattr(os, "fsync", on_fsync)
     monkeypatch.setattr(os, "rename", on_name(rename))
     monkeypatch.setattr(os, "link", on_name(link))
@@ -182,8 +182,8 @@ def test_content_is_synced_before_its_name_and_the_name_after(
     assert not unsynced and content(path) is not None
 
 
-def test_an_error_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever raises, the block or the last rename: the old folder is back, and no temporary one is left."""
+def test_an_error_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the block or the last rename raises, the old folder is restored, and no temporary one remains."""
     path = tmp_path / "x"
     make(path, "folder")
     rename = os.rename
@@ -204,7 +204,7 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Monk
     assert content(path) == {"a": OLD} and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_living_one_stay(tmp_path: Path) -> None:
+def test_leftovers_of_dead_processes_are_removed_and_those_of_live_ones_kept(tmp_path: Path) -> None:
     path = tmp_path / "x"
 
     def build_and_die() -> None:

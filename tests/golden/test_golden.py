@@ -1,8 +1,8 @@
-"""Golden numbers: small runs, a prepared dataset, an exported model and a record give what they always gave.
+"""Golden numbers: small runs, a prepared dataset, an exported model and a record still give the stored results.
 
-A change that should move no number is compared bit for bit on one machine: run this file before and after it with
-`--write_golden FILE` and compare the two files. `golden.json` holds the numbers of one such file for the default suite;
-losses are compared with it to 1e-5, as CPUs round differently, and everything else exactly.
+To show bit for bit that a change affects no number, run this file before and after it on one machine with
+`--write_golden FILE` and compare the two files. `golden.json` contains the numbers of one such file for the default
+suite; losses are compared with it to 1e-5, since CPUs round differently, and everything else exactly.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def digest_of_json(value: Any) -> str:
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """A byte-level BPE tokenizer of a fixed vocabulary: nothing of it is learned."""
+    """A byte-level BPE tokenizer with a fixed vocabulary, not a trained one."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [tuple(merge.split()) for merge in MERGES]
     names = ["<unk>", "</s>", *alphabet, *("".join(merge) for merge in merges)]
@@ -65,7 +65,7 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def write_hf_model(folder: Path, tokenizer: Path) -> Path:
-    """A Llama of weights that no arithmetic has rounded: multiples of 2^-10."""
+    """A Llama whose weights are exact, as multiples of 2^-10: they do not depend on any rounding."""
     vocab, C, heads, groups, hidden = 384, 16, 4, 2, 24
     D = C // heads
     block = "model.layers.0."
@@ -114,7 +114,7 @@ def write_hf_model(folder: Path, tokenizer: Path) -> Path:
 
 
 def prepared(folder: Path, tokenizer: Path) -> dict[str, str]:
-    """Checksums of a prepared dataset: its shards as they are, its Parquet and JSON by what they hold."""
+    """Checksums of a prepared dataset: of the shards' bytes, and of the content of its Parquet and JSON files."""
     corpus = folder / "corpus.jsonl"
     texts = [" ".join(SENTENCES[(i + k) % len(SENTENCES)] for k in range(1 + i % 7)) for i in range(120)]
     lines = [{"id": f"text-{i % 100}", "text": text, "year": 1900 + i} for i, text in enumerate(texts)]
@@ -140,7 +140,7 @@ def documents(dataset: Path) -> list[dict[str, Any]]:
 
 
 def exported(folder: Path, tokenizer: Path) -> dict[str, str]:
-    """Checksums of the files of a model that came in as a folder of Hugging Face and goes out as one."""
+    """Checksums of the files of a model imported from a Hugging Face folder and exported again."""
     given = write_hf_model(folder / "given", tokenizer)
     for line in (
         ("convert_from_hf.py", "--input", given, "--output", folder / "start.pth"),
@@ -153,7 +153,7 @@ def exported(folder: Path, tokenizer: Path) -> dict[str, str]:
 
 
 def runs(data: Path, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Twenty steps each of a Llama with documents apart, a mixture of experts, and a student of the Llama."""
+    """Twenty steps each of a Llama with document masking, a mixture of experts, and a student of the Llama."""
     taught = {
         "objective": "distillation",
         "distillation__teachers": f"[{{path: {folder / 'llama'}}}]",
@@ -166,7 +166,7 @@ def runs(data: Path, folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def record_of(run: Path) -> str:
-    """The checksum of a run's record without its losses."""
+    """The checksum of a run's record, without the losses."""
     table = read_record(run).drop_columns(["loss"])
     order = [(name, "ascending") for name in ("step", "row", "document", "start")]
     return digest_of_json(table.sort_by(order).to_pylist())

@@ -14,6 +14,8 @@ from lit_data.loading.order import Order, Segment, first_sample_of_step
 from lit_data.loading.rows import Rows, count_windows, open_rows
 from lit_data.loading.shard_cache import ShardCache
 from lit_data.packed.reader import PackedDataset
+from lit_eval.model.model_tokenizer import OVERRIDE, check_model_and_data, compare, of_data
+from lit_eval.model.text_encoding import check_bos, unlike_special_tokens, unlike_start
 from lit_model.config import ModelConfig
 from pretrain.args import RunArgs, TrainArgs
 from pretrain.distillation.teacher_cache import check_cache
@@ -21,9 +23,7 @@ from pretrain.distillation.teachers import check_teachers
 from pretrain.fabric import Fabric
 from pretrain.failure.peers import on_rank_zero
 from pretrain.init_from import model_config
-from pretrain.model_tokenizer import OVERRIDE, check_model_and_data, compare, of_data
 from pretrain.parallel import device_kind
-from pretrain.text_encoding import check_bos, unlike_special_tokens, unlike_start
 
 MAX_SAMPLES = 1 << 60  # of a run: their numbers are 64-bit integers
 MAX_MICRO_BATCH_TOKENS = 1 << 24  # of one device, far beyond what fits in its memory

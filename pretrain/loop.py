@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lit_data.loading.batches import MicroBatch, StepData
 from lit_data.loading.order import first_sample_of_step
+from lit_eval.model.text_encoding import encoding_facts
 from lit_files.checkpoint_name import checkpoint_name, checkpoint_step, list_checkpoints
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
@@ -45,7 +46,6 @@ from pretrain.parallel import uses_fsdp
 from pretrain.resume import go_back
 from pretrain.run import Run
 from pretrain.schedule import learning_rate
-from pretrain.text_encoding import encoding_facts
 
 SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 

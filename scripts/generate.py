@@ -17,11 +17,11 @@ end_on_ctrl_c()
 import torch
 
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
+from lit_eval.model.model_tokenizer import check_own_tokenizer, find_tokenizer, ids_without_token
+from lit_eval.model.text_encoding import encode_prompt, encoding_of
 from lit_model.generate import generate
 from lit_model.load import load_model
 from pretrain.cli.command_line import ScriptParser
-from pretrain.model_tokenizer import check_own_tokenizer, find_tokenizer, ids_without_token
-from pretrain.text_encoding import encode_prompt, encoding_of
 
 
 def parser() -> ScriptParser:

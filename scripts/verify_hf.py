@@ -18,10 +18,10 @@ from lit_data.packed.manifest import MANIFEST
 from lit_data.packed.reader import PackedDataset
 from lit_data.record.trace import find_recorded
 from lit_eval.agreement import largest_difference, our_span_losses, transformers_span_losses
+from lit_eval.model.model_tokenizer import compare, describe_difference, of_data, of_model
+from lit_eval.model.text_encoding import check_folder
 from lit_model.load import Checkpoint, resolve
 from pretrain.cli.command_line import ScriptParser
-from pretrain.model_tokenizer import compare, describe_difference, of_data, of_model
-from pretrain.text_encoding import check_folder
 
 TOLERANCE = 1e-4
 

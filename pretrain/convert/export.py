@@ -16,14 +16,7 @@ import yaml
 from lit_data.tokenizers.gguf import gguf_tokenizer
 from lit_data.tokenizers.hf_export import declared_bos, prints_bos, write_hf_tokenizer
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
-from lit_files.publish import replace_file
-from lit_files.reading import read_object
-from lit_model.cost import count_parameters
-from lit_model.hf.families import config_to_hf, tensors_to_hf
-from lit_model.hf.gguf import architecture_of, write_gguf
-from lit_model.hf.io import read_folder, write_folder
-from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
-from pretrain.model_tokenizer import (
+from lit_eval.model.model_tokenizer import (
     KnownTokenizer,
     check_own_tokenizer,
     facts_of,
@@ -31,7 +24,14 @@ from pretrain.model_tokenizer import (
     ids_without_token,
     of_files,
 )
-from pretrain.text_encoding import Encoding, encoding_of
+from lit_eval.model.text_encoding import Encoding, encoding_of
+from lit_files.publish import replace_file
+from lit_files.reading import read_object
+from lit_model.cost import count_parameters
+from lit_model.hf.families import config_to_hf, tensors_to_hf
+from lit_model.hf.gguf import architecture_of, write_gguf
+from lit_model.hf.io import read_folder, write_folder
+from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
 
 
 def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> Path:

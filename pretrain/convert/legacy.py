@@ -20,6 +20,7 @@ import yaml
 from torch import Tensor
 
 from lit_data.tokenizers.tokenizer import open_tokenizer
+from lit_eval.model.model_tokenizer import KnownTokenizer, of_files
 from lit_files.checkpoint_name import checkpoint_step
 from lit_files.publish import replace_file
 from lit_model.checksum import tensor_checksum
@@ -36,7 +37,6 @@ from lit_model.legacy import (
 from lit_model.tensor_file import DAMAGED, fault, open_tensor_file
 from pretrain.checkpoint.commit import check_free_space
 from pretrain.checkpoint.load import FORMAT_VERSION
-from pretrain.model_tokenizer import KnownTokenizer, of_files
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CONFIG_FILES = ("model_config.yaml", "lit_config.json")

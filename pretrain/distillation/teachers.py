@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lit_data.packed.reader import PackedDataset
+from lit_eval.model.model_tokenizer import OVERRIDE, check_model_and_data
 from lit_files.checksum import file_sha256
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters, largest_block, root_parameters
@@ -25,7 +26,6 @@ from lit_model.load import is_hf_folder, load_tensors, resolve
 from lit_model.model import GPT
 from pretrain.args import DistillationArgs, RunArgs, TeacherEntry
 from pretrain.compiling import compile_blocks
-from pretrain.model_tokenizer import OVERRIDE, check_model_and_data
 from pretrain.parallel import DTYPES
 
 

@@ -17,11 +17,11 @@ from lit_data.packed.manifest import MANIFEST, read_manifest
 from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_data.tokenizers.unit_encoder import UnitEncoder
+from lit_eval.model.text_encoding import unlike_start
 from lit_model.config import ModelConfig
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.io import write_folder
 from lit_model.model import GPT
-from pretrain.text_encoding import unlike_start
 
 CHATTY = [
     "<|im_start|>user\nWas?<|im_end|>\n",

@@ -24,13 +24,13 @@ from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.gguf import gguf_tokenizer
 from lit_data.tokenizers.hf_export import write_hf_tokenizer
 from lit_data.tokenizers.tokenizer import open_tokenizer
+from lit_eval.model.text_encoding import check_folder
 from lit_model.config import ModelConfig
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.io import write_folder
 from lit_model.init import initialise
 from lit_model.load import load_tensors
 from lit_model.model import GPT
-from pretrain.text_encoding import check_folder
 
 transformers = pytest.importorskip("transformers")
 

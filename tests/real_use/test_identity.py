@@ -19,8 +19,8 @@ from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.compare import difference, ids_digest
 from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_data.tokenizers.training import train_on_texts
+from lit_eval.model.model_tokenizer import check_model_and_data, ids_without_token
 from lit_model.load import Checkpoint, load_tensors
-from pretrain.model_tokenizer import check_model_and_data, ids_without_token
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.hf_export import begins_with_bos, parses_special_tokens
 from lit_data.tokenizers.tokenizer import Tokenizer
+from lit_eval.model.model_tokenizer import of_model
 from lit_files.reading import as_object, build
 from lit_model.load import Checkpoint, is_hf_folder, resolve
-from pretrain.model_tokenizer import of_model
 
 
 def check_bos(named: Sequence[tuple[str, PackedDataset]]) -> None:

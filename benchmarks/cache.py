@@ -133,7 +133,7 @@ def measure(a: argparse.Namespace, data: PackedDataset, folder: Path) -> dict[st
     chunk_bytes, budget_bytes = int(a.chunk_mb * MB), int(a.budget_mb * MB)
     order = Order(data.n_tokens // a.row_tokens, seed=1, block_windows=a.block_rows, group_blocks=a.group_blocks)
     group_rows = a.block_rows * a.group_blocks
-    _, windows = order.place(np.arange(int(a.epochs * order.n_windows) // STEP_ROWS * STEP_ROWS, dtype=np.int64))
+    _, windows = order.locate(np.arange(int(a.epochs * order.n_windows) // STEP_ROWS * STEP_ROWS, dtype=np.int64))
     starts = windows * a.row_tokens
     stops = starts + a.row_tokens
     source = SlowSource(data, a.source_mb_s, a.delay_ms / 1000)

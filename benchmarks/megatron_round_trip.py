@@ -4,7 +4,7 @@
 
 The peer's environment needs megatron-core and torch, not this project. Without --peer it reports that nothing was
 compared, and exits with 3. The layout itself is tested without megatron-core by tests/data/test_packed.py and
-test_foreign.py.
+test_token_files.py.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def make_dataset(folder: Path, corpus: Corpus) -> Manifest:
 def spans_of_steps(corpus: Corpus, order: Order, first: int, end: int, rng: np.random.Generator) -> pa.Table:
     """The record of some steps, sorted."""
     samples = np.arange(first * GLOBAL_BATCH, end * GLOBAL_BATCH)
-    _, windows = order.place(samples)
+    _, windows = order.locate(samples)
     begin = windows * BLOCK_SIZE
     stop = np.minimum(begin + BLOCK_SIZE, corpus.n_tokens)
     low = corpus.document_of(begin)

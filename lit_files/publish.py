@@ -30,10 +30,10 @@ def sync_file(file: Path | IO[Any]) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Make everything in a folder durable. A file that was synced before costs little."""
-    for place, _, names in os.walk(folder, topdown=False):
+    for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
-            sync_file(Path(place, name))
-        sync_file(Path(place))
+            sync_file(Path(parent, name))
+        sync_file(Path(parent))
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -113,7 +113,7 @@ def build(kind: type[T], value: Any, source: str | Path) -> T:
     """Convert a JSON value to an annotated type: dataclasses, containers, unions, literals, numbers, strings.
 
     Integers must fit int64. Dataclass fields without a default are required, unknown fields are errors. Raises
-    ValueError that names `source` and the place in it.
+    ValueError that names `source` and where in it the fault is.
     """
     try:
         return typing.cast(T, _build(kind, value, ""))
@@ -121,36 +121,36 @@ def build(kind: type[T], value: Any, source: str | Path) -> T:
         raise ValueError(f"{source} is damaged: {error}") from error
 
 
-def _build(kind: Any, value: Any, place: str) -> Any:
+def _build(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
-        _check_plain(value, place, MAX_DEPTH)
+        _check_plain(value, where, MAX_DEPTH)
         return value
     if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, value, place)
+        return _build_dataclass(kind, value, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return _build_union(arguments, value, place)
+        return _build_union(arguments, value, where)
     if origin is Literal and value in arguments and type(value) in {type(a) for a in arguments}:
         return value
     if (origin or kind) is list and isinstance(value, list):
         of = arguments[0] if arguments else Any
-        return [item if _is_leaf(of, item) else _build(of, item, f"{place}[{i}]") for i, item in enumerate(value)]
+        return [item if _is_leaf(of, item) else _build(of, item, f"{where}[{i}]") for i, item in enumerate(value)]
     if (origin or kind) is tuple and isinstance(value, list):
         if arguments[-1] is Ellipsis:
-            return tuple(_build(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value))
+            return tuple(_build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
         if len(arguments) == len(value):
-            return tuple(_build(of, item, f"{place}[{i}]") for i, (of, item) in enumerate(zip(arguments, value)))  # noqa: B905
+            return tuple(_build(of, item, f"{where}[{i}]") for i, (of, item) in enumerate(zip(arguments, value)))  # noqa: B905
     if (origin or kind) is dict and isinstance(value, dict):
         of = arguments[1] if arguments else Any
         return {
-            key: item if _is_leaf(of, item) else _build(of, item, f"{place}.{key}" if place else key)
+            key: item if _is_leaf(of, item) else _build(of, item, f"{where}.{key}" if where else key)
             for key, item in value.items()
         }
     if _is_leaf(kind, value):
         return value
     if kind is float and (isinstance(value, float) or (type(value) is int and -INT64 <= value < INT64)):
         return float(value)
-    raise _mismatch(kind, value, place)
+    raise _mismatch(kind, value, where)
 
 
 def _is_leaf(kind: Any, value: Any) -> bool:
@@ -160,21 +160,21 @@ def _is_leaf(kind: Any, value: Any) -> bool:
     return kind in (str, bool, type(None)) and type(value) is kind
 
 
-def _build_dataclass(kind: Any, value: Any, place: str) -> Any:
+def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise _mismatch(kind, value, place)
+        raise _mismatch(kind, value, where)
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
     if unknown := sorted(set(value) - set(fields)):
-        raise ValueError(f"{_at(place)}unknown field {unknown[0]!r:.80}")
+        raise ValueError(f"{_at(where)}unknown field {unknown[0]!r:.80}")
     types_of = _types_of(kind)
     given = {
-        name: v if _is_leaf(types_of[name], v) else _build(types_of[name], v, f"{place}.{name}" if place else name)
+        name: v if _is_leaf(types_of[name], v) else _build(types_of[name], v, f"{where}.{name}" if where else name)
         for name, v in value.items()
     }
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in given:
-            raise ValueError(f"{_at(place)}the field {name!r} is missing")
+            raise ValueError(f"{_at(where)}the field {name!r} is missing")
     return kind(**given)
 
 
@@ -183,35 +183,35 @@ def _types_of(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _build_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
+def _build_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     for kind in kinds:
         try:
-            return _build(kind, value, place)
+            return _build(kind, value, where)
         except ValueError as error:
             first = error
     if len(kinds) == 2 and type(None) in kinds and value is not None:  # report the inner fault
-        return _build(next(k for k in kinds if k is not type(None)), value, place)
+        return _build(next(k for k in kinds if k is not type(None)), value, where)
     raise first
 
 
-def _check_plain(value: Any, place: str, depth: int) -> None:
+def _check_plain(value: Any, where: str, depth: int) -> None:
     if depth < 0:
-        raise ValueError(f"{_at(place)[:80]}it is nested too deeply")
+        raise ValueError(f"{_at(where)[:80]}it is nested too deeply")
     if isinstance(value, dict):
         for key, item in value.items():
-            _check_plain(item, place or str(key), depth - 1)
+            _check_plain(item, where or str(key), depth - 1)
     elif isinstance(value, list):
         for item in value:
-            _check_plain(item, place, depth - 1)
+            _check_plain(item, where, depth - 1)
     elif isinstance(value, int) and not -INT64 <= value < INT64:
-        raise ValueError(f"{_at(place)}a whole number beyond 64 bits")
+        raise ValueError(f"{_at(where)}a whole number beyond 64 bits")
 
 
-def _at(place: str) -> str:
-    return f"{place}: " if place else ""
+def _at(where: str) -> str:
+    return f"{where}: " if where else ""
 
 
-def _mismatch(kind: Any, value: Any, place: str) -> ValueError:
+def _mismatch(kind: Any, value: Any, where: str) -> ValueError:
     names = {
         int: "a whole number below 2^63", float: "a number", str: "a string", bool: "true or false",
         type(None): "null",
@@ -229,4 +229,4 @@ def _mismatch(kind: Any, value: Any, place: str) -> ValueError:
         shown = json.dumps(value)
     except (ValueError, RecursionError):
         shown = f"a {type(value).__name__}"
-    return ValueError(f"{place or 'the content'} is {shown[:60]}{'...' * (len(shown) > 60)}; it must be {wanted}")
+    return ValueError(f"{where or 'the content'} is {shown[:60]}{'...' * (len(shown) > 60)}; it must be {wanted}")

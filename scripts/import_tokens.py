@@ -20,7 +20,7 @@ from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from lit_data.packed.foreign import FLAT_DTYPES
+from lit_data.packed.token_files import FLAT_DTYPES
 from lit_data.packed.token_import import Cutting, import_tokens
 from pretrain.cli.command_line import ScriptParser
 

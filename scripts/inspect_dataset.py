@@ -20,7 +20,8 @@ from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from lit_data.packed.inventory import (
+from lit_data.packed.reader import PackedDataset
+from lit_data.packed.summary import (
     RepeatedIds,
     Sample,
     Sources,
@@ -34,7 +35,6 @@ from lit_data.packed.inventory import (
     tokenizer_of,
     totals,
 )
-from lit_data.packed.reader import PackedDataset
 from pretrain.cli.command_line import ScriptParser
 
 

@@ -17,7 +17,7 @@ from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from lit_data.corpus.plays import HELD_OUT, write_corpus
+from lit_data.corpus.shakespeare import HELD_OUT, write_corpus
 from pretrain.cli.command_line import ScriptParser
 
 

@@ -38,7 +38,7 @@ class Spans:
     """The pieces of a micro-batch, in order; they fill its rows. Arrays of length P.
 
     Attributes:
-        place: row of the micro-batch.
+        row: of the micro-batch.
         dataset: number of the dataset in the run; PADDING for padding.
         document: number of the document in its dataset, or PADDING.
         start: first token of the piece, relative to its document.
@@ -47,7 +47,7 @@ class Spans:
         window: of the row, and `sample`: the row's number in the run, per row (length B); -1 for a row without data.
     """
 
-    place: IntArray
+    row: IntArray
     dataset: IntArray
     document: IntArray
     start: IntArray
@@ -119,7 +119,7 @@ class BatchPlan:
         self.n_targets: list[int] = np.add.reduceat(self.targets, self.piece_bounds[:-1]).tolist()
         inputs = np.where(real, self.length, 0)
         self.n_inputs: list[int] = np.add.reduceat(inputs, self.piece_bounds[:-1]).tolist()
-        self.place = self.row % batch_rows
+        self.batch_row = self.row % batch_rows
         self._find_boundaries()
         self.simple = self._find_simple(rows)
 
@@ -131,8 +131,8 @@ class BatchPlan:
             mine = np.flatnonzero(self.numbers.dataset == d)
             if len(mine):
                 found.append(of.pieces(self.numbers.window[mine]))
-                row.append(mine[found[-1].place])
-                dataset.append(np.full(len(found[-1].place), d, dtype=np.int64))
+                row.append(mine[found[-1].row])
+                dataset.append(np.full(len(found[-1].row), d, dtype=np.int64))
         filled = np.zeros(len(self.numbers.window), dtype=np.int64)
         for at, p in zip(row, found, strict=True):
             filled += np.bincount(at, weights=p.length, minlength=len(filled)).astype(np.int64)  # exact below 2^53
@@ -168,9 +168,9 @@ class BatchPlan:
         self.silent = silent
         self.targets = np.where(real, self.length - silent, 0)
         n = self.batch_rows * self.block_size
-        places = (self.first + self.length - 1)[silent & real]
-        self.silent_places = places % n  # in the flattened micro-batch
-        self.silent_bounds: list[int] = np.searchsorted(places // n, np.arange(self.n_batches + 1)).tolist()
+        ends = (self.first + self.length - 1)[silent & real]
+        self.silent_columns = ends % n  # in the flattened micro-batch
+        self.silent_bounds: list[int] = np.searchsorted(ends // n, np.arange(self.n_batches + 1)).tolist()
         self.pad_list = list(zip((self.pad_row % self.batch_rows).tolist(), self.pad_from.tolist(), strict=True))
         self.pad_bounds: list[int] = np.searchsorted(
             self.pad_row // self.batch_rows, range(self.n_batches + 1)
@@ -272,13 +272,13 @@ class BatchReader:
             outputs = text[:, 1:].astype(np.int64)
             tokens, targets = torch.from_numpy(text[:, :-1].astype(np.int64)), torch.from_numpy(outputs)
         a, b = plan.silent_bounds[batch], plan.silent_bounds[batch + 1]
-        outputs.reshape(-1)[plan.silent_places[a:b]] = IGNORE_TARGET
+        outputs.reshape(-1)[plan.silent_columns[a:b]] = IGNORE_TARGET
         for row, filled in plan.pad_list[plan.pad_bounds[batch] : plan.pad_bounds[batch + 1]]:
             outputs[row, filled:] = IGNORE_TARGET
         a, b = plan.piece_bounds[batch], plan.piece_bounds[batch + 1]
         rows = slice(batch * n_rows, (batch + 1) * n_rows)
         spans = Spans(
-            plan.place[a:b],
+            plan.batch_row[a:b],
             plan.dataset[a:b],
             plan.document[a:b],
             plan.start[a:b],

@@ -163,8 +163,8 @@ class CacheFolder:
 
     def _sort_idle(self, contents: _Contents, wanted: list[str]) -> None:
         """Sort evictable files in eviction order: least recently released first, then wanted ones by latest need."""
-        place = {str(self.shared / name): -i for i, name in enumerate(wanted)}
-        order = sorted(contents.idle, key=lambda path: (path in place, place.get(path, contents.idle[path][0])))
+        turn = {str(self.shared / name): -i for i, name in enumerate(wanted)}
+        order = sorted(contents.idle, key=lambda path: (path in turn, turn.get(path, contents.idle[path][0])))
         contents.idle = {path: contents.idle[path] for path in order}
 
     def _make_room(self, contents: _Contents, size: int) -> bool:

@@ -195,10 +195,10 @@ class Loader:
             + np.arange(lay.micro_batch_samples, dtype=np.int64)
         ).reshape(-1)
         if self.end_sample is None or samples[-1] < self.end_sample:
-            dataset, _, window = self.mixture.place(samples)
+            dataset, _, window = self.mixture.locate(samples)
             return RowNumbers(dataset, window, samples)
         real = samples < self.end_sample
-        dataset, _, window = self.mixture.place(np.where(real, samples, 0))
+        dataset, _, window = self.mixture.locate(np.where(real, samples, 0))
         return RowNumbers(*(np.where(real, x, -1) for x in (dataset, window, samples)))
 
     def _plan(self, begin: int, end: int) -> BatchPlan:
@@ -228,8 +228,8 @@ class Loader:
         for begin, end in self._stretches(first_step, last_step):
             numbers = self._numbers(begin, end)
             mine = np.flatnonzero(numbers.dataset == dataset)
-            place, starts, stops = self.rows[dataset].ranges(numbers.window[mine])
-            step = mine[place] // (len(numbers.window) // (end - begin))
+            row, starts, stops = self.rows[dataset].ranges(numbers.window[mine])
+            step = mine[row] // (len(numbers.window) // (end - begin))
             ends = total + np.cumsum(np.bincount(step, minlength=end - begin))
             total = int(ends[-1])
             counts.update(zip(range(begin, end), ends.tolist(), strict=True))

@@ -96,10 +96,10 @@ class Mixture:
         out: IntArray = self._before[phase] + inside
         return out
 
-    def place(self, samples: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    def locate(self, samples: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """Sample numbers, int64 (S,) -> (dataset, epoch, window), int64 (S,) each."""
         if len(self.orders) == 1:
-            return np.zeros_like(samples), *self.orders[0].place(samples)
+            return np.zeros_like(samples), *self.orders[0].locate(samples)
         dataset, row = np.empty_like(samples), np.empty_like(samples)
         phases = self._phase_of(samples)
         for phase in np.unique(phases).tolist():
@@ -120,12 +120,12 @@ class Mixture:
         for d, order in enumerate(self.orders):
             here = np.flatnonzero(dataset == d)
             if len(here):
-                epoch[here], window[here] = order.place(row[here])
+                epoch[here], window[here] = order.locate(row[here])
         return dataset, epoch, window
 
     def sample(self, dataset: int, epochs: IntArray, windows: IntArray) -> IntArray:
         """(epoch, window) of a dataset, int64 (S,) each -> sample numbers, -1 for windows never reached; the inverse of
-        `place`.
+        `locate`.
         """
         rows = self.orders[dataset].sample(epochs, windows)
         if len(self.orders) == 1:
@@ -172,8 +172,8 @@ class Mixture:
             int64 (K, BLOCK) each.
         """
         keys = np.stack([round_keys(self.seed, "mixture", phase, b) for b in blocks.tolist()], axis=1)
-        places = np.broadcast_to(np.arange(BLOCK, dtype=np.int64), (len(blocks), BLOCK))
-        slots = permute(places, BLOCK, keys.reshape(ROUNDS, len(blocks), 1))  # (K, BLOCK)
+        offsets = np.broadcast_to(np.arange(BLOCK, dtype=np.int64), (len(blocks), BLOCK))
+        slots = permute(offsets, BLOCK, keys.reshape(ROUNDS, len(blocks), 1))  # (K, BLOCK)
         bounds = np.cumsum(self.phases[phase].quotas)
         of = np.searchsorted(bounds, slots, side="right").astype(np.int64)
         rank = np.empty_like(of)

@@ -20,13 +20,13 @@ _UintArray = npt.NDArray[np.uint64]
 ROUNDS = 6  # even, so that unequal halves of the Feistel network end in their original positions
 
 
-def round_keys(seed: int, *place: int | str) -> _UintArray:
+def round_keys(seed: int, *labels: int | str) -> _UintArray:
     """The Feistel keys of one permutation, (ROUNDS,) uint64, drawn from SHA-512.
 
     Args:
-        place: identifies the permutation in the run: (dataset, epoch) for the windows of an epoch, longer for others.
+        labels: identify the permutation in the run: (dataset, epoch) for the windows of an epoch, longer for others.
     """
-    text = ":".join(map(str, ("llammlein-order-1", seed, *place)))
+    text = ":".join(map(str, ("llammlein-order-1", seed, *labels)))
     return np.frombuffer(hashlib.sha512(text.encode()).digest(), dtype="<u8")[:ROUNDS].astype(np.uint64)
 
 
@@ -106,13 +106,13 @@ class Order:
             raise ValueError(f"the dataset has {self.n_windows} windows; at least one is needed")
         assert self.block_windows >= 0 and self.group_blocks >= 1
 
-    def place(self, samples: IntArray) -> tuple[IntArray, IntArray]:
+    def locate(self, samples: IntArray) -> tuple[IntArray, IntArray]:
         """Sample numbers -> (epoch, window), each int64 of the same shape."""
         epochs, rest = np.divmod(samples, self.n_windows)
         return epochs, self._map(epochs, rest, inverse=False)
 
     def sample(self, epochs: IntArray, windows: IntArray) -> IntArray:
-        """(epoch, window) -> sample number: the inverse of `place`."""
+        """(epoch, window) -> sample number: the inverse of `locate`."""
         return epochs * self.n_windows + self._map(epochs, windows, inverse=True)
 
     def _map(self, epochs: IntArray, index: IntArray, inverse: bool) -> IntArray:
@@ -126,7 +126,7 @@ class Order:
                 out[here] = permute(index[here], self.n_windows, keys, inverse)
             else:
                 levels = _TwoLevels(self, epoch)
-                out[here] = levels.place(index[here]) if inverse else levels.window(index[here])
+                out[here] = levels.rank(index[here]) if inverse else levels.window(index[here])
         return out
 
 
@@ -168,7 +168,7 @@ class _TwoLevels:
         turns = self.turn_of(offsets)
         return permute(turns, self.n_blocks, self.keys) * self.size + offsets - self.first_of(turns)
 
-    def place(self, windows: IntArray) -> IntArray:
+    def rank(self, windows: IntArray) -> IntArray:
         """Windows -> ranks in the epoch: the inverse of `window`."""
         blocks, inside = np.divmod(windows, self.size)
         turns = permute(blocks, self.n_blocks, self.keys, inverse=True)
@@ -227,6 +227,6 @@ def steps_of_sample(segments: Sequence[Segment], sample: int, n_steps: int) -> l
     return found
 
 
-def row_of(micro_batch: int, rank: int, place: int, world_size: int, micro_batch_samples: int) -> int:
-    """Row of the step for (micro-batch, data-parallel rank, position in the micro-batch). The loader's fixed rule."""
-    return (micro_batch * world_size + rank) * micro_batch_samples + place
+def row_of(micro_batch: int, rank: int, row: int, world_size: int, micro_batch_samples: int) -> int:
+    """Row of the step for (micro-batch, data-parallel rank, row of the micro-batch). The loader's fixed rule."""
+    return (micro_batch * world_size + rank) * micro_batch_samples + row

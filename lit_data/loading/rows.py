@@ -33,13 +33,13 @@ class Pieces:
     """Pieces of documents in rows, by row and column. A row is filled from its first column.
 
     Attributes (length P):
-        place: index of the row among the requested windows.
+        row: index of the row among the requested windows.
         document, start, length: tokens [start, start + length) of a document are inputs.
         position: of the first of these in the dataset's stream.
         ends: whether the piece ends its document.
     """
 
-    place: IntArray
+    row: IntArray
     document: IntArray
     start: IntArray
     length: IntArray
@@ -91,12 +91,12 @@ class ConcatRows:
         beyond = np.flatnonzero(self.dataset.document_start(first + 1) < end)
         last[beyond] = self.dataset.document_of(end[beyond] - 1)
         counts = last - first + 1
-        place = np.repeat(np.arange(len(windows), dtype=np.int64), counts)
+        row = np.repeat(np.arange(len(windows), dtype=np.int64), counts)
         document = np.repeat(first, counts) + ramps(counts)
         doc_begin, doc_end = _bounds(self.dataset, document)
-        position = np.maximum(doc_begin, begin[place])
-        stop = np.minimum(doc_end, end[place])
-        return Pieces(place, document, position - doc_begin, stop - position, position, doc_end == stop)
+        position = np.maximum(doc_begin, begin[row])
+        stop = np.minimum(doc_end, end[row])
+        return Pieces(row, document, position - doc_begin, stop - position, position, doc_end == stop)
 
     def ranges(self, windows: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         begin = windows * self.block_size
@@ -117,7 +117,7 @@ class PlannedRows:
 
     def pieces(self, windows: IntArray) -> Pieces:
         first, counts = self.plan.row_pieces(windows)
-        place = np.repeat(np.arange(len(windows), dtype=np.int64), counts)
+        row = np.repeat(np.arange(len(windows), dtype=np.int64), counts)
         document, start, length = self.plan.read(np.repeat(first, counts) + ramps(counts))
         doc_begin, doc_end = _bounds(self.dataset, document)
         position = doc_begin + start
@@ -126,11 +126,11 @@ class PlannedRows:
                 f"{self.plan.folder} is damaged: a piece reaches beyond its document; remove the folder, and it is "
                 "built again"
             )
-        return Pieces(place, document, start, length, position, position + length == doc_end)
+        return Pieces(row, document, start, length, position, position + length == doc_end)
 
     def ranges(self, windows: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         p = self.pieces(windows)
-        return p.place, p.position, p.position + p.length + ~p.ends
+        return p.row, p.position, p.position + p.length + ~p.ends
 
     def windows_of_document(self, document: int) -> IntArray:
         return self.plan.rows_of_document(document)

@@ -45,9 +45,9 @@ class Documents:
             return self.dataset.n_tokens
         shard = bisect.bisect_right(self._first, number) - 1
         facts = self.dataset.manifest.shards[shard]
-        place = HEADER.size + 4 * facts.documents + 8 * (number - self._first[shard])
+        offset = HEADER.size + 4 * facts.documents + 8 * (number - self._first[shard])
         path = self.dataset.path / f"{facts.name}.idx"
-        pointer = int.from_bytes(self._opened.read(path, 8, place), "little", signed=True)
+        pointer = int.from_bytes(self._opened.read(path, 8, offset), "little", signed=True)
         if not 0 <= pointer < facts.tokens * np.dtype(self.dataset.manifest.dtype).itemsize:
             raise ValueError(f"{path} is damaged: document {number} would begin at byte {pointer} of the .bin")
         return int(self._first_token[shard]) + pointer // np.dtype(self.dataset.manifest.dtype).itemsize
@@ -62,8 +62,8 @@ class Documents:
             low, high = max(start, first), min(stop, end)
             if low < high:
                 path = self.dataset.path / f"{facts.name}.bin"
-                place, size = (low - first) * dtype.itemsize, (high - low) * dtype.itemsize
-                read.append(np.frombuffer(self._opened.read(path, size, place), dtype=dtype))
+                offset, size = (low - first) * dtype.itemsize, (high - low) * dtype.itemsize
+                read.append(np.frombuffer(self._opened.read(path, size, offset), dtype=dtype))
         return np.concatenate(read) if read else np.zeros(0, dtype=dtype)
 
     def facts(self, numbers: Iterable[int], columns: list[str] | None = None) -> dict[int, dict[str, Any]]:
@@ -83,8 +83,8 @@ class Documents:
             with open_table(self.files[shard]) as file:
                 for (_, group), some in here:
                     rows = file.read_row_group(group, columns=columns, use_threads=False)
-                    places = [number - self._begins[shard][group] for number in some]
-                    found.update(zip(some, rows.take(places).to_pylist(), strict=True))
+                    offsets = [number - self._begins[shard][group] for number in some]
+                    found.update(zip(some, rows.take(offsets).to_pylist(), strict=True))
         return found
 
     def find(self, id: str) -> list[int]:

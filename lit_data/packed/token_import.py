@@ -19,7 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lit_data.corpus.files import ReadErrors
-from lit_data.packed.foreign import (
+from lit_data.packed.index import MAX_DOCUMENT_TOKENS, IntArray, dtype_of, write_index
+from lit_data.packed.manifest import DOCUMENT_COLUMNS, FORMAT_VERSION, MANIFEST, Manifest, Shard
+from lit_data.packed.token_files import (
     Block,
     MegatronIndex,
     TokenFile,
@@ -30,8 +32,6 @@ from lit_data.packed.foreign import (
     megatron_blocks,
     split_blocks,
 )
-from lit_data.packed.index import MAX_DOCUMENT_TOKENS, IntArray, dtype_of, write_index
-from lit_data.packed.manifest import DOCUMENT_COLUMNS, FORMAT_VERSION, MANIFEST, Manifest, Shard
 from lit_data.packed.writer import DOCUMENTS_PER_GROUP, PackedWriter, remove_rows
 from lit_data.tokenizers.files import save_tokenizer
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
@@ -108,7 +108,7 @@ def import_tokens(
     """Import token files as a packed dataset, all or nothing.
 
     Args:
-        inputs: see `lit_data.packed.foreign.find_token_files`; `dtype` is that of flat .bin files.
+        inputs: see `lit_data.packed.token_files.find_token_files`; `dtype` is that of flat .bin files.
         output: the dataset's folder; must not exist.
         tokenizer_path: the tokenizer that made the ids, copied to OUTPUT/tokenizer; `eos_token` names its EOS. Without
             a tokenizer, `vocab_size` and `eos_id` are needed.

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lit_data.packed.inventory import tokenizer_of
 from lit_data.packed.manifest import FORMAT_VERSION, MANIFEST, WORDS_WORK, Shard, read_manifest, sum_of_words
 from lit_data.packed.reader import PackedDataset
+from lit_data.packed.summary import tokenizer_of
 from lit_data.packed.writer import add_words
 from lit_data.prepare.filters import count_words
 from lit_data.prepare.pool import Pool

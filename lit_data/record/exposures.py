@@ -63,7 +63,7 @@ def times_seen(run: TracedRun, samples: IntArray, steps: IntArray) -> tuple[IntA
     samples.
     """
     mixture = run.mixture
-    datasets, epochs, windows = mixture.place(samples)
+    datasets, epochs, windows = mixture.locate(samples)
     times = np.ones_like(samples)
     ordered = sorted(run.segments, key=lambda s: s.from_step)
     ends = [*(s.from_step for s in ordered[1:]), run.steps]

@@ -67,13 +67,13 @@ def select_files(parts: Iterable[Part], steps: int) -> list[Part]:
     found: list[Part] = []
     for (_, minus_length, first), group in sorted(groups.items(), key=lambda item: item[0]):
         at, end = first, min(first - minus_length, steps)
-        place = max(0, bisect.bisect_right(covered, (at, at)) - 1)
+        index = max(0, bisect.bisect_right(covered, (at, at)) - 1)
         gaps = []
         while at < end:
-            low, high = covered[place] if place < len(covered) else (end, end)
+            low, high = covered[index] if index < len(covered) else (end, end)
             if min(low, end) > at:
                 gaps.append((at, min(low, end)))
-            at, place = max(at, high), place + 1
+            at, index = max(at, high), index + 1
         found.extend(replace(p, first_step=a, end_step=b) for a, b in gaps for p in group)
         for gap in gaps:
             bisect.insort(covered, gap)

@@ -103,8 +103,8 @@ def find_recorded(run: Path, path: str | Path, holding: str = "") -> Path:
     A relative path is relative to the folder training was started in, usually a parent of the run folder. Returns the
     path unchanged if nothing is found.
     """
-    places = [Path(path), *(above / path for above in run.resolve().parents)]
-    return next((place for place in places if (place / holding).exists()), Path(path))
+    candidates = [Path(path), *(above / path for above in run.resolve().parents)]
+    return next((path for path in candidates if (path / holding).exists()), Path(path))
 
 
 def spans_of_step(run: TracedRun, step: int) -> pa.Table:

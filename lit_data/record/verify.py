@@ -128,14 +128,14 @@ class _Checks:
         step, row = c["step"].astype(np.int64), c["row"].astype(np.int64)
         begins = np.flatnonzero(np.append(True, (step[1:] != step[:-1]) | (row[1:] != row[:-1]))[: len(step)])
         counts = np.diff(begins, append=len(step))
-        place = step[begins] - first
-        known = place >= 0
-        place = np.where(known, place, 0)
-        known &= (row[begins] >= 0) & (row[begins] < np.diff(base)[place]) if len(place) else known
+        nth = step[begins] - first
+        known = nth >= 0
+        nth = np.where(known, nth, 0)
+        known &= (row[begins] >= 0) & (row[begins] < np.diff(base)[nth]) if len(nth) else known
         for at in begins[~known].tolist():
             n = len(wanted[step[at] - first]) if step[at] >= first else 0
             self.faults.add("unknown row", f"step {step[at]} row {row[at]}: the step has {n} rows")
-        index = (base[place] + row[begins])[known]
+        index = (base[nth] + row[begins])[known]
         begins, counts = begins[known], counts[known]
         missing = np.ones(len(samples), dtype=bool)
         missing[index] = False
@@ -149,7 +149,7 @@ class _Checks:
         """Compare rows, given by their first spans and span counts, with their expected samples."""
         spans = np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         of_row = np.repeat(np.arange(len(begins)), counts)
-        datasets, epochs, windows = self._place(samples)
+        datasets, epochs, windows = self._locate(samples)
         where = [f"step {c['step'][b]} row {c['row'][b]}" for b in begins.tolist()]
 
         def differs(kind: str, column: str, expected: IntArray) -> None:
@@ -291,15 +291,15 @@ class _Checks:
         _, world_size, micro_batch_samples = max(layout for layout in self.run.layouts if layout[0] <= step)
         return world_size, micro_batch_samples
 
-    def _place(self, samples: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    def _locate(self, samples: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """Samples -> (dataset, epoch, window)."""
-        return self.run.mixture.place(samples)
+        return self.run.mixture.locate(samples)
 
     def _n_windows(self, number: int) -> int:
         return self.run.rows[number].n_windows
 
     def _expected(self, number: int, windows: IntArray) -> IntArray:
-        """The expected pieces of windows, int64 [4, P]: place in `windows`, document, start, length; sorted."""
+        """The expected pieces of windows, int64 [4, P]: row in `windows`, document, start, length; sorted."""
         dataset, size, rows = self.run.datasets[number], self.run.block_size, self.run.rows[number]
         if isinstance(rows, PlannedRows):
             return np.asarray(
@@ -310,11 +310,11 @@ class _Checks:
         end = np.minimum(begin + size, dataset.n_tokens)
         first = dataset.document_of(begin)
         counts = dataset.document_of(end - 1) - first + 1
-        place = np.repeat(np.arange(len(windows)), counts)
+        row = np.repeat(np.arange(len(windows)), counts)
         document = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
         doc_begin, doc_end = dataset.document_start(document), dataset.document_start(document + 1)
-        low, high = np.maximum(doc_begin, begin[place]), np.minimum(doc_end, end[place])
-        return np.stack([place, document, low - doc_begin, high - low])
+        low, high = np.maximum(doc_begin, begin[row]), np.minimum(doc_end, end[row])
+        return np.stack([row, document, low - doc_begin, high - low])
 
 
 def hash_pieces(tokens: npt.NDArray[Any], lengths: IntArray) -> npt.NDArray[np.uint64]:
@@ -332,8 +332,8 @@ def hash_pieces(tokens: npt.NDArray[Any], lengths: IntArray) -> npt.NDArray[np.u
 def naive_hash(tokens: list[int]) -> int:
     """The hash of a span, token by token; see lit_data/record/span_hash.py for the formula."""
     total = 0
-    for place, token in enumerate(tokens):
-        key = (place + 1) * 0x9E3779B97F4A7C15 % 2**64
+    for i, token in enumerate(tokens):
+        key = (i + 1) * 0x9E3779B97F4A7C15 % 2**64
         key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
         key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) % 2**64
         total += (token + 1) * ((key ^ (key >> 31)) | 1)

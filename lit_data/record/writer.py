@@ -158,15 +158,15 @@ class DatapointRecorder:
         for m, ((s, tokens), loss) in enumerate(zip(entry.micro_batches, losses, strict=True)):
             hashes = hash_spans(np.asarray(tokens).reshape(-1), s.length)
             keep = s.document >= 0  # negative numbers are padding
-            place = s.place[keep]
-            n = len(place)
+            row = s.row[keep]
+            n = len(row)
             first_row = row_of(m, self.rank, 0, self.world_size, self.micro_batch_samples)
             columns = {
                 "step": np.full(n, entry.step),
                 "rank": np.full(n, self.rank),
                 "micro_batch": np.full(n, m),
-                "row": first_row + place,
-                "sample": s.sample[place],
+                "row": first_row + row,
+                "sample": s.sample[row],
                 "dataset": s.dataset[keep],
                 "document": s.document[keep],
                 "start": s.start[keep],

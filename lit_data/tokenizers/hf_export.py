@@ -305,10 +305,10 @@ def _reserved_split(content: SentencepieceFile) -> dict[str, Any] | None:
     for piece in content.pieces:
         name = piece.text
         if piece.type in (PieceType.CONTROL, PieceType.UNKNOWN, PieceType.BYTE):
-            places = [i for i in range(1, len(name)) if (name[i - 1] in known) != (name[i] in known)]
+            cuts = [i for i in range(1, len(name)) if (name[i - 1] in known) != (name[i] in known)]
             if len(name) > 1 and content.byte_fallback and not known & set(name):
-                places = [1]  # bytes are never merged, unlike unknown characters
-            patterns += [f"{re.escape(name[:i])}(?={re.escape(name[i:])})" for i in places[:1]]
+                cuts = [1]  # bytes are never merged, unlike unknown characters
+            patterns += [f"{re.escape(name[:i])}(?={re.escape(name[i:])})" for i in cuts[:1]]
     return _split("|".join(patterns), "MergedWithPrevious") if patterns else None
 
 

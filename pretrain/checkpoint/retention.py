@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_data.record.merge import copy_record, cut_record
+from lit_data.record.rewind import copy_record, cut_record
 from lit_data.record.writer import remove_temporaries
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.publish import sync_file

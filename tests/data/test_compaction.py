@@ -19,9 +19,10 @@ from record_writer import MAX_ROWS, RANKS, STEPS
 from recorded_run import check, prepare, write
 from whole_record import read_record
 
-from lit_data.record.merge import Compactor, compact, copy_record, cut_record, next_merge
+from lit_data.record.merge import Compactor, compact, next_merge
 from lit_data.record.parts import Part, committed_parts, list_parts, select_files
 from lit_data.record.reader import read_steps, stream_record
+from lit_data.record.rewind import copy_record, cut_record
 from lit_data.record.schema import SCHEMA, open_writer
 
 

@@ -117,7 +117,7 @@ def compare(batch, rows: list[NaiveRow], block_size: int) -> None:
     assert batch.targets.tolist() == [r.targets for r in rows]
     assert batch.tokens.is_contiguous() and batch.targets.is_contiguous()
     s = batch.spans
-    got = list(zip(s.place, s.document, s.start, s.length, s.targets, strict=True))
+    got = list(zip(s.row, s.document, s.start, s.length, s.targets, strict=True))
     assert got == [(place, *span) for place, row in enumerate(rows) for span in row.spans]
     assert batch.n_targets == int((batch.targets != IGNORE_TARGET).sum())
     assert batch.n_inputs == int(s.length[s.document >= 0].sum())
@@ -268,7 +268,7 @@ def test_a_mixture_reads_each_row_from_its_dataset(tmp_path):
     loader = Loader(rows, mixture, RankLayout(16, 8), [Segment(0, 0, 8)])
     for step in loader.steps(0, 100):
         (batch,) = step.micro_batches
-        dataset, _, window = mixture.place(batch.spans.sample)
+        dataset, _, window = mixture.locate(batch.spans.sample)
         assert batch.spans.window.tolist() == window.tolist()
         for row, d, w in zip(batch.tokens.numpy(), dataset.tolist(), window.tolist(), strict=True):
             alone = read_rows(rows[d], np.asarray([w]), np.asarray([0]), True)
@@ -343,7 +343,7 @@ def test_1024_ranks_over_ten_trillion_tokens_draw_no_row_twice():
             ]
             samples = np.concatenate(parts)
             assert np.array_equal(np.sort(samples), np.arange(step * batch, (step + 1) * batch))
-            epoch, window = order.place(samples)
+            epoch, window = order.locate(samples)
             seen.append(epoch * n_windows + window)
         drawn = np.concatenate(seen)
         assert len(np.unique(drawn)) == len(drawn) and drawn.min() >= 0

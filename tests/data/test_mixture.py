@@ -49,10 +49,10 @@ def test_a_mixture_is_exact(sizes, phases):
     mixture = mixture_of(sizes, phases)
     n = 6 * BLOCK + 77
     samples = np.arange(n, dtype=np.int64)
-    dataset, epoch, window = mixture.place(samples)
+    dataset, epoch, window = mixture.locate(samples)
     for d, size in enumerate(sizes):
         mine = np.flatnonzero(dataset == d)
-        expected_epochs, expected_windows = mixture.orders[d].place(np.arange(len(mine), dtype=np.int64))
+        expected_epochs, expected_windows = mixture.orders[d].locate(np.arange(len(mine), dtype=np.int64))
         assert epoch[mine].tolist() == expected_epochs.tolist() and window[mine].tolist() == expected_windows.tolist()
         for e in range(len(mine) // size):
             assert sorted(window[mine][epoch[mine] == e].tolist()) == list(range(size))
@@ -77,14 +77,14 @@ def test_what_never_comes_has_no_sample():
 def test_a_call_does_not_depend_on_the_others_in_it():
     mixture = mixture_of(*CASES[1])
     samples = np.random.default_rng(0).integers(0, 5 * BLOCK, 400)
-    together = np.stack(mixture.place(samples))
-    alone = np.concatenate([np.stack(mixture.place(samples[i : i + 1])) for i in range(len(samples))], axis=1)
+    together = np.stack(mixture.locate(samples))
+    alone = np.concatenate([np.stack(mixture.locate(samples[i : i + 1])) for i in range(len(samples))], axis=1)
     assert np.array_equal(together, alone)
 
 
 def test_a_block_is_mixed():
     """Not all of one dataset first: the places of a dataset's rows are spread over the block."""
-    dataset, _, _ = mixture_of([10**6, 10**6], [(0, [1.0, 3.0])]).place(np.arange(64 * BLOCK, dtype=np.int64))
+    dataset, _, _ = mixture_of([10**6, 10**6], [(0, [1.0, 3.0])]).locate(np.arange(64 * BLOCK, dtype=np.int64))
     means = np.asarray([np.flatnonzero(block == 0).mean() for block in dataset.reshape(64, BLOCK)])
     assert abs(means.mean() - BLOCK / 2) < 10 and 5 < means.std() < 40  # of 256 random places: 15.9
     assert len({tuple(block) for block in dataset.reshape(64, BLOCK).tolist()}) == 64
@@ -104,7 +104,7 @@ def test_far_out_it_is_its_inverse(weights, other, seed, data):
     samples = np.unique(
         np.asarray(data.draw(st.lists(st.integers(0, 10**12), min_size=1, max_size=20)), dtype=np.int64)
     )
-    dataset, epoch, window = mixture.place(samples)
+    dataset, epoch, window = mixture.locate(samples)
     for d in range(len(sizes)):
         mine = dataset == d
         assert mixture.sample(d, epoch[mine], window[mine]).tolist() == samples[mine].tolist()

@@ -21,7 +21,7 @@ from lit_data.loading.order import (
 
 def one_epoch(order: Order, epoch: int) -> list[int]:
     samples = np.arange(order.n_windows, dtype=np.int64) + epoch * order.n_windows
-    epochs, windows = order.place(samples)
+    epochs, windows = order.locate(samples)
     assert (epochs == epoch).all()
     return windows.tolist()
 
@@ -68,7 +68,7 @@ def test_order_depends_on_seed_dataset_and_epoch_only():
 def test_order_is_pinned():
     """These numbers are part of the format: old runs are traced by them."""
     assert one_epoch(Order(10, 0), 0) == [1, 4, 7, 8, 0, 3, 6, 2, 9, 5]
-    assert Order(10**13, 7, 2).place(np.asarray([0, 1, 10**13 + 5]))[1].tolist() == [
+    assert Order(10**13, 7, 2).locate(np.asarray([0, 1, 10**13 + 5]))[1].tolist() == [
         3332711400286,
         6862988230717,
         4468367006694,
@@ -78,9 +78,9 @@ def test_order_is_pinned():
 def test_a_call_does_not_depend_on_the_others_in_it():
     order = Order(777, 5)
     samples = np.random.default_rng(0).integers(0, 5 * 777, 200)
-    epochs, windows = order.place(samples)
+    epochs, windows = order.locate(samples)
     for i, sample in enumerate(samples):
-        epoch, window = order.place(np.asarray([sample]))
+        epoch, window = order.locate(np.asarray([sample]))
         assert (epoch[0], window[0]) == (epochs[i], windows[i])
     np.testing.assert_array_equal(order.sample(epochs, windows), samples)
 
@@ -97,7 +97,7 @@ def test_positions_are_shuffled_without_visible_structure():
 
 def test_unshuffled_order_is_the_corpus():
     order = Order(5, 9, shuffle=False)
-    epochs, windows = order.place(np.arange(12))
+    epochs, windows = order.locate(np.arange(12))
     assert windows.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
     assert epochs.tolist() == [0] * 5 + [1] * 5 + [2] * 2
     np.testing.assert_array_equal(order.sample(epochs, windows), np.arange(12))
@@ -142,9 +142,6 @@ def test_steps_of_sample_inverts_first_sample_of_step(lengths, batches, gaps, n_
 @pytest.mark.parametrize(("micro_batches", "world", "rows"), [(1, 1, 1), (3, 2, 4), (2, 4, 3), (5, 1, 2)])
 def test_rows_are_dealt_out_once(micro_batches, world, rows):
     dealt = [
-        row_of(m, rank, place, world, rows)
-        for m in range(micro_batches)
-        for rank in range(world)
-        for place in range(rows)
+        row_of(m, rank, row, world, rows) for m in range(micro_batches) for rank in range(world) for row in range(rows)
     ]
     assert sorted(dealt) == list(range(micro_batches * world * rows))

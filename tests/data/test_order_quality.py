@@ -43,7 +43,7 @@ def mean_squares(orders: list[npt.NDArray[np.int64]]) -> dict[str, float]:
 @pytest.mark.parametrize("n", [10_007, 65_536, 100_001])
 def test_order_is_as_random_as_numpys(n):
     everything = np.arange(n, dtype=np.int64)
-    ours = [Order(n, seed=s // 2, dataset=0).place(everything + s % 2 * n)[1] for s in range(SEEDS)]
+    ours = [Order(n, seed=s // 2, dataset=0).locate(everything + s % 2 * n)[1] for s in range(SEEDS)]
     numpys = [np.random.default_rng(s).permutation(n) for s in range(SEEDS)]
     # chi-squared with 40 degrees of freedom lies in [0.34, 2.1] times its mean but for 1 in 10^4.
     for orders in (ours, numpys):
@@ -54,7 +54,7 @@ def test_order_is_as_random_as_numpys(n):
 def test_epochs_and_seeds_are_independent():
     n = 50_021
     everything = np.arange(n, dtype=np.int64)
-    orders = [Order(n, seed=s).place(everything + e * n)[1] for s in (0, 1, 2) for e in (0, 1, 2)]
+    orders = [Order(n, seed=s).locate(everything + e * n)[1] for s in (0, 1, 2) for e in (0, 1, 2)]
     for i, a in enumerate(orders):
         for b in orders[:i]:
             correlation = np.corrcoef(a, b)[0, 1] * np.sqrt(n)
@@ -74,13 +74,13 @@ def test_order_with_blocks_is_local_and_random_inside_a_group():
     """At any time it reads from one group's blocks; there, the windows are as random as the blocks allow."""
     block, group = 128, 32
     order = Order(100_003, seed=3, block_windows=block, group_blocks=group)
-    windows = order.place(np.arange(order.n_windows, dtype=np.int64))[1]
+    windows = order.locate(np.arange(order.n_windows, dtype=np.int64))[1]
     assert np.array_equal(np.sort(windows), np.arange(order.n_windows))
     # Any stretch as long as a group meets at most two groups' blocks, a random order nearly all of them.
     stretch = block * group
     touched = [len(np.unique(windows[i : i + stretch] // block)) for i in range(0, order.n_windows - stretch, 997)]
     assert max(touched) <= 2 * group
-    whole = Order(order.n_windows, seed=3).place(np.arange(stretch, dtype=np.int64))[1]
+    whole = Order(order.n_windows, seed=3).locate(np.arange(stretch, dtype=np.int64))[1]
     assert len(np.unique(whole // block)) > 700
     # Inside a group: which of its blocks comes when is random, and so is the place inside the block.
     inside = windows[:stretch]
@@ -97,7 +97,7 @@ def test_order_with_blocks_is_local_and_random_inside_a_group():
 def test_order_with_blocks_is_a_bijection(n, block, group):
     order = Order(n, seed=5, block_windows=block, group_blocks=group)
     samples = np.arange(3 * n, dtype=np.int64)
-    epochs, windows = order.place(samples)
+    epochs, windows = order.locate(samples)
     for epoch in range(3):
         assert sorted(windows[epochs == epoch].tolist()) == list(range(n))
     assert order.sample(epochs, windows).tolist() == samples.tolist()
@@ -110,6 +110,6 @@ def test_order_with_blocks_of_ten_trillion_tokens(block):
     order = Order(n, seed=9, block_windows=block, group_blocks=64)
     samples = np.random.default_rng(0).integers(0, 4 * n, 2000)
     samples = np.unique(np.concatenate([samples, [0, n - 1, n, 2 * n - 1], np.arange(64 * block - 3, 64 * block + 3)]))
-    epochs, windows = order.place(samples)
+    epochs, windows = order.locate(samples)
     assert windows.min() >= 0 and windows.max() < n
     assert order.sample(epochs, windows).tolist() == samples.tolist()

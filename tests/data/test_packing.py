@@ -36,13 +36,13 @@ def test_each_token_is_in_one_row(tmp_path_factory, packing, lengths, block_size
     pieces = rows.pieces(np.arange(rows.n_windows, dtype=np.int64))
     seen = [(d, s + i) for d, s, n in zip(pieces.document, pieces.start, pieces.length, strict=True) for i in range(n)]
     assert sorted(seen) == [(d, i) for d, length in enumerate(lengths) for i in range(length)]
-    filled = np.bincount(pieces.place, weights=pieces.length, minlength=rows.n_windows)
+    filled = np.bincount(pieces.row, weights=pieces.length, minlength=rows.n_windows)
     assert filled.min() >= 1 and filled.max() <= block_size
     assert pieces.ends.tolist() == [
         s + n == lengths[d] for d, s, n in zip(pieces.document, pieces.start, pieces.length, strict=True)
     ]
     for document in range(len(lengths)):
-        expected = np.unique(pieces.place[pieces.document == document])
+        expected = np.unique(pieces.row[pieces.document == document])
         assert rows.windows_of_document(document).tolist() == expected.tolist()
     if packing != "concat":
         # A document that fits in a row is whole; a longer one is cut into full rows and a rest.
@@ -52,7 +52,7 @@ def test_each_token_is_in_one_row(tmp_path_factory, packing, lengths, block_size
             assert own == [*whole, *([length % block_size] if length % block_size else [])]
         assert check_plan(rows.plan, dataset, block_size) == []  # type: ignore[attr-defined]
     if packing == "pad":
-        assert np.bincount(pieces.place).max() == 1
+        assert np.bincount(pieces.row).max() == 1
 
 
 def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> int:
@@ -92,7 +92,7 @@ def test_groups_of_documents_are_packed_on_their_own(tmp_path, monkeypatch):
     groups = pieces.document // 7
     assert (np.diff(groups) >= 0).all()
     assert check_plan(rows.plan, dataset, 10) == []  # type: ignore[attr-defined]
-    assert rows.windows_of_document(29).tolist() == np.unique(pieces.place[pieces.document == 29]).tolist()
+    assert rows.windows_of_document(29).tolist() == np.unique(pieces.row[pieces.document == 29]).tolist()
 
 
 def test_a_plan_is_built_once_and_named_by_what_decides_it(tmp_path):

@@ -149,7 +149,7 @@ def test_times_seen_with_samples_left_out_and_used_again(run: Path) -> None:
     for step in range(STEPS):
         first, count = first_sample_of_step(traced.segments, step)
         samples = np.arange(first, first + count)
-        _, _, windows = traced.mixture.place(samples)
+        _, _, windows = traced.mixture.locate(samples)
         datasets, times = times_seen(traced, samples, np.full(count, step))
         assert not datasets.any() and times.tolist() == [seen[w] + 1 for w in windows.tolist()]
         seen.update(windows.tolist())

@@ -143,8 +143,8 @@ def test_window_seen_twice_is_reported(merged: Path) -> None:
     sound = run.mixture
 
     class Broken:
-        def place(self, samples: Any) -> Any:
-            datasets, epochs, windows = sound.place(samples)
+        def locate(self, samples: Any) -> Any:
+            datasets, epochs, windows = sound.locate(samples)
             return datasets, epochs, np.where(windows == 3, 4, windows)
 
     run.mixture = Broken()  # type: ignore[assignment]

@@ -37,8 +37,8 @@ from running import VOCAB, flags, write_dataset
 from lit_data.loading.batches import read_rows
 from lit_data.loading.rows import open_rows
 from lit_data.packed.documents import Documents
-from lit_data.packed.inventory import faults_of
 from lit_data.packed.reader import PackedDataset
+from lit_data.packed.summary import faults_of
 from lit_data.prepare.job import read_job
 from lit_data.record.reader import read_steps, stream_record
 from lit_data.record.schema import SCHEMA
@@ -154,7 +154,7 @@ def read_run_record(folder: Path) -> None:
 
 def read_order(folder: Path) -> None:
     run = open_run(folder)
-    assert run.mixture.place(np.arange(8))[2].max() < run.rows[0].n_windows
+    assert run.mixture.locate(np.arange(8))[2].max() < run.rows[0].n_windows
     spans_of_step(run, 1)
 
 

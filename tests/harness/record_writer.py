@@ -23,8 +23,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lit_data.record.merge import compact, cut_record  # noqa: E402
+from lit_data.record.merge import compact  # noqa: E402
 from lit_data.record.parts import newest_checkpoint_step  # noqa: E402
+from lit_data.record.rewind import cut_record  # noqa: E402
 from lit_data.record.writer import DatapointRecorder, remove_temporaries  # noqa: E402
 from lit_files.publish import sync_file  # noqa: E402
 

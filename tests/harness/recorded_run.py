@@ -49,8 +49,8 @@ def prepare(folder: Path) -> tuple[Path, pa.Table]:
                 for i in range(len(b["document"])):
                     if b["document"][i] < 0:
                         continue
-                    place = int(b["place"][i])
-                    values = [step, rank, m, row_of(m, rank, place, RANKS, ROWS), b["sample"][place], 0]
+                    row = int(b["row"][i])
+                    values = [step, rank, m, row_of(m, rank, row, RANKS, ROWS), b["sample"][row], 0]
                     values += [b[k][i] for k in ("document", "start", "length", "targets", "hash")]
                     rows.append([*map(int, values), int(b["hash"][i]) % 1000 / 100, True])
     rows.sort(key=lambda r: (r[0], r[3], r[6], r[7]))

@@ -71,7 +71,7 @@ def test_the_first_step_is_the_formula(data: Path, teachers: list[Path], student
     """Cross-entropy, divergence and their sum of the first step, from whole logits in float64."""
     row = metrics(student)[1]
     rows = ConcatRows(PackedDataset(data / "train"), 32)
-    _, _, windows = Mixture.single(Order(rows.n_windows, 1337, 0)).place(np.arange(8))
+    _, _, windows = Mixture.single(Order(rows.n_windows, 1337, 0)).locate(np.arange(8))
     batch = read_rows(rows, windows, np.arange(8), document_mask=True)
     said = []
     with torch.no_grad():

@@ -166,7 +166,7 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(
     traced = open_run(run)
     assert verify(traced) == []
     # Whoever asks after a document is told of its samples that were left out.
-    windows = traced.mixture.place(np.arange(80, 112))[2]
+    windows = traced.mixture.locate(np.arange(80, 112))[2]
     documents = {d for w in windows.tolist() for d in traced.rows[0].pieces(np.array([w])).document.tolist()}
     left_out = {s for d in documents for s, reason in left_out_of_document(traced, d) if reason == skip["reason"]}
     assert left_out == set(range(80, 112))

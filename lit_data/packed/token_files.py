@@ -343,13 +343,13 @@ def megatron_blocks(file: TokenFile) -> Iterator[Block]:
     index, tokens = MegatronIndex(file.path.with_suffix(".idx")), file.map()
     for start in range(0, index.documents, BLOCK_DOCUMENTS):
         firsts = index.first_sequences(start, min(start + BLOCK_DOCUMENTS, index.documents))
-        places, lengths = (read(int(firsts[0]), int(firsts[-1])) for read in (index.first_tokens, index.lengths))
+        starts, lengths = (read(int(firsts[0]), int(firsts[-1])) for read in (index.first_tokens, index.lengths))
         firsts -= firsts[0]
         of_document = np.diff(np.concatenate([[0], np.cumsum(lengths)])[firsts])
         numbers = np.arange(start, start + len(of_document))
         for a, b in _cut_by_size(of_document):
             sequences = slice(int(firsts[a]), int(firsts[b]))
-            yield Block(file, _gather(tokens, places[sequences], lengths[sequences]), of_document[a:b], numbers[a:b])
+            yield Block(file, _gather(tokens, starts[sequences], lengths[sequences]), of_document[a:b], numbers[a:b])
 
 
 def datatrove_blocks(file: TokenFile) -> Iterator[Block]:
@@ -451,11 +451,11 @@ def _cut_by_size(lengths: IntArray) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _gather(tokens: Tokens, places: IntArray, lengths: IntArray) -> Tokens:
+def _gather(tokens: Tokens, starts: IntArray, lengths: IntArray) -> Tokens:
     """Concatenate ranges of a file; a view if they are contiguous."""
-    if not len(places):
+    if not len(starts):
         return tokens[:0]
-    if (places[1:] == places[:-1] + lengths[:-1]).all():
-        return tokens[places[0] : places[0] + lengths.sum()]
-    stretches = zip(places.tolist(), lengths.tolist(), strict=True)
-    return np.concatenate([tokens[place : place + length] for place, length in stretches])
+    if (starts[1:] == starts[:-1] + lengths[:-1]).all():
+        return tokens[starts[0] : starts[0] + lengths.sum()]
+    stretches = zip(starts.tolist(), lengths.tolist(), strict=True)
+    return np.concatenate([tokens[start : start + length] for start, length in stretches])

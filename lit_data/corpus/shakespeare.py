@@ -54,9 +54,9 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A scene, prologue or epilogue: its place in the play, e.g. `act-1/scene-2`, and its paragraphs."""
+    """A scene, prologue or epilogue: its label in the play, e.g. `act-1/scene-2`, and its paragraphs."""
 
-    place: str
+    label: str
     blocks: tuple[Block, ...]
 
 
@@ -80,16 +80,16 @@ def roman(numeral: str) -> int:
 
 
 def parse_play(markdown: str) -> list[Scene]:
-    """Parse a play into its scenes, in order, each with a unique place. Drops the play's title."""
+    """Parse a play into its scenes, in order, each with a unique label. Drops the play's title."""
     scenes: list[Scene] = []
-    title, act, place, speaker = "", "", "", ""
+    title, act, label, speaker = "", "", "", ""
     blocks: list[Block] = []
     used: dict[str, int] = {}
 
     def finish() -> None:
         if any(b.kind == "speech" for b in blocks):
-            used[place] = used.get(place, 0) + 1  # a few acts use a scene number twice
-            scenes.append(Scene(place if used[place] == 1 else f"{place}-{used[place]}", tuple(blocks)))
+            used[label] = used.get(label, 0) + 1  # a few acts use a scene number twice
+            scenes.append(Scene(label if used[label] == 1 else f"{label}-{used[label]}", tuple(blocks)))
 
     for paragraph in re.split(r"\n\s*\n", _clean(markdown)):
         heading = _HEADING.match(paragraph)
@@ -101,12 +101,12 @@ def parse_play(markdown: str) -> list[Scene]:
             kind = division[1].lower()
             name = f"{kind}-{roman(division[2])}" if division[2] else kind
             act = {"act": name, "epilogue": ""}.get(kind, act)
-            place = f"{act}/{name}" if act and kind != "act" else name
+            label = f"{act}/{name}" if act and kind != "act" else name
             blocks = [Block("heading", " ".join(words.split()).rstrip(".") + ".")] if kind != "act" else []
             speaker = ""
         elif heading is not None:
             title = title or words.strip()
-        elif place:
+        elif label:
             block = _block(paragraph, speaker)
             if block.text or block.speaker != title.upper():  # one play's running title is formatted like a speaker
                 blocks.append(block)
@@ -134,7 +134,7 @@ def read_play(file: Path) -> Iterator[dict[str, str]]:
     """A play's documents, as {"id": "hamlet/act-1/scene-1/03", "text": ...}."""
     for scene in parse_play(file.read_text(encoding="utf-8")):
         for number, text in enumerate(split_scene(scene.blocks), start=1):
-            yield {"id": f"{file.stem}/{scene.place}/{number:02d}", "text": text}
+            yield {"id": f"{file.stem}/{scene.label}/{number:02d}", "text": text}
 
 
 def write_corpus(

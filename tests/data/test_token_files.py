@@ -13,10 +13,10 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_data.packed import foreign
-from lit_data.packed.foreign import MegatronIndex, find_token_files
+from lit_data.packed import token_files
 from lit_data.packed.index import MAX_DOCUMENT_TOKENS
 from lit_data.packed.reader import PackedDataset
+from lit_data.packed.token_files import MegatronIndex, find_token_files
 from lit_data.packed.token_import import Cutting, import_tokens
 from lit_data.packed.writer import PackedWriter
 from lit_data.tokenizers.tokenizer import open_tokenizer
@@ -82,8 +82,8 @@ def test_megatron_documents_are_all_their_sequences(
     expected = [closed(ids) for ids in filled]
     call = {"vocab_size": vocab_size, "eos_id": EOS, "cutting": Cutting(append_eos=True)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(foreign, "BLOCK_TOKENS", block)
-        patch.setattr(foreign, "BLOCK_DOCUMENTS", block)
+        patch.setattr(token_files, "BLOCK_TOKENS", block)
+        patch.setattr(token_files, "BLOCK_DOCUMENTS", block)
         if not expected:
             with pytest.raises(ValueError, match="no documents"):
                 import_tokens([folder / "x"], folder / "out", **call)
@@ -159,8 +159,8 @@ def test_files_are_split_at_an_id(tmp_path_factory, streams, separator, across, 
     expected = [d for ids in joined for d in naive_split(ids, separator)]
     cutting = Cutting(split_at=separator, across_files=across, append_eos=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(foreign, "BLOCK_TOKENS", block)
-        patch.setattr(foreign, "BLOCK_DOCUMENTS", block)
+        patch.setattr(token_files, "BLOCK_TOKENS", block)
+        patch.setattr(token_files, "BLOCK_DOCUMENTS", block)
         if not expected:
             with pytest.raises(ValueError, match="no documents"):
                 import_tokens([folder], folder / "out", dtype="uint32", cutting=cutting, **IDS)
@@ -184,7 +184,7 @@ def test_a_chunk_is_a_document_or_several_of_a_length(tmp_path):
     import_tokens([path], tmp_path / "whole", cutting=Cutting(append_eos=True), **IDS)
     assert documents_of(tmp_path / "whole") == [[1, 2, 3, 4, 5, 6, 7, EOS]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(foreign, "BLOCK_TOKENS", 4)
+        patch.setattr(token_files, "BLOCK_TOKENS", 4)
         import_tokens([path], tmp_path / "cut", cutting=Cutting(document_tokens=3, append_eos=True), **IDS)
     assert documents_of(tmp_path / "cut") == [[1, 2, 3, EOS], [4, 5, 6, EOS], [7, EOS]]
     assert PackedDataset(tmp_path / "cut").document(2)["id"] == "x.bin:3"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_data.corpus.plays import Block, find_plays, parse_play, roman, split_scene, write_corpus
+from lit_data.corpus.shakespeare import Block, find_plays, parse_play, roman, split_scene, write_corpus
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "quickstart_corpus.py"
 
@@ -88,7 +88,7 @@ def test_roman_numerals():
 
 
 def test_parse_finds_scenes_speakers_and_directions():
-    scenes = {s.place: s.blocks for s in parse_play(PLAY)}
+    scenes = {s.label: s.blocks for s in parse_play(PLAY)}
     assert list(scenes) == [
         "act-1/scene-1",
         "act-1/scene-2",

@@ -44,6 +44,7 @@ from lit_data.packed.index import HEADER, MAGIC
 from lit_data.packed.manifest import FORMAT_VERSION, Manifest, Shard
 from lit_data.packed.reader import PackedDataset
 from lit_data.prepare.run import prepare
+from lit_data.prepare.settings import Execution, Settings
 from lit_data.record.span_hash import hash_spans
 from lit_files.publish import write_json
 
@@ -192,7 +193,7 @@ def main() -> None:
     default = next((python for name, python in pythons.items() if name not in LOADERS), sys.executable)
     with tempfile.TemporaryDirectory(prefix="llammlein-bench-") as name:
         folder = Path(name)
-        prepare([args.corpus], args.tokenizer, folder / "data")
+        prepare(Settings((args.corpus,), args.tokenizer), Execution(folder / "data"))
         dataset = PackedDataset(folder / "data" / "train")
         assert len(dataset.manifest.shards) == 1 and dataset.dtype == np.uint16, "a small corpus, a small vocabulary"
         prefix = dataset.path / dataset.manifest.shards[0].name

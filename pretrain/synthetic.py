@@ -7,6 +7,7 @@ from pathlib import Path
 from lit_data.corpus.synthetic import write_synthetic
 from lit_data.packed.manifest import MANIFEST
 from lit_data.prepare.run import prepare
+from lit_data.prepare.settings import Execution, Settings
 from lit_data.tokenizers.training import train_tokenizer
 from pretrain.args import SyntheticArgs
 
@@ -22,5 +23,6 @@ def make_synthetic_data(args: SyntheticArgs, folder: Path, seed: int) -> tuple[P
     if not tokenizer.exists():
         train_tokenizer([text / "train.jsonl"], vocab_size=args.vocab_size, kind="byte_bpe", output=tokenizer)
     if not (packed / "train" / MANIFEST).exists():
-        prepare([text / "train.jsonl"], tokenizer, packed, val_inputs=[text / "val.jsonl"], workers=1)
+        train, val = (str(text / f"{side}.jsonl") for side in ("train", "val"))
+        prepare(Settings((train,), str(tokenizer), val_input=(val,)), Execution(packed, workers=1))
     return packed / "train", packed / "val"

@@ -21,8 +21,8 @@ from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from lit_data.prepare.command import Execution, carry_out
-from lit_data.prepare.settings import Settings
+from lit_data.prepare.command import carry_out
+from lit_data.prepare.settings import Execution, Settings
 from pretrain.cli.command_line import ScriptParser, given_fields
 
 GROUPS = {
@@ -35,7 +35,7 @@ GROUPS = {
 def main(arguments: list[str] | None = None) -> int:
     parser = ScriptParser(description=__doc__, allow_abbrev=False)
     parser.add_fields(Settings, GROUPS, leave_out=["name"])
-    parser.add_fields(Execution, {"workers": "execution"})
+    parser.add_fields(Execution, {"workers": "execution"}, leave_out=["warn_of_large_text"])
     args = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # so that --workers 1 uses one core
     sys.path.append(os.getcwd())  # for the user's module:function

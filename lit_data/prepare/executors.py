@@ -2,68 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lit_data.prepare.run import Stage, run_stage, work_folder
+from lit_data.prepare.run import run_stage
+from lit_data.prepare.settings import Execution, Settings, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
 class StageStep:
-    """A datatrove pipeline of one step: a stage, whose part is the task's rank.
+    """A datatrove pipeline of one step: a stage, whose part is the task's rank."""
 
-    Attributes:
-        stage: see `lit_data.prepare.run.run_stage`.
-        arguments: of `run_stage`, except stage and part.
-    """
-
-    stage: Stage
-    arguments: dict[str, Any] = field(default_factory=dict)
+    settings: Settings
+    execution: Execution
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        report = run_stage(self.stage, rank, **self.arguments)
+        report = run_stage(self.settings, dataclasses.replace(self.execution, part=rank))
         if report is not None:
             print(report.summary())
 
 
-def run_on_executors(
-    kind: Literal["local", "slurm"],
-    inputs: Sequence[str | Path],
-    tokenizer_path: str | Path,
-    output: str | Path,
-    *,
-    tasks_at_once: int,
-    executor: dict[str, Any] | None = None,
-    **arguments: Any,
-) -> None:
+def run_on_executors(settings: Settings, execution: Execution) -> None:
     """Run or submit all stages, each after the one before; one task per part where parts are independent.
 
-    Args:
-        kind: `local` returns when all stages are done, `slurm` once the jobs are submitted.
-        tasks_at_once: number of tasks that run in parallel.
-        executor: extra arguments of datatrove's LocalPipelineExecutor or SlurmPipelineExecutor, e.g. time, partition,
-            cpus_per_task, sbatch_args.
-        arguments: of `lit_data.prepare.run.run_stage`.
+    With `--executor local` this returns when all stages are done, with `slurm` once the jobs are submitted.
 
     Raises:
         ValueError: datatrove is not installed, it does not know an argument, or a task failed.
     """
+    kind = execution.executor
     try:
         from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
     except ImportError as error:
         raise ValueError(f"--executor {kind} needs datatrove: pip install 'llammlein[data]' ({error})") from error
-    call = {"inputs": inputs, "tokenizer_path": tokenizer_path, "output": output, **arguments}
-    parts = int(arguments.get("parts", 1))
-    stages: list[tuple[Stage, int]] = [("encode", parts), ("merge", 1)]
-    if arguments.get("dedup", "none") == "exact" or arguments.get("near_dedup"):
-        stages = [("hash", parts), ("join", 1), *stages]
-    work = Path(arguments.get("work") or work_folder(Path(output).absolute()))
-    given = dict(executor or {})
-    given.setdefault("logging_dir", str(work.with_name(f"{work.name}.logs")))
+    stages: list[tuple[Stage, int]] = [("encode", settings.parts), ("merge", 1)]
+    if settings.needs_hashes:
+        stages = [("hash", settings.parts), ("join", 1), *stages]
+    work = execution.work_folder
+    given = {"logging_dir": str(work.with_name(f"{work.name}.logs")), **execution.executor_args}
     if kind == "slurm":
         missing = [k for k in ("time", "partition") if k not in given]
         if missing:
@@ -75,10 +55,10 @@ def run_on_executors(
         if kind == "slurm":
             own = {"job_name": f"llammlein-{stage}", **own}
         make = LocalPipelineExecutor if kind == "local" else SlurmPipelineExecutor
+        task = dataclasses.replace(execution, executor=None, stage=stage, workers=execution.workers or 1)
+        at_once = min(tasks, execution.tasks or settings.parts)
         try:
-            last = make(
-                pipeline=[StageStep(stage, call)], tasks=tasks, workers=min(tasks, tasks_at_once), depends=last, **own
-            )
+            last = make(pipeline=[StageStep(settings, task)], tasks=tasks, workers=at_once, depends=last, **own)
         except TypeError as error:
             raise ValueError(f"--executor_args: datatrove's {make.__name__} says: {error}") from error
     last.run()

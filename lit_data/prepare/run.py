@@ -14,71 +14,43 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 from lit_data.corpus.cleaners import open_cleaner
 from lit_data.corpus.files import large_plain_text
-from lit_data.corpus.readers import OnError, ReadErrors
+from lit_data.corpus.readers import ReadErrors
 from lit_data.packed.manifest import MANIFEST
 from lit_data.packed.writer import remove_rows
 from lit_data.prepare.job import JOB_FILE, Job, differences, open_work, read_job
 from lit_data.prepare.report import Counts, PrepareReport, StageReports
-from lit_data.prepare.settings import Settings, strings
-from lit_data.prepare.stages import Options, Preparation
+from lit_data.prepare.settings import Execution, Settings
+from lit_data.prepare.stages import Preparation
 from lit_data.prepare.worker import open_filters
 from lit_data.tokenizers.files import save_tokenizer
-from lit_files.cores import usable_cores
 from lit_files.lock import LOCK_NAMES, FileLock, lock_folder
 from lit_files.publish import replace_folder, sync_file, write_json
-
-Stage = Literal["hash", "join", "encode", "merge"]
 
 ASSEMBLED = "assembled.json"  # written when the output is complete in the working folder and only the rename is missing
 
 
-def prepare(
-    inputs: Sequence[str | Path],
-    tokenizer_path: str | Path,
-    output: str | Path,
-    *,
-    val_inputs: Sequence[str | Path] | None = None,
-    workers: int | None = None,
-    on_error: OnError = "stop",
-    overwrite: bool = False,
-    fresh: bool = False,
-    dry_run: bool = False,
-    work: str | Path | None = None,
-    commit_seconds: float = 30.0,
-    **settings: Any,
-) -> PrepareReport:
+def prepare(settings: Settings, execution: Execution) -> PrepareReport:
     """Encode text and write OUTPUT/train, OUTPUT/val (if asked for), OUTPUT/tokenizer and a report, all or nothing.
-
-    Args:
-        inputs, tokenizer_path, val_inputs, settings: see `lit_data.prepare.settings.Settings`.
-        output: must not exist, unless `overwrite` and it is a prepared folder.
-        workers: number of processes; default: the cores this process may use. 1 runs everything in this process.
-        fresh: discard the work of an interrupted call with other settings.
-        dry_run: process everything but write nothing; the report gives the counts.
-        work: the working folder; default `.OUTPUT.preparing` beside `output`. Must be on the same file system.
-        commit_seconds: seconds between commits; a kill loses at most this much work.
 
     Raises:
         FileNotFoundError: an input or the tokenizer does not exist.
         ValueError: any other mistake; the message names it.
     """
     began = time.monotonic()
-    output = Path(os.path.abspath(output))
-    workers = workers if workers is not None else usable_cores()
-    job = _make_job(inputs, tokenizer_path, val_inputs, settings)
+    output, folder, fresh = Path(os.path.abspath(execution.output)), execution.work_folder, execution.fresh
+    job = _make_job(settings, execution)
     job.errors.print_warnings()
-    options = Options(workers, on_error, commit_seconds, dry_run)
-    if dry_run:
+    if execution.dry_run:
         with tempfile.TemporaryDirectory(prefix="llammlein-dry-run-") as temporary:
-            return _report(_finished(Preparation(job, Path(temporary), options)), output, began, resumed=False)
-    folder = Path(work) if work is not None else work_folder(output)
+            preparation = Preparation(job, Path(temporary), execution)
+            preparation.run()
+            return _report(preparation, output, began, resumed=False)
     lock = _lock(folder) if folder.exists() else None
     if lock is None or not _was_published(folder, job, output):
-        _check_output(output, overwrite)
+        _check_output(output, execution.overwrite)
     lock = lock or _lock(folder)
     try:
         if _was_published(folder, job, output):
@@ -88,7 +60,7 @@ def prepare(
         if resumed and fresh:
             _empty(folder)
             resumed = open_work(folder, job, fresh)
-        preparation = Preparation(job, folder, options)
+        preparation = Preparation(job, folder, execution)
         keep = False
         try:
             preparation.run()
@@ -108,38 +80,23 @@ def prepare(
     return report
 
 
-def run_stage(
-    stage: Stage,
-    part: int,
-    inputs: Sequence[str | Path],
-    tokenizer_path: str | Path,
-    output: str | Path,
-    *,
-    val_inputs: Sequence[str | Path] | None = None,
-    workers: int | None = None,
-    on_error: OnError = "stop",
-    overwrite: bool = False,
-    work: str | Path | None = None,
-    commit_seconds: float = 30.0,
-    **settings: Any,
-) -> PrepareReport | None:
+def run_stage(settings: Settings, execution: Execution) -> PrepareReport | None:
     """One stage of one part, for schedulers that run stages on different machines; the folders must be shared.
 
     The order is: `hash` of each part and `join` (only with --dedup exact or --near_dedup), `encode` of each part,
     `merge`, which publishes the output and returns the report. All calls take the same settings.
     """
     began = time.monotonic()
-    output = Path(os.path.abspath(output))
-    job = _make_job(inputs, tokenizer_path, val_inputs, settings)
+    output, folder = Path(os.path.abspath(execution.output)), execution.work_folder
+    stage, part = execution.stage, execution.part
+    job = _make_job(settings, execution)
     if part == 0:
         job.errors.print_warnings()
-    folder = Path(work) if work is not None else work_folder(output)
     if stage == "merge" and _was_published(folder, job, output):
         _remove_work(folder)
         return _read_report(output, began)
-    _check_output(output, overwrite)
-    workers = workers if workers is not None else usable_cores()
-    preparation = Preparation(job, folder, Options(workers, on_error, commit_seconds))
+    _check_output(output, execution.overwrite)
+    preparation = Preparation(job, folder, execution)
     one_part = stage in ("hash", "encode")
     lock = _lock(preparation.part_folder(part) if one_part else folder)
     try:
@@ -165,40 +122,22 @@ def _lock(folder: Path) -> FileLock:
     return lock_folder(folder, "wait for it or end it, or give another --work")
 
 
-def work_folder(output: Path) -> Path:
-    """The default working folder of an output."""
-    return output.with_name(f".{output.name}.preparing")
-
-
-def _make_job(
-    inputs: Sequence[str | Path],
-    tokenizer_path: str | Path,
-    val_inputs: Sequence[str | Path] | None,
-    settings: dict[str, Any],
-) -> Job:
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    chosen = Settings(strings(inputs) or (), str(tokenizer_path), val_input=strings(val_inputs), **given)
-    if chosen.cleaner:
-        open_cleaner(chosen.cleaner)
-    open_filters(chosen)
-    job = Job.make(chosen)
-    if "split_documents" not in settings:
+def _make_job(settings: Settings, execution: Execution) -> Job:
+    if settings.cleaner:
+        open_cleaner(settings.cleaner)
+    open_filters(settings)
+    job = Job.make(settings)
+    if execution.warn_of_large_text:
         job.errors.warnings += large_plain_text(job.files)
     return job
-
-
-def _finished(preparation: Preparation) -> Preparation:
-    preparation.run()
-    return preparation
 
 
 def _report(preparation: Preparation, output: Path, began: float, resumed: bool) -> PrepareReport:
     """Raises _EmptyError for a side without documents and for metadata that no document has."""
     sides = {side: Counts(**counts) for side, counts in preparation.counts().items()}
     stage_reports, errors = preparation.report()
-    options = preparation.options
-    seconds = time.monotonic() - began
-    report = PrepareReport(output, sides, stage_reports, errors, options.workers, seconds, options.dry_run, resumed)
+    workers, dry_run, seconds = preparation.execution.processes, preparation.execution.dry_run, time.monotonic() - began
+    report = PrepareReport(output, sides, stage_reports, errors, workers, seconds, dry_run, resumed)
     report.bloom_rate = preparation.bloom_rate()
     _check_sides(report, preparation.settings)
     never_seen = [m for m in preparation.settings.metadata if m not in stage_reports.fields]

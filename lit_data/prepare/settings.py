@@ -1,13 +1,18 @@
-"""The settings that decide what a preparation writes."""
+"""The arguments of a preparation: settings that decide what it writes, and how to carry it out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS, SplitDocuments
+from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS, OnError, SplitDocuments
+from lit_files.cores import usable_cores
+
+Stage = Literal["hash", "join", "encode", "merge"]
+
+MAX_WORKERS = 1024
 
 RESERVED_COLUMNS = (
     "self", "ids", "id", "source", "place", "bytes", "n_bytes", "words", "n_words", "number", "start", "tokens",
@@ -135,6 +140,56 @@ def _check(s: Settings) -> None:
             raise ValueError(f"--bloom_false_positives {s.bloom_false_positives}: give a share between 0 and 0.5")
 
 
-def strings(values: Sequence[str | Path] | None) -> tuple[str, ...] | None:
-    """Paths as text, for Settings."""
-    return None if values is None else tuple(str(v) for v in values)
+@dataclass(frozen=True)
+class Execution:
+    """Execution options of a preparation; none of them changes the datasets. The fields are flags of the script."""
+
+    output: Path
+    """Folder to write; it must not exist."""
+    on_error: OnError = "stop"
+    """On invalid UTF-8 or JSON, or a document without text: stop with an error, or skip and count the document."""
+    workers: int | None = None
+    """Processes, with --executor those of each task. Default: all cores (1 with --executor)."""
+    overwrite: bool = False
+    """Replace an OUTPUT that this program wrote, once the new one is complete."""
+    fresh: bool = False
+    """Discard the work of an interrupted call instead of resuming it."""
+    dry_run: bool = False
+    """Process everything and report, but write nothing."""
+    work: Path | None = None
+    """Working folder, on the file system of OUTPUT. Default: .OUTPUT.preparing beside it."""
+    commit_seconds: float = 30.0
+    """Seconds between commits; a kill loses at most this much work."""
+    stage: Stage | None = None
+    """Run only this stage, of part --part if it is one of hash and encode."""
+    part: int = 0
+    """Part that --stage works on, from 0."""
+    executor: Literal["local", "slurm"] | None = None
+    """Run the stages as tasks of datatrove's executors."""
+    tasks: int | None = None
+    """Tasks of --executor at the same time. Default: --parts."""
+    executor_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the executor, such as '{"time": "10:00:00", "partition": "cpu", "cpus_per_task": 16}'."""
+    warn_of_large_text: bool = True
+    """Not a flag: warn of large plain-text files that become one document each (unless --split_documents is given)."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and not 1 <= self.workers <= MAX_WORKERS:
+            raise ValueError(f"--workers {self.workers}: give a number of processes from 1 to {MAX_WORKERS}")
+        if not self.commit_seconds >= 0:
+            raise ValueError(f"--commit_seconds {self.commit_seconds}: 0 or more is needed")
+        if self.executor is not None and self.stage is not None:
+            raise ValueError("--executor and --stage exclude each other: the executor runs all stages")
+        if self.dry_run and (self.executor is not None or self.stage is not None):
+            raise ValueError("--dry_run processes the whole corpus on this machine: remove --executor and --stage")
+
+    @property
+    def processes(self) -> int:
+        """Number of worker processes; with 1, everything runs in this process."""
+        return self.workers or min(usable_cores(), MAX_WORKERS)
+
+    @property
+    def work_folder(self) -> Path:
+        """The working folder."""
+        output = Path(os.path.abspath(self.output))
+        return self.work or output.with_name(f".{output.name}.preparing")

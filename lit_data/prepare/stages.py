@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_data.corpus.readers import Document, OnError, Place, ReadErrors, read_documents
+from lit_data.corpus.readers import Document, Place, ReadErrors, read_documents
 from lit_data.packed.manifest import check_documents_table, read_manifest
 from lit_data.packed.reader import PackedDataset
 from lit_data.packed.writer import PackedWriter
@@ -33,6 +33,7 @@ from lit_data.prepare.job import Job
 from lit_data.prepare.near_dedup import NearDuplicates, find_near_duplicates
 from lit_data.prepare.pool import Pool
 from lit_data.prepare.report import COUNTED, StageReports
+from lit_data.prepare.settings import Execution
 from lit_data.prepare.sinks import CountSink, EncodeSink, HashSink, Sink, chunk_file
 from lit_data.prepare.worker import Encoded, Item, Worker
 from lit_files.parquet import open_table
@@ -44,35 +45,16 @@ BATCH_DOCUMENTS = 512
 COMMIT_SHARE = 20  # maximum fraction of the time spent in commits
 JOIN_MEMORY_BYTES = 2 << 30
 MERGE_DOCUMENTS = 4096
-MAX_WORKERS = 1024
-
-
-@dataclasses.dataclass
-class Options:
-    """Execution options of a preparation; none of them changes the result.
-
-    Attributes:
-        workers: number of processes; 1 runs everything in this process.
-        on_error: how to handle a document that can't be read.
-        commit_seconds: minimum time between commits; a kill loses the work since the last.
-        dry_run: process everything, but write only temporary files in the working folder.
-    """
-
-    workers: int = 1
-    on_error: OnError = "stop"
-    commit_seconds: float = 30.0
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.workers <= MAX_WORKERS:
-            raise ValueError(f"--workers {self.workers}: give a number of processes from 1 to {MAX_WORKERS}")
-        if not self.commit_seconds >= 0:
-            raise ValueError(f"--commit_seconds {self.commit_seconds}: 0 or more is needed")
 
 
 @dataclasses.dataclass(frozen=True)
-class _ProgressFile:
-    """Schema of the file of a _Progress."""
+class _Progress:
+    """Progress of a stage in a part: documents before `number` are done; the last of them is at `place`.
+
+    Attributes:
+        errors, first_errors: count and first messages of documents that could not be read.
+        state: of the stage's sink.
+    """
 
     done: bool
     number: int
@@ -81,45 +63,16 @@ class _ProgressFile:
     first_errors: list[str]
     state: dict[str, Any] | None
 
-
-@dataclasses.dataclass
-class _Progress:
-    """Progress of a stage in a part: documents before `number` are done; the last of them is at `place`."""
-
-    done: bool = False
-    number: int = 0
-    place: Place | None = None
-    errors: ReadErrors = dataclasses.field(default_factory=ReadErrors)
-    state: dict[str, Any] | None = None
-
     @classmethod
     def read(cls, path: Path) -> _Progress:
-        if not path.is_file():
-            return cls()
-        content = read_dataclass(_ProgressFile, path)
-        place = Place(*content.place) if content.place is not None else None
-        errors = ReadErrors(content.errors, content.first_errors)
-        return cls(content.done, content.number, place, errors, content.state)
-
-    def write(self, path: Path) -> None:
-        write_json(
-            path,
-            {
-                "done": self.done,
-                "number": self.number,
-                "place": [self.place.file, self.place.place] if self.place is not None else None,
-                "errors": self.errors.count,
-                "first_errors": self.errors.first,
-                "state": self.state,
-            },
-        )
+        return read_dataclass(cls, path) if path.is_file() else cls(False, 0, None, 0, [], None)
 
 
 class Preparation:
     """A preparation in progress: a job and its working folder."""
 
-    def __init__(self, job: Job, work: Path, options: Options) -> None:
-        self.job, self.work, self.options = job, work, options
+    def __init__(self, job: Job, work: Path, execution: Execution) -> None:
+        self.job, self.work, self.execution = job, work, execution
         self.settings = job.settings
 
     def part_folder(self, part: int) -> Path:
@@ -203,7 +156,7 @@ class Preparation:
             if self.settings.dedup == "bloom":
                 size = (self.settings.bloom_paragraphs, self.settings.bloom_false_positives)
                 bloom = BloomDedup(*size, path=folder / state["bloom"] if state else None)
-            if self.options.dry_run:
+            if self.execution.dry_run:
                 return CountSink(self.settings.sides, state)
             sides = self.settings.sides
             writers = {side: self.writer(folder, side, state["sides"][side] if state else None) for side in sides}
@@ -247,14 +200,14 @@ class Preparation:
         try:
             documents = _PartDocuments(self, part, progress)
             make = functools.partial(Worker, self.settings, with_tokenizer=stage == "encode")
-            with Pool(self.options.workers, make) as pool:
+            with Pool(self.execution.processes, make) as pool:
                 while not progress.done:
                     for result in process(pool, _batches(documents.segment())):
                         sink.write(result)
                     began = time.monotonic()
                     state = sink.commit(documents.number, documents.ended)
-                    progress = _Progress(documents.ended, documents.number, documents.place, documents.errors, state)
-                    progress.write(path)
+                    progress = documents.progress(state)
+                    write_json(path, dataclasses.asdict(progress))
                     documents.committed(time.monotonic() - began)
         finally:
             sink.close()
@@ -264,7 +217,7 @@ class Preparation:
         for part in range(self.settings.parts):
             if not self.is_done("encode", part):
                 raise ValueError(f"--stage merge: part {part} is not encoded yet (--stage encode --part {part})")
-        if self.settings.parts == 1 or self.options.dry_run:
+        if self.settings.parts == 1 or self.execution.dry_run:
             return
         for side in self.settings.sides:
             self._merge_side(side)
@@ -286,7 +239,7 @@ class Preparation:
                 for tokens, lengths, rows in _read_back(self.part_folder(part) / side, done):
                     writer.add_batch(tokens, lengths, rows)
                     done += len(lengths)
-                    if time.monotonic() - last >= self.options.commit_seconds:
+                    if time.monotonic() - last >= self.execution.commit_seconds:
                         write_json(path, {"part": part, "documents": done, "state": writer.state()})
                         last = time.monotonic()
             writer.finish()
@@ -355,9 +308,9 @@ class Preparation:
             progress = _Progress.read(self.part_folder(part) / "encode.json")
             assert progress.state is not None
             report.merge(StageReports.from_dict(progress.state["report"]))
-            for message in progress.errors.first:
+            for message in progress.first_errors:
                 errors.add(message)
-            errors.count += progress.errors.count - len(progress.errors.first)
+            errors.count += progress.errors - len(progress.first_errors)
         return report, errors
 
     def bloom_rate(self) -> float | None:
@@ -369,7 +322,7 @@ class Preparation:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Documents, tokens, bytes and words of each side."""
-        if not self.options.dry_run:
+        if not self.execution.dry_run:
             manifests = {side: read_manifest(folder) for side, folder in self.datasets().items()}
             return {k: {kind: getattr(m, kind) for kind in COUNTED} for k, m in manifests.items()}
         total = {side: dict.fromkeys(COUNTED, 0) for side in self.settings.sides}
@@ -386,14 +339,15 @@ class _PartDocuments:
     """Iterates over the documents of a part, in segments that end when a commit is due."""
 
     def __init__(self, preparation: Preparation, part: int, progress: _Progress) -> None:
-        self.job, self.settings, self.options = preparation.job, preparation.settings, preparation.options
+        self.job, self.settings, self.execution = preparation.job, preparation.settings, preparation.execution
         files = self.job.part_files(part)
         self._first_file = files[0][0]
-        self.errors = progress.errors
-        self.number, self.place, self.ended = progress.number, progress.place, False
+        self.errors = ReadErrors(progress.errors, list(progress.first_errors))
+        self.number, self.ended = progress.number, False
+        self.place = Place(*progress.place) if progress.place is not None else None
         self._documents = read_documents(
             [f for _, f in files],
-            on_error=self.options.on_error,
+            on_error=self.execution.on_error,
             text_field=self.settings.text_field,
             id_field=self.settings.id_field,
             require_id=self.settings.require_id,
@@ -401,10 +355,10 @@ class _PartDocuments:
             split_documents=self.settings.split_documents,
             max_document_mb=self.settings.max_document_mb,
             errors=self.errors,
-            start=progress.place,
+            start=self.place,
         )
         self._last_commit = time.monotonic()
-        self._interval = self.options.commit_seconds
+        self._interval = self.execution.commit_seconds
 
     def segment(self) -> Iterator[Item]:
         """Documents until a commit is due, or all remaining ones (then sets `ended`)."""
@@ -416,10 +370,15 @@ class _PartDocuments:
                 return
         self.ended = True
 
+    def progress(self, state: dict[str, Any]) -> _Progress:
+        """What is done after a segment; `state` is that of the sink."""
+        place = dataclasses.astuple(self.place) if self.place is not None else None
+        return _Progress(self.ended, self.number, place, self.errors.count, self.errors.first, state)
+
     def committed(self, seconds: float) -> None:
         """Schedule the next commit, given the duration of this one, so that commits stay a small share of the time."""
         self._last_commit = time.monotonic()
-        self._interval = max(self.options.commit_seconds, COMMIT_SHARE * seconds)
+        self._interval = max(self.execution.commit_seconds, COMMIT_SHARE * seconds)
 
     def _side(self, document: Document) -> str:
         if self._first_file + document.file >= self.job.n_train:

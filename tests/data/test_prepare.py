@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +20,9 @@ from lit_data.packed.reader import PackedDataset
 from lit_data.prepare import run as prepare_module
 from lit_data.prepare import stages as module
 from lit_data.prepare.executors import run_on_executors
-from lit_data.prepare.run import prepare, run_stage, work_folder
+from lit_data.prepare.report import PrepareReport
+from lit_data.prepare.run import run_stage
+from lit_data.prepare.settings import Execution, Settings
 from lit_data.prepare.stages import in_validation
 from lit_data.tokenizers.files import copy_tokenizer
 from lit_data.tokenizers.tokenizer import open_tokenizer
@@ -25,6 +30,24 @@ from lit_files.lock import lock_folder
 
 TEXT = "der die das Haus und ein Garten mit vielen Bäumen steht am Fluss wo die Vögel singen"
 WORDS = TEXT.split()
+
+
+def arguments(
+    inputs: Sequence[Path], tokenizer: Path, output: Path, val_inputs: Sequence[Path] | None = None, **given: Any
+) -> tuple[Settings, Execution]:
+    """Settings and Execution from the fields of both that are given."""
+    execution = {f.name: given.pop(f.name) for f in dataclasses.fields(Execution) if f.name in given}
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    val_input = None if val_inputs is None else tuple(map(str, val_inputs))
+    warn = "split_documents" not in settings
+    return (
+        Settings(tuple(map(str, inputs)), str(tokenizer), val_input=val_input, **settings),
+        Execution(output, warn_of_large_text=warn, **execution),
+    )
+
+
+def prepare(*paths: Any, **given: Any) -> PrepareReport:
+    return prepare_module.prepare(*arguments(*paths, **given))
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +367,7 @@ def test_settings_that_changed_are_named(corpus, tokenizer_folder, tmp_path, mon
 
 
 def test_two_at_once_are_refused(corpus, tokenizer_folder, tmp_path):
-    lock = lock_folder(work_folder(tmp_path / "out"), "wait")
+    lock = lock_folder(Execution(tmp_path / "out").work_folder, "wait")
     with pytest.raises(ValueError, match=r"\.out\.preparing is in use by another job \(process \d+ .*; wait for it or"):
         prepare([corpus], tokenizer_folder, tmp_path / "out", workers=1)
     lock.close()
@@ -379,7 +402,8 @@ def test_parts_give_what_one_machine_gives(repetitive, tokenizer_folder, tmp_pat
     assert content(tmp_path / "parts") == expected
 
     def stage(name: str, part: int = 0) -> object:
-        return run_stage(name, part, [repetitive], tokenizer_folder, tmp_path / "staged", parts=3, **call)
+        folders = [repetitive], tokenizer_folder, tmp_path / "staged"
+        return run_stage(*arguments(*folders, parts=3, stage=name, part=part, **call))
 
     for part in (2, 0, 1):
         stage("hash", part)
@@ -404,13 +428,11 @@ def test_executors_of_datatrove_give_the_same(repetitive, tokenizer_folder, tmp_
     pytest.importorskip("datatrove")
     call = {"shard_tokens": 700, "workers": 1, "val_fraction": 0.2, **REPEATED}
     prepare([repetitive], tokenizer_folder, tmp_path / "one", **call)
-    run_on_executors(
-        "local", [repetitive], tokenizer_folder, tmp_path / "out", tasks_at_once=2, parts=2,
-        val_inputs=None, on_error="stop", overwrite=False, work=None, **call,
-    )  # fmt: skip
+    paths = [repetitive], tokenizer_folder, tmp_path / "out"
+    run_on_executors(*arguments(*paths, executor="local", tasks=2, parts=2, **call))
     assert content(tmp_path / "out") == content(tmp_path / "one")
     with pytest.raises(ValueError, match="needs time and partition in --executor_args"):
-        run_on_executors("slurm", [repetitive], tokenizer_folder, tmp_path / "no", tasks_at_once=2)
+        run_on_executors(*arguments([repetitive], tokenizer_folder, tmp_path / "no", executor="slurm"))
 
 
 def test_first_paragraphs_stay(repetitive, tokenizer_folder, tmp_path):

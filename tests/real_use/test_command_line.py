@@ -17,8 +17,7 @@ import pytest
 import yaml
 from running import ROOT, flags, metrics, same_checkpoints, script, train, write_dataset
 
-from lit_data.prepare.command import Execution
-from lit_data.prepare.settings import Settings
+from lit_data.prepare.settings import Execution, Settings
 from lit_data.tokenizers.training import train_tokenizer
 from lit_model.load import Checkpoint
 from pretrain import fabric_train

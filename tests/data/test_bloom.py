@@ -1,4 +1,4 @@
-"""The Bloom filter: its size, its false positives, and that it can be saved and gone on with."""
+"""The Bloom filter: its size, its false positives, and saving and reloading it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def hashes(start: int, stop: int) -> list[bytes]:
     return [hashlib.blake2b(str(n).encode(), digest_size=16).digest() for n in range(start, stop)]
 
 
-def test_nothing_seen_is_forgotten() -> None:
+def test_no_false_negatives() -> None:
     bloom = BloomDedup(5000, 1e-6)
     assert not any(bloom.seen(h) for h in hashes(0, 5000))
     assert all(bloom.seen(h) for h in hashes(0, 5000))
@@ -32,7 +32,7 @@ def test_false_positives_and_size_are_as_computed(expected: int, rate: float, tm
     computed = bloom_rate(expected, bloom.size_bytes, bloom.n_hashes)
     assert rate <= computed <= 1.1 * rate
     assert bloom.rate() == pytest.approx(computed, rel=0.1)
-    # `seen` adds what it is asked for: a fresh copy for each few keeps that from counting.
+    # `seen` also adds its arguments: a fresh copy for each small batch keeps that from affecting the count.
     trials, few, found = 10_000, expected // 50, 0
     for start in range(10**6, 10**6 + trials, few):
         copy = BloomDedup(expected, rate, tmp_path / "bloom.bin")
@@ -52,7 +52,7 @@ def test_a_rate_that_is_a_power_of_one_half_survives_saving(tmp_path: Path) -> N
         assert BloomDedup(1000, 0.5**power, tmp_path / "bloom.bin").n_hashes in (power - 1, power)
 
 
-def test_a_saved_filter_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_reloaded_filter_behaves_like_one_never_saved(tmp_path: Path) -> None:
     stream = hashes(0, 3000) + hashes(1500, 4500)
     whole = BloomDedup(1500, 0.05)  # too small on purpose: many false positives
     answers = [whole.seen(h) for h in stream]
@@ -70,7 +70,7 @@ def test_a_saved_filter_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> No
     assert (tmp_path / "whole.bin").read_bytes() == (tmp_path / "resumed.bin").read_bytes()
 
 
-def test_a_file_that_is_not_the_filter_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_filter_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bloom.bin"
     BloomDedup(1000, 0.01).save(path)
     content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Staged tokens against the dataset's own; the folder as seen from outside, while several processes use it."""
+"""Staged tokens equal the dataset's; the cache folder as seen from outside, while several processes use it."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def read(cache: ShardCache, start: int, stop: int) -> np.ndarray:
 def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
+        assert time.monotonic() < end, "timed out waiting for the condition"
         time.sleep(0.002)
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Path -> (inode, size) of every file, under the folder's lock: a moment between two changes."""
+    """Path -> (inode, size) of every file, under the folder's lock, so between two changes."""
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_SH)
@@ -154,7 +154,7 @@ def test_tokens_equal_the_datasets(tmp_path: Path, opened: Callable[..., ShardCa
     assert sorted(p.stat().st_size for p in shared_chunks(tmp_path / "cache")) == sorted(chunk_sizes(data))
 
 
-def test_it_stages_what_comes_next_as_far_as_the_budget_goes(
+def test_it_stages_upcoming_chunks_within_the_budget(
     tmp_path: Path, data: PackedDataset, opened: Callable[..., ShardCache]
 ) -> None:
     cache = opened(data, tmp_path, 4)
@@ -163,7 +163,7 @@ def test_it_stages_what_comes_next_as_far_as_the_budget_goes(
     cache.follow(batches)
     for i, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
         if i % 40 == 0:
-            # The chunk of this row and the next one come without being read: staged ahead, others evicted.
+            # The chunks of this row and the next appear without being read: they are staged ahead, and others evicted.
             ahead = min(stop + 3000, data.n_tokens) - 1
             until(lambda at=start, to=ahead: is_held(cache, at) and is_held(cache, to))
         assert np.array_equal(read(cache, start, stop), data.tokens(start, stop))
@@ -177,10 +177,10 @@ def is_held(cache: ShardCache, position: int) -> bool:
     return int(cache._chunk_of(np.asarray([position]))[0]) in cache._held
 
 
-def test_epochs_of_the_two_level_order_read_the_source_once_each(
+def test_each_epoch_of_the_two_level_order_reads_the_source_once(
     tmp_path: Path, data: PackedDataset, opened: Callable[..., ShardCache]
 ) -> None:
-    """Groups of five chunks, shuffled inside; the budget holds two groups and a half, an epoch has five."""
+    """Groups of five chunks, shuffled inside; the budget fits two and a half groups, an epoch has five."""
     rng = np.random.default_rng(2)
     group = 5 * CHUNK // 2 // ROW
     epochs = []
@@ -200,7 +200,9 @@ def test_epochs_of_the_two_level_order_read_the_source_once_each(
         cache.used(i + 1)
     assert cache.misses == 0
     total = sum(chunk_sizes(data))
-    assert total < cache.staged_bytes <= 2.5 * total  # a chunk in two groups may come twice, one that is there need not
+    assert (
+        total < cache.staged_bytes <= 2.5 * total
+    )  # a chunk in two groups may be staged twice, or still be in the cache
     assert folder_bytes(tmp_path) <= 13 * CHUNK
 
 
@@ -221,7 +223,7 @@ def test_rows_without_data_and_a_new_order(
 
 
 def test_two_processes_with_different_orders_keep_the_budget(tmp_path: Path, data: PackedDataset) -> None:
-    """The count takes the folder's lock: a listing that runs beside the changes sees files of different moments."""
+    """Sizes are summed under the folder's lock: an unlocked listing would mix files of different moments."""
     folder = tmp_path / "cache"
     folder.mkdir()
     counts = []
@@ -259,7 +261,7 @@ def test_processes_share_what_is_staged(tmp_path: Path, data: PackedDataset) -> 
 
 def test_a_kill_in_the_middle_of_a_copy(tmp_path: Path, data: PackedDataset) -> None:
     folder = tmp_path / "cache"
-    chunk = 2 * lit_data.loading.shard_cache.PIECE_BYTES  # two pieces: it falls asleep between them
+    chunk = 2 * lit_data.loading.shard_cache.PIECE_BYTES  # two pieces: it sleeps between them
     with PackedWriter(tmp_path / "large", tokenizer=data.manifest.tokenizer, vocab_size=60000, eos_id=0) as writer:
         writer.add([*np.random.default_rng(0).integers(1, 60000, size=chunk), 0], id="0")
     data = PackedDataset(tmp_path / "large")
@@ -271,7 +273,7 @@ def test_a_kill_in_the_middle_of_a_copy(tmp_path: Path, data: PackedDataset) -> 
     until(lambda: part.read_bytes()[: chunk // 2] == (data.path / "data-00000.bin").read_bytes()[: chunk // 2])
     worker.send_signal(signal.SIGKILL)
     worker.communicate()
-    assert part.stat().st_size == chunk  # looks whole, and is not
+    assert part.stat().st_size == chunk  # has the full size, but is incomplete
     assert len(list(folder.glob("holder-*"))) == 1
 
     cache = ShardCache(data, folder, 3 * chunk, chunk_bytes=chunk)
@@ -287,9 +289,7 @@ def test_a_kill_in_the_middle_of_a_copy(tmp_path: Path, data: PackedDataset) -> 
         cache.close()
 
 
-def test_what_a_holder_needs_is_not_evicted(
-    tmp_path: Path, data: PackedDataset, opened: Callable[..., ShardCache]
-) -> None:
+def test_chunks_in_use_are_not_evicted(tmp_path: Path, data: PackedDataset, opened: Callable[..., ShardCache]) -> None:
     first, second = opened(data, tmp_path, 3), opened(data, tmp_path, 3)
     per_chunk = CHUNK // 2
     two = np.asarray([0, per_chunk], dtype=np.int64)
@@ -314,7 +314,7 @@ def test_what_a_holder_needs_is_not_evicted(
     assert first.misses == misses
 
 
-def test_the_one_released_longest_ago_goes_first(tmp_path: Path) -> None:
+def test_the_least_recently_released_chunk_is_evicted_first(tmp_path: Path) -> None:
     folder = CacheFolder(tmp_path, f"{'a' * 16}-10", 30)
     for name in ("x", "y", "z"):
         assert folder.hold([(name, 10)]) == ([], [name])
@@ -330,7 +330,7 @@ def test_the_one_released_longest_ago_goes_first(tmp_path: Path) -> None:
     folder.close()
 
 
-def test_what_is_wanted_later_gives_way_to_what_is_wanted_now(tmp_path: Path) -> None:
+def test_chunks_needed_later_are_evicted_for_those_needed_now(tmp_path: Path) -> None:
     folder = CacheFolder(tmp_path, f"{'a' * 16}-10", 30)
     for name in ("x", "y", "z"):
         folder.hold([(name, 10)])
@@ -347,7 +347,7 @@ def test_what_is_wanted_later_gives_way_to_what_is_wanted_now(tmp_path: Path) ->
     folder.close()
 
 
-def test_the_smallest_budget_holds(tmp_path: Path) -> None:
+def test_the_smallest_budget_is_respected(tmp_path: Path) -> None:
     kind = f"{'a' * 16}-10"
     large = CacheFolder(tmp_path, kind, 100)
     names = [f"c{i}" for i in range(10)]
@@ -371,7 +371,7 @@ def test_the_smallest_budget_holds(tmp_path: Path) -> None:
     assert files(tmp_path) == {}
 
 
-def test_nobody_takes_more_than_a_share_while_another_starves(tmp_path: Path) -> None:
+def test_no_process_exceeds_its_share_while_another_waits(tmp_path: Path) -> None:
     kind = f"{'a' * 16}-10"
     first, second = CacheFolder(tmp_path, kind, 40), CacheFolder(tmp_path, kind, 40)
     for i in range(4):
@@ -391,7 +391,7 @@ def test_nobody_takes_more_than_a_share_while_another_starves(tmp_path: Path) ->
     second.close()
 
 
-def test_a_cut_chunk_is_copied_anew(
+def test_a_truncated_chunk_is_copied_again(
     tmp_path: Path, data: PackedDataset, opened: Callable[..., ShardCache], capsys: pytest.CaptureFixture[str]
 ) -> None:
     result(start_worker(data, tmp_path, 100, windows(data)[0], wait_until_staged="yes"))
@@ -409,7 +409,7 @@ def test_a_cut_chunk_is_copied_anew(
 
 
 @pytest.mark.parametrize("where", ["write", "publish", "hold"])
-def test_a_folder_that_fails_ends_staging_only(
+def test_a_failing_folder_only_stops_staging(
     where: str,
     tmp_path: Path,
     data: PackedDataset,
@@ -468,9 +468,9 @@ def test_a_full_disk(
 
 
 def test_a_file_system_as_large_as_the_budget_suffices(tmp_path: Path, data: PackedDataset) -> None:
-    """The kernel's own count: a chunk too many, at any moment, and a write would fail."""
+    """Enforced by the kernel: with one chunk too many at any moment, a write would fail."""
     folder = tmp_path / "small"
-    chunk, pages = 32768, 4096 * len(data.manifest.shards)  # the last chunk of a shard does not fill its last page
+    chunk, pages = 32768, 4096 * len(data.manifest.shards)  # the last chunk of a shard only partly fills its last page
     assert pages < chunk
     with file_system(folder, 3 * chunk + pages):
         rows = [windows(data)[0], windows(data)[0][::-1]]
@@ -480,7 +480,7 @@ def test_a_file_system_as_large_as_the_budget_suffices(tmp_path: Path, data: Pac
             assert counters["failure"] is None and counters["staged"] > 0
 
 
-def test_a_folder_that_goes_away(
+def test_a_folder_that_is_deleted(
     tmp_path: Path, data: PackedDataset, opened: Callable[..., ShardCache], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "cache"
@@ -508,7 +508,7 @@ def test_a_folder_that_cannot_be_used(place: str, tmp_path: Path, data: PackedDa
         ShardCache(data, tmp_path / place, 10 * CHUNK, chunk_bytes=CHUNK)
 
 
-def test_budgets_that_cannot_be_kept(tmp_path: Path, data: PackedDataset) -> None:
+def test_impossible_budgets_are_refused(tmp_path: Path, data: PackedDataset) -> None:
     with pytest.raises(ValueError, match="--data.cache_gb 1e-07 is less"):
         ShardCache(data, tmp_path, 100, chunk_bytes=CHUNK)
     with pytest.raises(ValueError, match="--data.cache_gb.*file system"):
@@ -544,7 +544,7 @@ def test_errors_of_the_source_and_of_the_order_are_raised(
         read(other, 0, ROW)
 
 
-def test_few_files_are_open(
+def test_few_files_are_kept_open(
     tmp_path: Path, data: PackedDataset, opened: Callable[..., ShardCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lit_data.loading.shard_cache, "MAX_MAPS", 2)

@@ -16,7 +16,7 @@ def document(text: str, source: str = "corpus/some.txt") -> Document:
     return Document("doc-1", text, source, 0, {})
 
 
-# Per rule of a profile: what comes in and what goes out.
+# Per rule of a profile: input and expected output.
 WIKIPEDIA = {
     "headings are unwrapped": ("== History ==\nOld.\n=== Early days ===\nOlder.", "History\nOld.\nEarly days\nOlder."),
     "references go": ("Berlin[1] is large.[12][345]", "Berlin is large."),
@@ -134,7 +134,7 @@ def test_sets_refuse_files_they_do_not_know(profile: str) -> None:
 @pytest.mark.parametrize(
     "profile, text", [("subtitles", "1\n00:00:01,000 --> 00:00:02,000\n"), ("dialogue", "[noise]")]
 )
-def test_documents_of_which_nothing_is_left_are_dropped(profile: str, text: str) -> None:
+def test_documents_that_become_empty_are_dropped(profile: str, text: str) -> None:
     assert open_cleaner(profile)(document(text)) is None
 
 
@@ -148,8 +148,8 @@ def test_profiles_survive_pickling(profile: str) -> None:
 @pytest.mark.parametrize(
     "unit", ["[", "(", "= ", "==", " ", "A1", ". ", "A. ", "\n", "\t \n", "00:00:00,0", "don '"], ids=repr
 )
-@pytest.mark.timeout(240)  # linear time is about a second; quadratic would never end
-def test_no_text_takes_more_than_linear_time(unit: str) -> None:
+@pytest.mark.timeout(240)  # linear time is about a second; quadratic would take forever
+def test_cleaning_takes_linear_time(unit: str) -> None:
     text = unit * (600_000 // len(unit))
     for profile in SINGLE:
         open_cleaner(profile)(document(text))
@@ -176,7 +176,7 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "own_cleaners"
 
 
-def test_the_users_own_takes_the_text_or_the_document(own_module: str) -> None:
+def test_a_custom_cleaner_takes_the_text_or_the_document(own_module: str) -> None:
     assert open_cleaner(f"{own_module}:shout")(document("a b")) == "A B"
     assert open_cleaner(f"{own_module}:by_source")(document("a", "s.txt")) == "s.txt!a"
     assert open_cleaner(f"{own_module}:drop")(document("a")) is None
@@ -199,7 +199,7 @@ def test_the_users_own_takes_the_text_or_the_document(own_module: str) -> None:
         ("own_cleaners:number", "number is a int, not a function"),
     ],
 )
-def test_mistakes_in_the_name_are_told(own_module: str, spec: str, message: str) -> None:
+def test_errors_in_the_name_are_reported(own_module: str, spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_cleaner(spec)
 
@@ -211,7 +211,7 @@ def test_mistakes_in_the_name_are_told(own_module: str, spec: str, message: str)
         ("failing", "--cleaner own_cleaners:failing failed at document doc-1 .*some.txt.*: TypeError: string indices"),
     ],
 )
-def test_mistakes_in_the_function_are_told(own_module: str, function: str, message: str) -> None:
+def test_errors_in_the_function_are_reported(own_module: str, function: str, message: str) -> None:
     cleaner = open_cleaner(f"{own_module}:{function}")
     with pytest.raises(ValueError, match=message):
         cleaner(document("a"))

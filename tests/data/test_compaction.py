@@ -1,4 +1,4 @@
-"""Merging the record: which file a step is read from, how much is rewritten, cuts, kills, and that training goes on."""
+"""Merging the record: which file a step is read from, how much is rewritten, truncation, kills, resuming."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from lit_data.record.schema import SCHEMA, open_writer
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pa.Table]:
-    """A run folder before its first step, and the record it must have in the end."""
+    """A run folder before its first step, and the record it must have at the end."""
     return prepare(tmp_path_factory.mktemp("begun"))
 
 
 @pytest.fixture(scope="module")
 def written(begun: tuple[Path, pa.Table], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run at its end, merged as it went."""
+    """The finished run, whose record was merged in the background."""
     run = tmp_path_factory.mktemp("written") / "run"
     shutil.copytree(begun[0], run)
     assert write(run) == 0
@@ -43,13 +43,13 @@ def written(begun: tuple[Path, pa.Table], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def run(written: Path, tmp_path: Path) -> Path:
-    """A copy of the run at its end."""
+    """A copy of the finished run."""
     return Path(shutil.copytree(written, tmp_path / "run"))
 
 
 @pytest.fixture
 def unmerged(run: Path, begun: tuple[Path, pa.Table]) -> Path:
-    """The run at its end with a part of each rank and 2 steps, as if nothing had been merged."""
+    """The finished run with unmerged parts: one per rank and 2 steps."""
     for part in list_parts(run / "datapoints"):
         part.path.unlink()
     for first in range(0, STEPS, 2):
@@ -77,7 +77,7 @@ def test_rows_of_a_merged_file_are_sorted(run: Path, begun: tuple[Path, pa.Table
     assert pa.concat_tables(tables).equals(begun[1])
 
 
-def test_unmerged_and_merged_record_are_read_alike(unmerged: Path, begun: tuple[Path, pa.Table]) -> None:
+def test_unmerged_and_merged_records_read_the_same(unmerged: Path, begun: tuple[Path, pa.Table]) -> None:
     check(unmerged, begun[1])
     before = {tuple(r.values()) for r in read_steps(unmerged, [3, 11, 17]).to_pylist()}
     compact(unmerged, 100)
@@ -88,14 +88,14 @@ def test_unmerged_and_merged_record_are_read_alike(unmerged: Path, begun: tuple[
     )
 
 
-def test_reader_goes_on_when_files_are_merged_under_it(unmerged: Path, begun: tuple[Path, pa.Table]) -> None:
+def test_reader_survives_a_merge_while_it_reads(unmerged: Path, begun: tuple[Path, pa.Table]) -> None:
     tables = stream_record(unmerged, 0, STEPS)
     seen = [next(tables)]
     compact(unmerged, 100)
     assert pa.concat_tables([*seen, *tables]).equals(begun[1])
 
 
-def test_what_no_checkpoint_has_committed_is_not_merged(unmerged: Path, begun: tuple[Path, pa.Table]) -> None:
+def test_uncommitted_parts_are_not_merged(unmerged: Path, begun: tuple[Path, pa.Table]) -> None:
     for step in range(10, STEPS + 1, 2):
         (unmerged / f"iter-{step:08d}-ckpt.pth").unlink()
     compact(unmerged)
@@ -122,8 +122,8 @@ def test_cut_inside_a_merged_file(unmerged: Path, begun: tuple[Path, pa.Table], 
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
-def test_each_step_is_believed_once(data: st.DataObject) -> None:
-    """Any set of merged files over the parts of 2 ranks: each step comes from one merged file or from both parts."""
+def test_each_step_is_read_from_one_source(data: st.DataObject) -> None:
+    """Any set of merged files over the parts of 2 ranks: each step is read from one merged file or from both parts."""
     cuts = sorted(data.draw(st.sets(st.integers(1, 30), max_size=6)) | {0, 31})
     parts = [Part(Path(f"part-{a}-{r}"), a, b, r) for a, b in pairwise(cuts) for r in range(2)]
     for a, b in {(a, min(a + n, 31)) for a, n in data.draw(st.sets(st.tuples(st.integers(0, 30), st.integers(1, 31))))}:
@@ -139,8 +139,8 @@ def test_each_step_is_believed_once(data: st.DataObject) -> None:
             assert file[0] <= part.first_step and part.end_step <= file[1]
 
 
-def test_each_row_is_rewritten_a_logarithm_of_times() -> None:
-    """1000 checkpoints of 3 to 9 rows: rewritten rows stay below n log2 n, files below the limit, and few."""
+def test_each_row_is_rewritten_logarithmically_often() -> None:
+    """1000 checkpoints of 3 to 9 rows: rewritten rows stay below n log2 n, files are few and below the size limit."""
     rng = np.random.default_rng(0)
     rows: dict[Path, int] = {}
     parts: list[Part] = []
@@ -176,7 +176,7 @@ def test_killed_writer_leaves_an_exact_record(begun: tuple[Path, pa.Table], tmp_
     assert not list((run / "datapoints").glob(".*"))
 
 
-def test_an_error_ends_compaction_and_is_said_once(
+def test_an_error_ends_compaction_and_is_reported_once(
     unmerged: Path, begun: tuple[Path, pa.Table], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def full(*arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""Exact deduplication against a plain dictionary, however the corpus is cut."""
+"""Exact deduplication, compared with a plain dictionary, for any division of the corpus into parts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MIN_CHARACTERS = 12
 
 
 def make_corpus(documents: int = 400, seed: int = 0) -> list[str]:
-    """Documents of 0 to 12 lines, most of them from a small stock, some of them short."""
+    """Documents of 0 to 12 lines, most of them drawn from a small pool, some of them short."""
     rng = random.Random(seed)
     stock = [f"line number {rng.randrange(10**6)} of the stock" for _ in range(300)] + ["yes", "no", "", "  "]
     return ["\n".join(rng.choices(stock, k=rng.randrange(13))) for _ in range(documents)]
 
 
 def expected_without_duplicates(corpus: Sequence[str]) -> tuple[list[str], DuplicateCounts]:
-    """By a set of the lines themselves."""
+    """Computed with a set of the lines themselves."""
     seen: set[str] = set()
     texts, counted, repeated = [], 0, 0
     for text in corpus:
@@ -45,7 +45,7 @@ def expected_without_duplicates(corpus: Sequence[str]) -> tuple[list[str], Dupli
 
 
 def deduplicate(corpus: Sequence[str], cuts: Sequence[int], folder: Path) -> tuple[list[str], DuplicateCounts]:
-    """Through the files of parts that end before the given documents."""
+    """Deduplicate with parts that end before the given documents."""
     folder.mkdir()
     parts = [corpus[a:b] for a, b in zip([0, *cuts], [*cuts, len(corpus)], strict=True)]
     hash_files = [folder / f"hashes-{p}.parquet" for p in range(len(parts))]
@@ -65,10 +65,10 @@ def deduplicate(corpus: Sequence[str], cuts: Sequence[int], folder: Path) -> tup
 
 
 @pytest.mark.parametrize("cuts", [[], [50, 300], [1, 1, 7, 100, 250, 399]], ids=["1 part", "3 parts", "7 parts"])
-def test_the_first_of_each_paragraph_stays_however_the_corpus_is_cut(
+def test_the_first_occurrence_is_kept_for_any_number_of_parts(
     cuts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exact_dedup, "ROWS_PER_GROUP", 97)  # groups end within documents
+    monkeypatch.setattr(exact_dedup, "ROWS_PER_GROUP", 97)  # groups end in the middle of documents
     corpus = make_corpus()
     texts, counts = deduplicate(corpus, cuts, tmp_path / "it's")
     expected, expected_counts = expected_without_duplicates(corpus)
@@ -77,7 +77,7 @@ def test_the_first_of_each_paragraph_stays_however_the_corpus_is_cut(
     assert counts == expected_counts
 
 
-def test_documents_may_be_asked_for_with_gaps_and_across_batches(
+def test_documents_may_be_looked_up_with_gaps_and_across_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lit_data.prepare.tables.READ_ROWS", 4)
@@ -89,7 +89,7 @@ def test_documents_may_be_asked_for_with_gaps_and_across_batches(
         assert {d: dropped.of(d) for d in asked} == {d: [p for e, p in rows if e == d] for d in asked}
 
 
-def test_paragraphs_of_documents_that_are_dropped_anyway_do_not_count(tmp_path: Path) -> None:
+def test_paragraphs_of_dropped_documents_do_not_count(tmp_path: Path) -> None:
     corpus = [
         "a long shared line\n",
         "a long shared line\nanother long line\n",
@@ -112,7 +112,7 @@ def test_paragraphs_of_documents_that_are_dropped_anyway_do_not_count(tmp_path: 
     assert pq.read_table(outputs[1]).to_pylist() == [{"document": 1, "paragraph": 1}]
 
 
-def test_hashes_are_published_when_closed_and_not_before(tmp_path: Path) -> None:
+def test_hashes_are_published_only_when_closed(tmp_path: Path) -> None:
     path = tmp_path / "hashes.parquet"
     writer = HashWriter(path)
     writer.add(0, hash_paragraphs("some line", 1))
@@ -130,7 +130,7 @@ def test_hashes_are_published_when_closed_and_not_before(tmp_path: Path) -> None
     ]
 
 
-def test_intermediate_data_go_also_after_an_error(tmp_path: Path) -> None:
+def test_intermediate_files_are_removed_after_an_error_too(tmp_path: Path) -> None:
     (tmp_path / "hashes.parquet").write_bytes(b"PAR1 damaged")
     with pytest.raises(ValueError, match="hashes.parquet"):
         find_duplicates(

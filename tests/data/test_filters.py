@@ -1,4 +1,4 @@
-"""Filters, their reasons, and the user's own."""
+"""Filters, the reasons they report, and custom filters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_impossible_lengths_are_refused(bounds: tuple[int, int | None]) -> None:
         length_filter(*bounds)
 
 
-def test_tokens_a_word() -> None:
+def test_tokens_per_word() -> None:
     assert token_word_ratio(6, " one\ntwo \t three ") == 2.0
     assert token_word_ratio(5, " \n") == math.inf
 
@@ -48,7 +48,7 @@ def test_language() -> None:
     assert german.keep(document(ENGLISH)).startswith("language en: probability ")
     assert german.keep(document("A B C D E")).startswith("language")
     assert language_filter(["de", "en"], 0.9).keep(document(ENGLISH)) is None
-    # The language may be found, but not surely enough.
+    # The language may be detected, but with too little confidence.
     unsure = "Hand in Hand"
     assert language_filter(["de", "en"], 0.0).keep(document(unsure)) is None
     assert language_filter(["de", "en"], 1.0).keep(document(unsure)).startswith("language unsure: ")
@@ -62,7 +62,7 @@ def test_language() -> None:
         (["de"], 1.5, "--min_language_probability 1.5"),
     ],
 )
-def test_mistakes_in_languages_are_told(languages: list[str], probability: float, message: str) -> None:
+def test_errors_in_languages_are_reported(languages: list[str], probability: float, message: str) -> None:
     pytest.importorskip("py3langid")
     with pytest.raises(ValueError, match=message):
         language_filter(languages, probability)
@@ -75,7 +75,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         language_filter(["de"])
 
 
-def test_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_filter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_filters.py").write_text(
         "def no_lists(text):\n    return not text.startswith('- ')\n"
         "def wrong(text):\n    return text\n"

@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face as a source, from local folders, offline."""
+"""Hugging Face datasets as a source, from local folders, offline."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_bad_spec(spec, message):
         parse_hub_dataset(spec)
 
 
-def test_documents_beside_files(corpus):
+def test_a_dataset_together_with_files(corpus):
     (corpus / "x.txt").write_text("a file")
     inputs = ["hf:./set:test", corpus / "x.txt", "hf:./set"]
     files = list_files(inputs)
@@ -74,7 +74,7 @@ def test_documents_beside_files(corpus):
     assert next(read_documents(["hf:./set"])).id == "./set:train#0:1"
 
 
-def test_reading_goes_on_after_any_row(corpus):
+def test_reading_resumes_after_any_row(corpus):
     options = {"on_error": "skip", "id_field": "key"}
     documents = [d.id for d in read_documents(["hf:./set"], **options)]
     for last in (0, 6, 18, 19, 20, 31):
@@ -93,7 +93,7 @@ def test_shards_are_parts(corpus):
 
 
 @pytest.mark.parametrize("splits", [False, True])
-def test_saved_to_disk(corpus, splits):
+def test_a_dataset_saved_to_disk(corpus, splits):
     datasets = pytest.importorskip("datasets")
     saved = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "id": [1, 2, 3]})
     (datasets.DatasetDict({"train": saved}) if splits else saved).save_to_disk(str(corpus / "saved"))
@@ -113,7 +113,7 @@ def test_saved_to_disk(corpus, splits):
         ("hf:./set@de", r"hf:./set@de:train cannot be opened: .*de.*"),
     ],
 )
-def test_what_is_missing_is_named_at_once(corpus, spec, message):
+def test_a_missing_source_is_named_immediately(corpus, spec, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_documents([spec])
 

@@ -1,4 +1,4 @@
-"""Files for transformers: AutoTokenizer gives exactly the ids that preparation wrote."""
+"""Tokenizer files for transformers: AutoTokenizer gives exactly the ids that preparation wrote."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def train_sentencepiece(path: Path, lines: list[str] = TEXTS, **settings: object
 
 
 def check(tokenizer: Tokenizer, output: Path) -> transformers.PreTrainedTokenizerBase:
-    """Independent of the module's own check: everything is read back from the folder by transformers."""
+    """Independent of the module's own check: transformers reads everything back from the folder."""
     write_hf_tokenizer(tokenizer, output)
     # As in an exported model's folder: for this type transformers has a tokenizer class of its own.
     (output / "config.json").write_text(json.dumps({"model_type": "llama"}))
@@ -44,7 +44,7 @@ def check(tokenizer: Tokenizer, output: Path) -> transformers.PreTrainedTokenize
     for text in texts:
         if not tokenizer.may_hold_special(text):
             assert list(opened(text)["input_ids"]) == tokenizer.encode(text).tolist(), text
-        elif tokenizer.kind == "tokenizers":  # as the file itself says
+        elif tokenizer.kind == "tokenizers":  # as configured in the file itself
             source = tokenizers.Tokenizer.from_file(str(tokenizer.path))
             assert list(opened(text)["input_ids"]) == source.encode(text, add_special_tokens=False).ids, text
     pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
@@ -102,7 +102,7 @@ def test_sentencepiece_models_are_converted(tmp_path, settings):
     check(open_tokenizer(train_sentencepiece(tmp_path / "m.model", **settings)), tmp_path / "hf")
 
 
-def test_names_of_tokens_that_unigram_knows_the_characters_of_stay_text(tmp_path):
+def test_names_of_special_tokens_stay_text_in_unigram_models(tmp_path):
     lines = [*TEXTS, "a < b > c / s <b>fett</b> <s>durch</s> 0x41 <0x41>"]
     path = train_sentencepiece(
         tmp_path / "m.model", lines, model_type="unigram", vocab_size=390, hard_vocab_limit=False, byte_fallback=True
@@ -111,7 +111,7 @@ def test_names_of_tokens_that_unigram_knows_the_characters_of_stay_text(tmp_path
 
 
 def test_bos_and_metaspace_of_the_source_are_not_rebuilt(tmp_path):
-    """LLäMmlein's folder in small: the class named in its config would add BOS and another prefix."""
+    """A small version of LLäMmlein's folder: the class named in its config would add BOS and another prefix."""
     converted = tmp_path / "converted"
     source = train_sentencepiece(
         tmp_path / "m.model", model_type="bpe", vocab_size=150, normalization_rule_name="identity"
@@ -142,7 +142,7 @@ def test_bos_and_metaspace_of_the_source_are_not_rebuilt(tmp_path):
     assert open_tokenizer(tmp_path / "hf").fingerprint == tokenizer.fingerprint
 
 
-def test_what_cannot_be_converted_is_refused(tmp_path, monkeypatch):
+def test_unconvertible_tokenizers_are_refused(tmp_path, monkeypatch):
     path = train_sentencepiece(tmp_path / "char.model", model_type="char", vocab_size=60)
     with pytest.raises(ValueError, match=r"char\.model can't be written for transformers: its model is of type CHAR"):
         write_hf_tokenizer(path, tmp_path / "hf")

@@ -1,4 +1,4 @@
-"""The loader against slices of a Python list of documents."""
+"""The loader, compared with slices of a Python list of documents."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lit_data.record.verify import naive_hash
 def make_dataset(
     folder: Path, lengths: list[int], shard_tokens: int = 50, first_id: int = 1
 ) -> tuple[PackedDataset, list[list[int]]]:
-    """Documents of given lengths. Ids count up, so that each token says where it is (up to a vocabulary of 60 000)."""
+    """Documents of given lengths. Ids count up, so each token shows its position (up to a vocabulary of 60 000)."""
     documents, next_id = [], first_id
     with PackedWriter(
         folder, tokenizer={"fingerprint": "t"}, vocab_size=60_000, eos_id=0, shard_tokens=shard_tokens
@@ -56,11 +56,11 @@ def naive_row(documents: list[list[int]], window: int, block_size: int, document
 def naive_planned_row(
     documents: list[list[int]], pieces: list[tuple[int, int, int]], block_size: int, document_mask: bool
 ) -> NaiveRow:
-    """One row of pieces (document, start, length), token by token; then the token that follows the last one."""
+    """One row of pieces (document, start, length), token by token; then the token after the last one."""
     inside = [(d, p, documents[d][p]) for d, start, length in pieces for p in range(start, start + length)]
     document, place, _ = inside[-1]
     if place + 1 < len(documents[document]):
-        assert len(inside) == block_size  # nothing that fits in a row is cut
+        assert len(inside) == block_size  # no document that fits in a row is cut
         inside.append((document, place + 1, documents[document][place + 1]))
     return fill(inside, documents, block_size, document_mask)
 
@@ -68,7 +68,7 @@ def naive_planned_row(
 def fill(
     inside: list[tuple[int, int, int]], documents: list[list[int]], block_size: int, document_mask: bool
 ) -> NaiveRow:
-    """(document, place, token) of a row and perhaps of one target more -> the row."""
+    """(document, position, token) of a row, and of one more target if there is one -> the row."""
     tokens, targets, spans = [], [], []
     for column in range(block_size):
         number, place, token = inside[column] if column < len(inside) else (PADDING, 0, 0)
@@ -153,7 +153,7 @@ def test_hash_spans_equals_python(lengths, seed):
     assert hash_spans(tokens, np.asarray(lengths)).tolist() == expected
 
 
-def test_hash_sees_order_and_shift():
+def test_hash_depends_on_order_and_shift():
     def one(ids: list[int]) -> int:
         return int(hash_spans(np.asarray(ids), np.asarray([len(ids)]))[0])
 
@@ -196,11 +196,11 @@ def test_each_token_is_an_input_exactly_once_an_epoch(tmp_path, world, micro, ba
                     if document != PADDING:
                         seen[starts[document] + start :][:length] += 1
     assert (seen == 1).all()
-    # With the document mask each token but a document's first is a target once: also the one beyond a window's end.
+    # With the document mask each token except a document's first is a target once, including the one after a window.
     assert targets == dataset.n_tokens - dataset.n_documents
 
 
-def test_a_step_holds_the_same_samples_for_every_world_size(tmp_path):
+def test_a_step_has_the_same_samples_for_every_world_size(tmp_path):
     dataset, _ = make_dataset(tmp_path / "set", [17] * 40)
     tables = []
     for world, micro in [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2)]:
@@ -236,7 +236,7 @@ def mixed(folder: Path, packing: str) -> tuple[list[Rows], Mixture]:
 @pytest.mark.parametrize("packing", ["concat", "best_fit", "pad"])
 @pytest.mark.parametrize("prefetch", [0, 1, 2, 16])
 def test_resume_at_any_step_equals_steps_read_alone(tmp_path, packing, prefetch):
-    """Several datasets, and a segment with another batch; also what a cache gives."""
+    """Several datasets, and a segment with another batch size."""
     rows, mixture = mixed(tmp_path, packing)
     segments = [Segment(0, 0, 4), Segment(10, 40, 8)]
     for rank in range(2):
@@ -251,7 +251,7 @@ def test_resume_at_any_step_equals_steps_read_alone(tmp_path, packing, prefetch)
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit", "pad"])
-def test_through_a_cache_all_is_the_same(tmp_path, packing):
+def test_a_cache_changes_nothing(tmp_path, packing):
     rows, mixture = mixed(tmp_path, packing)
     segments = [Segment(0, 0, 4)]
     plain = Loader(rows, mixture, RankLayout(16, 2), segments)
@@ -263,7 +263,7 @@ def test_through_a_cache_all_is_the_same(tmp_path, packing):
 
 
 def test_a_mixture_reads_each_row_from_its_dataset(tmp_path):
-    """Tokens of dataset d begin at 15 000 d: none comes from elsewhere, and rows are those of the place."""
+    """Tokens of dataset d start at 15 000 d: each comes from the right dataset and the right row."""
     rows, mixture = mixed(tmp_path, "concat")
     loader = Loader(rows, mixture, RankLayout(16, 8), [Segment(0, 0, 8)])
     for step in loader.steps(0, 100):
@@ -276,7 +276,7 @@ def test_a_mixture_reads_each_row_from_its_dataset(tmp_path):
             assert ((row == 0) | (row // 15000 == d)).all()
 
 
-def test_mock_gives_the_first_step_again_and_again(tmp_path):
+def test_mock_repeats_the_first_step(tmp_path):
     dataset, _ = make_dataset(tmp_path / "set", [9] * 30)
     (loader,) = loaders(dataset, 8, 1, 2, 4, mock=True)
     steps = list(loader.steps(2, 6))
@@ -296,7 +296,7 @@ def loader_threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name == "llammlein-loader"]
 
 
-def test_an_error_in_the_thread_is_raised_where_it_is_read(tmp_path, monkeypatch):
+def test_an_error_in_the_thread_is_raised_in_the_reader(tmp_path, monkeypatch):
     dataset, _ = make_dataset(tmp_path / "set", [10] * 10)
     (loader,) = loaders(dataset, 8, 1, 1, 1)
     good = loader._read
@@ -330,8 +330,8 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
         loaders(dataset, 8, 2, 2, 6)
 
 
-def test_1024_ranks_over_ten_trillion_tokens_draw_no_row_twice():
-    """Positions only: the rows of some steps of all ranks, all different; each step is the union of its ranks' rows."""
+def test_1024_ranks_over_ten_trillion_tokens_draw_each_row_once():
+    """Positions only: some steps' rows on all ranks are all different; each step is the union of its ranks' rows."""
     n_windows, world, micro, batch = count_windows(10**13, 2048), 1024, 8, 16384
     for order in (Order(n_windows, 9), Order(n_windows, 9, block_windows=512)):
         seen = []

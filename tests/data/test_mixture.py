@@ -1,4 +1,4 @@
-"""The mixture against a naive run through all samples, and far out by its own inverse."""
+"""The mixture, compared with a naive run through all samples and, for large sample numbers, with its own inverse."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CASES = [
 
 @pytest.mark.parametrize(("sizes", "phases"), CASES)
 def test_a_mixture_is_exact(sizes, phases):
-    """Each block has its quotas, each dataset goes through its own order, epoch by epoch, and nothing is left out."""
+    """Each block has its quotas, each dataset is read in its own order, epoch by epoch, and no row is omitted."""
     mixture = mixture_of(sizes, phases)
     n = 6 * BLOCK + 77
     samples = np.arange(n, dtype=np.int64)
@@ -67,7 +67,7 @@ def test_a_mixture_is_exact(sizes, phases):
         assert mixture.counts(s).tolist() == [held[d] for d in range(len(sizes))]
 
 
-def test_what_never_comes_has_no_sample():
+def test_rows_that_are_never_drawn_have_no_sample():
     mixture = mixture_of([40, 40], [(0, [1.0, 1.0]), (BLOCK, [1.0, 0.0])])
     some = np.asarray([0, 3], dtype=np.int64)
     assert (mixture.sample(1, np.asarray([12, 12]), some) >= 0).all()  # 512 rows: 12 epochs and 32 rows
@@ -83,10 +83,10 @@ def test_a_call_does_not_depend_on_the_others_in_it():
 
 
 def test_a_block_is_mixed():
-    """Not all of one dataset first: the places of a dataset's rows are spread over the block."""
+    """A dataset's rows are spread over the block, not all of one dataset first."""
     dataset, _, _ = mixture_of([10**6, 10**6], [(0, [1.0, 3.0])]).locate(np.arange(64 * BLOCK, dtype=np.int64))
     means = np.asarray([np.flatnonzero(block == 0).mean() for block in dataset.reshape(64, BLOCK)])
-    assert abs(means.mean() - BLOCK / 2) < 10 and 5 < means.std() < 40  # of 256 random places: 15.9
+    assert abs(means.mean() - BLOCK / 2) < 10 and 5 < means.std() < 40  # for 256 random positions: 15.9
     assert len({tuple(block) for block in dataset.reshape(64, BLOCK).tolist()}) == 64
 
 
@@ -97,8 +97,8 @@ def test_a_block_is_mixed():
     seed=st.integers(0, 2**40),
     data=st.data(),
 )
-def test_far_out_it_is_its_inverse(weights, other, seed, data):
-    """Datasets of up to 10^13 tokens, samples anywhere; two phases."""
+def test_large_sample_numbers_invert(weights, other, seed, data):
+    """Datasets of up to 10^13 tokens, arbitrary samples, two phases."""
     sizes = [data.draw(st.integers(1, 10**13 // 2048)) for _ in weights]
     mixture = mixture_of(sizes, [(0, weights), (other, weights[::-1])], seed)
     samples = np.unique(

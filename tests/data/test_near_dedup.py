@@ -1,4 +1,4 @@
-"""Near-duplicates against exact Jaccard indices, however the corpus is cut."""
+"""Near-duplicates, compared with exact Jaccard indices, for any division of the corpus into parts."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def make_corpus(families: int = 40, seed: int = 0) -> list[str]:
     return corpus
 
 
-Match = tuple[int, int, float]  # a document, the kept one it equals nearly, by their numbers in the corpus; similarity
+Match = tuple[int, int, float]  # a dropped document and the kept near-duplicate, as numbers in the corpus; similarity
 
 
 def deduplicate(corpus: Sequence[str], cuts: Sequence[int], folder: Path) -> tuple[list[Match], NearDuplicateCounts]:
-    """Through the files of parts that end before the given documents. Numbers in a part go up by 3."""
+    """Deduplicate with parts that end before the given documents. Numbers in a part increase by 3."""
     folder.mkdir()
     bounds = [0, *cuts, len(corpus)]
     files, outputs = ([folder / f"{kind}-{p}.parquet" for p in range(len(bounds) - 1)] for kind in ("in", "out"))
@@ -82,7 +82,7 @@ def deduplicate(corpus: Sequence[str], cuts: Sequence[int], folder: Path) -> tup
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
-def test_similar_documents_go_and_others_stay(seed: int, tmp_path: Path) -> None:
+def test_similar_documents_are_dropped_and_others_kept(seed: int, tmp_path: Path) -> None:
     corpus = make_corpus(seed=seed)
     matches, counts = deduplicate(corpus, [], tmp_path / "d")
     dropped = {document: (of, similarity) for document, of, similarity in matches}
@@ -99,8 +99,8 @@ def test_similar_documents_go_and_others_stay(seed: int, tmp_path: Path) -> None
         assert similarity == pytest.approx(jaccard(corpus[of], corpus[document]), abs=MARGIN)
 
 
-def test_the_pass_is_the_plain_loop_over_all_signatures(tmp_path: Path) -> None:
-    """With pairs that share no band left out, which at this threshold and this seed none is."""
+def test_the_result_equals_a_plain_loop_over_all_signatures(tmp_path: Path) -> None:
+    """Pairs that share no band would be missed; with this threshold and seed there are none."""
     corpus = make_corpus(seed=5)
     matches, _ = deduplicate(corpus, [], tmp_path / "d")
     made = [signatures(text) for text in corpus]
@@ -119,7 +119,7 @@ def test_the_pass_is_the_plain_loop_over_all_signatures(tmp_path: Path) -> None:
     assert matches == expected
 
 
-def test_the_outcome_does_not_depend_on_the_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_does_not_depend_on_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = make_corpus(seed=4)
     whole, counts = deduplicate(corpus, [], tmp_path / "1")
     assert len(whole) > 20
@@ -129,7 +129,7 @@ def test_the_outcome_does_not_depend_on_the_cut(tmp_path: Path, monkeypatch: pyt
         assert deduplicate(corpus, cuts, tmp_path / name) == (whole, counts)
 
 
-def test_nothing_stays_in_memory_once_no_later_document_can_meet_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_freed_once_no_later_document_can_match(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = np.arange(8, dtype=np.uint32), np.arange(8, 16, dtype=np.uint32)
     files = {Path("a"): [(np.array([0, 1, 2, 3]), np.stack([one, two, one, two]))]}
     monkeypatch.setattr(near_dedup, "_read_signatures", lambda path: iter(files[path]))
@@ -162,7 +162,7 @@ def test_signatures_depend_on_the_words_only(monkeypatch: pytest.MonkeyPatch) ->
     assert np.array_equal(signature, signatures(" - ".join(words).upper() + "!\n"))
     assert not np.array_equal(signature, signatures(" ".join(words), seed=2))
     assert signatures("a b c", permutations=64, words=2).shape == (64,)
-    for slice_characters in (1, 7, 100):  # a long text is taken in pieces
+    for slice_characters in (1, 7, 100):  # a long text is processed in pieces
         monkeypatch.setattr(near_dedup, "SLICE_CHARACTERS", slice_characters)
         assert np.array_equal(signature, signatures(" ".join(words)))
         assert np.array_equal(signatures("a b c"), signatures("A, B, C."))
@@ -176,7 +176,7 @@ def test_texts_shorter_than_a_shingle_are_compared_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9, 0.99])
-def test_the_bands_are_the_fewest_that_find_the_threshold(threshold: float) -> None:
+def test_the_number_of_bands_is_the_smallest_sufficient_one(threshold: float) -> None:
     def missed(bands: int) -> float:
         return float((1 - threshold ** (128 // bands)) ** bands)
 

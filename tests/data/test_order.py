@@ -50,7 +50,7 @@ def test_huge_sizes_by_spot_checks(n):
     image = permute(index, n, keys)
     assert image.min() >= 0 and image.max() < n and len(np.unique(image)) == len(index)
     np.testing.assert_array_equal(permute(image, n, keys, inverse=True), index)
-    # Spread over the whole domain: each tenth of it holds about a tenth of the images.
+    # Spread over the whole domain: each tenth of it contains about a tenth of the images.
     shares = np.histogram(image / n, bins=10, range=(0, 1))[0] / len(image)
     assert (abs(shares - 0.1) < 0.04).all()
 
@@ -62,11 +62,11 @@ def test_order_depends_on_seed_dataset_and_epoch_only():
     others = [one_epoch(Order(n, 2), 0), one_epoch(Order(n, 1, dataset=1), 0), one_epoch(Order(n, 1), 1)]
     for other in others:
         assert sorted(other) == sorted(base)
-        assert sum(a == b for a, b in zip(base, other, strict=True)) < 20  # one is expected by chance
+        assert sum(a == b for a, b in zip(base, other, strict=True)) < 20  # one is expected to coincide by chance
 
 
 def test_order_is_pinned():
-    """These numbers are part of the format: old runs are traced by them."""
+    """These numbers are part of the format: tracing old runs depends on them."""
     assert one_epoch(Order(10, 0), 0) == [1, 4, 7, 8, 0, 3, 6, 2, 9, 5]
     assert Order(10**13, 7, 2).locate(np.asarray([0, 1, 10**13 + 5]))[1].tolist() == [
         3332711400286,
@@ -86,7 +86,7 @@ def test_a_call_does_not_depend_on_the_others_in_it():
 
 
 def test_positions_are_shuffled_without_visible_structure():
-    """Neighbours end far from each other, and first places fall evenly over the windows."""
+    """Neighbours end up far apart, and the first positions are distributed evenly over the windows."""
     n = 1000
     steps = np.abs(np.diff(one_epoch(Order(n, 0), 0)))
     assert abs(steps.mean() - n / 3) < 4 * n * np.sqrt(1 / 18 / n)  # mean of |x - y| of uniform draws, 4 sigma
@@ -125,7 +125,7 @@ def test_steps_of_segments():
     n_steps=st.integers(0, 30),
 )
 def test_steps_of_sample_inverts_first_sample_of_step(lengths, batches, gaps, n_steps):
-    """Against a table of all steps; segments may skip samples and may go back."""
+    """Compared with a table of all steps; segments may skip samples and may go back."""
     segments, step, sample = [], 0, 0
     for length, batch, gap in zip(lengths, batches, gaps, strict=False):
         segments.append(Segment(step, sample, batch))
@@ -140,7 +140,7 @@ def test_steps_of_sample_inverts_first_sample_of_step(lengths, batches, gaps, n_
 
 
 @pytest.mark.parametrize(("micro_batches", "world", "rows"), [(1, 1, 1), (3, 2, 4), (2, 4, 3), (5, 1, 2)])
-def test_rows_are_dealt_out_once(micro_batches, world, rows):
+def test_each_row_is_assigned_once(micro_batches, world, rows):
     dealt = [
         row_of(m, rank, row, world, rows) for m in range(micro_batches) for rank in range(world) for row in range(rows)
     ]

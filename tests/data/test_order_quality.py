@@ -1,4 +1,4 @@
-"""How random the order looks, beside numpy's permutation; how local the order with blocks is."""
+"""Randomness of the order, compared with numpy's permutation; locality of the block shuffle."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def statistics(windows: npt.NDArray[np.int64]) -> dict[str, float]:
 
 
 def mean_squares(orders: list[npt.NDArray[np.int64]]) -> dict[str, float]:
-    """Of each statistic, the mean square over the orders: about 1, chi-squared over SEEDS degrees of freedom."""
+    """The mean square of each statistic over the orders: about 1, chi-squared with SEEDS degrees of freedom."""
     each = [statistics(o) for o in orders]
     return {name: float(np.mean([e[name] ** 2 for e in each])) for name in each[0]}
 
@@ -45,7 +45,7 @@ def test_order_is_as_random_as_numpys(n):
     everything = np.arange(n, dtype=np.int64)
     ours = [Order(n, seed=s // 2, dataset=0).locate(everything + s % 2 * n)[1] for s in range(SEEDS)]
     numpys = [np.random.default_rng(s).permutation(n) for s in range(SEEDS)]
-    # chi-squared with 40 degrees of freedom lies in [0.34, 2.1] times its mean but for 1 in 10^4.
+    # chi-squared with 40 degrees of freedom is within [0.34, 2.1] times its mean, except for 1 in 10^4.
     for orders in (ours, numpys):
         for name, value in mean_squares(orders).items():
             assert 0.34 < value < 2.1, f"{name}: mean square {value:.2f}"
@@ -61,7 +61,7 @@ def test_epochs_and_seeds_are_independent():
             assert abs(correlation) < 4.5 and np.count_nonzero(a == b) < 12  # expected: 1
 
 
-def test_statistics_notice_what_is_wrong():
+def test_statistics_detect_bad_orders():
     n = 10_007
     random = np.random.default_rng(0).permutation(n)
     assert abs(statistics(np.arange(n))["rank correlation"]) > 50
@@ -71,18 +71,18 @@ def test_statistics_notice_what_is_wrong():
 
 
 def test_order_with_blocks_is_local_and_random_inside_a_group():
-    """At any time it reads from one group's blocks; there, the windows are as random as the blocks allow."""
+    """It reads from one group's blocks at a time; within them the windows are as random as the blocks allow."""
     block, group = 128, 32
     order = Order(100_003, seed=3, block_windows=block, group_blocks=group)
     windows = order.locate(np.arange(order.n_windows, dtype=np.int64))[1]
     assert np.array_equal(np.sort(windows), np.arange(order.n_windows))
-    # Any stretch as long as a group meets at most two groups' blocks, a random order nearly all of them.
+    # Any stretch as long as a group touches at most two groups' blocks; a random order touches nearly all blocks.
     stretch = block * group
     touched = [len(np.unique(windows[i : i + stretch] // block)) for i in range(0, order.n_windows - stretch, 997)]
     assert max(touched) <= 2 * group
     whole = Order(order.n_windows, seed=3).locate(np.arange(stretch, dtype=np.int64))[1]
     assert len(np.unique(whole // block)) > 700
-    # Inside a group: which of its blocks comes when is random, and so is the place inside the block.
+    # Inside a group the order of blocks is random, and so is the position inside a block.
     inside = windows[:stretch]
     of_block = np.unique(inside // block, return_inverse=True)[1].astype(float)
     for values in (of_block, (inside % block).astype(float)):
@@ -105,7 +105,7 @@ def test_order_with_blocks_is_a_bijection(n, block, group):
 
 @pytest.mark.parametrize("block", [512, 1000, 4096])
 def test_order_with_blocks_of_ten_trillion_tokens(block):
-    """5 * 10^9 windows: each sample is found again from its window, and neighbours of a group's border differ."""
+    """5 * 10^9 windows: each sample is recovered from its window; samples on both sides of a group boundary differ."""
     n = 10**13 // 2048
     order = Order(n, seed=9, block_windows=block, group_blocks=64)
     samples = np.random.default_rng(0).integers(0, 4 * n, 2000)

@@ -1,4 +1,4 @@
-"""The packed format against a reader written from Megatron's description with struct only."""
+"""The packed format, compared with a reader written from Megatron's description that uses only struct."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write(folder: Path, documents: list[list[int]], vocab_size: int = 100, shard
 
 
 def naive_read(folder: Path) -> list[list[int]]:
-    """All documents of all shards, by the layout of MMIDIDX alone."""
+    """All documents of all shards, read by the MMIDIDX layout alone."""
     documents = []
     for idx in sorted(folder.glob("*.idx")):
         raw = idx.read_bytes()
@@ -61,7 +61,7 @@ DOCUMENTS = st.lists(DOCUMENT, min_size=1, max_size=20)
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=DOCUMENTS, shard_tokens=st.integers(1, 60), wide=st.booleans())
-def test_round_trip_and_places(tmp_path_factory, documents, shard_tokens, wide):
+def test_round_trip_and_positions(tmp_path_factory, documents, shard_tokens, wide):
     folder = tmp_path_factory.mktemp("packed") / "set"
     write(folder, documents, vocab_size=70_000 if wide else 100, shard_tokens=shard_tokens)
     assert naive_read(folder) == documents
@@ -82,8 +82,8 @@ def test_round_trip_and_places(tmp_path_factory, documents, shard_tokens, wide):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=DOCUMENTS, shard_tokens=st.integers(1, 60), data=st.data())
-def test_going_on_after_a_kill_gives_the_same_files(tmp_path_factory, documents, shard_tokens, data):
-    """Documents come in batches of any size, the writer dies somewhere, a new one resumes the last state."""
+def test_resuming_after_a_kill_gives_the_same_files(tmp_path_factory, documents, shard_tokens, data):
+    """Documents arrive in batches of any size, the writer dies at some point, and a new one resumes its last state."""
     folder = tmp_path_factory.mktemp("packed")
     whole = write(folder / "whole", documents, shard_tokens=shard_tokens)
 
@@ -110,7 +110,7 @@ def test_going_on_after_a_kill_gives_the_same_files(tmp_path_factory, documents,
     add(killed, 0, synced)
     state = json.loads(json.dumps(killed.state()))
     add(killed, synced, lost)
-    killed.abandon()  # closes the files as they are, as the kernel would
+    killed.abandon()  # closes the files unchanged, as the kernel would
 
     with PackedWriter(folder / "again", work=work, state=state, **facts) as writer:
         add(writer, synced, len(documents))
@@ -140,7 +140,7 @@ def test_bad_document_is_refused(tmp_path, ids, message):
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=40))
-def test_search_equals_numpys(lengths):
+def test_search_equals_numpy(lengths):
     ascending = np.cumsum([0, *lengths])
     values = np.arange(ascending[-1] + 5)
     expected = np.searchsorted(ascending, values, side="right") - 1
@@ -156,7 +156,7 @@ def test_shards_are_cut_at_the_limit(tmp_path):
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_499, "uint16"), (65_500, "int32"), (200_000, "int32")])
-def test_dtype_switches_at_megatrons_limit(tmp_path, vocab_size, dtype):
+def test_dtype_changes_at_megatrons_limit(tmp_path, vocab_size, dtype):
     top = vocab_size - 1
     folder = write(tmp_path / "set", [[top, 0]], vocab_size=vocab_size)
     dataset = PackedDataset(folder)
@@ -196,7 +196,7 @@ def test_pickled_dataset_reads_the_same(tmp_path):
     assert again.tokens(0, 5).tolist() == [1, 2, 0, 3, 0] and again.fingerprint == dataset.fingerprint
 
 
-def test_fingerprint_follows_the_content(tmp_path):
+def test_fingerprint_depends_on_the_content(tmp_path):
     prints = [
         PackedDataset(write(tmp_path / name, documents)).fingerprint
         for name, documents in {
@@ -244,7 +244,7 @@ def test_a_wrong_count_in_the_index_is_refused(tmp_path):
         PackedDataset(folder)
 
 
-def test_no_manifest_no_dataset(tmp_path):
+def test_a_folder_without_manifest_is_not_a_dataset(tmp_path):
     folder = write(tmp_path / "set", [[1, 0]])
     (folder / "manifest.json").rename(folder / "elsewhere")
     with pytest.raises(FileNotFoundError, match="no packed dataset"):

@@ -1,4 +1,4 @@
-"""Packings against the documents themselves: each token once, no short document cut, few empty places."""
+"""Packings, compared with the documents: each token once, no short document cut, little padding."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_each_token_is_in_one_row(tmp_path_factory, packing, lengths, block_size
         expected = np.unique(pieces.row[pieces.document == document])
         assert rows.windows_of_document(document).tolist() == expected.tolist()
     if packing != "concat":
-        # A document that fits in a row is whole; a longer one is cut into full rows and a rest.
+        # A document that fits in a row is not cut; a longer one is cut into full rows and a remainder.
         for document, length in enumerate(lengths):
             own = sorted(pieces.length[pieces.document == document].tolist(), reverse=True)
             whole = [block_size] * (length // block_size)
@@ -56,7 +56,7 @@ def test_each_token_is_in_one_row(tmp_path_factory, packing, lengths, block_size
 
 
 def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> int:
-    """Bins that the textbook's algorithm needs."""
+    """Number of bins that the textbook algorithm needs."""
     room: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [r for r in room if r >= length]
@@ -69,22 +69,22 @@ def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> int:
 
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), max_size=80), capacity=st.integers(30, 40))
-def test_best_fit_needs_no_more_rows_than_the_textbooks(lengths, capacity):
+def test_best_fit_needs_no_more_rows_than_the_textbook_algorithm(lengths, capacity):
     bins = best_fit_decreasing(np.asarray(lengths, dtype=np.int64), capacity)
     used = np.bincount(bins, weights=lengths) if lengths else np.zeros(0)
     assert (used <= capacity).all() and (used > 0).all()
     assert len(used) == naive_best_fit_decreasing(lengths, capacity)
 
 
-def test_best_fit_leaves_little_room():
-    """Lengths as of web pages: nearly all places are filled, where one document a row would leave most empty."""
+def test_best_fit_leaves_little_padding():
+    """Lengths like those of web pages: rows are nearly full; with one document per row they would be mostly padding."""
     lengths = np.clip(np.random.default_rng(0).lognormal(6, 1.2, 20_000).astype(np.int64), 1, None)
     packed, padded = (pack(lengths, 2048, share=share)[1].max() + 1 for share in (True, False))
     assert lengths.sum() / (packed * 2048) > 0.995 and lengths.sum() / (padded * 2048) < 0.5
 
 
-def test_groups_of_documents_are_packed_on_their_own(tmp_path, monkeypatch):
-    """Building holds one group in memory; rows of a group hold its documents only."""
+def test_groups_of_documents_are_packed_separately(tmp_path, monkeypatch):
+    """Building a plan keeps one group in memory; a group's rows contain only its own documents."""
     monkeypatch.setattr(plans, "GROUP_DOCUMENTS", 7)
     dataset = dataset_of(tmp_path / "set", [3, 9, 14, 2, 5] * 6)
     rows = open_rows(dataset, "best_fit", 10)
@@ -95,7 +95,7 @@ def test_groups_of_documents_are_packed_on_their_own(tmp_path, monkeypatch):
     assert rows.windows_of_document(29).tolist() == np.unique(pieces.row[pieces.document == 29]).tolist()
 
 
-def test_a_plan_is_built_once_and_named_by_what_decides_it(tmp_path):
+def test_a_plan_is_built_once_and_named_after_its_inputs(tmp_path):
     dataset = dataset_of(tmp_path / "set", [3, 9, 14])
     open_rows(dataset, "best_fit", 8)
     (plan,) = (dataset.path / "plans").iterdir()
@@ -122,7 +122,7 @@ def test_a_damaged_plan_is_named(tmp_path):
     open_rows(dataset, "pad", 8)
 
 
-def test_a_wrong_plan_is_found(tmp_path):
+def test_a_wrong_plan_is_detected(tmp_path):
     dataset = dataset_of(tmp_path / "set", [3, 9, 14, 4])
     open_rows(dataset, "best_fit", 8)
     (plan,) = (dataset.path / "plans").iterdir()
@@ -134,7 +134,7 @@ def test_a_wrong_plan_is_found(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_names_the_flag(tmp_path):
+def test_an_unwritable_folder_names_the_flag(tmp_path):
     dataset = dataset_of(tmp_path / "set", [3, 9])
     dataset.path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(ValueError, match="--data.plan_dir"):

@@ -1,4 +1,4 @@
-"""From text to packed datasets: the same for any number of workers, and all or nothing."""
+"""From text to packed datasets: identical for any number of workers, and written completely or not at all."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def texts(folder: Path, tokenizer) -> list[str]:
     return found
 
 
-def test_the_result_is_the_text(corpus, tokenizer_folder, tmp_path):
+def test_documents_decode_to_the_text(corpus, tokenizer_folder, tmp_path):
     report = prepare([corpus], tokenizer_folder, tmp_path / "out", workers=1, metadata=["genre"])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.json", "tokenizer", "train"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "out"]
@@ -133,7 +133,7 @@ def test_the_result_is_the_text(corpus, tokenizer_folder, tmp_path):
 
 
 def test_the_result_does_not_depend_on_workers(corpus, tokenizer_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 7)  # many batches, more than may be in flight
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 7)  # more batches than may be in flight
     for workers in (1, 3):
         out = tmp_path / f"out-{workers}"
         prepare(
@@ -144,7 +144,7 @@ def test_the_result_does_not_depend_on_workers(corpus, tokenizer_folder, tmp_pat
     assert content(tmp_path / "out-3") == first
 
 
-def test_special_tokens_in_a_text_are_text(tokenizer_folder, tmp_path):
+def test_special_tokens_in_documents_are_encoded_as_text(tokenizer_folder, tmp_path):
     text = "vorher </s> nachher</s></s>"
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "</s>"}) + "\n")
     prepare([tmp_path / "x.jsonl"], tokenizer_folder, tmp_path / "out", workers=1)
@@ -154,7 +154,7 @@ def test_special_tokens_in_a_text_are_text(tokenizer_folder, tmp_path):
     assert texts(tmp_path / "out" / "train", open_tokenizer(tokenizer_folder)) == [text, "</s>"]
 
 
-def test_the_split_is_a_hash_of_the_id(corpus, tokenizer_folder, tmp_path):
+def test_the_split_is_decided_by_a_hash_of_the_id(corpus, tokenizer_folder, tmp_path):
     def ids(out: Path, side: str) -> set[str]:
         return set(pq.read_table(next((out / side).glob("*.parquet")))["id"].to_pylist())
 
@@ -167,7 +167,7 @@ def test_the_split_is_a_hash_of_the_id(corpus, tokenizer_folder, tmp_path):
     }  # fmt: skip
     assert val == expected and 30 < len(val) < 70
 
-    # Other documents, another order: each document stays on its side.
+    # With other documents and another order, each document stays in its split.
     lines = (corpus / "a.jsonl").read_text().splitlines(keepends=True)
     (corpus / "a.jsonl").write_text("".join(reversed(lines[50:])))
     prepare([corpus], tokenizer_folder, tmp_path / "two", val_fraction=0.25, seed=3, workers=1)
@@ -176,14 +176,14 @@ def test_the_split_is_a_hash_of_the_id(corpus, tokenizer_folder, tmp_path):
     assert ids(tmp_path / "three", "val") != ids(tmp_path / "two", "val")
 
 
-def test_a_larger_fraction_keeps_what_was_validation():
+def test_a_larger_fraction_keeps_earlier_validation_documents():
     ids = [f"d{i}" for i in range(5000)]
     small, large = ({i for i in ids if in_validation(i, f, 0)} for f in (0.1, 0.3))
     assert small < large and 400 < len(small) < 600 and 1350 < len(large) < 1650
     assert not any(in_validation(i, 0.0, 0) for i in ids) and all(in_validation(i, 1.0, 0) for i in ids)
 
 
-def test_validation_text_of_its_own(corpus, tokenizer_folder, tmp_path):
+def test_separate_validation_text(corpus, tokenizer_folder, tmp_path):
     val = tmp_path / "val.txt"
     val.write_text("Bäume und Vögel")
     report = prepare([corpus], tokenizer_folder, tmp_path / "out", val_inputs=[val], workers=1)
@@ -249,14 +249,14 @@ def test_existing_output(corpus, tokenizer_folder, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     assert_refused(tmp_path, "not UTF-8", [tmp_path / "bad.txt"], tokenizer_folder, out, overwrite=True)
     assert content(out) == before
-    # The tokenizer may come from the folder that is replaced.
+    # The tokenizer may be in the folder that is replaced.
     prepare([corpus], out / "tokenizer", out, workers=1, val_fraction=0.2, overwrite=True)
     assert (out / "val").is_dir() and sorted(p.name for p in tmp_path.iterdir()) == ["bad.txt", "corpus", "out"]
     assert_refused(tmp_path, "no folder that this program wrote", [out], tokenizer_folder, corpus, overwrite=True)
     assert (corpus / "a.jsonl").exists()
 
 
-def test_a_replacement_that_fails_puts_the_old_folder_back(corpus, tokenizer_folder, tmp_path, monkeypatch):
+def test_a_failed_replacement_restores_the_old_folder(corpus, tokenizer_folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     prepare([corpus], tokenizer_folder, out, workers=1)
     before = content(out)
@@ -293,7 +293,7 @@ def test_an_interruption_before_the_first_commit_leaves_nothing(
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, error: type[BaseException], after: int) -> None:
-    """Reading fails after so many documents of this call."""
+    """Reading fails after this many documents of this call."""
     read = module.read_documents
 
     def documents(*args: object, **kw: object):
@@ -314,9 +314,7 @@ REPEATED = {"dedup": "exact", "dedup_min_characters": 5, "near_dedup": 0.6}
     [{}, REPEATED, {"dedup": "bloom", "dedup_min_characters": 5, "bloom_paragraphs": 1000}, {"parts": 3, **REPEATED}],
     ids=["plain", "exact", "bloom", "parts"],
 )
-def test_interrupted_again_and_again_the_result_is_the_same(
-    repetitive, tokenizer_folder, tmp_path, monkeypatch, settings
-):
+def test_repeated_interruptions_do_not_change_the_result(repetitive, tokenizer_folder, tmp_path, monkeypatch, settings):
     call = {"val_fraction": 0.2, "shard_tokens": 600, "workers": 1, **settings}
     prepare([repetitive], tokenizer_folder, tmp_path / "whole", **call)
     expected = content(tmp_path / "whole")
@@ -337,7 +335,7 @@ def test_interrupted_again_and_again_the_result_is_the_same(
 
 @pytest.fixture
 def repetitive(tmp_path) -> Path:
-    """Five files of documents with paragraphs that come again, and documents that nearly come again."""
+    """Five files of documents with repeated paragraphs, and near-duplicate documents."""
     draw = random.Random(0)
     lines = [" ".join(draw.choices(WORDS, k=9)) for _ in range(120)]
     folder = tmp_path / "corpus"
@@ -350,7 +348,7 @@ def repetitive(tmp_path) -> Path:
     return folder
 
 
-def test_settings_that_changed_are_named(corpus, tokenizer_folder, tmp_path, monkeypatch):
+def test_changed_settings_are_named(corpus, tokenizer_folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         interrupt(patch, KeyboardInterrupt, after=60)
@@ -366,7 +364,7 @@ def test_settings_that_changed_are_named(corpus, tokenizer_folder, tmp_path, mon
     assert not report.resumed and report.total.documents == 201
 
 
-def test_two_at_once_are_refused(corpus, tokenizer_folder, tmp_path):
+def test_concurrent_preparations_are_refused(corpus, tokenizer_folder, tmp_path):
     lock = lock_folder(Execution(tmp_path / "out").work_folder, "wait")
     with pytest.raises(ValueError, match=r"\.out\.preparing is in use by another job \(process \d+ .*; wait for it or"):
         prepare([corpus], tokenizer_folder, tmp_path / "out", workers=1)
@@ -374,7 +372,7 @@ def test_two_at_once_are_refused(corpus, tokenizer_folder, tmp_path):
 
 
 def test_killed_after_the_output_was_published(corpus, tokenizer_folder, tmp_path, monkeypatch):
-    """What is left to do then is to remove the working folder, not to refuse because the output exists."""
+    """Then only the working folder needs removing; the existing output must not be an error."""
     for removed in (0, 1, 2):
         with monkeypatch.context() as patch:
             patch.setattr(prepare_module, "_remove_work", lambda folder: None)
@@ -390,7 +388,7 @@ def test_killed_after_the_output_was_published(corpus, tokenizer_folder, tmp_pat
         assert report.total.documents == 201 and not work.exists()
 
 
-def test_parts_give_what_one_machine_gives(repetitive, tokenizer_folder, tmp_path, monkeypatch):
+def test_parts_equal_a_single_machine(repetitive, tokenizer_folder, tmp_path, monkeypatch):
     val = tmp_path / "val.jsonl"
     val.write_text((repetitive / "3.jsonl").read_text() + '{"id": "own", "text": "ein eigener langer Absatz"}\n')
     call = {"shard_tokens": 700, "workers": 1, "val_inputs": [val], **REPEATED}
@@ -424,7 +422,7 @@ def test_parts_give_what_one_machine_gives(repetitive, tokenizer_folder, tmp_pat
         prepare([repetitive], tokenizer_folder, tmp_path / "no", parts=7, **call)
 
 
-def test_executors_of_datatrove_give_the_same(repetitive, tokenizer_folder, tmp_path):
+def test_datatrove_executors_give_the_same_result(repetitive, tokenizer_folder, tmp_path):
     pytest.importorskip("datatrove")
     call = {"shard_tokens": 700, "workers": 1, "val_fraction": 0.2, **REPEATED}
     prepare([repetitive], tokenizer_folder, tmp_path / "one", **call)
@@ -435,8 +433,8 @@ def test_executors_of_datatrove_give_the_same(repetitive, tokenizer_folder, tmp_
         run_on_executors(*arguments([repetitive], tokenizer_folder, tmp_path / "no", executor="slurm"))
 
 
-def test_first_paragraphs_stay(repetitive, tokenizer_folder, tmp_path):
-    """Against a naive pass with a set."""
+def test_first_occurrences_of_paragraphs_are_kept(repetitive, tokenizer_folder, tmp_path):
+    """Compared with a naive pass that uses a set."""
     tokenizer = open_tokenizer(tokenizer_folder)
     seen: set[str] = set()
     expected = []
@@ -461,7 +459,7 @@ def test_first_paragraphs_stay(repetitive, tokenizer_folder, tmp_path):
     assert texts(tmp_path / "bloom" / "train", tokenizer) == expected
 
 
-def test_cleaner_and_filters_report_what_they_remove(tokenizer_folder, tmp_path, monkeypatch):
+def test_cleaner_and_filters_report_removals(tokenizer_folder, tmp_path, monkeypatch):
     (tmp_path / "own_rules.py").write_text(
         "def shout(text):\n    return text.upper() if text != 'weg' else None\n\n"
         "def no_numbers(text):\n    return not any(c.isdigit() for c in text)\n"
@@ -513,20 +511,20 @@ def test_a_worker_that_dies_is_an_error(corpus, tokenizer_folder, tmp_path, monk
     assert_refused(tmp_path, match, [corpus], tokenizer_folder, tmp_path / "out", **call)
 
 
-def test_a_tokenizer_file_of_any_name_is_found_again(corpus, tokenizer_folder, tmp_path):
+def test_a_tokenizer_file_with_any_name_is_found_again(corpus, tokenizer_folder, tmp_path):
     (tmp_path / "mine.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
     prepare([corpus], tmp_path / "mine.json", tmp_path / "out", workers=1)
     assert [p.name for p in (tmp_path / "out" / "tokenizer").iterdir()] == ["tokenizer.json"]
     assert open_tokenizer(tmp_path / "out" / "tokenizer").fingerprint == open_tokenizer(tokenizer_folder).fingerprint
 
 
-def test_another_end_of_document_is_kept_with_the_tokenizer(corpus, tokenizer_folder, tmp_path):
+def test_a_custom_eos_is_stored_with_the_tokenizer(corpus, tokenizer_folder, tmp_path):
     prepare([corpus], tokenizer_folder, tmp_path / "out", workers=1, eos_token="a")
     copied = open_tokenizer(tmp_path / "out" / "tokenizer")
     assert copied.eos_token == "a" and copied.eos_id == PackedDataset(tmp_path / "out" / "train").eos_id
 
 
-def test_copy_tokenizer_takes_the_tokenizer_only(tokenizer_folder, tmp_path):
+def test_copy_tokenizer_copies_only_the_tokenizer(tokenizer_folder, tmp_path):
     source = tmp_path / "model"
     source.mkdir()
     for file in tokenizer_folder.iterdir():

@@ -1,4 +1,4 @@
-"""Readers: the right documents from each kind of file, and a fault that names its place."""
+"""Readers: the right documents from each kind of file, and errors that name file and line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read(*paths: Path, **kw) -> list[tuple[str, str, int]]:
 
 
 def pack(data: bytes, name: str) -> bytes:
-    """Compressed as the name says."""
+    """Compressed according to the file's extension."""
     return gzip.compress(data) if name.endswith("gz") else zstandard.compress(data) if "zst" in name else data
 
 
@@ -142,7 +142,7 @@ def test_bad_text_file(tmp_path):
     assert read(tmp_path, on_error="skip", errors=errors) == [("b.txt", "good", 0)] and errors.count == 1
 
 
-def test_only_the_first_faults_are_kept(tmp_path):
+def test_only_the_first_errors_are_kept(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"{\n" * 50)
     errors = ReadErrors()
     assert read(tmp_path, on_error="skip", errors=errors) == []
@@ -229,10 +229,10 @@ def test_damaged_parquet_is_named(tmp_path, damage):
     assert found[-1] == ("y.txt", "next file", 0) and errors.count == 1
 
 
-def test_parquet_faults(tmp_path):
+def test_parquet_errors(tmp_path):
     file = tmp_path / "x.parquet"
     pq.write_table(pa.table({"body": ["a"], "other": [1]}), file)
-    for on_error in ("stop", "skip"):  # a wrong name is a mistake, not damage to be skipped
+    for on_error in ("stop", "skip"):  # a wrong column name is a user's mistake, not damage to be skipped
         with pytest.raises(ValueError, match=r"no column 'text' \(--text_field\); its columns are body, other"):
             read(file, on_error=on_error)
     with pytest.raises(ValueError, match=r"no column 'genre' \(--metadata\)"):
@@ -247,7 +247,7 @@ def test_parquet_faults(tmp_path):
         read(file)
 
 
-def test_paths_are_checked_at_once(tmp_path):
+def test_paths_are_checked_immediately(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         read_documents([tmp_path / "nowhere"])
     (tmp_path / "x.csv").write_text("a,b")
@@ -267,7 +267,7 @@ def test_a_file_that_cannot_be_read_is_an_error_even_with_skip(tmp_path):
 
 @settings(deadline=None)
 @given(data=st.binary(max_size=60).map(lambda b: b.replace(b"a", b"\n")), cuts=st.lists(st.integers(0, 60), max_size=6))
-def test_lines_do_not_depend_on_chunks(data, cuts):
+def test_lines_do_not_depend_on_chunk_boundaries(data, cuts):
     edges = [0, *sorted(min(c, len(data)) for c in cuts), len(data)]
     chunks = [data[a:b] for a, b in pairwise(edges)]
     expected = data.split(b"\n")
@@ -302,7 +302,7 @@ def corpus_of_all_kinds(folder: Path) -> None:
     pq.write_table(table, folder / "g.parquet", row_group_size=130)
 
 
-def test_reading_goes_on_after_any_document(tmp_path):
+def test_reading_resumes_after_any_document(tmp_path):
     corpus_of_all_kinds(tmp_path)
     errors = ReadErrors()
     documents = list(read_documents([tmp_path], on_error="skip", errors=errors))
@@ -318,13 +318,13 @@ def test_reading_goes_on_after_any_document(tmp_path):
         assert [(d.id, d.text, d.place, d.file) for d in rest] == [
             (d.id, d.text, d.place, d.file) for d in documents[last + 1 :]
         ]
-        # What was left out before the place and after it adds up, document by document.
+        # The documents omitted before and after the position add up, document by document.
         before = documents[last].faults
         assert [before + d.faults for d in rest] == [d.faults for d in documents[last + 1 :]]
         assert before + rest_errors.count == errors.count
 
 
-def test_what_lies_before_a_place_is_not_parsed(tmp_path):
+def test_documents_before_a_position_are_not_parsed(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"no JSON\n" * 70_000 + json_lines({"text": "one"}, {"text": "two"}))
     (tmp_path / "b.txt.gz").write_bytes(b"no gzip file")
     (tmp_path / "c.txt").write_text("c")
@@ -333,7 +333,7 @@ def test_what_lies_before_a_place_is_not_parsed(tmp_path):
     assert read(tmp_path, start=Place(2, 0)) == []
 
 
-def test_a_place_that_is_not_there_is_refused(tmp_path):
+def test_a_position_that_does_not_exist_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json_lines({"text": "one"}))
     with pytest.raises(ValueError, match="file number 1 of 1: the inputs have changed"):
         read(tmp_path, start=Place(1, 0))
@@ -346,7 +346,7 @@ def test_a_place_that_is_not_there_is_refused(tmp_path):
     cuts=st.lists(st.integers(0, 40), max_size=6),
     skipped=st.integers(0, 5),
 )
-def test_lines_are_skipped_as_if_they_were_read(data, cuts, skipped):
+def test_skipping_lines_equals_reading_them(data, cuts, skipped):
     edges = [0, *sorted(min(c, len(data)) for c in cuts), len(data)]
     chunks = [data[a:b] for a, b in pairwise(edges) if b > a]
     lines = list(lines_of(iter(chunks)))
@@ -379,7 +379,7 @@ def test_patterns(tmp_path):
         found("c/b/*.md")
 
 
-def test_a_path_that_exists_is_no_pattern(tmp_path):
+def test_an_existing_path_is_not_a_pattern(tmp_path):
     (tmp_path / "x[12].txt").write_text("itself")
     (tmp_path / "x1.txt").write_text("matched")
     assert read(tmp_path / "x[12].txt") == [("x[12].txt", "itself", 0)]
@@ -400,7 +400,7 @@ def test_an_id_can_be_required(tmp_path):
         read(tmp_path / "y.parquet", require_id=True, on_error="skip")
 
 
-def test_a_json_file_that_is_no_json_lines_is_explained(tmp_path):
+def test_a_json_file_that_is_not_json_lines_is_explained(tmp_path):
     (tmp_path / "x.json").write_text('[\n{"text": "a"}\n]')
     with pytest.raises(ValueError, match=r"line 1: invalid JSON.*; a \.json file is read as JSON lines"):
         read(tmp_path)
@@ -408,7 +408,7 @@ def test_a_json_file_that_is_no_json_lines_is_explained(tmp_path):
 
 @settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=12), n_parts=st.integers(1, 12))
-def test_parts_are_contiguous_whole_and_balanced(tmp_path_factory, sizes, n_parts):
+def test_parts_are_contiguous_complete_and_balanced(tmp_path_factory, sizes, n_parts):
     folder = tmp_path_factory.mktemp("parts")
     for i, size in enumerate(sizes):
         (folder / f"{i:02d}.txt").write_bytes(bytes(size))
@@ -419,7 +419,7 @@ def test_parts_are_contiguous_whole_and_balanced(tmp_path_factory, sizes, n_part
         return
     parts = [part_of_files(files, part, n_parts) for part in range(n_parts)]
     assert [f for part in parts for f in part] == files and all(parts)
-    # A part is never further from its share than one file at each of its ends, and a file of its own.
+    # A part deviates from its share by at most one file at each end, and a single file.
     for part in parts:
         total = sum(f.path.stat().st_size for f in part)
         assert len(part) == 1 or total <= sum(sizes) / n_parts + max(sizes)

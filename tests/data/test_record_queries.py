@@ -1,4 +1,4 @@
-"""Questions to the record against plain loops over its rows: documents, differences, exposures, exports."""
+"""Queries of the record, compared with plain loops over its rows: documents, differences, exposures, exports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lit_files.database import open_database
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of more than two epochs; its record in several merged files."""
+    """A run of more than two epochs whose record is in several merged files."""
     folder, _ = prepare(tmp_path_factory.mktemp("queries"))
     assert write(folder) == 0
     return folder
@@ -46,7 +46,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
-    """10000 documents in several shards and row groups, ids in no order, every third one the same."""
+    """10000 documents in several shards and row groups, with unsorted ids, every third of which is the same."""
     facts = {"kind": "none", "fingerprint": "x", "vocab_size": 900, "eos_id": 1, "bos_id": None, "folder": None}
     folder = tmp_path_factory.mktemp("shards") / "data"
     with PackedWriter(folder, tokenizer=facts, vocab_size=900, eos_id=1, shard_tokens=15_000) as writer:
@@ -73,7 +73,7 @@ def test_documents_by_id(shards: PackedDataset) -> None:
     assert documents.find("nowhere") == []
 
 
-def test_documents_are_read_as_the_memory_map_has_them(shards: PackedDataset) -> None:
+def test_documents_equal_those_of_the_memory_map(shards: PackedDataset) -> None:
     documents = Documents(shards)
     numbers = np.arange(10_001)
     assert [documents.start(n) for n in numbers.tolist()] == shards.document_start(numbers).tolist()
@@ -142,8 +142,8 @@ def test_exposures(run: Path, dataset: PackedDataset, rows: list[dict[str, Any]]
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_times_seen_with_samples_left_out_and_used_again(run: Path) -> None:
-    """Three segments: an epoch and a half, then samples skipped, then some used again."""
+def test_times_seen_with_skipped_and_reused_samples(run: Path) -> None:
+    """Three segments: an epoch and a half, then samples are skipped, then some are reused."""
     traced = replace(open_run(run), segments=[Segment(0, 0, 8), Segment(11, 120, 8), Segment(17, 40, 8)])
     seen: Counter[int] = Counter()
     for step in range(STEPS):
@@ -189,7 +189,7 @@ def test_export_to_a_table(run: Path, dataset: PackedDataset, tmp_path: Path, en
     assert [p.name for p in tmp_path.iterdir()] == [file.name]
 
 
-def test_export_refuses_what_it_cannot_write(run: Path, dataset: PackedDataset, tmp_path: Path) -> None:
+def test_unsupported_exports_are_refused(run: Path, dataset: PackedDataset, tmp_path: Path) -> None:
     (tmp_path / "there.csv").touch()
     with pytest.raises(ValueError, match="there.csv exists already"):
         export(run, [dataset], STEPS, tmp_path / "there.csv")
@@ -199,6 +199,6 @@ def test_export_refuses_what_it_cannot_write(run: Path, dataset: PackedDataset, 
         export(run, [dataset], STEPS, tmp_path / "nowhere" / "record.csv")
 
 
-def test_steps_that_are_not_in_the_record_are_refused(run: Path) -> None:
+def test_steps_missing_from_the_record_are_refused(run: Path) -> None:
     with pytest.raises(ValueError, match="no committed part"):
         record_sql(run, STEPS, STEPS + 5)

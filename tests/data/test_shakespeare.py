@@ -1,4 +1,4 @@
-"""The quickstart's corpus: Markdown plays become short documents, nothing lost, whole plays held out."""
+"""The quickstart's corpus: Markdown plays become short documents, no text is lost, whole plays are held out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_data.corpus.shakespeare import Block, find_plays, parse_play, roman, sp
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "quickstart_corpus.py"
 
-# Written for this test, with the marks and the slips of the real files. Two spaces end a line.
+# Written for this test, with the markup and the mistakes of the real files. Two spaces end a line.
 PLAY = """# The Lighthouse
 
 ## ACT I
@@ -94,7 +94,7 @@ def test_parse_finds_scenes_speakers_and_directions():
         "act-1/scene-2",
         "act-2/prologue",
         "act-2/scene-1",
-        "act-2/scene-1-2",  # numbered alike in the source
+        "act-2/scene-1-2",  # the source gives both the same number
         "epilogue",
     ]
     assert scenes["act-1/scene-1"] == (
@@ -126,7 +126,7 @@ def test_documents_are_cut_at_entrances_and_exits_and_name_their_first_speaker()
         "He's gone. The lamp and I remain.",
         "[He draws his sword]",
     ]
-    # The speech goes on across the cut, and is ANNA's in the new document too.
+    # The speech continues across the cut, and is attributed to ANNA in the new document too.
     assert documents[-1].startswith("[Enter CLEM]\n\nANNA\nWho's there?\n\n[To CLEM]\n\nDORA\nA friend, &c.")
 
 
@@ -178,7 +178,7 @@ def test_corpus_holds_out_whole_plays_and_keeps_every_word(tmp_path):
     def words(text: str) -> list[str]:
         return re.findall(r"[a-z]+", text.lower())
 
-    # Left out: the title, which stands twice, the acts' headings, and an `&` that became `and`.
+    # Excluded: the title, which occurs twice, the headings of acts, and an `&` that became `and`.
     kept = words(" ".join(d["text"] for d in sides["val"]))
     source = PLAY.replace("Two hours", "second").replace("ANNA & CLEM", "ANNA and CLEM")
     source = re.sub(r"(?m)^.*(# ACT|Lighthouse|LIGHTHOUSE).*$", "", source)
@@ -197,7 +197,7 @@ def test_bad_corpus_is_refused_and_leaves_nothing(tmp_path):
 
 
 def test_missing_package_names_the_remedy(tmp_path):
-    """As the script says it; `-I -S` leaves installed packages and PYTHONPATH out."""
+    """In the script's message; `-I -S` excludes installed packages and PYTHONPATH."""
     done = subprocess.run(
         [sys.executable, "-I", "-S", SCRIPT, "--output", tmp_path / "corpus"],
         capture_output=True,

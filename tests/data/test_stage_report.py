@@ -16,7 +16,7 @@ def document(number: int, text: str = "") -> Document:
 
 
 def filtered(numbers: range) -> StageReport:
-    """As a filter would that keeps every fourth document."""
+    """The report of a filter that keeps every fourth document."""
     report = StageReport("length")
     for n in numbers:
         text = f"text {n} " * n
@@ -42,7 +42,7 @@ def test_counts_by_kind_with_the_first_samples() -> None:
 
 
 @given(st.integers(0, 30), st.integers(0, 30))
-def test_reports_of_parts_merge_to_that_of_the_whole(a: int, b: int) -> None:
+def test_reports_of_parts_merge_into_the_report_of_the_whole(a: int, b: int) -> None:
     a, b = sorted((a, b))
     merged = StageReport("length")
     for part in (range(a), range(a, b), range(b, 30)):
@@ -50,7 +50,7 @@ def test_reports_of_parts_merge_to_that_of_the_whole(a: int, b: int) -> None:
     assert merged.to_dict() == filtered(range(30)).to_dict()
 
 
-def test_a_change_is_shown_where_it_begins() -> None:
+def test_a_sample_shows_where_a_change_begins() -> None:
     report = StageReport("cleaner")
     before, after = "x" * 1000 + "[12] and more " * 10, "x" * 1000 + " and more " * 10
     report.count(before, after)
@@ -67,7 +67,7 @@ def test_first_difference(a: str, b: str) -> None:
     assert first_difference(a, b) == expected
 
 
-def test_the_summary_names_what_was_removed() -> None:
+def test_the_summary_lists_removals() -> None:
     lines = filtered(range(8)).summary().splitlines()
     assert lines[0] == "length: 2 of 8 documents kept, 28 of 196 characters"
     assert lines[1] == "  odd: 4 (126 characters)"

@@ -1,4 +1,4 @@
-"""The grammar's probabilities against counting, an independent formula and the closed form."""
+"""The grammar's probabilities, compared with counts, an independent formula and the closed form."""
 
 import json
 import math
@@ -54,10 +54,10 @@ def test_probabilities_of_every_symbol_sum_to_one(level: Level) -> None:
 
 
 @levels
-def test_every_text_has_one_derivation(level: Level) -> None:
-    """LL(1) over texts: what may stand at a symbol, its own options and (if it may be empty) what follows, is distinct.
+def test_each_text_has_exactly_one_derivation(level: Level) -> None:
+    """LL(1) over texts: a symbol's options and (if it may be empty) what can follow it all start differently.
 
-    Two texts are told apart by reading if neither is the other, nor the other's beginning up to a word's end.
+    Two texts can be distinguished by reading if neither equals the other or is a prefix of it at a word's end.
     """
     symbols = reachable(level)
     nullable: set[Symbol] = set()
@@ -83,7 +83,7 @@ def test_every_text_has_one_derivation(level: Level) -> None:
         assert symbol == START or all(not text[0].isalpha() for text in own)
         candidates = sorted([*own, *(follow[symbol] if symbol in nullable else ())])
         assert len(set(candidates)) == len(candidates), symbol
-        # In sorted order a text that begins another stands before it, and all between them begin with it too.
+        # In sorted order a prefix of a text precedes it, and all texts between them start with that prefix too.
         for i, short in enumerate(candidates):
             for long in candidates[i + 1 :]:
                 if not long.startswith(short):
@@ -114,7 +114,7 @@ def test_simple_nll_equals_a_formula_over_a_regular_expression() -> None:
     assert lengths == {3, 4, 5, 6, 7, 8}
 
 
-def test_simple_entropy_is_the_known_figure() -> None:
+def test_simple_entropy_equals_the_known_value() -> None:
     """REFERENCE: 15.013 nats per sentence; 5.5 sentences on average, and ln 6 for their number."""
     per_sentence = (entropy_per_document("simple") - math.log(6)) / 5.5
     assert per_sentence == pytest.approx(1.5 * math.log(14_000) + math.log(2), abs=1e-12)
@@ -136,7 +136,7 @@ def test_mean_nll_and_words_agree_with_the_closed_form(level: Level) -> None:
 
 @levels
 def test_prefix_probabilities_add_up_over_the_next_character(level: Level) -> None:
-    """p(prefix) = sum over c of p(prefix c) + p(the text is the prefix): checks every partial word, and the end."""
+    """p(prefix) = sum over c of p(prefix c) + p(the text is the prefix): covers every partial word, and the end."""
     alphabet = sorted({c for d in sample_documents(level, 4, 20_000) for c in d.text})
 
     def probability(prefix: str) -> float:
@@ -178,7 +178,7 @@ def test_conditional_nll(level: Level) -> None:
     p_first = math.fsum(o.probability for o in options_of(START, level) if o.text.split()[0] == first)
     assert conditional_nll(text, first, level) == pytest.approx(document.nll + math.log(p_first))
     assert conditional_nll(text, first[:1], level) == pytest.approx(conditional_nll(text, first, level))
-    sentences = text.count(".")  # what is left after the whole text is the decision to end
+    sentences = text.count(".")  # after the whole text only the decision to end remains
     assert conditional_nll(text, text, level) == pytest.approx(math.log(8 - sentences + 1))
     with pytest.raises(ValueError, match="does not begin with the prefix"):
         conditional_nll(text, "Once", level)
@@ -211,7 +211,7 @@ def test_draws_depend_on_seed_stream_and_level_only() -> None:
     assert more[: len(few)] == few and sum(len(d.text.split()) for d in few) >= 200
     assert [d.text for d in few] != [d.text for d in sample_documents("complex", 10, 200)]
     assert [d.text for d in few] != [d.text for d in sample_documents("complex", 9, 200, stream="val")]
-    # The draws are promised to stay: a stored NLL must fit the text of a later version.
+    # Draws must never change: a stored NLL must match the text drawn by a later version.
     text = next(sample_documents("simple", 0, 1)).text
     assert text.startswith("The widow rests alone under the oak. The sailor dreams clumsily by the fire.")
 

@@ -1,4 +1,4 @@
-"""Token files of other programs, against readers and writers of their layouts made with struct only."""
+"""Token files of other programs, compared with readers and writers of their formats that use only struct."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IDS = {"vocab_size": 100, "eos_id": EOS}
 def write_megatron(
     prefix: Path, documents: Sequence[Sequence[Sequence[int]]], letter: str = "H", gap: int = 0, reverse: bool = False
 ) -> Path:
-    """Documents of sequences of ids. `gap` bytes lie between sequences; `reverse` stores them back to front."""
+    """Write documents of sequences of ids. `gap` bytes separate sequences; `reverse` stores them in reverse order."""
     sequences = [s for d in documents for s in d]
     data, pointers = b"", [0] * len(sequences)
     for number in reversed(range(len(sequences))) if reverse else range(len(sequences)):
@@ -73,7 +73,7 @@ DOCUMENTS = st.lists(st.lists(SEQUENCES, max_size=3), min_size=1, max_size=12)
     block=st.sampled_from([3, 1 << 22]),
     vocab_size=st.sampled_from([100, 70_000]),
 )
-def test_megatron_documents_are_all_their_sequences(
+def test_a_megatron_document_has_all_its_sequences(
     tmp_path_factory, documents, letter, gap, reverse, block, vocab_size
 ):
     folder = tmp_path_factory.mktemp("megatron")
@@ -94,7 +94,7 @@ def test_megatron_documents_are_all_their_sequences(
     assert report.appended_eos == sum(ids[-1] != EOS for ids in filled)
 
 
-def test_a_fitting_bin_is_linked_and_the_same_as_a_conversion(tmp_path):
+def test_a_compatible_bin_is_linked_and_equals_a_conversion(tmp_path):
     documents = [[[1, 2, 3], [4, EOS]], [[5, EOS]], [[]], [[6], [7], [EOS]]]
     prefix = write_megatron(tmp_path / "x", documents)
     linked = import_tokens([prefix], tmp_path / "linked", **IDS)
@@ -103,7 +103,7 @@ def test_a_fitting_bin_is_linked_and_the_same_as_a_conversion(tmp_path):
     assert "links to the source's files" in linked.summary()
     bins = [tmp_path / name for name in ("x.bin", "linked/data-00000.bin", "copied/data-00000.bin")]
     assert bins[0].samefile(bins[1]) and not bins[0].samefile(bins[2])
-    write_megatron(tmp_path / "gaps", documents, gap=2)  # can't be linked
+    write_megatron(tmp_path / "gaps", documents, gap=2)  # cannot be linked
     converted = import_tokens([tmp_path / "gaps"], tmp_path / "converted", **IDS)
     assert converted.linked == 0
     prints = {PackedDataset(tmp_path / n).fingerprint for n in ("linked", "copied", "converted")}
@@ -113,7 +113,7 @@ def test_a_fitting_bin_is_linked_and_the_same_as_a_conversion(tmp_path):
     assert facts["id"] == "x.bin:4" and facts["place"] == 4 and facts["source"] == str(tmp_path / "x.bin")
 
 
-def test_ours_read_back_as_megatrons(tmp_path):
+def test_our_files_are_readable_as_megatrons(tmp_path):
     made = [[i % 90 + 1] * (i % 7) + [EOS] for i in range(500)]
     with PackedWriter(tmp_path / "a", tokenizer={"fingerprint": "f"}, shard_tokens=300, **IDS) as writer:
         for i, ids in enumerate(made):
@@ -179,7 +179,7 @@ def test_places_in_split_files(tmp_path):
     assert (report.appended_eos, report.empty_documents) == (0, 1)
 
 
-def test_a_chunk_is_a_document_or_several_of_a_length(tmp_path):
+def test_a_chunk_is_one_document_or_several_of_equal_length(tmp_path):
     path = write_chunk(tmp_path / "x.bin", range(1, 8))
     import_tokens([path], tmp_path / "whole", cutting=Cutting(append_eos=True), **IDS)
     assert documents_of(tmp_path / "whole") == [[1, 2, 3, 4, 5, 6, 7, EOS]]
@@ -273,7 +273,7 @@ def test_a_damaged_index_is_named(tmp_path):
         MegatronIndex(tmp_path / "m.idx")
 
 
-def test_other_inputs_that_cannot_be_read(tmp_path):
+def test_unsupported_inputs_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         find_token_files([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match=r"holds no \.idx, \.bin, \.ds or \.npy"):
@@ -315,7 +315,7 @@ def test_arguments_are_checked(tmp_path):
 
 
 def test_a_huge_document_is_refused_before_it_is_copied(tmp_path):
-    """A sparse file of 2^31 tokens without an end: the mistake is named at once."""
+    """A sparse file of 2^31 tokens without an EOS is refused immediately."""
     path = tmp_path / "x.bin"
     with open(path, "wb") as f:
         f.truncate(2 * MAX_DOCUMENT_TOKENS)
@@ -323,7 +323,7 @@ def test_a_huge_document_is_refused_before_it_is_copied(tmp_path):
         import_tokens([path], tmp_path / "out", dtype="uint16", cutting=Cutting(append_eos=True), **IDS)
 
 
-def test_the_tokenizer_comes_along(tmp_path):
+def test_the_tokenizer_is_copied(tmp_path):
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<ende>": 0, "a": 1, "b": 2}, unk_token="a"))
     model.save(str(tmp_path / "mine.json"))
     write_chunk(tmp_path / "x.bin", [1, 2, 0])

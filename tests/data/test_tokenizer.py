@@ -1,4 +1,4 @@
-"""The tokenizers' face: special tokens as text, long documents in pieces, fingerprints over content."""
+"""The tokenizer interface: special tokens as text, long documents in pieces, fingerprints of content."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def train_sentencepiece(path: Path, more: Sequence[str] = (), **settings: object
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Both kinds, trained: folder/byte_bpe and folder/sentencepiece."""
+    """Trained tokenizers of both kinds: folder/byte_bpe and folder/sentencepiece."""
     folder = tmp_path_factory.mktemp("trained")
     for kind in KINDS:
         train_on_texts(TEXTS, 340, kind, folder / kind)
@@ -62,12 +62,12 @@ def test_special_tokens_in_the_text_are_text(folder, kind):
 def test_decoding_gives_the_text_back(folder, kind, text):
     opened = open_tokenizer(folder / kind)
     if kind == "sentencepiece":
-        text = text.replace("▁", "_")  # it writes spaces so
+        text = text.replace("▁", "_")  # its representation of spaces
     assert opened.decode(opened.encode(text)) == text
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pickled_it_is_the_same(folder, kind):
+def test_pickling_changes_nothing(folder, kind):
     opened = open_tokenizer(str(folder / kind))
     copy = pickle.loads(pickle.dumps(opened))
     assert copy.facts() == opened.facts() and copy.encode(TEXT).tolist() == opened.encode(TEXT).tolist()
@@ -84,15 +84,15 @@ def sentencepiece_settings() -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("settings", sentencepiece_settings())
-def test_pieces_of_a_long_document_give_the_tokens_of_the_whole(tmp_path, monkeypatch, settings):
+def test_pieces_of_a_long_document_give_the_tokens_of_the_whole_document(tmp_path, monkeypatch, settings):
     opened = open_tokenizer(train_sentencepiece(tmp_path / "m.model", **settings))
     check_pieces(opened, monkeypatch)
     if settings.get("remove_extra_whitespaces") is False and settings.get("add_dummy_prefix", True):
-        assert opened.continuation == "drop"  # else the dummy prefix would come on top of the space
+        assert opened.continuation == "drop"  # otherwise the dummy prefix would be added to the space
 
 
-def test_unigram_models_are_not_given_pieces(tmp_path, monkeypatch):
-    """Between segmentations of equal score the rounding of float32 sums decides, that is, the text so far."""
+def test_unigram_models_encode_whole_documents(tmp_path, monkeypatch):
+    """Among segmentations of equal score, float32 rounding decides, and so the preceding text."""
     draw = random.Random(0)
     words = ["".join(draw.choices("ab*", weights=(3, 2, 2), k=draw.randint(1, 9))) for _ in range(6000)]
     more = [" ".join(words[i : i + 20]) for i in range(0, len(words), 20)]
@@ -136,7 +136,7 @@ def bare_bpe(folder: Path, vocabulary: list[str], merges: list[tuple[str, str]],
     return folder
 
 
-def test_a_token_across_a_space_forbids_cutting(tmp_path, monkeypatch):
+def test_a_token_across_a_space_prevents_splitting(tmp_path, monkeypatch):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = [*alphabet, "</s>", "bĠ", "bĠc"]
     opened = open_tokenizer(bare_bpe(tmp_path / "a", vocabulary, [("b", "Ġ"), ("bĠ", "c")]))
@@ -148,7 +148,7 @@ def test_a_token_across_a_space_forbids_cutting(tmp_path, monkeypatch):
         opened.encode("ab cd ab cd")
 
 
-def test_a_stretch_without_a_cut_is_refused(folder, monkeypatch):
+def test_a_long_text_without_a_split_is_refused(folder, monkeypatch):
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 4)
     monkeypatch.setattr(module, "LIMIT_CHARACTERS", 20)
     opened = open_tokenizer(folder / "byte_bpe")
@@ -157,7 +157,7 @@ def test_a_stretch_without_a_cut_is_refused(folder, monkeypatch):
         opened.encode("x" * 30)
 
 
-def test_the_fingerprint_is_of_the_content(folder, tmp_path):
+def test_the_fingerprint_depends_on_content_only(folder, tmp_path):
     source = folder / "byte_bpe" / "tokenizer.json"
     content = json.loads(source.read_text())
     fingerprint = open_tokenizer(source).fingerprint
@@ -177,7 +177,7 @@ def test_the_fingerprint_is_of_the_content(folder, tmp_path):
     assert open_tokenizer(folder / "sentencepiece").fingerprint != fingerprint
 
 
-def test_truncation_and_dropout_of_the_file_are_left_out(folder, tmp_path):
+def test_truncation_and_dropout_in_the_file_are_ignored(folder, tmp_path):
     content = json.loads((folder / "byte_bpe" / "tokenizer.json").read_text())
     content["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     content["model"]["dropout"] = 0.9
@@ -186,7 +186,7 @@ def test_truncation_and_dropout_of_the_file_are_left_out(folder, tmp_path):
     assert open_tokenizer(tmp_path).encode(TEXT).tolist() == expected
 
 
-def test_eos_is_found_and_asked_for(tmp_path):
+def test_eos_is_found_or_must_be_given(tmp_path):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     folder = bare_bpe(tmp_path / "none", ["[END]", *alphabet], [])
     with pytest.raises(ValueError, match=r"no end-of-document token.*--eos_token"):
@@ -201,7 +201,7 @@ def test_eos_is_found_and_asked_for(tmp_path):
     assert open_tokenizer(common).eos_id == 256
 
 
-def test_eos_as_an_ordinary_added_token_is_text_all_the_same(tmp_path):
+def test_eos_as_an_ordinary_added_token_is_still_text(tmp_path):
     token = {"id": 256, "content": "</s>", "single_word": False, "lstrip": False, "rstrip": False}
     added = [token | {"normalized": False, "special": False}]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -209,14 +209,14 @@ def test_eos_as_an_ordinary_added_token_is_text_all_the_same(tmp_path):
     assert opened.eos_id == 256 and 256 not in opened.encode("a</s>")
 
 
-def test_a_folder_prefers_the_json_and_a_file_chooses(folder, tmp_path):
+def test_a_folder_prefers_the_json_and_a_file_overrides(folder, tmp_path):
     for source in (folder / "byte_bpe" / "tokenizer.json", folder / "sentencepiece" / "tokenizer.model"):
         (tmp_path / source.name).write_bytes(source.read_bytes())
     assert open_tokenizer(tmp_path).kind == "tokenizers"
     assert open_tokenizer(tmp_path / "tokenizer.model").kind == "sentencepiece"
 
 
-def test_what_is_no_tokenizer_is_named(tmp_path):
+def test_files_that_are_not_tokenizers_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer at .*missing"):
         open_tokenizer(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor a .model"):
@@ -233,7 +233,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
             open_tokenizer(tmp_path / name)
 
 
-def test_the_sentencepiece_file_is_read_as_the_library_reads_it(tmp_path):
+def test_the_sentencepiece_file_is_read_like_the_library_does(tmp_path):
     path = train_sentencepiece(
         tmp_path / "m.model", model_type="bpe", vocab_size=400, byte_fallback=True, user_defined_symbols=["<x>"]
     )

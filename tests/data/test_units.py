@@ -1,4 +1,4 @@
-"""Ids by units are the tokenizer's own ids of the whole text."""
+"""Encoding by units gives the tokenizer's own ids of the whole text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXTS = [
 
 
 def metaspace(path: Path, split: bool, newline: bool) -> Path:
-    """As converted from sentencepiece: the text is one word, or words are split; newlines may be tokens."""
+    """As converted from sentencepiece: the whole text is one word, or words are split; newlines may be tokens."""
     bpe = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     bpe.decoder = decoders.Metaspace()
@@ -45,7 +45,7 @@ def metaspace(path: Path, split: bool, newline: bool) -> Path:
 
 
 def word_piece(path: Path) -> Path:
-    """Lower case, accents stripped, punctuation on its own: nothing is left of the spaces."""
+    """Lower case, accents stripped, punctuation separate: spaces are not retained."""
     made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer(lowercase=True)
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -82,9 +82,9 @@ def assert_same(tokenizer: Tokenizer, encoder: UnitEncoder, texts: list[str]) ->
     assert ids.tolist() == [id for e in expected for id in [*e, tokenizer.eos_id]]
 
 
-def test_these_are_encoded_by_units(opened):
+def test_these_tokenizers_are_encoded_by_units(opened):
     by_units = {kind: UnitEncoder(tokenizer, np.int32).by_units for kind, tokenizer in opened.items()}
-    # Word pieces have no token that begins with a space, so that nothing can stand between units as a fence.
+    # WordPiece has no token that starts with a space, so there is no separator to put between units.
     assert by_units == dict.fromkeys(KINDS, True) | {"word pieces": False}
     assert opened["metaspace whole"].separators == " \n"
 
@@ -97,8 +97,8 @@ TEXT = st.one_of(st.lists(PIECES, max_size=40).map("".join), st.text(max_size=30
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing(opened, kind):
-    """No text, and texts without a token."""
+def test_empty_texts(opened, kind):
+    """No text at all, and texts that give no token."""
     encoder = UnitEncoder(opened[kind], np.uint16)
     ids, lengths = encoder.encode([])
     assert ids.dtype == np.uint16 and len(ids) == len(lengths) == 0
@@ -108,15 +108,15 @@ def test_nothing(opened, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(TEXT, min_size=1, max_size=4))
-def test_ids_are_those_of_the_whole(opened, kind, texts):
+def test_ids_equal_those_of_the_whole_text(opened, kind, texts):
     if not hasattr(opened[kind], "encoder"):
         opened[kind].encoder = UnitEncoder(opened[kind], np.int32)  # type: ignore[attr-defined]
     assert_same(opened[kind], opened[kind].encoder, texts)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", KINDS[:5])
-def test_little_memory_gives_the_same(opened, kind, monkeypatch):
-    """Units are forgotten all the time, long texts cut, groups tiny, and the fence is in the text."""
+def test_a_small_cache_gives_the_same_ids(opened, kind, monkeypatch):
+    """Units are evicted all the time, long texts are split, groups are tiny, and the separator occurs in the text."""
     monkeypatch.setattr(module, "SLICE_CHARACTERS", 40)
     monkeypatch.setattr(module, "GROUP_CHARACTERS", 16)
     monkeypatch.setattr(module, "LONG_UNIT", 5)
@@ -126,7 +126,7 @@ def test_little_memory_gives_the_same(opened, kind, monkeypatch):
     assert len(encoder._units) < 100
 
 
-def test_a_stretch_without_a_place_to_cut_is_refused(opened, monkeypatch):
+def test_a_stretch_without_a_split_point_is_refused(opened, monkeypatch):
     monkeypatch.setattr(module, "LIMIT_CHARACTERS", 50)
     encoder = UnitEncoder(opened["byte_bpe"], np.uint16)
     encoder.encode(["ab " * 100])
@@ -134,7 +134,7 @@ def test_a_stretch_without_a_place_to_cut_is_refused(opened, monkeypatch):
         encoder.encode(["ein " + "x" * 59])
 
 
-def test_units_are_the_text():
+def test_units_concatenate_to_the_text():
     all_units, _ = unit_patterns(" \n")
     text = " a  b\n\nc\u0301 d – „e“ ͺ f\n"
     units = all_units.findall(text)
@@ -142,8 +142,8 @@ def test_units_are_the_text():
     assert units == [" a", "  b", "\n\nc\u0301 d", " –", " „e“", " ͺ f", "\n", ""]
 
 
-def test_no_safe_character_holds_a_space():
-    """The list of letters that hold one once they are normalised is complete."""
+def test_no_safe_character_contains_a_space():
+    """The list of letters that contain a space once normalised is complete."""
     safe = re.compile(SAFE)
     for code in range(sys.maxunicode + 1):
         character = chr(code)

@@ -1,4 +1,4 @@
-"""`verify` sees each planted fault, in merged files and in the parts of the ranks, and nothing in a sound record."""
+"""`verify` finds each planted fault, in merged files and in the ranks' parts, and none in an intact record."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def split(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same record, with a part of each rank and 2 steps."""
+    """The same record unmerged, with one part per rank and 2 steps."""
     run = Path(shutil.copytree(merged, tmp_path_factory.mktemp("split") / "run"))
     table = read_record(run)
     for part in list_parts(run / "datapoints"):
@@ -49,7 +49,7 @@ def split(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["merged", "split"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy of a sound run, in both shapes of its record."""
+    """A copy of an intact run, with its record merged or in parts."""
     return Path(shutil.copytree(request.getfixturevalue(request.param), tmp_path / "run"))
 
 
@@ -62,7 +62,7 @@ def middle(rows: Rows, column: str) -> Any:
 
 
 def replace_by_another_row(rows: Rows) -> None:
-    """Two rows of the first step hold the same window: the data of one of them were never seen."""
+    """Two rows of the first step have the same window, so one row's data were never seen."""
     first, other = [[r for r in rows if (r["step"], r["row"]) == (rows[0]["step"], n)] for n in (0, 1)]
     for r in other:
         rows.remove(r)
@@ -93,7 +93,7 @@ FAULTS: dict[str, tuple[str, Callable[[Rows], Any]]] = {
 }
 
 
-def test_sound_record_has_no_fault(run: Path) -> None:
+def test_an_intact_record_has_no_fault(run: Path) -> None:
     assert verify(open_run(run)) == []
 
 
@@ -108,8 +108,8 @@ def test_planted_fault_is_reported(run: Path, fault: str) -> None:
     assert any(f.startswith(kind + ":") for f in faults), faults
 
 
-def test_shift_of_everything_is_reported(run: Path) -> None:
-    """What a loader that is off by one would write: each span one token late, hashes to match."""
+def test_an_off_by_one_shift_is_reported(run: Path) -> None:
+    """The record of a loader that is off by one: each span is one token late, with matching hashes."""
     dataset = open_run(run).datasets[0]
     for path in {p.path for p in committed_parts(run)}:
         rows = pq.read_table(path).to_pylist()
@@ -138,7 +138,7 @@ def test_missing_files_are_reported(run: Path) -> None:
 
 
 def test_window_seen_twice_is_reported(merged: Path) -> None:
-    """An order that is no bijection: its formula cannot be blamed by comparing with itself, only by counting."""
+    """An order that is not a bijection: comparing with its own formula cannot reveal this, only counting can."""
     run = open_run(merged)
     sound = run.mixture
 
@@ -151,7 +151,7 @@ def test_window_seen_twice_is_reported(merged: Path) -> None:
     assert any(f.startswith("seen twice") for f in verify(run))
 
 
-def test_hashes_of_pieces_are_those_of_the_loader() -> None:
+def test_hashes_of_pieces_equal_the_loaders() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 50, size=300)
     tokens = rng.integers(0, 65536, size=lengths.sum())

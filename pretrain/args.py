@@ -7,13 +7,12 @@ Nothing here touches torch: a wrong value is refused before anything heavy is im
 import dataclasses
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from lit_model.config import ModelConfig
-from lit_model.registry import get_config
 
 # Far beyond any run, and small enough that the numbers derived from them fit in memory and in 64 bits.
 MAX_BATCH = 1 << 20  # rows; a step's rows are planned together
@@ -61,27 +60,6 @@ class ModelArgs(ModelFields):
     """Name in lit_model/registry.py, for example LLaMmlein_120M. Without it give the sizes."""
     vocab_size: int | None = None
     """Number of token ids. Default: the dataset's."""
-
-    def config(self, vocab_size: int, block_size: int | None) -> ModelConfig:
-        """The model's config: the registered model with the given fields and the data's vocabulary."""
-        given: dict[str, Any] = {k: v for k, v in vars(self).items() if v is not None and k != "name"}
-        given.setdefault("vocab_size", vocab_size)
-        if self.name is not None:
-            config = get_config(self.name, **given)
-        else:
-            missing = [f for f in ("n_layer", "n_head", "n_embd", "intermediate_size") if f not in given]
-            if missing:
-                flags = " ".join(f"--model.{f}" for f in missing)
-                raise ValueError(f"the model is incomplete: give --model.name (a registered model) or {flags}")
-            if block_size is not None:
-                given["block_size"] = block_size
-            config = ModelConfig(**given)
-        if block_size is not None and block_size > config.block_size:
-            raise ValueError(
-                f"--train.block_size {block_size} exceeds the model's maximum context of {config.block_size} tokens "
-                f"(--model.name {self.name})"
-            )
-        return config
 
 
 @dataclass(frozen=True)
@@ -296,7 +274,7 @@ class OptimArgs:
         if self.warmup_fraction is None:
             return self
         steps = round(self.warmup_fraction * (max_steps + self.steps_before))
-        return dataclasses.replace(self, warmup_steps=steps, warmup_fraction=None)
+        return replace(self, warmup_steps=steps, warmup_fraction=None)
 
 
 @dataclass(frozen=True)
@@ -610,6 +588,12 @@ class RunArgs:
                 raise ValueError(f"--{flag} {value}: at most 2^52 are supported")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed {self.seed} must be in [0, 2^63)")
+
+    def resolved(self, out_dir: Path, max_steps: int, teachers: list[Path]) -> "RunArgs":
+        """A copy with the values that the run folder, the data and the checkpoints of its teachers determine."""
+        entries = [replace(entry, path=path) for entry, path in zip(self.distillation.teachers, teachers, strict=True)]
+        distillation = replace(self.distillation, teachers=entries)
+        return replace(self, out_dir=out_dir, optim=self.optim.resolved(max_steps), distillation=distillation)
 
 
 def plain(value: Any) -> Any:

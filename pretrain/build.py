@@ -16,13 +16,13 @@ from lit_model.config import ModelConfig
 from lit_model.init import initialise
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
-from pretrain.args import RunArgs
+from pretrain.args import RunArgs, plain
 from pretrain.checkpoint.saver import Saver
 from pretrain.compiling import compile_blocks
 from pretrain.data import (
     Datasets,
-    check_memory,
     first_segments,
+    open_before_launch,
     open_data,
     open_datasets,
     router_losses,
@@ -36,11 +36,10 @@ from pretrain.failure.peers import Peers, on_rank_zero
 from pretrain.failure.rank_log import RankLog
 from pretrain.failure.watchdog import Watchdog, control_store
 from pretrain.guards import StopRequest, StopSignals
-from pretrain.init_from import load_optimizer, load_weights, model_config, optimizer_of
-from pretrain.launch import is_rank
+from pretrain.init_from import load_optimizer, load_weights, optimizer_of
 from pretrain.logs.environment import command_line, record_environment
 from pretrain.optim import AdamW, LossScale
-from pretrain.parallel import autocast, build_fabric, check_shapes, device_kind, uses_fsdp
+from pretrain.parallel import Placement, build_fabric, choose_placement
 from pretrain.resume import check_resume, is_finished, new_progress, read_meta, restore, resumed_progress
 from pretrain.run import Run
 from pretrain.run_folder import begin_recording, metrics_columns, open_folder
@@ -64,14 +63,14 @@ def set_up(
     Raises ValueError or OSError for a user's mistake: Mistake once there are several ranks, on all of them alike.
     Raises RunFinished if there is nothing left to do. Any other error of one of several ranks ends its process.
     """
-    devices = check_shapes(args)
-    args = dataclasses.replace(args, devices=devices)
-    set_arithmetic(args)
-    opened = open_before_launch(args)
-    fabric = build_fabric(args, devices)
+    placement = choose_placement(args)
+    args = dataclasses.replace(args, devices=placement.devices)
+    set_arithmetic(args.train.deterministic, placement)
+    opened = open_before_launch(args, placement.kind)
+    fabric = build_fabric(args, placement)
     peers = Peers(watched)
     try:
-        return build(args, fabric, peers, opened, signals, argv)
+        return build(args, placement, fabric, peers, opened, signals, argv)
     except RunFinished:
         peers.meet()
         raise
@@ -79,31 +78,18 @@ def set_up(
         peers.end_set_up(error)
 
 
-def set_arithmetic(args: RunArgs) -> None:
+def set_arithmetic(deterministic: bool, placement: Placement) -> None:
     """Set torch's switches for deterministic algorithms and for TF32."""
-    if args.train.deterministic:
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if device_kind(args) == "cuda" and args.precision != "fp32":
+    if placement.kind == "cuda" and placement.dtype != torch.float32:
         torch.set_float32_matmul_precision("high")
-
-
-def open_before_launch(args: RunArgs) -> tuple[Datasets, ModelConfig] | None:
-    """The data, if it exists and this is the only process so far: mistakes in it are reported before others start.
-
-    None on a rank of several, for synthetic data, and for a resume, which must find its checkpoint first.
-    """
-    if args.resume is not None:
-        return None
-    if args.data.synthetic.tokens:
-        config = model_config(args, args.data.synthetic.vocab_size)
-        check_memory(args, config, args.train.block_size or config.block_size)
-        return None
-    return None if is_rank() else open_datasets(args)
 
 
 def build(
     args: RunArgs,
+    placement: Placement,
     fabric: Fabric,
     peers: Peers,
     opened: tuple[Datasets, ModelConfig] | None,
@@ -114,11 +100,11 @@ def build(
     device = fabric.device
     if not args.data.synthetic.tokens and args.resume is None:
         # Rank 0 alone looks at the shards, which may be thousands, before it makes the run folder.
-        opened = on_rank_zero(fabric, lambda: opened or open_datasets(args))
-    folder, checkpoint, lock, trackers = open_folder(fabric, args)
+        opened = on_rank_zero(fabric, lambda: opened or open_datasets(args, placement.kind))
+    folder, checkpoint, lock, trackers = open_folder(fabric, args, plain(args))
     peers.folder = folder
     args = with_synthetic_data(args, fabric, folder)
-    datasets, config = opened or on_rank_zero(fabric, lambda: open_datasets(args, checkpoint))
+    datasets, config = opened or on_rank_zero(fabric, lambda: open_datasets(args, placement.kind, checkpoint))
     for note in datasets.notes:
         fabric.print(f"warning: {note}")
 
@@ -126,12 +112,11 @@ def build(
     segments = first_segments(args)
     progress = new_progress(segments, args, device) if meta is None else resumed_progress(meta, args, device)
     data = open_data(args, fabric, datasets, progress.segments)
-    distillation, taught_by = on_rank_zero(fabric, lambda: resolve_teachers(args.distillation))
-    args = dataclasses.replace(
-        args, out_dir=folder, optim=args.optim.resolved(data.max_steps), distillation=distillation
-    )
+    teacher_paths, taught_by = on_rank_zero(fabric, lambda: resolve_teachers(args.distillation))
+    args = args.resolved(folder, data.max_steps, teacher_paths)
+    settings = plain(args)
     if checkpoint is not None and meta is not None:
-        differences = check_resume(args, meta, data, config, taught_by, checkpoint)
+        differences = check_resume(settings, meta, data, config, taught_by, checkpoint)
         if differences:
             progress.changes.append({"step": progress.step, "differences": differences})
         if progress.step > data.max_steps:
@@ -141,7 +126,7 @@ def build(
                 lock.close()
             raise RunFinished(f"{folder} is finished: all {data.max_steps} steps are done; nothing to do")
 
-    raw_model, model = build_model(args, fabric, config)
+    raw_model, model = build_model(args, placement, fabric, config)
     if args.init_from is not None and checkpoint is None:
         load_weights(raw_model, args.init_from, args.init_layers)
     optimizer = AdamW(raw_model.named_parameters(), args.optim)
@@ -153,18 +138,20 @@ def build(
     saver = Saver(folder, args.save, device, timeout=timedelta(seconds=args.timeout_s))
     teachers = open_teachers(args.distillation, args.precision, device)
     watchdog = peers.watchdog = open_watchdog(fabric, folder, args.guard.hang_timeout_s)
-    if fabric.world_size > 2 and not uses_fsdp(args):
-        fix_ddp_buckets(args, fabric, model, optimizer, data.block_size)
+    if fabric.world_size > 2 and not placement.fsdp:
+        fix_ddp_buckets(args, placement, fabric, model, optimizer, data.block_size)
     if checkpoint is not None:
         restore(checkpoint, optimizer, loss_scale)
     columns = metrics_columns(args, config, len(data.rows))
-    recorder, compactor, trackers = begin_recording(args, fabric, folder, data, progress, columns, trackers)
+    recorder, compactor, trackers = begin_recording(args, settings, fabric, folder, data, progress, columns, trackers)
     if compactor is not None:
         saver.published = compactor.start
     record_environment(folder, watchdog.log.attempt, progress.step, command_line(argv), device)
     return Run(
         **vars(progress),
         args=args,
+        settings=settings,
+        placement=placement,
         fabric=fabric,
         folder=folder,
         config=config,
@@ -198,7 +185,9 @@ def with_synthetic_data(args: RunArgs, fabric: Fabric, folder: Path) -> RunArgs:
     return dataclasses.replace(args, data=dataclasses.replace(args.data, train=train, val=val, synthetic=made))
 
 
-def build_model(args: RunArgs, fabric: Fabric, config: ModelConfig) -> tuple[GPT, torch.nn.Module]:
+def build_model(
+    args: RunArgs, placement: Placement, fabric: Fabric, config: ModelConfig
+) -> tuple[GPT, torch.nn.Module]:
     """The initialised model, and the same as Fabric wraps it. FSDP initialises it after sharding."""
     with torch.device("meta"):
         raw_model = GPT(
@@ -209,7 +198,7 @@ def build_model(args: RunArgs, fabric: Fabric, config: ModelConfig) -> tuple[GPT
             z_loss=args.train.z_loss,
             **router_losses(args.train, config),
         )
-    if not uses_fsdp(args):
+    if not placement.fsdp:
         raw_model.to_empty(device=fabric.device)
         initialise(raw_model, config, args.seed)
         if args.compile:
@@ -226,7 +215,9 @@ def open_watchdog(fabric: Fabric, folder: Path, timeout_s: float) -> Watchdog:
     return Watchdog(control_store(attempt), fabric.global_rank, fabric.world_size, log, timeout_s)
 
 
-def fix_ddp_buckets(args: RunArgs, fabric: Fabric, model: torch.nn.Module, optimizer: AdamW, block_size: int) -> None:
+def fix_ddp_buckets(
+    args: RunArgs, placement: Placement, fabric: Fabric, model: torch.nn.Module, optimizer: AdamW, block_size: int
+) -> None:
     """Run one dummy backward so that DDP fixes its bucket order.
 
     DDP rebuilds its gradient buckets after the first backward, in the order in which gradients came. The place in a
@@ -240,7 +231,7 @@ def fix_ddp_buckets(args: RunArgs, fabric: Fabric, model: torch.nn.Module, optim
         size = int(bucket(np.asarray([B]))[0])
         cu_seqlens = torch.arange(size, dtype=torch.int32, device=fabric.device).clamp_(max=B) * T
     model.train()
-    with autocast(args, fabric.device):
+    with placement.autocast():
         out: LossOutput = model(tokens, tokens, cu_seqlens=cu_seqlens)
     fabric.backward(out.loss_sum)
     optimizer.zero_grad()

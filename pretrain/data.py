@@ -23,7 +23,7 @@ from pretrain.distillation.teachers import check_teachers
 from pretrain.fabric import Fabric
 from pretrain.failure.peers import on_rank_zero
 from pretrain.init_from import model_config
-from pretrain.parallel import device_kind
+from pretrain.launch import is_rank
 
 MAX_SAMPLES = 1 << 60  # of a run: their numbers are 64-bit integers
 MAX_MICRO_BATCH_TOKENS = 1 << 24  # of one device, far beyond what fits in its memory
@@ -64,8 +64,26 @@ class Datasets:
     """Checks that could not be made."""
 
 
-def open_datasets(args: RunArgs, checkpoint: Path | None = None) -> tuple[Datasets, ModelConfig]:
-    """Open the datasets, and check them against the model and the settings. `checkpoint`: the one to resume.
+def open_before_launch(args: RunArgs, kind: str) -> tuple[Datasets, ModelConfig] | None:
+    """The data, if it exists and this is the only process so far: mistakes in it are reported before others start.
+
+    None on a rank of several, for synthetic data, and for a resume, which must find its checkpoint first.
+    """
+    if args.resume is not None:
+        return None
+    if args.data.synthetic.tokens:
+        config = model_config(args, args.data.synthetic.vocab_size)
+        check_memory(args, kind, config, args.train.block_size or config.block_size)
+        return None
+    return None if is_rank() else open_datasets(args, kind)
+
+
+def open_datasets(args: RunArgs, kind: str | None, checkpoint: Path | None = None) -> tuple[Datasets, ModelConfig]:
+    """Open the datasets, and check them against the model and the settings.
+
+    Args:
+        kind: of the devices; None: unknown, and the memory is not checked.
+        checkpoint: the one to resume.
 
     Raises ValueError or FileNotFoundError.
     """
@@ -80,7 +98,7 @@ def open_datasets(args: RunArgs, checkpoint: Path | None = None) -> tuple[Datase
     config = model_config(args, train[0].vocab_size, checkpoint)
     router_losses(args.train, config)  # raises if they do not fit
     block_size = args.train.block_size or config.block_size
-    check_memory(args, config, block_size)
+    check_memory(args, kind, config, block_size)
     for flag, dataset in named:
         if dataset.vocab_size > config.vocab_size:
             raise ValueError(
@@ -115,7 +133,7 @@ def open_datasets(args: RunArgs, checkpoint: Path | None = None) -> tuple[Datase
     return Datasets(train, val, block_size, notes), config
 
 
-def check_memory(args: RunArgs, config: ModelConfig, block_size: int) -> None:
+def check_memory(args: RunArgs, kind: str | None, config: ModelConfig, block_size: int) -> None:
     """Refuse sizes that no device has room for. Raises ValueError that names them."""
     for rows in (args.train.micro_batch_samples, args.eval.micro_batch_samples or 1):
         if rows * block_size > MAX_MICRO_BATCH_TOKENS:
@@ -124,7 +142,7 @@ def check_memory(args: RunArgs, config: ModelConfig, block_size: int) -> None:
                 "are supported: give a smaller --train.micro_batch_samples, --eval.micro_batch_samples or "
                 "--train.block_size"
             )
-    if args.accelerator != "cuda" and device_kind(args) == "cpu":
+    if kind == "cpu":
         weights = 4 * config.least_parameters // args.num_nodes
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if weights > memory:

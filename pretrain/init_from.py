@@ -11,7 +11,8 @@ from torch import nn
 from lit_model.config import ModelConfig
 from lit_model.init import copy_slice
 from lit_model.load import OPTIMIZER_PREFIX, Checkpoint, is_hf_folder, load_tensors, resolve
-from pretrain.args import RunArgs
+from lit_model.registry import get_config
+from pretrain.args import ModelArgs, RunArgs
 from pretrain.checkpoint.load import STEP_COUNT, state_tensors
 from pretrain.optim import AdamW
 
@@ -22,7 +23,7 @@ def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None)
     A resumed run reads it from its checkpoint, and no longer needs --init_from.
     """
     if args.init_from is None:
-        return args.model.config(vocab_size, args.train.block_size)
+        return config_of(args.model, vocab_size, args.train.block_size)
     config = load_tensors(args.init_from)[0] if checkpoint is None else Checkpoint(checkpoint).model_config
     if args.init_layers is not None and checkpoint is None:
         config = with_layers(config, args.init_layers)
@@ -41,6 +42,25 @@ def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None)
                 f"--model.{key} {value} contradicts --init_from {args.init_from}, which has {getattr(config, key)}"
             )
     return changed
+
+
+def config_of(args: ModelArgs, vocab_size: int, block_size: int | None) -> ModelConfig:
+    """The registered model, or one of the given sizes, with the given fields. `vocab_size`: the data's."""
+    given = {"vocab_size": vocab_size} | {k: v for k, v in vars(args).items() if v is not None and k != "name"}
+    if args.name is not None:
+        config = get_config(args.name, **given)
+    else:
+        missing = [f for f in ("n_layer", "n_head", "n_embd", "intermediate_size") if f not in given]
+        if missing:
+            flags = " ".join(f"--model.{f}" for f in missing)
+            raise ValueError(f"the model is incomplete: give --model.name (a registered model) or {flags}")
+        config = ModelConfig(**(given if block_size is None else given | {"block_size": block_size}))
+    if block_size is not None and block_size > config.block_size:
+        raise ValueError(
+            f"--train.block_size {block_size} exceeds the model's maximum context of {config.block_size} tokens "
+            f"(--model.name {args.name})"
+        )
+    return config
 
 
 def load_weights(model: nn.Module, path: Path, layers: list[int] | None) -> None:

@@ -28,7 +28,6 @@ from lit_files.checkpoint_name import checkpoint_name, checkpoint_step, list_che
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from lit_model.moe import RouterStatistics
-from pretrain.args import plain
 from pretrain.checkpoint.commit import SaveError
 from pretrain.compiling import CompiledBlocks
 from pretrain.distillation.objective import distillation_values, student_head
@@ -42,7 +41,6 @@ from pretrain.logs.metrics import ROUTER_COLUMNS, MetricsFile, router_values
 from pretrain.logs.progress import ProgressDisplay
 from pretrain.logs.throughput import Throughput
 from pretrain.optim import clip_gradients
-from pretrain.parallel import uses_fsdp
 from pretrain.resume import go_back
 from pretrain.run import Run
 from pretrain.schedule import learning_rate
@@ -206,7 +204,7 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
             tokens, targets, cu_seqlens = to_device(batch, run.device)
             bounds = cu_seqlens if args.data.document_mask else None
             head = None if head_of is None else head_of(batch, tokens, bounds)
-            with run.autocast():
+            with run.placement.autocast():
                 out: LossOutput = run.model(tokens, targets, cu_seqlens=bounds, head=head)
             # A non-finite loss makes every gradient non-finite on every rank, so the step is skipped.
             run.fabric.backward(out.loss_sum * (factor + 0 * out.loss_sum.detach()))
@@ -249,7 +247,7 @@ def compiled_blocks(run: Run) -> CompiledBlocks | None:
 
 def sync_gradients(run: Run, last: bool) -> AbstractContextManager[Any]:
     """Set whether this micro-batch's backward reduces gradients over the ranks."""
-    if uses_fsdp(run.args):
+    if run.placement.fsdp:
         run.raw_model.set_requires_gradient_sync(last or not run.args.train.defer_gradient_sync)  # type: ignore[operator]
         return nullcontext()
     if run.world_size > 1:
@@ -382,7 +380,7 @@ def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dic
         progress.phase("validating", i, n_steps)
         for batch in data.micro_batches:
             tokens, targets, cu_seqlens = to_device(batch, run.device)
-            with run.autocast():
+            with run.placement.autocast():
                 out: LossOutput = run.model(
                     tokens, targets, cu_seqlens=cu_seqlens if run.args.data.document_mask else None
                 )
@@ -475,7 +473,7 @@ def save(run: Run, throughput: Throughput) -> None:
 def may_save(run: Run) -> bool:
     """Whether the state after `run.step` steps is consistent and can be saved without training collectives: after an
     error the ranks may be at different ones."""
-    gathers = uses_fsdp(run.args) and run.args.save.state_dict_type == "full" and run.world_size > 1
+    gathers = run.placement.fsdp and run.args.save.state_dict_type == "full" and run.world_size > 1
     return run.sound and not gathers and run.fault() is None
 
 
@@ -496,7 +494,7 @@ def checkpoint_meta(run: Run) -> dict[str, object]:
     return {
         **run.to_meta(),
         "max_steps": run.data.max_steps,
-        "config": plain(run.args),
+        "config": run.settings,
         "model_config": run.config.to_dict(),
         "data": {
             "train": [dataset.fingerprint for dataset in datasets],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
@@ -26,11 +27,27 @@ def uses_fsdp(args: RunArgs) -> bool:
     return args.strategy == "fsdp" and args.sharding_strategy != "NO_SHARD"
 
 
-def autocast(args: RunArgs, device: torch.device) -> AbstractContextManager[Any]:
-    """The precision of one forward. FSDP casts by its own policy."""
-    if args.precision == "fp32" or uses_fsdp(args):
-        return nullcontext()
-    return torch.autocast(device.type, DTYPES[args.precision])
+@dataclass(frozen=True)
+class Placement:
+    """The devices of a run and how they compute, fixed before any process starts.
+
+    Attributes:
+        kind: cpu, cuda or mps.
+        devices: per node.
+        fsdp: the ranks shard parameters, gradients and optimizer state.
+        dtype: of the computation.
+    """
+
+    kind: str
+    devices: int
+    fsdp: bool
+    dtype: torch.dtype
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of one forward. FSDP casts by its own policy."""
+        if self.dtype == torch.float32 or self.fsdp:
+            return nullcontext()
+        return torch.autocast(self.kind, self.dtype)
 
 
 def device_kind(args: RunArgs) -> str:
@@ -44,8 +61,8 @@ def device_kind(args: RunArgs) -> str:
     return args.accelerator
 
 
-def check_shapes(args: RunArgs) -> int:
-    """World-size arithmetic, before any process starts. Returns the number of devices per node."""
+def choose_placement(args: RunArgs) -> Placement:
+    """Choose the devices and check the world-size arithmetic. Raises ValueError naming the flag that does not fit."""
     kind = device_kind(args)
     devices = (
         args.devices if isinstance(args.devices, int) else max(1, torch.cuda.device_count()) if kind == "cuda" else 1
@@ -77,7 +94,7 @@ def check_shapes(args: RunArgs) -> int:
             )
     if args.sharding_strategy == "HYBRID_SHARD" and uses_fsdp(args) and args.num_nodes < 2 and devices % 2:
         raise ValueError("--sharding_strategy HYBRID_SHARD needs several nodes, or an even number of devices on one")
-    return devices
+    return Placement(kind, devices, uses_fsdp(args), DTYPES[args.precision])
 
 
 def check_batch(args: TrainArgs, world_size: int) -> None:
@@ -105,18 +122,18 @@ def _either(numbers: list[int]) -> str:
     return " or ".join(str(n) for n in numbers if n)
 
 
-def build_fabric(args: RunArgs, devices: int) -> Fabric:
-    """Fabric with our strategies; `launch` starts or joins the processes."""
+def build_fabric(args: RunArgs, placement: Placement) -> Fabric:
+    """Fabric with our strategies; starts or joins the processes."""
+    devices, kind = placement.devices, placement.kind
     timeout = timedelta(seconds=args.timeout_s)
     strategy: str | Strategy = "auto"
-    if uses_fsdp(args):
-        offloads = args.train.cpu_offload
+    if placement.fsdp:
         strategy = ModelParallelStrategy(
             lambda model, mesh: parallelize(model, mesh, args, devices),
             data_parallel_size=devices * args.num_nodes,
             tensor_parallel_size=1,
             # Offloaded shards are summed and saved on the host.
-            process_group_backend="cpu:gloo,cuda:nccl" if offloads and device_kind(args) == "cuda" else None,
+            process_group_backend="cpu:gloo,cuda:nccl" if args.train.cpu_offload and kind == "cuda" else None,
             timeout=timeout,
         )
     elif args.strategy in ("ddp", "fsdp") or devices * args.num_nodes > 1:
@@ -126,16 +143,16 @@ def build_fabric(args: RunArgs, devices: int) -> Fabric:
     chosen: int | list[int] = devices
     if launch is not None and launch.by == "srun":  # see StepEnvironment
         num_nodes = launch.world_size
-        chosen = [gpu_index(launch, torch.cuda.device_count())] if device_kind(args) == "cuda" else 1
+        chosen = [gpu_index(launch, torch.cuda.device_count())] if kind == "cuda" else 1
     fabric = Fabric(
-        accelerator=device_kind(args),
+        accelerator=kind,
         devices=chosen,
         num_nodes=num_nodes,
         strategy=strategy,
         precision="32-true",
         plugins=None if environment is None else [environment],
     )
-    if "OMP_NUM_THREADS" not in os.environ and device_kind(args) == "cpu":
+    if "OMP_NUM_THREADS" not in os.environ and kind == "cpu":
         torch.set_num_threads(max(1, usable_cores() // devices))
     with WaitingNotice(devices * args.num_nodes):
         fabric.launch()

@@ -106,7 +106,12 @@ def is_finished(folder: Path, progress: Progress, max_steps: int) -> bool:
 
 
 def check_resume(
-    args: RunArgs, meta: dict[str, Any], data: Data, config: ModelConfig, taught_by: list[dict[str, Any]], path: Path
+    settings: dict[str, Any],
+    meta: dict[str, Any],
+    data: Data,
+    config: ModelConfig,
+    taught_by: list[dict[str, Any]],
+    path: Path,
 ) -> dict[str, tuple[Any, Any]]:
     """Refuse to resume a run with settings that change its meaning. Returns the differences that --resume_allow names.
 
@@ -114,18 +119,18 @@ def check_resume(
     """
     # Settings that older checkpoints lack had these defaults.
     later = {"optim.steps_before": 0, **flat({"objective": "cross_entropy", "distillation": plain(DistillationArgs())})}
-    old, new = later | flat(meta["config"]), flat(plain(args))
+    old, new = later | flat(meta["config"]), flat(settings)
     keys = [
         k
         for k in sorted(set(old) | set(new))
         if any(k == m or k.startswith(m + ".") for m in MEANING) and k not in MECHANICS
     ]
     differs = {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
-    flag = "data.train" if args.data.train is not None else "data.mixture"
+    flag = "data.train" if settings["data"]["train"] is not None else "data.mixture"
     there, here = meta["data"]["train"], [dataset.fingerprint for dataset in data.train]
     if there != here:
         differs[flag] = ([f[:12] for f in there], [f[:12] for f in here])
-    weights = [[entry["weight"] for entry in config["data"]["mixture"]] for config in (meta["config"], plain(args))]
+    weights = [[entry["weight"] for entry in config["data"]["mixture"]] for config in (meta["config"], settings)]
     if weights[0] != weights[1] and flag not in differs:
         differs["data.mixture"] = (weights[0], weights[1])
     before = meta.get("teachers", [])
@@ -137,7 +142,9 @@ def check_resume(
         for k, v in config.to_dict().items():
             if other[k] != v:
                 differs[f"model.{k}"] = (other[k], v)
-    refused = {k: v for k, v in differs.items() if not any(k == a or k.startswith(a + ".") for a in args.resume_allow)}
+    refused = {
+        k: v for k, v in differs.items() if not any(k == a or k.startswith(a + ".") for a in settings["resume_allow"])
+    }
     if refused:
         listing = "; ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in refused.items())
         raise ValueError(
@@ -201,7 +208,7 @@ def go_back(run: Run, path: Path, reason: str) -> None:
     run.data = in_order(run.args, data.rows, data.val, data.block_size, run.segments)
     run.loader = training_loader(run.args, run.fabric, run.data, run.segments)
     run.recorder, run.compactor, run.trackers = begin_recording(
-        run.args, run.fabric, run.folder, run.data, run, run.metrics_columns, None
+        run.args, run.settings, run.fabric, run.folder, run.data, run, run.metrics_columns, None
     )
     if run.compactor is not None:
         run.saver.published = run.compactor.start

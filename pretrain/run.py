@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.logs.messages import say
 from pretrain.logs.trackers import Trackers
 from pretrain.optim import AdamW, LossScale
-from pretrain.parallel import autocast
+from pretrain.parallel import Placement
 
 
 @dataclass(kw_only=True)
@@ -79,6 +79,7 @@ class Run(Progress):
     """One run in progress.
 
     Attributes:
+        settings: `args` as nested dictionaries, as config.yaml and each checkpoint hold them.
         model: `raw_model` as Fabric wraps it.
         taught_by: name, sha256 and weight of each teacher.
         trackers, compactor, lock: of rank 0.
@@ -86,6 +87,8 @@ class Run(Progress):
     """
 
     args: RunArgs
+    settings: dict[str, Any]
+    placement: Placement
     fabric: Fabric
     folder: Path
     config: ModelConfig
@@ -159,7 +162,3 @@ class Run(Progress):
     def tensors(self) -> dict[str, Tensor]:
         """The training state as a checkpoint holds it."""
         return training_state(self.optimizer)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of one forward. FSDP casts by its own policy."""
-        return autocast(self.args, self.device)

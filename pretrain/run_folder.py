@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,7 +17,7 @@ from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.lock import FileLock, lock_folder
 from lit_files.publish import write_text
 from lit_model.config import ModelConfig
-from pretrain.args import RunArgs, plain
+from pretrain.args import RunArgs
 from pretrain.checkpoint.load import find_checkpoint
 from pretrain.checkpoint.retention import remove, remove_if_possible, rewind
 from pretrain.data import Data
@@ -41,7 +41,9 @@ def named_folder(args: RunArgs) -> Path | None:
     return args.out_dir
 
 
-def open_folder(fabric: Fabric, args: RunArgs) -> tuple[Path, Path | None, FileLock | None, Trackers | None]:
+def open_folder(
+    fabric: Fabric, args: RunArgs, settings: dict[str, Any]
+) -> tuple[Path, Path | None, FileLock | None, Trackers | None]:
     """Lock the run folder. Returns it, the checkpoint to resume (None: a new run), and on rank 0 the lock and, for a
     new run, its trackers. Raises Mistake."""
     lock: list[FileLock] = []
@@ -70,7 +72,7 @@ def open_folder(fabric: Fabric, args: RunArgs) -> tuple[Path, Path | None, FileL
             ) from error
         if not holds_run and args.log.trackers:
             try:
-                trackers.append(Trackers(folder, args.log, plain(args), 0, strict=True))
+                trackers.append(Trackers(folder, args.log, settings, 0, strict=True))
             except ValueError:
                 lock[0].close()
                 for path in folder.iterdir():
@@ -95,6 +97,7 @@ def metrics_columns(args: RunArgs, config: ModelConfig, n_datasets: int) -> list
 
 def begin_recording(
     args: RunArgs,
+    settings: dict[str, Any],
     fabric: Fabric,
     folder: Path,
     data: Data,
@@ -108,10 +111,10 @@ def begin_recording(
         columns: of metrics.csv.
         trackers: those of a new run, which are open already.
     """
-    on_rank_zero(fabric, lambda: prepare_folder(args, fabric.world_size, folder, data, progress, columns))
+    on_rank_zero(fabric, lambda: prepare_folder(args, settings, fabric.world_size, folder, data, progress, columns))
     rank = fabric.global_rank
     if args.log.trackers and trackers is None and rank == 0:
-        trackers = Trackers(folder, args.log, plain(args), progress.step, strict=False)
+        trackers = Trackers(folder, args.log, settings, progress.step, strict=False)
     if not args.data.datapoints or args.data.mock:
         return None, None, trackers
     micro_batch_samples = args.train.micro_batch_samples
@@ -120,14 +123,20 @@ def begin_recording(
 
 
 def prepare_folder(
-    args: RunArgs, world_size: int, folder: Path, data: Data, progress: Progress, columns: Sequence[str]
+    args: RunArgs,
+    settings: dict[str, Any],
+    world_size: int,
+    folder: Path,
+    data: Data,
+    progress: Progress,
+    columns: Sequence[str],
 ) -> None:
     """Rank 0: cut the run folder back to `progress.step`, and write the files that describe the run."""
     if (newest_step(folder / METRICS) or 0) > progress.step:
         abandon(folder, args.log)
     rewind(folder, progress.step, columns, again=progress.unfinished is not None)
     remove_if_possible(folder / STOPPED)
-    text = yaml.safe_dump(plain(dataclasses.replace(args, resume=None)), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(settings | {"resume": None}, sort_keys=False, allow_unicode=True)
     try:
         write_text(folder / "config.yaml", text)
     except OSError as error:  # every checkpoint holds it too

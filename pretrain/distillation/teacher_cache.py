@@ -16,7 +16,7 @@ import re
 import tokenize
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -297,15 +297,15 @@ def check_cache(
         raise ValueError(f"--distillation.top_k {args.top_k}: the cache holds the {facts.k} likeliest; leave it out")
 
 
-def resolve_teachers(args: DistillationArgs) -> tuple[DistillationArgs, list[dict[str, Any]]]:
-    """Settings with run folders resolved to checkpoints (a run may still be saving new ones), and teacher identities.
+def resolve_teachers(args: DistillationArgs) -> tuple[list[Path], list[dict[str, Any]]]:
+    """The checkpoints of the teachers (a run folder's newest: it may still be saving new ones), and their identities.
 
-    With a cache, the identities come from it.
+    With a cache, its identity and no checkpoints.
     """
     if args.cache is not None:
-        return args, [{"name": args.cache.name, "sha256": file_sha256(args.cache / FILE), "weight": 1.0}]
-    entries = [replace(entry, path=resolve(entry.path)) for entry in args.teachers]
-    return replace(args, teachers=entries), identify(entries)
+        return [], [{"name": args.cache.name, "sha256": file_sha256(args.cache / FILE), "weight": 1.0}]
+    paths = [resolve(entry.path) for entry in args.teachers]
+    return paths, identify(paths, [entry.weight for entry in args.teachers])
 
 
 def open_teachers(args: DistillationArgs, run_precision: str, device: torch.device) -> Teachers | CachedTeacher | None:

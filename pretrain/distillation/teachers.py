@@ -22,9 +22,9 @@ from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters, largest_block, root_parameters
 from lit_model.distillation import Teacher, TeacherHead
 from lit_model.init import copy_slice
-from lit_model.load import is_hf_folder, load_tensors, resolve
+from lit_model.load import is_hf_folder, load_tensors
 from lit_model.model import GPT
-from pretrain.args import DistillationArgs, RunArgs, TeacherEntry
+from pretrain.args import DistillationArgs, RunArgs
 from pretrain.compiling import compile_blocks
 from pretrain.parallel import DTYPES
 
@@ -65,17 +65,16 @@ def check_tokenizer(path: Path, dataset: PackedDataset, where: str, override: st
         raise ValueError(f"{unknown}. Put the tokenizer beside it, or override with {override}")
 
 
-def identify(teachers: Sequence[TeacherEntry]) -> list[dict[str, Any]]:
-    """Identity of each teacher: name, one checksum over its files, and weight."""
+def identify(paths: Sequence[Path], weights: Sequence[float]) -> list[dict[str, Any]]:
+    """Identity of each teacher, a checkpoint or Hugging Face folder: name, one checksum over its files, and weight."""
     found = []
-    for entry in teachers:
-        path = resolve(entry.path)
+    for path, weight in zip(paths, weights, strict=True):
         files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
         if is_hf_folder(path):
             files = [p for p in files if p.suffix in (".safetensors", ".bin") or p.name == "config.json"]
         sums = "\n".join(file_sha256(p) for p in files)
         name = path.name if is_hf_folder(path) else f"{path.absolute().parent.name}/{path.name}"
-        found.append({"name": name, "sha256": hashlib.sha256(sums.encode()).hexdigest(), "weight": entry.weight})
+        found.append({"name": name, "sha256": hashlib.sha256(sums.encode()).hexdigest(), "weight": weight})
     return found
 
 

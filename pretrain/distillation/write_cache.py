@@ -96,7 +96,7 @@ def cache_teachers(request: CacheRequest) -> str:
         document_mask=not request.no_document_mask,
         n_windows=rows.n_windows,
         vocab_size=vocab_size,
-        teachers=identify(entries),
+        teachers=identify([entry.path for entry in entries], weights),
         ensemble=request.ensemble,
         temperature=request.temperature,
         precision=precision,

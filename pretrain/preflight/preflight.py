@@ -22,7 +22,7 @@ from rich.text import Text
 
 from pretrain.args import RunArgs
 from pretrain.launch import is_first_process
-from pretrain.parallel import build_fabric, check_shapes, device_kind
+from pretrain.parallel import build_fabric, choose_placement, device_kind
 from pretrain.preflight.context import Finding, PreflightContext, Verdict, faults
 from pretrain.preflight.machine import check_devices, check_disk, check_environment, check_network
 from pretrain.preflight.memory import check_memory
@@ -76,7 +76,8 @@ def start(args: RunArgs) -> PreflightContext:
     s.new_folders = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         s.kind = device_kind(args)
-        s.devices = check_shapes(args)
+        placement = choose_placement(args)
+        s.devices = placement.devices
     except ValueError as error:
         s.shape_fault = str(error)
         return s
@@ -85,7 +86,7 @@ def start(args: RunArgs) -> PreflightContext:
     try:
         if s.kind == "cuda":
             s.nccl_logs = ask_for_log()
-        fabric = build_fabric(args, s.devices)
+        fabric = build_fabric(args, placement)
         s.ranks = Ranks(fabric, timedelta(seconds=args.timeout_s))
     except Exception as error:
         s.launch_fault = describe(error)

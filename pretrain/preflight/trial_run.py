@@ -18,12 +18,12 @@ from lit_files.checksum import file_sha256
 from lit_model.config import ModelConfig
 from lit_model.load import Checkpoint
 from lit_model.registry import get_config
-from pretrain.args import RunArgs
+from pretrain.args import RunArgs, plain
 from pretrain.build import set_up
 from pretrain.checkpoint.load import check_meta, find_checkpoint
 from pretrain.data import Datasets, first_segments, length_of, open_data, open_datasets, training_loader
 from pretrain.distillation.teacher_cache import resolve_teachers
-from pretrain.init_from import model_config
+from pretrain.init_from import config_of, model_config
 from pretrain.logs.throughput import Throughput, peak_memory_gib
 from pretrain.logs.trackers import check_trackers
 from pretrain.loop import train_step
@@ -104,7 +104,7 @@ def check_data(s: PreflightContext) -> Finding:
     s.config = s.config or config_without_data(args)
 
     def look() -> tuple[int, int]:
-        s.datasets, s.config = open_datasets(args, s.checkpoint)
+        s.datasets, s.config = open_datasets(args, s.kind, s.checkpoint)
         return check_sample(s.datasets, s.ranks)
 
     outcomes = s.ranks.together(look)
@@ -150,7 +150,7 @@ def config_without_data(args: RunArgs) -> ModelConfig | None:
     """The model's config from the flags alone, to estimate its memory if no data can be opened."""
     try:
         vocab_size = args.model.vocab_size or (get_config(args.model.name).vocab_size if args.model.name else None)
-        return None if vocab_size is None else args.model.config(vocab_size, args.train.block_size)
+        return None if vocab_size is None else config_of(args.model, vocab_size, args.train.block_size)
     except ValueError:
         return None
 
@@ -183,7 +183,7 @@ def load_some(s: PreflightContext) -> float:
         meta = Checkpoint(s.checkpoint).meta
         check_meta(meta, s.checkpoint)
         _, taught_by = resolve_teachers(s.args.distillation)
-        check_resume(s.args, meta, s.data, s.config, taught_by, s.checkpoint)
+        check_resume(plain(s.args), meta, s.data, s.config, taught_by, s.checkpoint)
     loader = training_loader(without_traces(s.args), s.ranks.fabric, s.data, segments)
     try:
         began, tokens = time.perf_counter(), 0

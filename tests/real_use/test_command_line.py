@@ -26,6 +26,7 @@ from pretrain.cli.choices import RULES, SWITCHES
 from pretrain.cli.command_line import OTHER_NAMES, ScriptParser, make_printable
 from pretrain.cli.run_parser import build_parser, parse
 from pretrain.distillation.write_cache import CacheRequest
+from pretrain.init_from import model_config
 
 BASE = ["--data.train=x", "--train.max_steps=3"]
 
@@ -238,7 +239,7 @@ def test_typed_sizes_replace_those_of_the_name(capsys: pytest.CaptureFixture[str
     """Point 25: sizes over the name of a config change that model, with a line; all else is as in the registry."""
     config = f"--config={ROOT / 'configs/babylm2025/gemma2.yaml'}"
     args = parse([config, "--data.train=x", "--model.n_layer=2", "--model.n_embd=384"])
-    model, whole = args.model.config(100, 128), parse([config, "--data.train=x"]).model.config(100, 128)
+    model, whole = (model_config(a, 100) for a in (args, parse([config, "--data.train=x"])))
     assert (model.n_layer, model.n_embd, model.norm_offset) == (2, 384, whole.norm_offset)
     assert "--model.n_layer 2, --model.n_embd 384 replace model.n_layer 12, " in capsys.readouterr().err
 

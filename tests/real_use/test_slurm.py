@@ -165,7 +165,7 @@ def test_srun_without_devices(data: Path, tmp_path: Path, inside: Any) -> None:
     """Point 15: `srun python fabric_train.py` was an IndexError on the second rank."""
     inside(step(2, "2", 1, 1))
     args = fabric_train.parse(flags(data, tmp_path, devices=None))
-    assert parallel.check_shapes(args) == 2
+    assert parallel.choose_placement(args).devices == 2
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_job_without_srun_on_purpose(data: Path, tmp_path: Path, inside: Any, 
     """Point 15: tasks asked for as cores, with --devices typed; and a shell of salloc, which gets a line."""
     inside({**SCRIPT, "SLURM_NTASKS": "", "SLURM_TASKS_PER_NODE": "4"})
     args = fabric_train.parse(flags(data, tmp_path / "run"))
-    fabric = parallel.build_fabric(args, parallel.check_shapes(args))
+    fabric = parallel.build_fabric(args, parallel.choose_placement(args))
     assert (fabric.world_size, fabric.global_rank) == (1, 0)
     inside({"SLURM_JOB_NAME": "interactive"})
     fabric_train.parse(flags(data, tmp_path / "run", devices=None))
@@ -242,7 +242,7 @@ def test_one_visible_gpu_is_no_mistake(data: Path, tmp_path: Path, inside: Any, 
     monkeypatch.setattr(parallel, "device_kind", lambda args: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     args = fabric_train.parse(flags(data, tmp_path, devices=None, accelerator=None))
-    assert parallel.check_shapes(args) == 4
+    assert parallel.choose_placement(args).devices == 4
 
 
 def test_where_the_tasks_meet(inside: Any) -> None:

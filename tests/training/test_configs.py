@@ -19,6 +19,7 @@ from lit_model.kernels.variant import SERVES
 from lit_model.model import GPT
 from lit_model.registry import MODELS
 from pretrain.fabric_train import parse
+from pretrain.init_from import model_config
 from pretrain.parallel import check_batch
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -72,7 +73,7 @@ def open_config(path):
     data = [] if "synthetic:" in path.read_text(encoding="utf-8") else ["--data.train", "packed"]
     args = parse(["--config", str(path), *data])
     vocab_size = MODELS[args.model.name].vocab_size if args.model.name else VOCABULARY[path.stem]
-    return args, args.model.config(vocab_size, args.train.block_size)
+    return args, model_config(args, vocab_size)
 
 
 def build(config):

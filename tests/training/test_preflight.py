@@ -20,6 +20,7 @@ from running import ROOT, flags, shared_rank_server, write_dataset
 
 from pretrain import fabric_train
 from pretrain.fabric_train import main
+from pretrain.init_from import model_config
 from pretrain.preflight import machine as preflight_checks
 from pretrain.preflight import memory as preflight_memory
 from pretrain.preflight import trial_run as preflight_run
@@ -296,7 +297,7 @@ def test_room_for_checkpoints_and_cache(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """12 steps, one checkpoint every 4, and one in flight: 4. The cache holds no more than the data."""
-    wanted = 4 * preflight_checks.checkpoint_bytes(fabric_train.parse(flags(data, tmp_path)).model.config(96, 32))
+    wanted = 4 * preflight_checks.checkpoint_bytes(model_config(fabric_train.parse(flags(data, tmp_path)), 96))
     free = wanted - 1
     monkeypatch.setattr(preflight_checks, "free_bytes", lambda folder: 100 if folder == cache else free)
     cache = tmp_path / "cache"

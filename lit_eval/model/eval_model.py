@@ -16,6 +16,7 @@ from torch import Tensor
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_eval.model.likelihood import Scorer, score_targets
 from lit_eval.model.model_tokenizer import check_own_tokenizer, find_tokenizer, ids_without_token
+from lit_eval.model.text_encoder import TextEncoder
 from lit_eval.model.text_encoding import Encoding, encoding_of
 from lit_files.checkpoint_name import checkpoint_step
 from lit_model.checksum import tensor_checksum
@@ -104,6 +105,10 @@ class EvalModel:
         if bos is None and prefix == "bos":
             raise ValueError(f"--prefix bos: the tokenizer of {self.path} has no beginning-of-sequence token")
         return bos if bos is not None else tokenizer.eos_id
+
+    def encoder(self, prefix: Prefix = "auto") -> TextEncoder:
+        """How the model reads contexts and continuations. Raises as `prefix_id` does."""
+        return TextEncoder(self.encode, self.encoding.bos_id, self.prefix_id(prefix))
 
     def autocast(self) -> Any:
         """The context in which to call `model`."""

@@ -41,7 +41,8 @@ class Result:
         metrics: numbers by name. A share lies in 0..1; the first is the one to show where there is room for one.
         groups: by the field items are grouped by (`phenomenon`, `source`), then by its value.
         items: one value an item, of the first metric: what a paired test compares. Empty if the task has none.
-        source: `file` and `sha256` of the items' file, `n_skipped` and why, or what else says what was scored.
+        source: `file` and `sha256` of the items' file, `n_items` in it, `n_skipped` and why (`skipped`), or what else
+            says what was scored.
         settings: those that change the numbers. A stored result with other settings, or of another source, is replaced.
         seconds: how long it took.
         details: anything else worth keeping: samples, curves.
@@ -73,9 +74,9 @@ class Results:
         write_json(path, dataclasses.asdict(self))
 
     def has(self, name: str, source: dict[str, Any], settings: dict[str, Any]) -> bool:
-        """Whether the task was done with the same items and settings."""
+        """Whether the task was done with these settings, and with a source of which all of this is true."""
         done = self.tasks.get(name)
-        return done is not None and (done.source, done.settings) == (source, settings)
+        return done is not None and done.source | source == done.source and done.settings == settings
 
 
 def read_results(path: Path) -> Results:

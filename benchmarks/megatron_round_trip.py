@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_data.packed.reader import PackedDataset
-from lit_data.packed.token_import import import_tokens
+from lit_data.packed.token_import import ImportSettings, import_tokens
 from lit_data.packed.writer import PackedWriter
 
 PEER = Path(__file__).resolve().with_name("peer_megatron.py")
@@ -79,7 +79,9 @@ def theirs_read_by_ours(peer: str, folder: Path, vocab_size: int, n: int) -> str
         documents=np.concatenate([[0], np.cumsum(per_document)]),
     )
     call(peer, "write", folder / "made.npz", folder / "theirs")
-    report = import_tokens([folder / "theirs"], folder / "imported", vocab_size=vocab_size, eos_id=EOS)
+    report = import_tokens(
+        ImportSettings((str(folder / "theirs"),), folder / "imported", vocab_size=vocab_size, eos_id=EOS)
+    )
     dataset = PackedDataset(folder / "imported")
     starts = dataset.document_start(np.arange(dataset.n_documents + 1))
     assert np.array_equal(np.diff(starts), lengths), "the documents' lengths differ"

@@ -8,7 +8,7 @@ from lit_data.corpus.synthetic import write_synthetic
 from lit_data.packed.manifest import MANIFEST
 from lit_data.prepare.run import prepare
 from lit_data.prepare.settings import Execution, Settings
-from lit_data.tokenizers.training import train_tokenizer
+from lit_data.tokenizers.training import TokenizerSettings, train_tokenizer
 from pretrain.args import SyntheticArgs
 
 
@@ -21,7 +21,7 @@ def make_synthetic_data(args: SyntheticArgs, folder: Path, seed: int) -> tuple[P
     if not text.exists():
         write_synthetic(text, tokens=args.tokens, level=args.level, seed=seed)
     if not tokenizer.exists():
-        train_tokenizer([text / "train.jsonl"], vocab_size=args.vocab_size, kind="byte_bpe", output=tokenizer)
+        train_tokenizer(TokenizerSettings((str(text / "train.jsonl"),), args.vocab_size, tokenizer))
     if not (packed / "train" / MANIFEST).exists():
         train, val = (str(text / f"{side}.jsonl") for side in ("train", "val"))
         prepare(Settings((train,), str(tokenizer), val_input=(val,)), Execution(packed, workers=1))

@@ -14,25 +14,19 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, given_fields, run_script
 
 end_on_ctrl_c()
 
-from pretrain.cli.command_line import ScriptParser, given_fields
 from pretrain.distillation.write_cache import CacheRequest, cache_teachers
 
 
-def main() -> int:
+def main() -> None:
     parser = ScriptParser(description=__doc__)
     parser.add_fields(CacheRequest)
     args = parser.parse_args()
-    try:
-        print(cache_teachers(CacheRequest(**given_fields(CacheRequest, args))))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(cache_teachers(CacheRequest(**given_fields(CacheRequest, args))))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -5,37 +5,29 @@ python scripts/convert_checkpoint.py runs/mine/iter-00001000-ckpt.pth whole/iter
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from pretrain.cli.command_line import ScriptParser
 from pretrain.convert.full_and_sharded import convert_checkpoint
 
 
-def main() -> int:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = ScriptParser(description=__doc__, formatter_class=formatter)
+def main() -> None:
+    parser = ScriptParser(description=__doc__)
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="an iter-XXXXXXXX-ckpt.pth, or a run folder (its newest)"
     )
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="file or folder to write; must not exist")
     parser.add_argument("--to", choices=["full", "sharded"], required=True)
     args = parser.parse_args()
-    try:
-        path = convert_checkpoint(args.checkpoint, args.output, args.to)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path = convert_checkpoint(args.checkpoint, args.output, args.to)
     print(f"{path} -> {args.output} ({args.to})")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -7,30 +7,24 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from pretrain.cli.command_line import ScriptParser
 from pretrain.convert.export import import_from_hf
 
 
-def main() -> int:
+def main() -> None:
     parser = ScriptParser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="Hugging Face folder with safetensors")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint file to write; must not exist")
     args = parser.parse_args()
-    try:
-        tokenizer = import_from_hf(args.input, args.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    tokenizer = import_from_hf(args.input, args.output)
     print(f"{args.input} -> {args.output}: train on with --init_from {args.output}")
     if not tokenizer.named:
         why = tokenizer.unreadable or "there is none in the folder"
         print(f"warning: its tokenizer is not known ({why}): training cannot see whether the data fits it")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

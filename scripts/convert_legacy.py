@@ -8,33 +8,20 @@ The result works with evaluation, generation and scripts/convert_to_hf.py, and t
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from lit_model.cost import count_parameters
-from pretrain.cli.command_line import ScriptParser
-from pretrain.convert.legacy import Imported, import_legacy
+from pretrain.convert.legacy import import_legacy
 
 
-def command_to_go_on(imported: Imported, output: Path) -> str:
-    """The trainer command that continues the old run, with the settings its checkpoint records."""
-    flags: dict[str, object] = {"init_from": output}
-    if imported.optimizer:
-        flags |= {"init_optimizer": "true", "optim.steps_before": imported.step}
-        flags |= imported.settings
-    return "python pretrain/fabric_train.py " + " ".join(f"--{flag} {value}" for flag, value in flags.items())
-
-
-def main() -> int:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = ScriptParser(description=__doc__, formatter_class=formatter)
+def main() -> None:
+    parser = ScriptParser(description=__doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a .pth file, or a folder with lit_model.pth")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="checkpoint file to write; must not exist")
     parser.add_argument(
@@ -52,29 +39,14 @@ def main() -> int:
         "default: the one beside SOURCE",
     )
     parser.add_argument("--weights_only", action="store_true", help="leave the optimizer's state out")
-    args = parser.parse_args()
-    try:
-        imported = import_legacy(
-            args.source,
-            args.output,
-            model=args.model,
-            vocab_size=args.vocab_size,
-            weights_only=args.weights_only,
-            tokenizer=args.tokenizer,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    config = imported.config
-    optimizer = "with its optimizer's state" if imported.optimizer else "without an optimizer's state"
-    print(f"{imported.path} -> {args.output}: step {imported.step:,}, {optimizer}")
-    print(f"  model {config.name or 'custom'}: {count_parameters(config):,} parameters, {config.vocab_size:,} ids")
+    args = vars(parser.parse_args())
+    imported = import_legacy(**args)
+    print(imported.summary(args["output"]))
     if not imported.tokenizer.named:
         why = imported.tokenizer.unreadable or "give it by --tokenizer"
         print(f"warning: its tokenizer is not known ({why}): training cannot see whether the data fits it")
-    print(f"train on with: {command_to_go_on(imported, args.output)} --data.train DIR --out_dir DIR")
-    return 0
+    print(f"train on with: {imported.command(args['output'])} --data.train DIR --out_dir DIR")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -7,16 +7,15 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
 from lit_model.hf.gguf import DTYPES
-from pretrain.cli.command_line import ScriptParser
 from pretrain.convert.export import export_to_gguf
 
 
-def main() -> int:
+def main() -> None:
     parser = ScriptParser(description=__doc__)
     parser.add_argument(
         "--checkpoint",
@@ -29,20 +28,9 @@ def main() -> int:
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or file (default: the model's)")
     parser.add_argument("--pre_tokenizer", help="llama.cpp's pre-tokenizer by name, if none matches the tokenizer file")
     args = parser.parse_args()
-    try:
-        path = export_to_gguf(
-            args.checkpoint,
-            args.output,
-            dtype=args.dtype,
-            tokenizer=args.tokenizer,
-            pre_tokenizer=args.pre_tokenizer,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path = export_to_gguf(**vars(args))
     print(f"{path} -> {args.output}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -7,15 +7,14 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from pretrain.cli.command_line import ScriptParser
 from pretrain.convert.export import export_to_hf
 
 
-def main() -> int:
+def main() -> None:
     parser = ScriptParser(description=__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="an iter-XXXXXXXX-ckpt.pth, or a run folder (its newest)"
@@ -23,14 +22,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or file (default: the run's)")
     args = parser.parse_args()
-    try:
-        path = export_to_hf(args.checkpoint, args.output, args.tokenizer)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path = export_to_hf(args.checkpoint, args.output, args.tokenizer)
     print(f"{path} -> {args.output}: open it with AutoModelForCausalLM.from_pretrained({str(args.output)!r})")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -11,19 +11,17 @@ merge.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, given_fields, run_script
 
 end_on_ctrl_c()
 
 from lit_data.prepare.command import carry_out
 from lit_data.prepare.settings import Execution, Settings
-from pretrain.cli.command_line import ScriptParser, given_fields
 
 GROUPS = {
     "text_field": "reading",
@@ -32,36 +30,16 @@ GROUPS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> None:
     parser = ScriptParser(description=__doc__, allow_abbrev=False)
     parser.add_fields(Settings, GROUPS, leave_out=["name"])
     parser.add_fields(Execution, {"workers": "execution"}, leave_out=["warn_of_large_text"])
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # so that --workers 1 uses one core
     sys.path.append(os.getcwd())  # for the user's module:function
-    try:
-        report = carry_out(Execution(**given_fields(Execution, args)), given_fields(Settings, args))
-        print(report, end="\n" if report else "")
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        notes(error)
-        return 2
-    except OSError as error:  # full disk, quota, device error
-        print(f"error: {error.strerror or error}: {error.filename or args.output}", file=sys.stderr)
-        notes(error)
-        return 2
-    except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
-        notes(error)
-        return 130
-    return 0
-
-
-def notes(error: BaseException) -> None:
-    for note in getattr(error, "__notes__", []):
-        print(note, file=sys.stderr)
+    report = carry_out(Execution(**given_fields(Execution, args)), given_fields(Settings, args))
+    print(report, end="\n" if report else "")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.exit(main())
+    run_script(main)

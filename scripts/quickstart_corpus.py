@@ -7,33 +7,26 @@ Writes OUTPUT/train.jsonl and OUTPUT/val.jsonl; two complete plays are held out 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
 from lit_data.corpus.shakespeare import HELD_OUT, write_corpus
-from pretrain.cli.command_line import ScriptParser
 
 
-def main() -> int:
-    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = ScriptParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
     arguments = parser.parse_args()
-    try:
-        counts = write_corpus(arguments.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    counts = write_corpus(arguments.output)
     print(f"{arguments.output}/train.jsonl: {counts['train']} documents")
     print(f"{arguments.output}/val.jsonl: {counts['val']} documents ({', '.join(HELD_OUT)})")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -6,17 +6,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
 
+from pretrain.cli.command_line import end_on_ctrl_c
 
-def available_cpus() -> int:
-    """Number of CPUs in this process's affinity: those of the container or batch job, not of the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+end_on_ctrl_c()
+
+from lit_files.cores import usable_cores
 
 
 def main() -> int:
-    cpus = available_cpus()
+    cpus = usable_cores()
     # Tests start their own processes (two ranks); more workers than this would only compete for cores.
     workers = min(cpus, 8)
     env = dict(os.environ)
@@ -30,8 +30,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

@@ -417,3 +417,25 @@ def write_synthetic(
                 for doc in documents:
                     file.write(json.dumps({"id": doc.id, "text": doc.text, "nll": doc.nll}) + "\n")
     return output / "train.jsonl", output / "val.jsonl"
+
+
+def describe_texts(path: Path) -> str:
+    """Counts and mean NLL of one of the files, in one line."""
+    documents = words = size = 0
+    nll = 0.0
+    with open(path, encoding="utf-8") as file:
+        for document in map(json.loads, file):
+            documents += 1
+            words += len(document["text"].split())
+            size += len(document["text"].encode())
+            nll += document["nll"]
+    return (
+        f"{path}: {documents} documents, {words} words, {size} bytes of text, "
+        f"NLL {nll / documents:.3f} nats per document, {nll / words:.4f} per word"
+    )
+
+
+def describe_level(level: Level) -> str:
+    """The entropy of a level, in one line."""
+    nats, words = entropy_per_document(level), words_per_document(level)
+    return f"entropy of level {level}: {nats:.3f} nats per document, {nats / words:.4f} per word"

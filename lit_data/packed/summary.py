@@ -4,8 +4,9 @@ documents.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,82 @@ class Sample:
     text: str
 
 
-def totals(dataset: PackedDataset) -> dict[str, Any]:
-    """Totals from the manifest, and file sizes."""
-    manifest = dataset.manifest
-    return {
+@dataclass(frozen=True)
+class Inventory:
+    """The contents of a packed dataset.
+
+    Attributes:
+        totals: counts and settings from the manifest.
+        sources, repeated_ids: None without duckdb.
+    """
+
+    totals: dict[str, Any]
+    lengths: Lengths
+    sources: Sources | None
+    repeated_ids: RepeatedIds | None
+    samples: list[Sample]
+
+    def to_dict(self) -> dict[str, Any]:
+        found = asdict(self)
+        return {**found.pop("totals"), **found}
+
+    def __str__(self) -> str:
+        """Many readable lines."""
+        t, sources, repeated = self.totals, self.sources, self.repeated_ids
+        per_token = f", {t['text_bytes'] / t['tokens']:.3f} bytes per token" if t["tokens"] else ""
+        text = f"{t['text_bytes']:,} bytes of text{per_token}" if t["text_bytes"] else "bytes of text unknown"
+        count = f"words not counted; python scripts/count_words.py {t['folder']} does it"
+        bos = "no BOS" if t["bos_id"] is None else f"BOS {t['bos_id']}"
+        parsed = ", special tokens parsed" if t["special_tokens"] == "parse" else ""
+        lines = [
+            f"{t['folder']}: {t['documents']:,} documents, {t['tokens']:,} tokens, {text}",
+            f"  {t['words']:,} words" if t["words"] is not None else f"  {count}",
+            f"  {t['shards']:,} shards of {t['dtype']}, {t['file_bytes']:,} bytes of files",
+            f"  vocabulary {t['vocab_size']:,}, EOS {t['eos_id']}, {bos}{parsed}, tokenizer {t['tokenizer'][:12]}",
+            f"  fingerprint {t['fingerprint'][:12]}",
+            "",
+            histogram(self.lengths),
+        ]
+        if sources is not None:
+            lines += ["", f"{'tokens':>15}  {'documents':>13}  source ({sources.count:,} in all)"]
+            lines += [f"{s.tokens:>15,}  {s.documents:>13,}  {s.source}" for s in sources.largest]
+        if repeated is not None:
+            some = f", in {repeated.documents:,} documents" if repeated.ids else ""
+            lines += ["", f"{repeated.ids:,} ids repeat{some}"]
+            lines += [f"{count:>15,}  {id}" for id, count in repeated.most.items()]
+        else:
+            lines += ["", "sources and repeated ids are left out; they need duckdb: pip install 'llammlein[data]'"]
+        for s in self.samples:
+            place = f", {s.place}" if s.place else ""
+            lines += ["", f"#{s.number} {s.id} ({s.source}{place}), {s.tokens:,} tokens"]
+            lines.append(f"    {' '.join(s.text.split())}")
+        return "\n".join(lines)
+
+
+def take_inventory(
+    dataset: PackedDataset,
+    *,
+    sources: int = 20,
+    samples: int = 0,
+    seed: int = 0,
+    max_chars: int = 400,
+    tokenizer: str | Path | None = None,
+    temporary: Path | None = None,
+) -> Inventory:
+    """Summarize a dataset.
+
+    Args:
+        sources: number of largest sources to list.
+        samples, seed, max_chars: number of random documents to show, and characters of each.
+        tokenizer: decodes the samples. Default: the one beside the dataset.
+        temporary: folder to which DuckDB spills beyond 1 GB of memory. Default: the system's.
+    """
+    for flag, value in (("samples", samples), ("sources", sources), ("max_chars", max_chars)):
+        if value < 0:
+            raise ValueError(f"--{flag} {value}: at least 0 is needed")
+    opened = tokenizer_of(dataset, tokenizer) if samples else None
+    manifest, has_duckdb = dataset.manifest, importlib.util.find_spec("duckdb") is not None
+    totals = {
         "folder": str(dataset.path),
         "documents": manifest.documents,
         "tokens": manifest.tokens,
@@ -102,6 +175,13 @@ def totals(dataset: PackedDataset) -> dict[str, Any]:
         "tokenizer": manifest.tokenizer["fingerprint"],
         "fingerprint": dataset.fingerprint,
     }
+    return Inventory(
+        totals,
+        lengths_of(dataset),
+        sources_of(dataset, sources, temporary) if has_duckdb else None,
+        repeated_ids(dataset, temporary=temporary) if has_duckdb else None,
+        samples_of(dataset, opened, samples, seed, max_chars),
+    )
 
 
 def lengths_of(dataset: PackedDataset) -> Lengths:

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ Tokens = npt.NDArray[Any]
 CHUNK_MAGIC = b"LITPKDS"
 CHUNK_HEADER = struct.Struct("<7sQBQ")  # magic, version, dtype code, tokens
 CHUNK_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # 6 and 7 are floats
-FLAT_DTYPES = ("uint16", "int32", "uint32", "int64")
+FlatDtype = Literal["uint16", "int32", "uint32", "int64"]
 SUFFIXES = (".idx", ".bin", ".ds", ".npy")
 BLOCK_TOKENS = 1 << 22
 BLOCK_DOCUMENTS = 1 << 16
@@ -80,7 +80,7 @@ class Block:
 
 
 def find_token_files(
-    inputs: Sequence[str | Path], dtype: str | None = None, errors: ReadErrors | None = None
+    inputs: Sequence[str | Path], dtype: FlatDtype | None = None, errors: ReadErrors | None = None
 ) -> list[TokenFile]:
     """Find the token files of inputs: files, Megatron prefixes (PREFIX.bin, PREFIX.idx), and folders of these.
 
@@ -91,8 +91,6 @@ def find_token_files(
         FileNotFoundError: an input that does not exist.
         ValueError: a file that is truncated or not a token file, or a folder without token files.
     """
-    if dtype is not None and dtype not in FLAT_DTYPES:
-        raise ValueError(f"--dtype {dtype}: choose one of {', '.join(FLAT_DTYPES)}")
     errors = errors if errors is not None else ReadErrors()
     found: dict[tuple[int, int], TokenFile] = {}
     for path, name, is_companion in (each for given in map(Path, inputs) for each in _token_paths(given)):
@@ -141,7 +139,7 @@ def _tokens_of(path: Path) -> Path:
     return path.with_suffix("") if beside else path
 
 
-def _open(path: Path, name: str, dtype: str | None) -> TokenFile:
+def _open(path: Path, name: str, dtype: FlatDtype | None) -> TokenFile:
     if path.suffix == ".bin" and path.with_suffix(".idx").is_file():
         index = MegatronIndex(path.with_suffix(".idx"))
         size = path.stat().st_size
@@ -205,7 +203,7 @@ def _open_npy(path: Path, name: str) -> TokenFile:
     return TokenFile(path, name, "npy", dtype, offset, int(shape[0]))
 
 
-def _open_datatrove(path: Path, name: str, dtype: str | None) -> TokenFile:
+def _open_datatrove(path: Path, name: str, dtype: FlatDtype | None) -> TokenFile:
     """Tokens of 2 or 4 bytes; `.ds.index` has each document's end in tokens, `.ds.metadata` the token size."""
     size, index = path.stat().st_size, _beside(path, ".index")
     itemsize = _token_bytes(_beside(path, ".metadata"))

@@ -23,6 +23,7 @@ from lit_data.packed.index import MAX_DOCUMENT_TOKENS, IntArray, dtype_of, write
 from lit_data.packed.manifest import DOCUMENT_COLUMNS, FORMAT_VERSION, MANIFEST, Manifest, Shard
 from lit_data.packed.token_files import (
     Block,
+    FlatDtype,
     MegatronIndex,
     TokenFile,
     Tokens,
@@ -42,20 +43,38 @@ MAX_VOCAB_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Cutting:
-    """How to split token files without a document index, and how to treat documents without EOS.
+class ImportSettings:
+    """Token files to import. The fields are flags of scripts/import_tokens.py."""
 
-    Attributes:
-        split_at: the id that separates documents; dropped unless it is EOS.
-        document_tokens: otherwise, the fixed length of documents; without either, each file is one document.
-        across_files: documents may continue in the next file (legacy chunks, shards of one stream).
-        append_eos: append EOS to documents that don't end with it; else they are an error.
-    """
-
+    input: tuple[str, ...]
+    """Files, Megatron's common prefixes, folders."""
+    output: Path
+    """Folder of the dataset; it must not exist."""
+    tokenizer: str | None = None
+    """The tokenizer that made the ids, a folder or file; copied to OUTPUT/tokenizer."""
+    eos_token: str | None = None
+    """Token that ends a document, if the tokenizer does not name it."""
+    vocab_size: int | None = None
+    """Without --tokenizer: ids are below this."""
+    eos_id: int | None = None
+    """Without --tokenizer: the id that ends a document."""
+    bos: bool = False
+    """Each document begins with the tokenizer's BOS; one without it is an error."""
+    dtype: FlatDtype | None = None
+    """Type of flat .bin files, and of .npy files without a header."""
     split_at: int | None = None
+    """The id that separates documents in files without an index; dropped unless it is EOS (if it is BOS, for
+    example)."""
     document_tokens: int | None = None
+    """Otherwise, cut such files into documents of this many tokens; without either, each file is one document."""
     across_files: bool = False
+    """With --split_at: documents may continue in the next file, as in legacy chunks."""
     append_eos: bool = False
+    """Append EOS to documents that don't end with it; otherwise they are an error."""
+    copy: bool = False
+    """Never link the source's files."""
+    shard_tokens: int = 1 << 31
+    """Tokens per shard, unless files are linked."""
 
     def __post_init__(self) -> None:
         if self.split_at is not None and self.document_tokens is not None:
@@ -66,6 +85,8 @@ class Cutting:
             raise ValueError(f"--document_tokens {self.document_tokens}: at least 1 and below 2^31 - 1 is needed")
         if self.across_files and self.split_at is None:
             raise ValueError("--across_files needs --split_at: what else would end a document?")
+        if self.shard_tokens < 1:
+            raise ValueError(f"--shard_tokens {self.shard_tokens}: at least 1 is needed")
 
 
 @dataclass
@@ -91,54 +112,30 @@ class ImportReport:
         return "\n".join(lines)
 
 
-def import_tokens(
-    inputs: Sequence[str | Path],
-    output: str | Path,
-    *,
-    tokenizer_path: str | Path | None = None,
-    eos_token: str | None = None,
-    vocab_size: int | None = None,
-    eos_id: int | None = None,
-    bos: bool = False,
-    dtype: str | None = None,
-    cutting: Cutting | None = None,
-    copy: bool = False,
-    shard_tokens: int = 1 << 31,
-) -> ImportReport:
+def import_tokens(settings: ImportSettings) -> ImportReport:
     """Import token files as a packed dataset, all or nothing.
-
-    Args:
-        inputs: see `lit_data.packed.token_files.find_token_files`; `dtype` is that of flat .bin files.
-        output: the dataset's folder; must not exist.
-        tokenizer_path: the tokenizer that made the ids, copied to OUTPUT/tokenizer; `eos_token` names its EOS. Without
-            a tokenizer, `vocab_size` and `eos_id` are needed.
-        bos: each document starts with the tokenizer's BOS; a document without it is an error.
-        copy: never link the source's files.
-        shard_tokens: size of a shard, if tokens are not linked.
 
     Raises:
         FileNotFoundError: an input or the tokenizer does not exist.
         ValueError: any other mistake; the message names it.
     """
     began = time.monotonic()
-    output, cutting = Path(os.path.abspath(output)), cutting or Cutting()
+    output = Path(os.path.abspath(settings.output))
     if os.path.lexists(output):
         raise ValueError(f"--output {output} exists already; choose another folder or remove it")
-    if shard_tokens < 1:
-        raise ValueError(f"--shard_tokens {shard_tokens}: at least 1 is needed")
-    target = _target(tokenizer_path, eos_token, vocab_size, eos_id, bos)
+    target = _target(settings)
     errors = ReadErrors()
-    files = find_token_files(inputs, dtype, errors)
-    _check_cutting(cutting, files)
+    files = find_token_files(settings.input, settings.dtype, errors)
+    _check_cutting(settings, files)
     errors.print_warnings()
     source = {"imported": [str(f.path) for f in files], "kinds": sorted({f.kind for f in files})}
-    importer = _Importer(files, target, cutting, ImportReport(output))
+    importer = _Importer(files, target, settings, ImportReport(output))
 
     with build_folder(output) as temporary:
         if all(f.kind == "megatron" and importer.fits(f) for f in files):
-            manifest = importer.link(temporary, source, copy)
+            manifest = importer.link(temporary, source)
         else:
-            manifest = importer.convert(temporary, output, source, shard_tokens)
+            manifest = importer.convert(temporary, output, source)
         if target.tokenizer is not None:
             save_tokenizer(target.tokenizer, temporary / "tokenizer")
     report = importer.report
@@ -147,13 +144,13 @@ def import_tokens(
     return report
 
 
-def _check_cutting(cutting: Cutting, files: Sequence[TokenFile]) -> None:
+def _check_cutting(settings: ImportSettings, files: Sequence[TokenFile]) -> None:
     indexed = [f for f in files if f.has_index]
-    flag = "--split_at" if cutting.split_at is not None else "--document_tokens"
-    cut = cutting.split_at is not None or cutting.document_tokens is not None
+    flag = "--split_at" if settings.split_at is not None else "--document_tokens"
+    cut = settings.split_at is not None or settings.document_tokens is not None
     if indexed and cut and len(indexed) == len(files):
         raise ValueError(f"{flag}: {indexed[0].path} has an index that says where its documents end")
-    if indexed and cutting.across_files:
+    if indexed and settings.across_files:
         raise ValueError(f"--across_files: {indexed[0].path} has an index that says where its documents end")
 
 
@@ -168,17 +165,16 @@ class _Target:
     bos_id: int | None = None
 
 
-def _target(
-    tokenizer_path: str | Path | None, eos_token: str | None, vocab_size: int | None, eos_id: int | None, bos: bool
-) -> _Target:
-    if bos and tokenizer_path is None:
+def _target(settings: ImportSettings) -> _Target:
+    vocab_size, eos_id = settings.vocab_size, settings.eos_id
+    if settings.bos and settings.tokenizer is None:
         raise ValueError("--bos needs --tokenizer, which says what BOS is")
-    if tokenizer_path is not None:
+    if settings.tokenizer is not None:
         if vocab_size is not None or eos_id is not None:
             raise ValueError("--tokenizer says the vocabulary and EOS; leave out --vocab_size and --eos_id")
-        tokenizer = open_tokenizer(tokenizer_path, eos_token)
+        tokenizer = open_tokenizer(settings.tokenizer, settings.eos_token)
         facts = {**tokenizer.facts(), "folder": "tokenizer"}
-        bos_id = tokenizer.need_bos() if bos else None
+        bos_id = tokenizer.need_bos() if settings.bos else None
         return _Target(tokenizer.vocab_size, tokenizer.eos_id, facts, tokenizer, bos_id)
     if vocab_size is None or eos_id is None:
         raise ValueError("give --tokenizer, or --vocab_size and --eos_id: the ids are checked against the vocabulary")
@@ -196,7 +192,7 @@ def _target(
 class _Importer:
     files: list[TokenFile]
     target: _Target
-    cutting: Cutting
+    settings: ImportSettings
     report: ImportReport
 
     def blocks(self) -> Iterator[Block]:
@@ -215,7 +211,7 @@ class _Importer:
 
     def _all_blocks(self) -> Iterator[tuple[Block, int | None]]:
         """Iterate over blocks, with the separator if documents contain it."""
-        split_at, across = self.cutting.split_at, self.cutting.across_files
+        split_at, across = self.settings.split_at, self.settings.across_files
         for files in [self.files] if across else [[file] for file in self.files]:
             if files[0].kind == "megatron":
                 yield from ((block, None) for block in megatron_blocks(files[0]))
@@ -226,16 +222,16 @@ class _Importer:
                 for block in split_blocks(files, split_at, keep, across):
                     yield block, split_at if keep else None
             else:
-                yield from ((block, None) for block in fixed_blocks(files[0], self.cutting.document_tokens))
+                yield from ((block, None) for block in fixed_blocks(files[0], self.settings.document_tokens))
 
-    def convert(self, temporary: Path, output: Path, source: dict[str, Any], shard_tokens: int) -> Manifest:
+    def convert(self, temporary: Path, output: Path, source: dict[str, Any]) -> Manifest:
         """Rewrite the documents."""
         writer = PackedWriter(
             output,
             tokenizer=self.target.facts,
             vocab_size=self.target.vocab_size,
             eos_id=self.target.eos_id,
-            shard_tokens=shard_tokens,
+            shard_tokens=self.settings.shard_tokens,
             source=source,
             work=temporary,
             bos_id=self.target.bos_id,
@@ -256,7 +252,7 @@ class _Importer:
         open_ones = np.flatnonzero(block.tokens[ends - 1] != self.target.eos_id)
         if not len(open_ones):
             return block.tokens, block.lengths
-        if not self.cutting.append_eos:
+        if not self.settings.append_eos:
             raise ValueError(
                 f"{block.file.path}: document {block.numbers[open_ones[0]] + 1} does not end with the id "
                 f"{self.target.eos_id} of EOS; give --append_eos to append it where it is missing"
@@ -280,9 +276,9 @@ class _Importer:
                 return False
         return True
 
-    def link(self, temporary: Path, source: dict[str, Any], copy: bool) -> Manifest:
+    def link(self, temporary: Path, source: dict[str, Any]) -> Manifest:
         """Link or copy the tokens and write their companion files: one shard per file."""
-        shards = [self._link_shard(file, temporary, f"data-{n:05d}", copy) for n, file in enumerate(self.files)]
+        shards = [self._link_shard(file, temporary, f"data-{n:05d}") for n, file in enumerate(self.files)]
         manifest = Manifest(
             FORMAT_VERSION,
             self.target.facts,
@@ -299,9 +295,9 @@ class _Importer:
         write_json(temporary / MANIFEST, manifest.to_dict())
         return manifest
 
-    def _link_shard(self, file: TokenFile, folder: Path, name: str, copy: bool) -> Shard:
+    def _link_shard(self, file: TokenFile, folder: Path, name: str) -> Shard:
         paths = {kind: folder / f"{name}.{kind}" for kind in ("bin", "idx", "docs.parquet")}
-        self.report.linked += _link(file.path, paths["bin"], copy)
+        self.report.linked += _link(file.path, paths["bin"], self.settings.copy)
         digest, all_lengths = hashlib.sha256(), []
         with pq.ParquetWriter(paths["docs.parquet"], _SCHEMA, compression="zstd") as docs:
             for block in (b for found in megatron_blocks(file) for b in self._only(found, found.lengths > 0)):

@@ -69,6 +69,8 @@ def prepare(settings: Settings, execution: Execution) -> PrepareReport:
             _remove_work(folder)
         except BaseException as error:
             keep = preparation.committed() and not isinstance(error, _EmptyError)
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # such as a full disk
+                error.filename = str(output)
             if keep:
                 error.add_note(f"the work so far is kept in {folder}: the same command resumes it")
             raise

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,6 @@ from lit_data.tokenizers.tokenizer import Tokenizer, cut, open_tokenizer
 from lit_files.publish import build_folder
 
 Kind = Literal["byte_bpe", "sentencepiece"]
-KINDS: tuple[Kind, ...] = ("byte_bpe", "sentencepiece")
 
 EOS, BOS, PAD, UNK = "</s>", "<s>", "<pad>", "<unk>"
 BYTE_BPE_SPECIALS = (EOS, BOS, PAD)
@@ -55,58 +55,73 @@ LINE_CHARACTERS = 1 << 12
 LINE_BYTES = 4 * (LINE_CHARACTERS + 1)
 
 
-def train_tokenizer(
-    paths: Sequence[str | Path],
-    vocab_size: int,
-    kind: Kind,
-    output: str | Path,
-    *,
-    special_tokens: Sequence[str] = (),
-    max_sample_mb: int | None = None,
-    overwrite: bool = False,
-    on_error: OnError = "stop",
-    text_field: str = "text",
-    split_documents: SplitDocuments = "file",
-    max_document_mb: int = MAX_DOCUMENT_MB,
-    errors: ReadErrors | None = None,
-) -> Tokenizer:
-    """Train on the documents of files and folders and write the tokenizer to the folder `output`, atomically.
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """A tokenizer to train. The fields are flags of scripts/train_tokenizer.py."""
+
+    input: tuple[str, ...]
+    """Files and folders of text."""
+    vocab_size: int
+    """Total ids, including bytes and special tokens; fewer if the text does not support as many."""
+    output: Path
+    """Folder to write; it must not exist."""
+    type: Kind = "byte_bpe"
+    """Byte-level BPE, or sentencepiece BPE with byte fallback."""
+    special_tokens: tuple[str, ...] = ()
+    """Additional ones, such as '<|im_start|>', after the built-in ones."""
+    max_sample_mb: int | None = None
+    """Maximum amount of text, in MB: the start of each file, in proportion to its size. Default: all of it."""
+    on_error: OnError = "stop"
+    """On invalid text: stop with an error, or skip and count the document."""
+    text_field: str = "text"
+    """JSON key or column of the text."""
+    split_documents: SplitDocuments = "file"
+    """How to split plain text into documents; bounds memory for large files."""
+    max_document_mb: int = MAX_DOCUMENT_MB
+    """Maximum size of a document, in MB; a longer one is an error."""
+    overwrite: bool = False
+    """Replace an OUTPUT that holds a tokenizer, once the new one is complete."""
+
+
+def train_tokenizer(settings: TokenizerSettings, errors: ReadErrors | None = None) -> Tokenizer:
+    """Train on the documents of files and folders and write the tokenizer's folder, atomically.
 
     Args:
-        paths: inputs of `read_documents`.
-        vocab_size: total ids, including bytes and special tokens. Fewer if the text does not support as many.
-        kind: "byte_bpe" writes tokenizer.json, "sentencepiece" tokenizer.model, each with the files that name EOS.
-        special_tokens: additional ones, after the built-in ones.
-        max_sample_mb: maximum amount of text, in 2^20 bytes: the start of each file, in proportion to its size.
-        overwrite: replace an `output` that contains a tokenizer.
-        on_error, text_field, split_documents, max_document_mb, errors: see `read_documents`.
+        errors: counts the documents that were skipped.
 
     Raises:
         FileNotFoundError: an input does not exist.
-        ValueError: no text, the vocabulary is too small, or `output` exists.
+        ValueError: no text, the vocabulary is too small, or the output exists.
     """
-    check_arguments(vocab_size, kind, Path(output), overwrite, special_tokens)
-    if max_sample_mb is not None and max_sample_mb < 1:
-        raise ValueError(f"--max_sample_mb {max_sample_mb}: at least 1 is needed")
+    s = settings
+    check_arguments(s.vocab_size, s.type, s.output, s.overwrite, s.special_tokens)
+    if s.max_sample_mb is not None and s.max_sample_mb < 1:
+        raise ValueError(f"--max_sample_mb {s.max_sample_mb}: at least 1 is needed")
     errors = errors if errors is not None else ReadErrors()
-    files = list_files(paths, errors)
+    files = list_files(s.input, errors)
     mixed = train_and_held_out(files)
     for a, b in [(mixed[0].path, mixed[1].path)] if mixed is not None else mixed_split_names(files):
         errors.warnings.append(f"the tokenizer learns from {a} and from held-out text, {b}")
     errors.print_warnings()
     options: dict[str, Any] = {
-        "on_error": on_error,
-        "text_field": text_field,
-        "split_documents": split_documents,
-        "max_document_mb": max_document_mb,
+        "on_error": s.on_error,
+        "text_field": s.text_field,
+        "split_documents": s.split_documents,
+        "max_document_mb": s.max_document_mb,
         "errors": errors,
     }
     texts = (d.text for d in read_documents(files, **options))
-    if max_sample_mb is not None:
-        texts = _beginnings(files, max_sample_mb << 20, options)
-    source = f"--input {', '.join(map(str, paths))}"
+    if s.max_sample_mb is not None:
+        texts = _beginnings(files, s.max_sample_mb << 20, options)
+    source = f"--input {', '.join(s.input)}"
     return train_on_texts(
-        texts, vocab_size, kind, output, special_tokens=special_tokens, overwrite=overwrite, source=source
+        texts,
+        s.vocab_size,
+        s.type,
+        s.output,
+        special_tokens=s.special_tokens,
+        overwrite=s.overwrite,
+        source=source,
     )
 
 
@@ -150,8 +165,6 @@ def check_arguments(
     vocab_size: int, kind: str, output: Path, overwrite: bool, special_tokens: Sequence[str] = ()
 ) -> None:
     """Check the arguments before any text is read. Raises ValueError."""
-    if kind not in KINDS:
-        raise ValueError(f"--type {kind}: choose {' or '.join(KINDS)}")
     specials = [*(BYTE_BPE_SPECIALS if kind == "byte_bpe" else SENTENCEPIECE_SPECIALS), *special_tokens]
     for token in special_tokens:
         if not token.strip() or specials.count(token) > 1:

@@ -10,9 +10,11 @@ import dataclasses
 import difflib
 import io
 import json
+import os
 import re
+import signal
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -335,6 +337,32 @@ def end_on_ctrl_c() -> None:
         usual(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def run_script(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoReturn:
+    """Run a script's `main` and exit with the status it returns (None: 0).
+
+    Exits with 2 and one error line on a mistake (ValueError, OSError), with 130 and the line `interrupted` on Ctrl-C,
+    and with 143 on SIGTERM, after partial output was removed. A reader that closes the pipe, such as `head`, is no
+    error.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    status = 0
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        status = 2
+        number = f"[Errno {error.errno}] " if isinstance(error, OSError) else ""
+        print(
+            "\n".join([f"error: {str(error).removeprefix(number)}", *getattr(error, "__notes__", [])]), file=sys.stderr
+        )
+    except KeyboardInterrupt as error:
+        status = 130
+        print("\n".join([f"\n{interrupted}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+    sys.exit(status)
 
 
 def make_printable() -> None:

@@ -76,7 +76,7 @@ def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> P
 
 
 def export_to_gguf(
-    source: Path,
+    checkpoint: Path,
     output: Path,
     *,
     dtype: str = "float16",
@@ -92,7 +92,7 @@ def export_to_gguf(
 
     Returns the checkpoint that was read. Raises ValueError or FileNotFoundError naming the path.
     """
-    path = resolve(source)
+    path = resolve(checkpoint)
     config, tensors = load_tensors(path)
     architecture_of(config)  # raises for a family that GGUF does not support
     found = tokenizer or find_tokenizer(path)

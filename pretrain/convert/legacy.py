@@ -25,6 +25,7 @@ from lit_files.checkpoint_name import checkpoint_step
 from lit_files.publish import replace_file
 from lit_model.checksum import tensor_checksum
 from lit_model.config import ModelConfig
+from lit_model.cost import count_parameters
 from lit_model.legacy import (
     EMBEDDING,
     HEAD,
@@ -52,6 +53,21 @@ class Imported:
     optimizer: bool
     settings: dict[str, Any]
     tokenizer: KnownTokenizer
+
+    def summary(self, output: Path) -> str:
+        """Two readable lines."""
+        optimizer = "with its optimizer's state" if self.optimizer else "without an optimizer's state"
+        return (
+            f"{self.path} -> {output}: step {self.step:,}, {optimizer}\n  model {self.config.name or 'custom'}: "
+            f"{count_parameters(self.config):,} parameters, {self.config.vocab_size:,} ids"
+        )
+
+    def command(self, output: Path) -> str:
+        """The trainer command that continues the original run, with the settings recorded in its checkpoint."""
+        flags: dict[str, object] = {"init_from": output}
+        if self.optimizer:
+            flags |= {"init_optimizer": "true", "optim.steps_before": self.step, **self.settings}
+        return "python pretrain/fabric_train.py " + " ".join(f"--{flag} {value}" for flag, value in flags.items())
 
 
 def import_legacy(

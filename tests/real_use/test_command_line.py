@@ -18,7 +18,7 @@ import yaml
 from running import ROOT, flags, metrics, same_checkpoints, script, train, write_dataset
 
 from lit_data.prepare.settings import Execution, Settings
-from lit_data.tokenizers.training import train_tokenizer
+from lit_data.tokenizers.training import TokenizerSettings, train_tokenizer
 from lit_model.load import Checkpoint
 from pretrain import fabric_train
 from pretrain.args import ModelArgs, OptimArgs
@@ -340,7 +340,7 @@ def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a tokenizer beside it."""
     folder = tmp_path_factory.mktemp("model")
     (folder / "text.txt").write_text("Grüße aus Würzburg, \N{GRINNING FACE}! " * 30, encoding="utf-8")
-    tokenizer = train_tokenizer([str(folder / "text.txt")], 270, "byte_bpe", str(folder / "tokenizer"))
+    tokenizer = train_tokenizer(TokenizerSettings((str(folder / "text.txt"),), 270, folder / "tokenizer"))
     settings = {"model__vocab_size": tokenizer.vocab_size, "train__max_steps": 2, "data__val": None}
     train(*flags(data, folder / "run", **settings))
     return folder

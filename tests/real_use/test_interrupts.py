@@ -211,7 +211,7 @@ def test_every_script_ends_with_one_line(path: Path) -> None:
     else:
         ours = ("from lit_", "import lit_", "import torch", "from pretrain.")
         before = [line for line in text[:hook].splitlines() if line.startswith(ours)]
-        assert before == ["from pretrain.cli.command_line import end_on_ctrl_c"]
+        assert len(before) == 1 and before[0].startswith("from pretrain.cli.command_line import ")
 
 
 def test_ctrl_c_ends_a_script_with_one_line() -> None:

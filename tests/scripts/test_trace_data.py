@@ -78,7 +78,7 @@ def test_verify_export_and_exposures(run: Path, tmp_path: Path) -> None:
         (("document", "nobody"), "no document has the id 'nobody'"),
         (("document", "#60"), "has 60 documents"),
         (("document", "#1:0"), "the run has 1 datasets"),
-        (("diff", 10, 4), "the first must lie before the second"),
+        (("diff", 10, 4), "the first must be before the second"),
         (("diff", 0, STEPS + 1), "ends with the checkpoint"),
         (("diff", 0, "last"), "neither a number of steps nor a checkpoint's name"),
         (("export", "x.xlsx"), "one of .duckdb, .parquet, .csv"),

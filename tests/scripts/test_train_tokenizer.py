@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_data.tokenizers.tokenizer import open_tokenizer
-from lit_data.tokenizers.training import train_on_texts, train_tokenizer
+from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
+from lit_data.tokenizers.training import TokenizerSettings, train_on_texts, train_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_tokenizer.py"
 LINES = [f"Zeile {i}: der Hund und die Katze </s> laufen {i * 37} Meter über die Straße.\n\n  Ende" for i in range(200)]
@@ -29,6 +29,10 @@ def call(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def train(paths: list[Path], vocab_size: int, kind: str, output: Path, **more: bool) -> Tokenizer:
+    return train_tokenizer(TokenizerSettings(tuple(map(str, paths)), vocab_size, output, kind, **more))
+
+
 @pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece"])
 def test_trains_and_prints_where(tmp_path, corpus, kind):
     done = call("--input", corpus, "--vocab_size", 340, "--output", "new/tok", "--type", kind, cwd=tmp_path)
@@ -44,7 +48,7 @@ def test_trains_and_prints_where(tmp_path, corpus, kind):
 
 @pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece"])
 def test_the_same_text_gives_the_same_tokenizer(tmp_path, corpus, kind):
-    first, second = (train_tokenizer([corpus], 340, kind, tmp_path / name) for name in ("a", "b"))
+    first, second = (train([corpus], 340, kind, tmp_path / name) for name in ("a", "b"))
     assert first.fingerprint == second.fingerprint
 
 
@@ -75,19 +79,19 @@ def test_mistakes_are_named_and_leave_nothing(tmp_path, corpus, kind):
         ([corpus], 340, taken, r"--output .*taken exists already"),
     ]:
         with pytest.raises(ValueError, match=message):
-            train_tokenizer(paths, size, kind, output)
+            train(paths, size, kind, output)
     with pytest.raises(FileNotFoundError, match="missing"):
-        train_tokenizer([tmp_path / "missing.jsonl"], 340, kind, out)
+        train([tmp_path / "missing.jsonl"], 340, kind, out)
     with pytest.raises(ValueError, match="is no folder of a tokenizer"):
-        train_tokenizer([corpus], 340, kind, taken, overwrite=True)
+        train([corpus], 340, kind, taken, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece"])
 def test_a_text_that_gives_fewer_ids_than_asked(tmp_path, corpus, kind):
-    reached = train_tokenizer([corpus], 90000, kind, tmp_path / "most").vocab_size
+    reached = train([corpus], 90000, kind, tmp_path / "most").vocab_size
     assert 340 < reached < 90000
-    exact = train_tokenizer([corpus], reached, kind, tmp_path / "exact")
+    exact = train([corpus], reached, kind, tmp_path / "exact")
     assert (exact.vocab_size, exact.fingerprint) == (reached, open_tokenizer(tmp_path / "most").fingerprint)
 
 
@@ -98,8 +102,8 @@ def test_too_many_characters_for_the_vocabulary(tmp_path):
 
 
 def test_overwrite_replaces_a_tokenizer(tmp_path, corpus):
-    train_tokenizer([corpus], 340, "byte_bpe", tmp_path / "tok")
-    train_tokenizer([corpus], 350, "sentencepiece", tmp_path / "tok", overwrite=True)
+    train([corpus], 340, "byte_bpe", tmp_path / "tok")
+    train([corpus], 350, "sentencepiece", tmp_path / "tok", overwrite=True)
     assert open_tokenizer(tmp_path / "tok").kind == "sentencepiece"
     assert not (tmp_path / "tok" / "tokenizer.json").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "tok"]

@@ -1,4 +1,4 @@
-"""SIGKILL of a process that stages: before each of its calls on the folder, and at random moments."""
+"""SIGKILL of a staging process: before each of its calls on the cache folder, and at random moments."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(folder: Path, tokens: int) -> PackedDataset:
 
 
 def check_folder(data: PackedDataset, folder: Path, chunk: int) -> None:
-    """Every file with a chunk's name has the source's bytes, and all files together keep the budget."""
+    """Every file with a chunk's name has the source's bytes, and all files together are within the budget."""
     for path in folder.glob(f"*-{chunk}/*.bin"):
         shard, number = (int(n) for n in path.stem.split("-"))
         with open(data.path / f"data-{shard:05d}.bin", "rb") as f:
@@ -49,7 +49,7 @@ def check_folder(data: PackedDataset, folder: Path, chunk: int) -> None:
 
 
 def read_all(data: PackedDataset, folder: Path, chunk: int) -> None:
-    """Every chunk is staged, read and released, one after another."""
+    """Stage, read and release every chunk, one after another."""
     cache = ShardCache(data, folder, BUDGET_CHUNKS * chunk, chunk_bytes=chunk)
     assert list(folder.glob("holder-*")) == [cache._cache.own]
     assert not list(folder.glob("*/*.part"))
@@ -104,7 +104,7 @@ def test_a_kill_before_each_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0
             break
-        killed[(tmp_path / "call").read_text().splitlines()[0]] += 1  # two threads may come to it
+        killed[(tmp_path / "call").read_text().splitlines()[0]] += 1  # two threads may reach it
     read_all(data, folder, chunk)
     check_folder(data, folder, chunk)
     print(dict(killed))
@@ -134,7 +134,7 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
         time.sleep(moments.uniform(0, 0.3))
         assert worker.poll() is None
         worker.send_signal(signal.SIGKILL)
-        assert worker.communicate()[1] == b""  # no warning: staging went on until the kill
+        assert worker.communicate()[1] == b""  # no warning: staging continued until the kill
         copying += bool(list(folder.glob("*/*.part")))
         check_folder(data, folder, chunk)
     print(f"{copying} of 30 in the middle of a copy")

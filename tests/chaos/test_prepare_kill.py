@@ -1,7 +1,7 @@
-"""A preparation that is killed anywhere and called again writes what an undisturbed one writes.
+"""A preparation that is killed at any point and called again writes the same as an uninterrupted one.
 
 Kills at each rename, sync and write by strace's injection; kills of the whole process group at seeded random moments;
-and, since a kill keeps what the kernel has and can't show an order, the order of writes, syncs and renames of a run.
+and, since a kill keeps unsynced data and so can't test the order, the order of writes, syncs and renames of a run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
-    """A folder with a tokenizer and a corpus that repeats paragraphs and documents."""
+    """A folder with a tokenizer and a corpus with repeated paragraphs and documents."""
     folder = tmp_path_factory.mktemp("kill")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(["</s>", *alphabet])}, []))
@@ -84,7 +84,7 @@ def undisturbed(setting) -> dict[str, str]:
 
 
 def phase_of(output: Path) -> str:
-    """How far a preparation has come, by what lies in its working folder."""
+    """The phase of a preparation, judged by the contents of its working folder."""
     work = output.with_name(f".{output.name}.preparing")
     if output.exists():
         return "published"
@@ -102,7 +102,7 @@ def phase_of(output: Path) -> str:
 
 def go_on(setting: Path, output: Path, expected: dict[str, str], where: str) -> None:
     work = output.with_name(f".{output.name}.preparing")
-    if output.exists() and not (work / "assembled.json").exists():  # all was done but to end
+    if output.exists() and not (work / "assembled.json").exists():  # everything was done except exiting
         assert content(output) == expected and not [p for p in work.glob("*") if p.name != ".lock"], where
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(output)
@@ -117,7 +117,7 @@ def go_on(setting: Path, output: Path, expected: dict[str, str], where: str) -> 
 
 @pytest.mark.parametrize("kind", list(SYSCALLS))
 def test_killed_at_each_call(setting, undisturbed, kind, capsys):
-    """The n-th call of a kind is where the process dies, for every n there is."""
+    """The process dies at the n-th call of a kind, for every n."""
     output = setting / f"killed-{kind}"
     counts: Counter[str] = Counter()
     number = 1
@@ -138,7 +138,7 @@ def test_killed_at_each_call(setting, undisturbed, kind, capsys):
 
 
 def test_killed_at_random_moments(setting, undisturbed, capsys):
-    """Fifty seeded moments, ten after the begin of each phase; all processes die at once."""
+    """Fifty seeded moments, ten after the start of each phase; all processes die simultaneously."""
     draw = random.Random(1)
     counts: Counter[str] = Counter()
     phases = {"hash": 0.3, "join": 0.1, "encode": 0.4, "merge": 0.1, "assemble": 0.02}
@@ -168,7 +168,7 @@ def test_killed_at_random_moments(setting, undisturbed, capsys):
 
 
 def test_order_of_syncs_and_renames(setting, undisturbed):
-    """What is renamed was synced after its last write; a rename is synced by its folder before the next is made."""
+    """A renamed file was synced after its last write; after a rename the folder is synced before the next rename."""
     log, output = setting / "trace", setting / "traced"
     calls = f"trace=ftruncate,unlink,unlinkat,{','.join(SYSCALLS.values())}"
     done = subprocess.run(

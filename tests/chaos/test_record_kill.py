@@ -1,7 +1,7 @@
 """SIGKILL at every rename, sync, write and deletion of the record's publication, compaction and rewinding.
 
-After each kill, before anything is repaired, the record up to the newest checkpoint is exact; and so it is after the
-rerun, to the last step. The kill falls on the n-th call of a kind, by strace, which also sees what pyarrow does.
+After each kill, before any repair, the record is exact up to the newest checkpoint, and after the rerun up to the last
+step. strace kills at the n-th call of a kind; it also sees pyarrow's calls.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ REWIND = (
     "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
     "from pretrain.checkpoint.retention import rewind; rewind(Path(sys.argv[2]), int(sys.argv[3]))"
 )
-REWOUND = 14  # inside a merged file
+REWOUND = 14  # in the middle of a merged file
 PARTS = tuple(f".part-rank{rank:05d}.tmp" for rank in range(RANKS))
 MERGED = tuple(f".steps-{step:08d}.tmp" for step in range(STEPS))
 
@@ -56,7 +56,7 @@ def strace_reason() -> str | None:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pa.Table]:
-    """A run folder before its first step, and the record it must have in the end."""
+    """A run folder before its first step, and the record it must have at the end."""
     if reason := strace_reason():
         pytest.skip(reason)
     return prepare(tmp_path_factory.mktemp("begun"))
@@ -71,12 +71,12 @@ def rewind_command(run: Path) -> list[str]:
 
 
 def only(paths: Sequence[Path]) -> list[str]:
-    """What strace is told to look at calls on these paths alone."""
+    """The options that make strace look only at calls on these paths."""
     return [part for path in paths for part in ("-P", str(path))]
 
 
 def count_calls(command: list[str], call: str, log: Path, paths: Sequence[Path] = ()) -> int:
-    """How often an undisturbed command makes a kind of call, at most in one thread."""
+    """How often an undisturbed command makes a kind of call: the maximum over its threads."""
     traced = ["strace", "-f", "-qq", "-o", str(log), *only(paths), "-e", f"trace={CALLS[call]}", *command]
     subprocess.run(traced, check=True, timeout=300)
     threads = Counter(line.split()[0] for line in log.read_text().splitlines() if "(" in line)
@@ -84,7 +84,7 @@ def count_calls(command: list[str], call: str, log: Path, paths: Sequence[Path] 
 
 
 def kill_at(command: list[str], call: str, number: int, log: Path, paths: Sequence[Path] = ()) -> bool:
-    """Run a command and kill it as the first of its threads makes its n-th call; True if one got there."""
+    """Run a command and kill it when the first of its threads makes its n-th call; True if one did."""
     inject = f"inject={CALLS[call]}:signal=SIGKILL:when={number}"
     traced = ["strace", "-f", "-qq", "-o", str(log), *only(paths), "-e", f"trace={CALLS[call]}", "-e", inject, *command]
     return subprocess.run(traced, capture_output=True, timeout=300).returncode in (-signal.SIGKILL, 137)
@@ -116,8 +116,8 @@ def report(title: str, hits: Counter[str]) -> None:
 def test_kill_at_each_call_while_a_run_is_recorded(
     begun: tuple[Path, pa.Table], tmp_path: Path, call: str, written: tuple[str, ...]
 ) -> None:
-    """strace counts the calls of each thread, and parts are written by threads of their own: what these do is counted
-    alone. Without names the main thread, which does most, decides."""
+    """strace counts calls per thread, and parts are written by separate threads, so their calls are counted
+    separately. Without names the main thread, which makes most calls, decides."""
     template, expected = begun
     run = tmp_path / "run"
     paths = [run / "datapoints" / name for name in written]
@@ -145,7 +145,7 @@ def test_kill_at_random_moments(begun: tuple[Path, pa.Table], tmp_path: Path) ->
     rng = random.Random(3)
     hits: Counter[str] = Counter()
     lasts = 0.0
-    for moment in range(51):  # the first one undisturbed, to know how long it takes
+    for moment in range(51):  # the first run is undisturbed, to measure its duration
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(template, run)
         process = subprocess.Popen([sys.executable, str(WRITER), str(run)])
@@ -169,7 +169,7 @@ def test_kill_at_random_moments(begun: tuple[Path, pa.Table], tmp_path: Path) ->
 
 @pytest.mark.parametrize("call", ["rename", "sync", "delete"])
 def test_kill_while_rewinding(begun: tuple[Path, pa.Table], tmp_path: Path, call: str) -> None:
-    """The record fits whatever checkpoint is the newest then; what was abandoned is whole in the end."""
+    """The record matches whichever checkpoint is then the newest; abandoned parts are complete at the end."""
     template, expected = begun
     whole, run = tmp_path / "whole", tmp_path / "run"
     shutil.copytree(template, whole)
@@ -198,10 +198,10 @@ def test_kill_while_rewinding(begun: tuple[Path, pa.Table], tmp_path: Path, call
     assert read_record(whole).equals(expected)
 
 
-def test_every_file_is_synced_before_its_name_and_its_folder_after(
+def test_every_file_is_synced_before_its_rename_and_its_folder_after(
     begun: tuple[Path, pa.Table], tmp_path: Path
 ) -> None:
-    """What a kill cannot show, since the system outlives it: the order of syncs, renames and deletions."""
+    """A kill cannot test this, since the kernel survives it: the order of syncs, renames and deletions."""
     run = tmp_path / "run"
     shutil.copytree(begun[0], run)
     log = tmp_path / "log"

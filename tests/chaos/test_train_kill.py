@@ -1,12 +1,12 @@
 """SIGKILL of training on several ranks: at each call that changes the run folder, at random moments, while resuming.
 
-After each kill, before anything is repaired, every visible checkpoint can be read and equals that of the undisturbed
-run after the same step, and the record is exact up to the newest one. Then `--resume auto` goes on to the end: final
-parameters, optimizer state, record and metrics are those of the undisturbed run. When one rank alone is killed, the
-others end by themselves and publish nothing that it had not finished.
+After each kill, before any repair, every visible checkpoint can be read and equals that of the undisturbed run after
+the same step, and the record is exact up to the newest one. Then `--resume auto` runs to the end: final parameters,
+optimizer state, record and metrics equal those of the undisturbed run. When only one rank is killed, the others exit on
+their own and publish no checkpoint that it had not finished.
 
-The ranks are forked (tests/harness/forked_ranks.py), which is shown to equal the real command, so that a kill, its
-checks and the rerun take a second or two on a machine that does nothing else. docs/reliability.md has the numbers.
+The ranks are forked (tests/harness/forked_ranks.py), so a kill, its checks and the rerun take a second or two on an
+otherwise idle machine; a test shows that this equals the real command. docs/reliability.md has the numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rank_server import Answer
 from running import command
 from watched_calls import PHASES, Call
 
-# Half of the 16 combinations: any three choices are together in one of them.
+# Half of the 16 combinations, which cover every combination of any three choices.
 SETTINGS = [
     Setting(2, "ddp", "full", False),
     Setting(2, "ddp", "sharded", True),
@@ -38,7 +38,7 @@ SETTINGS = [
     Setting(4, "fsdp", "full", False),
     Setting(4, "fsdp", "sharded", True),
 ]
-# Of the kills at random moments, so many at least fall into each phase.
+# Minimum number of random kills in each phase.
 LEAST = {"step": 10, "validation": 3, "record": 3, "saving": 10, "publishing": 3, "retention": 3, "compaction": 3}
 MOMENTS = 50
 SYSTEM_CALLS = {
@@ -51,7 +51,7 @@ SYSTEM_CALLS = {
 
 
 class Point(NamedTuple):
-    """Where a kill falls: before a call of a rank, or in the middle of it."""
+    """Where to kill: before a call of a rank, or halfway through it."""
 
     rank: int
     call: Call
@@ -63,8 +63,8 @@ class Point(NamedTuple):
 
 
 def points(whole: Whole, writes: int, seed: int) -> list[Point]:
-    """Each rename, sync, deletion and new folder after the first step, of rank 0 and of one other rank, and `writes` of
-    the writes to each file, half of these in the middle.
+    """Each rename, sync, deletion and new folder after the first step, by rank 0 and one other rank, and `writes` of
+    the writes to each file, half of them halfway through.
 
     Each call that publishes or deletes a checkpoint, and with two ranks each rename and sync, is a kill of the rank,
     and one of everyone; the rest are the one or the other.
@@ -88,7 +88,7 @@ def points(whole: Whole, writes: int, seed: int) -> list[Point]:
 
 def starting_points(bench: Bench, setting: Setting, begun: Path | None, changes: dict[str, object]) -> list[Point]:
     """Each call before the first step of a run that resumes a copy of `begun`, on rank 0 and on rank 1; each write
-    also in the middle.
+    also halfway through.
     """
     run = bench.folder / "counted"
     if begun is not None:
@@ -109,19 +109,19 @@ def some_of(every: int) -> str:
 
 
 class Tally:
-    """Counts kills, and says at the end how many fell where, as a row of the table in docs/reliability.md."""
+    """Counts kills by place, and reports them as a row of the table in docs/reliability.md."""
 
     def __init__(self, what: str) -> None:
         self.what, self.phases, self.kinds, self.missed = what, Counter[str](), Counter[str](), 0
         self.survived_s, self.faults, self.began = 0.0, list[str](), time.monotonic()
 
     def add(self, bench: Bench, setting: Setting, about: object, **request: Any) -> Answer | None:
-        """One kill; a fault is kept, to be reported with the others."""
+        """Count one kill; a fault is kept and reported with the others."""
         try:
             answer = bench.kill(setting, **request)
         except Exception as error:
             self.faults.append(f"{about}: {type(error).__name__}: {str(error)[:3000]}")
-            print(f"\n{self.what}: {self.faults[-1]}", flush=True)  # at once: the rest may take an hour
+            print(f"\n{self.what}: {self.faults[-1]}", flush=True)  # immediately: the rest may take an hour
             assert len(self.faults) < 10, "\n".join(self.faults)
             return None
         if not answer.killed:
@@ -166,7 +166,7 @@ def test_a_few_kills(bench: Bench) -> None:
     setting = SETTINGS[1]
     whole, tally = bench.whole(setting), Tally(f"{setting}: a few")
     for phase, kind, rank, everyone, which in (
-        ("saving", "write", 1, True, 0),  # no checkpoint is there yet: the run begins anew
+        ("saving", "write", 1, True, 0),  # there is no checkpoint yet: the run starts over
         ("publishing", "rename", 0, True, -2),
         ("retention", "delete", 0, True, -2),
         ("record", "sync", 1, False, -2),
@@ -180,7 +180,7 @@ def test_a_few_kills(bench: Bench) -> None:
 @pytest.mark.chaos
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed (Debian package strace)")
 def test_every_call_is_seen(tmp_path: Path) -> None:
-    """What the kills are counted by is what the system sees, also of torch.save, DCP and pyarrow."""
+    """The intercepted calls are those that strace sees, including those of torch.save, DCP and pyarrow."""
     log, names = tmp_path / "log", {name: kind for kind, some in SYSTEM_CALLS.items() for name in some}
     bench = Bench(tmp_path, ("strace", "-f", "-y", "-qq", "-o", str(log), "-e", f"trace={','.join(names)}"))
     counted, runs = Counter[tuple[str, str]](), [SETTINGS[0], SETTINGS[1], SETTINGS[3]]
@@ -232,7 +232,7 @@ def test_kill_at_each_write_of_a_checkpoint(bench: Bench, setting: Setting) -> N
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[2], SETTINGS[5], SETTINGS[7]], ids=str)
 def test_kill_at_random_moments(bench: Bench, setting: Setting) -> None:
-    """Uniform over the time from the first step to the end; then, where a phase lacks its minimum, within it."""
+    """Uniform over the time from the first step to the end; then in each phase that is below its minimum."""
     whole, tally, rng = bench.whole(setting), Tally(f"{setting}: random moments"), random.Random(str(setting))
     for trial in range(6 * MOMENTS):
         lacking = [p for p, least in LEAST.items() if tally.phases[p] < least]
@@ -283,10 +283,8 @@ def test_kill_while_starting(bench: Bench, setting: Setting, tmp_path: Path, pyt
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("setting", [SETTINGS[1], SETTINGS[6]], ids=str)
-def test_kill_of_a_run_that_goes_back(
-    bench: Bench, setting: Setting, tmp_path: Path, pytestconfig: pytest.Config
-) -> None:
-    """A finished run resumes an older checkpoint: killed on the way back, and at each rename after that."""
+def test_kill_while_going_back(bench: Bench, setting: Setting, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """A finished run resumes an older checkpoint: killed during the rewind, and at each rename after it."""
     older: dict[str, object] = {"resume": "iter-00000004-ckpt.pth"}
     every = pytestconfig.getoption("every")
     tally = Tally(f"{setting}: going back{some_of(every)}")
@@ -296,7 +294,7 @@ def test_kill_of_a_run_that_goes_back(
     later = [c for c in bench.whole(setting).answer.calls[0] if c.kind == "rename" and c.phase != "begin"]
     counts = Counter((c.kind, c.phase) for c in later)
     for (kind, phase), count in counts.items():
-        for number in range(1, count // 2 + 1):  # half of the run is left
+        for number in range(1, count // 2 + 1):  # half of the run remains
             point = Point(0, Call(kind, phase, number, ""), False, everyone=number % 2 == 0)
             tally.add(bench, setting, point, begun=tmp_path / "run", changes=older, kill=point.request())
     tally.report()

@@ -1,8 +1,7 @@
-"""Two hosts, torchrun on each: training goes on after a host, the network between them, or a rank was lost.
+"""Two hosts, torchrun on each: training resumes after the loss of a host, of the network between them, or of a rank.
 
-The hosts are network namespaces joined by a veth pair, so that they share nothing but the files. Where they may not be
-made, two launchers on addresses of the loopback device stand for them, and the test that takes the network away is
-skipped.
+The hosts are network namespaces joined by a veth pair, so they share only files. Where namespaces are not permitted,
+two launchers on addresses of the loopback device take their place, and the test that cuts the network is skipped.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ STEPS, EVERY = 120, 5
 LAST = f"iter-{STEPS:08d}-ckpt.pth"
 MARK = "LLAMMLEIN_TEST_HOST"
 HANG_S = 8
-ENDED_S = 90  # until the ranks of a host that has lost the other have ended, on a machine that does more than this
+ENDED_S = 90  # time limit for the ranks of a host to exit after losing the other, on a busy machine
 CHANGES: dict[str, dict[str, object]] = {
     "ddp": {"strategy": "ddp"},
     "fsdp": {"strategy": "fsdp", "save__state_dict_type": "sharded"},
@@ -40,7 +39,7 @@ numbers = itertools.count()
 
 
 class Host:
-    """A place to start torchrun in: `enter` are the words before a command."""
+    """A place to start torchrun in; `enter` is the command prefix that enters it."""
 
     def __init__(self, number: int, address: str, interface: str, enter: list[str]) -> None:
         self.number, self.address, self.interface, self.enter = number, address, interface, enter
@@ -49,7 +48,7 @@ class Host:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, arguments: list[str], master: str, port: int, devices: int, max_restarts: int) -> None:
-        # Nothing is known of host names here: each side is told its own address, and which of them keeps the store.
+        # Host names do not resolve here: each side gets its own address, and which of them hosts the store.
         command = [
             *self.enter, sys.executable, "-m", "torch.distributed.run",
             "--nnodes=2", f"--nproc-per-node={devices}", f"--max-restarts={max_restarts}", "--monitor-interval=0.2",
@@ -58,14 +57,14 @@ class Host:
             str(ROOT / "pretrain" / "fabric_train.py"), *arguments,
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.interface, MARK: self.name}
-        # Else a launcher that is started later is never told where the shared store is (torch 2.13).
+        # Otherwise a launcher started later never learns the address of the shared store (torch 2.13).
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         self.output.seek(0)
         self.output.truncate()
         self.process = subprocess.Popen(command, stdout=self.output, stderr=self.output, env=environment)
 
     def pids(self) -> list[int]:
-        """The processes of this host, whatever started them."""
+        """All processes of this host."""
         found = []
         for folder in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
@@ -84,7 +83,7 @@ class Host:
         return found
 
     def lose(self) -> None:
-        """Kill all of it at once."""
+        """Kill all its processes."""
         for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -126,7 +125,7 @@ class Hosts:
             time.sleep(0.005)
 
     def finish(self) -> None:
-        """Both come to the end."""
+        """Wait until both finish."""
         for host in self.both:
             try:
                 status = host.end(200)
@@ -162,7 +161,7 @@ def ip() -> bool:
 
 
 def two_namespaces(names: list[str]) -> Hosts:
-    """The second namespace, and the pair of devices; the first one is there."""
+    """Create the second namespace and the pair of devices; the first namespace exists already."""
     subprocess.run(["ip", "netns", "add", names[1]], check=True)
     a, b = (f"v{name[2:]}" for name in names)
     subprocess.run(
@@ -206,7 +205,7 @@ def arguments(data: Path, run: Path, kind: str, **changes: object) -> list[str]:
 
 
 def check(data: Path, run: Path, folder: Path, kind: str, devices: int = 1) -> None:
-    """The run equals an undisturbed one of as many processes on one host, and its record is exact."""
+    """The run equals an undisturbed one with the same number of processes on one host, and its record is exact."""
     whole = folder / "whole"
     train(*arguments(data, whole, kind, num_nodes=1, devices=2 * devices))
     one, two = Checkpoint(whole / LAST), Checkpoint(run / LAST)
@@ -219,7 +218,7 @@ def check(data: Path, run: Path, folder: Path, kind: str, devices: int = 1) -> N
 
 @pytest.mark.chaos
 def test_killed_rank_is_restarted_by_torchrun(hosts: Hosts, data: Path, tmp_path: Path) -> None:
-    """With --max-restarts 1 both launchers start their ranks again, and these find the newest checkpoint."""
+    """With --max-restarts 1 both launchers restart their ranks, which resume the newest checkpoint."""
     run = tmp_path / "run"
     hosts.start(arguments(data, run, "ddp"), max_restarts=1)
     hosts.wait_for(run / "iter-00000010-ckpt.pth")
@@ -232,7 +231,7 @@ def test_killed_rank_is_restarted_by_torchrun(hosts: Hosts, data: Path, tmp_path
 
 @pytest.mark.chaos
 @pytest.mark.parametrize(("kind", "devices", "how"), [("ddp", 1, "cut"), ("fsdp", 1, "killed"), ("fsdp", 2, "cut")])
-def test_lost_host_ends_the_other_and_both_go_on(
+def test_a_lost_host_ends_the_other_and_both_resume(
     hosts: Hosts, data: Path, tmp_path: Path, kind: str, devices: int, how: str
 ) -> None:
     run = tmp_path / "run"
@@ -254,7 +253,7 @@ def test_lost_host_ends_the_other_and_both_go_on(
     for host in left:
         assert "no heartbeat" in host.told() or "the run hangs" in host.told(), host.told()
     assert hosts.both[0].end(ENDED_S) != 0
-    # Without the network, the launcher that does not keep the store of the rendezvous may wait for it for long.
+    # Without the network, the launcher that does not host the rendezvous store may wait for it for a long time.
     hosts.both[1].lose()
     if how == "cut":
         assert hosts.cut is not None
@@ -266,8 +265,8 @@ def test_lost_host_ends_the_other_and_both_go_on(
 
 
 @pytest.mark.chaos
-def test_host_that_comes_back_is_waited_for(hosts: Hosts, data: Path, tmp_path: Path) -> None:
-    """With restarts left the launcher of the other host waits; started again, the lost one joins it."""
+def test_the_launcher_waits_for_a_host_that_comes_back(hosts: Hosts, data: Path, tmp_path: Path) -> None:
+    """With restarts remaining, the other host's launcher waits, and the lost host joins it when restarted."""
     run = tmp_path / "run"
     begin = arguments(data, run, "fsdp")
     hosts.start(begin, max_restarts=3)

@@ -1,7 +1,7 @@
-"""The jobs of cluster/ run for real, with stand-ins for SLURM and Apptainer on PATH; llammlein.def as far as it goes.
+"""The job scripts of cluster/ are executed, with stand-ins for SLURM and Apptainer on PATH; llammlein.def is checked.
 
-The stand-ins in fake_slurm/ start local processes with SLURM's variables. Where only the job's decisions are tested,
-`python` is a stand-in too, which ends with given statuses.
+The stand-ins in fake_slurm/ start local processes with SLURM's variables. Tests of the job's decisions alone also
+replace `python` by a stand-in that exits with given statuses.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def cluster(tmp_path: Path) -> Cluster:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_shell_can_be_read(script: Path) -> None:
+def test_shell_syntax(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
     assert script.name == "job.sh" or (os.access(script, os.X_OK) and text.startswith("#!/usr/bin/env bash\n"))
@@ -54,7 +54,7 @@ def test_shellcheck() -> None:
     subprocess.run(["shellcheck", *map(str, shells)], check=True)
 
 
-def test_jobs_hold_no_hyperparameters() -> None:
+def test_jobs_contain_no_hyperparameters() -> None:
     for script in SCRIPTS:
         for flag in re.findall(r"--(\w+\.\w+)", script.read_text()):
             assert flag == "stop.exit_code", f"{script.name}: {flag}"
@@ -64,7 +64,7 @@ SECTIONS = ("arguments", "environment", "files", "help", "labels", "post", "runs
 
 
 def read_definition() -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """The header, and the sections in order, with the defaults of the arguments put in."""
+    """The header, and the sections in order, with the build arguments' defaults substituted."""
     head, *parts = re.split(r"^%", (ROOT / "llammlein.def").read_text(), flags=re.MULTILINE)
     lines = [line for line in head.splitlines() if line.strip() and not line.startswith("#")]
     header = dict(line.split(": ", 1) for line in lines)
@@ -92,12 +92,12 @@ def test_shell_of_the_definition(section: str, tmp_path: Path) -> None:
     script.write_text("#!/bin/sh\n" + "".join(body for name, body in read_definition()[1] if name == section))
     subprocess.run(["sh", "-n", str(script)], check=True)
     if shutil.which("shellcheck") is not None:
-        # SC2050: an argument of the build is a constant once it is put in.
+        # SC2050: a build argument is a constant once substituted.
         subprocess.run(["shellcheck", "--exclude=SC2050", str(script)], check=True)
 
 
 def test_requirements_of_the_definition(tmp_path: Path) -> None:
-    """What it reads from pyproject.toml is there, and the pinned torch and flash-attn fit what the project asks for."""
+    """The pyproject.toml entries it reads exist; the pinned torch and flash-attn satisfy the project's bounds."""
     header, sections = read_definition()
     post = "".join(body for name, body in sections if name == "post")
     script = re.search(r"python -c '\n(import tomllib.*?)' > requirements.txt", post, flags=re.DOTALL)
@@ -127,7 +127,7 @@ def test_build_image(cluster: Cluster) -> None:
     assert status == 0 and "flash_attn=flash-attn==2.8.3" in cluster.calls("apptainer")[1]
 
 
-# What becomes of a job
+# Which jobs are requeued
 
 
 @pytest.mark.parametrize(
@@ -136,15 +136,15 @@ def test_build_image(cluster: Cluster) -> None:
         ([0], 0, 0),
         ([1, 0], 0, 1),
         ([2, 0], 0, 2),
-        ([75, 0], 1, 0),  # a signal that the job's script has not seen: preempted with a time of grace
+        ([75, 0], 1, 0),  # a signal that the job script did not see: preempted with a grace time
         ([76, 0], 1, 0),
         (["killed", 0], 1, 0),
         ([76, "killed", 76, 76, 0], 3, 76),
-        ([76, 76, 75, 76, 76, 76, 0], 6, 0),  # counted since it last stopped in good order
+        ([76, 76, 75, 76, 76, 76, 0], 6, 0),  # counted since the last clean stop
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_what_queues_again(cluster: Cluster, statuses: list[object], restarts: int, end: int) -> None:
+def test_which_jobs_are_requeued(cluster: Cluster, statuses: list[object], restarts: int, end: int) -> None:
     cluster.fake_python(*statuses)
     status, output = cluster.run("sbatch", *SIZE, "cluster/train.sbatch", "--config", "configs/a b.yaml")
     assert (status, cluster.restarts()) == (end, restarts), output
@@ -167,13 +167,13 @@ def test_number_of_restarts_is_configured(cluster: Cluster) -> None:
     ("task", "to_the_script", "caught", "restarts", "end"),
     [
         ("wait", "USR1", "USR1", 1, 0),
-        ("deaf", "USR1", None, 1, 0),  # in the middle of its imports
+        ("deaf", "USR1", None, 1, 0),  # during its imports
         ("wait", "TERM", "TERM", 0, 0),
         ("deaf", "TERM", None, 0, 143),
     ],
 )
 def test_signals(cluster: Cluster, task: str, to_the_script: str, caught: str | None, restarts: int, end: int) -> None:
-    """To the job's script: passed on to the tasks; near the time limit (USR1) the job queues again."""
+    """Signals to the job script are passed on to the tasks; near the time limit (USR1) the job is requeued."""
     cluster.fake_python(task, 0)
     process = cluster.start("sbatch", "--nodes=1", "--ntasks-per-node=1", "cluster/train.sbatch")
     wait_for((cluster.state / "ready").exists, process)
@@ -183,7 +183,7 @@ def test_signals(cluster: Cluster, task: str, to_the_script: str, caught: str | 
     assert (f"caught {caught}" in cluster.log) == (caught is not None), cluster.log
 
 
-def test_done_near_the_limit_is_done(cluster: Cluster) -> None:
+def test_a_run_that_finishes_near_the_limit_is_not_requeued(cluster: Cluster) -> None:
     cluster.fake_python("wait", 0)
     (cluster.bin / "python").write_text(PYTHON.replace("exit 75", "exit 0"))
     process = cluster.start("sbatch", "--nodes=1", "--ntasks-per-node=1", "cluster/train.sbatch")
@@ -193,7 +193,7 @@ def test_done_near_the_limit_is_done(cluster: Cluster) -> None:
     assert process.returncode == 0 and cluster.restarts() == 0
 
 
-def test_a_job_that_may_not_queue_again_says_so(cluster: Cluster) -> None:
+def test_a_job_that_cannot_be_requeued_reports_it(cluster: Cluster) -> None:
     cluster.fake_python(75)
     cluster.env["FAKE_SLURM_NO_REQUEUE"] = "1"
     status, output = cluster.run("sbatch", *SIZE, "cluster/train.sbatch")
@@ -211,7 +211,7 @@ def test_mistakes(cluster: Cluster, job: str) -> None:
     assert status == 2 and "is not the checkout" in output
 
 
-def test_tasks_have_to_be_counted(cluster: Cluster) -> None:
+def test_the_number_of_tasks_is_required(cluster: Cluster) -> None:
     status, output = cluster.run("sbatch", "--nodes=2", "cluster/train.sbatch")
     assert status == 2 and "give sbatch --ntasks-per-node" in output
 
@@ -253,8 +253,8 @@ def test_prepare_submits_its_stages_in_order(cluster: Cluster) -> None:
         [], *([f"afterok:{first + i}"] for i in range(3))]  # fmt: skip
 
 
-def test_workers_that_are_typed_are_those_of_prepare(cluster: Cluster) -> None:
-    """A flag counts once: the job leaves its own out."""
+def test_a_given_workers_flag_is_used(cluster: Cluster) -> None:
+    """The flag is passed once: the job omits its own."""
     cluster.fake_python(0, 0)
     status, output = cluster.run("cluster/prepare.sh", 1, "--", "--input", "a", "--workers=2")
     assert status == 0 and all(call.count("--workers") == 1 for call in cluster.calls("python")), output
@@ -264,7 +264,7 @@ def test_workers_that_are_typed_are_those_of_prepare(cluster: Cluster) -> None:
     assert status == 0 and all(call.count("--resume") == 1 for call in cluster.calls("python")), output
 
 
-def test_prepare_does_not_merge_what_failed(cluster: Cluster) -> None:
+def test_prepare_does_not_merge_after_a_failure(cluster: Cluster) -> None:
     cluster.fake_python(0, 1, 0)
     status, _ = cluster.run("cluster/prepare.sh", 2, "--", "--input", "a", "--dedup", "bloom")
     assert status != 0 or "merge" not in "".join(cluster.calls("python"))
@@ -272,7 +272,7 @@ def test_prepare_does_not_merge_what_failed(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["2"], ["0", "--", "--input"], ["2", "--input", "a"]])
-def test_prepare_wants_its_arguments(cluster: Cluster, arguments: list[str]) -> None:
+def test_prepare_requires_its_arguments(cluster: Cluster, arguments: list[str]) -> None:
     status, output = cluster.run("cluster/prepare.sh", *arguments)
     assert status == 2 and "usage: cluster/prepare.sh PARTS" in output
     status, output = cluster.run("cluster/prepare.sh", 2, "--", "--input", "a", "--parts", "3")
@@ -299,7 +299,7 @@ def settings(folder: Path, run: Path, **changes: object) -> list[str]:
 
 
 def check(whole: Path, run: Path) -> None:
-    """The run equals the undisturbed one."""
+    """Check that the run equals the undisturbed one."""
     names = [path.name for path in list_checkpoints(whole)]
     one, two = Checkpoint(whole / names[-1]), Checkpoint(run / names[-1])
     assert sorted(one.names()) == sorted(two.names())
@@ -310,7 +310,7 @@ def check(whole: Path, run: Path) -> None:
 
 
 def interrupt(cluster: Cluster, runs: Path, *how: str, nodes: int = 1) -> Path:
-    """Train in a job; `how` is the call of scancel in the middle of it. The run, when the job has come to its end."""
+    """Train in a job and call scancel with `how` in the middle of it. Returns the run once the job has ended."""
     run = cluster.checkout / "run"
     (cluster.bin / "python").symlink_to(warm_python())
     size = (f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", "--cpus-per-task=1")
@@ -322,7 +322,7 @@ def interrupt(cluster: Cluster, runs: Path, *how: str, nodes: int = 1) -> Path:
     return run
 
 
-def test_near_the_limit_it_saves_queues_again_and_goes_on(cluster: Cluster, runs: Path) -> None:
+def test_near_the_limit_it_saves_requeues_and_resumes(cluster: Cluster, runs: Path) -> None:
     run = interrupt(cluster, runs, "--batch", "--signal=USR1")
     assert cluster.restarts() == 1, cluster.log
     assert "stopped by SIGUSR1" in cluster.log and "stopped by a signal, saved; the job queues again" in cluster.log
@@ -333,14 +333,14 @@ def test_near_the_limit_it_saves_queues_again_and_goes_on(cluster: Cluster, runs
 
 @pytest.mark.slow
 def test_preempted_with_grace_on_two_nodes(cluster: Cluster, runs: Path) -> None:
-    """SIGTERM to the tasks alone; here each of the two is a node of its own."""
+    """SIGTERM only to the tasks; here each of the two is on a separate node."""
     run = interrupt(cluster, runs, "--signal=TERM", nodes=2)
     assert cluster.restarts() == 1 and "stopped by SIGTERM" in cluster.log
     check(runs / "whole", run)
 
 
 @pytest.mark.slow
-def test_cancelled_it_saves_and_stays_away(cluster: Cluster, runs: Path) -> None:
+def test_a_cancelled_job_saves_and_is_not_requeued(cluster: Cluster, runs: Path) -> None:
     run = interrupt(cluster, runs, "--batch", "--signal=TERM")
     assert cluster.restarts() == 0 and (run / "stopped.json").exists()
     status, _ = cluster.run("sbatch", *SIZE, "cluster/train.sbatch", *settings(runs, run))
@@ -349,8 +349,8 @@ def test_cancelled_it_saves_and_stays_away(cluster: Cluster, runs: Path) -> None
 
 
 @pytest.mark.slow
-def test_lost_rank_queues_again(cluster: Cluster, runs: Path) -> None:
-    """One task is killed; the others end by themselves, and the job resumes the newest checkpoint."""
+def test_a_lost_rank_requeues_the_job(cluster: Cluster, runs: Path) -> None:
+    """One task is killed; the others exit on their own, and the job resumes the newest checkpoint."""
     run, whole = cluster.checkout / "run", cluster.checkout / "whole"
     longer: dict[str, object] = {"train__max_steps": 400, "save__every_steps": 20, "eval__every_steps": 400}
     process = cluster.start("sbatch", *SIZE, "cluster/train.sbatch", *settings(runs, run, **longer))

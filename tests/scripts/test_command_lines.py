@@ -1,5 +1,5 @@
-"""Every command line in the README, the guides, cluster/, the configs and the scripts' docstrings can be parsed by the
-script it names, and every setting that the guides name exists."""
+"""Every command line in the README, the guides, cluster/, the configs and the scripts' docstrings is accepted by the
+parser of its script, and every setting named in the guides exists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pretrain.cli.run_parser import build_parser, parse
 
 SCRIPT = r"(?:pretrain|scripts|cluster)/\w+\.(?:py|sh|sbatch)"
 LAUNCHERS = r"(?:[\w./-]*python3? |torchrun .*?|srun .*?|sbatch .*?|bash )?"
-# Jobs that pass their arguments on.
+# Job scripts that pass their arguments on.
 PASSED_ON = {
     "cluster/train.sbatch": "pretrain/fabric_train.py",
     "cluster/debug.sbatch": "pretrain/fabric_train.py",
@@ -28,13 +28,13 @@ PASSED_ON = {
     "cluster/prepare.sbatch": "scripts/prepare_data.py",
     "cluster/convert.sbatch": "scripts/convert_to_hf.sh",
 }
-# What the guides write in place of values, and of flags that they leave out.
+# Placeholders for values and omitted flags in the guides.
 VALUES = {"configs/X.yaml": "configs/debug.yaml", "N": "1"}
 FLAGS = {
     "pretrain/fabric_train.py": "--config configs/debug.yaml",
     "scripts/prepare_data.py": "--input corpus/ --tokenizer tokenizer/ --output data/",
 }
-# Commands without arguments to parse, or that run before the project is installed.
+# Commands without arguments to parse, or run before the project is installed.
 WITHOUT = {"cluster/build_image.sh", "scripts/install.py", "scripts/run_checks.py", "scripts/run_tests.py"}
 
 
@@ -45,14 +45,14 @@ def sources() -> list[Path]:
 
 
 def commands_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """(script, words behind it) of each command that a file names, complete enough to be parsed."""
+    """(script, arguments) of each command in a file that is complete enough to be parsed."""
     text = re.sub(r"\s*\\\n[ \t]*#?[ \t]*", " ", path.read_text(encoding="utf-8"))  # continued lines
     found = []
     for line in text.splitlines():
         inline = [code for code in re.findall(r"`([^`]+)`", line) if re.search(SCRIPT, code)]
         for code in inline or [line.lstrip("# ")]:
             match = re.match(rf"{LAUNCHERS}({SCRIPT})( .*)", code)
-            # In text and in shell a script's name may be followed by anything.
+            # In prose and in shell code anything may follow a script's name.
             if match and "$" not in match[2] and (inline or re.match(r" (-|[\w./]+( |$))", match[2])):
                 script = PASSED_ON.get(match[1], match[1])
                 if (words := words_of(match[1], script, match[2])) is not None and script not in WITHOUT:
@@ -61,8 +61,8 @@ def commands_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def words_of(job: str, script: str, rest: str) -> tuple[str, ...] | None:
-    rest = re.sub(r" #.*|(?<=\S)   +\S.*", "", rest)  # a remark behind it
-    rest = re.sub(r"\[(--\w+[^\]]*)\]", r"\1", rest.replace("[--any.field value]", ""))  # optional flags, given
+    rest = re.sub(r" #.*|(?<=\S)   +\S.*", "", rest)  # a comment after it
+    rest = re.sub(r"\[(--\w+[^\]]*)\]", r"\1", rest.replace("[--any.field value]", ""))  # optional flags, included
     rest = re.sub(r"(--config )?\.\.\.|FLAGS", FLAGS.get(script, ""), rest)
     words = [VALUES.get(word, word.split("|")[0]) for word in shlex.split(rest)]
     if job == "cluster/prepare.sh":  # PARTS [flags of sbatch] -- flags
@@ -76,7 +76,7 @@ COMMANDS = sorted({command: path for path in sources() for command in commands_o
 
 
 class Parsed(Exception):
-    """The parser has taken the command line."""
+    """Raised once the parser has accepted the command line."""
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_parses(script: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyP
         if words != ("--help",):
             try:
                 parse(list(words))
-            except ValueError as error:  # some commands leave the data out
+            except ValueError as error:  # some commands omit the data
                 assert "give" in str(error) and "--data.train" in str(error) and "--data.train" not in words
                 parse([*words, "--data.train", "data/train"])
         return
@@ -104,13 +104,13 @@ def test_parses(script: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", [script, *words])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # a script's handler would outlive it
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the script's handler would remain installed
     with pytest.raises(Parsed):
         runpy.run_path(script, run_name="__main__")
 
 
-def test_all_are_found() -> None:
-    """The search is not blind: it finds a command for each config and for each script that the guides describe."""
+def test_all_commands_are_found() -> None:
+    """The search works: it finds a command for each config and for each script described in the guides."""
     words = {word for (_, words), _ in COMMANDS for word in words}
     assert words >= {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
     unnamed = {"convert_to_hf", "make_synthetic", "quickstart", "install", "run_checks", "run_tests"}
@@ -125,8 +125,8 @@ def test_settings_exist(path: Path) -> None:
     assert {name for name in named if name not in known} <= {"--any.field"}
 
 
-def test_help_begins_with_what_most_runs_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Usage, examples and the main settings come first, in 80 columns, and every setting has its line behind them."""
+def test_help_starts_with_the_main_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Usage, examples and the main settings come first, in 80 columns, followed by a line for every setting."""
     monkeypatch.setenv("COLUMNS", "80")
     start, _, rest = build_parser().format_help().partition("All settings")
     assert start.startswith("usage: ") and start.index("examples:") < start.index("--data.train PATH") < 2500

@@ -1,4 +1,4 @@
-"""Full <-> sharded: the same tensors and facts, fresh checksums, training that goes on as if nothing had happened."""
+"""Full <-> sharded: the same tensors and metadata, new checksums, and training resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTINGS = {"save__every_steps": 4, "train__max_steps": 8, "eval__every_steps": 
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saved sharded after 4 and 8 steps; the first also as a file, and that as a folder again."""
+    """A run saved sharded after 4 and 8 steps; the first checkpoint converted to a file, and that back to a folder."""
     folder = tmp_path_factory.mktemp("convert") / "run"
     train(*flags(data, folder, save__state_dict_type="sharded", **SETTINGS))
     for source, output, to in ((folder / FIRST, "full", "full"), (folder.parent / "full" / FIRST, "again", "sharded")):
@@ -34,7 +34,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("kind", ["full", "again"])
-def test_tensors_and_facts_are_equal(run: Path, kind: str) -> None:
+def test_tensors_and_metadata_are_equal(run: Path, kind: str) -> None:
     original, converted = Checkpoint(run / FIRST), Checkpoint(run.parent / kind / FIRST)
     assert converted.sharded == (kind == "again")
     assert facts(converted) == facts(original) and converted.verify() == []
@@ -43,11 +43,11 @@ def test_tensors_and_facts_are_equal(run: Path, kind: str) -> None:
     for name in original.names():
         there, here = original.tensor(name), converted.tensor(name)
         assert there.dtype == here.dtype and torch.equal(there, here), name
-    assert [p.name for p in (run.parent / kind).iterdir()] == [FIRST], "something was left beside the output"
+    assert [p.name for p in (run.parent / kind).iterdir()] == [FIRST], "leftovers next to the output"
 
 
-def test_file_is_what_torch_saves(run: Path, tmp_path: Path) -> None:
-    """Read without a map too, and not a byte longer than torch.save's own."""
+def test_the_file_equals_torch_saves(run: Path, tmp_path: Path) -> None:
+    """Readable without memory-mapping, and not a byte longer than torch.save's own."""
     path = run.parent / "full" / FIRST
     content = torch.load(path, weights_only=True)
     for name in (opened := Checkpoint(path)).names():

@@ -1,7 +1,7 @@
-"""Checkpoints of TinyLlama, LLäMmlein, lit-gpt and litgpt: the same model in every naming, and what is refused.
+"""Checkpoints of TinyLlama, LLäMmlein, lit-gpt and litgpt: the same model in every naming scheme, and refusals.
 
 Three references: the weights that the file was made from; the arithmetic of those trainers, written out below with
-their parameters; and litgpt's own model, where it is installed.
+their parameters; and litgpt's own model, if it is installed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def config_file(folder: Path, config: ModelConfig = CONFIG, **changes: object) -
 
 
 def their_logits(state: dict[str, Tensor], config: ModelConfig, naming: str, tokens: Tensor) -> Tensor:
-    """The forward of TinyLlama's model (float64): grouped rows q..q k v, rotation of halves, w3(silu(w1 x) * w2 x)."""
+    """The forward of TinyLlama's model (float64): rows grouped as q..q k v, half-split RoPE, w3(silu(w1 x) * w2 x)."""
     fused, gate, up, down = MLP_NAMES[naming]
     H, G, D = config.n_head, config.n_query_groups, config.head_size
     weights = {name: tensor.double() for name, tensor in state.items()}
@@ -102,7 +102,7 @@ def their_logits(state: dict[str, Tensor], config: ModelConfig, naming: str, tok
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
-def test_logits_are_the_same_in_every_naming(model: GPT, naming: str, tmp_path: Path) -> None:
+def test_logits_are_equal_in_every_naming_scheme(model: GPT, naming: str, tmp_path: Path) -> None:
     state = to_legacy(model.state_dict(), CONFIG, naming)
     save_legacy(tmp_path / "iter-000100-ckpt.pth", state)
     done = convert(tmp_path / "iter-000100-ckpt.pth", tmp_path / "ours.pth", "--model", config_file(tmp_path))
@@ -114,7 +114,7 @@ def test_logits_are_the_same_in_every_naming(model: GPT, naming: str, tmp_path: 
         expected, logits = model(ids), imported(ids)
         theirs = their_logits(state, CONFIG, naming, ids)[..., : CONFIG.vocab_size]
     assert torch.equal(logits, expected)
-    # float32 rounding of logits of size 1: the same bound as between two float32 kernels
+    # float32 rounding for logits of size 1: the same bound as between two float32 kernels
     assert (logits.double() - theirs).abs().max() < 2e-6
 
 
@@ -183,7 +183,7 @@ def test_wrappers_and_forms_of_files(model: GPT, tmp_path: Path) -> None:
         assert all(torch.equal(checkpoint.tensor(f"model.{n}"), t) for n, t in model.state_dict().items()), name
         assert "without an optimizer" in done.stdout
     sizes = {name: (tmp_path / f"{name}-ours.pth").stat().st_size for name in forms}
-    assert sizes["views"] == sizes["bare"], "storages were written whole, whatever the tensors see of them"
+    assert sizes["views"] == sizes["bare"], "whole storages were written instead of the tensors' slices"
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert convert(tmp_path / "old.pth", tmp_path / "old-ours.pth", "--model", config).returncode == 0
     assert plain_name("module.lm_head.weight") == "lm_head.weight"
@@ -195,7 +195,7 @@ def test_config_by_name_and_vocabulary(tmp_path: Path) -> None:
     debug = MODELS["debug"]
     with torch.no_grad():
         state = to_legacy(made(debug).state_dict(), debug, "llammlein")
-    # 500 rows: fewer than the registry's, and no multiple of 64
+    # 500 rows: fewer than the registry's, and not a multiple of 64
     for name in ("lm_head.weight", "transformer.wte.weight"):
         state[name] = state[name][:500].clone()
     save_legacy(tmp_path / "a.pth", state, hparams={"model_name": "debug", **SETTINGS})
@@ -210,7 +210,7 @@ def test_config_by_name_and_vocabulary(tmp_path: Path) -> None:
 
 
 class Payload:
-    """Makes the marker when it is unpickled."""
+    """Creates the marker file when unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -286,13 +286,13 @@ def test_mistakes_are_named(model: GPT, tmp_path: Path) -> None:
     assert done.returncode == 2 and "give --model" in done.stderr, done.stderr
     done = convert(file, file)
     assert done.returncode == 2 and "exists already" in done.stderr, done.stderr
-    assert {p.name for p in tmp_path.iterdir()} == before - {config.name}, "something was left"
+    assert {p.name for p in tmp_path.iterdir()} == before - {config.name}, "leftovers"
     assert not marker.exists()
     with pytest.raises(ValueError, match="litgpt's default"):
         config_from_litgpt({k: v for k, v in litgpt_fields(CONFIG).items() if k != "rotary_percentage"})
 
 
-def test_of_another_step_than_its_name(model: GPT, tmp_path: Path) -> None:
+def test_a_step_that_contradicts_the_name_is_refused(model: GPT, tmp_path: Path) -> None:
     save_legacy(tmp_path / "a.pth", to_legacy(model.state_dict(), CONFIG, "tinyllama"), step=5)
     config = config_file(tmp_path)
     done = convert(tmp_path / "a.pth", tmp_path / "iter-00000004-ckpt.pth", "--model", config)
@@ -301,7 +301,7 @@ def test_of_another_step_than_its_name(model: GPT, tmp_path: Path) -> None:
 
 
 def test_lit_config_and_export(model: GPT, tmp_path: Path) -> None:
-    """lit_config.json of lit-gpt; and a Hugging Face folder is made of what comes out."""
+    """With lit-gpt's lit_config.json; and the result can be exported to a Hugging Face folder."""
     renamed = {
         "norm_class_name": "_norm_class",
         "mlp_class_name": "_mlp_class",

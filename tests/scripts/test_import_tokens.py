@@ -17,7 +17,8 @@ def call(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_legacy_chunks(tmp_path):
-    """Chunks as TinyLlama's builder fills them: BOS before each document, one cut in two, the last filled up."""
+    """Chunks as TinyLlama's builder writes them: BOS before each document, one document split, the last chunk
+    padded."""
     (tmp_path / "in").mkdir()
     for number, ids in enumerate([[1, 5, 6, 1, 7], [8, 9, 1, 1, 1]]):
         data = b"LITPKDS" + struct.pack("<QBQ", 1, 8, 5) + struct.pack("<5H", *ids)
@@ -44,7 +45,7 @@ def test_flat_file(tmp_path):
     assert done.returncode == 2 and "exists already" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_mistakes_leave_nothing(tmp_path):
+def test_errors_leave_no_output(tmp_path):
     np.save(tmp_path / "x.npy", np.asarray([5, 60, 2]))
     for arguments, message in [
         (("--vocab_size", 10, "--eos_id", 2), "holds token id 60, outside the vocabulary of 10"),

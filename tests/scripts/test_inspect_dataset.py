@@ -1,4 +1,4 @@
-"""scripts/inspect_dataset.py against counts made in plain Python."""
+"""scripts/inspect_dataset.py, compared with counts made in plain Python."""
 
 from __future__ import annotations
 

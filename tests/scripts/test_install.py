@@ -1,4 +1,4 @@
-"""The installer's decisions, with pip and the machine replaced. What pip really does is tried by `make install`."""
+"""The installer's decisions, with pip and the machine replaced by stand-ins. `make install` runs the real pip."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Package = dict[str, str]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A fresh copy of the module for a checkout in tmp_path, without the caller's choices."""
+    """A fresh copy of the module for a checkout in tmp_path, without the caller's environment variables."""
     for name in ("TORCH_INDEX_URL", "FORCE", "SYSTEM_SITE_PACKAGES"):
         monkeypatch.delenv(name, raising=False)
     spec = importlib.util.spec_from_file_location("install_script", SCRIPT)
@@ -32,7 +32,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 class Pip:
-    """Stands in for every subprocess: makes the environment's Python, answers the dry run with `packages`."""
+    """Replaces every subprocess: creates the environment's Python, answers the dry run with `packages`."""
 
     def __init__(self, packages: list[Package], fails: bool = False) -> None:
         self.packages = packages
@@ -72,7 +72,7 @@ def use(install: ModuleType, monkeypatch: pytest.MonkeyPatch, pip: Pip, driver: 
 
 
 def package(folder: Path, name: str, version: str, size: int = 1) -> Package:
-    """A sparse file of `size` bytes stands for the wheel."""
+    """A package whose wheel is a sparse file of `size` bytes."""
     path = folder / f"{name}-{version}.whl"
     with path.open("wb") as file:
         file.truncate(size)
@@ -103,7 +103,7 @@ def test_second_call_does_nothing(install: ModuleType, monkeypatch: pytest.Monke
     assert len(pip.installs) == 2
 
 
-def test_half_made_environment_is_made_anew(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_environment_is_rebuilt(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     use(install, monkeypatch, Pip(CPU, fails=True))
     with pytest.raises(KeyboardInterrupt):
         install.main()
@@ -116,7 +116,7 @@ def test_half_made_environment_is_made_anew(install: ModuleType, monkeypatch: py
     assert sum("-m venv" in c for c in pip.commands) == 1
 
 
-def test_an_interrupted_update_is_made_anew_too(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_update_is_rebuilt(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     use(install, monkeypatch, Pip(CPU))
     assert install.main() == 0
     (install.ROOT / "constraints.txt").write_text("numpy==2\n")
@@ -128,7 +128,9 @@ def test_an_interrupted_update_is_made_anew_too(install: ModuleType, monkeypatch
     assert sum("-m venv" in c for c in pip.commands) == 1
 
 
-def test_a_moved_checkout_gets_its_own(install: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_moved_checkout_gets_a_new_environment(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     use(install, monkeypatch, Pip(CPU))
     assert install.main() == 0
     stamp = install.ROOT / ".venv" / install.STAMP
@@ -139,7 +141,7 @@ def test_a_moved_checkout_gets_its_own(install: ModuleType, monkeypatch: pytest.
 
 
 def test_a_replaced_python_is_noticed(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system's 3.11 became 3.12 under .venv: it starts, and finds none of its packages."""
+    """The system's 3.11 became 3.12 under .venv: it starts, but finds none of its packages."""
     use(install, monkeypatch, Pip(CPU))
     assert install.main() == 0
     pip = use(install, monkeypatch, Pip(CPU))
@@ -174,7 +176,7 @@ def test_another_calling_python_gets_a_note(
     assert len(pip.installs) == 1
 
 
-def test_a_killed_removal_is_taken_up_again(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_removal_is_resumed(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     use(install, monkeypatch, Pip(CPU, fails=True))
     with pytest.raises(KeyboardInterrupt):
         install.main()
@@ -193,7 +195,7 @@ def test_a_killed_removal_is_taken_up_again(install: ModuleType, monkeypatch: py
     assert len(pip.installs) == 1
 
 
-def test_foreign_broken_environment_is_left_alone(
+def test_a_broken_environment_of_others_is_left_alone(
     install: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine = install.ROOT / ".venv" / "mine.txt"
@@ -219,7 +221,7 @@ def test_cuda_without_driver_stops_before_the_download(
         assert part in message
 
 
-def test_reuse_is_offered_only_where_it_works(
+def test_reuse_is_offered_only_if_it_works(
     install: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     cuda_packages: list[Package],
@@ -271,7 +273,7 @@ def test_reuse_of_an_unsuitable_torch_is_refused(
     assert any("-m venv --system-site-packages" in c for c in pip.commands)
 
 
-def test_sizes_are_asked_until_one_is_unknown(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_queried_until_one_is_unknown(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def size_of(url: str) -> int | None:
@@ -309,7 +311,7 @@ def test_unknown_size_is_called_an_estimate(
     assert "estimated" in capsys.readouterr().err
 
 
-def test_force_and_a_fitting_driver_go_on(
+def test_force_or_a_matching_driver_continues(
     install: ModuleType, monkeypatch: pytest.MonkeyPatch, cuda_packages: list[Package]
 ) -> None:
     pip = use(install, monkeypatch, Pip(cuda_packages), driver=13)
@@ -322,7 +324,7 @@ def test_force_and_a_fitting_driver_go_on(
     assert len(pip.installs) == 1
 
 
-def test_index_url_decides_on_the_build(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_url_selects_the_build(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_INDEX_URL", "https://example.invalid/whl/cpu")
     pip = use(install, monkeypatch, Pip(CPU))
     assert install.main() == 0
@@ -344,14 +346,14 @@ def test_index_url_decides_on_the_build(install: ModuleType, monkeypatch: pytest
         ("torch", "2.11.0", None),
         ("nvidia-cuda-runtime-cu12", "12.8.90", 12),
         ("cuda-toolkit", "13.0.3.0", 13),
-        ("nvidia-nccl-cu13", "2.29", 0),  # CUDA, but which is unknown
+        ("nvidia-nccl-cu13", "2.29", 0),  # CUDA of unknown version
     ],
 )
 def test_cuda_of(install: ModuleType, name: str, version: str, cuda: int | None) -> None:
     assert install.cuda_of([{"name": name, "version": version, "url": ""}]) == cuda
 
 
-def test_old_python_is_told_what_to_do(
+def test_old_python_gets_instructions(
     install: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(install, "MIN_PYTHON", (99, 0))
@@ -359,7 +361,7 @@ def test_old_python_is_told_what_to_do(
     assert "PYTHON=" in capsys.readouterr().err
 
 
-def test_missing_venv_is_told_what_to_do(
+def test_missing_venv_gets_instructions(
     install: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: None)

@@ -24,7 +24,7 @@ SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory) -> Path:
-    """A tokenizer of single bytes whose end-of-document token has an unusual name."""
+    """A byte-level tokenizer whose end-of-document token has an unusual name."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["[ENDE]", *alphabet])}
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
@@ -60,7 +60,7 @@ def test_prepare_with_two_workers(tmp_path, tokenizer_file):
     assert "skipped: 1 unreadable documents, 0 empty ones" in done.stdout and "x.jsonl, line 51" in done.stdout
     assert train.document(0)["genre"] == "prose" and train.document(0)["id"].startswith("k")
     assert train.document(0)["source"] == "x.jsonl"
-    # The copy of the tokenizer knows by itself what --eos_token said.
+    # The tokenizer's copy stores the token given by --eos_token.
     assert open_tokenizer(tmp_path / "new" / "out" / "tokenizer").eos_id == train.eos_id == 0
 
 
@@ -74,7 +74,7 @@ def test_prepare_with_two_workers(tmp_path, tokenizer_file):
         (["--input", "good.txt", "--output", "there"], "there exists already"),
     ],
 )
-def test_mistakes_give_one_line_and_exit_2(tmp_path, tokenizer_file, arguments, message):
+def test_errors_give_one_line_and_exit_2(tmp_path, tokenizer_file, arguments, message):
     (tmp_path / "bad.txt").write_bytes(b"one\n\xff\n")
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "x.csv").write_text("a,b")
@@ -87,18 +87,18 @@ def test_mistakes_give_one_line_and_exit_2(tmp_path, tokenizer_file, arguments, 
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_a_tokenizer_without_an_end_is_refused_with_the_remedy(tmp_path, tokenizer_file):
+def test_a_tokenizer_without_eos_is_refused_with_the_remedy(tmp_path, tokenizer_file):
     (tmp_path / "good.txt").write_text("good")
     done = call("--input", "good.txt", "--tokenizer", tokenizer_file, "--output", "out", cwd=tmp_path)
     assert done.returncode == 2 and "--eos_token" in done.stderr and not (tmp_path / "out").exists()
 
 
 def writing_end(fifo, process):
-    """A descriptor that holds a FIFO open without writing, from when the process has begun to read it."""
+    """A descriptor that keeps a FIFO open without writing, as soon as the process has opened it for reading."""
     while True:
         try:
             return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError as error:  # ENXIO: nobody reads
+        except OSError as error:  # ENXIO: no reader yet
             assert error.errno == errno.ENXIO and process.poll() is None
             time.sleep(0.02)
 
@@ -118,15 +118,15 @@ def wait_until_blocked(process):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_nothing(tmp_path, tokenizer_file, number, code):
-    os.mkfifo(tmp_path / "endless.txt")  # reading waits here
+def test_a_signal_leaves_no_files(tmp_path, tokenizer_file, number, code):
+    os.mkfifo(tmp_path / "endless.txt")  # reading blocks here
     command = [sys.executable, str(SCRIPT), "--input", "endless.txt", "--tokenizer", str(tokenizer_file)]
     with subprocess.Popen(
         [*command, "--output", "out", "--eos_token", "[ENDE]"],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in background jobs SIGINT is ignored
     ) as process:
         held = writing_end(tmp_path / "endless.txt", process)
         wait_until_blocked(process)
@@ -137,7 +137,7 @@ def test_a_signal_leaves_nothing(tmp_path, tokenizer_file, number, code):
     assert [p.name for p in tmp_path.iterdir()] == ["endless.txt"]
 
 
-def test_a_full_disk_is_named_and_the_preparation_goes_on(tmp_path, tokenizer_file):
+def test_a_full_disk_is_named_and_the_preparation_resumes(tmp_path, tokenizer_file):
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(small)]
@@ -161,8 +161,8 @@ def test_a_full_disk_is_named_and_the_preparation_goes_on(tmp_path, tokenizer_fi
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
-def test_stages_by_hand(tmp_path, tokenizer_file):
-    """A scheduler of one's own calls each stage; the flags are the same in all calls."""
+def test_stages_called_separately(tmp_path, tokenizer_file):
+    """Another scheduler calls each stage separately, with the same flags in all calls."""
     for number in range(3):
         lines = [json.dumps({"text": f"Absatz {i % 7} der Datei\nZeile {number} {i}"}) for i in range(20)]
         (tmp_path / f"{number}.jsonl").write_text("\n".join(lines) + "\n")

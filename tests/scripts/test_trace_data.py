@@ -1,4 +1,4 @@
-"""scripts/trace_data.py as a user calls it: answers, JSON, and mistakes said without a traceback."""
+"""scripts/trace_data.py as a user calls it: answers, JSON, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ def test_verify_export_and_exposures(run: Path, tmp_path: Path) -> None:
         (("export", "x.xlsx"), "one of .duckdb, .parquet, .csv"),
     ],
 )
-def test_mistakes_are_said(run: Path, arguments: tuple[object, ...], message: str) -> None:
+def test_errors_are_reported(run: Path, arguments: tuple[object, ...], message: str) -> None:
     done = ask(str(arguments[0]), run, *arguments[1:])
     assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    """In a process of its own, as a user calls it."""
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
+    """In a separate process, as a user calls it."""
     command = [sys.executable, str(ROOT / "scripts" / "trace_data.py"), "step", str(tmp_path), "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "is no run folder" in done.stderr

@@ -1,4 +1,4 @@
-"""scripts/train_tokenizer.py as a user calls it, and what it refuses."""
+"""scripts/train_tokenizer.py as a user calls it, and its refusals."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_mistakes_are_named_and_leave_nothing(tmp_path, corpus, kind):
 
 
 @pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece"])
-def test_a_text_that_gives_fewer_ids_than_asked(tmp_path, corpus, kind):
+def test_a_text_that_yields_fewer_ids_than_requested(tmp_path, corpus, kind):
     reached = train([corpus], 90000, kind, tmp_path / "most").vocab_size
     assert 340 < reached < 90000
     exact = train([corpus], reached, kind, tmp_path / "exact")
@@ -109,7 +109,7 @@ def test_overwrite_replaces_a_tokenizer(tmp_path, corpus):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "tok"]
 
 
-def test_the_script_reports_mistakes_without_a_traceback(tmp_path, corpus):
+def test_the_script_reports_errors_without_a_traceback(tmp_path, corpus):
     for arguments in (["--input", "missing", "--vocab_size", 340], ["--input", corpus, "--vocab_size", 100]):
         done = call(*arguments, "--output", "out", cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr

@@ -66,8 +66,8 @@ def points(whole: Whole, writes: int, seed: int) -> list[Point]:
     """Each rename, sync, deletion and new folder after the first step, by rank 0 and one other rank, and `writes` of
     the writes to each file, half of them halfway through.
 
-    Each call that publishes or deletes a checkpoint, and with two ranks each rename and sync, is a kill of the rank,
-    and one of everyone; the rest are the one or the other.
+    Each call that publishes or deletes a checkpoint, and with two ranks each rename and sync, is tried with a kill of
+    the rank and with one of all ranks; each other call with one of the two.
     """
     rng, world_size = random.Random(seed), len(whole.answer.calls)
     found = []

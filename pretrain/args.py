@@ -104,8 +104,9 @@ class DataArgs:
     """Several packed datasets instead of `train`, as a list of {path, weight}."""
     phases: list[PhaseArgs] = field(default_factory=list)
     """Changes of the mixture's weights during the run, as a list of {from_step, weights}, for example to anneal."""
-    val: Path | None = None
-    """Folder of a packed dataset for validation. Default: no validation."""
+    val: dict[str, Path] | Path | None = None
+    """Folder of a packed dataset for validation; or several by name, {NAME: FOLDER, ...}, each with columns of its own
+    in metrics.csv (val_loss/NAME). Default: no validation."""
     packing: Literal["concat", "best_fit", "pad"] = "concat"
     """How documents fill rows. `concat`: cut the stream of documents into windows. `best_fit`: cut only documents
     longer than a row, and place each piece where it fits most tightly. `pad`: a row for each document."""
@@ -143,6 +144,7 @@ class DataArgs:
             )
         if not 0.1 <= self.cache_gb < float("inf"):
             raise ValueError(f"--data.cache_gb {self.cache_gb} must be at least 0.1 (several chunks of 16 MB)")
+        self._check_val()
         if self.phases and not self.mixture:
             raise ValueError("--data.phases changes the weights of --data.mixture, which is not given")
         steps = [0, *(phase.from_step for phase in self.phases)]
@@ -154,6 +156,25 @@ class DataArgs:
                     f"--data.phases: the phase from step {phase.from_step} has {len(phase.weights)} weights, "
                     f"--data.mixture has {len(self.mixture)} datasets"
                 )
+
+    def _check_val(self) -> None:
+        if isinstance(self.val, Path) and str(self.val).lstrip()[:1] in ("{", "["):
+            raise ValueError(f"--data.val {self.val} is neither a folder nor {{NAME: FOLDER, ...}}")
+        if self.val == {}:
+            raise ValueError("--data.val {} names no dataset: leave it out, or give a folder or {NAME: FOLDER, ...}")
+        for name in self.val if isinstance(self.val, dict) else ():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", str(name)):
+                raise ValueError(
+                    f"--data.val: the name {name!r} becomes a column of metrics.csv: use letters (a to z), digits and "
+                    "any of . _ -"
+                )
+
+    @property
+    def val_sets(self) -> dict[str, Path]:
+        """The validation sets by name; a single unnamed one has the name ""."""
+        if self.val is None:
+            return {}
+        return {"": self.val} if isinstance(self.val, Path) else {str(name): path for name, path in self.val.items()}
 
 
 @dataclass(frozen=True)
@@ -386,7 +407,7 @@ class EvalArgs:
     every_steps: int = 1000
     """Steps between validations."""
     max_samples: int | None = None
-    """Rows per validation. Default: all of data.val."""
+    """Rows per validation, of each set. Default: all of data.val."""
     micro_batch_samples: int | None = None
     """Rows per forward pass on one device. Default: train.micro_batch_samples."""
 
@@ -604,12 +625,15 @@ def plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
     return value
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"max_steps": 3}} -> {"train.max_steps": 3}."""
+    """{"train": {"max_steps": 3}} -> {"train.max_steps": 3}. The names of validation sets are no settings."""
     out: dict[str, Any] = {}
     for key, value in nested.items():
-        out.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        name = f"{prefix}{key}"
+        out.update(flat(value, f"{name}.") if isinstance(value, dict) and name != "data.val" else {name: value})
     return out

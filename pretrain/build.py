@@ -134,7 +134,7 @@ def build(
         load_optimizer(optimizer, optimizer_of(args))
     loss_scale = LossScale.create(device) if args.precision == "fp16" else None
     loader = training_loader(args, fabric, data, progress.segments)
-    val_loader = validation_loader(args, fabric, data)
+    val_loaders = {name: validation_loader(args, fabric, data, rows) for name, rows in data.val.items()}
     saver = Saver(folder, args.save, device, timeout=timedelta(seconds=args.timeout_s))
     teachers = open_teachers(args.distillation, args.precision, device)
     watchdog = peers.watchdog = open_watchdog(fabric, folder, args.guard.hang_timeout_s)
@@ -163,7 +163,7 @@ def build(
         teachers=teachers,
         taught_by=taught_by,
         loader=loader,
-        val_loader=val_loader,
+        val_loaders=val_loaders,
         saver=saver,
         recorder=recorder,
         compactor=compactor,

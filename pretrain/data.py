@@ -32,10 +32,10 @@ LOAD_BALANCE_LOSS = 0.001  # the default weight, that of Llama 4 in transformers
 
 @dataclass(frozen=True)
 class Data:
-    """The data in the order of training. `rows`: of each dataset of the mixture."""
+    """The data in the order of training. `rows`: of each dataset of the mixture; `val`: of each validation set."""
 
     rows: list[Rows]
-    val: Rows | None
+    val: dict[str, Rows]
     mixture: Mixture
     block_size: int
     max_steps: int
@@ -55,10 +55,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Datasets:
-    """The packed datasets, checked against the model and each other."""
+    """The packed datasets, checked against the model and each other. `val`: by name, as `DataArgs.val_sets`."""
 
     train: list[PackedDataset]
-    val: PackedDataset | None
+    val: dict[str, PackedDataset]
     block_size: int
     notes: list[str] = dataclasses.field(default_factory=list)
     """Checks that could not be made."""
@@ -92,9 +92,8 @@ def open_datasets(args: RunArgs, kind: str | None, checkpoint: Path | None = Non
     else:
         train = [PackedDataset(entry.path) for entry in args.data.mixture]
     named = [("--data.train" if args.data.train is not None else "--data.mixture", dataset) for dataset in train]
-    val = PackedDataset(args.data.val) if args.data.val is not None else None
-    if val is not None:
-        named.append(("--data.val", val))
+    val = {name: PackedDataset(path) for name, path in args.data.val_sets.items()}
+    named += [(f"--data.val {name}".rstrip(), dataset) for name, dataset in val.items()]
     config = model_config(args, train[0].vocab_size, checkpoint)
     router_losses(args.train, config)  # raises if they do not fit
     block_size = args.train.block_size or config.block_size
@@ -111,7 +110,7 @@ def open_datasets(args: RunArgs, kind: str | None, checkpoint: Path | None = Non
                 f"{flag} {dataset.path} was made with another tokenizer than {named[0][0]} {train[0].path}: prepare "
                 f"both with the same, or override with {OVERRIDE}"
             )
-        if flag != "--data.val" and dataset.n_tokens < block_size:
+        if not flag.startswith("--data.val") and dataset.n_tokens < block_size:
             raise ValueError(
                 f"{flag} {dataset.path} has {dataset.n_tokens} tokens, less than one row of {block_size}: use more "
                 "text or a smaller --train.block_size"
@@ -213,11 +212,10 @@ def open_data(args: RunArgs, fabric: Fabric, datasets: Datasets, segments: list[
         return open_rows(dataset, args.data.packing, datasets.block_size, args.data.plan_dir)
 
     def make_plans() -> None:
-        for dataset in [*datasets.train, *([datasets.val] if datasets.val is not None else [])]:
+        for dataset in [*datasets.train, *datasets.val.values()]:
             rows_of(dataset)
 
-    val = [datasets.val] if datasets.val is not None else []
-    if (line := unlike_special_tokens([*datasets.train, *val])) is not None:
+    if (line := unlike_special_tokens([*datasets.train, *datasets.val.values()])) is not None:
         fabric.print(f"warning: {line}")
     on_rank_zero(fabric, make_plans)
     rows = [rows_of(dataset) for dataset in datasets.train]
@@ -227,11 +225,11 @@ def open_data(args: RunArgs, fabric: Fabric, datasets: Datasets, segments: list[
             f"warning: the data has {n_rows} rows of {datasets.block_size} tokens, fewer than the "
             f"{args.train.global_batch_samples} of a step (--train.global_batch_samples): rows repeat within a step"
         )
-    val_rows = rows_of(datasets.val) if datasets.val is not None else None
+    val_rows = {name: rows_of(dataset) for name, dataset in datasets.val.items()}
     return in_order(args, rows, val_rows, datasets.block_size, segments)
 
 
-def in_order(args: RunArgs, rows: list[Rows], val: Rows | None, block_size: int, segments: list[Segment]) -> Data:
+def in_order(args: RunArgs, rows: list[Rows], val: dict[str, Rows], block_size: int, segments: list[Segment]) -> Data:
     """The rows of each dataset with the order of training and the length of the run."""
     max_steps, end_sample = length_of(args, block_size, rows[0].n_windows, segments)
     block, group = args.data.shuffle_block_rows, args.data.shuffle_group_blocks
@@ -256,14 +254,12 @@ def training_loader(args: RunArgs, fabric: Fabric, data: Data, segments: list[Se
     )
 
 
-def validation_loader(args: RunArgs, fabric: Fabric, data: Data) -> Loader | None:
-    """The loader of the validation split in its order, dealt out to the ranks; the last rows may be empty."""
-    if data.val is None:
-        return None
+def validation_loader(args: RunArgs, fabric: Fabric, data: Data, rows: Rows) -> Loader:
+    """The loader of a validation set in its order, dealt out to the ranks; the last rows may be empty."""
     micro_batch = args.eval.micro_batch_samples or args.train.micro_batch_samples
-    n_windows = data.val.n_windows
+    n_windows = rows.n_windows
     return Loader(
-        [data.val],
+        [rows],
         Mixture.single(Order(n_windows, shuffle=False)),
         RankLayout(data.block_size, micro_batch, fabric.global_rank, fabric.world_size, args.data.document_mask),
         [Segment(0, 0, micro_batch * fabric.world_size)],

@@ -22,7 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_data.loading.batches import MicroBatch, StepData
+from lit_data.loading.loader import Loader
 from lit_data.loading.order import first_sample_of_step
+from lit_data.loading.rows import Rows
 from lit_eval.model.text_encoding import encoding_facts
 from lit_files.checkpoint_name import checkpoint_name, checkpoint_step, list_checkpoints
 from lit_model.loss import LossOutput
@@ -37,7 +39,7 @@ from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
 from pretrain.logs.layer_norms import FILE as LAYERS
 from pretrain.logs.layer_norms import LayerNorms
 from pretrain.logs.metrics import FILE as METRICS
-from pretrain.logs.metrics import ROUTER_COLUMNS, MetricsFile, router_values
+from pretrain.logs.metrics import ROUTER_COLUMNS, MetricsFile, router_values, validation_values
 from pretrain.logs.progress import ProgressDisplay
 from pretrain.logs.throughput import Throughput
 from pretrain.optim import clip_gradients
@@ -360,24 +362,35 @@ def with_validation(
 
 @torch.no_grad()
 def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dict[str, float] | None:
-    """Mean loss over all targets of the validation split (sum / count over all ranks), and bits per byte of its text.
-    None if the ranks have agreed to stop.
-
-    Bits per byte is the mean loss in bits times tokens per byte of the split: a document's first token, which is never
-    a target, is counted at the mean loss.
-    """
-    if run.val_loader is None or run.data.val is None:
+    """The validation columns: of all sets together, and of each named one. None if the ranks have agreed to stop."""
+    if not run.val_loaders:
         return {}
     paused = throughput.pause()
     run.model.eval()
-    assert run.val_loader.end_sample is not None
-    n_steps = math.ceil(run.val_loader.end_sample / run.val_loader.segments[0].global_batch)
-    total = torch.zeros(2, dtype=torch.float64, device=run.device)  # summed loss, targets
-    for i, data in enumerate(run.val_loader.steps(0, n_steps)):
+    sums = torch.zeros(len(run.val_loaders), 2, dtype=torch.float64, device=run.device)  # summed loss, targets
+    for total, (name, loader) in zip(sums, run.val_loaders.items(), strict=True):
+        add_losses(run, loader, total, progress, f"validating {name}".rstrip())
+        if run.stop.reason is not None:
+            break
+    if run.world_size > 1:
+        dist.all_reduce(sums)
+    throughput.resume(paused)
+    if run.stop.reason is not None:
+        progress.say(f"step {run.step}: {run.stop.reason}; the resume will repeat the validation")
+        return None
+    datasets = {name: rows.dataset for name, rows in run.data.val.items()}
+    return validation_values(datasets, dict(zip(datasets, sums.tolist(), strict=True)))
+
+
+def add_losses(run: Run, loader: Loader, total: Tensor, progress: ProgressDisplay, phase: str) -> None:
+    """Add this rank's summed loss and its targets in a validation set to `total`, float64 [2]. Ends early at a stop."""
+    assert loader.end_sample is not None
+    n_steps = math.ceil(loader.end_sample / loader.segments[0].global_batch)
+    for i, data in enumerate(loader.steps(0, n_steps)):
         run.beat("validation")
         if stop_validation(run):
             break
-        progress.phase("validating", i, n_steps)
+        progress.phase(phase, i, n_steps)
         for batch in data.micro_batches:
             tokens, targets, cu_seqlens = to_device(batch, run.device)
             with run.placement.autocast():
@@ -386,21 +399,6 @@ def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dic
                 )
             total[0] += out.token_losses.double().sum()
             total[1] += batch.n_targets
-    if run.world_size > 1:
-        dist.all_reduce(total)
-    loss_sum, n_targets = total.tolist()
-    throughput.resume(paused)
-    if run.stop.reason is not None:
-        progress.say(f"step {run.step}: {run.stop.reason}; the resume will repeat the validation")
-        return None
-    if n_targets == 0:
-        return {}
-    loss = loss_sum / n_targets
-    row = {"val_loss": loss}
-    val = run.data.val.dataset
-    if val.manifest.bytes:
-        row["val_bits_per_byte"] = loss / math.log(2) * val.n_tokens / val.manifest.bytes
-    return row
 
 
 def stop_validation(run: Run) -> bool:
@@ -499,7 +497,7 @@ def checkpoint_meta(run: Run) -> dict[str, object]:
         "data": {
             "train": [dataset.fingerprint for dataset in datasets],
             "phases": [phase.to_dict() for phase in run.data.mixture.phases],
-            "val": run.data.val.dataset.fingerprint if run.data.val is not None else None,
+            "val": val_fingerprints(run.data.val),
             "tokenizer": datasets[0].manifest.tokenizer,
             "n_tokens": sum(dataset.n_tokens for dataset in datasets),
             "n_documents": sum(dataset.n_documents for dataset in datasets),
@@ -513,6 +511,12 @@ def checkpoint_meta(run: Run) -> dict[str, object]:
         "torch": torch.__version__,
         "environment": run.watchdog.log.attempt,
     }
+
+
+def val_fingerprints(val: dict[str, Rows]) -> str | dict[str, str] | None:
+    """The fingerprint of a single unnamed validation set, or of each by its name; None without one."""
+    found = {name: rows.dataset.fingerprint for name, rows in val.items()}
+    return found.get("", found or None)
 
 
 def last_checkpoint_name(run: Run, steps: int) -> str:

@@ -82,6 +82,7 @@ class Run(Progress):
         settings: `args` as nested dictionaries, as config.yaml and each checkpoint hold them.
         model: `raw_model` as Fabric wraps it.
         taught_by: name, sha256 and weight of each teacher.
+        val_loaders: of each validation set by its name; that of a single unnamed one is "".
         trackers, compactor, lock: of rank 0.
         sound: the state is that after `step` steps; False between the optimizer update and the increment of `step`.
     """
@@ -100,7 +101,7 @@ class Run(Progress):
     teachers: Teachers | CachedTeacher | None
     taught_by: list[dict[str, Any]]
     loader: Loader
-    val_loader: Loader | None
+    val_loaders: dict[str, Loader]
     saver: Saver
     recorder: DatapointRecorder | None
     compactor: Compactor | None

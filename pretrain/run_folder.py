@@ -24,7 +24,7 @@ from pretrain.data import Data
 from pretrain.fabric import Fabric
 from pretrain.failure.peers import on_rank_zero
 from pretrain.logs.messages import warn
-from pretrain.logs.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS, newest_step
+from pretrain.logs.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS, VALIDATION_COLUMNS, newest_step
 from pretrain.logs.metrics import FILE as METRICS
 from pretrain.logs.trackers import Trackers, abandon, check_trackers
 from pretrain.run import Progress
@@ -88,11 +88,13 @@ def open_folder(
 
 
 def metrics_columns(args: RunArgs, config: ModelConfig, n_datasets: int) -> list[str]:
-    """The columns of metrics.csv. A mixture has an epoch for each dataset, by its number."""
+    """The columns of metrics.csv. A mixture has an epoch for each dataset, by its number; named validation sets have
+    columns of their own."""
     epochs = () if n_datasets == 1 else [f"epoch_{d}" for d in range(n_datasets)]
     routers = ROUTER_COLUMNS if config.n_expert else ()
     distillation = DISTILLATION_COLUMNS if args.objective == "distillation" else ()
-    return [*COLUMNS, *epochs, *routers, *distillation]
+    validation = [f"{measure}/{name}" for name in args.data.val_sets if name for measure in VALIDATION_COLUMNS]
+    return [*COLUMNS, *epochs, *routers, *distillation, *validation]
 
 
 def begin_recording(

@@ -19,9 +19,10 @@ def main() -> int:
     parser.add_argument("--run", type=Path, required=True, help="run folder")
     parser.add_argument("--hf", type=Path, required=True, help="its newest checkpoint as convert_to_hf.sh wrote it")
     args = parser.parse_args()
-    agreement = compare_with_transformers(args.run, args.hf)
-    print(agreement)
-    return 0 if agreement.largest_difference <= TOLERANCE else 1
+    agreements = compare_with_transformers(args.run, args.hf)
+    for name, agreement in agreements.items():
+        print(f"{name}: {agreement}" if name else agreement)
+    return 0 if all(agreement.largest_difference <= TOLERANCE for agreement in agreements.values()) else 1
 
 
 if __name__ == "__main__":

@@ -89,6 +89,8 @@ def placeholder(kind: Any) -> str:
         return "|".join(map(str, get_args(kind)))
     if origin in (list, tuple):
         return f"[{placeholder(get_args(kind)[0])}, ...]"
+    if origin is dict:
+        return f"{{NAME: {placeholder(get_args(kind)[1])}, ...}}"
     if is_section(kind):
         return "{" + ", ".join(field.name for field in dataclasses.fields(kind)) + "}"
     return {bool: "true|false", int: "N", float: "X", str: "TEXT", Path: "PATH"}.get(kind, "JSON")

@@ -52,8 +52,8 @@ class Agreement:
         return "\n".join(lines)
 
 
-def compare_with_transformers(run: Path, folder: Path) -> Agreement:
-    """Compare a run's newest checkpoint with its converted folder on the run's validation split.
+def compare_with_transformers(run: Path, folder: Path) -> dict[str, Agreement]:
+    """Compare a run's newest checkpoint with its converted folder on each validation set, by its name ("": unnamed).
 
     Raises ValueError or FileNotFoundError if they don't belong together, naming the difference.
     """
@@ -63,7 +63,9 @@ def compare_with_transformers(run: Path, folder: Path) -> Agreement:
     if data["val"] is None:
         raise ValueError(f"{run} has no validation split (data.val)")
     checkpoint = Checkpoint(resolve(run))
-    dataset = PackedDataset(find_recorded(run, data["val"], MANIFEST))
+    paths = data["val"] if isinstance(data["val"], dict) else {"": data["val"]}
+    sets = {name: PackedDataset(find_recorded(run, path, MANIFEST)) for name, path in paths.items()}
+    dataset = next(iter(sets.values()))  # the sets of a run have one tokenizer
     block_size = checkpoint.meta["config"]["train"]["block_size"] or checkpoint.model_config.block_size
     known, data_known = of_model(folder), of_data(dataset)
     verdict = compare(known, data_known)
@@ -74,16 +76,24 @@ def compare_with_transformers(run: Path, folder: Path) -> Agreement:
         )
     if known.opened is not None:
         check_folder(run, folder, known.opened, dataset)
+    return {name: compare_set(run, folder, name, one, block_size, verdict == "same") for name, one in sets.items()}
+
+
+def compare_set(
+    run: Path, folder: Path, name: str, dataset: PackedDataset, block_size: int, same_tokenizer: bool
+) -> Agreement:
+    """Compare the losses on one validation set."""
+    column = f"val_loss/{name}".rstrip("/")
     ours = our_span_losses(run, dataset, block_size)
     theirs = transformers_span_losses(folder, dataset, ours)
     with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
-        validations = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
+        validations = [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
     return Agreement(
         len(ours.loss),
         int(ours.targets.sum()),
         ours.mean,
         theirs.mean,
         largest_difference(ours, theirs),
-        verdict == "same",
+        same_tokenizer,
         validations[-1] if validations else None,
     )

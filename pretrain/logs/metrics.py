@@ -16,6 +16,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from lit_data.packed.reader import PackedDataset
 from lit_files.publish import replace_file
 from lit_model.moe import RouterStatistics, load_balance_loss
 from pretrain.logs.messages import say, warn
@@ -54,6 +55,9 @@ DISTILLATION_COLUMNS = (
     "divergence",  # from the teachers, nats per target (mse: squared logits); empty where alpha is 1
     "total_loss",  # minimised loss per target, without z-loss and router losses
 )
+
+# Only for named validation sets, as COLUMN/NAME; val_loss and val_bits_per_byte are then those of all sets together.
+VALIDATION_COLUMNS = ("val_loss", "val_perplexity", "val_bits_per_byte")
 
 KEPT_ROWS = 10_000  # limit on rows buffered while the disk is full
 
@@ -99,7 +103,7 @@ def header_line(columns: Sequence[str]) -> bytes:
 
 def columns_of(header: bytes) -> list[str] | None:
     """The column names, if a line is a header."""
-    if re.fullmatch(rb"step(,[A-Za-z]\w*)+\s*", header) is None:
+    if re.fullmatch(rb"step(,[A-Za-z][\w./-]*)+\s*", header) is None:
         return None
     names = header.decode().rstrip().split(",")
     return names if len(set(names)) == len(names) else None
@@ -261,6 +265,38 @@ def add_columns(path: Path, more: Sequence[str]) -> None:
 
 def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else repr(float(value))
+
+
+def validation_values(datasets: dict[str, PackedDataset], sums: dict[str, tuple[float, int]]) -> dict[str, float]:
+    """The validation columns. `datasets` and `sums` (summed loss, targets) by the set's name; "" for an unnamed one.
+
+    The loss is the mean over all targets, of a set or of all sets. Bits per byte is the mean loss in bits times tokens
+    per byte of the text, so a document's first token, which is never a target, is counted at the mean loss; of several
+    sets it is the mean over their bytes.
+    """
+    loss_sum, n_targets = (sum(values) for values in zip(*sums.values(), strict=True))
+    if n_targets == 0:
+        return {}
+    row: dict[str, float] = {"val_loss": loss_sum / n_targets}
+    bits, n_bytes = [], []
+    for name, (loss_of_set, targets) in sums.items():
+        if targets:
+            loss, manifest = loss_of_set / targets, datasets[name].manifest
+            values = {"val_loss": loss, "val_perplexity": perplexity(loss)}
+            if manifest.bytes:
+                values["val_bits_per_byte"] = loss / math.log(2) * manifest.tokens / manifest.bytes
+                bits.append(values["val_bits_per_byte"])
+                n_bytes.append(manifest.bytes)
+            row |= {f"{column}/{name}": value for column, value in values.items() if name}
+    if len(sums) == 1 and bits:
+        row["val_bits_per_byte"] = bits[0]
+    elif len(bits) == len(sums):
+        row["val_bits_per_byte"] = sum(b * n for b, n in zip(bits, n_bytes, strict=True)) / sum(n_bytes)
+    return row
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def router_values(router: RouterStatistics) -> Tensor:

@@ -7,7 +7,6 @@ After a minute without one, a line reports the progress by the host's clock alon
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from rich.table import Column
 from rich.text import Text
 
 from pretrain.logs.messages import say
+from pretrain.logs.metrics import perplexity
 
 LINE_S = 10.0  # minimum time between two log-step lines
 QUIET_S = 60.0  # maximum time without a line
@@ -113,11 +113,12 @@ class ProgressDisplay:
 
 def describe_losses(row: dict[str, float]) -> list[str]:
     parts = [f"loss {row['train_loss']:.4f}"] if "train_loss" in row else []
-    if "val_loss" in row:
-        loss = row["val_loss"]
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        bits = f", {row['val_bits_per_byte']:.4f} bits per byte" if "val_bits_per_byte" in row else ""
-        parts.append(f"validation loss {loss:.4f} (perplexity {perplexity:,.2f}{bits})")
+    for column, loss in row.items():
+        measure, _, name = column.partition("/")
+        if measure == "val_loss":
+            bits = row.get(column.replace(measure, "val_bits_per_byte", 1))
+            shown = f"perplexity {perplexity(loss):,.2f}" + (f", {bits:.4f} bits per byte" if bits is not None else "")
+            parts.append(f"{name or 'validation loss'} {loss:.4f} ({shown})")
     return parts
 
 

@@ -157,7 +157,7 @@ def config_without_data(args: RunArgs) -> ModelConfig | None:
 
 def check_sample(datasets: Datasets, ranks: Ranks) -> tuple[int, int]:
     """Compare files of this rank's share of the shards with the manifest. Returns (files, bytes) read."""
-    opened: list[PackedDataset] = [*datasets.train, *([datasets.val] if datasets.val is not None else [])]
+    opened: list[PackedDataset] = [*datasets.train, *datasets.val.values()]
     files = [
         (dataset.path / f"{shard.name}.{kind}", shard.sizes[kind], sha256)
         for dataset in opened

@@ -2,7 +2,7 @@
 
 nan     {rank, steps: [a, b)}               the loss of this rank is not a number in these steps
 spike   {samples: [a, b), factor}           the parameters are multiplied after a step with one of the samples
-signal  {rank, name, when, number}          the process signals itself at the number-th step | validation | saving
+signal  {rank, name, when, number}          the process signals itself at the number-th step | validation | set | saving
 hang    {rank, step}                        the rank sleeps for ever before this step
 raise   {rank, step}                        the rank raises before this step
 error   {ranks, where, type, file}          the ranks raise an error of this type, once: in set-up | resume | save |
@@ -114,7 +114,7 @@ def _signal(fault: dict[str, Any]) -> None:
     if fault["when"] == "saving":
         before("write", commit.CheckpointWriter)
     else:
-        before({"step": "train_step", "validation": "validate"}[fault["when"]], loop)
+        before({"step": "train_step", "validation": "validate", "set": "add_losses"}[fault["when"]], loop)
 
 
 def _at_step(step: int, work: Callable[[], None]) -> Callable[[Any, Any], None]:

@@ -93,7 +93,7 @@ def test_the_command_of_a_config_is_read(
         return
     teacherless = dataclasses.replace(args, objective="cross_entropy", distillation=type(args.distillation)())
     datasets, config = open_datasets(teacherless, None)
-    assert datasets.val is not None and datasets.block_size <= config.block_size
+    assert datasets.val and datasets.block_size <= config.block_size
 
 
 def test_the_teachers_of_a_config_are_made_by_configs(monkeypatch: pytest.MonkeyPatch, checkout: Path) -> None:

@@ -6,6 +6,7 @@ part of a head, S cached tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_model.config import ModelConfig
 from lit_model.kernels.choose import attention
-from lit_model.kernels.plain import cached_attention
+from lit_model.kernels.plain import cached_attention, next_token_attention
 from lit_model.kernels.variant import AttentionVariant
 from lit_model.norm import RMSNorm, unit_norm
 from lit_model.rope import apply_rope
@@ -39,24 +40,106 @@ class LayerCache:
         self.length = end
         return self.k[:, :end], self.v[:, :end]
 
+    def place(self, k: Tensor, v: Tensor, prompts: PackedPrompts) -> None:
+        """Fill the empty cache with the keys and values of packed prompts, (1, N, G, D)."""
+        self.k[prompts.row, prompts.slot] = k[0].to(self.k.dtype)
+        self.v[prompts.row, prompts.slot] = v[0].to(self.v.dtype)
+        self.length = prompts.longest
+
 
 class KVCache:
-    """One LayerCache per layer. All rows of the batch have the same length."""
+    """One LayerCache per layer, for rows of one length, or for prompts of unequal `lengths`.
+
+    Unequal prompts end in the same slot: a row starts behind `padding` slots that nothing attends to. One forward over
+    all of them, packed as documents, fills it: tokens (1, sum of lengths), so that no padding is computed. After it,
+    each forward appends one token to each row.
+
+    Attributes:
+        padding: unused slots before each row, int64 (B,); None: no row has any.
+    """
 
     def __init__(
-        self, config: ModelConfig, batch: int, max_tokens: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        lengths: Sequence[int] | None = None,
     ) -> None:
+        # Zeros, because a weight of 0 times what happens to be in memory may be NaN.
         shape = (batch, max_tokens, config.n_query_groups, config.head_size)
         self.max_tokens = max_tokens
         self.layers = [
             LayerCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
             for _ in range(config.n_layer)
         ]
+        self.padding: Tensor | None = None
+        self.prompts: PackedPrompts | None = None
+        self._hidden: Tensor | None = None  # (B, max_tokens): -inf in padding, else 0
+        if lengths is not None and min(lengths) < max(lengths):
+            sizes = torch.tensor(lengths, device=device)  # (B,)
+            self.padding = max(lengths) - sizes
+            self.prompts = PackedPrompts.of(sizes, max(lengths))
+            self._hide(dtype)
 
     @property
     def length(self) -> int:
-        """Tokens seen."""
+        """Slots filled."""
         return self.layers[0].length
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the rows of these numbers, int64 (n,), in this order; a number may repeat."""
+        for layer in self.layers:
+            layer.k, layer.v = layer.k.index_select(0, rows), layer.v.index_select(0, rows)
+        if self.padding is not None:
+            self.padding = self.padding.index_select(0, rows)
+            self._hide(self.layers[0].k.dtype)
+
+    def hidden(self, chunk: int | None = None) -> Tensor | None:
+        """Added to the scores of the token appended next: -inf for slots it does not see, else 0; (B, 1, 1, S).
+
+        S counts the new token too. With a `chunk`, a row's slots before its current chunk of so many tokens are hidden.
+        None: all slots are visible.
+        """
+        S = self.length + 1
+        if self._hidden is None or self.padding is None:
+            return None
+        if chunk is None:
+            return self._hidden[:, None, None, :S]
+        first = self.padding + (S - 1 - self.padding) // chunk * chunk  # (B,)
+        slots = torch.arange(S, device=first.device)
+        return _minus_infinity(slots < first[:, None], self._hidden.dtype)[:, None, None]
+
+    def _hide(self, dtype: torch.dtype) -> None:
+        assert self.padding is not None
+        slots = torch.arange(self.max_tokens, device=self.padding.device)
+        self._hidden = _minus_infinity(slots < self.padding[:, None], dtype)
+
+
+class PackedPrompts(NamedTuple):
+    """Prompts as one row of N tokens, and the places of their tokens in a cache."""
+
+    cu_seqlens: Tensor
+    """int32 (B+1,)."""
+    row: Tensor
+    """int64 (N,)."""
+    slot: Tensor
+    """int64 (N,)."""
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Tensor, longest: int) -> PackedPrompts:
+        """lengths int64 (B,)."""
+        rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)  # (N,)
+        ends = lengths.cumsum(0)
+        slots = torch.arange(len(rows), device=lengths.device) - (ends - longest)[rows]
+        return cls(torch.nn.functional.pad(ends, (1, 0)).int(), rows, slots, longest)
+
+
+def _minus_infinity(where: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf where true, else 0."""
+    return torch.zeros(where.shape, dtype=dtype, device=where.device).masked_fill_(where, -torch.inf)
 
 
 class RowLayout(NamedTuple):
@@ -71,6 +154,12 @@ class RowLayout(NamedTuple):
     """The same for chunked layers; None: a row is one chunk."""
     temperature: Tensor | None
     """Factor of the queries in layers that don't rotate, float32 (B or 1, T, 1, 1); None: 1."""
+    hidden: Tensor | None = None
+    """For one new token a row of a cache with padding: what `KVCache.hidden` returns."""
+    hidden_chunk: Tensor | None = None
+    """The same for chunked layers."""
+    prompts: PackedPrompts | None = None
+    """Where the tokens go in a cache, if the forward fills one with unequal prompts."""
 
 
 def attention_variant(config: ModelConfig, layer: int) -> AttentionVariant:
@@ -150,8 +239,15 @@ class Attention(nn.Module):
         if layout.temperature is not None and not self.rotates:
             q = (q * layout.temperature).to(q.dtype)
         variant = self.variant if self.training else self.variant._replace(dropout=0.0)
-        if cache is None:
+        if cache is None or layout.prompts is not None:
+            if cache is not None and layout.prompts is not None:
+                cache.place(k, v, layout.prompts)
             y = attention(q, k, v, layout.chunks if self.chunked else layout.cu_seqlens, kernel, variant)
+        elif T == 1:
+            hidden = layout.hidden_chunk if self.chunked else layout.hidden
+            # With padding, the start of a row's chunk is in `hidden`.
+            chunk = self.chunk_size if hidden is None else None
+            y = next_token_attention(q, *cache.append(k, v), hidden, variant, chunk)
         else:
             y = cached_attention(q, *cache.append(k, v), variant, self.chunk_size)
         out: Tensor = self.proj(y.reshape(B, T, H * D))

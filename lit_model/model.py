@@ -241,19 +241,33 @@ class GPT(nn.Module):
 
         `cu_seqlens` (int32 (P+1,), see lit_model/kernels/variant.py) keeps document pieces apart: no attention between
         them, and positions restart. Without it each row is one causal sequence. With a `cache`, tokens continue those
-        in it.
+        in it; an empty one for unequal prompts takes them as (1, N), see KVCache.
         Raises ValueError for more positions than block_size.
         """
         B, T = tokens.shape
-        start = 0 if cache is None else cache.length
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens exceed the model's context (block_size {self.config.block_size})")
         if cache is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens and cache are mutually exclusive: a cache holds one document per row")
+        prompts = cache.prompts if cache is not None and cache.length == 0 else None
+        start = 0 if cache is None else cache.length
+        end = start + T if prompts is None else prompts.longest
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens exceed the model's context (block_size {self.config.block_size})")
+        if prompts is not None:
+            cu_seqlens = prompts.cu_seqlens
         positions = positions_in_rows(B, T, cu_seqlens, start, tokens.device)  # (B or 1, T)
+        if cache is not None and cache.padding is not None and prompts is None:
+            if T != 1:
+                raise ValueError(f"{T} tokens a row: a cache of unequal prompts takes one at a time")
+            positions = positions - cache.padding[:, None]  # (B, 1)
         x = self._embed(tokens, positions)  # (B, T, C)
         layout = self._layout(positions, B, T, cu_seqlens)
-        kernels = self._choose_kernels(x, layout)
+        if prompts is not None:
+            layout = layout._replace(prompts=prompts)
+        elif cache is not None and T == 1:
+            chunk = self.config.attention_chunk_size
+            layout = layout._replace(hidden=cache.hidden(), hidden_chunk=None if chunk is None else cache.hidden(chunk))
+        cached = cache is not None and prompts is None  # attends to the cache, by its own functions
+        kernels = [""] * self.config.n_layer if cached else self._choose_kernels(x, layout)
         valid = None if targets is None else targets != IGNORE_INDEX
         routers = []
         for i, block in enumerate(self.blocks()):

@@ -35,6 +35,10 @@ class RMSNorm(nn.Module):
         weight = self.weight + self.offset if self.offset else self.weight
         if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
             # 24 -> 8 ms against F.rms_norm at 4096 x 512 on one core, forward and backward: fewer passes over x.
+            if (
+                not torch.is_grad_enabled()
+            ):  # a third of the time for one row: a Function costs more than the arithmetic
+                return _scaled(x, weight, self.eps)[0]
             y: Tensor = _EagerRMSNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
             return y
         normed: Tensor = F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), self.eps)
@@ -63,15 +67,20 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+def _scaled(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of x (..., C), and 1 / sqrt(mean(x^2) + eps), (..., 1)."""
+    mean_square = torch.linalg.vecdot(x, x).unsqueeze(-1).div_(x.shape[-1])
+    scale = mean_square.add_(eps).rsqrt_()
+    return (x * scale).mul_(weight), scale
+
+
 class _EagerRMSNorm(torch.autograd.Function):
     """The same in as few passes as eager mode allows; keeps x and one number a row for the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vecdot(x, x).unsqueeze(-1).div_(x.shape[-1])
-        scale = mean_square.add_(eps).rsqrt_()  # (..., 1)
+        y, scale = _scaled(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        y: Tensor = (x * scale).mul_(weight)
         return y
 
     @staticmethod

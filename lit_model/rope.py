@@ -97,6 +97,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         if x.shape[-1] > R:
             rotated = torch.cat((rotated, x[:, :, :heads, R:]), dim=-1)
         return torch.cat((rotated, x[:, :, heads:]), dim=2) if heads < x.shape[2] else rotated
+    if not torch.is_grad_enabled():
+        _rotate_(x, cos, sin, heads)
+        return x
     y: Tensor = _RotateInPlace.apply(x, cos, sin, heads)  # type: ignore[no-untyped-call]
     return y
 

@@ -125,6 +125,35 @@ def cached_attention(
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
+def next_token_attention(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, variant: AttentionVariant = PLAIN, chunk: int | None = None
+) -> Tensor:
+    """Attention of the newest token of each row, q (B, 1, H, D), over k and v (B, S, G, D), itself last: (B, 1, H, D).
+
+    `hidden` (B, 1, 1, S) is added to the scores: -inf hides a key, 0 shows it. With a `chunk`, only the last chunk of
+    so many keys is visible. The heads that share a key are rows of one product, so no key is copied.
+    """
+    B, S, G, D = k.shape
+    first = 0 if variant.window is None else max(0, S - variant.window)
+    if chunk is not None:
+        first = max(first, (S - 1) // chunk * chunk)
+    if first:
+        k, v = k[:, first:], v[:, first:]
+        hidden = None if hidden is None else hidden[..., first:]
+    rows, keys, values = q.view(B, G, -1, D), k.transpose(1, 2), v.transpose(1, 2)  # (B, G, H/G, D), (B, G, S, D) twice
+    if variant.softcap is None:
+        y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=hidden, scale=variant.scale)
+    else:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):
+            scores = rows.to(wide) @ keys.to(wide).transpose(2, 3)  # (B, G, H/G, S)
+            scores = variant.softcap * torch.tanh(scores * (variant.scale or D**-0.5) / variant.softcap)
+            if hidden is not None:
+                scores = scores + hidden
+            y = (scores.softmax(-1) @ values.to(wide)).to(q.dtype)  # (B, G, H/G, D)
+    return y.reshape(q.shape)
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *options: Any) -> Tensor:
     out: Tensor = plain_loop(q, k, v, cu_seqlens, *options, 0.0)
     return out.contiguous()

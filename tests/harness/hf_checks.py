@@ -30,7 +30,7 @@ from hypothesis_examples import examples
 from safetensors.torch import load_file
 
 from lit_model.config import ModelConfig, RopeScaling
-from lit_model.generate import generate
+from lit_model.generate import generate, generate_batch
 from lit_model.hf.families import config_to_hf, family_from_hf, family_of, tensors_to_hf
 from lit_model.hf.io import read_folder, write_folder
 from lit_model.init import initialise
@@ -179,6 +179,11 @@ def check_generation(model, hf, seed, prompt_tokens=9, new_tokens=6):
     )
     hf.generation_config.eos_token_id = 1
     assert cached.tolist() == plain[0].tolist() == theirs[0].tolist()
+    # In one batch with a longer and a shorter prompt: unequal positions, windows and chunks.
+    ours = draw_tokens(model.config, 1, 14, seed + 2)[0].tolist()
+    batch = [ours, prompt[0].tolist(), ours[:3], ours]
+    for ids, out in zip(batch, generate_batch(model, batch, new_tokens), strict=True):
+        assert ids + out.ids == generate(model, torch.tensor(ids), new_tokens, temperature=0).tolist()
 
 
 def gradients(model, inputs, targets):

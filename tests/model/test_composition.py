@@ -168,6 +168,30 @@ def test_cache_equals_no_cache(config, seed, cuts):
     assert torch.equal(generate(model, tokens[0, :5], 8, temperature=0), plain[0])
 
 
+@examples(15)
+@given(config=configs(), seed=st.integers(0, 1000), lengths=st.lists(st.integers(1, 16), min_size=2, max_size=4))
+def test_a_batch_of_unequal_prompts_equals_no_cache(config, seed, lengths):
+    """Logits of each token: packed prompts, then one token a row, then without some of the rows."""
+    model = build(config, seed).eval()
+    tokens = torch.randint(0, config.vocab_size, (len(lengths), 24), generator=torch.Generator().manual_seed(seed))
+    cache = KVCache(config, len(lengths), max(lengths) + 8, torch.device("cpu"), torch.float64, lengths)
+    with torch.no_grad():
+        alone = [model(row[None, : n + 8])[0] for row, n in zip(tokens, lengths, strict=True)]
+        prompts = [row[:n] for row, n in zip(tokens, lengths, strict=True)]
+        packed = torch.cat(prompts)[None] if len(set(lengths)) > 1 else torch.stack(prompts)
+        first = model(packed, cache=cache).view(-1, config.vocab_size)
+        wanted = torch.cat([logits[:n] for logits, n in zip(alone, lengths, strict=True)])
+        torch.testing.assert_close(first, wanted, rtol=1e-10, atol=1e-10)
+        rows = list(range(len(lengths)))
+        for step in range(8):
+            if step == 4:
+                rows = rows[1:] + rows[1:]
+                cache.select(torch.tensor(rows))
+            new = torch.stack([tokens[row, lengths[row] + step] for row in rows])[:, None]
+            wanted = torch.stack([alone[row][lengths[row] + step] for row in rows])
+            torch.testing.assert_close(model(new, cache=cache)[:, 0], wanted, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", ["full", "op"])
 @examples(10)
 @given(config=configs(dropout=True), seed=st.integers(0, 1000))

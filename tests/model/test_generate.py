@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from lit_model.attention import KVCache
-from lit_model.generate import generate, sample
+from lit_model.generate import (
+    GREEDY,
+    Continuation,
+    Sampling,
+    distribution,
+    draw,
+    generate,
+    generate_batch,
+    stream,
+    uniform_numbers,
+)
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.io import write_folder
 from lit_model.init import initialise
@@ -26,6 +36,7 @@ def model():
 
 
 PROMPT = torch.tensor([5, 17, 250, 3])
+PROMPTS = [[5, 17, 250, 3], [9], [7, 7, 7, 8, 120, 60, 1, 4, 2], [5, 17, 250, 3], [44, 45]]
 
 
 @pytest.mark.parametrize("cuts", [[1] * 20, [7, 1, 1, 5, 6], [20]])
@@ -39,18 +50,96 @@ def test_cache_gives_the_logits_without_cache(model, cuts):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_greedy_equals_transformers(model, tmp_path):
+def test_unequal_rows_take_one_token_at_a_time(model):
+    cache = KVCache(CONFIG, 2, 20, torch.device("cpu"), torch.float32, [3, 1])
+    with torch.no_grad():
+        model(torch.tensor([[5, 6, 7, 8]]), cache=cache)
+        with pytest.raises(ValueError, match="one at a time"):
+            model(torch.tensor([[5, 6], [7, 8]]), cache=cache)
+
+
+@pytest.fixture(scope="module")
+def hf(model, tmp_path_factory):
     transformers = pytest.importorskip("transformers")
-    write_folder(tmp_path / "hf", config_to_hf(CONFIG), tensors_to_hf(CONFIG, model.state_dict()))
-    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    theirs = hf.generate(
-        PROMPT[None],
-        attention_mask=torch.ones(1, 4, dtype=torch.int64),
-        max_new_tokens=40,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    assert torch.equal(generate(model, PROMPT, 40, temperature=0), theirs[0])
+    folder = tmp_path_factory.mktemp("hf")
+    write_folder(folder / "hf", config_to_hf(CONFIG), tensors_to_hf(CONFIG, model.state_dict()))
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+
+
+def theirs(hf, prompts, new_tokens, **settings):
+    """Of transformers' generate, with the padding on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    settings = {"do_sample": False, "pad_token_id": 0, **settings}
+    return hf.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **settings)[:, longest:].tolist()
+
+
+def test_greedy_equals_transformers(model, hf):
+    assert generate(model, PROMPT, 40, temperature=0)[4:].tolist() == theirs(hf, [PROMPT.tolist()], 40)[0]
+    for batch_size in (1, 2, 8):
+        batched = generate_batch(model, PROMPTS, 40, batch_size=batch_size)
+        assert [out.ids for out in batched] == theirs(hf, PROMPTS, 40)
+        assert {out.finish for out in batched} == {"length"}
+    # With a penalty one by one: in a batch, theirs also punishes the padding's token.
+    penalty = Sampling(temperature=0, repetition_penalty=1.7)
+    for prompt, out in zip(PROMPTS, generate_batch(model, PROMPTS, 30, penalty), strict=True):
+        assert [out.ids] == theirs(hf, [prompt], 30, repetition_penalty=1.7)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 7},
+        {"temperature": 0.9, "top_p": 0.8},
+        {"temperature": 1.0, "top_k": 20, "top_p": 0.5},
+        {"temperature": 1.0, "min_p": 0.2},
+        {"temperature": 0.6, "top_k": 30, "top_p": 0.9, "min_p": 0.05},
+        {"temperature": 1.0, "top_p": 1e-9},
+    ],
+)
+def test_distribution_equals_that_of_transformers(settings):
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = 2 * torch.randn(4, 60, generator=torch.Generator().manual_seed(0))
+    wanted = logits / settings["temperature"]
+    for name, kind in (
+        ("top_k", processors.TopKLogitsWarper),
+        ("top_p", processors.TopPLogitsWarper),
+        ("min_p", processors.MinPLogitsWarper),
+    ):
+        if name in settings:
+            wanted = kind(settings[name])(None, wanted)
+    ours = distribution(logits, Sampling(**settings))
+    torch.testing.assert_close(ours / ours.sum(-1, keepdim=True), wanted.softmax(-1))
+
+
+def test_sampling_follows_the_distribution():
+    """Frequencies of draws against the probabilities, within five standard errors; and the ends of the interval."""
+    logits = torch.tensor([[2.0, -torch.inf, 1.0, 0.5, 0.0, -1.0, -torch.inf]])
+    draws = 20000
+    sampling = Sampling(temperature=0.8)
+    tokens = draw(logits.expand(draws, -1), sampling, uniform_numbers(0, draws)[:, None])
+    p = (logits[0].double() / 0.8).softmax(0)
+    error = (p * (1 - p) / draws).sqrt()
+    assert ((torch.bincount(tokens, minlength=7) / draws - p).abs() <= 5 * error).all()
+    ends = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
+    assert draw(logits.flip(1).expand(2, -1), sampling, ends).tolist() == [1, 6]
+
+
+def test_a_row_depends_on_its_own_seed_only(model):
+    sampling = Sampling(temperature=1.0, top_p=0.95, repetition_penalty=1.1)
+    seeds = [3, 1, 2, 4, 3]
+    alone = [
+        generate(model, torch.tensor(p), 20, temperature=1.0, top_p=0.95, repetition_penalty=1.1, seed=seed)[len(p) :]
+        for p, seed in zip(PROMPTS, seeds, strict=True)
+    ]
+    for batch_size in (2, 5):
+        batched = generate_batch(model, PROMPTS, 20, sampling, seeds=seeds, batch_size=batch_size)
+        assert [out.ids for out in batched] == [ids.tolist() for ids in alone]
+    assert len({tuple(ids.tolist()) for ids in alone}) == 5  # equal prompts, other seeds
+    # A larger limit continues the same text.
+    assert generate_batch(model, PROMPTS[:1], 9, sampling, seeds=[3])[0].ids == alone[0].tolist()[:9]
 
 
 def test_excluded_ids_are_never_taken(model):
@@ -62,51 +151,42 @@ def test_excluded_ids_are_never_taken(model):
     assert torch.equal(greedy[4:], logits.argmax(-1))
     allowed = [7, 30, 299]
     others = [id for id in range(300) if id not in allowed]
-    for settings in ({}, {"top_k": 50}, {"top_p": 0.5}, {"temperature": 100.0}):
+    for settings in ({}, {"top_k": 50}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 100.0}):
         assert set(generate(model, PROMPT, 20, excluded_ids=others, **settings).tolist()[4:]) <= set(allowed)
 
 
-def test_seed_decides(model):
-    a, b, c = (generate(model, PROMPT, 30, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(a, b) and not torch.equal(a, c)
-    assert torch.equal(a[:4], PROMPT) and a.shape == (34,) and a.dtype == torch.int64
+def test_rows_end_by_themselves(model):
+    """At the end-of-document token or where the caller says so; the other rows go on as before."""
+    free = [out.ids for out in generate_batch(model, PROMPTS, 30)]
+    eos = free[0][6]
 
+    def stop(row, ids):
+        assert ids == free[row][: len(ids)]
+        return row == 1 and len(ids) == 5
 
-def test_stops_at_eos(model):
-    free = generate(model, PROMPT, 30, temperature=0)
-    eos = int(free[10])
-    stopped = generate(model, PROMPT, 30, temperature=0, eos_id=eos)
-    first = next(i for i in range(4, 34) if int(free[i]) == eos)
-    assert torch.equal(stopped, free[: first + 1])
-
-
-def test_sampling_follows_the_distribution():
-    """Frequencies of 4000 draws against the probabilities, within five standard errors."""
-    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
-    draws = 4000
-    kept = {
-        "plain": ((1.0, None, None), torch.ones(5, dtype=torch.bool)),
-        "temperature": ((0.5, None, None), torch.ones(5, dtype=torch.bool)),
-        "top_k": ((1.0, 2, None), torch.tensor([1, 1, 0, 0, 0]).bool()),
-        # probabilities 0.563 0.207 0.126 0.076 0.028: two tokens hold 0.770, three 0.896
-        "top_p": ((1.0, None, 0.8), torch.tensor([1, 1, 1, 0, 0]).bool()),
-        "tiny top_p": ((1.0, None, 1e-9), torch.tensor([1, 0, 0, 0, 0]).bool()),
-    }
-    for name, ((temperature, top_k, top_p), mask) in kept.items():
-        generator = torch.Generator().manual_seed(0)
-        counts = torch.bincount(
-            torch.tensor([sample(logits, temperature, top_k, top_p, generator) for _ in range(draws)]), minlength=5
+    for out, whole in zip(generate_batch(model, PROMPTS, 30, eos_id=eos, stop=stop, batch_size=3), free, strict=True):
+        end = whole.index(eos) + 1 if eos in whole else 30
+        kind = "eos" if eos in whole else "length"
+        assert out == (
+            Continuation(whole[:5], "stop") if whole is free[1] and end > 5 else Continuation(whole[:end], kind)
         )
-        p = (logits.double() / temperature).softmax(0) * mask
-        p = p / p.sum()
-        error = (p * (1 - p) / draws).sqrt()
-        assert (counts[~mask] == 0).all(), name
-        assert ((counts / draws - p).abs() <= 5 * error + 1e-12).all(), name
+    tokens = list(stream(model, PROMPTS[:3], 30, GREEDY, eos_id=eos))
+    assert [t.id for t in tokens if t.row == 2] == free[2][: len([t for t in tokens if t.row == 2])]
+    assert sorted(t.row for t in tokens if t.finish) == [0, 1, 2]
+
+
+def test_nothing_to_do(model):
+    assert generate_batch(model, [], 5) == []
+    assert generate_batch(model, PROMPTS[:2], 0) == [Continuation([], "length")] * 2
 
 
 def test_training_mode_is_left_as_it_was(model):
     model.train()
     generate(model, PROMPT, 1)
+    assert model.training
+    tokens = stream(model, PROMPTS, 5)
+    next(tokens)
+    tokens.close()  # as an interrupted session does
     assert model.training
     model.eval()
 
@@ -119,10 +199,19 @@ def test_training_mode_is_left_as_it_was(model):
         ({"temperature": -1.0}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 1.5}, "top_p"),
-        ({"prompt": torch.tensor([300])}, "prompt id 300 is outside the model's vocabulary of 300"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"prompt": torch.tensor([300])}, "id 300 is outside the model's vocabulary of 300"),
         ({"prompt": torch.tensor([], dtype=torch.int64)}, "at least one token"),
     ],
 )
 def test_bad_settings_are_named(model, kwargs, message):
     with pytest.raises(ValueError, match=message):
         generate(model, **{"prompt": PROMPT, "max_new_tokens": 3, **kwargs})
+
+
+def test_a_bad_prompt_of_several_is_named(model):
+    with pytest.raises(ValueError, match="prompt 2: its 60 tokens and max_new_tokens 5"):
+        generate_batch(model, [[1], [2] * 60], 5)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        generate_batch(model, [[1]], 5, batch_size=0)

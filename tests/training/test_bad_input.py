@@ -1,4 +1,4 @@
-"""A user's mistakes: a message that names the thing and the remedy, exit status 2, nothing left behind."""
+"""A user's mistakes: a message that names the problem and the remedy, exit status 2, no files left behind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_mistake_is_named(data: Path, tmp_path: Path, case: str) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
     left = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert left == [], "nothing may be left of a refused run"
+    assert left == [], "a refused run left files behind"
 
 
 def test_unknown_key_in_config(data: Path, tmp_path: Path) -> None:

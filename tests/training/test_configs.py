@@ -1,6 +1,6 @@
-"""Every YAML of configs/: it parses, its comments' arithmetic holds, its model has the parameters of its source.
+"""Every YAML of configs/: it parses, the arithmetic in its comments is right, and its model has its source's size.
 
-And docs/models.md, which is compared with the code it describes.
+Also compares docs/models.md with the code it describes.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from pretrain.parallel import check_batch
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
-# As the sources state them, or computed from their sizes; in as many digits as are known.
+# As stated in the sources, or computed from their sizes; with as many digits as are known.
 PARAMETERS = {
     "llammlein_120M": "124,766,976",
     "llammlein_1B": "1,100,310,528",
@@ -63,7 +63,7 @@ BABYLLAMA = {
     "llama-58M": (2.5e-4, 32, 1, 6, 200),
 }
 
-# A vocabulary for those that take the data's.
+# A vocabulary for the models that use the dataset's.
 VOCABULARY = {"quickstart": 4096, "synthetic": 400, "teacher_llama": 2048, "teacher_gpt2": 2048, "student": 2048}
 
 
@@ -82,7 +82,7 @@ def build(config):
 
 
 def spelled(count, like):
-    """A count in as many digits as another has."""
+    """A count with as many digits as another."""
     for unit, size in (("M", 1e6), ("B", 1e9)):
         if like.endswith(unit):
             return f"{count / size:.1f}{unit}"
@@ -90,13 +90,13 @@ def spelled(count, like):
 
 
 def numbers(pattern, text):
-    """The groups of every match in the comments, as numbers; 1 for a group that is not there."""
+    """The groups of every match in the comments, as numbers; 1 for a missing group."""
     comments = " ".join(line.partition("#")[2] for line in text.splitlines())
     return [[float(g.replace(",", "")) if g else 1 for g in m.groups()] for m in re.finditer(pattern, comments)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_it_parses_its_arithmetic_holds_and_its_model_builds(path):
+def test_config_parses_its_arithmetic_is_right_and_its_model_builds(path):
     args, config = open_config(path)
     train = args.train
     world_size = args.num_nodes * (args.devices if isinstance(args.devices, int) else 1)
@@ -126,7 +126,7 @@ def test_every_registered_model_has_a_config():
 
 
 @pytest.mark.parametrize("name", BABYLLAMA)
-def test_babyllama_is_trained_as_in_its_source(name):
+def test_babyllama_configs_match_their_source(name):
     args, _ = open_config(CONFIGS / "babyllama" / f"{name}.yaml")
     train, optim = args.train, args.optim
     accumulation = train.global_batch_samples / train.micro_batch_samples
@@ -150,7 +150,7 @@ NOT_DEFAULT = {
 
 
 @pytest.mark.parametrize("name", NOT_DEFAULT)
-def test_babylm2025_is_transformers_default_but_for_what_is_named(name):
+def test_babylm2025_models_are_transformers_defaults_except_listed_fields(name):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 48000, "max_position_embeddings": 128}
     model_type = {"llama4": "llama4_text"}.get(name, name)
@@ -164,7 +164,7 @@ def test_babylm2025_is_transformers_default_but_for_what_is_named(name):
 
 
 def rows(text, heading):
-    """The cells of the table whose first header cell is `heading`."""
+    """The rows of the table whose first header cell is `heading`."""
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} |"))
     table = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
@@ -172,7 +172,7 @@ def rows(text, heading):
     return [cells[0], *cells[2:]]
 
 
-def test_the_guide_knows_every_field_kernel_family_and_config():
+def test_the_guide_lists_every_field_kernel_family_and_config():
     guide = (CONFIGS.parent / "docs" / "models.md").read_text(encoding="utf-8")
     fields = {field.name for field in dataclasses.fields(ModelConfig)} - {"name"}
     assert fields <= set(re.findall(r"`(\w+)", guide))

@@ -1,4 +1,4 @@
-"""Checkpoint -> Hugging Face -> checkpoint, as a user does it, and training on from it."""
+"""Checkpoint -> Hugging Face -> checkpoint by the commands of a user, and further training from the result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def script(name: str, *arguments: object) -> str:
-    """What a script prints, that is run in this process."""
+    """Run a script in this process; returns its output."""
     done = running.script(name, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -39,7 +39,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hf(run: Path) -> Path:
-    """The run's export, by the command that a user types."""
+    """The run's export, made by the user's command."""
     output = run.parent / "hf"
     line = [ROOT / "scripts" / "convert_to_hf.sh", run / "iter-00000008-ckpt.pth", output]
     env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -56,11 +56,11 @@ def test_transformers_agrees_span_by_span(run: Path, hf: Path, data: Path) -> No
     assert ours.mean == pytest.approx(float(metrics(run)[-1]["val_loss"]), rel=1e-6)
     assert json.loads((hf / "config.json").read_text())["vocab_size"] == 96
     assert "Data fingerprint" in (hf / "README.md").read_text()
-    assert str(run.parent) not in (hf / "README.md").read_text(), "the card must not name folders of this machine"
+    assert str(run.parent) not in (hf / "README.md").read_text(), "the model card names a folder of this machine"
     assert "largest relative difference" in script("verify_hf.py", "--run", run, "--hf", hf)
 
 
-def test_there_and_back_is_exact_and_trains_on(run: Path, hf: Path, data: Path, tmp_path: Path) -> None:
+def test_a_round_trip_is_exact_and_can_be_trained_further(run: Path, hf: Path, data: Path, tmp_path: Path) -> None:
     script("convert_from_hf.py", "--input", hf, "--output", tmp_path / "start.pth")
     config, back = load_tensors(tmp_path / "start.pth")
     _, original = load_tensors(run)
@@ -108,11 +108,11 @@ def test_mistakes_are_named(run: Path, hf: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_debug_mode_makes_its_own_data(tmp_path: Path) -> None:
-    """Two runs of configs/debug.yaml end in the same weights; its export speaks the tokenizer that preparation used."""
+def test_debug_config_generates_its_own_data(tmp_path: Path) -> None:
+    """Two runs of configs/debug.yaml give the same weights; the export has the tokenizer used in preparation."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for name in ("a", "b"):  # half its text and steps
+    for name in ("a", "b"):  # half of its text and steps
         shorter = ("--data.synthetic.tokens=15000", "--train.max_steps=30")
         train("--config", str(ROOT / "configs" / "debug.yaml"), *shorter, "--out_dir", str(tmp_path / name))
     one, two = load_tensors(tmp_path / "a")[1], load_tensors(tmp_path / "b")[1]

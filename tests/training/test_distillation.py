@@ -1,4 +1,4 @@
-"""A student learns from teachers in the loop that trains everything else: losses, resume, ranks, caches, mistakes."""
+"""Distillation in the ordinary training loop: losses, resume, ranks, caches, errors."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def entries(teachers: list[Path]) -> str:
 
 @pytest.fixture(scope="module")
 def student(data: Path, teachers: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process, with both teachers."""
+    """A single-process run with both teachers."""
     folder = tmp_path_factory.mktemp("student") / "one"
     train(*flags(data, folder, **CHANGES, distillation__teachers=entries(teachers), train__micro_batch_samples=4))
     return folder
 
 
-def test_the_first_step_is_the_formula(data: Path, teachers: list[Path], student: Path) -> None:
-    """Cross-entropy, divergence and their sum of the first step, from whole logits in float64."""
+def test_the_first_step_equals_the_formula(data: Path, teachers: list[Path], student: Path) -> None:
+    """The first step's cross-entropy, divergence and their sum, compared with full logits in float64."""
     row = metrics(student)[1]
     rows = ConcatRows(PackedDataset(data / "train"), 32)
     _, _, windows = Mixture.single(Order(rows.n_windows, 1337, 0)).locate(np.arange(8))
@@ -96,7 +96,7 @@ def test_the_first_step_is_the_formula(data: Path, teachers: list[Path], student
     assert column(student, "divergence")[-1] < column(student, "divergence")[0]
 
 
-def test_alpha_one_is_training_without_teachers(data: Path, teachers: list[Path], tmp_path: Path) -> None:
+def test_alpha_one_equals_training_without_teachers(data: Path, teachers: list[Path], tmp_path: Path) -> None:
     train(*flags(data, tmp_path / "plain", train__max_steps=6, save__every_steps=3))
     taught = {"distillation__teachers": entries(teachers), "distillation__alpha": 1.0}
     train(*flags(data, tmp_path / "taught", **CHANGES, **taught))
@@ -104,7 +104,7 @@ def test_alpha_one_is_training_without_teachers(data: Path, teachers: list[Path]
     same_checkpoints(tmp_path / "plain" / last, tmp_path / "taught" / last)
 
 
-def test_two_ranks_train_as_one_and_resume_bit_for_bit(
+def test_two_ranks_equal_one_and_resume_bit_for_bit(
     data: Path, teachers: list[Path], student: Path, tmp_path: Path
 ) -> None:
     changes = {**CHANGES, "devices": 2, "strategy": "fsdp", "distillation__teachers": entries(teachers)}
@@ -120,8 +120,8 @@ def test_two_ranks_train_as_one_and_resume_bit_for_bit(
     same_checkpoints(before, two / "iter-00000006-ckpt.pth")
 
 
-def test_preflight_counts_the_teachers(data: Path, teachers: list[Path], tmp_path: Path) -> None:
-    """In the memory; and in the step that it takes."""
+def test_preflight_includes_the_teachers(data: Path, teachers: list[Path], tmp_path: Path) -> None:
+    """In the memory estimate, and in its measured step."""
     taught = {**CHANGES, "distillation__teachers": entries(teachers)}
     done = train(*flags(data, tmp_path / "run", **taught), "--preflight")
     n_bytes = 4 * sum(count_parameters(load_tensors(t)[0]) for t in teachers)
@@ -129,8 +129,8 @@ def test_preflight_counts_the_teachers(data: Path, teachers: list[Path], tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_teachers_are_known_by_their_content(data: Path, teachers: list[Path], student: Path, tmp_path: Path) -> None:
-    """A resume goes on with the same teachers wherever they lie now, and refuses others under the same name."""
+def test_teachers_are_identified_by_content(data: Path, teachers: list[Path], student: Path, tmp_path: Path) -> None:
+    """A resume accepts the same teachers under a new path, and refuses different ones under the old path."""
     run, moved = tmp_path / "run", [tmp_path / "moved" / t.name for t in teachers]
     shutil.copytree(student, run)
     for there, here in zip(teachers, moved, strict=True):
@@ -159,7 +159,7 @@ def test_teachers_in_bf16_beside_two_ranks_in_fp32(
 
 
 @pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_killed_student_goes_on_bit_for_bit(data: Path, teachers: list[Path], tmp_path: Path, cached: bool) -> None:
+def test_a_killed_student_resumes_bit_for_bit(data: Path, teachers: list[Path], tmp_path: Path, cached: bool) -> None:
     changes = {**CHANGES, "train__max_steps": 20, "save__every_steps": 5, "model__dropout": 0.1}
     changes |= {"distillation__alpha": 0.2, "distillation__alpha_end": 0.8}
     if cached:
@@ -180,10 +180,12 @@ def test_a_killed_student_goes_on_bit_for_bit(data: Path, teachers: list[Path], 
     assert read_record(killed).equals(read_record(whole))
 
 
-def test_a_cache_of_everything_is_the_teacher(data: Path, teachers: list[Path], student: Path, tmp_path: Path) -> None:
+def test_a_cache_of_the_whole_vocabulary_equals_the_teacher(
+    data: Path, teachers: list[Path], student: Path, tmp_path: Path
+) -> None:
     common = ["--teachers", *teachers, "--weights", 2, 1, "--data", data / "train", "--block_size", 32]
     whole = [*common, "--k", 96, "--dtype", "float32", "--rows_per_file", 50]
-    for part in (0, 1):  # two calls share the work, and a third finds nothing to do
+    for part in (0, 1):  # two calls share the work, and a third has nothing to do
         done = script("cache_teacher.py", *whole, "--output", tmp_path / "cache", "--parts", 2, "--part", part)
         assert done.returncode == 0, done.stdout
     again = script("cache_teacher.py", *whole, "--output", tmp_path / "cache")
@@ -211,10 +213,10 @@ def test_a_cache_of_everything_is_the_teacher(data: Path, teachers: list[Path], 
             ids.unlink()
         refused = train(*flags(data, tmp_path / "other", **CHANGES, **cached, **changes), check=False)
         assert refused.returncode == 2 and message in refused.stdout, refused.stdout
-        assert not (tmp_path / "other").exists(), "refused before anything was made"
+        assert not (tmp_path / "other").exists(), "refused, but files were created"
 
 
-def test_parts_may_begin_at_the_same_moment(tmp_path: Path) -> None:
+def test_parts_may_start_simultaneously(tmp_path: Path) -> None:
     facts = CacheFacts("d", "concat", 8, True, 3, 96, [], "logits", 2.0, "fp32", 4, "float16", 2)
     barrier = threading.Barrier(8)
 
@@ -227,7 +229,7 @@ def test_parts_may_begin_at_the_same_moment(tmp_path: Path) -> None:
     assert read_facts(tmp_path / "cache") == facts
 
 
-def test_many_files_of_a_cache_are_open_by_turns(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_of_many_files_keeps_few_open(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pretrain.distillation.teacher_cache.MAX_MAPS", live_maps() + 2)
     before = len(os.listdir("/proc/self/fd"))
     facts = CacheFacts("d", "concat", 8, True, 9, 96, [], "logits", 2.0, "fp32", 4, "float16", 2)
@@ -245,8 +247,10 @@ def test_many_files_of_a_cache_are_open_by_turns(data: Path, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("packing", ["best_fit", pytest.param("pad", marks=pytest.mark.slow)])
-def test_a_cache_of_a_plan_is_read_by_two_ranks(data: Path, teachers: list[Path], tmp_path: Path, packing: str) -> None:
-    """BabyLlama's weighting, over a last step with less rows than a batch: live and cached, one rank and two."""
+def test_a_cache_over_a_packing_plan_is_read_by_two_ranks(
+    data: Path, teachers: list[Path], tmp_path: Path, packing: str
+) -> None:
+    """BabyLlama's weighting with an incomplete last step: live and cached teachers, one rank and two."""
     of: dict[str, object] = {"data__packing": packing, "train__max_epochs": 0.5, "distillation__reduction": "babyllama"}
     of |= {"objective": "distillation", "train__max_steps": None, "save__every_steps": 100, "data__plan_dir": tmp_path}
     of |= {"train__global_batch_samples": 48, "train__micro_batch_samples": 12}
@@ -267,7 +271,7 @@ def test_a_cache_of_a_plan_is_read_by_two_ranks(data: Path, teachers: list[Path]
     assert float(last["total_loss"]) == pytest.approx(want, rel=1e-6)
 
 
-def test_a_killed_cache_is_finished_by_the_same_call(data: Path, teachers: list[Path], tmp_path: Path) -> None:
+def test_a_killed_cache_is_completed_by_the_same_call(data: Path, teachers: list[Path], tmp_path: Path) -> None:
     def call(folder: str) -> list[object]:
         of: list[object] = ["--teachers", *teachers, "--data", data / "train", "--block_size", 32, "--k", 8]
         of += ["--batch", 1, "--rows_per_file", 100]
@@ -277,18 +281,18 @@ def test_a_killed_cache_is_finished_by_the_same_call(data: Path, teachers: list[
     second = tmp_path / "killed" / ".log_probs-00001.npy.tmp"
     kill_once(lambda: second.exists() and second.stat().st_size > 0, "scripts/cache_teacher.py", *call("killed"))
     assert second.exists() and not (tmp_path / "killed" / "log_probs-00001.npy").exists()
-    with open(second.with_name(".00001.lock"), "a") as elsewhere:  # a file that another call has is left to that one
+    with open(
+        second.with_name(".00001.lock"), "a"
+    ) as elsewhere:  # a file that another call is working on is left to it
         fcntl.flock(elsewhere, fcntl.LOCK_EX)
         done = script("cache_teacher.py", *call("killed"))
         assert done.returncode == 0 and "another call is writing 1" in done.stdout
     assert "1 files written" in script("cache_teacher.py", *call("killed")).stdout
     whole, killed = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "killed"))
-    assert whole == killed, "the same files, and nothing else"
+    assert whole == killed, "other files than those of an uninterrupted cache"
 
 
-def test_a_cache_that_finds_no_room_leaves_nothing_of_the_file(
-    data: Path, teachers: list[Path], tmp_path: Path
-) -> None:
+def test_a_cache_on_a_full_disk_leaves_no_partial_file(data: Path, teachers: list[Path], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     of = ["--teachers", teachers[0], "--data", data / "train", "--block_size", 32, "--k", 8, "--output", cache]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -319,7 +323,7 @@ def test_a_cache_that_finds_no_room_leaves_nothing_of_the_file(
         ({"--data": "other"}, "was trained with another tokenizer: its fingerprint is"),
     ],
 )
-def test_mistakes_of_caching_are_named(
+def test_caching_errors_are_named(
     data: Path,
     teachers: list[Path],
     tmp_path: Path,
@@ -340,7 +344,7 @@ def test_mistakes_of_caching_are_named(
     done = script("cache_teacher.py", *line)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "other"], "nothing is left"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "other"], "leftovers"
 
 
 @pytest.mark.parametrize(
@@ -377,7 +381,7 @@ def test_alpha_is_a_pure_function_of_the_step() -> None:
     assert alpha_at(DistillationArgs(alpha=0.3), 7, 9) == 0.3
 
 
-def test_layers_may_leave_kinds_of_layers_behind() -> None:
+def test_selected_layers_may_omit_kinds_of_layers() -> None:
     gemma, llama4 = get_config("babylm-gemma2"), get_config("babylm-llama4", moe_layers=(False, True))
     assert with_layers(gemma, [1, 3]).attention_pattern == ("full",)
     assert with_layers(gemma, [0, 1, 2]).sliding_window_size == gemma.sliding_window_size
@@ -388,7 +392,7 @@ def test_layers_may_leave_kinds_of_layers_behind() -> None:
         with_layers(gemma, [12])
 
 
-def test_a_student_of_some_layers(data: Path, teachers: list[Path], tmp_path: Path) -> None:
+def test_a_student_starts_from_selected_layers(data: Path, teachers: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     none = {"model__n_layer": None, "model__n_head": None, "model__n_query_groups": None, "model__n_embd": None}
     changes = {**none, "model__intermediate_size": None, "optim__lr": 1e-12, "optim__lr_min": 0}

@@ -1,6 +1,6 @@
 """World sizes 1, 2 and 4 and all strategies train the same run: gradients, norms, losses, checkpoints.
 
-How checkpoints of each go on in each other is in test_strategy_matrix.py.
+test_strategy_matrix.py tests resuming each one's checkpoints in the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EVERY += [pytest.param(300, n, marks=pytest.mark.slow) for n in CONFIGURATIONS i
 
 
 class Runs:
-    """A run of each length by each configuration, made when first asked for."""
+    """A run of each length in each configuration, trained on first use."""
 
     def __init__(self, data: Path, folder: Path) -> None:
         self.data, self.folder = data, folder
@@ -40,7 +40,7 @@ class Runs:
             rows = count_windows(PackedDataset(self.data / "train").n_tokens, 32)
             changes: dict[str, object] = {
                 "train__max_steps": None,
-                # Ends three rows into the last step, so that its later micro-batches have no row at all.
+                # Ends three rows into the last step, so that its later micro-batches have no rows.
                 "train__max_epochs": (GLOBAL_BATCH * (steps - 1) + 3) / rows,
                 "train__clip_norm": CLIP_NORM,
                 "optim__lr": 2e-3,
@@ -59,21 +59,21 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.parametrize(("steps", "name"), EVERY)
-def test_losses_and_norms_and_every_gradient_agree(runs: Runs, steps: int, name: str) -> None:
-    """In one test, so that no two processes of the suite make the same runs."""
+def test_losses_norms_and_all_gradients_agree(runs: Runs, steps: int, name: str) -> None:
+    """One test, so that no two processes of the suite train the same runs."""
     single, run = runs.of("single", steps), runs.of(name, steps)
     for measured, count in (("train_loss", steps), ("grad_norm", steps), ("val_loss", 4)):
         ours, theirs = column(single, measured), column(run, measured)
         assert len(ours) == count
         torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=0)
     assert (column(single, "grad_norm") > CLIP_NORM).sum() > steps // 3, (
-        "clipping must be active in many steps for this test to mean anything"
+        "too few steps clip: the test would prove nothing"
     )
     for step in (0, steps - 1):
         one, other = runs.gradients[single][step], runs.gradients[run][step]
         gradients_agree(name, one, other)
         if step == steps - 1:
-            assert any(0 in c for c in other["counts"]), "a micro-batch without targets must be among them"
+            assert any(0 in c for c in other["counts"]), "there is no micro-batch without targets"
 
 
 def gradients_agree(name: str, one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ def gradients_agree(name: str, one: dict[str, Any], other: dict[str, Any]) -> No
     assert len(counts) == CONFIGURATIONS[name].world_size and all(len(c) == 2 for c in counts), "accumulation 2"
     assert sum(map(sum, counts)) == sum(map(sum, one["counts"]))
     if len(counts) > 1:
-        assert len({sum(c) for c in counts}) > 1, "the ranks must have unequal numbers of targets"
+        assert len({sum(c) for c in counts}) > 1, "all ranks have the same number of targets"
     torch.testing.assert_close(other["norm"], one["norm"], rtol=1e-5, atol=0)
     torch.testing.assert_close(other["norm"].double(), norm_of(other["gradients"].values()), rtol=1e-6, atol=0)
     assert set(other["gradients"]) == set(one["gradients"])
@@ -91,7 +91,7 @@ def gradients_agree(name: str, one: dict[str, Any], other: dict[str, Any]) -> No
 
 
 def norm_of(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The global 2-norm of whole gradients, in float64."""
+    """The global 2-norm of full gradients, in float64."""
     return torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()
 
 
@@ -117,10 +117,10 @@ def test_clipping_counts_replicas_once_and_adds_shards(runs: Runs) -> None:
         ),
     ],
 )
-def test_what_fits_is_named(world_size: int, micro_batch: int, batch: int, told: str) -> None:
+def test_valid_batch_sizes_are_suggested(world_size: int, micro_batch: int, batch: int, told: str) -> None:
     with pytest.raises(ValueError, match=re.escape(told)):
         check_batch(TrainArgs(max_steps=1, global_batch_samples=batch, micro_batch_samples=micro_batch), world_size)
-    # Every global batch and micro-batch that is named is one that passes.
+    # Every suggested global batch and micro-batch is accepted.
     for number in map(int, re.findall(r"\d+", told.split("nearest are ")[1].split(";")[0])):
         check_batch(TrainArgs(max_steps=1, global_batch_samples=number, micro_batch_samples=micro_batch), world_size)
     for number in map(int, re.findall(r"\d+", told.partition("are ")[2].partition(f"fit {batch} are ")[2])):
@@ -143,7 +143,7 @@ CASES += [pytest.param("ddp2", o, marks=pytest.mark.slow) for o in ("op", "full"
 
 @pytest.mark.parametrize(("name", "option"), CASES)
 def test_memory_options_change_no_bit(runs: Runs, tmp_path: Path, name: str, option: str) -> None:
-    """Neither of the losses nor of the gradients' norms, with dropout."""
+    """Losses and gradient norms are bit-equal, with dropout."""
     base: dict[str, object] = {**settings_of(name), "model__dropout": 0.1, "model__n_layer": 4}
     base |= {"train__max_steps": 4, "eval__every_steps": 2}
     for run, changes in (("plain", {}), ("with", OPTIONS[option])):
@@ -152,7 +152,7 @@ def test_memory_options_change_no_bit(runs: Runs, tmp_path: Path, name: str, opt
         assert torch.equal(column(tmp_path / "plain", measured), column(tmp_path / "with", measured)), measured
 
 
-def test_z_loss_is_trained_on_and_not_logged(runs: Runs, tmp_path: Path) -> None:
+def test_z_loss_is_optimized_but_not_logged(runs: Runs, tmp_path: Path) -> None:
     answers, short = {}, {"train__max_steps": 3, "save__every_steps": 100}
     for name, configuration, z_loss in (("plain", "single", 0.0), ("z", "single", 0.1), ("z2", "full2", 0.1)):
         arguments = flags(runs.data, tmp_path / name, train__z_loss=z_loss, **short, **settings_of(configuration))
@@ -167,11 +167,11 @@ def test_z_loss_is_trained_on_and_not_logged(runs: Runs, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_gradients_reduced_in_bf16_are_off_by_its_rounding(runs: Runs, tmp_path: Path) -> None:
+def test_gradients_reduced_in_bf16_differ_by_rounding(runs: Runs, tmp_path: Path) -> None:
     answers = []
     for dtype in ("fp32", "bf16"):
         arguments = flags(runs.data, tmp_path / dtype, train__reduce_dtype=dtype, **settings_of("full2"))
         answers.append(runs.trainer.run("full2", arguments, gradient_steps=(0,))[0]["gradients"])
     for key, exact in answers[0].items():
         error = (answers[1][key] - exact).abs().max() / exact.abs().max()
-        assert 0 < error < 4 * 2**-8, key  # two micro-batches of two ranks, each rounded to 8 bits, and their sum
+        assert 0 < error < 4 * 2**-8, key  # two micro-batches on two ranks, each rounded to 8 bits, and their sum

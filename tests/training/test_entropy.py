@@ -26,10 +26,11 @@ def whole_documents(dataset: PackedDataset) -> Iterator[torch.Tensor]:
 
 @pytest.mark.slow
 def test_validation_loss_reaches_the_generators_entropy(tmp_path: Path) -> None:
-    """Within 1% of the text's own negative log-likelihood, and not below it by more than three standard errors.
+    """Within 1% of the text's own negative log-likelihood, and at most three standard errors below it.
 
-    Documents are scored whole, one at a time, so that the model sees what the generator knows; a document's first token
-    is no target, so the generator's likelihood is that of the rest, given it. The end of the document is a target.
+    Whole documents are scored one at a time, so that the model sees all context that the generator uses. A document's
+    first token is not a target, so the generator's likelihood is conditioned on it. The end of the document is a
+    target.
     """
     run = tmp_path / "run"
     command("--config", str(ROOT / "configs" / "synthetic.yaml"), "--out_dir", str(run), timeout=3000)

@@ -1,6 +1,6 @@
-"""Planted faults in real runs: what is not finite, spikes, signals, a full disk, a rank that fails or hangs.
+"""Planted faults in real runs: non-finite losses, spikes, signals, a full disk, a rank that fails or hangs.
 
-Each run is held against an undisturbed one: parameters, losses, record.
+Each run is compared with an undisturbed one: parameters, losses, record.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) ->
         ("saving", 2, "true"),
     ],
 )
-def test_a_signal_to_one_rank_saves_and_goes_on(
+def test_a_signal_to_one_rank_saves_and_resumes(
     data: Path, tmp_path: Path, whole: Path, ranks: Ranks, when: str, number: int, asynchronous: str
 ) -> None:
     run = tmp_path / "run"
@@ -79,7 +79,7 @@ def test_a_signal_to_one_rank_saves_and_goes_on(
     stopped = ranks(2, run, arguments, plants=[fault])
     assert stopped.statuses == [75, 75]
     mark = json.loads((run / "stopped.json").read_text())
-    # Signalled in a step or a validation, it leaves after that step or the next; in a save in the background, later.
+    # Signalled in a step or a validation, it stops after that step or the next; in a background save, later.
     least, most = {"step": (6, 7), "validation": (6, 7), "saving": (9, 9 if asynchronous == "false" else 15)}[when]
     assert mark["signal"] == "SIGTERM" and least <= mark["step"] <= most
     assert list_checkpoints(run)[-1].name == mark["checkpoint"]
@@ -88,7 +88,7 @@ def test_a_signal_to_one_rank_saves_and_goes_on(
     same_end(run, whole)
 
 
-def test_requeue_is_called_once_saved(
+def test_requeue_happens_once_the_state_is_saved(
     data: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tools, run = tmp_path / "tools", tmp_path / "run"
@@ -104,10 +104,8 @@ def test_requeue_is_called_once_saved(
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_steps_that_are_not_finite_are_skipped_on_all_ranks(
-    data: Path, tmp_path: Path, ranks: Ranks, strategy: str
-) -> None:
-    """One rank's loss is not a number in two steps: both ranks skip, and nothing else changes."""
+def test_non_finite_steps_are_skipped_on_all_ranks(data: Path, tmp_path: Path, ranks: Ranks, strategy: str) -> None:
+    """One rank's loss is NaN in two steps: both ranks skip them, and nothing else changes."""
     run = tmp_path / "run"
     fault = {"kind": "nan", "rank": 1, "steps": [5, 7]}
     answer = ranks(2, run, flags(data, run, **two(strategy=strategy)), plants=[fault])
@@ -128,7 +126,7 @@ def test_too_many_skipped_steps_end_the_run(data: Path, tmp_path: Path, ranks: R
     assert answer.statuses == [1, 1]
     assert "the last checkpoint before them is iter-00000004-ckpt.pth" in answer.output
     last = Checkpoint(list_checkpoints(run)[-1])
-    assert last.meta["step"] == 9, "the state is saved: skipped steps have not changed it"
+    assert last.meta["step"] == 9, "the state was not saved, although skipped steps do not change it"
     good = Checkpoint(run / "iter-00000004-ckpt.pth")
     assert last.tensor("optimizer.all/step_count") == good.tensor("optimizer.all/step_count") + 1
     again = ranks(2, run, flags(data, run, **two()))
@@ -136,7 +134,7 @@ def test_too_many_skipped_steps_end_the_run(data: Path, tmp_path: Path, ranks: R
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-def test_a_spike_is_rolled_back_and_its_samples_left_out(
+def test_a_spike_is_rolled_back_and_its_samples_skipped(
     data: Path, tmp_path: Path, ranks: Ranks, strategy: str
 ) -> None:
     run = tmp_path / "run"
@@ -144,7 +142,7 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(
         strategy=strategy, train__max_steps=24, save__every_steps=5, guard__spike_action="rollback",
         guard__spike_window=12, guard__spike_rows=2, optim__lr=1e-3,
     )  # fmt: skip
-    # Samples of step 11: what they do is only seen in the losses of the steps after it.
+    # Samples of step 11, whose effect appears only in the losses of the following steps.
     fault = {"kind": "spike", "samples": [8 * 11, 8 * 11 + 1], "factor": 30.0}
     answer = ranks(2, run, flags(data, run, **changes), plants=[fault])
     assert answer.statuses == [0, 0], answer.output
@@ -152,7 +150,7 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(
     assert [int(r["step"]) for r in metrics(run)] == list(range(25))
     assert max(float(r["train_loss"]) for r in metrics(run)[1:]) < 8
     order = json.loads((run / "datapoints" / "order.json").read_text())
-    # Two high losses are a spike: those of steps 13 and 14. All samples since the checkpoint are left out.
+    # Two high losses form a spike: those of steps 13 and 14. All samples since the checkpoint are skipped.
     assert order["segments"] == [
         {"from_step": 0, "first_sample": 0, "global_batch": 8},
         {"from_step": 10, "first_sample": 14 * 8, "global_batch": 8},
@@ -165,13 +163,13 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(
     assert seen == set(range(80)) | set(range(112, 112 + 112)) and len(set(record["step"].to_pylist())) == 24
     traced = open_run(run)
     assert verify(traced) == []
-    # Whoever asks after a document is told of its samples that were left out.
+    # Queries for a document report its skipped samples.
     windows = traced.mixture.locate(np.arange(80, 112))[2]
     documents = {d for w in windows.tolist() for d in traced.rows[0].pieces(np.array([w])).document.tolist()}
     left_out = {s for d in documents for s, reason in left_out_of_document(traced, d) if reason == skip["reason"]}
     assert left_out == set(range(80, 112))
 
-    # Killed after the rollback, the run goes on with the same samples to the same end.
+    # Killed after the rollback, the run resumes with the same samples and the same result.
     killed = tmp_path / "killed"
     plants = [fault, {"kind": "kill", "rank": 1, "step": 19}]
     arguments = flags(data, killed, **changes)
@@ -180,7 +178,7 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(
     same_end(run, killed)
 
 
-def test_a_spike_without_a_way_back_ends_the_run(data: Path, tmp_path: Path, ranks: Ranks) -> None:
+def test_a_spike_without_a_rollback_target_ends_the_run(data: Path, tmp_path: Path, ranks: Ranks) -> None:
     run = tmp_path / "run"
     changes = two(
         train__max_steps=20, save__every_steps=20, guard__spike_action="rollback", guard__spike_window=12,
@@ -206,7 +204,7 @@ def test_a_spike_without_a_way_back_ends_the_run(data: Path, tmp_path: Path, ran
 def test_full_disk_during_a_save(
     data: Path, tmp_path: Path, whole: Path, ranks: Ranks, policy: str, asynchronous: str
 ) -> None:
-    """The disk is full while the second checkpoint is written, and has room again before the third."""
+    """The disk is full while the second checkpoint is written, and has space again before the third."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True).returncode:
@@ -214,7 +212,7 @@ def test_full_disk_during_a_save(
     try:
         run = disk / "run"
         arguments = flags(data, run, **two(save__on_error=policy, save__asynchronous=asynchronous))
-        # Full but for 96 KB: there is room for the record and metrics, not for a checkpoint of 400 KB.
+        # Full except for 96 KB: enough for the record and metrics, not for a checkpoint of 400 KB.
         ballast = {"kind": "ballast", "rank": 0, "file": str(disk / "ballast"), "from_step": 5, "to_step": 10}
         answer = ranks(2, run, arguments, plants=[ballast, {"kind": "blind"}])
         names = [p.name for p in list_checkpoints(run)]
@@ -240,13 +238,13 @@ def test_the_rank_that_failed_first_is_named(data: Path, tmp_path: Path, whole: 
     assert "planted failure" in (run / "logs" / "rank-00001.log").read_text()
     for rank in (0, 1):
         assert "rank 1" in answer.outputs[rank] and "planted failure" in answer.outputs[rank]
-        assert "iter-00000004-ckpt.pth" in answer.outputs[rank], "the last good checkpoint is named"
-    assert [p.name for p in list_checkpoints(run)] == ["iter-00000004-ckpt.pth"], "one rank's exception saves nothing"
+        assert "iter-00000004-ckpt.pth" in answer.outputs[rank], "the last good checkpoint is not named"
+    assert [p.name for p in list_checkpoints(run)] == ["iter-00000004-ckpt.pth"], "an exception on one rank saved"
     assert ranks(2, run, flags(data, run, **two())).statuses == [0, 0]
     same_end(run, whole)
 
 
-def test_a_rank_that_hangs_is_named_and_leaves_its_stack(data: Path, tmp_path: Path, whole: Path, ranks: Ranks) -> None:
+def test_a_hanging_rank_is_named_and_logs_its_stack(data: Path, tmp_path: Path, whole: Path, ranks: Ranks) -> None:
     run = tmp_path / "run"
     arguments = flags(data, run, **two(guard__hang_timeout_s=3))
     answer = ranks(2, run, arguments, plants=[{"kind": "hang", "rank": 1, "step": 6}])

@@ -1,4 +1,4 @@
-"""Which rank failed first, as real processes name it."""
+"""Which rank failed first, as reported by real processes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ FAILURE = Failure("now", 3, "h", 7, "ValueError", "planted", "2030-01-01", 3)
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """The folder of each held the failure of an earlier attempt, of rank 9."""
+    """Each case's folder contains the failure of an earlier attempt, by rank 9."""
     return run_cases(tmp_path_factory, "failures", CASES)
 
 
 @pytest.mark.parametrize("name", ["one_fails", "one_fails_without_file"])
-def test_the_rank_that_fails_is_named_by_all(cases: dict[str, Case], name: str) -> None:
+def test_the_failing_rank_is_named_by_all(cases: dict[str, Case], name: str) -> None:
     case = cases[name]
     assert case.statuses == [1, 1, 1]
     for rank in range(3):
@@ -40,7 +40,7 @@ def test_the_rank_that_fails_is_named_by_all(cases: dict[str, Case], name: str) 
     assert (case.folder / FOLDER / FILE).exists() == (name == "one_fails")
 
 
-def test_of_two_that_fail_the_first_is_named(cases: dict[str, Case]) -> None:
+def test_the_first_of_two_failing_ranks_is_named(cases: dict[str, Case]) -> None:
     case = cases["two_fail"]
     assert case.statuses == [1, 1, 1]
     assert all("rank 2 failed first (host" in case.message(rank) for rank in range(3))
@@ -62,12 +62,12 @@ def test_a_killed_rank_is_named_by_the_others(cases: dict[str, Case], name: str,
     assert facts["rank"] == killed and facts["seen_by"] != killed and facts["attempt"] != "earlier"
 
 
-def test_a_rank_that_was_stopped_names_itself_and_not_those_that_gave_it_up(tmp_path: Path) -> None:
+def test_a_stopped_rank_names_itself_and_not_those_that_gave_up_on_it(tmp_path: Path) -> None:
     store, interval_s = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), 0.05
     watchdog = Watchdog(store, 1, 3, RankLog(tmp_path, 1, 3, "now"), 60.0, interval_s)
     try:
         time.sleep(4 * interval_s)  # ranks 0 and 2 send no heartbeat either
-        ctypes.PyDLL(None).usleep(400_000)  # PyDLL: the interpreter's lock is kept, so nothing runs
+        ctypes.PyDLL(None).usleep(400_000)  # PyDLL: keeps the GIL, so nothing else runs
         assert 0.4 <= watchdog.stopped_s() < 10
         first = report_failure(RuntimeError("Connection closed by peer"), 7, watchdog)
         assert (first.rank, first.seen_by, first.step, first.error) == (1, 1, 7, "Silent")
@@ -80,7 +80,7 @@ def test_a_rank_that_was_stopped_names_itself_and_not_those_that_gave_it_up(tmp_
         watchdog.close()
 
 
-def test_the_first_to_publish_counts(tmp_path: Path) -> None:
+def test_the_first_published_failure_counts(tmp_path: Path) -> None:
     file = tmp_path / FILE
     assert publish(file, FAILURE) == FAILURE
     assert publish(file, replace(FAILURE, rank=4)) == FAILURE
@@ -92,12 +92,12 @@ def test_a_failure_of_an_earlier_attempt_does_not_count(tmp_path: Path) -> None:
     file = tmp_path / FOLDER / FILE
     publish(file, replace(FAILURE, attempt="earlier"))
     assert begin_attempt(tmp_path) != begin_attempt(tmp_path) and not file.exists()
-    publish(file, replace(FAILURE, attempt="earlier"))  # by a process of it that has only now ended
+    publish(file, replace(FAILURE, attempt="earlier"))  # by one of its processes that exits only now
     assert publish(file, FAILURE) == FAILURE
     assert json.loads(file.read_text())["attempt"] == "now"
 
 
-def test_what_says_that_another_has_gone() -> None:
+def test_errors_that_mean_a_lost_peer() -> None:
     gloo = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
     assert lost_connection(gloo) and lost_connection(dist.DistNetworkError("Broken pipe"))
     assert lost_connection(dist.DistBackendError("NCCL error: ncclRemoteError"))

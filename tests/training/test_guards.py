@@ -1,4 +1,4 @@
-"""Loss spikes as a function of losses, and what ranks agree on; without a run."""
+"""Spike detection as a function of losses, and what ranks agree on; without a run."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_no_alarm_without_a_spike(seed: int) -> None:
 
 
 @pytest.mark.parametrize("height", [1.0, 50.0, math.inf, math.nan])
-def test_a_spike_is_found_where_it_begins(height: float) -> None:
+def test_a_spike_is_found_at_its_start(height: float) -> None:
     values = losses(500)
     for i in range(300, 310):
         values[i] += height
     assert spikes(values, GuardArgs(spike_rows=3))[0] == (3000, 3010, 3030)
 
 
-def test_single_high_losses_are_no_spike_and_do_not_raise_the_bar() -> None:
+def test_single_high_losses_are_no_spike_and_do_not_raise_the_threshold() -> None:
     values = losses(500)
     for i in range(200, 400, 3):
         values[i] += 10
@@ -48,7 +48,7 @@ def test_single_high_losses_are_no_spike_and_do_not_raise_the_bar() -> None:
     assert spikes(values, GuardArgs(spike_rows=1))[0] == (2000, 2010, 2010)
 
 
-def test_a_lasting_change_is_said_once() -> None:
+def test_a_lasting_change_is_reported_once() -> None:
     values = [*losses(300), *(v + 5 for v in losses(300, 1))]
     assert len(spikes(values, GuardArgs())) == 1
 
@@ -66,12 +66,12 @@ def test_a_restored_detector_decides_the_same() -> None:
         values[i] += 2
     whole, cut = SpikeDetector(args), SpikeDetector(args)
     for step, value in enumerate(values):
-        if step in (5, 100, 303):  # once between the high ones
+        if step in (5, 100, 303):  # also between the high losses
             cut = SpikeDetector(args, json.loads(json.dumps(cut.state())))
         assert whole.add(step, value) == cut.add(step, value)
 
 
-def test_steps_that_stay_not_finite_end_the_run_with_the_checkpoint_before_them() -> None:
+def test_persistently_non_finite_steps_end_the_run_and_name_the_checkpoint() -> None:
     check_progress(9, 10, 20, "iter-00000010-ckpt.pth")
     with pytest.raises(AgreedError, match="iter-00000010-ckpt.pth") as error:
         check_progress(10, 10, 20, "iter-00000010-ckpt.pth")

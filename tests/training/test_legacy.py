@@ -1,4 +1,4 @@
-"""Training resumes a legacy checkpoint as from one of ours: weights, moments, count of updates, schedule."""
+"""Training continues from a legacy checkpoint as from one of ours: weights, moments, update count, schedule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pretrain.args import OptimArgs
 from pretrain.convert.legacy import import_legacy
 from pretrain.schedule import learning_rate
 
-# The same rows in each step, so that a run that begins in the middle sees what one from the beginning does.
+# The same rows in each step, so that a run started halfway sees the same data as one from the beginning.
 NO_SIZES: dict[str, object] = dict.fromkeys(MODEL)
 SETTINGS: dict[str, object] = {"data__mock": True, "optim__lr_min": 1e-3, "eval__every_steps": 12, "data__val": None}
 FIRST, LAST = "iter-00000008-ckpt.pth", "iter-00000012-ckpt.pth"
@@ -37,7 +37,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def legacy_of(checkpoint: Checkpoint, folder: Path, naming: str, **changes: Any) -> Path:
-    """One of ours in the form of the old trainers, with a config beside it."""
+    """One of our checkpoints in the old trainers' format, with a config next to it."""
     config, moments = checkpoint.model_config, moments_of(checkpoint)
     (folder / "model_config.yaml").write_text(yaml.safe_dump(litgpt_fields(config)))
     step = int(checkpoint.tensor("optimizer.all/step_count").item())
@@ -58,7 +58,7 @@ def moments_of(checkpoint: Checkpoint) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize("by_name", [False, True], ids=["numbered", "named"])
-def test_state_comes_back(run: Path, tmp_path: Path, naming: str, by_name: bool) -> None:
+def test_state_survives_a_round_trip(run: Path, tmp_path: Path, naming: str, by_name: bool) -> None:
     original = Checkpoint(run / FIRST)
     import_legacy(legacy_of(original, tmp_path, naming, by_name=by_name), tmp_path / "ours.pth")
     imported = Checkpoint(tmp_path / "ours.pth")
@@ -68,7 +68,7 @@ def test_state_comes_back(run: Path, tmp_path: Path, naming: str, by_name: bool)
 
 
 def test_training_goes_on(run: Path, data: Path, tmp_path: Path) -> None:
-    """The command that the import asks for gives the parameters, moments and rates of the run that was not left."""
+    """The command printed by the import gives the parameters, moments and rates of the uninterrupted run."""
     source = legacy_of(Checkpoint(run / FIRST), tmp_path, "tinyllama")
     imported = import_legacy(source, tmp_path / "ours.pth")
     assert imported.settings["train.max_steps"] == 4 and imported.optimizer
@@ -89,7 +89,7 @@ def test_training_goes_on(run: Path, data: Path, tmp_path: Path) -> None:
 
 
 def small(**changes: Any) -> tuple[ModelConfig, dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
-    """A config, and random weights and moments of it by our names."""
+    """A config, with random weights and moments under our names."""
     sizes = {"n_embd": 32, "intermediate_size": 48, "block_size": 16, "vocab_size": 100, "padded_vocab_size": 128}
     config = ModelConfig("small", 2, 4, 2, **{**sizes, **changes})
     generator = torch.Generator().manual_seed(2)
@@ -103,7 +103,7 @@ def small(**changes: Any) -> tuple[ModelConfig, dict[str, torch.Tensor], dict[st
 
 @pytest.mark.parametrize("by_name", [False, True], ids=["numbered", "named"])
 def test_tied_matrix_has_the_state_of_the_head(tmp_path: Path, by_name: bool) -> None:
-    """litgpt built the head first: under its name or number the one matrix has its state."""
+    """litgpt creates the head first, so the shared matrix has its state under the head's name or number."""
     config, weights, moments = small(tie_embeddings=True)
     head, embedding = "lm_head.weight", "transformer.wte.weight"
     state = {head: weights[embedding], **to_legacy(weights, config, "litgpt")}
@@ -124,7 +124,7 @@ def test_tied_matrix_has_the_state_of_the_head(tmp_path: Path, by_name: bool) ->
 
 
 def test_padding_gets_no_moments(tmp_path: Path) -> None:
-    """100 rows there, 128 here: those added are zeros, in weights and moments."""
+    """100 rows there, 128 here: the added rows are zero, in weights and moments."""
     config, weights, moments = small()
     rows = ("lm_head.weight", "transformer.wte.weight")
     cut = {n: w[:100].clone() if n in rows else w for n, w in weights.items()}
@@ -185,10 +185,10 @@ def test_optimizers_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="in another order than its trainers'"):
         import_legacy(tmp_path / "reordered.pth", tmp_path / "ours.pth")
     save_legacy(tmp_path / "named.pth", reordered, optimizer=fresh(by_name=True), step=3)
-    import_legacy(tmp_path / "named.pth", tmp_path / "ours.pth")  # names need no order
+    import_legacy(tmp_path / "named.pth", tmp_path / "ours.pth")  # named state needs no order
 
 
-def test_mistakes_when_going_on(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_when_continuing(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     imported = tmp_path / "imported" / FIRST
     import_legacy(legacy_of(Checkpoint(run / FIRST), tmp_path, "lit-gpt"), imported, weights_only=True)
     cases: list[tuple[dict[str, object], str]] = [
@@ -206,7 +206,7 @@ def test_mistakes_when_going_on(run: Path, data: Path, tmp_path: Path, capsys: p
         assert message in error and "Traceback" not in error, error
 
 
-def test_schedule_goes_on() -> None:
+def test_the_schedule_continues() -> None:
     for schedule in ("cosine", "linear", "constant"):
         whole = OptimArgs(lr=1.0, lr_min=0.1, warmup_steps=10, schedule=schedule)  # type: ignore[arg-type]
         for before in (4, 50):

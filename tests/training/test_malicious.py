@@ -1,4 +1,4 @@
-"""Files that would run code when unpickled, met by every way in which a checkpoint or a model is opened: none runs."""
+"""Files that would run code when unpickled, opened in every way that opens a checkpoint or a model: none runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 @dataclass
 class Payload:
-    """Makes the marker file when it is unpickled."""
+    """Creates the marker file when unpickled."""
 
     marker: Path
 
@@ -49,7 +49,7 @@ def sharded_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plant_file(checkpoint: Path, payload: Payload) -> Callable[[], object]:
-    """(a) beside the tensors of a .pth."""
+    """(a) next to the tensors in a .pth."""
     original = Checkpoint(checkpoint)
     content = {"model": dict(original.model_tensors()), "optimizer": {}, "meta": json.dumps(original.meta)}
     shutil.rmtree(checkpoint)
@@ -58,7 +58,7 @@ def plant_file(checkpoint: Path, payload: Payload) -> Callable[[], object]:
 
 
 def plant_metadata(checkpoint: Path, payload: Payload) -> Callable[[], object]:
-    """(b) among DCP's facts about its planner."""
+    """(b) in the planner data of DCP's metadata."""
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     metadata.planner_data = payload
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -66,7 +66,7 @@ def plant_metadata(checkpoint: Path, payload: Payload) -> Callable[[], object]:
 
 
 def rewrite(checkpoint: Path, more: dict[str, object]) -> dict[str, object]:
-    """The folder anew, by DCP, with something added; returns what it holds."""
+    """Rewrite the folder with DCP, with something added; returns its content."""
     original = Checkpoint(checkpoint)
     content = {**{name: original.tensor(name) for name in original.names()}, **more}
     for file in [*checkpoint.glob("*.distcp"), checkpoint / ".metadata"]:
@@ -82,7 +82,7 @@ def plant_bytes(checkpoint: Path, payload: Payload) -> Callable[[], object]:
 
 
 def plant_slice(checkpoint: Path, payload: Payload) -> Callable[[], object]:
-    """(c) as the archive of a tensor, long enough for it; the metadata leads there."""
+    """(c) as a tensor's archive, long enough for it, which the metadata points to."""
     rewrite(checkpoint, {})
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     index = next(i for i in metadata.storage_data if i.fqn == "model.transformer.wte.weight")
@@ -118,7 +118,7 @@ PLANTS = {
 
 @pytest.fixture(scope="module", params=PLANTS)
 def planted(request: pytest.FixtureRequest, sharded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder whose checkpoint carries a payload that is known to fire, and checksums that fit."""
+    """A run folder whose checkpoint has a payload that is known to fire, and matching checksums."""
     run = tmp_path_factory.mktemp("planted") / "run"
     shutil.copytree(sharded_run, run)
     checkpoint, marker = run / CHECKPOINT, run.parent / "marker"
@@ -130,7 +130,7 @@ def planted(request: pytest.FixtureRequest, sharded_run: Path, tmp_path_factory:
         (checkpoint / "meta.json").write_text(json.dumps(meta))
     assert not marker.exists()
     fire()
-    assert marker.is_dir(), "the payload does not fire where nothing protects from it: the test would prove nothing"
+    assert marker.is_dir(), "the payload does not fire without protection: the test would prove nothing"
     marker.rmdir()
     return run
 
@@ -139,13 +139,13 @@ def refused(run: Path, status: object, errors: str) -> None:
     assert not (run.parent / "marker").exists(), "the payload ran"
     assert status == 2 and "error: " in errors and "Traceback" not in errors, errors
     assert "iter-00000004-ckpt.pth" in errors, "the message does not name the checkpoint"
-    assert "weights_only" not in errors, "torch's advice to open it all the same"
+    assert "weights_only" not in errors, "the message repeats torch's advice to open it anyway"
 
 
 def test_resume(planted: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"save__state_dict_type": "sharded", "train__max_steps": 8, "resume_allow": "train.max_steps"}
     given = flags(data, planted, resume="latest", **settings)
-    if (planted / CHECKPOINT / "meta.json").exists():  # it is refused late, with much set up: in a process of its own
+    if (planted / CHECKPOINT / "meta.json").exists():  # refused late in set-up, so in a separate process
         done = train(*given, check=False)
         assert done.returncode and not (planted.parent / "marker").exists(), "the payload ran"
         refused(planted, done.returncode, done.stderr)
@@ -173,4 +173,4 @@ def test_scripts(
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
     refused(planted, left.value.code, capsys.readouterr().err)
-    assert not list(tmp_path.iterdir()), "something was left"
+    assert not list(tmp_path.iterdir()), "leftovers"

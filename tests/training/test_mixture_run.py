@@ -1,4 +1,4 @@
-"""Runs on several datasets, with phases, other packings, a local shuffle and a cache, through the command line."""
+"""Runs on several datasets, with phases, other packings, block shuffle and a cache, through the command line."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ PHASES = "[{from_step: 6, weights: [0.25, 0.75]}]"
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit", pytest.param("pad", marks=pytest.mark.slow)])
-def test_a_mixture_with_a_phase_is_recorded_truly_and_resumes(data, tmp_path, packing):
-    """Through a cache and in a local order; then without the cache, stopped and gone on with."""
+def test_a_mixture_with_a_phase_is_recorded_exactly_and_resumes(data, tmp_path, packing):
+    """With a cache and block shuffle; then without the cache, stopped and resumed."""
     common = {
         "data__phases": PHASES, "data__packing": packing, "data__shuffle_block_rows": 8,
         "data__shuffle_group_blocks": 4, "data__plan_dir": tmp_path / "plans", "train__global_batch_samples": 128,
@@ -47,7 +47,7 @@ def test_a_mixture_with_a_phase_is_recorded_truly_and_resumes(data, tmp_path, pa
     run = open_run(tmp_path / "run")
     assert verify(run) == []
 
-    # The rows of each dataset in a step follow the weights, before and after the phase began.
+    # The rows of each dataset in a step follow the weights, before and after the phase starts.
     rows = read_steps(run.folder, set(range(12)))
     columns = [rows[name].to_pylist() for name in ("step", "row", "dataset")]
     seen = Counter((step >= 6, dataset) for step, _, dataset in set(zip(*columns, strict=True)))
@@ -56,7 +56,7 @@ def test_a_mixture_with_a_phase_is_recorded_truly_and_resumes(data, tmp_path, pa
     last = metrics(tmp_path / "run")[-1]
     assert float(last["epoch_0"]) > 0 and float(last["epoch_1"]) > float(last["epoch_0"])
 
-    # Back to step 4 and on from there: the same weights at the end.
+    # Back to step 4 and resumed from there: the same weights at the end.
     train(*mixed(data, tmp_path / "again", train__max_steps=12, **common), "--save.every_steps=4")
     for step in (8, 12):
         (tmp_path / "again" / f"iter-{step:08d}-ckpt.pth").unlink()
@@ -67,7 +67,7 @@ def test_a_mixture_with_a_phase_is_recorded_truly_and_resumes(data, tmp_path, pa
     assert verify(open_run(tmp_path / "again")) == []
 
 
-def test_weights_of_what_was_seen_cannot_change(data, tmp_path):
+def test_weights_of_past_steps_cannot_change(data, tmp_path):
     train(*mixed(data, tmp_path / "run", train__max_steps=4, optim__schedule="constant"))
     longer = {"train__max_steps": 8, "optim__schedule": "constant"}
     more = ["--resume=latest", "--resume_allow=[train.max_steps,data.phases,data.mixture]"]
@@ -106,8 +106,8 @@ def test_the_mock_loader_trains_and_records_nothing(data, tmp_path):
     assert losses[-1] < losses[0] and done.returncode == 0
 
 
-def test_fewer_rows_than_a_step_are_said_and_recorded(tmp_path):
-    """Rows then come several times in one step, in the order of the epochs."""
+def test_fewer_rows_than_a_step_are_reported_and_recorded(tmp_path):
+    """Rows then occur several times in one step, in the order of the epochs."""
     data = tmp_path / "data"
     write_dataset(data / "train", [30, 50, 9], seed=1)
     changes = {"data__val": None, "train__block_size": 32, "train__max_steps": 3}

@@ -1,4 +1,6 @@
-"""A model with experts trains by the real loop: on ranks as on one, balanced by its loss, resumed bit for bit."""
+"""A mixture of experts in the real training loop: the same on several ranks, balanced by its loss, resumed bit for
+bit.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from pretrain.data import router_losses
 from pretrain.logs.metrics import ROUTER_COLUMNS, router_values
 from pretrain.loop import add_routers
 
-# A dense layer before one with experts.
+# A dense layer followed by one with experts.
 EXPERTS: dict[str, object] = {
     "model__n_expert": 4,
     "model__n_expert_per_token": 2,
@@ -34,20 +36,20 @@ def run_of(data: Path, folder: Path, **changes: object) -> Path:
 
 @pytest.fixture(scope="module")
 def one(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process, whose experts nothing balances."""
+    """A single-process run without load balancing."""
     folder = tmp_path_factory.mktemp("experts") / "one"
     return run_of(data, folder, train__load_balance_loss=0, train__micro_batch_samples=4)
 
 
 def test_two_ranks_train_as_one_and_resume_bit_for_bit(data: Path, tmp_path: Path, one: Path) -> None:
-    """Without the load-balancing loss, which is that of a micro-batch and so depends on how rows are dealt out."""
+    """Without the load-balancing loss, which is computed per micro-batch and so depends on the assignment of rows."""
     changes: dict[str, object] = {"train__load_balance_loss": 0, "devices": 2, "strategy": "fsdp"}
     two = run_of(data, tmp_path / "two", **changes)
     for measured in ("train_loss", "grad_norm", "val_loss"):
         torch.testing.assert_close(column(two, measured), column(one, measured), rtol=1e-5, atol=0)
-    for name in ROUTER_COLUMNS:  # the same sums at the first step; later a tie may fall to another expert
+    for name in ROUTER_COLUMNS:  # the same sums in the first step; later a tie may select another expert
         torch.testing.assert_close(column(two, name)[0], column(one, name)[0], rtol=1e-6, atol=0)
-    assert column(one, "train_loss")[-1] < column(one, "train_loss")[0] - 0.3, "it learns"
+    assert column(one, "train_loss")[-1] < column(one, "train_loss")[0] - 0.3, "the loss did not fall"
 
     last = Checkpoint(two / "iter-00000012-ckpt.pth")
     before, rows = {name: last.tensor(name).clone() for name in last.names()}, metrics(two)
@@ -64,7 +66,7 @@ def test_the_losses_balance_the_experts(data: Path, tmp_path: Path, one: Path) -
     balanced = run_of(data, tmp_path / "balanced", **weights)
     first = [metrics(run)[1] for run in (one, balanced)]
     assert all(first[0][name] == first[1][name] for name in ("train_loss", *ROUTER_COLUMNS))
-    assert first[0]["grad_norm"] != first[1]["grad_norm"], "only the gradient differs"
+    assert first[0]["grad_norm"] != first[1]["grad_norm"], "the first step's loss differs"
     without, with_them = ({name: column(run, name)[-4:].mean() for name in ROUTER_COLUMNS} for run in (one, balanced))
     assert 1 <= with_them["expert_load_max"] < without["expert_load_max"]
     assert 1 >= with_them["expert_load_min"] > without["expert_load_min"]
@@ -95,7 +97,7 @@ def test_weights_of_the_losses() -> None:
             of(experts, **{name: -1.0})
 
 
-def test_values_of_a_log_step() -> None:
+def test_logged_values_of_a_step() -> None:
     """Two layers of three experts, in two micro-batches."""
     parts = [
         RouterStatistics(

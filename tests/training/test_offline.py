@@ -1,7 +1,7 @@
-"""The whole way from text to a Hugging Face model where there is no network: a namespace with a loopback device alone.
+"""All steps from text to a Hugging Face model without a network: in a namespace with only a loopback device.
 
-That nothing would use one that is there is seen in the system calls: each address that a process connects to is its own
-machine's.
+The system calls show that an available network would not be used either: processes connect only to addresses of their
+own machine.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from running import ROOT
 from lit_files.checkpoint_name import list_checkpoints
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "WANDB_MODE")
-# torch's store asks for each peer's name. /etc/hosts names 127.0.0.1, but a socket of both protocols knows it as the
-# IPv6 address below, and then the name server is asked; in here that name is in the file as well.
+# torch's store looks up each peer's name. /etc/hosts names 127.0.0.1, but a dual-stack socket sees it as the IPv6
+# address below, which is looked up at the name server; here the file names it as well.
 ENTER = [
     *("unshare", "--map-root-user", "--net", "--mount", "sh", "-c"),
     """hosts=$(mktemp) && { cat /etc/hosts; echo "::ffff:127.0.0.1 localhost"; } >"$hosts" &&
     mount --bind "$hosts" /etc/hosts && rm "$hosts" && ip link set lo up && exec "$@" """,
     "sh",
 ]
-# Addresses of other families are of this machine: AF_UNIX, AF_NETLINK.
+# Addresses of other families are local: AF_UNIX, AF_NETLINK.
 INTERNET = re.compile(r'AF_INET6?, .*?inet_(?:addr|pton)\((?:AF_INET6, )?"([^"]+)"')
 LOOPBACK = re.compile(r"127\.|::1$|::ffff:127\.")
 
@@ -45,17 +45,17 @@ pytestmark = pytest.mark.skipif(not can_enter(), reason="a network namespace may
 
 
 class Offline:
-    """Runs commands in `folder` without a network, and collects the addresses that they connect to."""
+    """Runs commands in `folder` without a network, and collects the addresses they connect to."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.traces = 0
 
     def run(self, *words: object) -> str:
-        """What the command prints. Fails if it fails."""
+        """Run a command, which must succeed; returns its output."""
         command = [*ENTER, *map(str, words)]
         if shutil.which("strace") is not None:
-            # --seccomp-bpf: only these calls are slower.
+            # --seccomp-bpf: slows down only these calls.
             trace = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg", "-o"]
             command = [*ENTER, *trace, str(self.folder / f"trace-{self.traces}"), *map(str, words)]
             self.traces += 1
@@ -71,7 +71,7 @@ class Offline:
         return self.run(sys.executable, ROOT / script, *words)
 
     def addresses(self) -> set[str]:
-        """Of the internet, of all commands so far."""
+        """Internet addresses of all commands so far."""
         if shutil.which("strace") is None:
             pytest.skip("strace is not installed (Debian package strace): the commands work, their calls are not seen")
         assert self.traces
@@ -81,7 +81,7 @@ class Offline:
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Offline:
-    """`run` is there: made, tokenized, prepared and trained on by two processes."""
+    """With `run`: its text generated, tokenized and prepared, and trained on by two processes."""
     offline = Offline(tmp_path_factory.mktemp("offline"))
     sizes = ("--train.max_steps=4", "--save.every_steps=4", "--eval.every_steps=4", "--optim.warmup_steps=2")
     offline.python(
@@ -90,7 +90,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Offline:
     return offline
 
 
-def test_a_connection_would_be_seen(tmp_path: Path) -> None:
+def test_a_connection_would_be_detected(tmp_path: Path) -> None:
     offline = Offline(tmp_path)
     program = "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.connect_ex(('192.0.2.1', 53))"
     offline.run(sys.executable, "-c", program)

@@ -1,4 +1,4 @@
-"""AdamW, clipping, loss scale and schedule against torch's own and closed forms."""
+"""AdamW, clipping, loss scaling and schedule, compared with torch's and with closed forms."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ STAYING = {
 }
 
 
-def test_what_decays() -> None:
-    """Two models that have every kind of parameter: what a step with gradients of 0 makes smaller, and what not."""
+def test_which_parameters_decay() -> None:
+    """In two models with every kind of parameter: which ones a step with zero gradients shrinks, and which not."""
     plain = {
         "norm_class_name": "LayerNorm",
         "position_embedding": "learned",
@@ -101,7 +101,7 @@ def test_what_decays() -> None:
     assert decaying == DECAYING and staying == STAYING
 
 
-def test_experts_are_updated_as_separate_matrices_are() -> None:
+def test_experts_are_updated_like_separate_matrices() -> None:
     generator = torch.Generator().manual_seed(0)
     stacked = torch.nn.Parameter(torch.randn(3, 5, 7, generator=generator))
     separate = {str(i): torch.nn.Parameter(matrix.clone()) for i, matrix in enumerate(stacked.detach())}
@@ -162,7 +162,7 @@ def test_loss_scale_halves_on_overflow_and_doubles_after_the_interval() -> None:
     assert restored.scale == 4 and restored.good_steps == 0
 
 
-def test_schedules_at_their_ends() -> None:
+def test_schedules_at_their_boundaries() -> None:
     args = OptimArgs(lr=1.0, lr_min=0.1, warmup_steps=10)
     assert learning_rate(args, 0, 100) == pytest.approx(0.1)
     assert learning_rate(args, 9, 100) == learning_rate(args, 10, 100) == pytest.approx(1.0)

@@ -1,4 +1,4 @@
-"""The preflight: a sound setting passes and leaves no trace; each item fails once on purpose, and is named."""
+"""The preflight: a healthy setup passes and leaves no trace; each item fails once on purpose, and is named."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ FINE = {name: "ok" for name in ITEMS}
 
 
 def verdicts(output: str) -> dict[str, str]:
-    """item -> verdict, of the table."""
+    """item -> verdict, from the table."""
     cells = [[c.strip() for c in line.split("│")] for line in output.splitlines() if line.count("│") == 4]
     return {c[1]: c[2] for c in cells if c[1]}
 
 
 def settled(output: str) -> dict[str, str]:
-    """The verdicts, but for warnings of items that look at how fast this machine is just now."""
+    """The verdicts, without warnings of items that measure this machine's current speed."""
     fast = ("environment", "disk", "one step")
     return {name: "ok" if name in fast and v == "warning" else v for name, v in verdicts(output).items()}
 
 
 def told(output: str, item: str) -> str:
-    """The line below the table that says what is wrong with an item, and what to do."""
+    """The line below the table with an item's problem and advice."""
     lines = [line for line in output.splitlines() if line[9:].startswith(f"{item}: ") and "│" not in line]
     assert len(lines) == 1, output
     return lines[0]
 
 
 def contents(folder: Path) -> dict[str, tuple[int, str]]:
-    """path -> (time of change in ns, hash) of every file and folder."""
+    """path -> (mtime in ns, hash) of every file and folder."""
     return {
         str(p.relative_to(folder)): (
             p.stat().st_mtime_ns if p.is_file() else 0,
@@ -65,7 +65,7 @@ def contents(folder: Path) -> dict[str, tuple[int, str]]:
 
 @pytest.fixture(autouse=True)
 def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few threads, small files, and no variable of a launcher."""
+    """Few threads, small files, and no launcher variables."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in list(os.environ):
         if name.startswith("SLURM_") or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -79,7 +79,7 @@ def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def look(capsys: pytest.CaptureFixture[str], data: Path, run: Path, **changes: object) -> tuple[int, str]:
-    """A preflight in this process: exit status and output."""
+    """Run a preflight in this process; returns exit status and output."""
     status = main([*flags(data, run, **changes), "--preflight"])
     return status, capsys.readouterr().out
 
@@ -91,7 +91,7 @@ def test_one_process_passes_and_leaves_nothing(data: Path, tmp_path: Path, capsy
     status, output = look(capsys, data, tmp_path / "runs" / "a")
     assert status == 0 and settled(output) == FINE | {"network": "skipped"}, output
     assert "one process" in told(output, "network")
-    assert list(tmp_path.iterdir()) == [], "neither the run folder nor the one above was there before"
+    assert list(tmp_path.iterdir()) == [], "the run folder or its parent remains"
 
 
 SMALL_AND_SHORT = """
@@ -109,8 +109,8 @@ del os.environ["LOCAL_WORLD_SIZE"], os.environ["TORCHELASTIC_RUN_ID"]
 """
 
 
-def test_two_tasks_of_slurm_pass_beside_a_run(data: Path, tmp_path: Path) -> None:
-    """Processes that something else starts with SLURM's variables, FSDP, and a run to go on with, left as it is."""
+def test_two_slurm_tasks_pass_with_an_existing_run(data: Path, tmp_path: Path) -> None:
+    """Processes started with SLURM's variables, FSDP, and an existing run, which must stay unchanged."""
     run = tmp_path / "run"
     assert main(flags(data, run, train__max_steps=4)) == 0
     before = contents(run)
@@ -124,7 +124,7 @@ def test_two_tasks_of_slurm_pass_beside_a_run(data: Path, tmp_path: Path) -> Non
     output = answer.outputs[0]
     assert settled(output) == FINE, output
     assert "iter-00000004-ckpt.pth, step 4, full" in " ".join(output.split())
-    assert "Preflight" not in answer.outputs[1], "rank 0 alone prints"
+    assert "Preflight" not in answer.outputs[1], "another rank than 0 prints"
     assert contents(run) == before
 
 
@@ -151,7 +151,7 @@ preflight_run.train_step = train_step
 
 
 def look_on_two(data: Path, run: Path, code: str, **changes: object) -> tuple[list[int], str]:
-    """A preflight of two ranks, of which rank 1 runs `code` first: their exit statuses, and what rank 0 printed."""
+    """A preflight of two ranks where rank 1 runs `code` first; returns exit statuses and rank 0's output."""
     plants = [{"kind": "code", "text": SMALL_AND_SHORT}, {"kind": "code", "rank": 1, "text": code}]
     arguments = [*flags(data, run, devices=2, **changes), "--preflight"]
     answer = shared_rank_server().run(2, run, arguments, plants=plants)
@@ -160,7 +160,7 @@ def look_on_two(data: Path, run: Path, code: str, **changes: object) -> tuple[li
 
 
 def test_a_rank_that_differs_is_named(data: Path, tmp_path: Path) -> None:
-    """Rank 1 corrupts the sum, runs other code and does not see out_dir; the others' items still run."""
+    """Rank 1 corrupts the sum, runs different code and does not see out_dir; the other items still run."""
     statuses, output = look_on_two(data, tmp_path / "run", SPOILED)
     assert statuses == [1, 1], output
     found = settled(output)
@@ -178,7 +178,7 @@ def test_a_rank_that_differs_is_named(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_fails_in_a_step_is_named_while_the_other_waits(data: Path, tmp_path: Path) -> None:
-    """Rank 0 waits in a collective for longer than the ranks are given to end in."""
+    """Rank 0 waits in a collective beyond the time limit for ranks to exit."""
     statuses, output = look_on_two(data, tmp_path / "run", FAILING, timeout_s=2 * TIMEOUT_S)
     assert statuses == [1, 1], output
     assert settled(output) == FINE | {"one step": "failed"}
@@ -188,8 +188,8 @@ def test_a_rank_that_fails_in_a_step_is_named_while_the_other_waits(data: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["ours", "torchrun"])
-def test_a_rank_of_a_launcher_that_fails_is_named(data: Path, tmp_path: Path, launcher: str) -> None:
-    """The first rank to end ends all: rank 0 has printed its table by then."""
+def test_a_failing_rank_of_a_launcher_is_named(data: Path, tmp_path: Path, launcher: str) -> None:
+    """The first rank to exit terminates all; by then rank 0 has printed its table."""
     script = tmp_path / "worker.py"
     code = f"import os, sys\nsys.path[0] = {str(ROOT)!r}\n{SMALL_AND_SHORT}"
     code += f"if os.environ.get('LOCAL_RANK') == '1':\n    exec({FAILING!r})\n"
@@ -199,7 +199,7 @@ def test_a_rank_of_a_launcher_that_fails_is_named(data: Path, tmp_path: Path, la
         [sys.executable, *words, script, *flags(data, tmp_path / "run", devices=2, timeout_s=500), "--preflight"],
         capture_output=True,
         text=True,
-        timeout=240,  # less than that of the collective in which rank 0 waits
+        timeout=240,  # less than the timeout of the collective in which rank 0 waits
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert settled(done.stdout) == FINE | {"one step": "failed"}
@@ -210,7 +210,7 @@ def test_a_rank_of_a_launcher_that_fails_is_named(data: Path, tmp_path: Path, la
 # --- each item fails once -------------------------------------------------------------------------------------------
 
 
-def test_devices_that_are_not_there(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_devices(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there are CUDA devices here")
     status, output = look(capsys, data, tmp_path / "run", accelerator="cuda", devices=8, train__global_batch_samples=16)
@@ -218,13 +218,13 @@ def test_devices_that_are_not_there(data: Path, tmp_path: Path, capsys: pytest.C
     assert "finds no CUDA device here" in told(output, "devices")
     wanted = {"devices": "failed", "network": "skipped", "memory": "skipped", "one step": "skipped"}
     assert settled(output) == FINE | wanted
-    assert "state" in told(output, "memory"), "the estimate needs no device"
+    assert "state" in told(output, "memory"), "the estimate must not need a device"
 
 
 def test_too_many_devices(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--devices 8 on a machine with 4: the number is named. (The machine is made believe that it has them.)"""
+    """--devices 8 on a machine with 4 (faked here): the number is named."""
     monkeypatch.setattr("pretrain.parallel.device_kind", lambda args: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     status, output = look(capsys, data, tmp_path / "run", devices=8, train__global_batch_samples=16)
@@ -238,7 +238,7 @@ def test_batch_arithmetic(data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 class TwoRanks(Ranks):
-    """Two ranks as the network's item sees them, each with its measurements."""
+    """Two ranks as the network item sees them, each with its measurements."""
 
     def __init__(self, *measured: list[tuple[float, bool]]) -> None:
         super().__init__(None, timedelta(seconds=1))
@@ -249,11 +249,11 @@ class TwoRanks(Ranks):
 
 
 def test_slow_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arithmetic of bandwidths, and the bound just below and above what was measured."""
+    """The arithmetic of bandwidths, with limits just below and just above the measurement."""
     monkeypatch.setattr(preflight_checks.dist, "get_backend", lambda: "gloo")
     ranks = TwoRanks([(0.001, True), (0.05, True)], [(0.001, True), (0.1, True)])
     s = PreflightContext(fabric_train.parse(flags(Path("d"), Path("r"))), ranks)
-    bus = (16 << 20) / 0.1 / 1e9  # of the slower rank; 2 (n - 1) / n is 1
+    bus = (16 << 20) / 0.1 / 1e9  # of the slower rank; the factor 2 (n - 1) / n is 1
     monkeypatch.setitem(preflight_checks.LEAST_BUS_GBS, "gloo", bus * 0.99)
     finding = check_network(s)
     assert finding.verdict == "ok" and f"16 MiB {bus:.3f} GB/s (bus {bus:.3f})" in finding.measured
@@ -277,7 +277,7 @@ def test_run_folder_that_would_be_refused(data: Path, tmp_path: Path, capsys: py
 
 
 def test_full_disk(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file system of 2 MB, on which the two checkpoints of keep_last 1 have no room."""
+    """A file system of 2 MB, too small for the two checkpoints of keep_last 1."""
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)]
@@ -293,10 +293,10 @@ def test_full_disk(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
-def test_room_for_checkpoints_and_cache(
+def test_space_for_checkpoints_and_cache(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """12 steps, one checkpoint every 4, and one in flight: 4. The cache holds no more than the data."""
+    """12 steps, a checkpoint every 4, and one in flight: 4 checkpoints. The cache is at most as large as the data."""
     wanted = 4 * preflight_checks.checkpoint_bytes(model_config(fabric_train.parse(flags(data, tmp_path)), 96))
     free = wanted - 1
     monkeypatch.setattr(preflight_checks, "free_bytes", lambda folder: 100 if folder == cache else free)
@@ -338,7 +338,7 @@ def test_data_with_a_flipped_bit(data: Path, tmp_path: Path, capsys: pytest.Capt
     assert status == 1 and shard.name in told(output, "data") and "checksum" in told(output, "data")
 
 
-def test_more_tokens_than_the_data_is_good_for(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_tokens_than_the_data_supports(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, output = look(capsys, data, tmp_path / "run", train__max_steps=None, train__max_tokens=100_000)
     assert status == 0 and told(output, "data").startswith("warning") and "epochs" in told(output, "data")
 
@@ -360,7 +360,7 @@ def flags_of_model() -> list[str]:
 
 
 def test_memory_of_control_groups(tmp_path: Path) -> None:
-    """The least of what is available and of each limit above this process; a file cache counts as free."""
+    """The minimum of available memory and the limits of all parent groups; the page cache counts as free."""
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   5000 kB\n")
     (tmp_path / "proc/self/cgroup").write_text("0::/job/task\n")
@@ -403,7 +403,7 @@ def test_step_that_is_not_finite(data: Path, tmp_path: Path, capsys: pytest.Capt
     assert status == 1 and "not finite" in told(output, "one step") and "--optim.lr" in told(output, "one step")
 
 
-def test_folder_of_temporary_files(
+def test_folder_for_temporary_files(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))

@@ -1,4 +1,4 @@
-"""One log file a rank: its lines, and what else is led there while it is open."""
+"""One log file per rank: its lines, and the output redirected to it while it is open."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain.failure.rank_log import RankLog
 
 
 def test_lines(tmp_path: Path) -> None:
-    for text in ("one", "two"):  # appended to by the next start
+    for text in ("one", "two"):  # the next start appends to it
         log = RankLog(tmp_path, 3, 8, "a1")
         log.event(text)
         try:
@@ -60,7 +60,7 @@ def test_threads_and_warnings_are_written_there_too(tmp_path: Path, monkeypatch:
     assert (threading.excepthook, warnings.showwarning) == before
 
 
-def test_a_hook_set_later_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hook_set_later_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     log = RankLog(tmp_path, 0, 1)
     later = lambda arguments: None  # noqa: E731
@@ -69,7 +69,7 @@ def test_a_hook_set_later_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert threading.excepthook is later
 
 
-def test_faulthandler_is_given_back(tmp_path: Path) -> None:
+def test_faulthandler_is_restored(tmp_path: Path) -> None:
     enabled = faulthandler.is_enabled()
     RankLog(tmp_path, 0, 1).close()
     assert faulthandler.is_enabled() == enabled

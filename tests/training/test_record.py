@@ -1,4 +1,4 @@
-"""The datapoint record: every span once, losses that add up, and planted faults that are reported."""
+"""The datapoint record: every span once, losses add up, and planted faults are reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from lit_data.record.verify import naive_hash, verify
 
 @pytest.fixture(scope="module")
 def merged(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two DDP ranks, two passes over the data and a little more, clipping of the last step; as the run leaves it."""
+    """A run on two DDP ranks over a little more than two epochs, with a partial last step; its record as left by the
+    run.
+    """
     folder = tmp_path_factory.mktemp("record") / "run"
     train(
         *flags(
@@ -38,7 +40,7 @@ def merged(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def split(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run with the parts of each rank and checkpoint, as it was before they were merged."""
+    """The same run with one part per rank and checkpoint, as before merging."""
     folder = tmp_path_factory.mktemp("split") / "run"
     shutil.copytree(merged, folder)
     table = read_record(folder)
@@ -56,7 +58,7 @@ def split(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["merged", "split"])
 def run(request: pytest.FixtureRequest) -> Path:
-    """A sound run, in both shapes of its record."""
+    """An intact run, with its record merged or in parts."""
     folder: Path = request.getfixturevalue(request.param)
     return folder
 
@@ -76,7 +78,7 @@ def test_every_token_is_seen_once_an_epoch(run: Path, data: Path) -> None:
     assert set(seen.values()) == {1}
 
 
-def test_span_losses_add_up_to_the_steps(run: Path) -> None:
+def test_span_losses_sum_to_the_step_losses(run: Path) -> None:
     table = read_record(run)
     for row in metrics(run):
         if row["train_loss"]:
@@ -95,7 +97,7 @@ def test_document_is_found_by_inverting_the_order(run: Path) -> None:
     assert spans_of_step(traced, 3).to_pylist() == [r for r in table if r["step"] == 3]
 
 
-def test_verify_finds_nothing_in_a_sound_run(run: Path) -> None:
+def test_verify_finds_no_fault_in_an_intact_run(run: Path) -> None:
     assert verify(open_run(run)) == []
 
 
@@ -154,8 +156,8 @@ def test_parts_of_the_ranks_merge_to_the_same_record(split: Path, merged: Path, 
     assert read_record(copy).equals(before) and before.equals(read_record(merged))
 
 
-def test_a_shift_by_one_of_everything_is_reported(run: Path, tmp_path: Path) -> None:
-    """What a loader that is off by one would write: each span one token late, hashes to match."""
+def test_an_off_by_one_shift_in_a_run_is_reported(run: Path, tmp_path: Path) -> None:
+    """The record of a loader that is off by one: each span is one token late, with matching hashes."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     dataset = open_run(copy).datasets[0]

@@ -1,4 +1,4 @@
-"""A killed run goes on bit for bit: parameters, optimizer state, losses, record."""
+"""A killed run resumes bit for bit: parameters, optimizer state, losses, record."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from lit_model.load import Checkpoint
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of 12 steps that is finished; tests work on a copy."""
+    """The folder of a finished run of 12 steps; tests work on a copy."""
     run = tmp_path_factory.mktemp("finished") / "run"
     train(*flags(data, run))
     return run
 
 
-def test_more_than_two_ranks_add_up_in_one_order(data: Path, tmp_path: Path) -> None:
-    """DDP's first step after a resume equals the same step of the run before it: the order of a sum is visible here."""
+def test_more_than_two_ranks_sum_in_the_same_order(data: Path, tmp_path: Path) -> None:
+    """DDP's first step after a resume equals the same step of the original run, although the order of sums matters
+    here.
+    """
     run, changes = tmp_path / "run", {"devices": 4, "strategy": "ddp", "train__max_steps": 4, "save__every_steps": 2}
     train(*flags(data, run, **changes))
     train(*flags(data, run, resume="iter-00000002-ckpt.pth", **changes))
@@ -48,7 +50,7 @@ def test_more_than_two_ranks_add_up_in_one_order(data: Path, tmp_path: Path) -> 
     ],
     ids=["one", "ddp", "fsdp-sharded"],
 )
-def test_killed_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, changes: dict[str, object], steps: int) -> None:
+def test_killed_run_resumes_bit_for_bit(data: Path, tmp_path: Path, changes: dict[str, object], steps: int) -> None:
     schedule = {"train__max_steps": steps, "save__every_steps": steps // 8, "eval__every_steps": steps // 3}
     changes = {**changes, **schedule}
     train(*flags(data, tmp_path / "whole", **changes))
@@ -69,7 +71,7 @@ def test_killed_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, changes: dic
     assert not list(killed.glob("**/*.tmp"))
 
 
-def test_finished_run_is_left_alone(data: Path, tmp_path: Path, finished: Path) -> None:
+def test_finished_run_is_unchanged(data: Path, tmp_path: Path, finished: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(run.rglob("*")) if p.name != ".lock"}
     again = train(*flags(data, run, resume="latest"))
@@ -90,7 +92,7 @@ def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(data: Path, t
     assert [int(r["step"]) for r in metrics(run)] == list(range(13))
 
 
-def test_sigterm_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_run_resumes(data: Path, tmp_path: Path) -> None:
     steps = 60
     changes = {"train__max_steps": steps, "save__every_steps": 1000, "eval__every_steps": 1000}
     train(*flags(data, tmp_path / "whole", **changes))
@@ -118,7 +120,7 @@ def test_resume_refuses_another_run(data: Path, tmp_path: Path, finished: Path) 
     assert longer.returncode == 2 and "--resume_allow" in longer.stderr
     train(*flags(data, run, resume="latest", train__max_steps=14, resume_allow="train.max_steps,optim"))
     assert metrics(run)[-1]["step"] == "14"
-    # What was allowed is kept from then on.
+    # An allowed change is stored from then on.
     changes = [{"step": 12, "differences": {"train.max_steps": [12, 14]}}]
     assert Checkpoint(run / "iter-00000014-ckpt.pth").meta["changes"] == changes
 

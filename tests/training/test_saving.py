@@ -1,4 +1,4 @@
-"""The saver alone, in one process: a snapshot stays what it was, a full disk, retention."""
+"""Saving alone, in one process: snapshots are not affected by training, a full disk, retention."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_asynchronous_snapshot_is_bit_exact(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tensors change while they are being written: what is written are those of the call."""
+    """The tensors change while they are being written; the values at the time of the call are written."""
     go_on = threading.Event()
     write = CheckpointWriter.write
 
@@ -83,7 +83,7 @@ def test_asynchronous_snapshot_is_bit_exact(tmp_path: Path, kind: str, monkeypat
     assert not list_checkpoints(tmp_path)
     go_on.set()
     second = {k: v.clone() for k, v in tensors.items()}
-    writer.save(2, tensors, {"step": 2})  # waits for the first; its buffers are used again
+    writer.save(2, tensors, {"step": 2})  # waits for the first; reuses its buffers
     for tensor in tensors.values():
         tensor.zero_()
     writer.wait()
@@ -91,8 +91,8 @@ def test_asynchronous_snapshot_is_bit_exact(tmp_path: Path, kind: str, monkeypat
     same(tmp_path / "iter-00000002-ckpt.pth", second)
 
 
-def test_shards_are_staged_in_the_same_buffers_every_time(tmp_path: Path) -> None:
-    """Point 9: sharded asynchronous saves failed at the second one on torch 2.11 (DCP's stager forgot its types)."""
+def test_shards_reuse_the_same_staging_buffers(tmp_path: Path) -> None:
+    """The second sharded asynchronous save failed on torch 2.11 (DCP's stager lost its types)."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
@@ -122,7 +122,7 @@ def test_shards_are_staged_in_the_same_buffers_every_time(tmp_path: Path) -> Non
 def test_full_disk(
     small_disk: Path, kind: str, asynchronous: bool, blind: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two states fit, three don't; with and without a look at the free space before."""
+    """Two states fit, three don't; with and without the free-space check."""
     monkeypatch.setattr("pretrain.checkpoint.commit.SPARE_BYTES", 1 << 16)
     if blind:
         monkeypatch.setattr("pretrain.checkpoint.commit.check_free_space", lambda folder, n_bytes: None)
@@ -136,7 +136,7 @@ def test_full_disk(
     assert ("No space left" if blind else "make room") in str(error.value)
     assert [p.name for p in list_checkpoints(small_disk)] == ["iter-00000001-ckpt.pth", "iter-00000002-ckpt.pth"]
     same(small_disk / "iter-00000002-ckpt.pth", states[2])
-    assert not list(small_disk.glob(".*")), "what was begun is removed, or nothing would ever fit again"
+    assert not list(small_disk.glob(".*")), "the partial checkpoint remains and occupies the space"
 
     skipping = saver(small_disk, state_dict_type=kind, asynchronous=asynchronous, on_error="skip")
     skipping.save(3, states[3], {"step": 3})
@@ -176,7 +176,7 @@ def test_a_flipped_bit_is_refused_when_loading(tmp_path: Path, kind: str) -> Non
     target = state(6)
     with pytest.raises(ValueError, match=r"iter-00000005-ckpt\.pth.*(model\.a\.weight|__0_0\.distcp)"):
         load_state(path, target)
-    assert all(torch.equal(target[k], v) for k, v in state(6).items()), "nothing is changed by a refused checkpoint"
+    assert all(torch.equal(target[k], v) for k, v in state(6).items()), "a refused checkpoint changed the state"
 
 
 def test_retention_never_deletes_the_newest(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""A checkpoint of any configuration goes on in any other: the state is what was saved, the losses those of one process.
+"""Any configuration resumes any other's checkpoint: the same state, and the losses of a single process.
 
-The table of all pairs, which docs/parallelism.md has: `python -m pytest -m slow -s --timeout 5400` with this file.
+To print the table of all pairs in docs/parallelism.md, run `python -m pytest -m slow -s --timeout 5400` on this file.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lit_model.load import Checkpoint
 COLUMNS = ("train_loss", "grad_norm", "val_loss")
 NAMES = ("single", "ddp2", "ddp4", "full2", "full4", "sgo2", "hybrid4")
 KINDS = ("full", "sharded")
-# Each configuration once as the one that saves or the one that goes on.
+# Each configuration occurs once, either saving or resuming.
 QUICK = [("full", "full2", "ddp2"), ("sharded", "hybrid4", "single"), ("sharded", "sgo2", "hybrid4")]
 
 
 class Matrix:
-    """Runs of some steps, and their continuations from the middle by others."""
+    """Runs of some steps, resumed halfway by other configurations."""
 
     def __init__(self, data: Path, folder: Path, steps: int) -> None:
         self.data, self.folder, self.steps, self.saved = data, folder, steps, steps // 2
@@ -34,14 +34,14 @@ class Matrix:
         return flags(self.data, run, **settings, **settings_of(name), **changes)
 
     def undisturbed(self, name: str, kind: str = "full") -> Path:
-        """The folder of a run from its beginning to its end."""
+        """The folder of an uninterrupted run."""
         run = self.folder / f"{name}-{kind}"
         if not run.exists():
             self.trainer.run(name, self.arguments(name, run, save__state_dict_type=kind))
         return run
 
     def worst(self, kind: str, saves: str, loads: str) -> float:
-        """The largest relative difference to one process that was never interrupted, after a change in the middle.
+        """The largest relative difference from one uninterrupted process, after a change of configuration halfway.
 
         The worker asserts that the loaded state equals the checkpoint's.
         """
@@ -68,7 +68,7 @@ def long_matrix(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
 
 
 @pytest.mark.parametrize(("kind", "saves", "loads"), QUICK)
-def test_checkpoint_goes_on_in_another_configuration(matrix: Matrix, kind: str, saves: str, loads: str) -> None:
+def test_another_configuration_resumes_a_checkpoint(matrix: Matrix, kind: str, saves: str, loads: str) -> None:
     assert matrix.worst(kind, saves, loads) < 1e-5
 
 
@@ -83,8 +83,8 @@ def test_every_pair(long_matrix: Matrix, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n if n == "full2" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
-def test_full_and_sharded_checkpoints_hold_the_same(matrix: Matrix, name: str) -> None:
-    """Bit for bit; and what one process saves, up to the order of sums."""
+def test_full_and_sharded_checkpoints_are_equal(matrix: Matrix, name: str) -> None:
+    """Bit for bit; and the same as a single process's, up to the order of sums."""
     path = f"iter-{matrix.saved:08d}-ckpt.pth"
     full, sharded = (Checkpoint(matrix.undisturbed(name, kind) / path) for kind in KINDS)
     single = Checkpoint(matrix.undisturbed("single") / path)

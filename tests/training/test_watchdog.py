@@ -1,4 +1,4 @@
-"""Hung ranks in real processes: who is named, what the logs hold, how and when the processes end."""
+"""Hung ranks in real processes: which rank is named, what the logs contain, how and when the processes exit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     return run_cases(tmp_path_factory, "watchdog", CASES)
 
 
-def test_a_rank_asleep_is_named_and_every_stack_is_kept(cases: dict[str, Case]) -> None:
+def test_a_sleeping_rank_is_named_and_all_stacks_are_logged(cases: dict[str, Case]) -> None:
     case = cases["asleep"]
     assert case.statuses == [EXIT_HUNG] * 3 and max(case.seconds) < LIMIT_S
     for rank in range(3):
@@ -37,7 +37,7 @@ def test_a_rank_asleep_is_named_and_every_stack_is_kept(cases: dict[str, Case]) 
 
 
 @pytest.mark.parametrize(("name", "culprit"), SILENT.items())
-def test_a_rank_without_a_sign_of_life_is_named(cases: dict[str, Case], name: str, culprit: int) -> None:
+def test_a_silent_rank_is_named(cases: dict[str, Case], name: str, culprit: int) -> None:
     case = cases[name]
     for rank in {0, 1, 2} - {culprit}:
         assert case.statuses[rank] == EXIT_HUNG and case.seconds[rank] < LIMIT_S
@@ -46,14 +46,14 @@ def test_a_rank_without_a_sign_of_life_is_named(cases: dict[str, Case], name: st
         assert ("all_reduce" if name != "host_killed_asleep" else "wait_for_ever") in case.log(rank)
 
 
-def test_a_process_whose_interpreter_is_locked_ends_with_its_stacks(cases: dict[str, Case]) -> None:
+def test_a_process_that_holds_the_gil_exits_with_its_stacks(cases: dict[str, Case]) -> None:
     case = cases["lock_kept"]
-    assert case.statuses[1] == 1 and case.seconds[1] < LIMIT_S + 0.5  # one round may pass before the timer is set anew
+    assert case.statuses[1] == 1 and case.seconds[1] < LIMIT_S + 0.5  # one round may pass before the timer is reset
     assert " in keep_the_lock\n" in case.log(1)
 
 
 @pytest.mark.parametrize(("name", "rank"), [("stopped", 1), ("host_stopped", 0)])
-def test_a_process_that_goes_on_too_late_ends_too(cases: dict[str, Case], name: str, rank: int) -> None:
+def test_a_process_that_wakes_up_too_late_exits_too(cases: dict[str, Case], name: str, rank: int) -> None:
     case = cases[name]
     assert case.statuses[rank] in (EXIT_HUNG, 1)
     assert " in stop_myself\n" in case.log(rank) or "this process itself did not run for" in case.message(rank)
@@ -66,7 +66,7 @@ def test_a_rank_a_step_behind_is_named(cases: dict[str, Case]) -> None:
         assert "behind: rank 2 on" in case.message(rank) and "the others: ranks 0-1 on" in case.message(rank)
 
 
-def test_ranks_that_get_on_end_with_the_one_that_does_not(cases: dict[str, Case]) -> None:
+def test_ranks_that_make_progress_exit_with_the_stuck_one(cases: dict[str, Case]) -> None:
     case = cases["one_idle"]
     assert case.statuses == [EXIT_HUNG] * 3
     for rank in range(3):
@@ -74,7 +74,7 @@ def test_ranks_that_get_on_end_with_the_one_that_does_not(cases: dict[str, Case]
         assert "in step 2, train" in case.message(rank) and "Current thread" in case.log(rank)
 
 
-def test_the_store_that_ends_is_logged(cases: dict[str, Case]) -> None:
+def test_the_end_of_the_store_is_logged(cases: dict[str, Case]) -> None:
     case = cases["host_killed_asleep"]
     assert case.statuses[0] == -9
     for rank in (1, 2):
@@ -87,13 +87,13 @@ def test_one_process(cases: dict[str, Case]) -> None:
     assert "in step 7, save" in case.message(0) and " in wait_for_ever\n" in case.log(0)
 
 
-def test_a_log_that_takes_nothing_delays_nothing(cases: dict[str, Case]) -> None:
+def test_a_blocked_log_does_not_delay_the_exit(cases: dict[str, Case]) -> None:
     case = cases["log_stuck"]
     assert case.statuses == [EXIT_HUNG] and case.seconds[0] < LIMIT_S
     assert "in step 7, save" in case.message(0)
 
 
-def test_no_alarm_in_a_run_that_gets_on(cases: dict[str, Case]) -> None:
+def test_no_alarm_in_a_healthy_run(cases: dict[str, Case]) -> None:
     case = cases["healthy"]
     assert case.statuses == [0, 0, 0]
     for rank in range(3):
@@ -125,7 +125,7 @@ def test_spans() -> None:
 
 @pytest.mark.parametrize("kind", ["hash", "file"])
 def test_silent_ranks(tmp_path: Path, kind: str) -> None:
-    """Rank 1 closes its watchdog, rank 2 was never there."""
+    """Rank 1 closes its watchdog; rank 2 never started."""
     store = dist.HashStore() if kind == "hash" else dist.FileStore(str(tmp_path / "store"), -1)
     logs = [RankLog(tmp_path, rank, 3) for rank in range(2)]
     dogs = [Watchdog(store, rank, 3, logs[rank], timeout_s=0, interval_s=0.1) for rank in range(2)]
@@ -135,7 +135,7 @@ def test_silent_ranks(tmp_path: Path, kind: str) -> None:
     until = time.monotonic() + 10
     while [rank for rank, _ in dogs[0].silent_ranks()] != [2] and time.monotonic() < until:
         time.sleep(0.05)
-    time.sleep(0.5)  # rank 1 was not heard of for longer than three intervals by now
+    time.sleep(0.5)  # by now rank 1 has been silent for more than three intervals
     ((rank, seconds),) = dogs[0].silent_ranks()
     assert rank == 2 and seconds > 0.3
     last = dogs[0].last_heartbeat(1)

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_data.packed.reader import PackedDataset
+from lit_data.packed.summary import faults_of
 from lit_data.packed.token_import import ImportSettings, import_tokens
 from lit_data.packed.writer import PackedWriter
 
@@ -86,7 +87,7 @@ def theirs_read_by_ours(peer: str, folder: Path, vocab_size: int, n: int) -> str
     starts = dataset.document_start(np.arange(dataset.n_documents + 1))
     assert np.array_equal(np.diff(starts), lengths), "the documents' lengths differ"
     assert np.array_equal(dataset.tokens(0, dataset.n_tokens), tokens), "the tokens differ"
-    assert dataset.verify() == [], "the checksums differ"
+    assert faults_of(dataset.path) == [], "the checksums differ"
     how = "linked" if report.linked else "copied"
     return f"{n:,} documents of {len(sequence_ends):,} sequences, {len(tokens):,} tokens ({how}) are the same"
 

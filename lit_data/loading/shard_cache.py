@@ -251,9 +251,11 @@ class ShardCache:
             for i in range(0, len(starts), self._pause_rows)
         )
         next_release = next_stage = 0.0
+        ended = False
         while not self._stop.is_set():
             now = time.monotonic()
-            if now >= next_release:
+            # With few rows known ahead, the next ones may need a chunk that the known ones no longer do.
+            if now >= next_release and (ended or self._known - self._used >= self._pause_rows or self._is_full()):
                 next_release = now + POLL_SECONDS
                 if self._release():
                     next_stage = 0.0
@@ -261,11 +263,16 @@ class ShardCache:
                 if self._stage():
                     continue
                 next_stage = time.monotonic() + max(POLL_SECONDS, 20 * (time.monotonic() - now))
-            few = self._known - self._used < AHEAD_ROWS and len(self._needed) < self._ahead_chunks
-            if few and (batch := next(batches, None)) is not None:
+            if ended or self._is_full():
+                self._stop.wait(POLL_SECONDS)
+            elif (batch := next(batches, None)) is not None:
                 self._learn(*batch)
-                continue
-            self._stop.wait(POLL_SECONDS)
+            else:
+                ended = True
+
+    def _is_full(self) -> bool:
+        """Whether enough of the coming rows is known."""
+        return self._known - self._used >= AHEAD_ROWS or len(self._needed) >= self._ahead_chunks
 
     def _learn(self, starts: IntArray, stops: IntArray) -> None:
         """Record which chunks each row of a batch needs."""
@@ -295,10 +302,14 @@ class ShardCache:
         return self._chunk_start[shards] + inside
 
     def _release(self) -> bool:
-        """Release the chunks no longer needed; returns whether there was one."""
-        passed = [chunk for chunk, times in self._needed.items() if not times or times[0][1] < self._used]
+        """Release the chunks not needed soon; returns whether there was one."""
+        used = self._used
+        passed = [chunk for chunk, times in self._needed.items() if not times or times[0][1] < used]
         for chunk in passed:
-            times = [t for t in self._needed[chunk] if t[1] >= self._used]
+            times = [t for t in self._needed[chunk] if t[1] >= used]
+            if times and chunk in self._held and times[0][0] - used <= self._pause_rows:
+                self._needed[chunk] = times
+                continue
             with self._lock:
                 held = chunk in self._held
                 self._held.discard(chunk)
@@ -335,9 +346,9 @@ class ShardCache:
         return True
 
     def _hold(self, chunk: int) -> None:
-        del self._wanted[chunk]
         with self._lock:
             self._held.add(chunk)
+        del self._wanted[chunk]  # last: `staged_rows` counts the chunk from here on
 
     def _copy(self, chunk: int) -> bool:
         """Copy a claimed chunk and publish it; False if the cache is being closed."""

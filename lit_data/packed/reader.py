@@ -12,13 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 
 from lit_data.packed.index import DTYPE_CODES, HEADER, MAGIC, IntArray
-from lit_data.packed.manifest import MANIFEST, WORDS_WORK, Shard, check_documents_table, read_manifest
-from lit_files.checksum import file_sha256
+from lit_data.packed.manifest import MANIFEST, WORDS_WORK, Shard, read_manifest
 from lit_files.mapping import MAX_MAPS, live_maps, map_array
-from lit_files.parquet import open_table
 from lit_files.reading import open_regular
 
 COARSE_BITS = 10  # index search: bits of the position found by one np.searchsorted
@@ -95,13 +92,8 @@ class PackedDataset:
     def _check_shards(self) -> None:
         shards = self.manifest.shards
         with ThreadPoolExecutor(CHECK_THREADS if len(shards) > CHECK_THREADS else 1) as pool:
-            size = max(1, -(-len(shards) // (4 * CHECK_THREADS)))
-            for _ in pool.map(self._check_some, (shards[i : i + size] for i in range(0, len(shards), size))):
+            for _ in pool.map(self._check_shard, shards):
                 pass
-
-    def _check_some(self, shards: list[Shard]) -> None:
-        for shard in shards:
-            self._check_shard(shard)
 
     def _check_shard(self, shard: Shard) -> None:
         prefix = os.path.join(self.path, shard.name)
@@ -111,11 +103,9 @@ class PackedDataset:
                 actual: int | None = os.stat(file).st_size
             except FileNotFoundError:
                 actual = None
+            if actual not in (None, size) and kind == "docs.parquet":
+                size = self._size_with_words(shard) or size
             if actual != size:
-                if (self.path / WORDS_WORK / MANIFEST).is_file():
-                    raise ValueError(
-                        f"{self.path}: scripts/count_words.py was interrupted; call it again on this folder to finish"
-                    )
                 state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
                 raise ValueError(f"{file} {state}: the shard is truncated or was replaced; prepare the dataset again")
         n = shard.documents
@@ -141,6 +131,12 @@ class PackedDataset:
                 f"{prefix}.idx ends at byte {end} of the .bin, the manifest says {shard.tokens} tokens: it was damaged "
                 "or replaced; prepare the dataset again"
             )
+
+    def _size_with_words(self, shard: Shard) -> int | None:
+        """Size of a shard's docs.parquet once scripts/count_words.py, killed while replacing them, has replaced it."""
+        work = self.path / WORDS_WORK
+        counted = read_manifest(work).shards if (work / MANIFEST).is_file() else []
+        return next((s.sizes["docs.parquet"] for s in counted if s.name == shard.name), None)
 
     def _map(self, shard: int, kind: str) -> npt.NDArray[Any]:
         """A shard's tokens (`bin`) or the byte offsets of its documents (`idx`), mapped on first use."""
@@ -267,40 +263,3 @@ class PackedDataset:
                 pointers = self._map(shard, "idx")[documents[here] - self._document_start[shard]]
                 out[here] = self._token_starts[shard] + pointers // self.dtype.itemsize
         return out
-
-    def document(self, number: int) -> dict[str, Any]:
-        """All facts of a document: id, source, place, bytes, metadata, and its `start` and `tokens` in the stream."""
-        if not 0 <= number < self.n_documents:
-            raise ValueError(f"document {number} is not in {self.path}, which has {self.n_documents}")
-        shard = int(np.searchsorted(self._document_start, number, side="right")) - 1
-        row = number - int(self._document_start[shard])
-        facts: dict[str, Any] = {}
-        with open_table(self.path / f"{self.manifest.shards[shard].name}.docs.parquet") as file:
-            check_documents_table(file, self.manifest.shards[shard])
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if row < rows:
-                    facts = file.read_row_group(group).slice(row, 1).to_pylist()[0]
-                    break
-                row -= rows
-        start, stop = self.document_start(np.asarray([number, number + 1], dtype=np.int64)).tolist()
-        return {"number": number, **facts, "start": start, "tokens": stop - start}
-
-    def find(self, id: str) -> list[int]:
-        """Numbers of all documents with an id (ids may repeat). Scans the id column."""
-        found: list[int] = []
-        for shard, base in zip(self.manifest.shards, self._document_start, strict=False):
-            with open_table(self.path / f"{shard.name}.docs.parquet") as file:
-                matches = pc.equal(file.read(columns=["id"])["id"], id).to_numpy(zero_copy_only=False)
-            found.extend((int(base) + np.flatnonzero(matches)).tolist())
-        return found
-
-    def verify(self) -> list[str]:
-        """Compare every file's SHA-256 with the manifest; returns a list of faults."""
-        wrong = []
-        for shard in self.manifest.shards:
-            for kind, expected in shard.sha256.items():
-                file = self.path / f"{shard.name}.{kind}"
-                if file_sha256(file) != expected:
-                    wrong.append(f"{file}: its content does not match the manifest's checksum")
-        return wrong

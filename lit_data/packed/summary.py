@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from lit_data.packed.documents import Documents
 from lit_data.packed.index import HEADER, IntArray
-from lit_data.packed.manifest import check_documents_table, read_manifest
+from lit_data.packed.manifest import MANIFEST, WORDS_WORK, check_documents_table, read_manifest
 from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_files.checksum import file_sha256
@@ -269,9 +270,9 @@ def samples_of(
     """Random documents by the seed, in dataset order."""
     chosen = np.random.default_rng(seed).choice(dataset.n_documents, min(count, dataset.n_documents), replace=False)
     found = []
-    for number in sorted(chosen.tolist()):
-        facts = dataset.document(number)
-        start, tokens = facts["start"], facts["tokens"]
+    for number, facts in Documents(dataset).facts(chosen.tolist()).items():
+        start, stop = dataset.document_start(np.asarray([number, number + 1])).tolist()
+        tokens = stop - start
         ids = dataset.tokens(start, start + min(tokens, max_characters))  # a token is rarely shorter than a character
         text = tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids.tolist()))
         found.append(Sample(number, facts["id"], facts["source"], facts["place"], tokens, text[:max_characters]))
@@ -302,6 +303,8 @@ def faults_of(folder: str | Path) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: there is no manifest, or it is damaged.
     """
+    if (Path(folder) / WORDS_WORK / MANIFEST).is_file():
+        return [f"{folder}: scripts/count_words.py was interrupted; run it again on this folder to finish"]
     found = []
     for shard in read_manifest(Path(folder)).shards:
         for kind, expected in shard.sha256.items():

@@ -1,7 +1,7 @@
 """Adds word counts to a dataset without them (from an earlier version, or imported tokens).
 
 The new files are built in `.words` in the dataset's folder, manifest.json last; then each replaces the old one. The
-next call completes one that was killed, also between two replacements.
+next call completes one that was killed; between two replacements the dataset opens as one without word counts.
 """
 
 from __future__ import annotations

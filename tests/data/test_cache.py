@@ -206,6 +206,50 @@ def test_each_epoch_of_the_two_level_order_reads_the_source_once(
     assert folder_bytes(tmp_path) <= 13 * CHUNK
 
 
+def test_a_chunk_needed_again_soon_is_not_released(
+    tmp_path: Path, data: PackedDataset, opened: Callable[..., ShardCache]
+) -> None:
+    """A row in the first chunk, 60 rows in the second, a row in the first: 60 rows apart, of which 48 count as soon."""
+    cache = opened(data, tmp_path, 3)
+    starts = np.asarray([0, *[CHUNK // 2] * 60, 0], dtype=np.int64)
+    for batch in (starts[:48], starts[48:]):
+        cache._learn(batch, batch + ROW)
+    assert cache._stage() and cache._stage()
+    cache.used(20)
+    cache._release()
+    assert is_held(cache, 0)
+    later = opened(data, tmp_path, 3)
+    for batch in (starts[:48], starts[48:]):
+        later._learn(batch, batch + ROW)
+    assert later._stage()
+    later.used(5)
+    later._release()
+    assert not is_held(later, 0) and is_held(later, CHUNK // 2)
+
+
+def test_no_chunk_is_released_before_the_next_rows_are_known(
+    tmp_path: Path, data: PackedDataset, opened: Callable[..., ShardCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader has used all rows that the staging thread has learned of; the next ones need the same chunk."""
+    cache, released = opened(data, tmp_path, 3), []
+    stage, release = cache._stage, cache._cache.release
+
+    def stage_slowly() -> bool:
+        done = stage()
+        cache.used(4)
+        time.sleep(2 * lit_data.loading.shard_cache.POLL_SECONDS)
+        return done
+
+    monkeypatch.setattr(cache, "_stage", stage_slowly)
+    monkeypatch.setattr(cache._cache, "release", lambda name: (released.append(name), release(name)))
+    rows = np.arange(0, 4 * ROW, ROW, dtype=np.int64)
+    cache.follow(iter([(rows, rows + ROW)] * 2))
+    until(lambda: cache.staged_rows == 8)
+    assert released == []
+    cache.used(8)
+    until(lambda: released)
+
+
 def test_rows_without_data_and_a_new_order(
     tmp_path: Path, data: PackedDataset, opened: Callable[..., ShardCache]
 ) -> None:

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from document_facts import facts_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lit_data.packed.documents import Documents
 from lit_data.packed.index import MAX_DOCUMENT_TOKENS
 from lit_data.packed.reader import FEW_VALUES, PackedDataset, _last_at_or_below
+from lit_data.packed.summary import faults_of
 from lit_data.packed.writer import PackedWriter
 
 FACTS = {"fingerprint": "f" * 64, "kind": "test", "folder": None}
@@ -77,7 +80,7 @@ def test_round_trip_and_positions(tmp_path_factory, documents, shard_tokens, wid
     assert dataset.document_of(np.arange(len(stream))).tolist() == owner
     starts = [sum(map(len, documents[:i])) for i in range(len(documents) + 1)]
     assert dataset.document_start(np.arange(len(documents) + 1)).tolist() == starts
-    assert dataset.verify() == []
+    assert faults_of(dataset.path) == []
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -173,21 +176,21 @@ def test_document_facts(tmp_path):
         writer.add([3, 0], id="b", source="x.jsonl", place=2, n_bytes=2, genre="")
         writer.add([4, 0], id="a", source="y.jsonl", place=1, n_bytes=2, genre="é")
     dataset = PackedDataset(folder)
-    assert dataset.document(0) == {
+    assert facts_of(dataset, 0) == {
         "number": 0, "id": "a", "source": "x.jsonl", "place": 1, "bytes": 7, "words": None, "genre": "drama",
         "start": 0, "tokens": 3,
     }  # fmt: skip
-    assert dataset.document(2)["genre"] == "é" and dataset.document(2)["start"] == 5
-    assert dataset.find("a") == [0, 2] and dataset.find("none") == []
+    assert facts_of(dataset, 2)["genre"] == "é" and facts_of(dataset, 2)["start"] == 5
+    assert Documents(dataset).find("a") == [0, 2] and Documents(dataset).find("none") == []
     assert pq.read_table(folder / "text-00001.docs.parquet")["id"].to_pylist() == ["a"]
     with pytest.raises(ValueError, match="document 3 is not in"):
-        dataset.document(3)
+        facts_of(dataset, 3)
 
 
 def test_document_facts_across_row_groups(tmp_path, monkeypatch):
     monkeypatch.setattr("lit_data.packed.writer.DOCUMENTS_PER_GROUP", 3)
     dataset = PackedDataset(write(tmp_path / "set", [[i, 0] for i in range(8)]))
-    assert [dataset.document(i)["id"] for i in range(8)] == [f"d{i}" for i in range(8)]
+    assert [facts_of(dataset, i)["id"] for i in range(8)] == [f"d{i}" for i in range(8)]
 
 
 def test_pickled_dataset_reads_the_same(tmp_path):
@@ -231,7 +234,7 @@ def test_verify_finds_a_flipped_bit(tmp_path, kind):
     data = bytearray(file.read_bytes())
     data[-3 if kind == "bin" else 36 if kind == "idx" else 10] ^= 4
     file.write_bytes(data)
-    (found,) = PackedDataset(folder).verify()
+    (found,) = faults_of(folder)
     assert f"data-00000.{kind}" in found
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
+from document_facts import facts_of
 
 from lit_data.packed.reader import PackedDataset
+from lit_data.packed.summary import faults_of
 from lit_data.prepare import run as prepare_module
 from lit_data.prepare import stages as module
 from lit_data.prepare.executors import run_on_executors
@@ -100,7 +102,7 @@ def texts(folder: Path, tokenizer) -> list[str]:
     dataset = PackedDataset(folder)
     found = []
     for number in range(dataset.n_documents):
-        facts = dataset.document(number)
+        facts = facts_of(dataset, number)
         ids = dataset.tokens(facts["start"], facts["start"] + facts["tokens"]).tolist()
         assert ids[-1] == dataset.eos_id
         found.append(tokenizer.decode(ids[:-1]))
@@ -118,18 +120,18 @@ def test_documents_decode_to_the_text(corpus, tokenizer_folder, tmp_path):
     assert texts(tmp_path / "out" / "train", tokenizer) == expected
 
     dataset = PackedDataset(tmp_path / "out" / "train")
-    assert dataset.document(3) | {"start": 0, "tokens": 0} == {
+    assert facts_of(dataset, 3) | {"start": 0, "tokens": 0} == {
         "number": 3, "id": "doc-3", "source": str(corpus / "a.jsonl"), "place": 4, "bytes": len(expected[3].encode()),
         "words": len(expected[3].split()), "genre": "g1", "start": 0, "tokens": 0,
     }  # fmt: skip
-    assert dataset.document(200)["id"] == "b.txt" and dataset.document(200)["genre"] == ""
+    assert facts_of(dataset, 200)["id"] == "b.txt" and facts_of(dataset, 200)["genre"] == ""
     manifest = dataset.manifest
     assert manifest.tokenizer["folder"] == "../tokenizer" and manifest.tokenizer["fingerprint"] == tokenizer.fingerprint
     assert dataset.tokenizer_folder == (tmp_path / "out" / "tokenizer").resolve()
     assert dataset.vocab_size == tokenizer.vocab_size and dataset.eos_id == tokenizer.eos_id
     assert report.total.documents == 201 and report.total.tokens == dataset.n_tokens
     assert report.total.bytes == sum(len(t.encode()) for t in expected) == manifest.bytes
-    assert dataset.verify() == []
+    assert faults_of(dataset.path) == []
 
 
 def test_the_result_does_not_depend_on_workers(corpus, tokenizer_folder, tmp_path, monkeypatch):

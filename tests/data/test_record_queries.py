@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from document_facts import facts_of
 from record_writer import STEPS
 from recorded_run import prepare, write
 from whole_record import read_record
@@ -107,7 +108,7 @@ def test_difference(
     if targets.total():
         assert found.mean_loss == pytest.approx(sum(losses.values()) / targets.total())
     for r in found.rows:
-        facts = dataset.document(r["document"])
+        facts = facts_of(dataset, r["document"])
         assert (r["id"], r["source"]) == (facts["id"], facts["source"])
         assert r["exposures"] == pytest.approx(tokens[r["document"]] / facts["tokens"])
         if targets[r["document"]]:
@@ -163,7 +164,7 @@ def test_export_to_a_database(run: Path, dataset: PackedDataset, tmp_path: Path)
         spans = database.sql("SELECT * FROM spans ORDER BY step, row, document, start").to_arrow_table()
         assert spans.cast(record.schema).equals(record)
         documents = database.execute("SELECT document, id, tokens FROM documents ORDER BY document").fetchall()
-        assert documents == [(n, f"doc-{n}", dataset.document(n)["tokens"]) for n in range(dataset.n_documents)]
+        assert documents == [(n, f"doc-{n}", facts_of(dataset, n)["tokens"]) for n in range(dataset.n_documents)]
         steps = database.execute("SELECT step, samples, tokens, mean_loss FROM steps ORDER BY step").fetchall()
         for step, samples, tokens, mean_loss in steps:
             mine = record.filter(pc.equal(record["step"], step))

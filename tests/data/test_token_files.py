@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from document_facts import facts_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_data.packed import token_files, token_import
 from lit_data.packed.index import MAX_DOCUMENT_TOKENS
 from lit_data.packed.reader import PackedDataset
+from lit_data.packed.summary import faults_of
 from lit_data.packed.token_files import MegatronIndex, find_token_files
 from lit_data.packed.token_import import ImportReport, ImportSettings
 from lit_data.packed.writer import PackedWriter
@@ -56,7 +58,7 @@ def write_chunk(path: Path, ids: Sequence[int], letter: str = "H", code: int = 8
 
 def documents_of(folder: Path) -> list[list[int]]:
     dataset = PackedDataset(folder)
-    assert dataset.verify() == []
+    assert faults_of(dataset.path) == []
     starts = dataset.document_start(np.arange(dataset.n_documents + 1)).tolist()
     return [dataset.tokens(a, b).tolist() for a, b in itertools.pairwise(starts)]
 
@@ -114,7 +116,7 @@ def test_a_compatible_bin_is_linked_and_equals_a_conversion(tmp_path):
     prints = {PackedDataset(tmp_path / n).fingerprint for n in ("linked", "copied", "converted")}
     assert len(prints) == 1
     assert documents_of(tmp_path / "linked") == [[1, 2, 3, 4, EOS], [5, EOS], [6, 7, EOS]]
-    facts = PackedDataset(tmp_path / "linked").document(2)
+    facts = facts_of(PackedDataset(tmp_path / "linked"), 2)
     assert facts["id"] == "x.bin:4" and facts["place"] == 4 and facts["source"] == str(tmp_path / "x.bin")
 
 
@@ -180,7 +182,7 @@ def test_places_in_split_files(tmp_path):
     cutting = dict(split_at=EOS, across_files=True)
     report = import_tokens([tmp_path], tmp_path / "out", **cutting, **IDS)
     dataset = PackedDataset(tmp_path / "out")
-    assert [dataset.document(i)["id"] for i in range(3)] == ["a.bin:1", "a.bin:2", "b.bin:2"]
+    assert [facts_of(dataset, i)["id"] for i in range(3)] == ["a.bin:1", "a.bin:2", "b.bin:2"]
     assert (report.appended_eos, report.empty_documents) == (0, 1)
 
 
@@ -192,7 +194,7 @@ def test_a_chunk_is_one_document_or_several_of_equal_length(tmp_path):
         patch.setattr(token_files, "BLOCK_TOKENS", 4)
         import_tokens([path], tmp_path / "cut", document_tokens=3, append_eos=True, **IDS)
     assert documents_of(tmp_path / "cut") == [[1, 2, 3, EOS], [4, 5, 6, EOS], [7, EOS]]
-    assert PackedDataset(tmp_path / "cut").document(2)["id"] == "x.bin:3"
+    assert facts_of(PackedDataset(tmp_path / "cut"), 2)["id"] == "x.bin:3"
 
 
 @pytest.mark.parametrize(("letter", "code"), [("B", 1), ("b", 2), ("h", 3), ("i", 4), ("q", 5), ("H", 8)])

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from document_facts import facts_of
 from record_writer import RANKS, STEPS
 from recorded_run import prepare, write
 from whole_record import read_record
@@ -115,7 +116,7 @@ def test_an_off_by_one_shift_is_reported(run: Path) -> None:
         rows = pq.read_table(path).to_pylist()
         for row in rows:
             row["start"] += 1
-            begin = dataset.document(row["document"])["start"] + row["start"]
+            begin = facts_of(dataset, row["document"])["start"] + row["start"]
             row["hash"] = naive_hash(dataset.tokens(begin, min(begin + row["length"], dataset.n_tokens)).tolist())
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
     assert any(f.startswith("wrong place") for f in verify(open_run(run)))

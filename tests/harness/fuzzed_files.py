@@ -98,7 +98,7 @@ def read_documents(folder: Path) -> None:
         assert isinstance(facts["id"], str | None) and isinstance(facts["bytes"], int | None), facts
     documents.find("doc-3")
     assert sum(table.num_rows for table in documents.batches()) == n
-    documents.dataset.document(1)
+    documents.dataset.document_start(np.asarray([1, 2]))
 
 
 def read_plan_of_rows(folder: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from document_facts import facts_of
 from running import ROOT, script
 
 from lit_data.packed.reader import PackedDataset
@@ -58,8 +59,8 @@ def test_prepare_with_two_workers(tmp_path, tokenizer_file):
     assert f"{train.n_documents} documents, {train.n_tokens:,} tokens" in done.stdout
     assert "MB/s" in done.stdout and "bytes per token" in done.stdout
     assert "skipped: 1 unreadable documents, 0 empty ones" in done.stdout and "x.jsonl, line 51" in done.stdout
-    assert train.document(0)["genre"] == "prose" and train.document(0)["id"].startswith("k")
-    assert train.document(0)["source"] == "x.jsonl"
+    assert facts_of(train, 0)["genre"] == "prose" and facts_of(train, 0)["id"].startswith("k")
+    assert facts_of(train, 0)["source"] == "x.jsonl"
     # The tokenizer's copy stores the token given by --eos_token.
     assert open_tokenizer(tmp_path / "new" / "out" / "tokenizer").eos_id == train.eos_id == 0
 

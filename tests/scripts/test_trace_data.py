@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from document_facts import facts_of
 from record_writer import STEPS
 from recorded_run import prepare, write
 from running import ROOT, script
@@ -40,7 +41,7 @@ def test_step_gives_its_spans_with_their_text(run: Path) -> None:
     expected = [r for r in read_record(run).to_pylist() if r["step"] == 7]
     assert len(rows) == len(expected)
     for row, span in zip(rows, expected, strict=True):
-        start = dataset.document(span["document"])["start"] + span["start"]
+        start = facts_of(dataset, span["document"])["start"] + span["start"]
         tokens = dataset.tokens(start, start + span["length"]).tolist()
         assert row == {**span, "id": f"doc-{span['document']}", "source": "random", "text": " ".join(map(str, tokens))}
     assert "row    0  rank 0  doc-" in ask("step", run, 7).stdout

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from document_facts import facts_of
 from running import flags, metrics, train
 from whole_record import read_record
 
@@ -71,7 +72,7 @@ def test_every_token_is_seen_once_an_epoch(run: Path, data: Path) -> None:
         epoch = row["sample"] // n_windows
         for token in range(row["start"], row["start"] + row["length"]):
             seen[epoch, row["document"], token] += 1
-    starts = [dataset.document(n) for n in range(dataset.n_documents)]
+    starts = [facts_of(dataset, n) for n in range(dataset.n_documents)]
     everything = {(d["number"], t) for d in starts for t in range(d["tokens"])}
     for epoch in (0, 1):
         assert {(d, t) for e, d, t in seen if e == epoch} == everything
@@ -165,7 +166,7 @@ def test_an_off_by_one_shift_in_a_run_is_reported(run: Path, tmp_path: Path) -> 
         rows = pq.read_table(part.path).to_pylist()
         for row in rows:
             row["start"] += 1
-            begin = dataset.document(row["document"])["start"] + row["start"]
+            begin = facts_of(dataset, row["document"])["start"] + row["start"]
             row["hash"] = naive_hash(dataset.tokens(begin, min(begin + row["length"], dataset.n_tokens)).tolist())
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), part.path)
     assert any(f.startswith("wrong place") for f in verify(open_run(copy)))

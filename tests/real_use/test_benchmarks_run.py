@@ -1,4 +1,6 @@
-"""Every script of benchmarks/ runs at toy size and writes its result: figures of all sides, positive; never a time."""
+"""Every script of benchmarks/ runs at toy size and writes positive figures of all contenders; durations are not
+tested.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,13 @@ from unittest.mock import patch
 import pytest
 from running import ROOT, script, warm_python
 
-FORKED = {"train_step"}  # what they start may be forked from a process that has imported everything
-# Started by the others, or imported by them.
+FORKED = {"train_step"}  # the processes they start may be forked from one that has imported everything
+# Started or imported by the others.
 PARTS = {"corpus_runs", "peer_convert", "peer_loader", "peer_megatron", "peer_prepare", "peer_step", "provenance"}
 
 
 def benchmark(name: str, *arguments: object) -> tuple[int, str]:
-    """A benchmark as it is run by path, in this process: its status, and what it printed."""
+    """Run a benchmark by path in this process; returns its status and output."""
     path, out = str(ROOT / "benchmarks" / f"{name}.py"), io.StringIO()
     with (
         patch.object(sys, "argv", [path, *map(str, arguments)]),
@@ -39,7 +41,7 @@ def benchmark(name: str, *arguments: object) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DIR/text/train.jsonl, and DIR/tok made of it."""
+    """DIR/text/train.jsonl, and DIR/tok trained on it."""
     folder = tmp_path_factory.mktemp("corpus")
     assert script("make_synthetic.py", "--output", folder / "text", "--tokens", 20000, "--seed", 1).returncode == 0
     text, tok = folder / "text" / "train.jsonl", folder / "tok"
@@ -120,7 +122,7 @@ def train_step_check(found: dict[str, Any]) -> None:
     assert all(positive(row["tokens_per_s"], row["loss"], row["rate_to_ours"]) for row in rows.values())
 
 
-Arguments = Callable[[Path, Path], list[object]]  # of the corpus and a folder for what is made
+Arguments = Callable[[Path, Path], list[object]]  # of the corpus and a folder for outputs
 SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
     "cache": (
         lambda corpus, made: [
@@ -180,15 +182,15 @@ QUICK = {"cache"}
 OTHERS = {"gpu_matrix", "megatron_round_trip", "real_model"}  # tested below
 
 
-def test_every_script_is_run_here() -> None:
-    """Must 7: a new benchmark without a test is a failure."""
+def test_every_benchmark_is_tested_here() -> None:
+    """A new benchmark without a test fails here."""
     there = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     assert there == PARTS | set(SCRIPTS) | OTHERS
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SCRIPTS])
-def test_it_runs_at_toy_size(name: str, corpus: Path, tmp_path: Path) -> None:
-    """Must 7: the script ends with 0, and its JSON has figures of every side."""
+def test_benchmark_runs_at_toy_size(name: str, corpus: Path, tmp_path: Path) -> None:
+    """The script exits with 0, and its JSON has figures of every contender."""
     arguments, check = SCRIPTS[name]
     (tmp_path / "made").mkdir()
     status, printed = benchmark(name, *arguments(corpus, tmp_path / "made"), "--json", tmp_path / "result.json")
@@ -196,14 +198,14 @@ def test_it_runs_at_toy_size(name: str, corpus: Path, tmp_path: Path) -> None:
     check(json.loads((tmp_path / "result.json").read_text()))
 
 
-def test_a_comparison_without_its_peer_says_so() -> None:
-    """Must 7: without megatron-core nothing is compared, and the status is not that of a success."""
+def test_a_comparison_without_its_peer_is_reported() -> None:
+    """Without megatron-core nothing is compared, and the exit status is not 0."""
     status, printed = benchmark("megatron_round_trip")
     assert status == 3 and "nothing was compared" in printed
 
 
-def test_a_trainer_that_breaks_is_an_error_of_the_benchmark(tmp_path: Path) -> None:
-    """Must 7: train_step ended with 0 and a table of its peers although our own side had failed."""
+def test_a_failing_trainer_is_an_error_of_the_benchmark(tmp_path: Path) -> None:
+    """train_step used to exit with 0 and a table of its peers although our own side had failed."""
     with patch.object(sys, "path", list(sys.path)):
         module = runpy.run_path(str(ROOT / "benchmarks" / "train_step.py"), run_name="train_step")
     for name in ("litgpt", "llammlein-documents"):
@@ -214,7 +216,7 @@ def test_a_trainer_that_breaks_is_an_error_of_the_benchmark(tmp_path: Path) -> N
 
 
 def test_our_step_runs_at_toy_size(tmp_path: Path) -> None:
-    """Must 7: our side of train_step, which ended at once since its documents lacked their end."""
+    """Our side of train_step, which used to fail immediately because its documents lacked EOS."""
     plan = ["--model", "debug", "--batch", 2, "--block_size", 64, "--document_tokens", 40, "--threads", 1]
     plan += ["--steps", 1, "--rounds", 1, "--warmup_steps", 1, "--only", "llammlein-documents"]
     status, printed = benchmark("train_step", *plan, "--json", tmp_path / "result.json")
@@ -226,7 +228,7 @@ def test_our_step_runs_at_toy_size(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_matrix_of_a_gpu_machine_runs_on_a_cpu(tmp_path: Path) -> None:
-    """Must 8: every entry that needs no compiler passes, and what needs CUDA is skipped with the reason."""
+    """Every entry that needs no compiler passes; entries that need CUDA are skipped with the reason."""
     only = ("--only", "^(?!compile)", "--jobs", 2)
     status, printed = benchmark("gpu_matrix", "--output", tmp_path / "matrix", "--device", "cpu", *only)
     assert status == 0, printed

@@ -1,4 +1,4 @@
-"""Point 3: documents that begin with BOS, and what follows the manifest in it. Point 2: special tokens parsed."""
+"""Documents that start with BOS, and everything that depends on the manifest's bos_id; parsing of special tokens."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def documents_of(folder: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_documents_begin_with_bos(family: str, tmp_path: Path) -> None:
-    """Point 3: --bos puts the tokenizer's BOS before each document, and the manifest says so; else nothing changes."""
+def test_documents_start_with_bos(family: str, tmp_path: Path) -> None:
+    """--bos puts the tokenizer's BOS before each document and into the manifest; nothing else changes."""
     folder = write_tokenizer(tmp_path / "tokenizer", family)
     corpus = write_corpus(tmp_path, PLAIN)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -70,8 +70,8 @@ def test_documents_begin_with_bos(family: str, tmp_path: Path) -> None:
     assert documents_of(tmp_path / "bos/train") == [[bos, *ids, plain.eos_id] for ids in expected]
 
 
-def test_units_with_bos_are_those_of_whole_texts(tmp_path: Path) -> None:
-    """Point 3: the encoder that remembers words gives what encoding whole gives, empty texts among them."""
+def test_units_with_bos_equal_whole_texts(tmp_path: Path) -> None:
+    """The caching encoder gives the same ids as encoding whole texts, also for empty texts."""
     tokenizer = open_tokenizer(write_tokenizer(tmp_path, "smollm2"))
     encoder = UnitEncoder(tokenizer, np.uint16, bos=True)
     assert encoder.by_units and encoder.marks == 2
@@ -83,7 +83,7 @@ def test_units_with_bos_are_those_of_whole_texts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_special_tokens_are_text_or_parsed(bos: bool, tmp_path: Path) -> None:
-    """Point 2: what a chat template made is text, or tokens with --special_tokens parse, ends not doubled."""
+    """Rendered chat templates are text, or tokens with --special_tokens parse, without doubling BOS or EOS."""
     folder = write_tokenizer(tmp_path / "tokenizer", "smollm2")
     corpus = write_corpus(tmp_path, [*CHATTY, "<|im_end|>", ""])
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -107,8 +107,8 @@ def test_special_tokens_are_text_or_parsed(bos: bool, tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "text/train").fingerprint != manifest.fingerprint
 
 
-def test_a_preparation_with_other_marks_does_not_go_on(tmp_path: Path) -> None:
-    """Points 2, 3: what an interrupted call left belongs to its --bos and --special_tokens."""
+def test_a_preparation_with_other_bos_settings_is_not_resumed(tmp_path: Path) -> None:
+    """The unfinished work of an interrupted call is only resumed with the same --bos and --special_tokens."""
     folder = write_tokenizer(tmp_path / "tokenizer", "smollm2")
     corpus = write_corpus(tmp_path, PLAIN)
     output = tmp_path / "out"
@@ -121,7 +121,7 @@ def test_a_preparation_with_other_marks_does_not_go_on(tmp_path: Path) -> None:
 
 
 def test_a_sentencepiece_model_cannot_parse(tmp_path: Path) -> None:
-    """Point 2: a .model encodes the names of control tokens as text whatever one asks: the way out is named."""
+    """A .model always encodes the names of control tokens as text: the error names the alternative."""
     corpus = write_corpus(tmp_path, ["a b c d e f g " * 20])
     done = script("train_tokenizer.py", "--input", corpus, "--type", "sentencepiece", "--vocab_size", 270,
                   "--output", tmp_path / "tokenizer")  # fmt: skip
@@ -132,8 +132,8 @@ def test_a_sentencepiece_model_cannot_parse(tmp_path: Path) -> None:
     assert {ids[0] for ids in documents_of(tmp_path / "out/train")} == {read_manifest(tmp_path / "out/train").bos_id}
 
 
-def test_imported_tokens_say_that_they_begin_with_bos(tmp_path: Path) -> None:
-    """Point 3: import_tokens --bos keeps it in the manifest, after a look at every document."""
+def test_imported_tokens_store_that_they_start_with_bos(tmp_path: Path) -> None:
+    """import_tokens --bos stores it in the manifest, after checking every document."""
     folder = write_tokenizer(tmp_path / "tokenizer", "gemma2")
     corpus = write_corpus(tmp_path, PLAIN)
     for name, more in (("bos", ["--bos"]), ("plain", [])):
@@ -157,8 +157,8 @@ def test_imported_tokens_say_that_they_begin_with_bos(tmp_path: Path) -> None:
     assert done.returncode == 2 and "--bos needs --tokenizer" in done.stderr
 
 
-def test_a_model_to_start_from_that_knows_bos(tmp_path: Path) -> None:
-    """Point 3: data without BOS for a model that was trained with it gets a line; so does the opposite."""
+def test_init_from_a_model_trained_with_bos(tmp_path: Path) -> None:
+    """Data without BOS for a model that was trained with it causes a message; so does the opposite."""
     source = write_tokenizer(tmp_path / "llama3", "llama3")
     corpus = write_corpus(tmp_path, PLAIN)
     for name, more in (("plain", []), ("bos", ["--bos"])):
@@ -181,9 +181,9 @@ def test_a_model_to_start_from_that_knows_bos(tmp_path: Path) -> None:
     assert "without --bos" in (unlike_start(tmp_path / "model", bos) or "")
 
 
-def test_datasets_of_a_run_begin_alike(tmp_path: Path) -> None:
-    """Point 3: a validation set or a mixture with other documents' beginnings is refused before the run folder is made;
-    data whose special tokens were treated otherwise gets a warning."""
+def test_datasets_of_a_run_must_agree_on_bos(tmp_path: Path) -> None:
+    """A validation set or a mixture that differs in BOS is refused before the run folder is created;
+    data with differently encoded special tokens causes a warning."""
     folder = write_tokenizer(tmp_path / "tokenizer", "smollm2")
     corpus = write_corpus(tmp_path, PLAIN * 10)
     for name, more in (("plain", []), ("bos", ["--bos"]), ("parsed", ["--special_tokens", "parse"])):

@@ -1,7 +1,7 @@
-"""Point 2, and the round trip of a chat model: its folder in, trained on, out; templates, EOS, BOS, ids stay the same.
+"""Round trip of a chat model: import, training, export; chat templates, EOS, BOS and ids stay the same.
 
-The folders are opened by the transformers that is installed; where LLAMMLEIN_TRANSFORMERS_4 names the Python of an
-environment with transformers 4.56 (the oldest that is supported), a slow test opens them with that one too.
+The folders are opened by the installed transformers; if LLAMMLEIN_TRANSFORMERS_4 names the Python of an environment
+with transformers 4.56 (the oldest supported version), a slow test opens them with that one too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lit_model.model import GPT
 
 transformers = pytest.importorskip("transformers")
 
-BOS = ("llama3", "gemma2")  # were trained with it
+BOS = ("llama3", "gemma2")  # were trained with BOS
 TINY = {"n_layer": 2, "n_head": 4, "n_query_groups": 2, "n_embd": 32, "intermediate_size": 48, "block_size": 64}
 MODELS: dict[str, dict[str, Any]] = {
     "llama3": {},
@@ -49,7 +49,7 @@ OPENED = ROOT / "tests" / "harness" / "tokenizer_facts.py"
 
 
 def opened(folder: Path, python: str | None = None) -> dict[str, Any]:
-    """What transformers makes of a folder's tokenizer, and of its configs: see tests/harness/tokenizer_facts.py."""
+    """What transformers reads from a folder's tokenizer and configs: see tests/harness/tokenizer_facts.py."""
     if python is None:
         from tokenizer_facts import describe
 
@@ -62,7 +62,7 @@ def opened(folder: Path, python: str | None = None) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small chat model as Hugging Face folder: random weights, the family's tokenizer."""
+    """A small chat model as a Hugging Face folder: random weights, the family's tokenizer."""
     family = request.param
     folder = tmp_path_factory.mktemp("chat") / family / "source"
     files = write_tokenizer(folder.parent / "files", family)
@@ -114,7 +114,7 @@ def trained(source: Path) -> Path:
     return train_on(source, source.parent.name, source.parent)
 
 
-# Training two of the four shows the way; tokenizers of all four are compared below without it.
+# Two of the four are trained; the tokenizers of all four are compared below without training.
 SLOW = {"llama3", "smollm2"}
 ALL = [pytest.param(family, marks=pytest.mark.slow if family in SLOW else ()) for family in FAMILIES]
 families = pytest.mark.parametrize("source", ALL, indirect=True)
@@ -126,15 +126,15 @@ def compare(source: Path, trained: Path, family: str, python: str | None = None)
         assert became[key] == was[key], key
     kept = family != "qwen3"  # which has none
     assert became["bos"] == was["bos"] and (became["bos"] is not None) == kept
-    assert became["ids"] == was["ids"], "BOS is added where the source adds it, since the data has it"
+    assert became["ids"] == was["ids"], "BOS is not added as in the source, although the data has it"
     assert became["config_bos_id"] == became["generation_bos_id"] == became["bos_id"]
     same = {k: v for k, v in was["generation"].items() if not k.endswith("token_id")}
     assert became["generation"].items() >= same.items()
 
 
 @families
-def test_a_chat_model_comes_back_as_it_was(source: Path, trained: Path) -> None:
-    """Point 2: apply_chat_template, EOS, BOS and plain ids of the trained model's folder are those of the source."""
+def test_a_chat_model_survives_the_round_trip(source: Path, trained: Path) -> None:
+    """apply_chat_template, EOS, BOS and ids of plain text in the trained model's folder equal the source's."""
     family = source.parent.name
     compare(source, trained, family)
     tokenizer = open_tokenizer(trained)
@@ -147,13 +147,15 @@ def test_a_chat_model_comes_back_as_it_was(source: Path, trained: Path) -> None:
     assert ("The chat template prints" in card) == (family == "smollm2")
     _, before = load_tensors(source)
     _, after = load_tensors(trained)
-    assert any(not torch.equal(after[name], before[name]) for name in after), "it was trained"
+    assert any(not torch.equal(after[name], before[name]) for name in after), (
+        "the weights are those of the source: nothing was trained"
+    )
 
 
 @pytest.mark.slow
 @families
-def test_transformers_4_opens_it_alike(source: Path, trained: Path) -> None:
-    """Point 2: the same, opened by transformers 4.56 in an environment of its own."""
+def test_transformers_4_opens_it_identically(source: Path, trained: Path) -> None:
+    """The same, opened by transformers 4.56 in a separate environment."""
     python = os.environ.get("LLAMMLEIN_TRANSFORMERS_4")
     if not python:
         pytest.skip("LLAMMLEIN_TRANSFORMERS_4 names no Python with transformers 4.56")
@@ -161,8 +163,8 @@ def test_transformers_4_opens_it_alike(source: Path, trained: Path) -> None:
 
 
 @families
-def test_generation_begins_as_the_data_did(source: Path, trained: Path) -> None:
-    """Point 3: generate.py puts BOS before a prompt where the training data had it, for the run and for its folder."""
+def test_generation_starts_like_the_data(source: Path, trained: Path) -> None:
+    """generate.py puts BOS before a prompt if the training data had it, for the run and for its exported folder."""
     family = source.parent.name
     tokenizer = open_tokenizer(source)
     plain = tokenizer.encode("Der König").tolist()
@@ -173,13 +175,13 @@ def test_generation_begins_as_the_data_did(source: Path, trained: Path) -> None:
         assert found["prompt_ids"] == [*bos, *plain], model
         assert json.loads(script(*call, "--prompt", "").stdout)["prompt_ids"] == (bos or [tokenizer.eos_id])
     ended = json.loads(script(*call, "--prompt", f"a{tokenizer.eos_token}").stdout)["prompt_ids"]
-    assert ended[-1] == tokenizer.eos_id, "a Hugging Face folder's prompts are parsed as transformers does"
+    assert ended[-1] == tokenizer.eos_id, "a Hugging Face folder's prompts are not parsed like in transformers"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["llama3", "smollm2"], indirect=True)
 def test_gguf_and_verification_follow(source: Path, trained: Path, tmp_path: Path) -> None:
-    """Point 3: llama.cpp is told to begin with BOS where the data did, and gets the chat template; a folder that begins
+    """llama.cpp is told to begin with BOS where the data did, and gets the chat template; a folder that begins
     texts otherwise does not pass verify_hf."""
     gguf = pytest.importorskip("gguf")
     bos = source.parent.name in BOS
@@ -200,7 +202,7 @@ def test_gguf_and_verification_follow(source: Path, trained: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_bos_in_the_data(family: str, tmp_path: Path) -> None:
-    """Point 2: data without BOS: no text begins with one, and bos_token stays only where a chat template prints it."""
+    """Data without BOS: no text starts with one, and bos_token is kept only if a chat template prints it."""
     source = write_tokenizer(tmp_path / "source", family)
     write_hf_tokenizer(source, tmp_path / "hf")
     found = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -212,7 +214,7 @@ def test_without_bos_in_the_data(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_exported_tokenizer_is_the_source(family: str, tmp_path: Path) -> None:
-    """Point 2: chats, ids of text with special tokens, EOS, BOS and padding as in the source, for all four families."""
+    """Chats, ids of text with special tokens, EOS, BOS and padding as in the source, for all four families."""
     source = write_tokenizer(tmp_path / "source", family)
     bos = family in BOS
     write_hf_tokenizer(source, tmp_path / "hf", bos=bos)
@@ -226,7 +228,7 @@ def test_the_exported_tokenizer_is_the_source(family: str, tmp_path: Path) -> No
     text = "".join(before.all_special_tokens) + " a " + "b".join(before.all_special_tokens)
     assert found(text)["input_ids"] == before(text)["input_ids"]
     assert found.pad_token == (before.pad_token or before.eos_token)
-    if family in ("llama3", "smollm2"):  # kinds that GGUF can hold
+    if family in ("llama3", "smollm2"):  # kinds that GGUF supports
         tokenizer = open_tokenizer(source)
         keys = gguf_tokenizer(tokenizer, tokenizer.vocab_size, bos=bos)
         assert keys["tokenizer.ggml.add_bos_token"] == bos and keys["tokenizer.chat_template"] == was["template"]
@@ -234,7 +236,7 @@ def test_the_exported_tokenizer_is_the_source(family: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("template", [None, "{# bos_token #}{{ messages[0]['content'] }}"])
 def test_an_unseen_bos_is_not_declared(template: str | None, tmp_path: Path) -> None:
-    """Point 2: without BOS in the data and without a template that prints it, none is declared, so that EOS is used."""
+    """Without BOS in the data or a template that prints it, no BOS is declared, so that EOS is used."""
     source = write_tokenizer(tmp_path / "source", "llama3")
     path = source / "tokenizer_config.json"
     config = {k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}

@@ -1,4 +1,4 @@
-"""What people type: bare switches, names of other trainers, flags over configs, flags twice, terminals of ASCII."""
+"""Command lines as users type them: bare switches, other trainers' names, flags over configs, repeated flags, ASCII."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The message of a command line that ends with status 2."""
+    """The message of a command line that exits with status 2."""
     try:
         assert fabric_train.main(list(argv)) == 2
     except SystemExit as left:
@@ -53,7 +53,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_a_switch_may_be_bare_or_have_a_value() -> None:
-    """Point 24: --preflight, --preflight true, --preflight=False, --compile yes, and so for each true-or-false flag."""
+    """--preflight, --preflight true, --preflight=False, --compile yes, and so for each true-or-false flag."""
     base = [*BASE, "--init_from=c", "--strategy=fsdp"]
     switches = sorted(SWITCHES)
 
@@ -73,19 +73,19 @@ def test_a_switch_may_be_bare_or_have_a_value() -> None:
 
 
 def test_the_switches_are_all_that_the_parser_has() -> None:
-    """Point 24: the list that bare flags are looked up in is the parser's own."""
+    """The list of switches that may be bare equals the parser's."""
     kinds = {a.option_strings[0]: getattr(a, "_typehint", None) for a in build_parser()._actions if a.option_strings}
     assert {flag for flag, kind in kinds.items() if kind in (bool, bool | None)} == SWITCHES
 
 
-def test_preflight_true_is_a_preflight(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 24: what was "unrecognized arguments: true" looks at the machine and touches nothing."""
+def test_preflight_accepts_true(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Formerly "unrecognized arguments: true"; now it checks the machine and changes nothing."""
     assert fabric_train.main([*flags(data, tmp_path / "run"), "--preflight", "true"]) == 0
     assert "preflight: " in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
 def test_a_switch_of_a_script_may_have_a_value(data: Path) -> None:
-    """Point 24: --json true of a script, before and after its positional arguments."""
+    """--json true of a script, before and after its positional arguments."""
     for words in (["--json", "true", data / "train"], [data / "train", "--json=yes"], ["--json", data / "train"]):
         assert json.loads(script("inspect_dataset.py", *words).stdout)["documents"] == 90
     assert script("inspect_dataset.py", data / "train", "--json", "false").stdout.startswith(str(data / "train"))
@@ -114,15 +114,15 @@ def test_a_switch_of_a_script_may_have_a_value(data: Path) -> None:
         ("--save.evry_steps", "--save.every_steps"),
     ],
 )
-def test_a_wrong_flag_is_answered_by_the_right_one(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 25: names of lit-gpt, TinyLlama and transformers, and slips, instead of 150 lines of usage."""
+def test_a_wrong_flag_gets_the_right_suggestion(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Flags of lit-gpt, TinyLlama and transformers, and typos, get a suggestion instead of 150 lines of usage."""
     error = refused(capsys, *BASE, typed, "3")
     assert f"there is no flag {typed}" in error and re.search(rf"{re.escape(meant)}( or|\?)", error), error
     assert len(error.splitlines()) == 2
 
 
-def test_other_names_lead_to_flags_that_there_are() -> None:
-    """Point 25: no suggestion names a flag that no command line has."""
+def test_suggested_flags_exist() -> None:
+    """Suggestions only name existing flags."""
     known = {flag.removeprefix("--") for a in build_parser()._actions for flag in a.option_strings}
     for path in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r"\"--(\w+)\"", path.read_text(encoding="utf-8")))
@@ -147,13 +147,13 @@ def test_other_names_lead_to_flags_that_there_are() -> None:
 def test_a_wrong_key_of_a_config(
     setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Point 25: a config with another trainer's key, or with a value that does not fit."""
+    """A config with another trainer's key, or with a value that does not fit."""
     (tmp_path / "c.yaml").write_text(setting)
     assert message in refused(capsys, f"--config={tmp_path / 'c.yaml'}", "--data.train=x")
 
 
 def test_a_wrong_flag_of_a_script(tmp_path: Path) -> None:
-    """Point 25: the scripts answer alike, those with commands too."""
+    """Scripts respond in the same way, including those with subcommands."""
     for line, answer in (
         ("generate.py --model=m --prompt=a --max_tokens=3", "no flag --max_tokens; did you mean --max_new_tokens?"),
         (
@@ -169,14 +169,14 @@ def test_a_wrong_flag_of_a_script(tmp_path: Path) -> None:
 # Flags twice
 
 
-def test_a_flag_of_a_script_that_is_given_twice_is_refused() -> None:
-    """Point 8: the last of two values must not win silently."""
+def test_a_repeated_flag_of_a_script_is_refused() -> None:
+    """The last of two values must not be used silently."""
     done = script("make_synthetic.py", "--output=a", "--seed=1", "--tokens=5", "--seed=2")
     assert done.returncode == 2 and "--seed: given twice: 1 and 2" in done.stderr
 
 
-def test_a_list_of_a_script_that_is_given_twice_is_one_list() -> None:
-    """Point 8: --input a --input b c reads all three."""
+def test_a_repeated_list_flag_of_a_script_is_one_list() -> None:
+    """--input a --input b c reads all three."""
     parser = ScriptParser()
     parser.add_argument("--input", nargs="+")
     parser.add_argument("--metadata", nargs="*", default=[])
@@ -185,13 +185,13 @@ def test_a_list_of_a_script_that_is_given_twice_is_one_list() -> None:
         assert (args.input, args.metadata) == (["a", "b", "c"], ["m"])
 
 
-def test_a_flag_of_the_trainer_that_is_given_twice_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 8: scripts around the trainer put their defaults first; the last value counts, with a line."""
+def test_a_repeated_flag_of_the_trainer_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrapper scripts put their defaults first; the last value is used, with a message."""
     assert parse([*BASE, "--seed=1", "--seed", "2"]).seed == 2
     assert "--seed is given more than once; the last, 2, is used" in capsys.readouterr().err
 
 
-# A choice replaces its rivals
+# A setting replaces those that exclude it
 
 
 def write(path: Path, **settings: object) -> str:
@@ -199,8 +199,8 @@ def write(path: Path, **settings: object) -> str:
     return f"--config={path}"
 
 
-def test_a_typed_length_replaces_that_of_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 25: --train.max_steps over max_epochs, and each of the three over each other, needs no null."""
+def test_a_length_flag_replaces_the_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--train.max_steps replaces max_epochs, and each of the three any other, without setting null."""
     for theirs in ("max_steps", "max_tokens", "max_epochs"):
         config = write(tmp_path / "c.yaml", train={theirs: 7}, data={"train": "x"})
         for ours in ("max_steps", "max_tokens", "max_epochs"):
@@ -211,8 +211,8 @@ def test_a_typed_length_replaces_that_of_the_config(tmp_path: Path, capsys: pyte
             assert (told in capsys.readouterr().err) == (ours != theirs)
 
 
-def test_typed_data_replace_those_of_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 25: --data.train over the synthetic text of debug.yaml and over a mixture with its phases, and back."""
+def test_data_flags_replace_the_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--data.train replaces the synthetic text of debug.yaml, or a mixture with its phases, and vice versa."""
     args = parse([f"--config={ROOT / 'configs/debug.yaml'}", "--data.train=x"])
     assert (args.data.train, args.data.synthetic.tokens) == (Path("x"), 0)
     assert "--data.train x replaces data.synthetic.tokens 30000" in capsys.readouterr().err
@@ -228,15 +228,15 @@ def test_typed_data_replace_those_of_the_config(tmp_path: Path, capsys: pytest.C
     assert (args.data.train, args.data.val, args.data.synthetic.tokens) == (None, None, 50)
 
 
-def test_a_typed_name_replaces_the_sizes_of_the_config(capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 25: --model.name over a config of sizes gives the registered model, not a mixture of both."""
+def test_a_name_flag_replaces_the_configs_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    """--model.name replaces the sizes of a config by the registered model's, not a mixture of both."""
     args = parse([f"--config={ROOT / 'configs/quickstart.yaml'}", "--data.train=x", "--model.name=llama-10M"])
     assert args.model == ModelArgs(name="llama-10M")
     assert "--model.name llama-10M replaces model.n_layer 4, " in capsys.readouterr().err
 
 
-def test_typed_sizes_replace_those_of_the_name(capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 25: sizes over the name of a config change that model, with a line; all else is as in the registry."""
+def test_size_flags_change_the_named_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Sizes change the model named in a config, with a message; all else is as in the registry."""
     config = f"--config={ROOT / 'configs/babylm2025/gemma2.yaml'}"
     args = parse([config, "--data.train=x", "--model.n_layer=2", "--model.n_embd=384"])
     model, whole = (model_config(a, 100) for a in (args, parse([config, "--data.train=x"])))
@@ -265,7 +265,7 @@ def test_typed_sizes_replace_those_of_the_name(capsys: pytest.CaptureFixture[str
     ],
 )  # fmt: skip
 def test_other_choices(config: dict[str, Any], typed: list[str], left: dict[str, object], tmp_path: Path) -> None:
-    """Point 25: every pair of settings that exclude each other: the one that is typed stays."""
+    """For every pair of settings that exclude each other, the one on the command line is used."""
     train_part = {"max_steps": 20, **config.pop("train", {})}
     args = parse([write(tmp_path / "c.yaml", **config, train=train_part, data={"train": "x"}), *typed])
     for name, value in left.items():
@@ -276,7 +276,7 @@ def test_other_choices(config: dict[str, Any], typed: list[str], left: dict[str,
 
 
 def test_a_second_config_overrides_the_first_and_flags_both(tmp_path: Path) -> None:
-    """Point 25: layers of configs, with a flag in front of them: order of words does not matter for flags."""
+    """Several configs, with a flag in front of them: the position of flags does not matter."""
     one = write(tmp_path / "one.yaml", train={"max_epochs": 7}, seed=1, data={"train": "x"}, devices=1)
     two = write(tmp_path / "two.yaml", train={"max_steps": 5}, seed=2)
     args = parse(["--devices=3", one, two])
@@ -293,15 +293,15 @@ def test_a_second_config_overrides_the_first_and_flags_both(tmp_path: Path) -> N
         ["--optim.warmup_steps=3", "--optim.warmup_fraction=0.1"],
     ],
 )
-def test_two_typed_rivals_stay_an_error(rivals: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 25: where both are typed nobody knows which is meant, also over a config that has one of them."""
+def test_two_conflicting_flags_are_an_error(rivals: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """If both are on the command line the intention is unclear, even if a config has one of them."""
     error = refused(capsys, f"--config={ROOT / 'configs/debug.yaml'}", *rivals)
     for rival in rivals:
         assert rival.partition("=")[0] in error
 
 
-def test_rivals_are_settings_that_there_are() -> None:
-    """Point 25: each name of the table is a field."""
+def test_mutually_exclusive_settings_exist() -> None:
+    """Each name in the table is a field."""
     defaults = build_parser().get_defaults()
     for key, _, rivals in RULES:
         for name in (key, *rivals):
@@ -312,8 +312,8 @@ def test_rivals_are_settings_that_there_are() -> None:
 
 
 def test_the_config_of_a_run_repeats_it(data: Path, tmp_path: Path) -> None:
-    """Point 25: RUN/config.yaml alone, with another folder, gives the same weights, whatever flags have replaced. The
-    warm-up, a quarter of 12 steps, is there in steps; a resume may give it so.
+    """RUN/config.yaml alone, with another folder, gives the same weights, whatever flags replaced. It stores the
+    warm-up, a quarter of 12 steps, in steps; a resume may give it in that form.
     """
     config = write(tmp_path / "c.yaml", train={"max_epochs": 1}, optim={"warmup_steps": 5}, model={"name": "debug"})
     one, two, name = tmp_path / "one", tmp_path / "two", "iter-00000012-ckpt.pth"
@@ -337,7 +337,7 @@ def test_the_config_of_a_run_repeats_it(data: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a tokenizer beside it."""
+    """A run folder, next to a tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     (folder / "text.txt").write_text("Grüße aus Würzburg, \N{GRINNING FACE}! " * 30, encoding="utf-8")
     tokenizer = train_tokenizer(TokenizerSettings((str(folder / "text.txt"),), 270, folder / "tokenizer"))
@@ -351,7 +351,7 @@ def generate(model: Path, *arguments: str) -> list[str]:
 
 
 def test_several_prompts_give_several_texts(model: Path) -> None:
-    """Point 8: each --prompt is continued, in order, as it is alone."""
+    """Each --prompt is continued, in order, in the same way as alone."""
     alone = [script("generate.py", *generate(model, f"--prompt={p}")).stdout for p in ("Grüße", "aus")]
     both = script("generate.py", *generate(model, "--prompt=Grüße", "--prompt=aus"))
     assert both.returncode == 0 and both.stdout == "\n".join(alone)
@@ -359,13 +359,13 @@ def test_several_prompts_give_several_texts(model: Path) -> None:
     assert [json.loads(line)["prompt"] for line in lines] == ["Grüße", "aus"]
     ids = script("generate.py", *generate(model, "--prompt_ids=5,6", "--prompt_ids=7", "--json")).stdout.splitlines()
     assert [json.loads(line)["prompt_ids"] for line in ids] == [[5, 6], [7]]
-    # A prompt that is too long is refused before any is continued.
+    # A prompt that is too long is refused before generating anything.
     long = script("generate.py", *generate(model, "--prompt=aus", f"--prompt={'x' * 500}"))
     assert (long.returncode, long.stdout) == (2, "")
 
 
 def test_any_text_can_be_printed_in_ascii(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point 25: LANG=C, PYTHONIOENCODING=ascii: what the terminal lacks is escaped as JSON does, also in errors."""
+    """LANG=C, PYTHONIOENCODING=ascii: unsupported characters are escaped as in JSON, also in errors."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
     make_printable()
@@ -385,7 +385,7 @@ def test_any_text_can_be_printed_in_ascii(model: Path, monkeypatch: pytest.Monke
 )  # fmt: skip
 @pytest.mark.slow
 def test_scripts_in_an_ascii_terminal(name: str, arguments: list[str], model: Path, data: Path, tmp_path: Path) -> None:
-    """Point 25: real processes in the C locale, one of them without Python's UTF-8 mode too: no traceback."""
+    """Real processes in the C locale, one of them also without Python's UTF-8 mode: no traceback."""
     (tmp_path / "größe").symlink_to(data / "train")
     places = {"run": model / "run", "tokenizer": model / "tokenizer", "umlaut": tmp_path / "größe"}
     environment = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
@@ -399,7 +399,7 @@ def test_scripts_in_an_ascii_terminal(name: str, arguments: list[str], model: Pa
 
 
 def test_every_script_uses_the_shared_parser() -> None:
-    """Points 8, 24 and 25: install.py alone keeps argparse's, since an old Python must be able to read it."""
+    """Except install.py, which uses argparse so that an old Python can run it."""
     for path in sorted((ROOT / "scripts").glob("*.py")):
         uses = "argparse.ArgumentParser(" in path.read_text(encoding="utf-8")
         assert uses == (path.name == "install.py"), path

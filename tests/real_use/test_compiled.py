@@ -1,4 +1,4 @@
-"""Compiled blocks are compiled: all kinds of them, in training and validation, beside teachers, on both attentions."""
+"""All kinds of blocks are really compiled: in training and validation, with teachers, with both attention kernels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LLAMA_4_OF_TWO_KINDS = {**LLAMA_4, "n_layer": 2, "moe_layers": (True, False)}
 
 @pytest.fixture(autouse=True)
 def limits() -> Iterator[None]:
-    """Each test begins with torch's own limits, an empty cache and counters at 0."""
+    """Each test starts with torch's default limits, an empty cache and counters at 0."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
@@ -87,7 +87,7 @@ def validate(model: GPT, size: int) -> None:
     ids=["gemma2", "llama4", "llama4-four-kinds", "gemma2-traced", "llama4-op", "sliding-op", "llama4-inductor"],
 )
 def test_every_block_of_every_kind_is_compiled(recompute: Any, changes: dict[str, Any], backend: str) -> None:
-    """Point 7: sliding and full layers, experts, chunks, recomputed: all blocks run compiled, whatever the sizes."""
+    """Sliding and full layers, experts, chunks, recomputation: all blocks run compiled, for all sizes."""
     eager, model = build(recompute, **changes), build(recompute, **changes)
     compile_blocks(model, backend=backend)
     n = changes["n_layer"]
@@ -106,8 +106,8 @@ def test_every_block_of_every_kind_is_compiled(recompute: Any, changes: dict[str
     assert len(kinds) <= compilations <= COMPILATIONS_PER_KIND * len(kinds)
 
 
-def test_a_student_beside_three_teachers_is_compiled_with_them() -> None:
-    """Point 7: four models share one code object and its limit: 2 of 4 blocks of the student were compiled."""
+def test_a_student_and_three_teachers_are_compiled() -> None:
+    """Four models share one code object and its limit; formerly only 2 of the student's 4 blocks were compiled."""
     student, sizes = build(n_layer=4), [(2, 128), (3, 64), (1, 96)]
     teachers = [build(n_layer=n, n_embd=width).requires_grad_(False).eval() for n, width in sizes]
     for model in (student, *teachers):
@@ -122,8 +122,8 @@ def test_a_student_beside_three_teachers_is_compiled_with_them() -> None:
         assert counted.counts() == {"student": (4, 4), "teachers": (6, 6)}
 
 
-def test_a_limit_that_is_hit_is_one_line_with_its_cause(capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 7: a limit that is too small after all is one warning, and the count says which blocks run eagerly."""
+def test_hitting_the_limit_is_one_warning_with_its_cause(capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit that is too small causes one warning, and the count shows how many blocks run eagerly."""
     model = build(n_layer=4, **{k: v for k, v in SLIDING.items() if k != "n_layer"})
     compile_blocks(model, backend="eager")
     counted = CompiledBlocks({"model": [model]})
@@ -136,8 +136,8 @@ def test_a_limit_that_is_hit_is_one_line_with_its_cause(capsys: pytest.CaptureFi
     assert counted.describe().startswith("warning: compiled: 0 of 4 blocks of the model; the others run eagerly")
 
 
-def test_a_block_that_cannot_be_traced_is_counted_and_the_cause_named() -> None:
-    """Point 7: attention dropout draws its own random numbers, which ends a recomputed block's graph: it is said."""
+def test_an_untraceable_block_is_counted_and_its_cause_named() -> None:
+    """Attention dropout draws its own random numbers, which breaks a recomputed block's graph: this is reported."""
     model = build("full", n_layer=2, attention_dropout=0.1)
     compile_blocks(model, backend="eager")
     counted = CompiledBlocks({"model": [model]})
@@ -147,7 +147,9 @@ def test_a_block_that_cannot_be_traced_is_counted_and_the_cause_named() -> None:
 
 
 def test_rows_within_the_window_compile_with_dropout() -> None:
-    """Point 9: Gemma 2 with rows within its window, as on torch 2.11: "tuple index out of range" where a graph ends."""
+    """Gemma 2 with rows shorter than its window failed on torch 2.11 with "tuple index out of range" at a graph
+    break.
+    """
     changes = {**GEMMA_2, "n_layer": 2, "sliding_window_size": 64}
     for dropout in (0.0, 0.1):
         model = build(**changes, attention_dropout=dropout)
@@ -168,7 +170,7 @@ def test_rows_within_the_window_compile_with_dropout() -> None:
     ],
 )
 def test_attention_compiled_equals_eager(options: dict[str, Any], documents: bool) -> None:
-    """Point 7: the operator that compiled blocks call has a backward of its own; in float64 both agree."""
+    """The operator called by compiled blocks has its own backward; in float64 both agree."""
     B, T, H, G, D = 2, 150, 4, 2, 8
     generator = torch.Generator().manual_seed(1)
     cu = torch.tensor([0, 7, 150, 151, 300, 300, 300], dtype=torch.int32) if documents else None
@@ -188,7 +190,7 @@ def test_attention_compiled_equals_eager(options: dict[str, Any], documents: boo
 
 
 def test_experts_compiled_equal_eager() -> None:
-    """Point 7: likewise of experts, one of which gets no token."""
+    """The same for experts, one of which gets no token."""
     config = get_config("debug", n_expert=4, n_expert_per_token=1)
     experts = Experts(config).double()
     x = torch.randn(20, config.n_embd, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -203,8 +205,8 @@ def test_experts_compiled_equal_eager() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_says_how_many_blocks_are_compiled(tmp_path: Path) -> None:
-    """Point 7: after its first step a run prints the count, as a user sees it, with the real compiler."""
+def test_a_run_reports_how_many_blocks_are_compiled(tmp_path: Path) -> None:
+    """After the first step a run prints the count; with the real compiler, as a user runs it."""
     write_dataset(tmp_path / "train", [50] * 40)
     write_dataset(tmp_path / "val", [50] * 5, seed=1)
     changes: dict[str, object] = {"train__max_steps": 2, "compile": "true", "train__activation_checkpointing": "block"}

@@ -1,4 +1,4 @@
-"""Point 27: the first lines of every config are a command that works."""
+"""The comment at the top of every config contains a command that works."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.data import open_datasets
 from pretrain.launch import find_launch
 
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
-# Trained for two steps by their own command; teachers before their student. The others are too large for a test.
+# Trained for two steps by their own command, teachers before their student. The others are too large for a test.
 SMALL = [
     Path("configs") / f"{name}.yaml"
     for name in (
@@ -30,7 +30,7 @@ SMALL = [
 
 
 def command_of(path: Path) -> list[str]:
-    """The words of the command in the comment that the config begins with."""
+    """The command in the config's leading comment, as words."""
     head = re.match(r"(?:#.*\n)+", (ROOT / path).read_text(encoding="utf-8"))
     assert head is not None, path
     lines = [line.removeprefix("#") for line in head[0].splitlines()]
@@ -45,7 +45,7 @@ def command_of(path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Large enough for every warm-up: three million tokens."""
+    """Three million tokens, enough for every warm-up."""
     folder = tmp_path_factory.mktemp("data")
     write_dataset(folder / "train", [50_000] * 60)
     write_dataset(folder / "val", [600] * 9, seed=1)
@@ -54,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkout(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with configs/ and data/, as the commands expect it, and this process in it, outside of any launcher."""
+    """Change to a folder with configs/ and data/, as the commands expect it, without launcher variables."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "data").symlink_to(data)
     monkeypatch.chdir(tmp_path)
@@ -63,7 +63,7 @@ def checkout(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def read(words: list[str], monkeypatch: pytest.MonkeyPatch) -> RunArgs:
-    """The settings of a command, for sbatch with the processes that srun would start."""
+    """The settings of a command; for sbatch, with the processes that srun would start."""
     if words[0] == "python":
         assert words[1] == "pretrain/fabric_train.py"
         return fabric_train.parse(words[2:])
@@ -79,10 +79,10 @@ def read(words: list[str], monkeypatch: pytest.MonkeyPatch) -> RunArgs:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_command_of_a_config_is_read(
+def test_the_command_of_a_config_is_valid(
     path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Point 27: it names this config, replaces nothing of it, and its data, model and sizes fit each other."""
+    """It names this config and overrides nothing in it, and its data, model and sizes match."""
     words = command_of(path)
     assert words[words.index("--config") + 1] == str(path)
     args = read(words, monkeypatch)
@@ -96,8 +96,8 @@ def test_the_command_of_a_config_is_read(
     assert datasets.val and datasets.block_size <= config.block_size
 
 
-def test_the_teachers_of_a_config_are_made_by_configs(monkeypatch: pytest.MonkeyPatch, checkout: Path) -> None:
-    """Point 27: distillation.yaml expects runs/llama-360M, which no config made."""
+def test_the_teachers_of_a_config_have_configs(monkeypatch: pytest.MonkeyPatch, checkout: Path) -> None:
+    """distillation.yaml expects runs/llama-360M, which formerly no config created."""
     by_hand = [words for path in CONFIGS if (words := command_of(path))[0] == "python"]
     runs = [read(words, monkeypatch) for words in by_hand]
     teachers = {str(teacher.path) for args in runs for teacher in args.distillation.teachers}
@@ -106,7 +106,7 @@ def test_the_teachers_of_a_config_are_made_by_configs(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("paths", [SMALL[2:3], pytest.param(SMALL, marks=pytest.mark.slow)], ids=["quickstart", "all"])
 def test_small_configs_train_by_their_command(paths: list[Path], checkout: Path) -> None:
-    """Point 27: the command as it stands, for two steps; the student finds its teachers where theirs wrote them."""
+    """The unchanged command, for two steps; the student finds its teachers where their commands wrote them."""
     for path in paths:
         words = command_of(path)[2:]
         if "--out_dir" not in words and "out_dir:" not in path.read_text():

@@ -1,4 +1,6 @@
-"""What a user points a preparation at: files given twice, splits mixed up, odd fields, whole files, bombs."""
+"""Unusual inputs of a preparation: files given twice, mixed splits, odd fields, large text files, decompression
+bombs.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def lines(*records: object) -> str:
 
 
 def prepare(*arguments: object, tokenizer: Path, output: Path, workers: int = 1):
-    """scripts/prepare_data.py in this process; status, output, and what it wrote to stderr."""
+    """Run scripts/prepare_data.py in this process; returns status, standard output and standard error."""
     fixed = ("--tokenizer", tokenizer, "--output", output, "--workers", workers)
     return script("prepare_data.py", *arguments, *fixed)
 
@@ -73,7 +75,7 @@ WAYS_TO_GIVE_A_FILE_TWICE = {
 
 @pytest.mark.parametrize("way", WAYS_TO_GIVE_A_FILE_TWICE)
 def test_a_file_given_twice_is_read_once(tmp_path, tokenizer, monkeypatch, way):
-    """Point 6: one file reaches --input by two names; its documents are packed once, and a warning names it."""
+    """One file is in --input under two names; its documents are packed once, and a warning names it."""
     monkeypatch.chdir(tmp_path)
     corpus(tmp_path / "corp")
     (tmp_path / "link.jsonl").symlink_to("corp/a.jsonl")
@@ -86,8 +88,8 @@ def test_a_file_given_twice_is_read_once(tmp_path, tokenizer, monkeypatch, way):
     assert any("it is read once" in w and ("a.jsonl" in w or "hard" in w) for w in warnings), done.stderr
 
 
-def test_a_file_of_both_sides_is_refused(tmp_path, tokenizer):
-    """Point 6: validation text that --input takes in too, by a hard link, is refused before anything is written."""
+def test_a_file_in_training_and_validation_is_refused(tmp_path, tokenizer):
+    """Validation text that is also in --input, through a hard link, is refused before anything is written."""
     folder = corpus(tmp_path / "corp")
     os.link(folder / "a.jsonl", tmp_path / "val.jsonl")
     done = prepare(
@@ -99,7 +101,7 @@ def test_a_file_of_both_sides_is_refused(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("held_out", ["b.dev", "b.test", "b.dev.gz", "deep/b.DEV"])
 def test_train_and_dev_files_in_one_input_are_refused(tmp_path, tokenizer, held_out):
-    """Point 6: BabyLM's .train and .dev files in one folder would make a model train on its validation text."""
+    """BabyLM's .train and .dev files in one folder would make a model train on its validation text."""
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "a.train").write_text("eins")
     held = tmp_path / "in" / held_out
@@ -112,7 +114,7 @@ def test_train_and_dev_files_in_one_input_are_refused(tmp_path, tokenizer, held_
         out = tmp_path / "out"
         done = prepare("--input", tmp_path / "in", "--allow_mixed_splits", tokenizer=tokenizer, output=out)
         assert done.returncode == 0 and "warning" not in done.stderr and len(documents(out)) == 2
-        # The way that the message names.
+        # The remedy named in the message.
         pattern = f"{tmp_path}/in/**/*"
         done = prepare(
             *("--input", f"{pattern}.train*", "--val_input", f"{pattern}.dev*"),
@@ -133,7 +135,7 @@ def test_train_and_dev_files_in_one_input_are_refused(tmp_path, tokenizer, held_
     ],
 )  # fmt: skip
 def test_folders_named_after_splits_are_warned_about(tmp_path, tokenizer, names):
-    """Point 6: `--input custom/` with train/ and dev/ in it is packed as one dataset, with a warning first."""
+    """`--input custom/` with train/ and dev/ in it is packed as one dataset, after a warning."""
     for name in (*names, "training_manuals/x.txt"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_text(lines({"text": name}))
@@ -144,8 +146,8 @@ def test_folders_named_after_splits_are_warned_about(tmp_path, tokenizer, names)
     assert all(name.split("/")[0] in warning for name in names)
 
 
-def test_a_file_beside_its_compressed_copy_is_warned_about(tmp_path, tokenizer):
-    """Point 6: a.jsonl was packed by `gzip -k`, so that the folder holds its documents twice."""
+def test_a_file_next_to_its_compressed_copy_is_warned_about(tmp_path, tokenizer):
+    """a.jsonl was compressed with `gzip -k`, so the folder contains its documents twice."""
     folder = corpus(tmp_path / "corp")
     (folder / "a.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
     done = prepare("--input", folder, tokenizer=tokenizer, output=tmp_path / "out")
@@ -153,7 +155,7 @@ def test_a_file_beside_its_compressed_copy_is_warned_about(tmp_path, tokenizer):
 
 
 def test_work_of_an_older_version_is_resumed(tmp_path, tokenizer):
-    """Point 6: a preparation that was killed before a setting existed is gone on with after the update."""
+    """A preparation killed before a setting existed is resumed after the update."""
     here = Job.make(Settings((str(corpus(tmp_path / "corp")),), str(tokenizer))).to_dict()
     there = json.loads(json.dumps(here))
     for new in ("allow_mixed_splits", "seed", "metadata"):
@@ -186,7 +188,7 @@ ODD_VALUES = {
 @pytest.mark.parametrize("kind", ODD_VALUES)
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_an_id_or_metadata_of_any_kind_is_read(tmp_path, kind, on_error):
-    """Point 20: a binary id made all documents "not UTF-8", and `skip` dropped every one of them."""
+    """A binary id used to make all documents "not UTF-8", and `skip` dropped every one of them."""
     column, expected = ODD_VALUES[kind]
     pq.write_table(pa.table({"text": ["x", "y"], "id": column, "m": column}), tmp_path / "x.parquet")
     errors = ReadErrors()
@@ -199,7 +201,7 @@ def test_an_id_or_metadata_of_any_kind_is_read(tmp_path, kind, on_error):
 
 @pytest.mark.parametrize("value", [7, 1.5, True, None, [1], {"a": 1}, "\ud800", "", int("9" * 4000)])
 def test_an_id_or_metadata_of_any_kind_is_read_from_json(tmp_path, value):
-    """Point 20: the same in JSON lines: half a surrogate pair or a number of 5000 digits as an id is no fault."""
+    """The same in JSON lines: half a surrogate pair or a number of 5000 digits is a valid id."""
     text = json.dumps({"text": "x", "id": value, "m": value}).replace("9" * 4000, "9" * 5000)
     (tmp_path / "x.jsonl").write_text(text + "\n" + lines({"text": "y"}))
     found = list(read_documents([tmp_path / "x.jsonl"], metadata=["m"]))
@@ -213,7 +215,7 @@ def test_an_id_or_metadata_of_any_kind_is_read_from_json(tmp_path, value):
 
 
 def test_two_columns_of_one_name(tmp_path):
-    """Point 20: two columns named id were a KeyError; the first is taken. Two of the text are refused by name."""
+    """Two columns named id used to be a KeyError; the first is used. Two text columns are refused by name."""
     columns = [pa.array(v) for v in (["x"], ["first"], ["second"], [1], [2])]
     table = pa.Table.from_arrays(columns, names=["text", "id", "id", "m", "m"])
     pq.write_table(table, tmp_path / "x.parquet")
@@ -225,7 +227,7 @@ def test_two_columns_of_one_name(tmp_path):
 
 
 def test_fields_inside_fields(tmp_path, tokenizer):
-    """Point 20: --text_field translation.de, an id and metadata inside other fields, in JSON lines and Parquet."""
+    """--text_field translation.de, an id and metadata inside other fields, in JSON lines and Parquet."""
     records = [{"translation": {"de": text, "en": "x"}, "meta": {"key": i, "url": {"host": f"h{i}"}}} for i, text in
                enumerate(TEXTS)]  # fmt: skip
     (tmp_path / "a.jsonl").write_text(lines(*records))
@@ -249,7 +251,7 @@ def test_fields_inside_fields(tmp_path, tokenizer):
 
 
 def test_metadata_that_some_tables_lack(tmp_path, tokenizer):
-    """Point 20: one of two Parquet files has no such column: it is kept; a name that none has is refused."""
+    """One of two Parquet files lacks the column: it is accepted; a name that no file has is refused."""
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"text": ["x"], "m": [1]}), tmp_path / "in" / "a.parquet")
     pq.write_table(pa.table({"text": ["y"]}), tmp_path / "in" / "b.parquet")
@@ -270,7 +272,7 @@ BY_BLANK_LINE = [(1, "erste Zeile\r\nzweite"), (6, "dritte"), (9, "  vierte \nf√
 
 @pytest.mark.parametrize("name", ["a.txt", "a.train", "a.dev.gz", "a.test.zst"])
 def test_plain_text_is_split(tmp_path, name):
-    """Point 21: --split_documents line, blank_line, file: CRLF, a BOM, blank lines of spaces, no newline at the end."""
+    """--split_documents line, blank_line, file: CRLF, a BOM, blank lines of spaces, no newline at the end."""
     data = PLAIN.encode()
     packed = gzip.compress(data) if name.endswith("gz") else zstandard.compress(data) if "zst" in name else data
     path = tmp_path / name
@@ -279,15 +281,15 @@ def test_plain_text_is_split(tmp_path, name):
         found = list(read_documents([path], split_documents=split))
         assert [(d.place, d.text) for d in found] == expected
         assert [d.id for d in found] == [f"{name}:{place}" for place, _ in expected]
-        for i, document in enumerate(found):  # resumed after any document
+        for i, document in enumerate(found):  # resumed after each document
             rest = read_documents([path], split_documents=split, start=Place(0, document.place))
             assert [(d.place, d.text) for d in rest] == expected[i + 1 :]
     assert read(path, split_documents="file") == read(path) == [(name, PLAIN)]
 
 
 @pytest.mark.parametrize("split, faults", [("line", 2), ("blank_line", 2)])
-def test_faults_in_split_text(tmp_path, split, faults):
-    """Point 21: a line that is not UTF-8, or too long, costs its own document and no other, on resuming too."""
+def test_errors_in_split_text(tmp_path, split, faults):
+    """A line that is not UTF-8, or too long, affects only its own document, also when resuming."""
     long = b"x" * ((1 << 20) + 1)
     (tmp_path / "a.txt").write_bytes(b"eins\n\nzw\xffei\n\n" + long + b"\n\ndrei\n\nvier")
     options = {"split_documents": split, "max_document_mb": 1}
@@ -302,8 +304,8 @@ def test_faults_in_split_text(tmp_path, split, faults):
 
 
 @pytest.mark.parametrize("split", ["line", "blank_line"])
-def test_split_text_in_parts_gives_the_same(tmp_path, tokenizer, split):
-    """Point 21: the same bytes for any number of parts, and the setting is in the manifest and in what is compared."""
+def test_split_text_in_parts_gives_the_same_bytes(tmp_path, tokenizer, split):
+    """The same bytes for any number of parts; the setting is in the manifest and compared when resuming."""
     (tmp_path / "in").mkdir()
     for i in range(3):
         text = "\r\n".join(f"Satz {n}" + "\r\n" * (n % 3) for n in range(40))
@@ -326,7 +328,7 @@ def test_split_text_in_parts_gives_the_same(tmp_path, tokenizer, split):
 
 @pytest.mark.parametrize("split", ["line", "blank_line"])
 def test_split_text_is_resumed(tmp_path, tokenizer, monkeypatch, split):
-    """Point 21: a preparation of split text that is interrupted again and again ends with the same bytes."""
+    """A preparation of split text that is interrupted repeatedly gives the same bytes."""
     (tmp_path / "in").mkdir()
     for i in range(2):
         text = "\r\n".join(f"Satz {n}" + "\r\n" * (n % 3) for n in range(30))
@@ -353,7 +355,7 @@ def test_split_text_is_resumed(tmp_path, tokenizer, monkeypatch, split):
 
 
 def test_a_large_plain_text_is_named_once(tmp_path, tokenizer):
-    """Point 21: a .train file of over 1 MB becomes one document; one line says so, none if the flag is given."""
+    """A .train file of over 1 MB becomes one document, which one line reports unless the flag is given."""
     (tmp_path / "in").mkdir()
     for name in ("a.train", "b.train"):
         (tmp_path / "in" / name).write_text(("ein Satz " * 1200 + "\n") * 110)
@@ -369,7 +371,7 @@ def test_a_large_plain_text_is_named_once(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("profile", ["babylm", "babylm-paper"])
 def test_babylm_names_of_2024_have_cleaners(tmp_path, tokenizer, profile):
-    """Point 21: the text of 2024 and 2025 names childes and simple_wiki; they are cleaned as those of 2023 were."""
+    """The files childes and simple_wiki of 2024 and 2025 are cleaned like their 2023 counterparts."""
     (tmp_path / "in").mkdir()
     text = "A1: one  two , [x]\n\n\n\n== Berlin ==\n"
     for name in ("bnc_spoken", "childes", "gutenberg", "open_subtitles", "simple_wiki", "switchboard"):
@@ -386,7 +388,7 @@ def test_babylm_names_of_2024_have_cleaners(tmp_path, tokenizer, profile):
 
 
 def bomb(path: Path, megabytes: int) -> None:
-    """A JSON line that does not end, or a text, of many megabytes in a few kilobytes."""
+    """An unterminated JSON line or a text: many megabytes compressed to a few kilobytes."""
     head, zeros = (b'{"text": "' if ".jsonl" in path.name else b""), b"0" * (1 << 20)
     opener = gzip.open if path.name.endswith("gz") else zstandard.open
     with opener(path, "wb") as f:
@@ -401,7 +403,7 @@ def bomb(path: Path, megabytes: int) -> None:
     + [(n, "stop") for n in ("b.jsonl.zst", "b.txt.gz")],
 )
 def test_a_bomb_is_refused_in_bounded_memory(tmp_path, tokenizer, name, on_error):
-    """Point 18: a few kilobytes that decompress to any size, or a line without an end, obey the policy for errors."""
+    """A few kilobytes that decompress to any size, or an unterminated line, are handled by --on_error."""
     path = tmp_path / "in" / name
     path.parent.mkdir()
     if name == "b.jsonl":
@@ -416,7 +418,7 @@ def test_a_bomb_is_refused_in_bounded_memory(tmp_path, tokenizer, name, on_error
     )  # fmt: skip
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 25e6  # a step of zstd gives 8 MB
+    assert peak < 25e6  # one zstd step yields 8 MB
     said = done.stderr if on_error == "stop" else done.stdout
     assert name in said and "of more than 1 MB (--max_document_mb" in said and "Traceback" not in done.stderr
     if on_error == "stop":
@@ -427,8 +429,8 @@ def test_a_bomb_is_refused_in_bounded_memory(tmp_path, tokenizer, name, on_error
         assert manifest["source"]["max_document_mb"] == 1
 
 
-def test_a_long_line_is_left_out_and_the_next_read(tmp_path):
-    """Point 18: only the line that is too long is left out; one that has no end for long ends the file."""
+def test_a_long_line_is_omitted_and_the_next_read(tmp_path):
+    """Only an overlong line is omitted; one that does not end for a long time ends the file."""
     long = b'{"text": "' + b"x" * (3 << 20) + b'"}\n'
     (tmp_path / "a.jsonl").write_bytes(lines({"text": "a"}).encode() + long + lines({"text": "b"}).encode())
     errors = ReadErrors()
@@ -438,7 +440,7 @@ def test_a_long_line_is_left_out_and_the_next_read(tmp_path):
 
 
 def test_a_parquet_of_one_large_value_in_many_rows(tmp_path):
-    """Point 18: a dictionary holds a large text once, which many rows name: they are not read all at once."""
+    """A dictionary stores a large text once for many rows, which must not be read all at once."""
     value = "x" * (2 << 20)
     table = pa.table({"text": pa.array([value, "gut"] * 40).dictionary_encode()})
     path = tmp_path / "x.parquet"
@@ -463,7 +465,7 @@ def test_a_parquet_of_one_large_value_in_many_rows(tmp_path):
     ],
 )  # fmt: skip
 def test_absurd_numbers_are_refused(tmp_path, tokenizer, flag, value):
-    """Point 18: numbers that no machine can serve are refused at once, by the flag's name, and nothing is left."""
+    """Absurdly large numbers are refused immediately, naming the flag, and leave no files."""
     folder = corpus(tmp_path / "in")
     more = ("--dedup", "bloom") if flag == "bloom_paragraphs" else ()
     done = script(
@@ -476,7 +478,7 @@ def test_absurd_numbers_are_refused(tmp_path, tokenizer, flag, value):
 
 
 def test_a_very_large_shard_is_one_shard(tmp_path, tokenizer):
-    """Point 18: --shard_tokens 99999999999 allocates nothing ahead: it only means that there is one shard."""
+    """--shard_tokens 99999999999 allocates nothing in advance: it only means that there is one shard."""
     folder = corpus(tmp_path / "in")
     done = prepare("--input", folder, "--shard_tokens", 99999999999, tokenizer=tokenizer, output=tmp_path / "out")
     assert done.returncode == 0 and len(PackedDataset(tmp_path / "out" / "train").manifest.shards) == 1

@@ -1,4 +1,4 @@
-"""Points 17, 18 and 25: files that are damaged, no files at all, or of absurd sizes; and data found from any folder."""
+"""Files that are damaged, not regular files, or of absurd sizes; and relative data paths used from any folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def packed(tmp_path: Path) -> Path:
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line by which the trainer refuses a command."""
+    """The one line with which the trainer refuses a command."""
     try:
         status: object = fabric_train.main(arguments)
     except SystemExit as left:
@@ -40,7 +40,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return errors
 
 
-# --- Point 17 --------------------------------------------------------------------------------------------------------
+# --- damaged files -------------------------------------------------------------------------------------------------
 
 
 def flip(path: Path, offset: int, bit: int = 0) -> None:
@@ -49,8 +49,8 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
     path.write_bytes(bytes(content))
 
 
-def test_a_flipped_bit_of_a_pointer_ends_the_reading_by_name(packed: Path) -> None:
-    """Point 17: wherever a bit of an .idx flips, rows of that shard are refused and the file is named."""
+def test_a_flipped_bit_in_a_pointer_is_refused_by_name(packed: Path) -> None:
+    """Whichever bit of an .idx flips, rows of that shard are refused and the file is named."""
     n = PackedDataset(packed).manifest.shards[0].documents
     index = packed / "data-00000.idx"
     original = index.read_bytes()
@@ -58,7 +58,7 @@ def test_a_flipped_bit_of_a_pointer_ends_the_reading_by_name(packed: Path) -> No
         for bit in (0, 1, 7):
             index.write_bytes(original)
             flip(index, place, bit)
-            dataset = PackedDataset(packed)  # the last pointer is right
+            dataset = PackedDataset(packed)  # the last pointer is correct
             rows = ConcatRows(dataset, 32)
             order = Mixture.single(Order(rows.n_windows, 1))
             loader = Loader([rows], order, RankLayout(32, 8), [Segment(0, 0, 8)], prefetch_steps=2)
@@ -66,8 +66,8 @@ def test_a_flipped_bit_of_a_pointer_ends_the_reading_by_name(packed: Path) -> No
                 list(loader.steps(0, 40))
 
 
-def test_a_manifest_that_disagrees_with_its_shards_is_refused_when_opened(packed: Path) -> None:
-    """Point 17: counts that fit each other but not the shards are found before training."""
+def test_a_manifest_that_contradicts_its_shards_is_refused_on_opening(packed: Path) -> None:
+    """Counts that match each other but not the shards are detected before training."""
     manifest = json.loads((packed / "manifest.json").read_text())
     first, second, *_ = manifest["shards"]
 
@@ -95,8 +95,8 @@ def test_a_manifest_that_disagrees_with_its_shards_is_refused_when_opened(packed
         assert str(packed) in opened(change), change
 
 
-def test_a_wrong_value_in_a_manifest_is_named_with_its_place(packed: Path) -> None:
-    """Point 17: the message says which field of which shard is wrong, what it holds and what it must be."""
+def test_a_wrong_value_in_a_manifest_is_named_with_its_field(packed: Path) -> None:
+    """The message names the shard, the wrong field, its value and the expected value."""
     manifest = json.loads((packed / "manifest.json").read_text())
     manifest["shards"][1]["sizes"]["bin"] = "12"
     (packed / "manifest.json").write_text(json.dumps(manifest))
@@ -109,10 +109,10 @@ def test_a_wrong_value_in_a_manifest_is_named_with_its_place(packed: Path) -> No
 @pytest.mark.parametrize(
     ("field", "value"), [("skipped", None), ("segments", [{"from_step": "0"}]), ("data", {"train": 3}), ("tokens", [])]
 )
-def test_a_checkpoint_whose_facts_are_damaged_is_refused_by_name(
+def test_a_checkpoint_with_damaged_metadata_is_refused_by_name(
     exported: Path, tmp_path: Path, field: str, value: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Point 17: no TypeError or KeyError from a checkpoint's meta reaches the user."""
+    """Damaged checkpoint metadata never causes a bare TypeError or KeyError."""
     shutil.copytree(exported / "sharded", tmp_path / "run")
     given = flags(exported / "data", tmp_path / "run", data__val=None, save__state_dict_type="sharded")
     path = tmp_path / "run" / "iter-00000004-ckpt.pth" / "meta.json"
@@ -120,12 +120,12 @@ def test_a_checkpoint_whose_facts_are_damaged_is_refused_by_name(
     assert "iter-00000004-ckpt.pth" in refused([*given, "--resume=latest"], capsys)
 
 
-# --- Point 18 --------------------------------------------------------------------------------------------------------
+# --- absurd sizes, and files that are not regular ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("field", ["n_layer", "n_head", "n_embd", "intermediate_size", "block_size", "vocab_size"])
 def test_a_config_of_absurd_size_is_refused(field: str, tmp_path: Path) -> None:
-    """Point 18: 10^9 layers, or as much of anything, is refused before anything is made for each of them."""
+    """10^9 layers, or any other size like that, is refused before anything is allocated per element."""
     with pytest.raises(ValueError, match=field):
         ModelConfig(**{"rope_layers": (True, True, False), field: 10**9})
     names = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
@@ -162,7 +162,7 @@ def test_a_config_of_absurd_size_is_refused(field: str, tmp_path: Path) -> None:
 def test_a_run_of_absurd_size_is_refused(
     packed: Path, tmp_path: Path, setting: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Point 18: a size beyond any run is refused before any work, naming its flag, and nothing is written."""
+    """A size beyond any run is refused before any work, naming the flag, and nothing is written."""
     message = refused(flags(packed.parent, tmp_path / "run", **{"data__val": None, **setting}), capsys)
     assert any(name.split("__")[-1] in message for name in setting), message
     assert not (tmp_path / "run").exists()
@@ -170,7 +170,7 @@ def test_a_run_of_absurd_size_is_refused(
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DIR/run with a checkpoint of one file, DIR/sharded with one that is a folder, DIR/hf, DIR/data."""
+    """DIR/run with a single-file checkpoint, DIR/sharded with a folder checkpoint, DIR/hf, DIR/data."""
     top = tmp_path_factory.mktemp("exported")
     write_dataset(top / "data" / "train", np.random.default_rng(7).integers(1, 90, size=60).tolist())
     train(*flags(top / "data", top / "run", data__val=None, train__max_steps=4))
@@ -186,7 +186,7 @@ def make_pipe(path: Path) -> None:
 def make_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as made:
         folder = os.getcwd()
-        os.chdir(path.parent)  # the path of a socket may have 108 bytes
+        os.chdir(path.parent)  # the path of a socket may have at most 108 bytes
         try:
             made.bind(path.name)
         finally:
@@ -233,10 +233,10 @@ FILES = {
         *(("text.jsonl", m) for m in (make_socket, make_folder)),
     ],
 )
-def test_what_is_no_file_is_never_waited_for(
+def test_special_files_are_refused_without_waiting(
     exported: Path, tmp_path: Path, file: str, make: Callable[[Path], None]
 ) -> None:
-    """Point 18: a named pipe, a socket, an endless device or a folder in a file's place is refused and named."""
+    """A named pipe, a socket, an endless device or a folder in place of a file is refused and named."""
     for part in ("data", "run", "hf"):
         shutil.copytree(exported / part, tmp_path / part)
     path = tmp_path / file
@@ -251,10 +251,10 @@ def test_what_is_no_file_is_never_waited_for(
 
 
 @pytest.mark.parametrize("make", [make_pipe, make_device, make_folder])
-def test_a_config_that_is_no_file_is_refused(
+def test_a_config_that_is_not_a_regular_file_is_refused(
     tmp_path: Path, make: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Point 18: --config of a pipe nobody writes to, an endless device, a folder."""
+    """--config with a pipe without a writer, an endless device, or a folder."""
     make(tmp_path / "config.yaml")
     assert "config.yaml" in refused(["--config", str(tmp_path / "config.yaml")], capsys)
 
@@ -263,28 +263,28 @@ def test_a_config_that_is_no_file_is_refused(
     "text", ["[" * 100_000, "a: &a [*a]\n", "train: 3", "- 1", "a\0b", "\tx: 1", "x: !!python/object:os.x {}"]
 )
 def test_a_damaged_config_is_refused_by_name(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 17: deep nesting, aliases without end, no mapping, other bytes, tags."""
+    """Deep nesting, recursive aliases, something else than a mapping, binary content, tags."""
     (tmp_path / "config.yaml").write_text(text)
     message = refused(["--config", str(tmp_path / "config.yaml")], capsys)
     assert "config.yaml" in message or "train" in message
 
 
 def test_aliases_that_multiply_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 18: 300 bytes of YAML that stand for 10^20 values."""
+    """300 bytes of YAML that expand to 10^20 values."""
     lines = ["a0: &a0 [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 20)]
     (tmp_path / "config.yaml").write_text("\n".join(lines))
     assert "more than" in refused(["--config", str(tmp_path / "config.yaml")], capsys)
 
 
-# --- Point 25 --------------------------------------------------------------------------------------------------------
+# --- relative paths ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recorded", ["now", "before"])
 def test_a_run_on_a_relative_path_is_traced_from_any_folder(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str
 ) -> None:
-    """Point 25: --data.train data/train, traced from elsewhere; also with the relative path of an older record."""
+    """--data.train data/train, traced from another folder; also with the relative path of an older record."""
     monkeypatch.chdir(tmp_path)
     assert fabric_train.main(flags(Path("data"), Path("runs/one"), data__val=None, train__max_steps=4)) == 0
     order = tmp_path / "runs" / "one" / "datapoints" / "order.json"

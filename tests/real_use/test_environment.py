@@ -1,4 +1,4 @@
-"""Point 29: each start and resume is recorded in RUN/environment.jsonl."""
+"""Each start and resume is recorded in RUN/environment.jsonl."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def entries(run: Path) -> list[dict[str, object]]:
 
 
 def test_each_start_has_a_line(data: Path, tmp_path: Path) -> None:
-    """Point 29: a start on two ranks and a resume on one: a line each, which their checkpoints name; no key in it."""
+    """A start on two ranks and a resume on one: a line each, referenced by their checkpoints, without keys."""
     run, key = tmp_path / "run", "0123456789abcdef" * 4
     changes = {"devices": 2, "train__micro_batch_samples": 4, "train__max_steps": 4, "log__run_name": f"hf_{key}"}
     train(*flags(data, run, **changes), env={"WANDB_API_KEY": key, "SLURM_JOB_ID": "4711"})
@@ -49,12 +49,12 @@ def commit(root: Path) -> str:
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
 def test_state_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point 29: a clean tree, a changed file, a new file; git is not installed; the checkout is no repository."""
+    """A clean tree, a changed file, a new file; git is not installed; the checkout is no repository."""
     root = tmp_path / "checkout"
     root.mkdir()
     (root / "a.py").write_text("a = 1\n")
     assert git_facts(root) is None
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # a repository around it is not its own
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # an enclosing repository does not count
     assert git_facts(root) is None
     head = commit(root)
     clean = {"commit": head, "clean": True, "diff_sha256": None}
@@ -69,7 +69,7 @@ def test_state_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     index = (root / ".git" / "index").read_bytes()
     os.utime(root / "a.py", (1, 1))
     git_facts(root)
-    assert (root / ".git" / "index").read_bytes() == index, "a read-only checkout is not written to"
+    assert (root / ".git" / "index").read_bytes() == index, "a read-only checkout was written to"
     subprocess.run(["git", "-C", str(root), "pack-refs", "--all"], check=True)
     subprocess.run(["git", "-C", str(root), "worktree", "add", "-q", "-b", "side", str(tmp_path / "side")], check=True)
     monkeypatch.setenv("PATH", "")
@@ -78,7 +78,7 @@ def test_state_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_command_line_without_secrets() -> None:
-    """Point 29: keys and passwords on a command line are masked; counts of tokens and paths of tokenizers are not."""
+    """Keys and passwords on a command line are masked; counts of tokens and paths of tokenizers are not."""
     plain = ["--data.synthetic.tokens", "1000", "--train.max_tokens=5", "--tokenizer", "tok", "--model.name", "a"]
     assert clean_command(plain) == plain
     assert clean_command(["--hf_token", "abc", "--x"]) == ["--hf_token", "***", "--x"]
@@ -86,8 +86,8 @@ def test_command_line_without_secrets() -> None:
     assert clean_command(["https://me:pw@host/x", "hf_" + "a" * 30]) == ["https://me:***@host/x", "***"]
 
 
-def test_torn_and_full(tmp_path: Path) -> None:
-    """Point 29: a kill tore the last line; the next start's line is whole. A disk that takes nothing leaves no part."""
+def test_truncated_lines_and_a_full_disk(tmp_path: Path) -> None:
+    """After a kill that truncated the last line, the next line is complete. A full disk leaves no partial line."""
     path = tmp_path / "environment.jsonl"
     append_line(path, '{"a": 1}')
     with open(path, "a") as file:
@@ -97,7 +97,7 @@ def test_torn_and_full(tmp_path: Path) -> None:
 
 
 def test_record_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
-    """Point 29: environment.jsonl cannot be written; the run trains, with one warning."""
+    """environment.jsonl cannot be written; the run trains, with one warning."""
     run = tmp_path / "run"
     (run / "environment.jsonl").mkdir(parents=True)
     done = train(*flags(data, run, train__max_steps=2))

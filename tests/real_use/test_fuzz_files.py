@@ -1,4 +1,4 @@
-"""Every file that the system reads, mutated; tests/harness/fuzzed_files.py says how, and prints the table."""
+"""Mutations of every kind of file that the system reads; see tests/harness/fuzzed_files.py, which prints the table."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ def fuzz(count: int, folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((folder / "found").read_text())
     assert len(found) > 20 and all(outcomes["mutations"] == count for outcomes in found.values())
-    assert all(outcomes["refused"] for name, outcomes in found.items() if name != "metrics.csv"), "damage passes unseen"
+    assert all(outcomes["refused"] for name, outcomes in found.items() if name != "metrics.csv"), (
+        "damage is not detected"
+    )
 
 
 def test_every_file_with_few_mutations(tmp_path: Path) -> None:
-    """Must 3: 20 mutations of each file: a clean error that names it, or a value within its schema."""
+    """20 mutations of each file: a clean error that names it, or a value within its schema."""
     fuzz(20, tmp_path)
 
 
 @pytest.mark.slow
 def test_every_file_with_many_mutations(tmp_path: Path) -> None:
-    """Must 3: 200 mutations of each file."""
+    """200 mutations of each file."""
     fuzz(200, tmp_path)

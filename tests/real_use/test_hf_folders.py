@@ -1,4 +1,4 @@
-"""Folders of Hugging Face as they are found in the world, read as transformers reads them (points 5 and 30)."""
+"""Hugging Face folders as they occur in practice, read by transformers' rules."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def change_json(path: Path, **fields: Any) -> None:
 
 
 def logits(folder: Path) -> Tensor:
-    """Of transformers' own reading of the folder."""
+    """Logits of the folder's model as loaded by transformers."""
     with torch.no_grad():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         return model(torch.arange(20).view(1, -1)).logits
@@ -107,7 +107,7 @@ def same_logits(folder: Path) -> None:
 
 
 def refused(folder: Path, *words: str) -> None:
-    """The conversion ends with one line that has these words, and leaves nothing behind."""
+    """The conversion ends with one line that contains these words, and leaves no files."""
     output = folder.parent / "start.pth"
     done = script("convert_from_hf.py", "--input", folder, "--output", output)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
@@ -115,8 +115,8 @@ def refused(folder: Path, *words: str) -> None:
     assert not list(folder.parent.glob("*.pth*")) and not list(folder.parent.glob(".*"))
 
 
-def test_one_file_beside_a_stale_index(tmp_path: Path) -> None:
-    """Point 5: a model saved whole over one that was saved in shards is the one that is read."""
+def test_one_file_next_to_a_stale_index(tmp_path: Path) -> None:
+    """A single file saved over an older sharded model takes precedence."""
     folder = make(tmp_path / "hf", seed=1, shard="10KB")
     assert (folder / "model.safetensors.index.json").is_file()
     stale = ours(folder)
@@ -126,7 +126,7 @@ def test_one_file_beside_a_stale_index(tmp_path: Path) -> None:
 
 
 def test_old_files_are_read_in_transformers_order(tmp_path: Path) -> None:
-    """Point 5: pytorch_model.bin goes before its index, and safetensors of any kind before both."""
+    """pytorch_model.bin takes precedence over its index, and safetensors over both."""
     folder = make(tmp_path / "hf", seed=1)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -149,8 +149,8 @@ def test_old_files_are_read_in_transformers_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gptj"])
-def test_a_tied_model_of_which_only_the_head_was_saved(tmp_path: Path, kind: str) -> None:
-    """Point 5: either matrix of a tied model is enough."""
+def test_a_tied_model_saved_with_only_the_head(tmp_path: Path, kind: str) -> None:
+    """Either matrix of a tied model suffices."""
     folder = make(tmp_path / "hf", kind, tie_word_embeddings=True)
     embedding = {"llama": "model.embed_tokens", "gpt_neox": "gpt_neox.embed_in"}.get(kind, "transformer.wte")
     head = "embed_out" if kind == "gpt_neox" else "lm_head"
@@ -163,15 +163,15 @@ def test_a_tied_model_of_which_only_the_head_was_saved(tmp_path: Path, kind: str
 
 
 def test_an_untied_model_without_its_head_is_refused(tmp_path: Path) -> None:
-    """Point 5: transformers would make up the head."""
+    """transformers would initialise the head randomly."""
     folder = make(tmp_path / "hf")
     change(folder, lambda tensors: {n: t for n, t in tensors.items() if n != "lm_head.weight"})
     refused(folder, str(folder / "model.safetensors"), "lacks lm_head.weight")
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod."])
-def test_names_that_wrappers_changed(tmp_path: Path, prefix: str) -> None:
-    """Point 5: names that torch.compile or DDP put something before mean the same parameters."""
+def test_names_changed_by_wrappers(tmp_path: Path, prefix: str) -> None:
+    """Names with a prefix from torch.compile or DDP mean the same parameters."""
     folder = make(tmp_path / "hf")
     before = ours(folder)
     change(folder, lambda tensors: {prefix + n: t for n, t in tensors.items()})
@@ -180,16 +180,16 @@ def test_names_that_wrappers_changed(tmp_path: Path, prefix: str) -> None:
     refused(folder, "both", f"{prefix}lm_head.weight", "one parameter")
 
 
-def test_errors_name_what_is_in_the_file(tmp_path: Path) -> None:
-    """Point 5: an unknown tensor is called as the file calls it."""
+def test_errors_use_the_names_in_the_file(tmp_path: Path) -> None:
+    """An unknown tensor is reported under its name in the file."""
     folder = make(tmp_path / "hf")
     change(folder, lambda tensors: {f"_orig_mod.{n}": t for n, t in tensors.items()} | {"_orig_mod.x.y": torch.ones(1)})
     refused(folder, "has unknown _orig_mod.x.y")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_the_prefix_of_the_model_below_the_head(tmp_path: Path, kind: str) -> None:
-    """Point 5: as in transformers, each name may have the prefix of the model below the head or lack it."""
+def test_the_base_models_prefix_is_optional(tmp_path: Path, kind: str) -> None:
+    """As in transformers, each name may have the base model's prefix or not."""
     folder = make(tmp_path / "hf", kind)
     before = ours(folder)
     prefix = {"llama": "model.", "gpt2": "transformer."}[kind]
@@ -202,7 +202,7 @@ def test_the_prefix_of_the_model_below_the_head(tmp_path: Path, kind: str) -> No
 
 
 def test_config_keys_that_change_nothing(tmp_path: Path) -> None:
-    """Point 5: notes of other programs in config.json, and code that transformers does not run, are passed over."""
+    """Other programs' keys in config.json, and code that transformers does not run, are ignored."""
     folder = make(tmp_path / "hf")
     before = ours(folder)
     change_json(
@@ -237,15 +237,15 @@ def test_config_keys_that_change_nothing(tmp_path: Path) -> None:
     ],
     ids=lambda fields: next(iter(fields)),
 )
-def test_config_keys_that_change_what_is_computed(tmp_path: Path, fields: dict[str, Any]) -> None:
-    """Point 5: a key that means other weights or another computation is refused by its name."""
+def test_config_keys_that_change_the_computation(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """A key that implies other weights or another computation is refused by name."""
     folder = make(tmp_path / "hf")
     change_json(folder / "config.json", **fields)
     refused(folder, str(folder / "config.json"), next(iter(fields)))
 
 
-def test_weights_that_are_not_what_they_seem(tmp_path: Path) -> None:
-    """Point 5: whole numbers, an adapter, and a checkpoint in ranks' parts are refused with the file's name."""
+def test_unusual_weight_files_are_refused(tmp_path: Path) -> None:
+    """Integer weights, an adapter, and a checkpoint split by rank are refused with the file's name."""
     folder = make(tmp_path / "hf")
     shutil.copytree(folder, tmp_path / "int")
     change(
@@ -262,13 +262,13 @@ def test_weights_that_are_not_what_they_seem(tmp_path: Path) -> None:
 
 
 def test_shards_and_an_index_that_disagree(tmp_path: Path) -> None:
-    """Point 5: files of the index count whole, as in transformers; what is missing or there twice is named."""
+    """All tensors of the index's files are read, as in transformers; missing and duplicate ones are named."""
     folder = make(tmp_path / "hf", shard="10KB")
     before = ours(folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     weights = index["weight_map"]
     shards = sorted(set(weights.values()))
-    shutil.copy(folder / shards[0], folder / "model-00099-of-00099.safetensors")  # of an earlier save: nobody's
+    shutil.copy(folder / shards[0], folder / "model-00099-of-00099.safetensors")  # a leftover of an earlier save
     unlisted = next(n for n in weights if list(weights.values()).count(weights[n]) > 1)
     some = {n: file for n, file in weights.items() if n != unlisted}
     (folder / "model.safetensors.index.json").write_text(json.dumps({**index, "weight_map": some}))
@@ -294,8 +294,8 @@ def test_shards_and_an_index_that_disagree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*TINY, *AMBIGUOUS])
-def test_what_came_in_as_a_family_goes_out_as_it(tmp_path: Path, name: str) -> None:
-    """Point 30: import, export, and model_type and architectures are what they were, and so are the logits."""
+def test_an_imported_family_is_exported_as_the_same_family(tmp_path: Path, name: str) -> None:
+    """After import and export, model_type, architectures and logits are unchanged."""
     kind, fields = AMBIGUOUS.get(name, (name, {}))
     folder = make(tmp_path / "hf", kind, **fields)
     assert script("convert_from_hf.py", "--input", folder, "--output", tmp_path / "start.pth").returncode == 0
@@ -306,8 +306,8 @@ def test_what_came_in_as_a_family_goes_out_as_it(tmp_path: Path, name: str) -> N
     torch.testing.assert_close(logits(tmp_path / "back"), logits(folder), rtol=1e-5, atol=1e-5)
 
 
-def test_a_mistral_without_a_window_is_trained_on_and_stays_one(tmp_path: Path) -> None:
-    """Point 30: also after training, and of some of its layers; one that was never imported is a Llama."""
+def test_a_mistral_without_a_window_remains_a_mistral_after_training(tmp_path: Path) -> None:
+    """Also after training, and with selected layers; a model that was never imported is exported as a Llama."""
     kind, fields = AMBIGUOUS["Mistral without a window"]
     folder = make(tmp_path / "hf", kind, **fields)
     write_dataset(tmp_path / "data" / "train", [40] * 30)

@@ -1,4 +1,4 @@
-"""Models and data meet only if one tokenizer made both (point 1), and ids without a token are never drawn (19)."""
+"""Models and data must have the same tokenizer, and ids without a token are never sampled."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ WAYS_IN = ("run", "checkpoint", "hf", "start.pth", "legacy.pth")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizers of as many ids: `a` and `b`, and a sentencepiece model `sp`. Data of each, and runs with `a` and `sp`.
+    """Tokenizers of equal size `a` and `b`, and a sentencepiece model `sp`; data of each, and runs with `a` and `sp`.
 
-    All that begins a run is made of these two runs: Hugging Face folders, and what is imported from them.
+    All starting points are derived from these two runs: Hugging Face folders, and checkpoints imported from them.
     """
     top = tmp_path_factory.mktemp("identity")
     (top / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES * 4))
@@ -81,19 +81,19 @@ def path_of(world: Path, way: str, name: str = "a") -> Path:
 
 
 def begin(world: Path, model: Path, data: str, out: Path, **changes: object) -> subprocess.CompletedProcess[str]:
-    """One step from a model, with this data."""
+    """Train one step from a model, on this data."""
     given = {**FROM_A_MODEL, "init_from": model, **changes}
     return train(*flags(world / "data" / data, out, **given), check=False)
 
 
 def unknown(world: Path, model: Path, data: str) -> str | None:
-    """What training would say before it begins; raises what it would be refused with."""
+    """The messages before training starts; raises the error with which it would be refused."""
     return check_model_and_data(model, PackedDataset(world / "data" / data / "train"), f"--init_from {model}")
 
 
 @pytest.mark.parametrize("way", WAYS_IN)
 def test_data_of_another_tokenizer_is_refused(world: Path, way: str) -> None:
-    """Point 1: every way in knows its tokenizer: its own data is taken without a word, other data is refused."""
+    """Every starting point knows its tokenizer: its own data is accepted silently, other data is refused."""
     model = path_of(world, way)
     assert unknown(world, model, "a") is None
     with pytest.raises(ValueError, match="another tokenizer") as error:
@@ -102,12 +102,12 @@ def test_data_of_another_tokenizer_is_refused(world: Path, way: str) -> None:
         assert open_tokenizer(world / "tokenizers" / name).fingerprint[:12] in str(error.value)
     for word in (f"--init_from {model}", str(world / "data" / "b" / "train"), f"{OVERRIDE} true"):
         assert word in str(error.value)
-    if way in ("run", "checkpoint", "hf"):  # whose tokenizer is at hand
+    if way in ("run", "checkpoint", "hf"):  # whose tokenizer is available
         assert re.search(r"id \d+ is '.*' in the one, '.*' in the other", str(error.value))
 
 
-def test_training_refuses_before_anything_is_made(world: Path, tmp_path: Path) -> None:
-    """Point 1: as many ids, but other tokens; and the data's own."""
+def test_training_refuses_before_creating_anything(world: Path, tmp_path: Path) -> None:
+    """The same number of ids, but other tokens."""
     done = begin(world, path_of(world, "hf"), "b", tmp_path / "run")
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert done.stdout.startswith(f"error: --init_from {path_of(world, 'hf')} was trained with another tokenizer")
@@ -116,7 +116,7 @@ def test_training_refuses_before_anything_is_made(world: Path, tmp_path: Path) -
 
 
 def test_the_override_and_a_resume(world: Path, tmp_path: Path) -> None:
-    """Point 1: a difference can be allowed by name; a resume does not ask again, also where the model is gone."""
+    """A difference can be allowed by name; a resume does not check again, even if the model no longer exists."""
     model = shutil.copyfile(path_of(world, "start.pth"), tmp_path / "start.pth")
     done = begin(world, model, "b", tmp_path / "run", data__allow_tokenizer_mismatch="true")
     assert done.returncode == 0, done.stdout
@@ -127,8 +127,8 @@ def test_the_override_and_a_resume(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["hf", "start.pth", "run"])
-def test_a_sentencepiece_model_and_the_file_made_of_it_are_one(world: Path, way: str) -> None:
-    """Point 1: the exported tokenizer.json of a run with a .model gives the same ids under another fingerprint."""
+def test_a_sentencepiece_model_and_its_converted_file_are_the_same(world: Path, way: str) -> None:
+    """The tokenizer.json exported by a run with a .model gives the same ids under another fingerprint."""
     own, exported = open_tokenizer(world / "tokenizers" / "sp"), open_tokenizer(world / "sp" / "hf")
     assert own.fingerprint != exported.fingerprint and ids_digest(own) == ids_digest(exported)
     assert unknown(world, path_of(world, way, "sp"), "sp") is None
@@ -143,7 +143,7 @@ def remove_tokenizer(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a", "sp"])
 def test_an_export_keeps_its_identity_through_transformers(world: Path, tmp_path: Path, name: str) -> None:
-    """Point 1: the exported tokenizer's fingerprint is the data's; saved again by transformers it is known still."""
+    """The exported tokenizer has the data's fingerprint; re-saved by transformers it is still recognised."""
     transformers = pytest.importorskip("transformers")
     folder = world / name / "hf"
     if name == "a":
@@ -157,8 +157,8 @@ def test_an_export_keeps_its_identity_through_transformers(world: Path, tmp_path
         unknown(world, copy, "b")
 
 
-def test_what_is_not_known_is_said_in_one_line(world: Path, tmp_path: Path) -> None:
-    """Point 1: a model without a tokenizer, one imported by an older version, and data that came as bare ids."""
+def test_an_unknown_tokenizer_is_reported_in_one_line(world: Path, tmp_path: Path) -> None:
+    """A model without a tokenizer, one imported by an older version, and data imported as bare ids."""
     bare = shutil.copytree(world / "a" / "hf", tmp_path / "hf")
     remove_tokenizer(bare)
     done = begin(world, bare, "b", tmp_path / "run")
@@ -180,8 +180,8 @@ def test_what_is_not_known_is_said_in_one_line(world: Path, tmp_path: Path) -> N
     assert said is not None and f"{ids} does not say which tokenizer made it" in said
 
 
-def test_a_tokenizer_that_cannot_be_opened_is_not_known(world: Path, tmp_path: Path) -> None:
-    """Point 1: a folder whose tokenizer names no end of a document is opened, and the line says why."""
+def test_an_unusable_tokenizer_counts_as_unknown(world: Path, tmp_path: Path) -> None:
+    """A folder whose tokenizer has no EOS is accepted, and the message gives the reason."""
     folder = shutil.copytree(world / "a" / "hf", tmp_path / "hf")
     remove_tokenizer(folder)
     text = (world / "a" / "hf" / "tokenizer.json").read_text().replace("</s>", "[ENDE]")
@@ -192,7 +192,7 @@ def test_a_tokenizer_that_cannot_be_opened_is_not_known(world: Path, tmp_path: P
 
 
 def test_a_tokenizer_that_grew(world: Path, tmp_path: Path) -> None:
-    """Point 1: data of a tokenizer with one token more, for a model with room for it: refused, saying what differs."""
+    """Data of a tokenizer with one more token, for a model with enough rows: refused with the difference."""
     content = json.loads((world / "tokenizers" / "a" / "tokenizer.json").read_text())
     flags_of = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     content["added_tokens"].append({"id": 340, "content": "<|im_start|>", **flags_of})
@@ -209,8 +209,8 @@ def test_a_tokenizer_that_grew(world: Path, tmp_path: Path) -> None:
         check_model_and_data(world / "a" / "run", PackedDataset(tmp_path / "data" / "train"), "--init_from x")
 
 
-def test_differences_that_fingerprints_see_and_ids_do_not(world: Path, tmp_path: Path) -> None:
-    """Point 1: another writer's spelling gives the same ids; other merges of the same tokens do not."""
+def test_differences_in_fingerprints_but_not_in_ids(world: Path, tmp_path: Path) -> None:
+    """Another serialisation gives the same ids; other merges of the same tokens do not."""
     source = world / "tokenizers" / "a"
     content = json.loads((source / "tokenizer.json").read_text())
     shutil.copytree(source, tmp_path / "spelled")
@@ -228,7 +228,7 @@ def test_differences_that_fingerprints_see_and_ids_do_not(world: Path, tmp_path:
 
 
 def test_teachers_and_their_caches(world: Path, tmp_path: Path) -> None:
-    """Point 1: a teacher must know the data's tokenizer, in whatever form; so must one that is cached."""
+    """Teachers in any form, and cached ones, must have the data's tokenizer."""
     cache = ("--block_size", 32, "--k", 4, "--output", tmp_path / "cache")
     arguments = ("cache_teacher.py", "--teachers", world / "sp" / "hf", *cache)
     done = script(*arguments, "--data", world / "data" / "b" / "train")
@@ -242,8 +242,8 @@ def test_teachers_and_their_caches(world: Path, tmp_path: Path) -> None:
     assert f"--distillation.teachers {world / 'a' / 'hf'} was trained with another tokenizer" in done.stdout
 
 
-def test_a_model_is_not_given_another_tokenizer(world: Path, tmp_path: Path) -> None:
-    """Point 1: exports of every model that knows its tokenizer refuse another one; generation says so."""
+def test_export_refuses_another_tokenizer(world: Path, tmp_path: Path) -> None:
+    """Export refuses another tokenizer if the model's is known; generation warns."""
     other = ("--tokenizer", world / "tokenizers" / "b")
     for model in ("run", "start.pth", "legacy.pth"):
         done = script("convert_to_hf.py", "--checkpoint", world / "a" / model, "--output", tmp_path / "hf", *other)
@@ -257,16 +257,16 @@ def test_a_model_is_not_given_another_tokenizer(world: Path, tmp_path: Path) -> 
     assert done.returncode == 0 and "warning" not in done.stderr
 
 
-def test_an_imported_checkpoint_names_its_tokenizer(world: Path) -> None:
-    """Point 1: what is imported carries the fingerprint of the tokenizer that was there."""
+def test_an_imported_checkpoint_stores_its_tokenizer(world: Path) -> None:
+    """An imported checkpoint stores the fingerprint of the tokenizer next to it."""
     for way in ("start.pth", "legacy.pth"):
         facts = Checkpoint(path_of(world, way)).meta["tokenizer"]
         assert facts["fingerprint"] == open_tokenizer(world / "tokenizers" / "a").fingerprint
         assert facts["ids_digest"] == ids_digest(open_tokenizer(world / "tokenizers" / "a"))
 
 
-def test_ids_without_a_token_are_never_drawn(world: Path, tmp_path: Path) -> None:
-    """Point 19: a vocabulary above the tokenizer's, and a model that thinks most likely what no token has."""
+def test_ids_without_a_token_are_never_sampled(world: Path, tmp_path: Path) -> None:
+    """A vocabulary larger than the tokenizer's, and a model whose most likely ids have no token."""
     run = tmp_path / "run"
     shutil.copytree(world / "sp" / "run", run)
     file = next(run.glob("iter-*"))
@@ -289,13 +289,13 @@ def test_ids_without_a_token_are_never_drawn(world: Path, tmp_path: Path) -> Non
     for sampled in (False, True):
         ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=10, do_sample=sampled)
         assert int(ids[0, 2:].max()) < 340
-    shutil.rmtree(run / "tokenizer")  # the checkpoint says how many ids it had
+    shutil.rmtree(run / "tokenizer")  # the checkpoint stores its number of ids
     done = script("generate.py", "--model", run, "--prompt_ids", "300,301", *arguments)
     assert done.returncode == 0 and max(json.loads(done.stdout)["ids"]) < 340
 
 
 def test_holes_in_a_tokenizer_are_ids_without_a_token(world: Path, tmp_path: Path) -> None:
-    """Point 19: a vocabulary that leaves ids out."""
+    """A vocabulary with unused ids."""
     content = json.loads((world / "tokenizers" / "a" / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
     vocabulary[max(vocabulary, key=vocabulary.get)] = 345

@@ -1,4 +1,4 @@
-"""Point 16: the image and what it sets up for the jobs, as far as it goes without a container engine."""
+"""The container image and its environment for jobs, as far as testable without a container engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pretrain.preflight import nccl_transport
 from pretrain.preflight.nccl_transport import ask_for_log, infiniband_devices, read_log, slow_for, transports
 
 DEFINITION = (ROOT / "llammlein.def").read_text(encoding="utf-8")
-# Stands in for the image's python: its torch has the CUDA that is asked for, and pip only resolves.
+# Replaces the image's python: its torch has the requested CUDA, and pip only resolves.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
 *torch.version.cuda*) echo "$CUDA" ;;
@@ -38,7 +38,7 @@ esac
 def build(
     folder: Path, flash_attn: str, cuda: str, resolve: bool
 ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """Run the %post sections with stand-ins for python and apt-get. Their outcome, and the calls of pip."""
+    """Run the %post sections with stand-ins for python and apt-get; returns the outcome and pip's calls."""
     parts = re.split(r"^%", DEFINITION, flags=re.MULTILINE)[1:]
     script = "".join(part.split("\n", 1)[1] for part in parts if part.startswith("post\n"))
     script = script.replace("{{ flash_attn }}", flash_attn).replace("/opt/llammlein", str(folder))
@@ -63,7 +63,7 @@ def build(
 
 @pytest.mark.parametrize(("cuda", "extra"), [("13", "[cu13]"), ("12", "")])
 def test_flash_attention_four_by_default(cuda: str, extra: str, tmp_path: Path) -> None:
-    """Point 16: wheels of FA4, pinned exactly, for the CUDA of the image's torch; libibverbs before."""
+    """Exactly pinned wheels of FA4 for the CUDA version of the image's torch, after libibverbs."""
     assert "    flash_attn=fa4\n" in DEFINITION
     done, calls = build(tmp_path, "fa4", cuda, resolve=False)
     assert done.returncode == 0, done.stderr
@@ -72,7 +72,7 @@ def test_flash_attention_four_by_default(cuda: str, extra: str, tmp_path: Path) 
 
 
 def test_without_flash_attention_and_with_another(tmp_path: Path) -> None:
-    """Point 16: none installs none; a wheel's address is what pip gets."""
+    """`none` installs none; a wheel's address is passed to pip."""
     assert "flash" not in build(tmp_path / "a", "none", "13", resolve=False)[1][-1]
     assert build(tmp_path / "b", "some.whl", "13", resolve=False)[1][-1].endswith("--no-deps some.whl")
 
@@ -87,7 +87,7 @@ def test_without_flash_attention_and_with_another(tmp_path: Path) -> None:
     ],
 )
 def test_each_flash_attention_is_recognised_by_its_own_module(file: str, status: int, tmp_path: Path) -> None:
-    """Point 16: FA3 has no module flash_attn, which ended the build; what is none of them still ends it."""
+    """FA3 has no module flash_attn, which used to fail the build; anything else still fails it."""
     code = re.search(r"python -c '\n(import importlib\.metadata.*?)'\n", DEFINITION, flags=re.DOTALL)
     assert code is not None
     (tmp_path / "flash-1.dist-info").mkdir()
@@ -99,7 +99,7 @@ def test_each_flash_attention_is_recognised_by_its_own_module(file: str, status:
 
 
 def test_the_torch_of_the_image_is_in_range_and_tested_versions_are_named() -> None:
-    """Point 16: the base image's torch lies in the constraints' range, and is the one that was tried."""
+    """The base image's torch is within the constraints' range, and is the tested version."""
     tag = re.search(r"From: pytorch/pytorch:([\d.]+)-cuda(\d+)\.", DEFINITION)
     assert tag is not None
     lines = (ROOT / "constraints.txt").read_text().splitlines()
@@ -112,8 +112,8 @@ def test_the_torch_of_the_image_is_in_range_and_tested_versions_are_named() -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("cuda", ["13", "12"])
 def test_pip_resolves_what_the_image_installs(cuda: str, tmp_path: Path) -> None:
-    """Point 16: every install line of the definition, with pip's --dry-run, against the package index and the torch
-    that is installed here.
+    """Every install line of the definition, with pip's --dry-run, against the package index and the installed
+    torch.
     """
     look = [
         sys.executable,
@@ -133,11 +133,11 @@ def test_pip_resolves_what_the_image_installs(cuda: str, tmp_path: Path) -> None
     found = re.search(r"Would install (.*flash-attn-4.*)", done.stdout)
     assert found is not None and {"flash-attn-4-4.0.0b36", "nvidia-cutlass-dsl-4.8.1"} <= set(found[1].split())
     assert ("nvidia-cutlass-dsl-libs-cu13-4.8.1" in found[1].split()) == (cuda == "13")
-    assert not re.search(r"Would install .*\btorch-\d", done.stdout), "torch would be replaced"
+    assert not re.search(r"Would install .*\btorch-\d", done.stdout), "pip would replace torch"
 
 
-def test_the_callers_libraries_do_not_reach_the_tasks(tmp_path: Path) -> None:
-    """Point 16: PYTHONPATH and LD_LIBRARY_PATH of the shell that called sbatch; what cluster/env sets stays."""
+def test_the_callers_library_paths_do_not_reach_the_tasks(tmp_path: Path) -> None:
+    """PYTHONPATH and LD_LIBRARY_PATH of the shell that called sbatch are dropped; those of cluster/env are kept."""
     cluster = Cluster(tmp_path)
     cluster.fake_python()
     (cluster.bin / "python").write_text("#!/usr/bin/env bash\nenv\n")
@@ -147,8 +147,8 @@ def test_the_callers_libraries_do_not_reach_the_tasks(tmp_path: Path) -> None:
     assert status == 0 and "/caller/lib" not in output and "TRITON_CACHE_DIR=/tmp/triton" in output, output
 
 
-def test_the_example_names_what_clusters_need() -> None:
-    """Point 16: NCCL, the proxy, the caches of compiled kernels; as comments, so that a copy changes nothing."""
+def test_the_example_lists_common_cluster_settings() -> None:
+    """NCCL, the proxy, caches of compiled kernels: as comments, so that an unedited copy changes nothing."""
     text = (ROOT / "cluster" / "env.example").read_text()
     for name in (
         "NCCL_SOCKET_IFNAME",
@@ -161,7 +161,7 @@ def test_the_example_names_what_clusters_need() -> None:
         assert re.search(rf"^#export .*\b{name}=", text, flags=re.MULTILINE), name
 
 
-# What NCCL sends its messages by
+# NCCL's transport
 
 SOCKETS = """\
 n1:100:100 [0] NCCL INFO NET/IB : No device found.
@@ -186,12 +186,12 @@ n1:100:120 [0] NCCL INFO Channel 00/0 : 7[7] -> 8[0] [receive] via NET/IB/0/GDRD
     ],
 )
 def test_the_transport_in_the_log_of_nccl(log: str, used: list[str]) -> None:
-    """Point 16: preflight names what NCCL uses, from NCCL's own lines."""
+    """Preflight reports NCCL's transport from NCCL's own log lines."""
     assert transports(log) == used
 
 
 def test_why_nccl_uses_sockets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Point 16: cards without libibverbs, or switched off; nothing to say without cards, or on one host."""
+    """With cards but without libibverbs, or switched off; no message without cards, or on one host."""
     monkeypatch.delenv("NCCL_IB_DISABLE", raising=False)
     (tmp_path / "sys/class/infiniband/mlx5_0").mkdir(parents=True)
     cards = infiniband_devices(tmp_path)
@@ -205,8 +205,8 @@ def test_why_nccl_uses_sockets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert "NCCL_IB_DISABLE is set" in slow_for(["NET/Socket"], cards, True, 2)
 
 
-def test_the_log_is_asked_for_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Point 16: a user's own NCCL_DEBUG stays."""
+def test_nccls_log_is_requested_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A user's own NCCL_DEBUG is kept."""
     monkeypatch.setattr(nccl_transport.tempfile, "tempdir", str(tmp_path))
     for name in ("NCCL_DEBUG", "NCCL_DEBUG_SUBSYS", "NCCL_DEBUG_FILE"):
         monkeypatch.setenv(name, "x")

@@ -1,4 +1,4 @@
-"""Point 11 and 29: Ctrl-C, other signals and a time limit stop a run wherever it is, and what was done is saved."""
+"""Ctrl-C, other signals and a time limit stop a run at any point, and completed work is saved."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def short(data: Path, run: Path, **changes: object) -> list[str]:
-    """A run of 6 steps that validates before the first, after the third and after the last."""
+    """A run of 6 steps that validates before the first, after the third and after the last step."""
     settings = {"train__max_steps": 6, "train__micro_batch_samples": 4, "save__every_steps": 2, "eval__every_steps": 3}
     return flags(data, run, **settings | changes)
 
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody stopped."""
+    """An uninterrupted run."""
     run = tmp_path_factory.mktemp("whole") / "run"
     train(*short(data, run))
     return run
@@ -42,10 +42,8 @@ def ranks() -> Any:
     return shared_rank_server()
 
 
-def test_ctrl_c_saves_and_a_resume_ends_as_if_nothing_had_been(
-    data: Path, whole: Path, tmp_path: Path, ranks: Any
-) -> None:
-    """Point 11: Ctrl-C after step 3 saves step 3, exits with 130 whatever stop.exit_code is, and says so."""
+def test_ctrl_c_saves_and_a_resume_gives_the_same_result(data: Path, whole: Path, tmp_path: Path, ranks: Any) -> None:
+    """Ctrl-C after step 3 saves step 3, prints that, and exits with 130 whatever stop.exit_code is."""
     run = tmp_path / "run"
     strike = {"kind": "signal", "rank": 0, "name": "SIGINT", "when": "step", "number": 3}
     done = ranks.run(1, run, short(data, run, stop__exit_code=7), plants=[strike])
@@ -59,7 +57,7 @@ def test_ctrl_c_saves_and_a_resume_ends_as_if_nothing_had_been(
 
 
 def test_ctrl_c_reaches_all_ranks(data: Path, tmp_path: Path, ranks: Any) -> None:
-    """Point 11: two ranks that both get SIGINT, or one alone, save at the same step; both end with 130."""
+    """SIGINT to both ranks, or to only one, saves on both at the same step; both exit with 130."""
     for name, struck in (("both", (0, 1)), ("one", (1,))):
         run = tmp_path / name
         plants = [{"kind": "signal", "rank": r, "name": "SIGINT", "when": "step", "number": 2} for r in struck]
@@ -69,18 +67,18 @@ def test_ctrl_c_reaches_all_ranks(data: Path, tmp_path: Path, ranks: Any) -> Non
 
 
 def test_other_signals_keep_their_status(data: Path, tmp_path: Path, ranks: Any) -> None:
-    """Point 11: stop.exit_code is the status after SIGTERM, as before."""
+    """stop.exit_code is the status after SIGTERM, as before."""
     run = tmp_path / "run"
     strike = {"kind": "signal", "rank": 0, "name": "SIGTERM", "when": "step", "number": 1}
     done = ranks.run(1, run, short(data, run, stop__exit_code=7), plants=[strike])
     assert done.statuses == [7] and (run / "iter-00000001-ckpt.pth").exists(), done.output
 
 
-def test_a_signal_in_the_first_validation_leaves_a_run_to_resume(
+def test_a_signal_in_the_first_validation_leaves_a_resumable_run(
     data: Path, whole: Path, tmp_path: Path, ranks: Any
 ) -> None:
-    """Point 11: a signal before the first step, in the validation there, ends the run within a batch of it; what is
-    saved can be resumed, and ends like a run that was not stopped."""
+    """A signal during the validation before the first step ends the run within a batch; the saved state can be
+    resumed, with the same result as an uninterrupted run."""
     run = tmp_path / "run"
     strike = {"kind": "signal", "rank": 0, "name": "SIGTERM", "when": "validation", "number": 1}
     done = ranks.run(1, run, short(data, run), plants=[strike])
@@ -93,7 +91,7 @@ def test_a_signal_in_the_first_validation_leaves_a_run_to_resume(
 
 
 def test_a_signal_during_a_validation_does_not_wait_for_its_end(data: Path, tmp_path: Path, ranks: Any) -> None:
-    """Point 11: a signal to one of two ranks during a validation is heeded by both before the next batch."""
+    """Both ranks react to a signal to one of them during a validation before the next batch."""
     run = tmp_path / "run"
     strike = {"kind": "signal", "rank": 1, "name": "SIGUSR1", "when": "validation", "number": 2}
     done = ranks.run(2, run, short(data, run, devices=2, strategy="ddp"), plants=[strike])
@@ -108,7 +106,7 @@ def test_a_signal_during_a_validation_does_not_wait_for_its_end(data: Path, tmp_
 
 
 def test_stop_after_minutes(data: Path, tmp_path: Path, ranks: Any) -> None:
-    """Point 29: --stop.after_minutes stops like a signal: after a step, saved, with stop.exit_code; on all ranks."""
+    """--stop.after_minutes stops like a signal: after a step, saved, with stop.exit_code; on all ranks."""
     run = tmp_path / "run"
     limit = short(data, run, stop__after_minutes=1e-6, stop__exit_code=9, devices=2, strategy="ddp", data__val=None)
     done = ranks.run(2, run, limit)
@@ -120,7 +118,7 @@ def test_stop_after_minutes(data: Path, tmp_path: Path, ranks: Any) -> None:
 
 
 def begun(data: Path, run: Path, **changes: object) -> subprocess.Popen[str]:
-    """A long run as a user starts it, in a process group of its own, as in a terminal."""
+    """A long run as a user starts it, in a separate process group, as in a terminal."""
     line = [sys.executable, str(ROOT / "pretrain" / "fabric_train.py")]
     line += flags(
         data, run, train__max_steps=1_000_000, save__every_steps=500_000, eval__every_steps=500_000, **changes
@@ -146,7 +144,7 @@ def wait_for(what: Any, process: subprocess.Popen[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_ctrl_c_in_a_terminal(devices: int, data: Path, tmp_path: Path) -> None:
-    """Point 11: Ctrl-C in a terminal reaches the launching process and all ranks it started: one save, status 130."""
+    """Ctrl-C in a terminal reaches the launching process and all ranks it started: one save, status 130."""
     run = tmp_path / "run"
     process = begun(data, run, devices=devices, strategy="ddp" if devices > 1 else None)
     wait_for(lambda: steps_of(run) > 4, process)
@@ -159,7 +157,7 @@ def test_ctrl_c_in_a_terminal(devices: int, data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun(data: Path, tmp_path: Path) -> None:
-    """Point 11: torchrun passes Ctrl-C on to its ranks, which have had it from the terminal: it counts once."""
+    """torchrun forwards Ctrl-C to its ranks, which also get it from the terminal: it counts once."""
     run = tmp_path / "run"
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     line += [str(ROOT / "pretrain" / "fabric_train.py")]
@@ -174,8 +172,8 @@ def test_ctrl_c_under_torchrun(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_at_once(data: Path, tmp_path: Path) -> None:
-    """Point 11: a second Ctrl-C ends the process with 130 without saving; here while the step hangs."""
+def test_a_second_ctrl_c_exits_immediately(data: Path, tmp_path: Path) -> None:
+    """A second Ctrl-C ends the process with 130 without saving, here during a hanging step."""
     run = tmp_path / "run"
     process = begun(data, run)
     wait_for(lambda: steps_of(run) > 4, process)
@@ -190,7 +188,7 @@ def test_a_second_ctrl_c_ends_at_once(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_signal_in_the_last_validation(data: Path, whole: Path, tmp_path: Path, ranks: Any) -> None:
-    """Point 11: a run that is stopped in its last validation is not done; a resume validates, and then it is."""
+    """A run stopped in its last validation is not finished; a resume validates and finishes it."""
     run = tmp_path / "run"
     strike = {"kind": "signal", "rank": 0, "name": "SIGINT", "when": "validation", "number": 3}
     done = ranks.run(1, run, short(data, run), plants=[strike])
@@ -203,10 +201,10 @@ def test_a_signal_in_the_last_validation(data: Path, whole: Path, tmp_path: Path
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
 def test_every_script_ends_with_one_line(path: Path) -> None:
-    """Point 11: Ctrl-C ends each script with one line and 130: its hook is set before the imports that take seconds."""
+    """Ctrl-C ends each script with one line and 130: the handler is installed before the slow imports."""
     text = path.read_text()
     hook = text.find("end_on_ctrl_c()")
-    if hook < 0:  # of the standard library only, and quick to import
+    if hook < 0:  # standard library only, and quick to import
         assert "except KeyboardInterrupt" in text and "import torch" not in text
     else:
         ours = ("from lit_", "import lit_", "import torch", "from pretrain.")
@@ -215,15 +213,15 @@ def test_every_script_ends_with_one_line(path: Path) -> None:
 
 
 def test_ctrl_c_ends_a_script_with_one_line() -> None:
-    """Point 11: Ctrl-C during a script's imports: one line, status 130."""
+    """Ctrl-C during a script's imports: one line, status 130."""
     line = [sys.executable, "-X", "importtime", str(ROOT / "scripts" / "inspect_dataset.py"), "--help"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    for text in process.stderr:  # written as each import ends
+    for text in process.stderr:  # written after each import
         if "pretrain.cli.command_line" in text:
             break
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode in (0, 130), errors  # 0: it was quicker
+    assert process.returncode in (0, 130), errors  # 0: it finished first
     assert "Traceback" not in errors and (process.returncode == 0 or errors.rstrip().endswith("interrupted"))

@@ -1,4 +1,4 @@
-"""Point 29: --log.layers true writes each layer's norms of gradients, activations and updates."""
+"""--log.layers true writes each layer's norms of gradients, activations and updates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rows_of(run: Path) -> list[dict[str, float]]:
 
 
 def test_against_transformers_in_float64(data: Path, tmp_path: Path) -> None:
-    """Point 29: the norms of two accumulated, clipped steps are those of transformers' model and AdamW in float64."""
+    """The norms of two accumulated, clipped steps equal those of transformers' model and AdamW in float64."""
     transformers = pytest.importorskip("transformers")
     settings = {"data__document_mask": "false", "train__micro_batch_samples": 4, "train__clip_norm": CLIP}
     run = set_up(parse(flags(data, tmp_path / "run", log__layers="true", **settings)))
@@ -64,7 +64,7 @@ def test_against_transformers_in_float64(data: Path, tmp_path: Path) -> None:
             (loss / batch.n_targets).backward()
         expected = {f"gradient_norm_{n}": norm([p.grad for p in m.parameters()]) for n, m in modules.items()}
         expected |= {f"activation_rms_{n}": torch.cat(o).square().mean().sqrt().item() for n, o in outputs.items()}
-        assert torch.nn.utils.clip_grad_norm_(theirs.parameters(), CLIP) > CLIP, "clipping must be active"
+        assert torch.nn.utils.clip_grad_norm_(theirs.parameters(), CLIP) > CLIP, "clipping is not active"
         before = {n: [p.detach().clone() for p in m.parameters()] for n, m in modules.items()}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.args.optim, step, run.data.max_steps)
@@ -94,8 +94,8 @@ SETTINGS: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("name", ["fsdp", *(pytest.param(n, marks=pytest.mark.slow) for n in SETTINGS if n != "fsdp")])
-def test_the_same_however_it_is_computed(data: Path, single: Path, tmp_path: Path, name: str) -> None:
-    """Point 29: two ranks that shard or replicate, recomputation, compiled blocks: the norms of one process."""
+def test_norms_do_not_depend_on_the_configuration(data: Path, single: Path, tmp_path: Path, name: str) -> None:
+    """Two sharded or replicated ranks, recomputation, compiled blocks: the norms equal a single process's."""
     run = tmp_path / "run"
     train(*flags(data, run, log__layers="true", train__max_steps=4, log__every_steps=2, **SETTINGS[name]))
     ours, theirs = rows_of(run), rows_of(single)
@@ -105,7 +105,7 @@ def test_the_same_however_it_is_computed(data: Path, single: Path, tmp_path: Pat
 
 
 def test_layers_follow_a_resume(data: Path, single: Path, tmp_path: Path) -> None:
-    """Point 29: off by default; a resumed run cuts and continues layers.csv as it does metrics.csv."""
+    """Off by default; a resumed run truncates and continues layers.csv as it does metrics.csv."""
     run = tmp_path / "run"
     same = {"train__max_steps": 4, "log__every_steps": 2}
     train(*flags(data, run, save__every_steps=2, **same))

@@ -1,4 +1,4 @@
-"""Point 14: locks on folders, with flock and on file systems that have none. Real processes, with short intervals."""
+"""Folder locks, with flock and on file systems without it. Real processes, with short intervals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from running import ROOT, flags, script, train, write_dataset
 from lit_files import lock as module
 from lit_files.lock import WITHOUT_FLOCK, FileLock, LockBusy, lock_folder
 
-# Holds the lock argv[1] until its standard input ends, without flock; says what happens.
+# Holds the lock argv[1] until its standard input ends, without flock; prints events.
 HOLDER = """
 import errno, fcntl, sys
 from pathlib import Path
@@ -48,7 +48,7 @@ class Holder:
         self.read = self.process.stdout.readline
 
     def end(self) -> tuple[int, str]:
-        """Let it end: its status, and what it printed on standard error."""
+        """Let it exit; returns its status and standard error."""
         _, errors = self.process.communicate(timeout=30)
         return self.process.returncode, errors
 
@@ -75,19 +75,19 @@ def refuse(patch: pytest.MonkeyPatch, number: int) -> None:
 
 
 def test_the_holder_is_named(tmp_path: Path) -> None:
-    """Point 14: a folder that another process holds is refused at once, and the message says who holds it."""
+    """A folder held by another process is refused immediately, and the message names the holder."""
     lock = lock_folder(tmp_path / "run", "wait for it")
     with pytest.raises(LockBusy, match=rf"run is in use by another job \(process {os.getpid()} on .+\); wait for it"):
         lock_folder(tmp_path / "run", "wait for it")
     lock.close()
     lock_folder(tmp_path / "run", "").close()
-    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"], "no heartbeat where there is flock"
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"], "heartbeat despite flock"
 
 
 @pytest.mark.parametrize("number", WITHOUT_FLOCK)
 def test_a_file_system_without_flock_is_used(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point 14: on a mount without flock (Lustre: ENOSYS; NFS: ENOLCK; others: ENOTSUP, EINVAL) a start gets the lock
-    at once, and leaves no heartbeat behind."""
+    """On a mount without flock (Lustre: ENOSYS; NFS: ENOLCK; others: ENOTSUP, EINVAL) a start gets the lock
+    immediately, and leaves no heartbeat behind."""
     refuse(monkeypatch, number)
     lock = lock_folder(tmp_path, "")
     assert (tmp_path / ".lock.heartbeat").exists()
@@ -96,16 +96,16 @@ def test_a_file_system_without_flock_is_used(number: int, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EROFS])
-def test_other_errors_are_what_they_are(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point 14: a failing or read-only file system is not another job: the error and the path are named."""
+def test_other_errors_are_reported_unchanged(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failing or read-only file system is not mistaken for another job: the error and the path are named."""
     refuse(monkeypatch, number)
     with pytest.raises(OSError, match=rf"{os.strerror(number)}.*\.lock") as raised:
         lock_folder(tmp_path, "")
     assert raised.value.errno == number
 
 
-def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    """Point 14: --out_dir below a file: status 2 and the reason, no traceback, no word of another job."""
+def test_a_run_folder_that_cannot_be_created(tmp_path: Path) -> None:
+    """--out_dir below a file: status 2 and the reason, no traceback, no mention of another job."""
     (tmp_path / "file").write_text("x")
     write_dataset(tmp_path / "data" / "train", [60] * 20)
     write_dataset(tmp_path / "data" / "val", [60] * 5)
@@ -114,8 +114,8 @@ def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr and "another job" not in done.stderr
 
 
-def test_without_flock_a_living_holder_is_noticed_within_a_beat(start: Callable[[], Holder]) -> None:
-    """Point 14: without flock, a second start is refused as soon as it sees the holder's heartbeat change."""
+def test_without_flock_a_live_holder_is_noticed_within_a_beat(start: Callable[[], Holder]) -> None:
+    """Without flock, a second start is refused as soon as it sees the holder's heartbeat change."""
     first = start()
     assert first.read() == "held\n"
     second = start()
@@ -125,11 +125,11 @@ def test_without_flock_a_living_holder_is_noticed_within_a_beat(start: Callable[
     assert first.end() == (0, "")
     third = start()
     assert third.read() == "held\n"
-    assert third.end() == (0, ""), "after a clean end nothing is waited for"
+    assert third.end() == (0, ""), "waited after a clean exit"
 
 
-def test_without_flock_a_dead_holder_is_waited_for_with_lines(start: Callable[[], Holder], tmp_path: Path) -> None:
-    """Point 14: without flock, after a kill the next start waits until the heartbeat is stale, saying so every beat."""
+def test_without_flock_waiting_for_a_dead_holder_prints_messages(start: Callable[[], Holder], tmp_path: Path) -> None:
+    """Without flock, after a kill the next start waits until the heartbeat is stale, with a message per beat."""
     first = start()
     assert first.read() == "held\n"
     first.process.kill()
@@ -144,11 +144,9 @@ def test_without_flock_a_dead_holder_is_waited_for_with_lines(start: Callable[[]
     assert not (tmp_path / ".lock.heartbeat").exists()
 
 
-def test_without_flock_a_stopped_holder_notices_that_it_lost_the_lock(
-    start: Callable[[], Holder], tmp_path: Path
-) -> None:
-    """Point 14: without flock, a holder that was stopped for longer than the heartbeat lives loses the lock; running
-    again, it ends with a message, and leaves the new holder's heartbeat alone."""
+def test_without_flock_a_suspended_holder_notices_the_lost_lock(start: Callable[[], Holder], tmp_path: Path) -> None:
+    """Without flock, a holder suspended for longer than the heartbeat's lifetime loses the lock; when it wakes
+    up, it exits with a message and does not touch the new holder's heartbeat."""
     first = start()
     assert first.read() == "held\n"
     first.process.send_signal(signal.SIGSTOP)
@@ -163,7 +161,7 @@ def test_without_flock_a_stopped_holder_notices_that_it_lost_the_lock(
 
 
 def test_without_flock_one_of_many_starts_gets_a_stale_lock(start: Callable[[], Holder]) -> None:
-    """Point 14: without flock, of several starts that find the same stale heartbeat one gets the lock."""
+    """Without flock, one of several starts that find the same stale heartbeat gets the lock."""
     first = start()
     assert first.read() == "held\n"
     first.process.kill()
@@ -174,8 +172,8 @@ def test_without_flock_one_of_many_starts_gets_a_stale_lock(start: Callable[[], 
     assert all(s == "held\n" or s.startswith("busy: ") for s in said)
 
 
-def test_flock_does_not_pass_over_a_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point 14: one node mounts the file system without flock, the other with it: the second sees the first's
+def test_flock_respects_a_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One node mounts the file system without flock, the other with it: the second sees the first's
     heartbeat."""
     with monkeypatch.context() as patch:
         refuse(patch, errno.ENOSYS)
@@ -186,13 +184,13 @@ def test_flock_does_not_pass_over_a_heartbeat(tmp_path: Path, monkeypatch: pytes
     FileLock(tmp_path / ".lock", "it", "").close()
 
 
-def test_a_lock_file_that_is_removed_keeps_two_processes_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point 14: who waits at a lock file that its holder then removes does not hold the removed one."""
+def test_a_removed_lock_file_still_excludes_a_second_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process waiting for a lock file that its holder then removes does not end up holding the removed file."""
     real, path = fcntl.flock, tmp_path / "x.lock"
 
     def flock(file: Any, how: int) -> None:
         monkeypatch.setattr(fcntl, "flock", real)
-        path.unlink()  # as the holder's close does, between this process's open and its flock
+        path.unlink()  # like the holder's close, between this process's open and its flock
         real(file, how)
 
     monkeypatch.setattr(fcntl, "flock", flock)
@@ -205,7 +203,7 @@ def test_a_lock_file_that_is_removed_keeps_two_processes_apart(tmp_path: Path, m
 
 
 def test_a_preparation_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point 14: preparation works where there is no flock, and leaves nothing of its lock."""
+    """Preparation works without flock, and leaves no lock file."""
     refuse(monkeypatch, errno.ENOSYS)
     text = tmp_path / "text.txt"
     text.write_text("ein Satz. Noch ein anderer, laengerer Satz.\n" * 50)
@@ -219,8 +217,8 @@ def test_a_preparation_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt", "tok"]
 
 
-def test_a_beat_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point 14: a heartbeat file out of reach for a while (a stalled server) costs neither the lock nor the process."""
+def test_a_failed_beat_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporarily unreachable heartbeat file (a stalled server) costs neither the lock nor the process."""
     lost: list[str] = []
     with monkeypatch.context() as patch:
         refuse(patch, errno.ENOSYS)

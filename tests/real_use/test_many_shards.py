@@ -1,4 +1,4 @@
-"""Points 13 and 28: datasets of hundreds of shards, under few file descriptors, opened and planned without delay."""
+"""Datasets with hundreds of shards: few file descriptors, fast opening and planning."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHARDS = 300
 
 
 def write_shards(folder: Path, shards: int, seed: int) -> Path:
-    """A packed dataset of so many shards, a document of 20 tokens each."""
+    """A packed dataset with this many shards of one document of 20 tokens each."""
     facts = {"kind": "none", "fingerprint": "test", "vocab_size": VOCAB, "eos_id": EOS, "bos_id": None, "folder": None}
     rng = np.random.default_rng(seed)
     with PackedWriter(folder, tokenizer=facts, vocab_size=VOCAB, eos_id=EOS, shard_tokens=20) as writer:
@@ -47,7 +47,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def limited(*words: object) -> subprocess.CompletedProcess[str]:
-    """A script at `ulimit -n 256`, soft and hard."""
+    """Run a script at `ulimit -n 256`, soft and hard."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
@@ -58,7 +58,7 @@ def limited(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_datasets_of_hundreds_of_shards_train_and_trace_with_256_files(two: Path, tmp_path: Path) -> None:
-    """Point 13: a mixture of 600 shards is trained on and traced at `ulimit -n 256`."""
+    """A mixture of 600 shards is trained on and traced at `ulimit -n 256`."""
     run = tmp_path / "run"
     mixture = json.dumps([{"path": str(two / "a"), "weight": 1}, {"path": str(two / "b"), "weight": 1}])
     of = {"data__train": None, "data__val": None, "data__mixture": mixture, "train__max_steps": 30}
@@ -69,8 +69,8 @@ def test_two_datasets_of_hundreds_of_shards_train_and_trace_with_256_files(two: 
     assert traced.returncode == 0 and "no fault" in traced.stdout, traced.stdout + traced.stderr
 
 
-def test_maps_keep_no_descriptor_and_are_let_go_of(two: Path) -> None:
-    """Point 13: every shard of a dataset is read and mapped at once, and no descriptor stays open."""
+def test_maps_keep_no_descriptor_and_are_released(two: Path) -> None:
+    """All shards of a dataset are read and mapped simultaneously, and no descriptor stays open."""
     before, maps = len(os.listdir("/proc/self/fd")), live_maps()
     dataset = PackedDataset(two / "a")
     dataset.tokens(0, dataset.n_tokens)
@@ -80,8 +80,8 @@ def test_maps_keep_no_descriptor_and_are_let_go_of(two: Path) -> None:
     assert live_maps() == maps
 
 
-def test_a_process_has_one_budget_of_maps(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point 13: two datasets share the maps that a process may have, and give the same tokens."""
+def test_datasets_share_one_budget_of_maps(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two datasets share the process's budget of maps, and give the same tokens."""
     whole = PackedDataset(two / "b").tokens(0, 20 * SHARDS)
     monkeypatch.setattr(lit_data.packed.reader, "MAX_MAPS", live_maps() + 9)
     one, other = PackedDataset(two / "a"), PackedDataset(two / "b")
@@ -92,7 +92,7 @@ def test_a_process_has_one_budget_of_maps(two: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_lookups_of_documents_leave_few_files_open(two: Path) -> None:
-    """Point 13: `Documents` reads 300 tables, indices and token files, and keeps a bounded number of them open."""
+    """`Documents` reads 300 tables, indices and token files, and keeps a bounded number of them open."""
     before = len(os.listdir("/proc/self/fd"))
     documents = Documents(PackedDataset(two / "a"))
     assert documents.find("doc-7") == [7]
@@ -106,8 +106,8 @@ def test_lookups_of_documents_leave_few_files_open(two: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_readers_share_the_open_files_and_see_a_replaced_one(tmp_path: Path) -> None:
-    """Point 13: what two readers keep open counts together; a closed reader forgets what it had open."""
+def test_readers_share_open_files_and_see_replaced_ones(tmp_path: Path) -> None:
+    """The open files of two readers share one limit; a closed reader releases its files."""
     before = len(os.listdir("/proc/self/fd"))
     readers = OpenFiles(), OpenFiles()
     for number in range(MAX_OPEN):
@@ -131,7 +131,7 @@ def restored_limit() -> Iterator[None]:
 
 
 def test_the_soft_limit_is_raised(restored_limit: None) -> None:
-    """Point 13: the soft limit of open files becomes the hard one; a second call changes nothing."""
+    """The soft limit of open files becomes the hard one; a second call changes nothing."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     raise_open_file_limit()
@@ -141,8 +141,8 @@ def test_the_soft_limit_is_raised(restored_limit: None) -> None:
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == raised
 
 
-def test_a_map_outlives_the_name_of_its_file(tmp_path: Path) -> None:
-    """Point 13: a mapped file that is deleted stays readable; one too short is refused, not met by a bus error."""
+def test_a_map_outlives_the_deletion_of_its_file(tmp_path: Path) -> None:
+    """A deleted file that is mapped stays readable; one that is too short is refused instead of causing a bus error."""
     path = tmp_path / "x.bin"
     np.arange(1000, dtype=np.int32).tofile(path)
     mapped = map_array(path, np.int32, (999,), 4)
@@ -153,8 +153,8 @@ def test_a_map_outlives_the_name_of_its_file(tmp_path: Path) -> None:
         map_array(path, np.int32, (2,))
 
 
-def test_a_dataset_is_checked_once_and_trusted_where_it_is_sent(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point 28: a rank that gets the dataset from rank 0 looks at no shard before it needs one."""
+def test_a_dataset_is_checked_once_and_trusted_by_other_ranks(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that receives the dataset from rank 0 opens no shard before it needs it."""
     dataset = PackedDataset(two / "a")
     looked: list[str] = []
     stat = os.stat
@@ -165,8 +165,8 @@ def test_a_dataset_is_checked_once_and_trusted_where_it_is_sent(two: Path, monke
     assert {Path(path).name for path in looked} == {f"data-{n:05d}.bin" for n in (2, 3, 4)}
 
 
-def test_plans_made_ahead_give_the_steps_of_plans_made_at_once(two: Path) -> None:
-    """Point 28: the order, the rows and the spans of steps are those of a loader without threads."""
+def test_planning_ahead_gives_the_same_steps(two: Path) -> None:
+    """The order, rows and spans of steps equal those of a loader without threads."""
     rows = ConcatRows(PackedDataset(two / "a"), 16)
 
     def steps(prefetch: int) -> Iterator[object]:
@@ -180,7 +180,7 @@ def test_plans_made_ahead_give_the_steps_of_plans_made_at_once(two: Path) -> Non
 
 
 def test_documents_of_positions_in_many_shards_equal_a_naive_search(two: Path) -> None:
-    """Point 28: grouped by shard, for few and for many positions a shard, in any order."""
+    """Grouped by shard, with few and with many positions per shard, in any order."""
     dataset = PackedDataset(two / "a")
     rng = np.random.default_rng(0)
     for n in (1, 7, 5000, 60000):

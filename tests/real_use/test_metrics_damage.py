@@ -1,4 +1,4 @@
-"""Point 12: no state of metrics.csv stops a resume, and no failing disk under it stops training."""
+"""No damage to metrics.csv prevents a resume, and no disk error on it stops training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cut_off_tail(whole: bytes) -> bytes:
 
 def zero_tail(whole: bytes) -> bytes:
     *_, before, last = whole.splitlines()
-    size = len(last) + len(before) // 2  # of rows, whose lengths differ: the last one, and a part of the one before
+    size = len(last) + len(before) // 2  # rows differ in length: the last one, and part of the one before
     return whole[:-size] + b"\0" * size
 
 
@@ -41,7 +41,7 @@ def other_text(whole: bytes) -> bytes:
 
 
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], set[int], str | None]] = {
-    # what is in the file, the steps whose rows must survive a resume at step 8, and what the line says
+    # the file's content, the steps whose rows must survive a resume at step 8, and the expected message
     "a torn last row": (cut_off_tail, set(range(8)), None),
     "empty": (lambda _: b"", set(), "it is empty"),
     "zeros at its end": (zero_tail, set(range(7)), "zero bytes"),
@@ -67,7 +67,7 @@ def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_metrics_csv(stopped: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Point 12: metrics.csv is damaged (empty, torn, zeros ...): whole rows are kept, one line says so."""
+    """metrics.csv is damaged (empty, truncated, zeros ...): complete rows are kept, and one message reports it."""
     damage, survivors, says = DAMAGES[name]
     path = tmp_path / "metrics.csv"
     shutil.copy(stopped / "metrics.csv", path)
@@ -89,7 +89,7 @@ def test_damaged_metrics_csv(stopped: Path, tmp_path: Path, name: str, capfd: py
 
 
 def test_resume_with_zeros_at_the_end_of_metrics_csv(data: Path, stopped: Path, tmp_path: Path) -> None:
-    """Point 12: a power failure left zeros in metrics.csv; the run resumes, and its rows follow the whole ones."""
+    """A power failure left zeros in metrics.csv; the run resumes, and its rows follow the complete ones."""
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
     path = run / "metrics.csv"
@@ -100,7 +100,7 @@ def test_resume_with_zeros_at_the_end_of_metrics_csv(data: Path, stopped: Path, 
 
 
 def test_resume_where_metrics_csv_is_a_folder(data: Path, stopped: Path, tmp_path: Path) -> None:
-    """Point 12: metrics.csv is not even a file."""
+    """metrics.csv is not even a file."""
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
     (run / "metrics.csv").unlink()
@@ -111,7 +111,7 @@ def test_resume_where_metrics_csv_is_a_folder(data: Path, stopped: Path, tmp_pat
 
 
 def test_rows_continue_after_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 12: the disk is full for some rows (of one it takes a part), then has room: no row is lost or torn."""
+    """The disk is full for some rows (one is written partially), then has space: no row is lost or damaged."""
     path = tmp_path / "metrics.csv"
     file = MetricsFile(path, ["step", "train_loss"])
     file.write({"step": 1, "train_loss": 1.5})
@@ -134,8 +134,8 @@ def test_rows_continue_after_a_full_disk(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_metrics_csv_that_may_not_be_written(tmp_path: Path) -> None:
-    """Point 12: metrics.csv belongs to somebody else; training continues without it."""
+def test_unwritable_metrics_csv(tmp_path: Path) -> None:
+    """metrics.csv belongs to another user; training continues without it."""
     path = tmp_path / "metrics.csv"
     path.write_text("step,train_loss\n")
     path.chmod(0o400)
@@ -147,8 +147,8 @@ def test_metrics_csv_that_may_not_be_written(tmp_path: Path) -> None:
     assert path.read_text().splitlines() == ["step,train_loss", "1,1.5", "2,1.25"]
 
 
-def test_training_while_its_log_takes_no_line(data: Path, tmp_path: Path) -> None:
-    """Point 12: the disk of the log (here /dev/full) takes nothing, not even warnings; the run trains and saves."""
+def test_training_with_an_unwritable_log(data: Path, tmp_path: Path) -> None:
+    """Nothing can be written to the log (here /dev/full), not even warnings; the run trains and saves."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Point 26: what a run shows without a terminal, and on one."""
+"""Progress output with and without a terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Clock:
 
 
 def test_lines_of_a_short_run(data: Path, tmp_path: Path) -> None:
-    """Point 26: a SLURM log has loss, perplexity, tokens/s and memory at the first, the last and validations."""
+    """A SLURM log has loss, perplexity, tokens/s and memory at the first and last log step and at validations."""
     done = train(*flags(data, tmp_path / "run", train__max_steps=8))
     lines = [line for line in done.stdout.splitlines() if re.match(r"step \d+/8:", line)]
     assert [line.split(":")[0] for line in lines] == ["step 0/8", "step 1/8", "step 6/8", "step 8/8"]
@@ -42,8 +42,8 @@ def test_lines_of_a_short_run(data: Path, tmp_path: Path) -> None:
     assert "left" in lines[2] and "left" not in lines[3]
 
 
-def test_a_line_in_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 26: log steps of 4 s give a line every 12 s; the first, the last and validations always have theirs."""
+def test_at_most_one_line_in_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    """Log steps every 4 s give a line every 12 s; the first, the last and validations always give one."""
     clock = Clock()
     display = ProgressDisplay(0, 20, 1000, show=True, clock=clock)
     for step in range(1, 21):
@@ -56,8 +56,8 @@ def test_a_line_in_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[1] == "step 4/20: loss 2.0000, 250 tokens/s, 0:01:04 left"
 
 
-def test_a_line_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 26: log steps are far apart, a validation is long: a line a minute, which reads nothing of the device."""
+def test_a_line_per_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    """With rare log steps or a long validation: a line per minute, which reads nothing from the device."""
     clock = Clock()
     display = ProgressDisplay(0, 1000, 6000, show=True, clock=clock)
     for step in range(1, 31):
@@ -76,7 +76,7 @@ def test_a_line_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    """Point 26: rank 1 says nothing."""
+    """Rank 1 prints nothing."""
     clock = Clock()
     display = ProgressDisplay(0, 2, 10, show=False, clock=clock)
     display.phase("compiling")
@@ -88,8 +88,8 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_bar_says_what_it_does(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    """Point 26: on a terminal of any width the bar says compiling, validating 3/56, saving, and fits one line."""
+def test_bar_shows_the_current_phase(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """On a terminal of any width the bar shows compiling, validating 3/56, saving, and fits on one line."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     shown = bytearray()

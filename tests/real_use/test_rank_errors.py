@@ -1,4 +1,4 @@
-"""Point 10 and "Must show" 4: an error of one rank, or of both, in each collective step of a run of two ranks.
+"""An error on one rank, or on both, in each collective step of a run of two ranks.
 
     python -m pytest -m slow -s tests/real_use/test_rank_errors.py
 
@@ -22,7 +22,7 @@ STEPS = ("set-up", "resume", "save", "validation", "end")
 KINDS = ("ValueError", "OSError", "MemoryError", "KeyboardInterrupt", "C++")
 WHO: tuple[tuple[int, ...], ...] = ((0,), (1,), (0, 1))
 TWO_RANKS = {"devices": 2, "strategy": "ddp", "train__micro_batch_samples": 4, "log__every_steps": 2}
-NEWEST = {"set-up": None, "resume": 4, "save": 4, "validation": 4, "end": 12}  # its step when the error comes
+NEWEST = {"set-up": None, "resume": 4, "save": 4, "validation": 4, "end": 12}  # the step of the error
 
 
 @dataclass
@@ -35,10 +35,10 @@ class Trials:
     stopped: Path  # a run that has saved step 4
 
     def run(self, where: str, kind: str, ranks: tuple[int, ...]) -> tuple[Answer, Path, float]:
-        """What became of it, the run folder, and seconds from the error to the end of the last rank."""
+        """Run one trial; returns the answer, the run folder, and seconds from the error to the last rank's exit."""
         run, mark = self.folder / f"{where}-{kind}-{ranks}", self.folder / "mark"
         changes: dict[str, object] = {**TWO_RANKS, "eval__every_steps": 6}
-        if where in ("resume", "save", "validation"):  # from step 4; the error comes in step 6 or 8
+        if where in ("resume", "save", "validation"):  # from step 4; the error is in step 6 or 8
             shutil.copytree(self.stopped, run)
             changes["resume"] = "latest"
         plant = {"kind": "error", "ranks": list(ranks), "where": where, "type": kind, "file": str(mark)}
@@ -65,14 +65,14 @@ def newest(run: Path) -> str:
 
 
 def check(answer: Answer, run: Path, seconds: float, where: str, kind: str, ranks: tuple[int, ...]) -> str:
-    """See that all ends as it must; how, in a few words."""
+    """Check the outcome; returns it in a few words."""
     name = {"C++": "RuntimeError"}.get(kind, kind)
     text = "size" if kind == "C++" else "planted"
     output, both = answer.output, len(ranks) == 2
     assert not answer.exceeded and all(status > 0 for status in answer.statuses), (answer.statuses, output)
     assert seconds < LIMIT_S, (seconds, output)
     early = where in ("set-up", "resume")
-    if both and early and kind in ("ValueError", "OSError"):  # a mistake that all ranks see: said once
+    if both and early and kind in ("ValueError", "OSError"):  # an error that all ranks detect: reported once
         assert answer.statuses == [2, 2] and output.count("error: planted") == 1, output
         assert "Traceback" not in output
         how = "one message, status 2"
@@ -96,7 +96,7 @@ def check(answer: Answer, run: Path, seconds: float, where: str, kind: str, rank
     before = NEWEST[where]
     if before is None:
         assert saved == "none"
-    elif both and where in ("save", "validation"):  # the state was sound: saved before the end
+    elif both and where in ("save", "validation"):  # the state was consistent: saved before the exit
         assert saved == f"iter-{8 if where == 'save' else 6:08d}-ckpt.pth", (saved, output)
         how += ", saved first"
     else:
@@ -115,13 +115,13 @@ def check(answer: Answer, run: Path, seconds: float, where: str, kind: str, rank
     ],
 )
 def test_an_error_ends_all_ranks(trials: Trials, where: str, kind: str, ranks: tuple[int, ...]) -> None:
-    """Point 10: an error in set-up, resume, validation or a save, of one rank or both: all end, the right one named."""
+    """An error in set-up, resume, validation or a save, on one rank or both: all exit, and the right one is named."""
     check(*trials.run(where, kind, ranks), where, kind, ranks)
 
 
 @pytest.mark.slow
 def test_the_table_of_errors(trials: Trials, tmp_path: Path) -> None:
-    """Must show 4: 75 trials: each step, each type, on rank 0, on rank 1 and on both."""
+    """75 trials: each step and each error type, on rank 0, on rank 1 and on both."""
     trials.folder = tmp_path
     rows: dict[tuple[str, tuple[int, ...]], dict[str, tuple[str, float]]] = {}
     failed: list[str] = []
@@ -141,8 +141,8 @@ def test_the_table_of_errors(trials: Trials, tmp_path: Path) -> None:
     assert not failed, "\n\n".join(failed)
 
 
-def test_a_folder_that_only_rank_zero_finds_unusable(trials: Trials, tmp_path: Path) -> None:
-    """Point 10: an out_dir that cannot be made, on two ranks: one message, status 2 on both, no waiting."""
+def test_an_unusable_folder_found_by_rank_zero_only(trials: Trials, tmp_path: Path) -> None:
+    """An out_dir that cannot be created, on two ranks: one message, status 2 on both, no waiting."""
     (tmp_path / "file").write_text("x")
     run = tmp_path / "file" / "run"
     answer = trials.server.run(2, run, flags(trials.data, run, devices=2, strategy="ddp"), timeout_s=60)
@@ -150,8 +150,8 @@ def test_a_folder_that_only_rank_zero_finds_unusable(trials: Trials, tmp_path: P
     assert f"--out_dir {run} cannot be used: Not a directory" in answer.outputs[0]
 
 
-def test_a_single_process_saves_before_an_error_ends_it(trials: Trials, tmp_path: Path) -> None:
-    """Point 11: an error that every rank reaches saves first where the state is sound: here of the only rank."""
+def test_a_single_process_saves_before_exiting_on_an_error(trials: Trials, tmp_path: Path) -> None:
+    """An error that occurs on every rank, here the only one, saves first if the state is consistent."""
     run = tmp_path / "run"
     command = flags(trials.data, run, data__val=None, train__max_steps=4)
     answer = trials.server.run(1, run, command, plants=[{"kind": "raise", "rank": 0, "step": 3}])

@@ -1,4 +1,4 @@
-"""Point 12: nothing but a damaged checkpoint stops a resume, and nothing but training stops training."""
+"""Only a damaged checkpoint prevents a resume, and only an error in training itself stops training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LONGER = {**QUICK, "train__max_steps": 12, "optim__schedule": "constant", "resum
 
 @pytest.fixture(scope="module")
 def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps with checkpoints of 4 and 8, and what a run of 12 steps ends with."""
+    """A run of 8 steps with checkpoints at 4 and 8, and the final state of a run of 12 steps."""
     folder = tmp_path_factory.mktemp("done")
     train(*flags(data, folder / "run", **QUICK, train__max_steps=8, optim__schedule="constant"))
     shutil.copytree(folder / "run", folder / "whole")
@@ -85,9 +85,9 @@ SPOILED: dict[str, tuple[str, Callable[[Path], None]]] = {
 }
 
 
-def test_a_resume_takes_no_notice_of_what_else_is_damaged(data: Path, done: Path, tmp_path: Path) -> None:
-    """Point 12: everything in a run folder beside its checkpoints and its record is spoiled, all at once in two ways:
-    the run is resumed, and ends with the same weights, metrics and record as one whose folder was whole."""
+def test_a_resume_ignores_other_damage(data: Path, done: Path, tmp_path: Path) -> None:
+    """Everything in a run folder except its checkpoints and its record is damaged, in two ways: the run resumes
+    and gives the same weights, metrics and record as one with an intact folder."""
     names = list(SPOILED)
     for some in (names[0::2], names[1::2]):
         run = tmp_path / str(names.index(some[0]))
@@ -103,8 +103,8 @@ def test_a_resume_takes_no_notice_of_what_else_is_damaged(data: Path, done: Path
         assert [r["train_loss"] for r in metrics(run)] == [r["train_loss"] for r in metrics(done / "whole")]
 
 
-def test_going_back_with_a_spoiled_abandoned_folder(data: Path, done: Path, tmp_path: Path) -> None:
-    """Point 12: going back to step 4 works where abandoned/ is a file, and where its numbers have a gap."""
+def test_going_back_with_a_damaged_abandoned_folder(data: Path, done: Path, tmp_path: Path) -> None:
+    """Going back to step 4 works if abandoned/ is a file, or if its numbers have a gap."""
     for name in ("file", "gap"):
         run = tmp_path / name
         shutil.copytree(done / "run", run)
@@ -118,8 +118,8 @@ def test_going_back_with_a_spoiled_abandoned_folder(data: Path, done: Path, tmp_
 
 
 def test_a_damaged_record_beyond_the_checkpoint(done: Path, tmp_path: Path, capsys: Any) -> None:
-    """Point 12: a record whose merged file is damaged is resumed from the middle of it: the file is kept aside, and a
-    line names the steps that are lost."""
+    """A resume from a step within a damaged merged file of the record: the file is set aside, and a message names
+    the steps that are lost."""
     run = tmp_path / "run"
     shutil.copytree(done / "run", run)
     whole, part = list_parts(run / "datapoints")
@@ -135,8 +135,8 @@ def test_a_damaged_record_beyond_the_checkpoint(done: Path, tmp_path: Path, caps
 def test_a_checkpoint_that_cannot_be_deleted(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Point 12: a checkpoint that cannot be deleted (a file system that says it is busy) is warned of once; the others
-    are deleted, and nothing is raised."""
+    """A checkpoint that cannot be deleted (the file system reports it as busy) causes one warning; the others are
+    deleted, and nothing is raised."""
     for step in (1, 2, 3, 4):
         (tmp_path / f"iter-{step:08d}-ckpt.pth").write_bytes(b"x")
     real = os.rename
@@ -155,7 +155,7 @@ def test_a_checkpoint_that_cannot_be_deleted(
 
 
 def test_leftovers_that_cannot_be_deleted(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point 12: leftovers of killed saves and deletions that cannot be deleted stop neither a resume nor the next save
+    """Leftovers of killed saves and deletions that cannot be deleted prevent neither a resume nor the next save
     of the same name."""
     run = tmp_path / "run"
     shutil.copytree(done / "run", run)
@@ -172,7 +172,7 @@ def test_leftovers_that_cannot_be_deleted(done: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_log_that_cannot_be_written(tmp_path: Path, capsys: Any) -> None:
-    """Point 12: a rank's log on a full disk, or in a folder that cannot be made, is one line of warning."""
+    """A rank's log on a full disk, or in a folder that cannot be created, causes one line of warning."""
     full_run = tmp_path / "full"
     (full_run / "logs").mkdir(parents=True)
     full(full_run / "logs" / "rank-00000.log")
@@ -192,7 +192,7 @@ def test_a_log_that_cannot_be_written(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.mark.slow
 def test_output_on_a_full_disk(data: Path, tmp_path: Path) -> None:
-    """Point 12: a run whose standard output and error are on a full disk trains to its end."""
+    """A run whose standard output and error are on a full disk trains to the end."""
     line = [sys.executable, str(ROOT / "pretrain" / "fabric_train.py"), *flags(data, tmp_path / "run")]
     with open("/dev/full", "w") as disk:
         ended = subprocess.run(line, stdout=disk, stderr=disk, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)

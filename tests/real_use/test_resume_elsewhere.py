@@ -1,4 +1,4 @@
-"""Point 8: what a resume of a checkpoint outside of --out_dir does, and what epoch says at the end of a run."""
+"""Resuming a checkpoint outside --out_dir, and the epoch count at the end of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EIGHT: dict[str, object] = {"train__max_steps": 8, "train__micro_batch_samples":
 
 
 def test_epoch_counts_real_rows(tmp_path: Path) -> None:
-    """Point 8: 3 passes over 5 rows in steps of 16 rows are 3 epochs, though the step is filled up with empty rows."""
+    """3 passes over 5 rows in steps of 16 rows are 3 epochs, though the step is filled up with empty rows."""
     write_dataset(tmp_path / "data" / "train", [80, 79])
     run = tmp_path / "run"
     changes = {"train__max_steps": None, "train__max_epochs": 3, "train__global_batch_samples": 16}
@@ -33,7 +33,7 @@ def first(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_checkpoint_of_another_run(data: Path, first: Path, tmp_path: Path) -> None:
-    """Point 8: --resume names a checkpoint of another folder than --out_dir: refused, and nothing is made."""
+    """--resume with a checkpoint outside --out_dir is refused, and nothing is created."""
     other = tmp_path / "other"
     done = train(*flags(data, other, resume=first / NAME), check=False)
     assert done.returncode == 2 and not other.exists()
@@ -41,8 +41,8 @@ def test_checkpoint_of_another_run(data: Path, first: Path, tmp_path: Path) -> N
     assert f"--out_dir {first}" in line and f"--init_from {first / NAME}" in line
 
 
-def test_path_into_the_run_itself(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point 8: paths to a checkpoint of the run: absolute, relative, through links, and a copy of it elsewhere."""
+def test_path_to_a_checkpoint_of_the_run(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths to a checkpoint of the run: absolute, relative, through links, and a copy of it elsewhere."""
     link = tmp_path / "link"
     link.symlink_to(first)
     archive = tmp_path / "archive"
@@ -68,8 +68,8 @@ def test_path_into_the_run_itself(first: Path, tmp_path: Path, monkeypatch: pyte
         assert Checkpoint(found).meta["step"] == 4
 
 
-def test_paths_that_are_not_of_the_run(first: Path, tmp_path: Path) -> None:
-    """Point 8: a checkpoint that the run lacks, an abandoned one, a run folder, nothing: refused, with the way out."""
+def test_paths_outside_the_run(first: Path, tmp_path: Path) -> None:
+    """A checkpoint that the run lacks, an abandoned one, a run folder, a missing path: refused, with the remedy."""
     copy = tmp_path / "copy"
     shutil.copytree(first, copy)
     (copy / "iter-00000008-ckpt.pth").unlink()
@@ -87,7 +87,7 @@ def test_paths_that_are_not_of_the_run(first: Path, tmp_path: Path) -> None:
 
 
 def test_path_without_out_dir(data: Path, tmp_path: Path, first: Path) -> None:
-    """Point 8: --resume PATH alone resumes the run that the checkpoint lies in."""
+    """--resume PATH alone resumes the run that contains the checkpoint."""
     run = tmp_path / "run"
     shutil.copytree(first, run)
     arguments = [flag for flag in flags(data, run, **EIGHT) if not flag.startswith("--out_dir")]

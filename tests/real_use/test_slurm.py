@@ -1,4 +1,4 @@
-"""Point 15: how many processes there are is the launcher's to say: srun, torchrun, or nobody."""
+"""The launcher (srun, torchrun or none) determines the number of processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def step(n_tasks: int, per_node: str, rank: int = 0, local_rank: int = 0, **more
     }
 
 
-# A script of sbatch: no step, though it has SLURM_PROCID.
+# An sbatch script: not a job step, although it has SLURM_PROCID.
 SCRIPT = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
 
 
@@ -52,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def inside(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Put this process into a job: only these variables of SLURM and torchrun."""
+    """Set exactly these variables of SLURM and torchrun, as in a job."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "TORCHELASTIC_", "MASTER_")) or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
@@ -72,7 +72,7 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> Any:
         # Without --ntasks-per-node, which Lightning refuses; and without the newer variables of the step.
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"},
          Launch("srun", 4, 2, 3, 1)),
-        # srun in a shell of salloc: Lightning takes each task for a run of its own.
+        # srun in a shell of salloc: Lightning would treat each task as a separate run.
         (step(4, "4", 2, 2, SLURM_JOB_NAME="interactive"), Launch("srun", 4, 4, 2, 2)),
         (step(1, "1"), Launch("srun", 1, 1, 0, 0)),
         (step(1, "1", SLURM_JOB_NAME="bash"), None),  # python in srun --pty bash
@@ -88,12 +88,12 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )  # fmt: skip
 def test_what_started_this_process(env: dict[str, str], found: Launch | None) -> None:
-    """Point 15: srun's step, a script without srun, interactive shells, torchrun inside and outside of SLURM."""
+    """Srun's step, a script without srun, interactive shells, torchrun inside and outside of SLURM."""
     assert find_launch(env) == found
 
 
 def test_nodes_with_different_numbers_of_tasks() -> None:
-    """Point 15: SLURM_TASKS_PER_NODE "2(x3),1" is refused with its numbers."""
+    """SLURM_TASKS_PER_NODE "2(x3),1" is refused with its numbers."""
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
     with pytest.raises(ValueError, match=r"started 2, 2, 2, 1 tasks on its 4 nodes.*--ntasks-per-node"):
         find_launch(step(7, "2(x3),1"))
@@ -103,8 +103,8 @@ def test_nodes_with_different_numbers_of_tasks() -> None:
 
 @pytest.mark.parametrize("script", ["train", "debug"])
 def test_every_config_under_the_jobs(script: str, tmp_path: Path, inside: Any) -> None:
-    """Must show 5: each config, in the environment and with the command line of the job's tasks: the world size is what
-    SLURM gave, and the rows of a step divide among the devices.
+    """Each config, with the environment and command line of the job's tasks: the world size is SLURM's, and the
+    rows of a step are divisible by the devices.
     """
     cluster = Cluster(tmp_path)
     cluster.fake_python()
@@ -131,7 +131,7 @@ def test_every_config_under_the_jobs(script: str, tmp_path: Path, inside: Any) -
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_through_sbatch(path: Path, tmp_path: Path) -> None:
-    """Must show 5, by real processes: a preflight of each config in a job of two tasks names two processes."""
+    """With real processes: a preflight of each config in a job of two tasks reports two processes."""
     cluster = Cluster(tmp_path)
     (cluster.bin / "python").symlink_to(warm_python())
     small = ["--accelerator=cpu", "--precision=fp32", "--data.train=nowhere", "--preflight"]
@@ -142,8 +142,8 @@ def test_every_config_through_sbatch(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_job_trains_with_as_many_processes_as_slurm_started(data: Path, tmp_path: Path) -> None:
-    """Point 15: train.sbatch with --ntasks (and no --ntasks-per-node) and a config of one device: two processes, to the
-    weights of two processes started otherwise. The accelerator of the config stays: the job has no GPUs.
+    """train.sbatch with --ntasks (without --ntasks-per-node) and a config for one device: two processes, with the
+    same weights as two processes started otherwise. The config's accelerator is kept: the job has no GPUs.
     """
     cluster = Cluster(tmp_path)
     (cluster.bin / "python").symlink_to(warm_python())
@@ -162,7 +162,7 @@ def test_a_job_trains_with_as_many_processes_as_slurm_started(data: Path, tmp_pa
 
 
 def test_srun_without_devices(data: Path, tmp_path: Path, inside: Any) -> None:
-    """Point 15: `srun python fabric_train.py` was an IndexError on the second rank."""
+    """`srun python fabric_train.py` used to be an IndexError on the second rank."""
     inside(step(2, "2", 1, 1))
     args = fabric_train.parse(flags(data, tmp_path, devices=None))
     assert parallel.choose_placement(args).devices == 2
@@ -172,10 +172,10 @@ def test_srun_without_devices(data: Path, tmp_path: Path, inside: Any) -> None:
     ("typed", "named"),
     [("--devices=3", "--devices 3"), ("--num_nodes=2", "--num_nodes 2"), ("--devices=1", "--devices 1")],
 )
-def test_typed_flags_that_contradict_srun(
+def test_flags_that_contradict_srun(
     typed: str, named: str, data: Path, tmp_path: Path, inside: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Point 15: only what is typed on the command line is refused; preflight says the same."""
+    """Only contradicting flags on the command line are refused; preflight reports the same."""
     inside(step(2, "2"))
     for more in ([], ["--preflight"]):
         assert fabric_train.main([*flags(data, tmp_path / "run", devices=None), typed, *more]) == 2
@@ -184,10 +184,10 @@ def test_typed_flags_that_contradict_srun(
     fabric_train.parse([*flags(data, tmp_path / "run", devices=None), "--devices=2", "--num_nodes=1"])
 
 
-def test_a_micro_batch_of_a_config_follows_the_number_of_devices(
+def test_a_configs_micro_batch_adapts_to_the_number_of_devices(
     tmp_path: Path, inside: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Point 15: a config for one device whose micro-batch is the whole step; a typed one is left for its error."""
+    """A config for one device whose micro-batch is the whole step; one given as a flag is an error."""
     inside(step(4, "4"))
     config = ["--config", str(ROOT / "configs/babylm2025/gemma2.yaml"), "--data.train=x"]
     assert fabric_train.parse(config).train.micro_batch_samples == 4
@@ -199,7 +199,7 @@ def test_a_micro_batch_of_a_config_follows_the_number_of_devices(
 def test_a_job_without_srun(
     preflight: list[str], data: Path, tmp_path: Path, inside: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Point 15: four tasks and one process: what waited 1800 s in silence is said at once."""
+    """Four tasks and one process: used to wait silently for 1800 s, now an immediate error."""
     inside(SCRIPT)
     assert fabric_train.main([*flags(data, tmp_path / "run", devices=None), *preflight]) == 2
     error = capsys.readouterr().err
@@ -208,7 +208,7 @@ def test_a_job_without_srun(
 
 
 def test_a_job_without_srun_on_purpose(data: Path, tmp_path: Path, inside: Any, capsys: Any) -> None:
-    """Point 15: tasks asked for as cores, with --devices typed; and a shell of salloc, which gets a line."""
+    """Tasks requested as cores, with --devices on the command line; and a shell of salloc, which gets a message."""
     inside({**SCRIPT, "SLURM_NTASKS": "", "SLURM_TASKS_PER_NODE": "4"})
     args = fabric_train.parse(flags(data, tmp_path / "run"))
     fabric = parallel.build_fabric(args, parallel.choose_placement(args))
@@ -218,15 +218,15 @@ def test_a_job_without_srun_on_purpose(data: Path, tmp_path: Path, inside: Any, 
     assert "has 4 tasks, but srun has not started this process: it runs alone" in capsys.readouterr().err
 
 
-def test_nodes_that_nobody_starts(data: Path, tmp_path: Path, inside: Any, capsys: Any) -> None:
-    """Point 15: configs/llammlein_7B.yaml on a workstation: 16 nodes would be waited for."""
+def test_nodes_without_a_launcher(data: Path, tmp_path: Path, inside: Any, capsys: Any) -> None:
+    """configs/llammlein_7B.yaml on a workstation would wait for 16 nodes."""
     inside({})
     assert fabric_train.main([*flags(data, tmp_path / "run"), "--num_nodes=16"]) == 2
     assert "--num_nodes 16: this process cannot start others on other nodes" in capsys.readouterr().err
 
 
-def test_which_gpu_is_a_tasks_own() -> None:
-    """Point 15: all GPUs of the node visible; one alone by --gpus-per-task or --gpu-bind; too few."""
+def test_which_gpu_a_task_uses() -> None:
+    """All GPUs of the node visible; only one, by --gpus-per-task or --gpu-bind; too few."""
     third = Launch("srun", 8, 4, 6, 2)
     assert gpu_index(third, 4, {}) == 2
     assert gpu_index(third, 1, {}) == gpu_index(third, 1, {"SLURM_GPUS_ON_NODE": "4"}) == 0
@@ -236,8 +236,8 @@ def test_which_gpu_is_a_tasks_own() -> None:
             gpu_index(third, visible, env)
 
 
-def test_one_visible_gpu_is_no_mistake(data: Path, tmp_path: Path, inside: Any, monkeypatch: Any) -> None:
-    """Point 15: with one GPU visible to each of four tasks the sizes are those of four devices."""
+def test_one_visible_gpu_per_task_is_accepted(data: Path, tmp_path: Path, inside: Any, monkeypatch: Any) -> None:
+    """With one GPU visible to each of four tasks the sizes are those of four devices."""
     inside(step(4, "4", 3, 3))
     monkeypatch.setattr(parallel, "device_kind", lambda args: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -245,16 +245,16 @@ def test_one_visible_gpu_is_no_mistake(data: Path, tmp_path: Path, inside: Any, 
     assert parallel.choose_placement(args).devices == 4
 
 
-def test_where_the_tasks_meet(inside: Any) -> None:
-    """Point 15: the first node of the step, not of the job; steps of one job at ports of their own."""
+def test_where_the_tasks_rendezvous(inside: Any) -> None:
+    """At the first node of the step, not of the job; steps of one job use different ports."""
     inside(step(2, "1(x2)", SLURM_STEP_NODELIST="node[07-08]", SLURM_NODELIST="node[01-08]", SLURM_STEP_ID="3"))
     found = find_launch()
     assert found is not None
     assert (StepEnvironment(found).main_address, StepEnvironment(found).main_port) == ("node07", 15000 + 4714)
 
 
-def test_waiting_is_said(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """Point 15: a rank that waits for others that were never started does not do so in silence."""
+def test_waiting_is_reported(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A rank that waits for others that were never started prints a message."""
     monkeypatch.setattr(launch, "WAITING_S", 0.0)
     with launch.WaitingNotice(4) as _:
         subprocess.run(["sleep", "0.2"], check=True)

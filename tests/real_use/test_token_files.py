@@ -1,4 +1,6 @@
-"""Token files of other trainers: read with their headers, or refused with the way; never packed with their headers."""
+"""Token files of other trainers: read according to their headers, or refused with a remedy; headers are never
+packed.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ STREAM = [id for d in CLOSED for id in d]
 
 
 def imported(path: Path | list[Path], *more: object, output: Path | None = None, vocab_size: int = 100):
-    """scripts/import_tokens.py in this process."""
+    """Run scripts/import_tokens.py in this process."""
     paths = path if isinstance(path, list) else [path]
     output = output or paths[0].parent / "out"
     return script(
@@ -43,7 +45,7 @@ def documents(folder: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_a_raw_memory_map_named_npy(tmp_path, dtype):
-    """Point 22: OLMo's .npy have no header. Without --dtype the message asks for it, with it they are read."""
+    """OLMo's .npy files have no header. Without --dtype the message asks for it; with it they are read."""
     path = tmp_path / "part-0-00000.npy"
     mapped = np.memmap(path, dtype=dtype, mode="w+", shape=(len(STREAM),))
     mapped[:] = STREAM
@@ -79,8 +81,8 @@ BAD_NPY = {
 
 
 @pytest.mark.parametrize("kind", BAD_NPY)
-def test_an_npy_that_cannot_be_read_never_asks_for_pickles(tmp_path, kind):
-    """Point 22: numpy's advice, allow_pickle=True, would run code of the file; no message passes it on."""
+def test_an_unreadable_npy_never_suggests_pickles(tmp_path, kind):
+    """Numpy's advice, allow_pickle=True, would run code of the file; no message passes it on."""
     (tmp_path / "x.npy").write_bytes(BAD_NPY[kind])
     done = imported(tmp_path / "x.npy")
     assert done.returncode == 2 and "x.npy" in done.stderr and "pickle" not in done.stderr, done.stderr
@@ -90,7 +92,7 @@ def test_an_npy_that_cannot_be_read_never_asks_for_pickles(tmp_path, kind):
 @pytest.mark.parametrize("token_size", [2, 4])
 @pytest.mark.parametrize("metadata", [True, False])
 def test_tokens_of_datatrove(tmp_path, token_size, metadata):
-    """Point 22: a .ds as datatrove writes it, with its index; by a shell's pattern, by its folder, by its name."""
+    """A .ds as datatrove writes it, with its index; given by shell pattern, folder or name."""
     writers = pytest.importorskip("datatrove.pipeline.tokens.tokenizer")
     (tmp_path / "in").mkdir()
     file = writers.TokenizedFile(
@@ -119,7 +121,7 @@ def test_tokens_of_datatrove(tmp_path, token_size, metadata):
 
 
 def test_damage_in_a_ds_is_named(tmp_path):
-    """Point 22: a .ds that is cut, an index out of order or beyond the file, are named; nothing is written."""
+    """A truncated .ds, an index out of order or beyond the file, are named; nothing is written."""
     path, index = tmp_path / "x.ds", tmp_path / "x.ds.index"
     good, ends = np.asarray(STREAM, "<u2").tobytes(), np.cumsum([len(d) for d in CLOSED]).tolist()
     for data, numbers, message in [
@@ -142,7 +144,7 @@ def llmc(magic: int, version: int, tokens: int, data: bytes) -> bytes:
 
 @pytest.mark.parametrize("magic, version, dtype", [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
 def test_shards_of_llmc_and_modded_nanogpt(tmp_path, magic, version, dtype):
-    """Point 22: their header of 1024 bytes was packed as 512 tokens where --dtype uint16 was given."""
+    """Their header of 1024 bytes used to be packed as 512 tokens with --dtype uint16."""
     path = tmp_path / "fineweb_train_000001.bin"
     path.write_bytes(llmc(magic, version, len(STREAM), np.asarray(STREAM, dtype).tobytes()))
     done = imported(path, "--split_at", EOS)
@@ -182,8 +184,8 @@ NO_TOKENS = {
     "kind, name",
     [(k, n) for k in NO_TOKENS for n in ("x.bin", "x.ds", "x.npy") if (k, n) != ("an .npy named .bin", "x.npy")],
 )
-def test_what_is_no_stream_of_tokens_is_never_packed(tmp_path, kind, name):
-    """Point 22: archives, indices, models and chunks of other programs are refused, whatever --dtype says."""
+def test_files_without_token_streams_are_never_packed(tmp_path, kind, name):
+    """Archives, indices, models and chunks of other programs are refused, whatever --dtype says."""
     data, message = NO_TOKENS[kind]
     (tmp_path / name).write_bytes(data + bytes(-len(data) % 2 if kind != "litdata" else 0))
     done = imported(tmp_path / name, "--dtype", "uint16", vocab_size=65_535)
@@ -192,7 +194,7 @@ def test_what_is_no_stream_of_tokens_is_never_packed(tmp_path, kind, name):
 
 
 def test_nanogpt_and_legacy_chunks_are_read_as_before(tmp_path):
-    """Point 22: raw uint16 of nanoGPT needs --dtype, which the message says; chunks of TinyLlama need nothing."""
+    """nanoGPT's raw uint16 needs --dtype, as the message says; TinyLlama's chunks need nothing."""
     (tmp_path / "train.bin").write_bytes(np.asarray(STREAM, "<u2").tobytes())
     done = imported(tmp_path / "train.bin")
     assert done.returncode == 2 and "nanoGPT's are uint16" in done.stderr
@@ -205,7 +207,7 @@ def test_nanogpt_and_legacy_chunks_are_read_as_before(tmp_path):
 
 
 def test_token_files_given_twice_are_read_once(tmp_path):
-    """Point 6: `megatron/*` gave .bin and .idx of each dataset, and every document twice."""
+    """`megatron/*` gave .bin and .idx of each dataset, and every document twice."""
     folder = tmp_path / "megatron"
     folder.mkdir()
     lengths = [len(d) for d in CLOSED]
@@ -230,15 +232,15 @@ def test_token_files_given_twice_are_read_once(tmp_path):
     ],
 )  # fmt: skip
 def test_absurd_numbers_are_refused(tmp_path, flags):
-    """Point 18: numbers that can't be meant are refused by the flag's name before any token is read."""
+    """Absurd numbers are refused, naming the flag, before any token is read."""
     np.save(tmp_path / "x.npy", np.asarray(STREAM))
     done = imported(tmp_path / "x.npy", *flags)
     assert done.returncode == 2 and flags[0] in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npy"]
 
 
-def test_a_loss_mask_is_not_read_and_that_is_said(tmp_path):
-    """Point 22: datatrove's .ds.loss marks tokens that should not count; that it is not read is no secret."""
+def test_an_unread_loss_mask_is_reported(tmp_path):
+    """datatrove's .ds.loss marks tokens without loss; a message says that it is not read."""
     (tmp_path / "x.ds").write_bytes(np.asarray(STREAM, "<u2").tobytes())
     (tmp_path / "x.ds.index").write_bytes(np.cumsum([len(d) for d in CLOSED]).astype("<u8").tobytes())
     (tmp_path / "x.ds.loss").write_bytes(bytes(len(STREAM)))

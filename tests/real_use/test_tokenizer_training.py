@@ -1,4 +1,4 @@
-"""Tokenizers of other kinds, and the training of one: where it is written, how large it gets, what it learns from."""
+"""Other kinds of tokenizers, and tokenizer training: output, vocabulary size, and training text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_tiktoken(path: Path) -> None:
 
 
 def other_kinds(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Files and folders that hold a tokenizer of another kind: (path, what the message says it is)."""
+    """Files and folders with other kinds of tokenizers: (path, their name in the message)."""
     for name in ("llama3", "gpt2", "mistral", "bert", "settings", "nanochat", "pieces"):
         (folder / name).mkdir()
     write_tiktoken(folder / "llama3" / "tokenizer.model")
@@ -60,8 +60,8 @@ def other_kinds(folder: Path) -> dict[str, tuple[Path, str]]:
     }
 
 
-def test_other_kinds_of_tokenizers_name_the_way(tmp_path, corpus):
-    """Point 23: tiktoken, vocab.json and merges.txt, tekken.json ...: the message says what it is and the way."""
+def test_other_kinds_of_tokenizers_name_the_remedy(tmp_path, corpus):
+    """Tiktoken, vocab.json and merges.txt, tekken.json ...: the message names the format and the remedy."""
     for path, message in other_kinds(tmp_path).values():
         done = script("prepare_data.py", "--input", corpus, "--tokenizer", path, "--output", tmp_path / "out")
         assert done.returncode == 2 and message in done.stderr and "save_pretrained" in done.stderr, done.stderr
@@ -72,8 +72,8 @@ def test_other_kinds_of_tokenizers_name_the_way(tmp_path, corpus):
 
 
 @pytest.mark.slow
-def test_the_way_that_is_named_works(tmp_path):
-    """Point 23: the command in the message makes a tokenizer.json of vocab.json and merges.txt, with the same ids."""
+def test_the_named_remedy_works(tmp_path):
+    """The command in the message makes a tokenizer.json of vocab.json and merges.txt, with the same ids."""
     source = tmp_path / "gpt2"
     source.mkdir()
     trained = train_on_texts(LINES, 300, "byte_bpe", tmp_path / "trained")
@@ -95,7 +95,7 @@ def test_the_way_that_is_named_works(tmp_path):
     [("x.json", "x"), ("x.model", "x"), ("new/tokenizer.json", "new"), ("new/tokenizer.model", "new")],
 )
 def test_an_output_that_looks_like_a_file_is_refused(tmp_path, corpus, given, proposed):
-    """Point 23: `--output x.json` made a folder of that name."""
+    """`--output x.json` used to create a folder of that name."""
     done = train(corpus, tmp_path / given)
     assert done.returncode == 2 and f"give {tmp_path / proposed}," in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["corpus.jsonl"]
@@ -104,7 +104,7 @@ def test_an_output_that_looks_like_a_file_is_refused(tmp_path, corpus, given, pr
 
 @pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece"])
 def test_a_small_text_gives_a_smaller_tokenizer(tmp_path, corpus, kind):
-    """Point 23: BabyLlama's 16,000 on a small text: a warning and the tokenizer that the text gives, not a refusal."""
+    """BabyLlama's 16,000 on a small text: a warning and the tokenizer that the text gives, not a refusal."""
     done = train(corpus, tmp_path / "tok", "--type", kind, size=16_000)
     opened = open_tokenizer(tmp_path / "tok")
     assert done.returncode == 0 and 300 < opened.vocab_size < 16_000
@@ -114,7 +114,7 @@ def test_a_small_text_gives_a_smaller_tokenizer(tmp_path, corpus, kind):
 
 @pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece"])
 def test_more_special_tokens(tmp_path, corpus, kind):
-    """Point 23: the tokens of a chat format get ids, are never found in ordinary text, and transformers knows them."""
+    """The tokens of a chat format get ids, are never found in ordinary text, and transformers knows them."""
     more = ["<|im_start|>", "<|im_end|>", "a,b"]
     done = train(corpus, tmp_path / "tok", "--type", kind, "--special_tokens", *more)
     assert done.returncode == 0, done.stderr
@@ -130,8 +130,8 @@ def test_more_special_tokens(tmp_path, corpus, kind):
         assert done.returncode == 2 and "--special_tokens" in done.stderr and not (tmp_path / "bad").exists()
 
 
-def test_a_sample_takes_the_beginning_of_each_file(tmp_path):
-    """Point 23: --max_sample_mb bounds what is learnt from: every file gives in proportion to its size."""
+def test_a_sample_is_the_beginning_of_each_file(tmp_path):
+    """--max_sample_mb limits the training text: every file contributes in proportion to its size."""
     (tmp_path / "in").mkdir()
     for name, letter, megabytes in (("a", "k", 3), ("b", "q", 1)):
         words = " ".join(letter * (1 + i % 7) for i in range(1000)) + "\n"
@@ -148,15 +148,15 @@ def test_a_sample_takes_the_beginning_of_each_file(tmp_path):
 
 @pytest.mark.parametrize("size", [0, -1, 259, 10**11, 10**30])
 def test_absurd_vocabularies_are_refused(tmp_path, corpus, size):
-    """Point 18: `--vocab_size 99999999999` ended in an abort of the process."""
+    """`--vocab_size 99999999999` used to abort the process."""
     for kind in ("byte_bpe", "sentencepiece"):
         done = train(corpus, tmp_path / "tok", "--type", kind, size=size)
         assert done.returncode == 2 and f"--vocab_size {size} is too" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
-def test_inputs_given_twice_and_held_out_text(tmp_path, corpus):
-    """Point 6: a tokenizer learns from each file once too, and a warning says so where it sees held-out text."""
+def test_inputs_given_twice_and_hold_out_text(tmp_path, corpus):
+    """A tokenizer is trained on each file once, and a warning is printed if it sees hold-out text."""
     once = train(corpus, tmp_path / "once")
     (tmp_path / "link.jsonl").symlink_to(corpus)
     given = ("--input", corpus, tmp_path / "link.jsonl", "--output", tmp_path / "twice", "--vocab_size", 340)
@@ -171,7 +171,7 @@ def test_inputs_given_twice_and_held_out_text(tmp_path, corpus):
 
 
 def test_split_text_and_bombs(tmp_path):
-    """Point 21: --split_documents is there for training too; point 18: so is the bound for a document."""
+    """Training has --split_documents too, and the size limit of a document."""
     (tmp_path / "a.txt").write_text("\n".join(LINES))
     done = train(tmp_path / "a.txt", tmp_path / "tok", "--split_documents", "line")
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,5 @@
-"""Point 4: trackers are part of a run. TensorBoard is the real one, where it is installed; of wandb a stand-in keeps
-what it was given."""
+"""Trackers are part of a run. TensorBoard is the real one, if installed; wandb is a stand-in that stores
+its input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OLDER = "iter-00000004-ckpt.pth"
 
 
 class FakeWandB(ModuleType):
-    """Keeps the rows of each run by its id, as the server does: a step that is behind the newest is dropped."""
+    """Keeps the rows of each run by its id, as the server does: a step older than the newest is dropped."""
 
     def __init__(self, fault: Exception | None = None) -> None:
         super().__init__("wandb")
@@ -71,7 +71,7 @@ def error_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_going_back_at_wandb(data: Path, tmp_path: Path, wandb: FakeWandB) -> None:
-    """Point 4: --resume iter-...: what wandb shows is metrics.csv, no abandoned step and none missing."""
+    """--resume iter-...: what wandb shows is metrics.csv, no abandoned step and none missing."""
     run = tmp_path / "run"
     assert main(flags(data, run, train__max_steps=8, log__trackers="wandb")) == 0
     id = json.loads((run / "run_id.json").read_text())["id"]
@@ -87,7 +87,7 @@ def test_going_back_at_wandb(data: Path, tmp_path: Path, wandb: FakeWandB) -> No
 
 
 def test_two_runs_of_one_name(tmp_path: Path, wandb: FakeWandB) -> None:
-    """Point 4: two run folders called `run`, and a copy of one, are three runs at wandb; a moved folder stays one."""
+    """Two run folders called `run`, and a copy of one, are three runs at wandb; a moved folder stays one."""
     folders = [tmp_path / name / "run" for name in ("a", "b", "c")]
     for folder in folders[:2]:
         folder.mkdir(parents=True)
@@ -102,12 +102,12 @@ def test_two_runs_of_one_name(tmp_path: Path, wandb: FakeWandB) -> None:
 
 
 def test_folder_from_before_keeps_its_id(tmp_path: Path, wandb: FakeWandB) -> None:
-    """Point 4: a folder without run_id.json that wandb has written to keeps its name as its id, till it goes back."""
+    """A folder without run_id.json that wandb has written to keeps its name as its id until it goes back."""
     run = tmp_path / "old-run"
     (run / "wandb").mkdir(parents=True)
     (run / "metrics.csv").write_text("step,train_loss\n1,2.0\n2,1.5\n3,1.25\n")
     Trackers(run, LogArgs(trackers="wandb"), {}, 3, strict=False).log({"step": 4, "train_loss": 1.0})
-    assert wandb.steps("old-run") == [4]  # the others are there already
+    assert wandb.steps("old-run") == [4]  # the others exist already
     abandon(run, LogArgs())
     Trackers(run, LogArgs(trackers="wandb"), {}, 2, strict=False).log({"step": 3, "train_loss": 1.0})
     assert wandb.inits[1]["id"] != "old-run" and wandb.steps(wandb.inits[1]["id"]) == [1, 2, 3]
@@ -129,7 +129,7 @@ def test_tracker_that_is_not_installed(
     tracker: str,
     says: str,
 ) -> None:
-    """Point 4: a tracker that is not installed or not known: one error line, status 2, and no folder."""
+    """A tracker that is not installed or unknown: one error line, status 2, and no folder."""
     for name in ("wandb", "tensorboard", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
     run = tmp_path / "runs" / "run"
@@ -157,7 +157,7 @@ def test_names_that_wandb_refuses(
     changes: dict[str, object],
     says: str,
 ) -> None:
-    """Point 4: a project or run name that wandb refuses: one error line that names the flag, and no folder."""
+    """A project or run name that wandb refuses: one error line that names the flag, and no folder."""
     assert main(flags(data, tmp_path / "run", log__trackers="wandb", **changes)) == 2
     (line,) = error_lines(capsys)
     assert says in line and not (tmp_path / "run").exists() and not wandb.inits
@@ -166,7 +166,7 @@ def test_names_that_wandb_refuses(
 def test_no_key(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wandb: FakeWandB, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Point 4: no key is configured: one error line, nobody is asked at the terminal; offline needs none."""
+    """No key is configured: one error line and no prompt at the terminal; offline mode needs none."""
     monkeypatch.setattr(wandb, "login", lambda prompt: prompt)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert main(flags(data, tmp_path / "run", log__trackers="wandb")) == 2
@@ -179,7 +179,7 @@ def test_no_key(
 def test_tracker_that_cannot_start(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wandb: FakeWandB
 ) -> None:
-    """Point 4: no network: an error line and no folder for a new run; a resumed one warns and trains without."""
+    """No network: an error line and no folder for a new run; a resumed run warns and trains without the tracker."""
     wandb.init_fault = TimeoutError("no route\nto host")
     run = tmp_path / "run"
     assert main(flags(data, run, log__trackers="wandb")) == 2
@@ -201,7 +201,7 @@ def test_tracker_that_cannot_start(
 def test_tracker_that_fails_while_training(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wandb: FakeWandB
 ) -> None:
-    """Point 4: the tracker's process dies while training: one warning, and the run ends as it should."""
+    """The tracker's process dies during training: one warning, and the run completes."""
     wandb.log_fault = BrokenPipeError("gone")  # type: ignore[assignment]
     assert main(flags(data, tmp_path / "run", log__trackers="wandb", train__max_steps=4)) == 0
     (line,) = error_lines(capsys)
@@ -212,14 +212,14 @@ def test_tracker_that_fails_while_training(
     "given",
     ["tensorboard,wandb", "[tensorboard, wandb]", ["tensorboard", "wandb"], "tensorboard wandb", "[tensorboard,wandb]"],
 )
-def test_ways_to_name_trackers(given: list[str] | str) -> None:
-    """Point 4: --log.trackers takes a word, words with commas, and a list."""
+def test_forms_of_the_trackers_flag(given: list[str] | str) -> None:
+    """--log.trackers accepts a name, comma-separated names, and a list."""
     assert LogArgs(trackers=given).trackers == ["tensorboard", "wandb"]
     assert LogArgs(trackers="wandb").trackers == ["wandb"] and LogArgs(trackers="[]").trackers == []
 
 
 def test_going_back_in_tensorboard(data: Path, tmp_path: Path) -> None:
-    """Point 4: --resume iter-...: TensorBoard shows every step of metrics.csv once; it began after the run did."""
+    """--resume iter-...: TensorBoard shows every step of metrics.csv once; it began after the run did."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = tmp_path / "run"
     longer = {"resume_allow": "train.max_steps"}
@@ -234,10 +234,10 @@ def test_going_back_in_tensorboard(data: Path, tmp_path: Path) -> None:
         assert [(e.step, e.value) for e in events.Scalars(name)] == wanted
 
 
-def test_preflight_looks_at_trackers(
+def test_preflight_checks_trackers(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wandb: FakeWandB
 ) -> None:
-    """Point 24: a preflight says what a start would say of its trackers, and starts none."""
+    """A preflight reports the tracker errors of a real start, but starts no tracker."""
     small = flags(data, tmp_path / "run", log__trackers="wandb", log__project="a/b", train__max_steps=2)
     assert main([*small, "--preflight"]) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed   trackers:")]

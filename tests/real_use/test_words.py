@@ -1,4 +1,4 @@
-"""Point 3: words of each document in docs.parquet, and their sum in the manifest."""
+"""Word counts per document in docs.parquet, and their sum in the manifest."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def words_of(folder: Path) -> list[int | None]:
 
 
 def as_version_1(folder: Path) -> None:
-    """What the version before wrote: no column, no counts."""
+    """As written by the previous version: no column, no counts."""
     manifest = json.loads((folder / MANIFEST).read_text())
     for shard in manifest["shards"]:
         path = folder / f"{shard['name']}.docs.parquet"
@@ -58,7 +58,7 @@ def as_version_1(folder: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> Path:
-    """A copy whose files are its own."""
+    """A copy that shares no files."""
     for path in source.rglob("*"):
         if path.is_file():
             (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def copy(source: Path, target: Path) -> Path:
 
 
 def test_words_are_counted_after_cleaning(prepared: Path, tmp_path: Path) -> None:
-    """Point 3: documents and manifest count what white space separates, in the text that the cleaner leaves."""
+    """Documents and manifest count white-space-separated words after cleaning."""
     expected = [len(t.split()) for t in TEXTS * 3]
     assert words_of(prepared / "data/train") == expected
     assert PackedDataset(prepared / "data/train").n_words == sum(expected)
@@ -79,7 +79,7 @@ def test_words_are_counted_after_cleaning(prepared: Path, tmp_path: Path) -> Non
 
 
 def test_prepared_in_parts_is_the_same(prepared: Path, tmp_path: Path) -> None:
-    """Point 3: two input files prepared in two parts give the bytes that one pass gives, words included."""
+    """Two input files prepared in two parts give the same bytes as a single pass, including word counts."""
     inputs = tmp_path / "in"
     inputs.mkdir()
     for name, some in (("a", TEXTS), ("b", TEXTS * 2)):
@@ -95,8 +95,8 @@ def test_prepared_in_parts_is_the_same(prepared: Path, tmp_path: Path) -> None:
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in files)
 
 
-def test_an_older_dataset_opens_and_gets_words(prepared: Path, tmp_path: Path) -> None:
-    """Point 3: a dataset of version 1 opens; what needs words names the command, which leaves the fingerprint alone."""
+def test_an_older_dataset_opens_and_gets_word_counts(prepared: Path, tmp_path: Path) -> None:
+    """A dataset of version 1 opens; errors about missing counts name the command, which keeps the fingerprint."""
     folder = copy(prepared / "data", tmp_path)
     as_version_1(folder)
     dataset = PackedDataset(folder)
@@ -114,7 +114,7 @@ def test_an_older_dataset_opens_and_gets_words(prepared: Path, tmp_path: Path) -
     ).names  # fmt: skip
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert count(folder).returncode == 0
-    assert before == {p: p.stat().st_mtime_ns for p in folder.iterdir()}, "nothing is left to do"
+    assert before == {p: p.stat().st_mtime_ns for p in folder.iterdir()}, "a second call changed something"
 
 
 def test_counting_that_was_interrupted_is_finished(
@@ -147,7 +147,7 @@ def test_counting_that_was_interrupted_is_finished(
 
 
 def test_imported_tokens_have_no_words_until_they_are_counted(prepared: Path, tmp_path: Path) -> None:
-    """Point 3: token files of others, whose text is not there; without a tokenizer the command says what it needs."""
+    """Imported token files, without text; without a tokenizer the command names what it needs."""
     source = prepared / "data/train/data-00000"
     assert script("import_tokens.py", "--input", source, "--output", tmp_path / "a", "--tokenizer",
                   prepared / "tokenizer").returncode == 0  # fmt: skip
@@ -167,7 +167,7 @@ def test_imported_tokens_have_no_words_until_they_are_counted(prepared: Path, tm
 
 
 def test_metadata_of_that_name_is_refused(prepared: Path, tmp_path: Path) -> None:
-    """Point 3: --metadata words would be a second column of that name; in an older dataset it is left alone."""
+    """--metadata words would be a second column of that name; in an older dataset it is kept."""
     done = prepare(prepared, tmp_path / "out", "--metadata", "words")
     assert done.returncode == 2 and "--metadata words: the name is taken" in done.stderr
     folder = copy(prepared / "data", tmp_path)

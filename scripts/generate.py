@@ -1,4 +1,11 @@
-"""Continue a prompt with a run folder's newest checkpoint, a checkpoint, or a Hugging Face folder."""
+"""Continue prompts with a run folder's newest checkpoint, a checkpoint, or a Hugging Face folder.
+
+  generate.py --model runs/small --prompt "Es war einmal" --num_samples 3
+  generate.py --model runs/small --prompts prompts.txt --json > out.jsonl
+  generate.py --model runs/small                          a session: type a prompt, read what follows
+
+In a session Ctrl-C ends a continuation and Ctrl-D the session.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,11 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -14,13 +25,17 @@ from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-import torch
-
-from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
-from lit_eval.model.model_tokenizer import check_own_tokenizer, find_tokenizer, ids_without_token
-from lit_eval.model.text_encoding import encode_prompt, encoding_of
-from lit_model.generate import generate
-from lit_model.load import load_model
+from lit_eval.generation.prompts import read_prompts
+from lit_eval.generation.text import (
+    Generated,
+    GenerationSettings,
+    Prompt,
+    encode_prompts,
+    generate_texts,
+    stream_text,
+)
+from lit_eval.model.eval_model import PRECISIONS, EvalModel, open_model
+from lit_model.generate import Sampling
 from pretrain.cli.command_line import ScriptParser
 
 
@@ -28,7 +43,7 @@ def parser() -> ScriptParser:
     top = ScriptParser(description=__doc__)
     top.add_argument("--model", type=Path, required=True, help="run folder, checkpoint or Hugging Face folder")
     top.add_argument("--tokenizer", type=Path, help="tokenizer folder or file (default: the model's)")
-    prompt = top.add_mutually_exclusive_group(required=True)
+    prompt = top.add_mutually_exclusive_group()
     prompt.add_argument(
         "--prompt",
         action="append",
@@ -37,30 +52,54 @@ def parser() -> ScriptParser:
     prompt.add_argument(
         "--prompt_ids", action="append", help="token ids to continue, as 5,6; needs no tokenizer; may be repeated"
     )
-    top.add_argument("--max_new_tokens", type=int, default=100)
+    prompt.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='a .txt with a prompt a line, or a .jsonl with the field "prompt"'
+    )
+    top.add_argument("--max_new_tokens", type=int, default=100, help="default 100")
+    top.add_argument("--num_samples", type=int, default=1, help="texts for each prompt (default 1)")
     top.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    top.add_argument("--top_k", type=int)
-    top.add_argument("--top_p", type=float)
-    top.add_argument("--seed", type=int, default=0)
-    top.add_argument("--device", default="cpu", help="torch device, for example cuda")
-    top.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    top.add_argument("--top_k", type=int, help="sample from this many of the likeliest tokens")
+    top.add_argument("--top_p", type=float, help="sample from the likeliest tokens that hold this much of the mass")
+    top.add_argument("--min_p", type=float, help="sample from tokens with this part of the largest probability")
+    top.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="above 1: fewer repetitions (default 1: off)"
+    )
+    top.add_argument("--stop", action="append", default=[], help="end a text before this string; may be repeated")
+    top.add_argument(
+        "--seed", type=int, default=0, help="of a prompt's first sample; the next has the next (default 0)"
+    )
+    top.add_argument("--batch_size", type=int, default=8, help="texts written at a time (default 8)")
+    top.add_argument("--device", help="torch device, for example cuda (default: cuda where there is one, else cpu)")
+    top.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of the computation (default fp32)")
+    top.add_argument("--json", action="store_true", help="print one JSON object a text")
     return top
 
 
-def encode_prompts(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[tuple[str | None, list[int]]]:
-    """(text, ids) of each prompt; text is None if ids were given."""
+def settings_of(args: argparse.Namespace) -> GenerationSettings:
+    return GenerationSettings(
+        Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p),
+        args.max_new_tokens,
+        args.num_samples,
+        args.seed,
+        tuple(args.stop),
+        args.batch_size,
+    )
+
+
+def given_prompts(args: argparse.Namespace) -> list[Prompt] | None:
+    """The prompts of the command line; None: none was given."""
     if args.prompt_ids is not None:
-        return [(None, parse_ids(ids)) for ids in args.prompt_ids]
-    if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer files: give --tokenizer, or --prompt_ids instead of --prompt")
-    encoding = encoding_of(args.model, tokenizer)
-    prompts: list[tuple[str | None, list[int]]] = []
+        return [parse_ids(ids) for ids in args.prompt_ids]
+    if args.prompts is not None:
+        return list(read_prompts(args.prompts))
+    if args.prompt is None:
+        return None
+    prompts: list[Prompt] = []
     for argument in args.prompt:
         try:  # the raw bytes of the command line, whatever encoding Python assumed
-            text = os.fsencode(argument).decode("utf-8")
+            prompts.append(os.fsencode(argument).decode("utf-8"))
         except UnicodeDecodeError:
             raise ValueError(f"--prompt {argument!r} is not UTF-8") from None
-        prompts.append((text, encode_prompt(tokenizer, text, encoding)))
     return prompts
 
 
@@ -71,56 +110,93 @@ def parse_ids(ids: str) -> list[int]:
         raise ValueError(f"--prompt_ids {ids!r}: give whole numbers separated by commas, as 5,6") from None
 
 
-def warn_of_another_tokenizer(model: Path, tokenizer: Path) -> None:
-    try:
-        check_own_tokenizer(model, tokenizer)
-    except ValueError as error:
-        print(f"warning: {error}", file=sys.stderr)
+def record(one: Generated) -> dict[str, Any]:
+    """What --json prints of a text."""
+    return {
+        "prompt": one.prompt,
+        "prompt_ids": one.prompt_ids,
+        "sample": one.sample,
+        "ids": one.ids,
+        "text": one.text,
+        "finish": one.finish,
+        "stopped_on_eos": one.finish == "eos",
+    }
+
+
+def show(texts: Sequence[Generated], as_json: bool) -> None:
+    for number, one in enumerate(texts):
+        if as_json:
+            print(json.dumps(record(one), ensure_ascii=False))
+            continue
+        if number:
+            print()
+        if one.text is None:
+            print(",".join(map(str, one.prompt_ids + one.ids)))
+        else:
+            print((one.prompt or "") + one.text)
+
+
+def run_session(model: EvalModel, settings: GenerationSettings, as_json: bool) -> None:
+    """Prompts from a terminal, one a line, until Ctrl-D. Each new text has the next seed."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  input() then has line editing and a history
+    print("Type a prompt. Ctrl-C ends a continuation, Ctrl-D the session.", file=sys.stderr)
+    seed = settings.seed
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        own = replace(settings, seed=seed)
+        seed += settings.num_samples
+        try:
+            if as_json:
+                show(generate_texts(model, [prompt], own), as_json)
+            else:
+                write_streaming(model, prompt, own)
+        except KeyboardInterrupt:
+            print()
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def write_streaming(model: EvalModel, prompt: str, settings: GenerationSettings) -> None:
+    for sample in range(settings.num_samples):
+        own = replace(settings, seed=settings.seed + sample)
+        with closing(stream_text(model, prompt, own)) as pieces:
+            print(prompt, end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        print()
 
 
 def main() -> int:
     args = parser().parse_args()
     try:
-        tokenizer_path = args.tokenizer or find_tokenizer(args.model)
-        tokenizer = open_tokenizer(tokenizer_path) if tokenizer_path is not None else None
-        if args.tokenizer is not None:
-            warn_of_another_tokenizer(args.model, args.tokenizer)
-        prompts = encode_prompts(args, tokenizer)
-        model, config = load_model(args.model)
-        model = model.to(args.device)
-        excluded = ids_without_token(args.model, tokenizer, config.vocab_size)
-        outs = [
-            generate(
-                model,
-                torch.tensor(ids, dtype=torch.int64),
-                args.max_new_tokens,
-                temperature=args.temperature,
-                top_k=args.top_k,
-                top_p=args.top_p,
-                seed=args.seed,
-                eos_id=tokenizer.eos_id if tokenizer is not None else None,
-                excluded_ids=excluded,
-            ).tolist()
-            for _, ids in prompts
-        ]
+        settings = settings_of(args)
+        prompts = given_prompts(args)
+        if prompts is None and not sys.stdin.isatty():
+            raise ValueError("give --prompt, --prompt_ids or --prompts, or call it in a terminal for a session")
+        model = open_model(args.model, tokenizer=args.tokenizer, device=args.device, precision=args.precision)
+        for warning in model.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        if prompts is None:
+            model.need_tokenizer()
+            encode_prompts(model, [""], settings.max_new_tokens)  # settings that fit no prompt end it here
+            run_session(model, settings, args.json)
+        else:
+            show(generate_texts(model, prompts, settings), args.json)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for number, ((prompt, ids), out) in enumerate(zip(prompts, outs, strict=True)):
-        if number and not args.json:
-            print()
-        show(prompt, ids, out[len(ids) :], tokenizer, args.json)
     return 0
-
-
-def show(prompt: str | None, ids: list[int], new: list[int], tokenizer: Tokenizer | None, as_json: bool) -> None:
-    """Print a prompt and its continuation."""
-    stopped = tokenizer is not None and bool(new) and new[-1] == tokenizer.eos_id
-    text = tokenizer.decode(new[:-1] if stopped else new) if tokenizer is not None else None
-    if as_json:
-        print(json.dumps({"prompt": prompt, "prompt_ids": ids, "ids": new, "text": text, "stopped_on_eos": stopped}))
-    else:
-        print((prompt or "") + text if text is not None else ",".join(map(str, ids + new)))
 
 
 if __name__ == "__main__":

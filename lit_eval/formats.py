@@ -18,7 +18,7 @@ def number(value: float | None, digits: int = 4) -> str:
         return "∞" if value > 0 else "−∞"
     if value == 0:
         return "0"
-    size = math.floor(math.log10(abs(value)))
+    size = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value
     if size < -4 or size >= 9:
         mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
         mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
@@ -44,13 +44,15 @@ def whole(value: float | None) -> str:
 
 
 def short(value: float | None, digits: int = 3) -> str:
-    """A count by its scale: 1.02 M."""
+    """A count by its scale, from 10,000 on: 9,500, 1.02 M."""
     if value is None or not math.isfinite(value):
         return number(value)
+    if abs(value) < 1e4:
+        return number(value, digits) if value != round(value) else f"{value:,.0f}"
     for scale, _, letter in SCALES:
         if abs(value) >= scale * (1 - 0.5 * 10**-digits):
             return f"{number(value / scale, digits)} {letter}"
-    return number(value, digits) if value != round(value) else f"{value:.0f}"
+    raise AssertionError
 
 
 def percent(share: float | None, decimals: int = 1) -> str:
@@ -72,7 +74,7 @@ def duration(seconds: float | None) -> str:
 
 def scale_of(largest: float) -> tuple[float, str, str]:
     """(divisor, word, letter) to show counts up to `largest`: (1e6, "millions", "M"); (1, "", "") for small ones."""
-    return next((scale for scale in SCALES if largest >= 2 * scale[0]), (1.0, "", ""))
+    return next((scale for scale in SCALES if largest >= scale[0]), (1.0, "", ""))
 
 
 def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:

@@ -436,6 +436,8 @@ class LogArgs:
     layers: bool = False
     """At log steps, also write the norms of each layer's gradients, activations and updates to layers.csv and the
     trackers. Needs memory for a copy of the weights."""
+    report: bool = True
+    """Write RUN/report.html at the end of the run; scripts/report.py writes it at any time."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:

@@ -40,6 +40,7 @@ from pretrain.failure.peers import Mistake, status_of
 from pretrain.guards import AgreedError, Interrupted, StopSignals
 from pretrain.launch import has_gpus, is_first_process
 from pretrain.logs.messages import Unfailing, say
+from pretrain.logs.report import write_report
 from pretrain.loop import fit
 from pretrain.parallel import DTYPES
 from pretrain.preflight.preflight import preflight
@@ -76,7 +77,10 @@ def main(argv: list[str] | None = None) -> int:
             if is_first_process():
                 print("\n".join([str(error) or "interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
             return status_of(error)
-        return train(run)
+        status = train(run)
+        if run.args.log.report and run.fabric.global_rank == 0:
+            write_report(run.folder)
+        return status
 
 
 def train(run: Run) -> int:

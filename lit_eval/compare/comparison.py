@@ -41,9 +41,10 @@ class Task:
         return any(word in self.metric for word in LOWER_IS_BETTER)
 
     def best(self) -> int | None:
-        """Index of the entry with the best score."""
-        known = [(score.value, i) for i, score in enumerate(self.scores) if score and math.isfinite(score.value)]
-        return None if not known else (min(known) if self.lower_is_better else max(known))[1]
+        """Index of the entry with the best score; of equal ones the first."""
+        sign = 1 if self.lower_is_better else -1
+        known = [(sign * score.value, i) for i, score in enumerate(self.scores) if score and math.isfinite(score.value)]
+        return min(known)[1] if known else None
 
 
 @dataclass(frozen=True)

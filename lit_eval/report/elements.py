@@ -21,6 +21,7 @@ def escape(value: object) -> str:
 def script_json(value: Any) -> str:
     """JSON inside a <script> element: no `<`, so that no string in it can end the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = text.encode("utf-8", "replace").decode()  # without lone surrogates, as from undecodable file names
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 

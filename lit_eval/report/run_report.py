@@ -170,15 +170,9 @@ def _not_finite(m: Metrics, columns: Sequence[tuple[str, str]]) -> list[str]:
     for column, name in columns:
         steps = m.not_finite(column)
         if len(steps):
-            kinds = sorted(
-                {number(v) if math.isinf(v) else "NaN" for v in m[column][np.isin(m["step"], steps)].tolist()}
-            )
-            kinds = [kind for kind in kinds if kind in ("NaN", "∞", "−∞")]
             values = "value is" if len(steps) == 1 else "values are"
             first = "" if len(steps) == 1 else "first "
-            notes.append(
-                f"{name}: {len(steps)} {values} {' or '.join(kinds)}, {first}at step {whole(steps[0])}; not drawn."
-            )
+            notes.append(f"{name}: {len(steps)} {values} not finite, {first}at step {whole(steps[0])}; not drawn.")
     return notes
 
 
@@ -226,9 +220,7 @@ def _loss(run: RunFacts, points: int) -> str:
     named = sorted(name for name in m.columns if name.startswith("val_bits_per_byte/"))
     bits += [line_of(m, name, name.partition("/")[2], i + 3, dots=True) for i, name in enumerate(named)]
     bits_chart = Chart("bits-chart", "Bits per byte", "Bits per byte of text", bits, x_title, shown=loss)
-    total = Chart(
-        "total-chart", "Minimised loss", "Per target", [line_of(m, "total_loss", "total loss", 1, noisy=True)], x_title
-    )
+    total = single(m, "total_loss", "Minimised loss", "Per target", noisy=True)
     drawn = _rendered([chart, bits_chart, total], m, points)
     content = f'<div class="charts large">{drawn[0]}</div>' if drawn else paragraph("No loss could be drawn.")
     return content + grid(drawn[1:]) + _epochs(m)
@@ -522,7 +514,8 @@ def _events(run: RunFacts) -> str:
     for start in run.starts:
         step = start.get("step") if isinstance(start.get("step"), int) else 0
         hosts = start.get("hosts") if isinstance(start.get("hosts"), list) else []
-        more = [str(start.get("time", "")).replace("T", " ")[:19], f"{start.get('world_size', '?')} ranks"]
+        ranks = start.get("world_size", "?")
+        more = [str(start.get("time", "")).replace("T", " ")[:19], f"{ranks} rank{'' if ranks == 1 else 's'}"]
         more += [str(hosts[0]) if len(hosts) == 1 else f"{len(hosts)} hosts"] if hosts else []
         events.append((step or 0, 1, "Start" if not step else "Resume", ", ".join(filter(None, more))))
     for skip in run.skips:

@@ -69,6 +69,7 @@ def flags(data: Path, out_dir: Path, **changes: object) -> list[str]:
         "save.every_steps": 4,
         "eval.every_steps": 6,
         "log.every_steps": 1,
+        "log.report": False,
     }
     settings.update({k.replace("__", "."): v for k, v in changes.items()})
     return [f"--{k}={v}" for k, v in settings.items() if v is not None]

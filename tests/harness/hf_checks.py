@@ -1,18 +1,9 @@
 """Checks of every model family against transformers, on small random configs; called by each family's test.
 
-A test is
+A family's test file defines a hypothesis strategy `configs`, which uses `sizes` for the fields common to all families,
+and takes the two tests that all families share:
 
-    @few
-    @given(config=configs(), seed=st.integers(0, 1000))
-    def test_equals_transformers(config, seed, tmp_path_factory):
-        check_family(config, tmp_path_factory.mktemp("hf"), seed)
-
-    @few
-    @given(config=configs(), seed=st.integers(0, 1000))
-    def test_packed_documents(config, seed):
-        check_packed(config, seed)
-
-where `configs` is a hypothesis strategy that uses `sizes` for the fields common to all families.
+    test_equals_transformers, test_packed_documents_equal_one_at_a_time = family_tests(configs(), "llama")
 """
 
 import os
@@ -25,6 +16,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis_examples import examples
 from safetensors.torch import load_file
@@ -55,6 +47,27 @@ scalings = st.one_of(
         original_block_size=st.sampled_from([16, 64, 8192]),
     ),
 )
+
+
+def family_tests(configs, model_type, clear=lambda config, seed: True):
+    """The tests shared by all families: `check_family` and `check_packed`.
+
+    `clear` says whether rounding cannot change what the model computes, such as the choice of an expert.
+    """
+
+    @few
+    @given(config=configs, seed=st.integers(0, 1000))
+    def test_equals_transformers(config, seed, tmp_path_factory):
+        assert family_of(config).model_type == model_type
+        assume(clear(config, seed))
+        check_family(config, tmp_path_factory.mktemp("hf"), seed)
+
+    @few
+    @given(config=configs, seed=st.integers(0, 1000))
+    def test_packed_documents_equal_one_at_a_time(config, seed):
+        check_packed(config, seed)
+
+    return test_equals_transformers, test_packed_documents_equal_one_at_a_time
 
 
 @st.composite

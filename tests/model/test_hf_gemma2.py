@@ -1,12 +1,11 @@
 """Gemma 2 against transformers: soft-caps that bend, windows that cut, offset norms on both sides."""
 
 import pytest
-from hf_checks import build, check_family, check_packed, few, scalings, sizes, to_transformers, transformers
-from hypothesis import given
+from hf_checks import build, family_tests, scalings, sizes, to_transformers, transformers
 from hypothesis import strategies as st
 
 from lit_model.config import ModelConfig
-from lit_model.hf.families import config_from_hf, config_to_hf, family_of
+from lit_model.hf.families import config_from_hf, config_to_hf
 from lit_model.registry import get_config
 
 GEMMA2 = {
@@ -36,17 +35,7 @@ def configs(draw):
     )
 
 
-@few
-@given(config=configs(), seed=st.integers(0, 1000))
-def test_equals_transformers(config, seed, tmp_path_factory):
-    assert family_of(config).model_type == "gemma2"
-    check_family(config, tmp_path_factory.mktemp("hf"), seed)
-
-
-@few
-@given(config=configs(), seed=st.integers(0, 1000))
-def test_packed_documents_equal_one_at_a_time(config, seed):
-    check_packed(config, seed)
+test_equals_transformers, test_packed_documents_equal_one_at_a_time = family_tests(configs(), "gemma2")
 
 
 def test_transformers_chooses_the_attention_that_soft_caps(tmp_path):

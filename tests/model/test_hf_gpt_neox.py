@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from hf_checks import build, check_dropout, check_family, check_packed, few, scalings, sizes, transformers
-from hypothesis import given
+from hf_checks import build, check_dropout, family_tests, scalings, sizes, transformers
 from hypothesis import strategies as st
 
 from lit_model.config import ModelConfig
-from lit_model.hf.families import config_from_hf, config_to_hf, family_of, tensors_from_hf, tensors_to_hf
+from lit_model.hf.families import config_from_hf, config_to_hf, tensors_from_hf, tensors_to_hf
 
 KIND = {"norm_class_name": "LayerNorm", "mlp_gated": False, "mlp_bias": True}
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "intermediate_size": 24, "block_size": 40, "vocab_size": 50}
@@ -28,17 +27,7 @@ def configs(draw):
     )
 
 
-@few
-@given(config=configs(), seed=st.integers(0, 1000))
-def test_equals_transformers(config, seed, tmp_path_factory):
-    assert family_of(config).model_type == "gpt_neox"
-    check_family(config, tmp_path_factory.mktemp("hf"), seed)
-
-
-@few
-@given(config=configs(), seed=st.integers(0, 1000))
-def test_packed_documents_equal_one_at_a_time(config, seed):
-    check_packed(config, seed)
+test_equals_transformers, test_packed_documents_equal_one_at_a_time = family_tests(configs(), "gpt_neox")
 
 
 @pytest.mark.parametrize("parallel", [True, False])

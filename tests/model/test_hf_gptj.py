@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hf_checks import build, check_dropout, check_family, check_packed, few, sizes, transformers
-from hypothesis import given
+from hf_checks import build, check_dropout, family_tests, sizes, transformers
 from hypothesis import strategies as st
 
 from lit_model.config import ModelConfig
@@ -33,17 +32,7 @@ def configs(draw):
     )
 
 
-@few
-@given(config=configs(), seed=st.integers(0, 1000))
-def test_equals_transformers(config, seed, tmp_path_factory):
-    assert family_of(config).model_type == "gptj"
-    check_family(config, tmp_path_factory.mktemp("hf"), seed)
-
-
-@few
-@given(config=configs(), seed=st.integers(0, 1000))
-def test_packed_documents_equal_one_at_a_time(config, seed):
-    check_packed(config, seed)
+test_equals_transformers, test_packed_documents_equal_one_at_a_time = family_tests(configs(), "gptj")
 
 
 def test_dropout_acts_where_that_of_transformers_does(tmp_path, monkeypatch):

@@ -9,17 +9,14 @@ import torch.nn.functional as F
 from hf_checks import (
     TOLERANCE,
     build,
-    check_family,
-    check_packed,
     draw_tokens,
-    few,
+    family_tests,
     from_folder,
     scalings,
     sizes,
     to_transformers,
     transformers,
 )
-from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_model.config import ModelConfig, RopeScaling
@@ -41,16 +38,7 @@ def configs(draw):
     )
 
 
-@few
-@given(config=configs(), seed=st.integers(0, 1000))
-def test_equals_transformers(config, seed, tmp_path_factory):
-    check_family(config, tmp_path_factory.mktemp("hf"), seed)
-
-
-@few
-@given(config=configs(), seed=st.integers(0, 1000))
-def test_packed_documents_equal_one_at_a_time(config, seed):
-    check_packed(config, seed)
+test_equals_transformers, test_packed_documents_equal_one_at_a_time = family_tests(configs(), "llama")
 
 
 def gradient_pair(config, dtype, folder, B=2, T=40):

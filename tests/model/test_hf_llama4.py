@@ -5,16 +5,14 @@ import torch
 from hf_checks import (
     TOLERANCE,
     build,
-    check_family,
-    check_packed,
     draw_tokens,
-    few,
+    family_tests,
     from_folder,
     scalings,
     sizes,
     transformers,
 )
-from hypothesis import assume, given
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from lit_model.config import ModelConfig
@@ -76,17 +74,10 @@ def router_margin(config, seed):
     return torch.stack(gaps).min()
 
 
-@few
-@given(config=configs(), seed=st.integers(0, 1000))
-def test_equals_transformers(config, seed, tmp_path_factory):
-    assume(router_margin(config, seed) > 1e-5)  # the router's logits are rounded to about 1e-7
-    check_family(config, tmp_path_factory.mktemp("hf"), seed)
-
-
-@few
-@given(config=configs(), seed=st.integers(0, 1000))
-def test_packed_documents_equal_one_at_a_time(config, seed):
-    check_packed(config, seed)
+# The router's logits are rounded to about 1e-7.
+test_equals_transformers, test_packed_documents_equal_one_at_a_time = family_tests(
+    configs(), "llama4_text", clear=lambda config, seed: router_margin(config, seed) > 1e-5
+)
 
 
 MINIMAL = {

@@ -3,8 +3,7 @@
 import dataclasses
 
 import pytest
-from hf_checks import check_family, check_packed, few, scalings, sizes, transformers
-from hypothesis import given
+from hf_checks import family_tests, scalings, sizes, transformers
 from hypothesis import strategies as st
 
 from lit_model.config import ModelConfig
@@ -22,17 +21,7 @@ def configs(draw):
     )
 
 
-@few
-@given(config=configs(), seed=st.integers(0, 1000))
-def test_equals_transformers(config, seed, tmp_path_factory):
-    assert family_of(config).model_type == "mistral"
-    check_family(config, tmp_path_factory.mktemp("hf"), seed)
-
-
-@few
-@given(config=configs(), seed=st.integers(0, 1000))
-def test_packed_documents_equal_one_at_a_time(config, seed):
-    check_packed(config, seed)
+test_equals_transformers, test_packed_documents_equal_one_at_a_time = family_tests(configs(), "mistral")
 
 
 MINIMAL = {

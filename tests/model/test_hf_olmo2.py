@@ -1,11 +1,10 @@
 """OLMo 2 against transformers: norms behind the branches, and over whole projections."""
 
-from hf_checks import check_family, check_packed, few, scalings, sizes, transformers
-from hypothesis import given
+from hf_checks import family_tests, scalings, sizes, transformers
 from hypothesis import strategies as st
 
 from lit_model.config import ModelConfig
-from lit_model.hf.families import config_from_hf, family_of
+from lit_model.hf.families import config_from_hf
 
 
 @st.composite
@@ -21,17 +20,7 @@ def configs(draw):
     )
 
 
-@few
-@given(config=configs(), seed=st.integers(0, 1000))
-def test_equals_transformers(config, seed, tmp_path_factory):
-    assert family_of(config).model_type == "olmo2"
-    check_family(config, tmp_path_factory.mktemp("hf"), seed)
-
-
-@few
-@given(config=configs(), seed=st.integers(0, 1000))
-def test_packed_documents_equal_one_at_a_time(config, seed):
-    check_packed(config, seed)
+test_equals_transformers, test_packed_documents_equal_one_at_a_time = family_tests(configs(), "olmo2")
 
 
 def test_defaults_are_those_of_transformers():

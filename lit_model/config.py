@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-INIT_SCHEMES = ("llammlein", "normal", "gpt2")
-NORMS = ("RMSNorm", "LayerNorm")
-POSITIONS = ("rope", "learned")
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-QK_NORMS = ("none", "head", "projection", "unit")
-LAYER_ATTENTION = ("full", "sliding", "chunked")
+LayerAttention = Literal["full", "sliding", "chunked"]
 
 # Far beyond any model, and small enough that the numbers derived from them are computed at once, in little memory.
 MOST = {
@@ -127,7 +123,7 @@ class ModelConfig:
     """Attention scores are divided by the square root of this. Default: head_size."""
     attention_logit_softcapping: float | None = None
     """Cap c of the attention scores: c tanh(score / c) (Gemma 2). Default: no cap."""
-    attention_pattern: tuple[Literal["full", "sliding", "chunked"], ...] = ("full",)
+    attention_pattern: tuple[LayerAttention, ...] = ("full",)
     """Attention of each layer, as a pattern repeated over the layers: full (the whole document), sliding (the last
     sliding_window_size tokens) or chunked (within chunks of attention_chunk_size tokens)."""
     sliding_window_size: int | None = None
@@ -193,21 +189,9 @@ class ModelConfig:
             "padding_multiple",
         ):
             check_size(field, getattr(self, field))
-        self._check_choices()
         self._fill_in()
         self._check_sizes()
         self._check_numbers()
-
-    def _check_choices(self) -> None:
-        for field, known in (
-            ("norm_class_name", NORMS),
-            ("position_embedding", POSITIONS),
-            ("activation", ACTIVATIONS),
-            ("qk_norm", QK_NORMS),
-            ("init", INIT_SCHEMES),
-        ):
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field} {getattr(self, field)!r} is unknown; choose one of {', '.join(known)}")
 
     def _fill_in(self) -> None:
         """Replace None by numbers, and patterns by their shortest form."""
@@ -228,7 +212,7 @@ class ModelConfig:
         for field, known in (
             ("rope_layers", (True, False)),
             ("moe_layers", (True, False)),
-            ("attention_pattern", LAYER_ATTENTION),
+            ("attention_pattern", get_args(LayerAttention)),
         ):
             object.__setattr__(self, field, _shortest(field, getattr(self, field), known, self.n_layer))
 
@@ -302,7 +286,7 @@ class ModelConfig:
         if not self.rope_base > 1:
             raise ValueError(f"rope_base {self.rope_base} is not above 1")
 
-    def layer_attention(self, layer: int) -> Literal["full", "sliding", "chunked"]:
+    def layer_attention(self, layer: int) -> LayerAttention:
         """The kind of attention in this layer."""
         return self.attention_pattern[layer % len(self.attention_pattern)]
 
@@ -340,16 +324,25 @@ class ModelConfig:
 
 
 def _check_types(config: Any) -> None:
-    """Raise ValueError for a field whose value in a file has the wrong type."""
+    """Raise ValueError for a field whose value in a file has the wrong type or is not one of its choices."""
     kinds: dict[str, tuple[Any, str]] = {
         "int": (int, "a whole number"), "float": (int | float, "a number"), "bool": (bool, "true or false"),
         "str": (str, "a string"),
     }  # fmt: skip
+    cls: Any = type(config)
+    hints = _hints(cls)
     for field in dataclasses.fields(config):
+        choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else None
+        if choices is not None and getattr(config, field.name) not in choices:
+            known = ", ".join(choices)
+            raise ValueError(f"{field.name} {getattr(config, field.name)!r} is unknown; choose one of {known}")
         value, (kind, name) = getattr(config, field.name), kinds.get(str(field.type).split(" ")[0], (object, ""))
         optional = value is None and field.default is None
         if not optional and (not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object))):
             raise ValueError(f"{field.name} is {value!r:.80}; it must be {name}")
+
+
+_hints = functools.cache(get_type_hints)
 
 
 def check_size(field: str, value: Any) -> None:

@@ -7,7 +7,8 @@ How to add a family, as `lit_model/hf/NAME.py` (llama.py and qwen3.py are exampl
 2. `_config_from_hf(hf)`: ModelConfig's fields from a `Fields`. Take every key that the family's configuration class in
    transformers knows: `needed` keys; `get` with transformers' default for absent ones (`optional` where null means
    something); `fixed` for those with one supported value; `ignored` for those that change nothing. A key left over is
-   reported by its name. `config_from_hf` here adds name, vocab_size, tie_embeddings, init_std and init.
+   reported by its name. `config_from_hf` here adds name, vocab_size, tie_embeddings, init_std, init and the fields
+   that the family fixes.
 3. `_entries(config)`: the table of names, by `linear` of table.py and its transforms, in the model's order.
 4. `FAMILY = Family(...)`: which fields of ModelConfig are free and which are fixed. Whatever is not named must have its
    default, so that a field added later is an obstacle until a family declares support.
@@ -120,7 +121,7 @@ def config_from_hf(hf: Mapping[str, Any], name: str = "") -> ModelConfig:
     }
     own = family.config_from_hf(fields)
     fields.finish()
-    return ModelConfig(**shared, **own)
+    return ModelConfig(**shared, **family.fixed, **own)
 
 
 def tensors_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

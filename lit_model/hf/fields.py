@@ -148,8 +148,12 @@ class Fields:
 # --- Keys shared by Llama and the families after it -------------------------------------------------------------------
 
 
-def sizes_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Sizes, norm and attention in the words of Llama, Mistral, Qwen, OLMo and Gemma."""
+# Fields of ModelConfig that may have any value in all of them.
+LLAMA_FREE = frozenset({"n_query_groups", "head_size", "rope_base", "rope_scaling"})
+
+
+def llama_to_hf(config: ModelConfig, hidden_act: str = "silu") -> dict[str, Any]:
+    """Sizes, norm, attention, rotary embedding and activation by the names of Llama, Mistral, Qwen, OLMo and Gemma."""
     return {
         "hidden_size": config.n_embd,
         "intermediate_size": config.intermediate_size,
@@ -160,21 +164,31 @@ def sizes_to_hf(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.block_size,
         "rms_norm_eps": config.norm_eps,
         "attention_dropout": config.attention_dropout,
+        **rope_to_hf(config),
+        "hidden_act": hidden_act,
     }
 
 
-def sizes_from_hf(
+def llama_from_hf(
     hf: Fields,
     *,
     block_size: int,
     norm_eps: float = 1e-6,
     n_query_groups: int | None = None,
     head_size: int | None = None,
+    rope_base: float = 10000.0,
+    hidden_act: str = "silu",
 ) -> dict[str, Any]:
-    """The inverse of `sizes_to_hf`. The arguments are transformers' defaults for the family, by our names."""
+    """The inverse of `llama_to_hf`. The arguments are transformers' defaults for the family, by our names.
+
+    Only the one `hidden_act` is supported.
+    """
+    hf.fixed("hidden_act", hidden_act)
     n_embd, width, n_layer, n_head = hf.needed(
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
     )
+    block_size = hf.get("max_position_embeddings", block_size)
+    rope = rope_from_hf(hf, block_size=block_size, base=rope_base)
     return {
         "n_embd": n_embd,
         "intermediate_size": width,
@@ -182,9 +196,11 @@ def sizes_from_hf(
         "n_head": n_head,
         "n_query_groups": hf.optional("num_key_value_heads", n_query_groups),  # null: as many as query heads
         "head_size": hf.optional("head_dim", head_size),  # null: n_embd / n_head
-        "block_size": hf.get("max_position_embeddings", block_size),
+        "block_size": block_size,
         "norm_eps": hf.get("rms_norm_eps", norm_eps),
         "attention_dropout": hf.get("attention_dropout", 0.0),
+        "rope_base": rope.base,
+        "rope_scaling": rope.scaling,
     }
 
 

@@ -7,13 +7,12 @@ from typing import Any
 from lit_model.config import ModelConfig
 from lit_model.hf.family import Family
 from lit_model.hf.fields import (
+    LLAMA_FREE,
     Fields,
     layer_types_from_hf,
     layer_types_to_hf,
-    rope_from_hf,
-    rope_to_hf,
-    sizes_from_hf,
-    sizes_to_hf,
+    llama_from_hf,
+    llama_to_hf,
 )
 from lit_model.hf.llama import entries_with
 
@@ -28,9 +27,7 @@ _NORMS = {
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
     scalar = config.attention_scores_scalar
     return {
-        **sizes_to_hf(config),
-        **rope_to_hf(config),
-        "hidden_act": "gelu_pytorch_tanh",
+        **llama_to_hf(config, "gelu_pytorch_tanh"),
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": config.attention_bias,
         "query_pre_attn_scalar": config.head_size if scalar is None else int(scalar),
@@ -45,11 +42,10 @@ def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def _config_from_hf(hf: Fields) -> dict[str, Any]:
     hf.fixed("hidden_activation", "gelu_pytorch_tanh")
-    hf.fixed("hidden_act", "gelu_pytorch_tanh")  # not read by transformers, but there in the published files
     hf.fixed("use_bidirectional_attention", False, None)
     hf.ignored("cache_implementation")
-    sizes = sizes_from_hf(hf, block_size=8192, n_query_groups=4, head_size=256)
-    rope = rope_from_hf(hf, block_size=sizes["block_size"])
+    # transformers does not read hidden_act, but published files have it.
+    sizes = llama_from_hf(hf, block_size=8192, n_query_groups=4, head_size=256, hidden_act="gelu_pytorch_tanh")
     window = hf.optional("sliding_window", 4096)
     hf.fixed("sliding_window_size", window)  # an older name that published files have too
     n_layer = sizes["n_layer"]
@@ -58,12 +54,6 @@ def _config_from_hf(hf: Fields) -> dict[str, Any]:
         raise ValueError("sliding_window is None, and layer_types has sliding_attention; give the tokens of a window")
     return {
         **sizes,
-        "rope_base": rope.base,
-        "rope_scaling": rope.scaling,
-        "norm_offset": 1.0,
-        "post_norm": True,
-        "activation": "gelu_tanh",
-        "scale_embeddings": True,
         "attention_bias": hf.get("attention_bias", False),
         "attention_scores_scalar": hf.get("query_pre_attn_scalar", 256),
         "attention_logit_softcapping": hf.optional("attn_logit_softcapping", 50.0),
@@ -83,11 +73,8 @@ def _further_obstacle(config: ModelConfig) -> str | None:
 FAMILY = Family(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
-    free={
-        "n_query_groups",
-        "head_size",
-        "rope_base",
-        "rope_scaling",
+    free=LLAMA_FREE
+    | {
         "attention_bias",
         "attention_scores_scalar",
         "attention_logit_softcapping",

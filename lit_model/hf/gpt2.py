@@ -21,6 +21,9 @@ _ACTIVATIONS = {
 }
 
 
+GPT_FIXED = {"norm_class_name": "LayerNorm", "mlp_gated": False, "mlp_bias": True}
+
+
 def activation_to_hf(config: ModelConfig) -> str:
     """transformers' name of the MLP's activation."""
     return next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.activation)
@@ -51,7 +54,7 @@ def gpt_sizes_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def gpt_sizes_from_hf(hf: Fields, *, block_size: int, dropout: float) -> dict[str, Any]:
-    """The inverse of `gpt_sizes_to_hf`, and the fields that the two families fix alike; the arguments are defaults."""
+    """The inverse of `gpt_sizes_to_hf`; the arguments are defaults."""
     hf.ignored("summary_*", "n_ctx", "_num_labels")  # heads for classification; another name of n_positions
     hf.fixed("scale_attn_weights", True)
     n_embd, n_layer, n_head = hf.needed("n_embd", "n_layer", "n_head")
@@ -66,9 +69,6 @@ def gpt_sizes_from_hf(hf: Fields, *, block_size: int, dropout: float) -> dict[st
         "intermediate_size": 4 * n_embd if width is None else width,
         "block_size": hf.get("n_positions", block_size),
         "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
-        "norm_class_name": "LayerNorm",
-        "mlp_gated": False,
-        "mlp_bias": True,
         "activation": activation_from_hf(hf, "activation_function", "gelu_new"),
         "dropout": residual,
         "attention_dropout": hf.get("attn_pdrop", dropout),
@@ -79,11 +79,7 @@ def _config_from_hf(hf: Fields) -> dict[str, Any]:
     hf.fixed("scale_attn_by_inverse_layer_idx", False)
     hf.fixed("add_cross_attention", False)
     hf.ignored("reorder_and_upcast_attn")  # the order of operations in low precision
-    return {
-        **gpt_sizes_from_hf(hf, block_size=1024, dropout=0.1),
-        "position_embedding": "learned",
-        "attention_bias": True,
-    }
+    return gpt_sizes_from_hf(hf, block_size=1024, dropout=0.1)
 
 
 def _entries(config: ModelConfig) -> Iterator[Entry]:
@@ -106,13 +102,7 @@ FAMILY = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
     free={"activation"},
-    fixed={
-        "position_embedding": "learned",
-        "norm_class_name": "LayerNorm",
-        "attention_bias": True,
-        "mlp_gated": False,
-        "mlp_bias": True,
-    },
+    fixed=GPT_FIXED | {"position_embedding": "learned", "attention_bias": True},
     config_to_hf=gpt_sizes_to_hf,
     config_from_hf=_config_from_hf,
     entries=_entries,

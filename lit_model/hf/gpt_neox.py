@@ -8,7 +8,7 @@ from typing import Any
 from lit_model.config import ModelConfig
 from lit_model.hf.family import Entry, Family
 from lit_model.hf.fields import Fields, rope_from_hf, rope_to_hf, rotary_fraction
-from lit_model.hf.gpt2 import activation_from_hf, activation_to_hf
+from lit_model.hf.gpt2 import GPT_FIXED, activation_from_hf, activation_to_hf
 from lit_model.hf.table import HeadByHead, linear
 
 
@@ -48,14 +48,11 @@ def _config_from_hf(hf: Fields) -> dict[str, Any]:
         "n_head": n_head,
         "block_size": block_size,
         "norm_eps": hf.get("layer_norm_eps", 1e-5),
-        "norm_class_name": "LayerNorm",
         "parallel_residual": hf.get("use_parallel_residual", True),
         "rope_base": rope.base,
         "rope_scaling": rope.scaling,
         "rotary_size": rope.rotary_size(n_embd // (n_head or 1)),  # ModelConfig complains about no head
         "attention_bias": hf.get("attention_bias", True),
-        "mlp_gated": False,
-        "mlp_bias": True,
         "activation": activation_from_hf(hf, "hidden_act", "gelu"),
         "dropout": hf.get("hidden_dropout", 0.0),
         "attention_dropout": hf.get("attention_dropout", 0.0),
@@ -82,7 +79,7 @@ FAMILY = Family(
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",
     free={"activation", "attention_bias", "parallel_residual", "rope_base", "rope_scaling", "rotary_size"},
-    fixed={"norm_class_name": "LayerNorm", "mlp_gated": False, "mlp_bias": True},
+    fixed=GPT_FIXED,
     config_to_hf=_config_to_hf,
     config_from_hf=_config_from_hf,
     entries=_entries,

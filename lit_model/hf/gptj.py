@@ -8,7 +8,7 @@ from typing import Any
 from lit_model.config import ModelConfig
 from lit_model.hf.family import Entry, Family
 from lit_model.hf.fields import Fields
-from lit_model.hf.gpt2 import gpt_sizes_from_hf, gpt_sizes_to_hf
+from lit_model.hf.gpt2 import GPT_FIXED, gpt_sizes_from_hf, gpt_sizes_to_hf
 from lit_model.hf.table import SAME, Interleaved, linear, qkv_rows
 
 _QKV = ("attn.q_proj", "attn.k_proj", "attn.v_proj")
@@ -24,9 +24,6 @@ def _config_from_hf(hf: Fields) -> dict[str, Any]:
         **gpt_sizes_from_hf(hf, block_size=2048, dropout=0.0),
         # Not null: transformers then makes angles for n_embd dimensions, which fit a head only if there is just one.
         "rotary_size": hf.get("rotary_dim", 64),
-        "parallel_residual": True,
-        "shared_attention_norm": True,
-        "lm_head_bias": True,
     }
 
 
@@ -51,14 +48,7 @@ FAMILY = Family(
     model_type="gptj",
     architecture="GPTJForCausalLM",
     free={"activation", "rotary_size"},
-    fixed={
-        "norm_class_name": "LayerNorm",
-        "parallel_residual": True,
-        "shared_attention_norm": True,
-        "mlp_gated": False,
-        "mlp_bias": True,
-        "lm_head_bias": True,
-    },
+    fixed=GPT_FIXED | {"parallel_residual": True, "shared_attention_norm": True, "lm_head_bias": True},
     config_to_hf=_config_to_hf,
     config_from_hf=_config_from_hf,
     entries=_entries,

@@ -218,16 +218,11 @@ def _refuse_other_layouts(directory: Path) -> None:
 
 def _stored_tensors(directory: Path) -> tuple[Path, _Stored]:
     """The tensors of a folder, and the file that lists them, for error messages."""
-    if (directory / _SINGLE).is_file():
-        return directory / _SINGLE, _safetensors([directory / _SINGLE])
-    if (directory / _INDEX).is_file():
-        return directory / _INDEX, _listed(directory / _INDEX, _safetensors)
-    if (directory / _LEGACY_SINGLE).is_file():
-        return directory / _LEGACY_SINGLE, _legacy([directory / _LEGACY_SINGLE])
-    if (directory / _LEGACY_INDEX).is_file():
-        return directory / _LEGACY_INDEX, _listed(directory / _LEGACY_INDEX, _legacy)
-    names = (_SINGLE, _INDEX, _LEGACY_SINGLE, _LEGACY_INDEX)
-    raise ValueError(f"{directory} has neither {' nor '.join(names)}")
+    readers = {_SINGLE: _safetensors, _INDEX: _safetensors, _LEGACY_SINGLE: _legacy, _LEGACY_INDEX: _legacy}
+    for name, read in readers.items():
+        if (path := directory / name).is_file():
+            return path, _listed(path, read) if name in (_INDEX, _LEGACY_INDEX) else read([path])
+    raise ValueError(f"{directory} has neither {' nor '.join(readers)}")
 
 
 def _listed(index: Path, read: Callable[[list[Path]], _Stored]) -> _Stored:

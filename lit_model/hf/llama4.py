@@ -6,55 +6,42 @@ from collections.abc import Iterator
 from typing import Any
 
 from lit_model.config import ModelConfig
-from lit_model.hf.family import Entry, Family
+from lit_model.hf.family import Entry, Family, Transform
 from lit_model.hf.fields import (
+    LLAMA_FREE,
     Fields,
     layer_types_from_hf,
     layer_types_to_hf,
-    rope_from_hf,
-    rope_to_hf,
-    sizes_from_hf,
-    sizes_to_hf,
+    llama_from_hf,
+    llama_to_hf,
 )
-from lit_model.hf.llama import NORMS, QKV
+from lit_model.hf.llama import MLP, NORMS, entries_with
 from lit_model.hf.table import SAME, TRANSPOSED, Interleaved, linear, qkv_rows
 
-_MLP = {"fc_1": "gate_proj", "fc_2": "up_proj", "proj": "down_proj"}
+
+def _qkv(config: ModelConfig, layer: int) -> Transform:
+    if not config.layer_rotates(layer):
+        return qkv_rows(config)
+    pairs = (Interleaved(heads, config.head_size) for heads in (config.n_head, config.n_query_groups))
+    return qkv_rows(config, *pairs, SAME)
 
 
-def _entries(config: ModelConfig) -> Iterator[Entry]:
-    yield from linear("transformer.wte", "model.embed_tokens", bias=False)
-    for i in range(config.n_layer):
-        ours, theirs = f"transformer.h.{i}.", f"model.layers.{i}."
-        qkv = qkv_rows(config)
-        if config.layer_rotates(i):
-            pairs = (Interleaved(heads, config.head_size) for heads in (config.n_head, config.n_query_groups))
-            qkv = qkv_rows(config, *pairs, SAME)
-        names = tuple(theirs + name for name in QKV)
-        yield from linear(ours + "attn.qkv", names, bias=config.attention_bias, transform=qkv)
-        yield from linear(ours + "attn.proj", theirs + "self_attn.o_proj", bias=config.attention_bias)
-        for norm, name in NORMS.items():
-            yield from linear(ours + norm, theirs + name, bias=False)
-        mlp, feed_forward = ours + "mlp.", theirs + "feed_forward."
-        if config.layer_has_experts(i):
-            yield from linear(mlp + "router", feed_forward + "router", bias=False)
-            yield Entry(mlp + "experts.gate_up", (feed_forward + "experts.gate_up_proj",), TRANSPOSED)
-            yield Entry(mlp + "experts.down", (feed_forward + "experts.down_proj",), TRANSPOSED)
-            mlp, feed_forward = mlp + "shared.", feed_forward + "shared_expert."
-        for linear_name, name in _MLP.items():
-            yield from linear(mlp + linear_name, feed_forward + name, bias=False)
-    yield from linear("transformer.ln_f", "model.norm", bias=False)
-    if not config.tie_embeddings:
-        yield from linear("lm_head", "lm_head", bias=False)
+def _mlp(config: ModelConfig, layer: int) -> Iterator[Entry]:
+    ours, theirs = f"transformer.h.{layer}.mlp.", f"model.layers.{layer}.feed_forward."
+    if config.layer_has_experts(layer):
+        yield from linear(ours + "router", theirs + "router", bias=False)
+        yield Entry(ours + "experts.gate_up", (theirs + "experts.gate_up_proj",), TRANSPOSED)
+        yield Entry(ours + "experts.down", (theirs + "experts.down_proj",), TRANSPOSED)
+        ours, theirs = ours + "shared.", theirs + "shared_expert."
+    for name, their in MLP.items():
+        yield from linear(ours + name, theirs + their, bias=False)
 
 
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
     scale = config.attention_temperature_scale
     layers = range(config.n_layer)
     return {
-        **sizes_to_hf(config),
-        **rope_to_hf(config),
-        "hidden_act": "silu",
+        **llama_to_hf(config),
         "attention_bias": config.attention_bias,
         "intermediate_size": config.moe_intermediate_size,
         "intermediate_size_mlp": config.intermediate_size,
@@ -73,11 +60,9 @@ def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _config_from_hf(hf: Fields) -> dict[str, Any]:
-    hf.fixed("hidden_act", "silu")
     hf.fixed("router_jitter_noise", 0.0)
     hf.ignored("router_aux_loss_coef", "cache_implementation", "for_llm_compressor")
-    sizes = sizes_from_hf(hf, block_size=131072, norm_eps=1e-5, n_query_groups=8, head_size=128)
-    rope = rope_from_hf(hf, block_size=sizes["block_size"], base=500000.0)
+    sizes = llama_from_hf(hf, block_size=131072, norm_eps=1e-5, n_query_groups=8, head_size=128, rope_base=500000.0)
     n_layer = sizes["n_layer"]
     rotates = _rotating_layers(hf, n_layer)
     default = ["chunked" if one else "full" for one in rotates]
@@ -95,8 +80,6 @@ def _config_from_hf(hf: Fields) -> dict[str, Any]:
         **_experts(hf, n_layer),
         "moe_intermediate_size": sizes["intermediate_size"],
         "intermediate_size": hf.get("intermediate_size_mlp", 16384),
-        "rope_base": rope.base,
-        "rope_scaling": rope.scaling,
         "rope_layers": rotates,
         "attention_bias": hf.get("attention_bias", False),
         "attention_pattern": pattern,
@@ -149,11 +132,8 @@ def _further_obstacle(config: ModelConfig) -> str | None:
 FAMILY = Family(
     model_type="llama4_text",
     architecture="Llama4ForCausalLM",
-    free={
-        "n_query_groups",
-        "head_size",
-        "rope_base",
-        "rope_scaling",
+    free=LLAMA_FREE
+    | {
         "rope_layers",
         "attention_bias",
         "attention_pattern",
@@ -169,6 +149,6 @@ FAMILY = Family(
     fixed={},
     config_to_hf=_config_to_hf,
     config_from_hf=_config_from_hf,
-    entries=_entries,
+    entries=lambda config: entries_with(config, NORMS, _qkv, _mlp),
     further_obstacle=_further_obstacle,
 )

@@ -6,28 +6,18 @@ from typing import Any
 
 from lit_model.config import ModelConfig
 from lit_model.hf.family import Family
-from lit_model.hf.fields import Fields, rope_from_hf, rope_to_hf, sizes_from_hf, sizes_to_hf
+from lit_model.hf.fields import LLAMA_FREE, Fields, llama_from_hf, llama_to_hf
 from lit_model.hf.llama import NORMS, entries_with
 
 
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    return {
-        **sizes_to_hf(config),
-        **rope_to_hf(config),
-        "hidden_act": "silu",
-        "sliding_window": config.sliding_window_size,
-    }
+    return {**llama_to_hf(config), "sliding_window": config.sliding_window_size}
 
 
 def _config_from_hf(hf: Fields) -> dict[str, Any]:
-    hf.fixed("hidden_act", "silu")
-    sizes = sizes_from_hf(hf, block_size=131072, n_query_groups=8)
-    rope = rope_from_hf(hf, block_size=sizes["block_size"])
     window = hf.optional("sliding_window", 4096)
     return {
-        **sizes,
-        "rope_base": rope.base,
-        "rope_scaling": rope.scaling,
+        **llama_from_hf(hf, block_size=131072, n_query_groups=8),
         "attention_pattern": ("full",) if window is None else ("sliding",),
         "sliding_window_size": window,
     }
@@ -42,7 +32,7 @@ def _further_obstacle(config: ModelConfig) -> str | None:
 FAMILY = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    free={"n_query_groups", "head_size", "rope_base", "rope_scaling", "attention_pattern", "sliding_window_size"},
+    free=LLAMA_FREE | {"attention_pattern", "sliding_window_size"},
     fixed={},
     config_to_hf=_config_to_hf,
     config_from_hf=_config_from_hf,

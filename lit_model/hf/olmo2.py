@@ -6,7 +6,7 @@ from typing import Any
 
 from lit_model.config import ModelConfig
 from lit_model.hf.family import Family
-from lit_model.hf.fields import Fields, rope_from_hf, rope_to_hf, sizes_from_hf, sizes_to_hf
+from lit_model.hf.fields import LLAMA_FREE, Fields, llama_from_hf, llama_to_hf
 from lit_model.hf.llama import entries_with
 
 _NORMS = {
@@ -18,34 +18,19 @@ _NORMS = {
 
 
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    return {
-        **sizes_to_hf(config),
-        **rope_to_hf(config),
-        "hidden_act": "silu",
-        "attention_bias": config.attention_bias,
-    }
+    return {**llama_to_hf(config), "attention_bias": config.attention_bias}
 
 
 def _config_from_hf(hf: Fields) -> dict[str, Any]:
-    hf.fixed("hidden_act", "silu")
-    sizes = sizes_from_hf(hf, block_size=2048, norm_eps=1e-5)
-    rope = rope_from_hf(hf, block_size=sizes["block_size"])
-    return {
-        **sizes,
-        "rope_base": rope.base,
-        "rope_scaling": rope.scaling,
-        "pre_norm": False,
-        "post_norm": True,
-        "qk_norm": "projection",
-        "attention_bias": hf.get("attention_bias", False),
-    }
+    sizes = llama_from_hf(hf, block_size=2048, norm_eps=1e-5)
+    return {**sizes, "attention_bias": hf.get("attention_bias", False)}
 
 
 FAMILY = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
     # transformers reads head_dim here too, though its configuration does not name it.
-    free={"n_query_groups", "head_size", "rope_base", "rope_scaling", "attention_bias"},
+    free=LLAMA_FREE | {"attention_bias"},
     fixed={"pre_norm": False, "post_norm": True, "qk_norm": "projection"},
     config_to_hf=_config_to_hf,
     config_from_hf=_config_from_hf,

@@ -7,13 +7,12 @@ from typing import Any
 from lit_model.config import ModelConfig
 from lit_model.hf.family import Family
 from lit_model.hf.fields import (
+    LLAMA_FREE,
     Fields,
     layer_types_from_hf,
     layer_types_to_hf,
-    rope_from_hf,
-    rope_to_hf,
-    sizes_from_hf,
-    sizes_to_hf,
+    llama_from_hf,
+    llama_to_hf,
 )
 from lit_model.hf.llama import NORMS, entries_with
 
@@ -23,22 +22,18 @@ QK_NORMS = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
     slides = config.sliding_window_size is not None
     return {
-        **sizes_to_hf(config),
-        **rope_to_hf(config),
-        "hidden_act": "silu",
+        **llama_to_hf(config),
         "attention_bias": config.attention_bias,
         "use_sliding_window": slides,
         "sliding_window": config.sliding_window_size,
         # The first sliding layer, for readers that know no layer_types; those put all later ones behind a window too.
-        "max_window_layers": config.n_layer if not slides else _whole_pattern(config).index("sliding"),
+        "max_window_layers": config.attention_pattern.index("sliding") if slides else config.n_layer,
         "layer_types": layer_types_to_hf(config),
     }
 
 
 def _config_from_hf(hf: Fields) -> dict[str, Any]:
-    hf.fixed("hidden_act", "silu")
-    sizes = sizes_from_hf(hf, block_size=32768, n_query_groups=32, head_size=128)
-    rope = rope_from_hf(hf, block_size=sizes["block_size"])
+    sizes = llama_from_hf(hf, block_size=32768, n_query_groups=32, head_size=128)
     n_layer = sizes["n_layer"]
     window = hf.optional("sliding_window", 4096)
     if not hf.get("use_sliding_window", False):
@@ -50,31 +45,16 @@ def _config_from_hf(hf: Fields) -> dict[str, Any]:
         raise ValueError("layer_types has sliding_attention, yet use_sliding_window or sliding_window is not set")
     return {
         **sizes,
-        "rope_base": rope.base,
-        "rope_scaling": rope.scaling,
-        "qk_norm": "head",
         "attention_bias": hf.get("attention_bias", False),
         "attention_pattern": pattern,
         "sliding_window_size": window if "sliding" in pattern else None,
     }
 
 
-def _whole_pattern(config: ModelConfig) -> list[str]:
-    return [config.layer_attention(i) for i in range(config.n_layer)]
-
-
 FAMILY = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    free={
-        "n_query_groups",
-        "head_size",
-        "rope_base",
-        "rope_scaling",
-        "attention_bias",
-        "attention_pattern",
-        "sliding_window_size",
-    },
+    free=LLAMA_FREE | {"attention_bias", "attention_pattern", "sliding_window_size"},
     fixed={"qk_norm": "head"},
     config_to_hf=_config_to_hf,
     config_from_hf=_config_from_hf,

@@ -1,4 +1,4 @@
-"""Scale, sliding window, soft-cap, dropout and chunks of attention against a formula written out here, in float64."""
+"""Attention with scale, sliding window, soft-cap, dropout and chunks, compared with an explicit formula in float64."""
 
 import itertools
 import sys
@@ -19,7 +19,7 @@ from lit_model.kernels.variant import NAMES, PLAIN, SERVES, AttentionVariant
 
 
 def formula(q, k, v, bounds, *, scale=None, window=None, softcap=None, chunk=None, keep=None):
-    """softmax(cap(scale q k^T) + mask) v for (N, H, D) and (N, G, D), pieces one by one, masks entry by entry.
+    """softmax(cap(scale q k^T) + mask) v for (N, H, D) and (N, G, D), piece by piece, with masks set entry by entry.
 
     `keep` (H, N, N) multiplies the weights."""
     H, D = q.shape[1:]
@@ -45,7 +45,7 @@ def formula(q, k, v, bounds, *, scale=None, window=None, softcap=None, chunk=Non
 
 
 def draw_qkv(B, T, H, G, D, seed=0):
-    """Views into one fused projection, as the model makes them, and a gradient."""
+    """Views into one fused projection, as in the model, and a gradient."""
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(B, T, H + 2 * G, D, generator=generator, dtype=torch.float64)
     return 1.5 * qkv, torch.randn(B, T, H, D, generator=generator, dtype=torch.float64)
@@ -59,7 +59,7 @@ def run(qkv, grad, heads, attend):
 
 
 def rows(attend_flat):
-    """A function of (N, H, D) as one of (B, T, H, D)."""
+    """A function of (N, H, D) turned into one of (B, T, H, D)."""
     return lambda q, k, v: attend_flat(*(x.flatten(0, 1) for x in (q, k, v))).view(q.shape)
 
 
@@ -83,7 +83,7 @@ variants = st.builds(
     scale=st.none() | st.sampled_from([0.1, 1.0]),
     window=st.none() | st.integers(1, 30),
     softcap=st.none() | st.sampled_from([0.7, 20.0]),
-    dropout=st.just(0.0),  # else drawn after its annotation
+    dropout=st.just(0.0),  # otherwise drawn according to its annotation
 )
 
 
@@ -113,7 +113,7 @@ MIXED = AttentionVariant(scale=0.3, window=140, softcap=5.0)
 @pytest.mark.parametrize("variant", [AttentionVariant(window=140), MIXED, AttentionVariant(softcap=5.0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_low_precision_is_bounded_by_the_reference(variant, dtype):
-    """Rows of several blocks. The definition's own error in this precision is the yardstick."""
+    """Rows of several blocks. The bound is the reference implementation's own error in this precision."""
     B, T, bounds = 1, 400, [0, 3, 300, 400]
     qkv, grad = (x.to(dtype) for x in draw_qkv(B, T, 4, 2, 8))
     asked = {"scale": variant.scale, "window": variant.window, "softcap": variant.softcap}
@@ -127,7 +127,7 @@ def test_low_precision_is_bounded_by_the_reference(variant, dtype):
 
 
 def test_soft_cap_is_rounded_only_at_the_end():
-    """bfloat16 in and out, float32 between, also under autocast."""
+    """bfloat16 in and out, float32 in between, also under autocast."""
     qkv, _ = draw_qkv(2, 40, 4, 2, 8)
     q, k, v = qkv.bfloat16().split([4, 2, 2], dim=2)
     variant = AttentionVariant(window=9, softcap=3.0)
@@ -143,8 +143,8 @@ def test_soft_cap_is_rounded_only_at_the_end():
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_dropout_is_unbiased_and_as_strong_as_asked(softcap):
-    """The mean over rows that differ in their draw only, in units of its standard error, which is known exactly."""
+def test_dropout_is_unbiased_with_the_requested_rate(softcap):
+    """The mean over rows that differ only in their mask, in units of its standard error, which is known exactly."""
     rate, rows_drawn, T, window = 0.3, 3000, 12, 7
     qkv, _ = draw_qkv(1, T, 4, 2, 6)
     q, k, v = qkv.split([4, 2, 2], dim=2)
@@ -164,7 +164,7 @@ def test_dropout_is_unbiased_and_as_strong_as_asked(softcap):
     torch.testing.assert_close(draws.var(dim=0), variance, rtol=0.25, atol=0.0)
 
 
-def test_dropout_repeats_with_its_seed_and_its_gradient_is_the_formulas():
+def test_dropout_repeats_with_its_seed_and_its_gradient_equals_the_formula():
     T, rate, bounds = 16, 0.4, [0, 5, 16]
     qkv, grad = draw_qkv(1, T, 4, 2, T)
     variant = AttentionVariant(window=6, softcap=3.0, dropout=rate)
@@ -177,7 +177,7 @@ def test_dropout_repeats_with_its_seed_and_its_gradient_is_the_formulas():
     q, k, v = qkv.split([4, 2, 2], dim=2)
     assert torch.equal(attend(q, k, v), attend(q, k, v))
     assert not torch.equal(attend(q, k, v), attend(q, k, v, seed=8))
-    # Values that are unit vectors show the weights: those that were not dropped tell the formula what to keep.
+    # With unit vectors as values the output shows the weights, and which of them were dropped.
     unit = torch.eye(T, dtype=torch.float64)[None, :, None, :].expand(1, T, 2, T)
     keep = (attend(q, k, unit)[0] != 0).double().transpose(0, 1) / (1 - rate)  # (H, T, T)
     asked = {"window": 6, "softcap": 3.0, "keep": keep}
@@ -231,7 +231,7 @@ def test_chunk_boundaries_equal_a_loop(batch, chunk):
 
 @settings(max_examples=20, deadline=None)
 @given(batches(), st.integers(1, 12))
-def test_chunked_attention_is_attention_with_more_boundaries(batch, chunk):
+def test_chunked_attention_equals_attention_with_more_boundaries(batch, chunk):
     B, T, bounds, (H, G, D) = batch
     qkv, grad = draw_qkv(B, T, H, G, D)
     pieces = list(range(0, B * T + 1, T)) if bounds is None else bounds
@@ -240,7 +240,7 @@ def test_chunked_attention_is_attention_with_more_boundaries(batch, chunk):
     assert_equal(run(qkv, grad, [H, G, G], lambda q, k, v: attention(q, k, v, cu, "loop")), expected)
 
 
-# --- who does what ---------------------------------------------------------------------------------------------------
+# --- choice of kernels -----------------------------------------------------------------------------------------------
 
 SCALE, WINDOW = AttentionVariant(scale=0.1), AttentionVariant(window=64)
 SOFTCAP, DROPOUT = AttentionVariant(softcap=50.0), AttentionVariant(dropout=0.1)
@@ -272,7 +272,7 @@ def fa4_backward_of_old(q, k, v, out, dout, lse, softmax_scale=None, causal=Fals
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """A CUDA device of some capability on which some packages are installed."""
+    """Fake a CUDA device with a compute capability and installed packages."""
 
     def make(capability, fa4=None, fa3=None, fa2=None):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -293,8 +293,8 @@ def choose(requested="auto", documents=True, variant=PLAIN, dtype=torch.bfloat16
     return choose_attention("cuda", dtype, 64, requested, documents=documents, variant=variant)
 
 
-def test_table_is_what_is_chosen(pretend):
-    """With everything installed, a requested kernel runs what the table gives it, and refuses the rest by name."""
+def test_the_table_matches_the_choice(pretend):
+    """With everything installed, a requested kernel runs what the table lists, and refuses other features by name."""
     pretend((9, 0), (fa4_func, fa4_func), varlen_func, varlen_func)
     words = {"scale": "scale", "window": "sliding window", "softcap": "soft-cap", "dropout": "attention dropout"}
     for name in NAMES:
@@ -309,7 +309,7 @@ def test_table_is_what_is_chosen(pretend):
     assert {name for name in NAMES if "documents" not in SERVES[name]} == {"sdpa"}
 
 
-def test_auto_falls_to_one_that_is_right_and_says_so(pretend):
+def test_auto_falls_back_to_a_correct_kernel_and_reports_it(pretend):
     pretend((9, 0), (fa4_func, fa4_func), varlen_func, varlen_func)
     assert choose() == ("fa4", "fastest variable-length kernel that runs here")
     softcap = choose(variant=SOFTCAP)
@@ -329,14 +329,14 @@ def test_auto_falls_to_one_that_is_right_and_says_so(pretend):
         choose("fa2", variant=AttentionVariant(softcap=50.0, dropout=0.1))
 
 
-def test_releases_are_asked_for_their_arguments(pretend):
+def test_support_depends_on_the_releases_arguments(pretend):
     pretend((9, 0), fa3=varlen_func_of_old, fa2=varlen_func_of_old)
     assert choose().name == "fa3" and choose(variant=SCALE).name == "fa3"
     windowed = choose(variant=WINDOW)
     assert windowed.name == "varlen" and "fa3: this release has no sliding window" in windowed.reason
     assert "fa2: this release has no sliding window" in windowed.reason
     assert choose(variant=SOFTCAP).name == "loop"
-    # FA4's backward learned the window after its forward.
+    # FA4's backward supported windows later than its forward.
     pretend((10, 0), fa4=(fa4_func, fa4_backward_of_old))
     assert choose().name == "fa4" and choose(variant=SCALE).name == "fa4"
     with pytest.raises(ValueError, match="this release has no sliding window"):
@@ -356,14 +356,14 @@ def test_torch_without_a_window(pretend, monkeypatch):
         assert choice.name == "loop" and f"varlen: this release has no {lacking}" in choice.reason
 
 
-def test_the_cpu_says_what_it_does():
+def test_the_choice_on_a_cpu_is_reported():
     choice = choose_attention("cpu", torch.float32, 64, variant=AttentionVariant(window=8, dropout=0.1))
     assert choice == ("loop", "cpu: pieces one by one, sliding window and attention dropout in blocks of queries")
     with pytest.raises(ValueError, match="'dense' can't run here: it has no attention dropout"):
         choose_attention("cpu", torch.float32, 64, "dense", variant=DROPOUT)
 
 
-def test_attention_refuses_what_a_kernel_never_does():
+def test_attention_refuses_unsupported_features():
     q, k, v = draw_qkv(1, 100, 2, 2, 4)[0].split([2, 2, 2], dim=2)
     for name, variant in (
         ("dense", DROPOUT),
@@ -380,8 +380,8 @@ def test_attention_refuses_what_a_kernel_never_does():
     "variant", [PLAIN, SCALE, AttentionVariant(window=1), AttentionVariant(window=5), SOFTCAP], ids=str
 )
 @pytest.mark.parametrize("name", ["fa3", "fa2", "varlen"])
-def test_kernels_are_told_the_variant(monkeypatch, name, variant):
-    """Functions with the documented meaning of the arguments in place of the kernels."""
+def test_kernels_get_the_variants_arguments(monkeypatch, name, variant):
+    """Kernels replaced by functions with the documented meaning of their arguments."""
     if not SERVES[name].keys() >= set(variant.features()):
         pytest.skip(f"{name} doesn't do {variant}")
 
@@ -402,6 +402,6 @@ def test_kernels_are_told_the_variant(monkeypatch, name, variant):
         torch.testing.assert_close(attention(q, k, v, tensor(bounds), name, variant), expected)
 
 
-def test_fa4_is_told_the_variant():
+def test_fa4_gets_the_variants_arguments():
     assert cuda.options("fa4", AttentionVariant(0.2, 8)) == {"softmax_scale": 0.2, "window_size_left": 7}
     assert cuda.options("fa4", PLAIN) == {}

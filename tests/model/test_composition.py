@@ -1,6 +1,6 @@
-"""Every mix of the model's fields: packed documents, the cache and recomputation change nothing.
+"""Any combination of the model's fields: packed documents, the cache and recomputation change nothing.
 
-The families of transformers fix what each field means; here are the mixes that no family has.
+The tests against transformers fix the meaning of each field; these cover combinations that no family has.
 """
 
 from itertools import pairwise
@@ -24,7 +24,7 @@ B, T = 2, 24
 
 @st.composite
 def configs(draw, *, dropout=False):
-    """Any config but for its size; windows, chunks and floors are below the length of the documents."""
+    """Any config, of small size; windows, chunks and floors are shorter than the documents."""
 
     def one_of(*values):
         return draw(st.sampled_from(values))
@@ -94,7 +94,7 @@ def configs(draw, *, dropout=False):
 
 
 def build(config, seed, dtype=torch.float64, **kwargs):
-    """Every parameter is random, norms and biases too, and the scores and the router's choices are not all alike."""
+    """A model whose parameters are all random, with varied attention scores and router choices."""
     model = GPT(config, **kwargs)
     initialise(model, config, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -122,7 +122,7 @@ def draw_batch(config, seed):
 
 
 def gradients(model, losses):
-    """The loss, and the gradients by name as they are after it alone."""
+    """The loss, and its gradients by name."""
     model.zero_grad()
     loss = sum(losses)
     loss.backward()
@@ -132,7 +132,7 @@ def gradients(model, losses):
 @examples(15)
 @given(config=configs(), seed=st.integers(0, 1000))
 def test_packed_documents_equal_one_at_a_time(config, seed):
-    """By the loop of the CPU and by the definition of attention; each alone is as it were in no batch."""
+    """With the CPU's loop and with the reference attention; a document alone is run without batching."""
     tokens, targets, cu_seqlens, pieces = draw_batch(config, seed)
     alone = [(tokens[row : row + 1, start:end], targets[row : row + 1, start:end]) for row, start, end in pieces]
     reference = None
@@ -145,7 +145,7 @@ def test_packed_documents_equal_one_at_a_time(config, seed):
             loss, grads = gradients(model, losses)
             reference = reference or (loss, grads)
             torch.testing.assert_close(loss, reference[0], rtol=1e-10, atol=1e-10)
-            # A gradient may be 0 but for rounding (a key's bias shifts all scores alike): size is measured over all.
+            # A gradient may be 0 up to rounding (a key bias shifts all scores equally), so the scale is taken over all.
             largest = torch.stack([g.norm() for g in reference[1].values()]).max()
             for name, wanted in reference[1].items():
                 assert (grads[name] - wanted).norm() <= 1e-10 * largest, name
@@ -154,7 +154,7 @@ def test_packed_documents_equal_one_at_a_time(config, seed):
 @examples(15)
 @given(config=configs(), seed=st.integers(0, 1000), cuts=st.sets(st.integers(1, T - 1), max_size=6))
 def test_cache_equals_no_cache(config, seed, cuts):
-    """Logits of rows that come in pieces, of one token and of several; and greedy tokens."""
+    """Logits of rows fed in pieces of one or several tokens; and greedy tokens."""
     model = build(config, seed).eval()
     tokens, _, _, _ = draw_batch(config, seed)
     cache = KVCache(config, B, T, torch.device("cpu"), torch.float64)
@@ -196,7 +196,7 @@ def test_a_batch_of_unequal_prompts_equals_no_cache(config, seed, lengths):
 @examples(10)
 @given(config=configs(dropout=True), seed=st.integers(0, 1000))
 def test_recomputation_changes_no_bit(kind, config, seed):
-    """Of the gradients, in training, with dropout and with the losses of the routers."""
+    """Gradients in training are bit-equal, with dropout and router losses."""
     tokens, targets, cu_seqlens, _ = draw_batch(config, seed)
     results = []
     for recompute in ("none", kind):

@@ -1,4 +1,4 @@
-"""Counts against the reference figures, the module itself, and torch's own FLOP counter."""
+"""Counts compared with published figures, the module itself, and torch's FLOP counter."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ PUBLISHED = {
 }
 
 
-# transformers' config of the same model: what differs from the family's defaults.
+# transformers' config of the same model: differences from the family's defaults.
 BABYLM = {"vocab_size": 48000, "hidden_size": 768, "num_hidden_layers": 12, "pad_token_id": None}
 TRANSFORMERS = {
     "gpt-97M": ("GPT2Config", {"vocab_size": 16000, "n_positions": 256, "n_embd": 768, "n_layer": 12, "n_head": 12}),
@@ -69,7 +69,7 @@ def test_parameters_equal_transformers(name):
 
 
 def test_active_parameters_of_a_mixture():
-    """babylm-llama4 by hand: 12 layers of 16 experts, one of which and a shared one see each token."""
+    """babylm-llama4 computed manually: 12 layers of 16 experts, of which each token uses one and the shared one."""
     config = get_config("babylm-llama4")
     expert, attention = 3 * 768 * 768, 768 * (12 + 2 * 4) * 64 + 768 * 768
     multiplying = 12 * (attention + 16 * 768 + 2 * expert) + 48000 * 768
@@ -137,7 +137,7 @@ PLAIN = [{}, {"tie_embeddings": True}, {"n_query_groups": 4, "head_size": 32}]
 
 @pytest.mark.parametrize("changes", [*PLAIN, *FAMILIES.values()], ids=[*map(str, PLAIN), *FAMILIES])
 def test_flops_equal_torchs_counter(changes):
-    """With attention as plain matrix multiplies over the whole square, as the formula counts it."""
+    """With attention as plain matrix multiplies over the full square, as the formula counts it."""
     config = get_config("debug", **changes)
     B, T = 3, 64
     model = GPT(config, attention="dense")
@@ -152,8 +152,8 @@ def test_flops_equal_torchs_counter(changes):
 
 
 @pytest.mark.parametrize(("window", "T"), [(7, 64), (64, 64), (100, 64)])
-def test_attention_flops_follow_what_a_token_sees(window, T):
-    """Against counting the pairs of a mask; on average they leave out up to half a token, of the token itself."""
+def test_attention_flops_depend_on_the_visible_tokens(window, T):
+    """Compared with counting a mask's pairs; the average omits up to half a token, for the token itself."""
     causal = torch.ones(T, T).tril()
     chunks = torch.block_diag(*torch.ones(-(-T // window), window, window))[:T, :T]
     none = cost.flops_per_token(get_config("debug"), 0)
@@ -209,7 +209,7 @@ def test_training_state_equals_what_is_allocated(changes):
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that live at once: those it is shown, and those that operators make."""
+    """Counts the bytes of all live tensors: those passed to it, and those that operators create."""
 
     def __init__(self):
         super().__init__()
@@ -238,7 +238,7 @@ WIDE = {"n_layer": 6, "n_embd": 128, "intermediate_size": 384}
 
 
 def estimate_over_measured(config, recompute="none", micro_batches=1, low_precision=False):
-    """The estimate of a step's memory, relative to the most bytes of tensors that live at once in one on the CPU."""
+    """The memory estimate of a step, relative to the peak bytes of live tensors in a step on the CPU."""
     B, T = 4, 128
     model = GPT(config, activation_checkpointing=recompute).train()
     initialise(model, config, 0)
@@ -281,7 +281,7 @@ def steps_of_each_kind():
 
 @pytest.mark.parametrize(("changes", "recompute", "micro_batches", "low_precision"), steps_of_each_kind())
 def test_memory_estimate_against_the_tensors_of_a_step(changes, recompute, micro_batches, low_precision):
-    """Within 5% of the most bytes that live at once; with recomputation up to 20% above on these small models."""
+    """Within 5% of the peak bytes of live tensors; with recomputation up to 20% above for these small models."""
     ratio = estimate_over_measured(get_config("debug", **changes), recompute, micro_batches, low_precision)
     assert 0.95 < ratio < (1.05 if recompute == "none" else 1.2)
 
@@ -295,8 +295,8 @@ def families_with_recomputation():
 
 @pytest.mark.parametrize(("family", "recompute"), families_with_recomputation())
 def test_memory_estimate_of_each_family(family, recompute):
-    """In fp32; in bf16 those whose norms and attention a CPU has fused, as the estimate takes them to be."""
-    # Scores that are capped have no fused kernel on a CPU.
+    """In fp32, and in bf16 for families whose norms and attention are fused on a CPU, as the estimate assumes."""
+    # Capped scores have no fused kernel on a CPU.
     changes = {k: v for k, v in FAMILIES[family].items() if k != "attention_logit_softcapping"}
     config = get_config("debug", **WIDE, **changes)
     for low_precision in (False, True) if family in ("gpt2", "gptj", "experts") else (False,):
@@ -305,7 +305,7 @@ def test_memory_estimate_of_each_family(family, recompute):
 
 
 def test_memory_follows_the_strategy():
-    """1.1B parameters on 8 devices; what each setting saves, in bytes that can be counted by hand."""
+    """1.1B parameters on 8 devices: the bytes saved by each setting, computed manually."""
     config = get_config("LLaMmlein_1B")
     n = cost.count_parameters(config)
     plain = cost.TrainingSetting(4, 2048, 2, "ddp", accumulates=True)
@@ -359,7 +359,7 @@ def test_bad_fields_are_named(field, value):
         ModelConfig.from_dict({**get_config("debug").to_dict(), field: value})
 
 
-def test_registry_names_near_misses_and_derives_again():
+def test_registry_suggests_names_and_rederives_fields():
     with pytest.raises(ValueError, match="LLaMmlein_120M"):
         get_config("LLammlein_120m")
     with pytest.raises(ValueError, match="unknown model field blocks"):

@@ -1,4 +1,4 @@
-"""The chunked distillation against plain autograd in float64, over the full logits of all models."""
+"""The chunked distillation loss, compared with plain autograd over all models' full logits in float64."""
 
 import itertools
 
@@ -26,7 +26,7 @@ def name(setting):
 
 
 def padded(generator, rows, columns, spread=1.0):
-    """A head's weight, or bias, with padding that would win every softmax."""
+    """A head's weight or bias, with padding rows that would dominate every softmax."""
     drawn = spread * torch.randn(*([rows, columns] if columns else [rows]), generator=generator, dtype=torch.float64)
     drawn[VOCAB:] = 1e3
     return drawn
@@ -43,7 +43,7 @@ def draw(B=3, T=7, C=12, with_bias=True, ignore=0.3, seed=0):
 
 
 def draw_teachers(number, B=3, T=7, seed=1):
-    """Of different widths and paddings; the second without a bias and with a soft-cap."""
+    """Teachers of different widths and paddings; the second has no bias but a soft-cap."""
     g = torch.Generator().manual_seed(seed)
     teachers = []
     for k, share in enumerate(SHARES[number]):
@@ -61,7 +61,9 @@ def full_logits(hidden, weight, bias, softcap):
 
 
 def divergence_of(z, teachers, setting):
-    """Of each token (..., VOCAB) -> (...), by the definitions. `teachers` are logits of equal shape and shares."""
+    """The divergence of each token (..., VOCAB) -> (...), by definition. `teachers` are logits of equal shape and
+    weights.
+    """
     tau = setting.temperature
     mean = sum(share * logits for logits, share in teachers)
     if setting.divergence == "mse":
@@ -85,7 +87,7 @@ def divergence_of(z, teachers, setting):
 
 
 def full(hidden, weight, bias, targets, teachers, setting, alpha, scale=1.0, softcap=None, z_loss=0.0):
-    """(loss, cross-entropy of each token, sum of the divergence), all logits held, for autograd to go through."""
+    """(loss, cross-entropy of each token, sum of the divergence), from full logits and differentiable by autograd."""
     z = full_logits(hidden, weight, bias, softcap)
     valid = targets != IGNORE_INDEX
     losses = F.cross_entropy(z.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
@@ -182,25 +184,25 @@ def test_gradcheck(setting):
             with torch.enable_grad():
                 return torch.autograd.grad(loss(*leaves), leaves, gradient)
 
-    tensors[1], tensors[2] = tensors[1][:VOCAB], tensors[2][:VOCAB]  # finite differences of 1e3 are none
+    tensors[1], tensors[2] = tensors[1][:VOCAB], tensors[2][:VOCAB]  # a finite difference of 1e3 is meaningless
     assert torch.autograd.gradcheck(Anew.apply, [x.requires_grad_() for x in tensors], eps=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_student_that_is_its_teacher(setting, dtype):
-    """Nothing to learn from it, up to rounding: with alpha 0 neither."""
+def test_a_student_equal_to_its_teacher(setting, dtype):
+    """The divergence and its gradient are 0 up to rounding, also with alpha 0."""
     hidden, weight, bias, targets = (x.to(dtype) if x.is_floating_point() else x for x in draw())
     teachers = [Teacher(hidden, weight, bias, 4.0, share) for share in (0.25, 0.75)]
     got = numbers(chunked, hidden, weight, bias, targets, teachers, setting, 0.0, softcap=4.0, dtype=dtype)
     eps = torch.finfo(dtype).eps
     assert got[2].abs() <= targets.numel() * eps
-    for gradient in got[3:]:  # far below what a single token's cross-entropy gives
+    for gradient in got[3:]:  # far below a single token's cross-entropy
         assert gradient[:VOCAB].abs().max() <= 100 * eps
 
 
 def cache(teachers, setting, k):
-    """What a cache holds, made from full logits in float64."""
+    """The content of a cache, computed from full logits in float64."""
     logits = [(full_logits(*t[:4]), t.share) for t in teachers]
     if setting.ensemble == "logits":
         log_probs = (sum(s * z for z, s in logits) / setting.temperature).log_softmax(-1)
@@ -223,11 +225,13 @@ def test_cached_teacher_equals_live_one(ensemble):
         live = numbers(chunked, *tensors, teachers, setting, 0.3, tokens=4)
         for asked in (setting, Distillation("topk_kl", 1.5, ensemble)):
             got = numbers(chunked, *tensors, cache(teachers, setting, k), asked, 0.3, tokens=4)
-            assert_near(got, live, 1e-9 if k == VOCAB - 1 else 1e-12, torch.float64)  # the rest mass cancels most there
+            assert_near(
+                got, live, 1e-9 if k == VOCAB - 1 else 1e-12, torch.float64
+            )  # where the remaining probability cancels most
 
 
 @pytest.mark.parametrize("ensemble", ["logits", "probabilities"])
-def test_what_a_cache_keeps(ensemble):
+def test_what_a_cache_stores(ensemble):
     tensors, teachers, setting = draw(), draw_teachers(3), Distillation("forward_kl", 1.5, ensemble)
     for k, tokens in ((1, None), (5, 4), (VOCAB, 20)):
         want = cache(teachers, setting, k)
@@ -254,7 +258,7 @@ def test_fewer_cached_tokens_only_lose_divergence():
     assert all(a <= b + 1e-12 for a, b in itertools.pairwise(found)) and 0 < found[0] < 0.9 * found[-1]
 
 
-def test_cache_in_low_precision_may_hold_anything_where_nothing_counts():
+def test_a_cache_may_contain_anything_for_ignored_tokens():
     hidden, weight, bias, targets = draw()
     setting = Distillation("topk_kl", 2.0, "logits", 5)
     kept = cache(draw_teachers(1), setting, 5)
@@ -284,8 +288,8 @@ def test_ignored_rows_may_hold_anything():
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=name)
-def test_sides_that_exclude_each_other(setting):
-    """Logits hundreds apart, where probabilities in float32 are 0: finite, and as in float64."""
+def test_distributions_without_overlap(setting):
+    """Logits that differ by hundreds, so that probabilities in float32 are 0: finite, and equal to float64."""
     targets = torch.tensor([[3, 4]])
     hidden, weight = torch.eye(2)[None], torch.zeros(VOCAB, 2)
     weight[5:15, 0], weight[1:4, 1] = 300, 200
@@ -304,7 +308,7 @@ def test_sides_that_exclude_each_other(setting):
     got.loss_sum.backward()
     want.loss_sum.backward()
     torch.testing.assert_close(got.divergence_sum.double(), want.divergence_sum, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(hidden.grad.double(), wide.grad, rtol=1e-4, atol=1e-2)  # of sums up to 3000
+    torch.testing.assert_close(hidden.grad.double(), wide.grad, rtol=1e-4, atol=1e-2)  # for sums up to 3000
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=name)
@@ -322,7 +326,7 @@ def test_autocast_is_bounded_by_torchs_error(setting):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_alpha_1_is_cross_entropy_to_the_bit(dtype):
+def test_alpha_1_equals_cross_entropy_bit_for_bit(dtype):
     hidden, weight, bias, targets = (x.to(dtype) if x.is_floating_point() else x for x in draw(B=4, T=60))
     found = []
     for teachers in (None, draw_teachers(2, B=4, T=60)):
@@ -379,12 +383,12 @@ def test_second_backward_is_refused_not_wrong():
         ({"divergence": "topk_kl", "top_k": 0}, "top_k is 0"),
     ],
 )
-def test_settings_that_make_no_sense(fields, message):
+def test_invalid_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Distillation(**fields)
 
 
-def test_teachers_that_cannot_serve():
+def test_unusable_teachers_are_refused():
     tensors, teachers = draw(), draw_teachers(1)
     for k, divergence in ((5, "forward_kl"), (5, "js"), (VOCAB, "reverse_kl"), (VOCAB, "mse")):
         setting = Distillation(divergence, 2.0, "logits")

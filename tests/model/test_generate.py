@@ -1,4 +1,4 @@
-"""Generation against the model without a cache and against transformers."""
+"""Generation, compared with the model without a cache and with transformers."""
 
 import os
 
@@ -142,7 +142,7 @@ def test_a_row_depends_on_its_own_seed_only(model):
     assert generate_batch(model, PROMPTS[:1], 9, sampling, seeds=[3])[0].ids == alone[0].tolist()[:9]
 
 
-def test_excluded_ids_are_never_taken(model):
+def test_excluded_ids_are_never_sampled(model):
     likely = generate(model, PROMPT, 10, temperature=0).tolist()[4:]
     greedy = generate(model, PROMPT, 10, temperature=0, excluded_ids=likely)
     with torch.no_grad():
@@ -180,7 +180,7 @@ def test_nothing_to_do(model):
     assert generate_batch(model, PROMPTS[:2], 0) == [Continuation([], "length")] * 2
 
 
-def test_training_mode_is_left_as_it_was(model):
+def test_training_mode_is_restored(model):
     model.train()
     generate(model, PROMPT, 1)
     assert model.training

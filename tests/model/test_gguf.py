@@ -1,4 +1,4 @@
-"""GGUF files as transformers' own reader opens them: logits, and the ids of texts."""
+"""GGUF files as opened by transformers' reader: logits, and the ids of texts."""
 
 import dataclasses
 import io
@@ -35,7 +35,7 @@ CONFIGS = {
 def test_transformers_reads_the_same_model(name, dtype, tmp_path):
     config = dataclasses.replace(CONFIGS[name], name=f"a {name}")
     model = build(config)
-    if dtype != "float32":  # what that precision holds
+    if dtype != "float32":  # within that precision
         for p in model.parameters():
             if p.dim() > 1:
                 p.data = p.data.to(getattr(torch, dtype)).float()
@@ -46,7 +46,8 @@ def test_transformers_reads_the_same_model(name, dtype, tmp_path):
     assert reader.get_field("general.architecture").contents() == ("qwen3" if name == "qwen3" else "llama")
     assert stored["token_embd.weight"].shape == (100, 48)
     if config.attention_bias:
-        # transformers' classes take biases from their configuration, which GGUF has no key for: tensor by tensor here.
+        # transformers decides about biases by its config, for which GGUF has no key, so tensors are compared one by
+        # one.
         names = {n.removesuffix(".bias") for n in stored if n.endswith(".bias")}
         assert names == {
             f"blk.{i}.{n}"
@@ -84,14 +85,14 @@ def test_scaled_rotation_becomes_divisors_of_the_frequencies(tmp_path):
         ({"qk_norm": "head", "attention_bias": True}, "attention_bias is set"),
     ],
 )
-def test_what_llama_cpp_does_not_compute_is_refused(fields, message, tmp_path):
+def test_features_unsupported_by_llama_cpp_are_refused(fields, message, tmp_path):
     config = ModelConfig(**SIZES, **fields)
     with pytest.raises(ValueError, match=message):
         write_gguf(tmp_path / "model.gguf", config, {})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_attempt_leaves_nothing(tmp_path):
+def test_a_failed_conversion_leaves_no_file(tmp_path):
     config = CONFIGS["llama"]
     with pytest.raises(ValueError, match="lacks"):
         write_gguf(tmp_path / "model.gguf", config, {})
@@ -164,7 +165,7 @@ def test_byte_level_tokenizers_keep_their_ids(tmp_path):
     assert keys["token_type"] == [3] + [1] * 349 + [5] * 50 and keys["eos_token_id"] == 0
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in TEXT:
-        if "</s>" not in text:  # which transformers reads as the end of a document
+        if "</s>" not in text:  # transformers uses it as EOS
             assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text).tolist()
 
 

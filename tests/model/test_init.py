@@ -1,4 +1,4 @@
-"""Initialisation: the standard deviations asked for, and the same bits on one device and under FSDP2."""
+"""Initialisation: the requested standard deviations, and the same bits on one device and under FSDP2."""
 
 import math
 
@@ -49,7 +49,7 @@ def check_normal(p, std, name):
     assert 2.5 * std < p.abs().max() < 7 * std, name
 
 
-# Together they have every kind of parameter.
+# Together they cover every kind of parameter.
 PLAIN = {
     "norm_class_name": "LayerNorm",
     "position_embedding": "learned",
@@ -108,7 +108,7 @@ def test_a_tensor_depends_on_seed_and_name_only():
     assert not torch.equal(build(get_config("debug"), 1).state_dict()[key], small.state_dict()[key])
     state = build(get_config("debug")).state_dict()
     assert not torch.equal(state["transformer.h.0.mlp.fc_1.weight"], state["transformer.h.0.mlp.fc_2.weight"])
-    torch.manual_seed(7)  # the global generator plays no part
+    torch.manual_seed(7)  # the global generator has no effect
     assert all(torch.equal(v, state[k]) for k, v in build(get_config("debug")).state_dict().items())
 
 
@@ -122,7 +122,7 @@ def shard(config, mesh, **kwargs):
     """What a run does: build on meta, shard blocks and root, materialise, initialise."""
     with torch.device("meta"):
         model = GPT(config, **kwargs)
-    # cast_forward_inputs would turn cos and sin into bfloat16 at each block's door.
+    # cast_forward_inputs would cast cos and sin to bfloat16 at each block's input.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks():
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -164,5 +164,5 @@ def check_sharded(rank, world, config):
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_equal_under_fsdp2_from_meta(world, tmp_path):
-    """Two processes sharded; four also as a mesh of two replicas of two shards."""
+    """Sharded over two processes; and over four, also as a mesh of two replicas of two shards."""
     run_ranks(worker, world, tmp_path / "store")

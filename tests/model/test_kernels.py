@@ -1,4 +1,4 @@
-"""Every attention implementation against the definition in float64, on packed grouped-query batches."""
+"""Every attention implementation, compared with the definition in float64 on packed grouped-query batches."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ HEADS = [(4, 4, 16), (6, 2, 24), (3, 1, 40), (8, 2, 64)]
 
 
 def draw(B, T, H, G, D, dtype, device="cpu", seed=0):
-    """Views into one fused projection, as the model makes them, and a gradient."""
+    """Views into one fused projection, as in the model, and a gradient."""
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(B, T, H + 2 * G, D, generator=generator, dtype=torch.float64).to(device, dtype)
     grad = torch.randn(B, T, H, D, generator=generator, dtype=torch.float64).to(device, dtype)
@@ -43,8 +43,8 @@ def check(name, dtype, heads, packing, device="cpu", variant=PLAIN):
         torch.testing.assert_close(y, exact_y, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(g, exact_g, rtol=1e-11, atol=1e-11)
         return
-    # The reference's own error in this precision is the yardstick; 2 leaves room for another order of summation, and
-    # the second term for batches where the reference happens to be exact.
+    # The bound is the reference's own error in this precision; the factor 2 allows another order of summation, and the
+    # second term covers batches where the reference happens to be exact.
     own_y, own_g = run(qkv, grad, split, lambda q, k, v: dense_attention(q, k, v, cu, variant))
     for got, own, exact in ((y, own_y, exact_y), (g, own_g, exact_g)):
         bound = 2 * (own - exact).abs().max() + 4 * torch.finfo(dtype).eps * exact.abs().max()
@@ -65,7 +65,7 @@ def test_rows_without_documents(dtype):
 
 
 def test_loop_of_other_devices():
-    """What runs where no variable-length kernel does (float32 on CUDA, MPS): the same code, here on the CPU."""
+    """The code used where no variable-length kernel runs (float32 on CUDA, MPS), here on the CPU."""
     B, T, bounds = PACKINGS["padded"]
     cu = torch.tensor(bounds, dtype=torch.int32)
     qkv, grad, split = draw(B, T, 6, 2, 24, torch.float64)
@@ -76,7 +76,7 @@ def test_loop_of_other_devices():
 
 
 def test_definition_equals_softmax_written_out():
-    """The reference itself, against a loop over tokens."""
+    """The reference itself, compared with a loop over tokens."""
     qkv, _, split = draw(1, 7, 4, 2, 6, torch.float64)
     q, k, v = qkv.split(split, dim=2)
     bounds = [0, 3, 7]
@@ -98,7 +98,7 @@ def test_operator_is_registered_properly():
     torch.library.opcheck(torch.ops.llammlein.attention_loop.default, (q, k, v, cu, 0.2))
 
 
-def test_choice_says_why():
+def test_the_choice_gives_its_reason():
     choice = choose_attention("cpu", torch.float32, 64)
     assert choice.name == "loop" and choice.reason
     assert choose_attention("cpu", torch.float32, 64, "dense") == ("dense", "requested")
@@ -166,7 +166,7 @@ def test_cuda_variants(cuda, name, variant, documents):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["fa2", "loop"])
 def test_cuda_dropout_is_unbiased(cuda, name):
-    """The mean over 4096 equal rows, each with its own draw, against no dropout."""
+    """The mean over 4096 equal rows, each with its own mask, compared with no dropout."""
     variant = AttentionVariant(dropout=0.25)
     skip_unless_it_runs(name, cuda, torch.bfloat16, 64, variant=variant)
     qkv, _, split = draw(1, 16, 4, 2, 64, torch.bfloat16, cuda)
@@ -174,7 +174,7 @@ def test_cuda_dropout_is_unbiased(cuda, name):
     cu = torch.arange(0, 4097 * 16, 16, dtype=torch.int32, device=cuda)
     draws = attention(q, k, v, cu, name, variant).double()
     exact = dense_attention(*qkv.double().split(split, dim=2), None)[0]
-    # 6 standard errors, and what bfloat16 adds to each row
+    # 6 standard errors, plus bfloat16's rounding of each row
     bound = 6 * draws.std(dim=0) / 64 + 2 * torch.finfo(torch.bfloat16).eps * draws.abs().amax(dim=0)
     assert ((draws.mean(dim=0) - exact).abs() <= bound).all()
     assert draws.std(dim=0).min() > 0

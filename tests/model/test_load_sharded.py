@@ -1,4 +1,4 @@
-"""The direct reader of a sharded folder against DCP's own, and folders that are damaged or lie."""
+"""The direct reader of a sharded folder, compared with DCP's, and folders with damaged or false metadata."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def by_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_reads_what_two_ranks_wrote(by_two_ranks: Path) -> None:
+def test_reads_tensors_written_by_two_ranks(by_two_ranks: Path) -> None:
     reader = ShardedTensors(by_two_ranks)
     metadata = pickle.loads((by_two_ranks / ".metadata").read_bytes())
-    assert len(metadata.state_dict_metadata["columns"].chunks) == 2, "the test has nothing to put together"
+    assert len(metadata.state_dict_metadata["columns"].chunks) == 2, "no tensor is split: the test would prove nothing"
     expected = tensors()
     assert set(reader.names()) == set(expected)
     theirs = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
@@ -106,7 +106,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def place(metadata: Metadata, **changes: object) -> None:
-    """Other facts about where `w` lies."""
+    """Change the metadata about the location of `w`."""
     index = MetadataIndex("w", (0, 0))
     metadata.storage_data[index] = dataclasses.replace(metadata.storage_data[index], **changes)
 
@@ -184,7 +184,7 @@ def test_path_of_another_python(folder: Path) -> None:
     """3.13 pickles a Path under another name of its module."""
     content = pickle.loads((folder / ".metadata").read_bytes())
     content.storage_meta = None
-    assert b"pathlib" in (folder / ".metadata").read_bytes(), "the folder's path is no longer kept: drop this test"
+    assert b"pathlib" in (folder / ".metadata").read_bytes(), "the folder's path is no longer stored: drop this test"
     content.planner_data = Path("x")
     (folder / ".metadata").write_bytes(pickle.dumps(content, protocol=2).replace(b"cpathlib\n", b"cpathlib._local\n"))
     assert ShardedTensors(folder).names() == ["w"]
@@ -194,7 +194,7 @@ def test_path_of_another_python(folder: Path) -> None:
 
 
 def test_checksums_are_of_the_elements() -> None:
-    """Known: SHA-256 of nothing, and of the four bytes of 1.0."""
+    """Known values: SHA-256 of no bytes, and of the four bytes of 1.0."""
     nothing = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     assert tensor_checksum(torch.zeros(0, 3)) == nothing
     one = torch.ones(1)
@@ -205,7 +205,7 @@ def test_checksums_are_of_the_elements() -> None:
 
 @pytest.fixture
 def checked(folder: Path) -> Path:
-    """The folder as a checkpoint with its facts."""
+    """The folder as a checkpoint with its metadata."""
     sums = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in folder.iterdir()}
     (folder / "meta.json").write_text(json.dumps({"step": 1, "checksums": sums}))
     return folder

@@ -1,4 +1,4 @@
-"""Folders of safetensors as they are written: what safetensors reads, not a byte too many, one tensor at a time."""
+"""Written safetensors folders: readable by safetensors, without extra bytes, written one tensor at a time."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     assert len(list((tmp_path / "one").glob("*.safetensors"))) == len(tensors)
 
 
-def test_one_tensor_at_a_time_and_one_sync_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_tensor_at_a_time_and_one_sync_per_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = get_config("debug")
     alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
     most = 0
@@ -108,13 +108,13 @@ def test_one_tensor_at_a_time_and_one_sync_a_file(tmp_path: Path, monkeypatch: p
         shard_bytes=1e5,
         extra_files={"README.md": "x"},
     )
-    assert most == 1, "more than one tensor was held"
+    assert most == 1, "more than one tensor was in memory"
     files = {p.name for p in (tmp_path / "out").iterdir()}
     assert len(files) > 5 and files <= set(synced)
     assert all(synced.count(name) == 1 for name in files)
 
 
-def test_what_does_not_fit_its_layout_leaves_nothing(tmp_path: Path) -> None:
+def test_a_tensor_that_contradicts_the_layout_leaves_no_file(tmp_path: Path) -> None:
     a, b = ("a", torch.zeros(3)), ("b", torch.zeros(4))
 
     def write(tensors: list[tuple[str, torch.Tensor]], layout: list[tuple[str, torch.Tensor]]) -> str:

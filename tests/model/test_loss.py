@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against torch's, in float64 over full logits."""
+"""The chunked cross-entropy, compared with torch's over full logits in float64."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_float64_equals_reference(chunk_tokens):
         torch.testing.assert_close(got.detach(), want, rtol=1e-12, atol=1e-12)
 
 
-def test_float32_is_as_near_to_float64_as_torch():
+def test_float32_is_as_close_to_float64_as_torch():
     hidden, weight, targets, vocab = draw(N=300, C=64)
     exact = reference(hidden, weight, targets, vocab)
     own = reference(hidden, weight, targets, vocab, dtype=torch.float32)
@@ -65,7 +65,7 @@ def test_shapes_and_ignored_targets():
 
 def test_padding_rows_get_no_probability_and_no_gradient():
     hidden, weight, targets, vocab = draw()
-    weight[vocab:] = 1e3  # would win every softmax
+    weight[vocab:] = 1e3  # would dominate every softmax
     out, _, gw = ours(hidden, weight, targets, vocab)
     losses, _, _ = reference(hidden, weight, targets, vocab)
     torch.testing.assert_close(out.token_losses.double(), losses, rtol=1e-5, atol=1e-5)
@@ -74,7 +74,7 @@ def test_padding_rows_get_no_probability_and_no_gradient():
 
 def test_no_valid_target_gives_zero_loss_and_zero_gradients():
     hidden, weight, targets, vocab = draw(ignore=2.0)
-    hidden[3] = torch.inf  # what an ignored row holds must not matter
+    hidden[3] = torch.inf  # the content of an ignored row must not matter
     out, gh, gw = ours(hidden, weight, targets, vocab)
     assert out.loss_sum == 0 and (out.token_losses == 0).all() and (gh == 0).all() and (gw == 0).all()
 
@@ -161,7 +161,7 @@ def test_cuda():
 
 
 def z_reference(hidden, weight, targets, vocab, z_loss, scale=1.0):
-    """Cross-entropy plus z_loss * logsumexp^2 over the targets that count, in float64 over full logits."""
+    """Cross-entropy plus z_loss * logsumexp^2 over the valid targets, in float64 over full logits."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     logits = (hidden @ weight.t())[:, :vocab]
     losses = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
@@ -218,7 +218,7 @@ def test_z_loss_of_zero_changes_no_bit():
         assert torch.equal(a, b)
 
 
-def test_z_loss_is_left_out_of_the_token_losses():
+def test_z_loss_is_not_in_the_token_losses():
     hidden, weight, targets, vocab = draw(N=300, C=64)
     plain, with_z = (chunked_cross_entropy(hidden, weight, targets, vocab, z_loss=z) for z in (0.0, 0.1))
     assert torch.equal(plain.token_losses, with_z.token_losses)
@@ -229,11 +229,11 @@ def test_z_loss_is_left_out_of_the_token_losses():
 
 # --- bias and soft-cap ----------------------------------------------------------------------------------------------
 
-HEADS = [(True, None), (False, 1.5), (True, 4.0), (True, 30.0)]  # 1.5 caps hard: logits here reach 20
+HEADS = [(True, None), (False, 1.5), (True, 4.0), (True, 30.0)]  # 1.5 is a strong cap: logits here reach 20
 
 
 def full_loss(hidden, weight, bias, targets, vocab, softcap, z_loss):
-    """(loss to minimise, cross-entropy of each token) over full logits; float64 or as the tensors are."""
+    """(loss to minimise, cross-entropy of each token) over full logits; in float64 or the tensors' dtype."""
     logits = F.linear(hidden, weight, bias)[..., :vocab]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
@@ -298,7 +298,7 @@ def test_bias_and_softcap_under_autocast_are_bounded_by_torchs_error(with_bias, 
 
 
 def test_only_the_bias_learns():
-    """With hidden and head frozen; and the losses of a run without gradients, which caps in place."""
+    """With hidden states and head frozen; and without gradients, where the cap is applied in place."""
     hidden, weight, bias, targets, vocab = draw_head(True)
     want = losses_and_gradients(full_loss, hidden, weight, bias, targets, vocab, 2.0, 0.3, dtype=torch.float64)
     bias.requires_grad_()
@@ -321,7 +321,7 @@ def test_ignored_rows_may_hold_anything_beside_a_bias():
 
 
 @pytest.mark.parametrize(("with_bias", "softcap"), [(False, None), *HEADS])
-def test_head_logits_are_those_of_the_loss(with_bias, softcap):
+def test_head_logits_equal_those_of_the_loss(with_bias, softcap):
     hidden, weight, bias, targets, vocab = draw_head(with_bias)
     args = {"bias": bias, "softcap": softcap}
     logits = head_logits(hidden.view(1, *hidden.shape), weight, vocab, **args)[0]
@@ -333,7 +333,7 @@ def test_head_logits_are_those_of_the_loss(with_bias, softcap):
         low = head_logits(hidden, weight, vocab, **args)
         plain = head_logits(hidden, weight, vocab, bias=bias)
     assert low.dtype == torch.bfloat16
-    if softcap is not None:  # one rounding to bfloat16 away from the cap of those logits, and none beyond it
+    if softcap is not None:  # within one bfloat16 rounding of the capped logits, and never beyond the cap
         want = softcap * torch.tanh(plain.double() / softcap)
         torch.testing.assert_close(low.double(), want, rtol=2**-8, atol=1e-5)
         assert low.abs().max() <= softcap

@@ -1,4 +1,4 @@
-"""The tests that draw models of every family, on three times as many."""
+"""The tests that draw random models of every family, with three times as many examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model's own promises: packing, recomputation, precision, compile, caches."""
+"""Properties of the model: packing, recomputation, precision, compile, caches."""
 
 import itertools
 
@@ -97,7 +97,7 @@ def test_dropout_is_off_in_eval_and_repeats_under_recomputation():
         assert torch.equal(plain(tokens), reference(tokens))
 
 
-def test_autocast_and_bfloat16_parameters_stay_near_float32():
+def test_autocast_and_bfloat16_parameters_stay_close_to_float32():
     tokens, targets, cu = batch()
     exact = build(dtype=torch.float64)
     exact(tokens, targets, cu_seqlens=cu).loss_sum.backward()
@@ -108,7 +108,7 @@ def test_autocast_and_bfloat16_parameters_stay_near_float32():
     low = build(dtype=torch.bfloat16)
     low_out = low(tokens, targets, cu_seqlens=cu)
     low_out.loss_sum.backward()
-    # The yardstick: the same model in bfloat16 with attention by the definition.
+    # The reference: the same model in bfloat16 with attention by definition.
     own = build(dtype=torch.bfloat16, attention="dense")
     own(tokens, targets, cu_seqlens=cu).loss_sum.backward()
     assert out.loss_sum.dtype == low_out.loss_sum.dtype == torch.float32
@@ -121,7 +121,9 @@ def test_autocast_and_bfloat16_parameters_stay_near_float32():
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_blocks_equal_eager():
-    """One graph per block, no break on the document boundaries. This backend traces, and needs no C++ compiler."""
+    """One graph per block, without graph breaks at document boundaries. This backend only traces, without a C++
+    compiler.
+    """
     tokens, targets, cu = batch()
     eager, compiled = build(), build()
     for block in compiled.blocks():
@@ -148,7 +150,7 @@ def test_built_on_meta_and_materialised():
 
 
 def test_inference_mode_first_then_training():
-    """The rotary tables made under inference_mode must serve a later backward."""
+    """RoPE tables created under inference_mode must work in a later backward."""
     tokens, targets, cu = batch()
     model = build()
     with torch.inference_mode():
@@ -173,8 +175,8 @@ def test_positions_restart_at_each_boundary():
     assert positions_in_pieces(cu, 9).tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
 
 
-def test_rotation_is_a_complex_product_with_an_exact_inverse_backward():
-    """Against complex numbers: (a + ib) e^(i angle), on the first heads only."""
+def test_rotation_equals_a_complex_product_and_its_backward_the_inverse():
+    """Compared with complex numbers: (a + ib) e^(i angle), on the first heads only."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 7, 5, 8, generator=generator, dtype=torch.float64)
     angles = torch.rand(2, 7, 1, 4, generator=generator) * 6
@@ -198,8 +200,8 @@ def test_rotation_is_a_complex_product_with_an_exact_inverse_backward():
         torch.testing.assert_close(compiled, y.detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_frequencies_at_the_edges_of_the_scaling():
-    """Short wavelengths untouched, long ones slowed by the factor, a value in between by the formula."""
+def test_frequencies_at_the_boundaries_of_the_scaling():
+    """Short wavelengths are unchanged, long ones divided by the factor, intermediate ones follow the formula."""
     scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_block_size=8192)
     config = get_config("nano-llama", rope_scaling=scaling, head_size=128)
     scaled = rope_frequencies(config)

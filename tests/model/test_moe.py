@@ -1,4 +1,4 @@
-"""The mixture of experts equals transformers' Llama 4 and a sum written out; its statistics and losses are counted."""
+"""The mixture of experts equals transformers' Llama 4 and an explicit sum; its statistics and losses are checked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float64) ->
 
 
 def gradients(y: Tensor, x: Tensor, moe: MoE) -> dict[str, Tensor]:
-    """Of a random weighted sum of y, with respect to the input and every parameter."""
+    """Gradients of a random weighted sum of y, with respect to the input and every parameter."""
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(y.dtype)
     names = ["x", *(name for name, _ in moe.named_parameters())]
     return dict(zip(names, torch.autograd.grad((y * weights).sum(), [x, *moe.parameters()]), strict=True))
@@ -68,7 +68,7 @@ def cases(draw: st.DrawFn) -> tuple[ModelConfig, int, int]:
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(cases())
-def test_equals_the_sum_written_out(case: tuple[ModelConfig, int, int]) -> None:
+def test_equals_an_explicit_sum(case: tuple[ModelConfig, int, int]) -> None:
     config, n_tokens, seed = case
     moe = build(config, seed)
     x = torch.randn(n_tokens, config.n_embd, dtype=torch.float64, requires_grad=True)
@@ -81,7 +81,7 @@ def test_equals_the_sum_written_out(case: tuple[ModelConfig, int, int]) -> None:
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(cases())
 def test_equals_transformers(case: tuple[ModelConfig, int, int]) -> None:
-    """Output, router logits and all gradients; theirs rounds the gates to float32 also in float64."""
+    """Output, router logits and all gradients; transformers rounds the gates to float32 even in float64."""
     config, n_tokens, seed = case
     moe = build(config_of(**fields_of(config) | {"shared_expert": True}), seed)
     theirs = Llama4TextMoe(
@@ -132,7 +132,7 @@ def test_statistics_count_valid_tokens_only(n_expert: int, k: int) -> None:
     valid = torch.rand(2, 7) < 0.6
     assert 0 < valid.sum() < 14
     y, statistics = moe(x, valid)
-    assert torch.equal(y, moe(x)[0]), "tokens that are not counted are computed"
+    assert torch.equal(y, moe(x)[0]), "uncounted tokens must still be computed"
     logits = x[valid] @ moe.router.weight.t()  # (n, E)
     assigned = torch.zeros(n_expert, dtype=torch.float64)
     for row in logits:
@@ -184,7 +184,7 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero() -> None:
     with torch.no_grad():
         moe.router.weight.zero_()
         moe.router.weight[:, 0] = torch.tensor([1.0, 3.0, 2.0, 0.0])
-    x = torch.rand(10, 8, dtype=torch.float64) + 0.1  # the first component is positive: all go to expert 1
+    x = torch.rand(10, 8, dtype=torch.float64) + 0.1  # the first component is positive: all tokens go to expert 1
     y, statistics = moe(x)
     assert statistics.assigned.tolist() == [0, 10, 0, 0]
     y.square().sum().backward()
@@ -210,7 +210,7 @@ def test_grouped_equals_looped(dtype: torch.dtype, sizes: tuple[int, ...]) -> No
 
 
 def test_the_router_is_exact_under_autocast() -> None:
-    """The same statistics and the same experts as in float32; the outputs are those of bf16 arithmetic."""
+    """The same statistics and experts as in float32; the outputs are those of bf16 arithmetic."""
     moe = build(config_of(4, 2, n_embd=32), seed=1, dtype=torch.float32)
     x = torch.randn(64, 32)
     y, statistics = moe(x)
@@ -225,7 +225,7 @@ def test_the_router_is_exact_under_autocast() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_equals_the_cpu_and_does_not_wait() -> None:
+def test_cuda_equals_the_cpu_without_host_sync() -> None:
     moe = build(config_of(6, 2, n_embd=64, moe_intermediate_size=48), seed=2, dtype=torch.bfloat16)
     x = torch.randn(200, 64, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -39,7 +39,7 @@ def step(model: GPT, documents: bool = True, length: int = T) -> LossOutput:
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("low_precision", [False, True])
 @pytest.mark.parametrize("documents", [True, False])
-@pytest.mark.parametrize("biases", [True, False])  # other operators, and other rules for what may be overwritten
+@pytest.mark.parametrize("biases", [True, False])  # other operators, with other rules for in-place use
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_losses_and_gradients_are_equal(
     kind: Recompute, biases: bool, documents: bool, low_precision: bool, dropout: float
@@ -77,7 +77,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_what_is_computed_again() -> None:
+def test_which_operators_are_recomputed() -> None:
     calls = {}
     for kind in KINDS:
         with Calls() as counted:
@@ -98,7 +98,7 @@ def test_evaluation_recomputes_nothing() -> None:
 
 
 def peak_bytes(model: GPT, length: int) -> int:
-    """The most that is allocated at once in a step, beyond what was there before: the allocator's own events."""
+    """Peak allocation of a step above the level before it, from the allocator's own events."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step(model, documents=False, length=length)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -123,12 +123,12 @@ SIZES = {
 
 
 @pytest.mark.parametrize("size", ["small", pytest.param("wide", marks=pytest.mark.slow)])
-def test_the_measured_peak_falls(size: str) -> None:
+def test_the_measured_peak_decreases(size: str) -> None:
     """The table in docs/parallelism.md: `pytest -m "slow or not slow" -s -k measured_peak` with this file."""
     peaks = {}
     for kind in KINDS:
         model = build(kind, **SIZES[size])
-        step(model)  # its gradients stay
+        step(model)  # its gradients remain allocated
         peaks[kind] = peak_bytes(model, model.config.block_size)
     print("\n" + ", ".join(f"{kind} {peak / 1e6:.1f} MB" for kind, peak in peaks.items()))
     none, op, block, full = peaks.values()

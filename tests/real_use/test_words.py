@@ -120,7 +120,7 @@ def test_an_older_dataset_opens_and_gets_word_counts(prepared: Path, tmp_path: P
 def test_counting_that_was_interrupted_is_finished(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Point 3: a call that dies at any of its renames leaves a dataset that opens; the next call completes it."""
+    """A call that dies at any of its renames leaves a dataset that opens; the next call completes it."""
     fingerprint = PackedDataset(prepared / "data/train").fingerprint
     for at in (1, 2, 3):
         folder = copy(prepared / "data", tmp_path / str(at))

@@ -158,6 +158,11 @@ def begins_with_bos(tokenizer: Tokenizer) -> bool:
     return tokenizer.first_added() == tokenizer.bos_id
 
 
+def names_bos(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer has a `bos_token` for transformers, according to its files, added to texts or not."""
+    return tokenizer.bos_id is not None and _content_of(_settings(tokenizer).get("bos_token")) is not None
+
+
 def parses_special_tokens(tokenizer: Tokenizer) -> bool:
     """Whether transformers parses special tokens named in a text to their ids, according to the tokenizer's files."""
     return isinstance(tokenizer, JsonTokenizer) and not _settings(tokenizer).get("split_special_tokens", False)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_data.tokenizers.hf_export import declared_bos, names_bos
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_eval.model.likelihood import Scorer, score_targets
 from lit_eval.model.model_tokenizer import check_own_tokenizer, find_tokenizer, ids_without_token
@@ -93,18 +94,20 @@ class EvalModel:
     def prefix_id(self, prefix: Prefix = "auto") -> int | None:
         """The token before a text that nothing else precedes; None: none, its first token is not scored.
 
-        `auto` is the rule of lm-evaluation-harness: the tokenizer's BOS, or else its EOS. A model trained on documents
-        without BOS has seen neither at the beginning of a text. Raises ValueError for `bos` without one.
+        `auto` is what lm-evaluation-harness takes for the exported model: the BOS that its tokenizer names, or else its
+        EOS. A model trained on documents without BOS has seen neither at the beginning of a text. Raises ValueError for
+        `bos` without one.
         """
         if prefix == "none":
             return None
         tokenizer = self.need_tokenizer()
-        if prefix == "eos":
-            return tokenizer.eos_id
-        bos = self.encoding.bos_id if self.encoding.bos_id is not None else tokenizer.bos_id
-        if bos is None and prefix == "bos":
+        if prefix == "bos" and tokenizer.bos_id is None:
             raise ValueError(f"--prefix bos: the tokenizer of {self.path} has no beginning-of-sequence token")
-        return bos if bos is not None else tokenizer.eos_id
+        if is_hf_folder(self.path):
+            named = names_bos(tokenizer)
+        else:
+            named = declared_bos(tokenizer, self.encoding.bos_id is not None) is not None
+        return tokenizer.bos_id if prefix == "bos" or (prefix == "auto" and named) else tokenizer.eos_id
 
     def encoder(self, prefix: Prefix = "auto") -> TextEncoder:
         """How the model reads contexts and continuations. Raises as `prefix_id` does."""

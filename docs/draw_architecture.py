@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("scripts", "pretrain", "lit_eval", "lit_model", "lit_data", "lit_files")
-MAIN_PATH = ("fabric_train", "build", "data", "resume", "run", "run_folder", "loop")  # in pretrain: used by every run
+# In pretrain: used by every run.
+MAIN_PATH = ("fabric_train", "build", "data", "resume", "run", "run_folder", "overview", "loop")
 BEGIN, END = "```mermaid\n", "```\n"
 
 

@@ -22,6 +22,18 @@ MAX_SYNTHETIC = 10**10
 MAX_SECONDS = 10**9
 MAX_NUMBER = 1 << 52
 
+# Of train: only where state is sharded. Of distillation: only for live teachers, not for a cache.
+SHARDED_ONLY = ("cpu_offload", "prefetch_blocks", "defer_gradient_sync")
+LIVE_TEACHERS_ONLY = ("teacher_precision", "teacher_device", "shard_teachers", "compile_teachers")
+
+
+def check_least(args: Any, section: str, **least: int) -> None:
+    """Raise ValueError naming the flag of a value below its least; None is not checked."""
+    for name, n in least.items():
+        value = getattr(args, name)
+        if value is not None and value < n:
+            raise ValueError(f"--{section}{name} {value} must be at least {n}")
+
 
 def optional_fields(config: type, leave_out: Collection[str]) -> list[tuple[str, Any, Any]]:
     """The fields of a config for `make_dataclass`, all optional; what is a tuple there is a list, as in YAML."""
@@ -232,20 +244,14 @@ class TrainArgs:
         for name, value in given.items():
             if value <= 0:
                 raise ValueError(f"--train.{name} {value} must be positive")
-        for name in ("global_batch_samples", "micro_batch_samples", "block_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--train.{name} {value} must be at least 1")
-        for name, most in (("global_batch_samples", MAX_BATCH), ("micro_batch_samples", MAX_BATCH)):
-            if getattr(self, name) > most:
-                raise ValueError(f"--train.{name} {getattr(self, name)}: at most {most} rows are supported")
+        check_least(self, "train.", global_batch_samples=1, micro_batch_samples=1, block_size=1)
+        check_least(self, "train.", activation_checkpointing_every=1)
+        for name in ("global_batch_samples", "micro_batch_samples"):
+            if getattr(self, name) > MAX_BATCH:
+                raise ValueError(f"--train.{name} {getattr(self, name)}: at most {MAX_BATCH} rows are supported")
         for name in ("clip_norm", "z_loss", "load_balance_loss", "router_z_loss", "prefetch_blocks"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise ValueError(f"--train.{name} {getattr(self, name)} must not be negative; 0 turns it off")
-        if self.activation_checkpointing_every < 1:
-            raise ValueError(
-                f"--train.activation_checkpointing_every {self.activation_checkpointing_every} must be at least 1"
-            )
 
 
 @dataclass(frozen=True)
@@ -355,8 +361,7 @@ class DistillationArgs:
                 raise ValueError(f"--distillation.{name} {value} is not in [0, 1]")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"--distillation.temperature {self.temperature} must be positive")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"--distillation.top_k {self.top_k} must be at least 1")
+        check_least(self, "distillation.", top_k=1)
         if self.top_k is not None and self.divergence != "topk_kl":
             raise ValueError(f"--distillation.top_k {self.top_k} is for --distillation.divergence topk_kl")
         if self.top_k is None and self.divergence == "topk_kl" and self.cache is None:
@@ -367,7 +372,7 @@ class DistillationArgs:
             raise ValueError("--distillation.divergence mse compares logits: give --distillation.ensemble logits")
         if self.cache is not None and self.teachers:
             raise ValueError("give --distillation.teachers or --distillation.cache, not both")
-        for name in ("teacher_precision", "teacher_device", "shard_teachers", "compile_teachers"):
+        for name in LIVE_TEACHERS_ONLY:
             if self.cache is not None and getattr(self, name):
                 raise ValueError(f"--distillation.{name} is for live teachers: remove it, or --distillation.cache")
         if self.cache is not None and self.divergence not in ("forward_kl", "topk_kl"):
@@ -395,9 +400,7 @@ class SaveArgs:
     """If a checkpoint cannot be written (a full disk): `stop` the run, or `skip` this checkpoint with a warning."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every_steps", 1), ("keep_last", 0), ("keep_every", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--save.{name} {getattr(self, name)} must be at least {least}")
+        check_least(self, "save.", every_steps=1, keep_last=0, keep_every=0)
 
 
 @dataclass(frozen=True)
@@ -412,10 +415,7 @@ class EvalArgs:
     """Rows per forward pass on one device. Default: train.micro_batch_samples."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "max_samples", "micro_batch_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--eval.{name} {value} must be at least 1")
+        check_least(self, "eval.", every_steps=1, max_samples=1, micro_batch_samples=1)
 
 
 TRACKERS = ("tensorboard", "wandb")
@@ -440,8 +440,7 @@ class LogArgs:
     """Write RUN/report.html at the end of the run; scripts/report.py writes it at any time."""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"--log.every_steps {self.every_steps} must be at least 1")
+        check_least(self, "log.", every_steps=1)
         if isinstance(self.trackers, str):
             names = [name for name in re.split(r"[\s,]+", self.trackers.strip("[] ")) if name]
         else:
@@ -473,9 +472,7 @@ class GuardArgs:
     """Seconds without progress after which every rank dumps its stacks to its log and the run ends; 0: never."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_skipped_steps", 1), ("spike_rows", 1), ("spike_window", 4)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--guard.{name} {getattr(self, name)} must be at least {least}")
+        check_least(self, "guard.", max_skipped_steps=1, spike_rows=1, spike_window=4)
         for name in ("spike_sigmas", "max_rollbacks", "hang_timeout_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--guard.{name} {getattr(self, name)} must not be negative")
@@ -555,7 +552,7 @@ class RunArgs:
         if isinstance(self.resume_allow, str):
             names = [name.strip() for name in self.resume_allow.split(",") if name.strip()]
             object.__setattr__(self, "resume_allow", names)
-        d = self.distillation
+        d, sharded = self.distillation, self.strategy == "fsdp" and self.sharding_strategy != "NO_SHARD"
         if (self.objective == "distillation") != (bool(d.teachers) or d.cache is not None):
             raise ValueError(
                 f"--objective {self.objective}: --distillation.teachers (or --distillation.cache) and --objective "
@@ -563,19 +560,20 @@ class RunArgs:
             )
         if d.cache is not None and self.data.train is None:
             raise ValueError("--distillation.cache covers one dataset: give --data.train")
-        if d.shard_teachers and (self.strategy != "fsdp" or self.sharding_strategy == "NO_SHARD"):
+        if d.shard_teachers and not sharded:
             raise ValueError("--distillation.shard_teachers true needs --strategy fsdp (not NO_SHARD)")
         if d.shard_teachers and d.teacher_device is not None:
             raise ValueError("--distillation.shard_teachers and teacher_device exclude each other")
         if self.init_layers is not None and (self.init_from is None or not self.init_layers):
             raise ValueError("--init_layers selects layers of --init_from: give both")
-        for flag in ("cpu_offload", "prefetch_blocks", "defer_gradient_sync"):
-            if getattr(self.train, flag) and (self.strategy != "fsdp" or self.sharding_strategy == "NO_SHARD"):
+        for flag in SHARDED_ONLY:
+            if getattr(self.train, flag) and not sharded:
                 raise ValueError(f"--train.{flag} {getattr(self.train, flag)} needs --strategy fsdp (not NO_SHARD)")
-        if isinstance(self.devices, int) and self.devices < 1:
-            raise ValueError(f"--devices {self.devices} must be at least 1")
-        if self.num_nodes < 1:
-            raise ValueError(f"--num_nodes {self.num_nodes} must be at least 1")
+        check_least(self, "", num_nodes=1)
+        if isinstance(self.devices, int):
+            check_least(self, "", devices=1)
+            if self.devices > MAX_DEVICES:
+                raise ValueError(f"--devices {self.devices}: at most {MAX_DEVICES} devices per node are supported")
         if (self.data.train is not None) + bool(self.data.mixture) + bool(self.data.synthetic.tokens) != 1:
             raise ValueError(
                 "give one of --data.train (a packed dataset), --data.mixture (several) and --data.synthetic.tokens "
@@ -596,8 +594,6 @@ class RunArgs:
             raise ValueError("--init_optimizer and --init_layers exclude each other: the state covers all layers")
         if self.init_optimizer and self.init_from is None:
             raise ValueError("--init_optimizer true needs --init_from, the checkpoint to take the state from")
-        if isinstance(self.devices, int) and self.devices > MAX_DEVICES:
-            raise ValueError(f"--devices {self.devices}: at most {MAX_DEVICES} devices per node are supported")
         if self.data.synthetic.tokens > MAX_SYNTHETIC:
             raise ValueError(
                 f"--data.synthetic.tokens {self.data.synthetic.tokens}: at most {MAX_SYNTHETIC} are supported; prepare "

@@ -21,7 +21,6 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.compiling import compile_blocks
 from pretrain.data import (
     Datasets,
-    first_segments,
     open_before_launch,
     open_data,
     open_datasets,
@@ -40,7 +39,7 @@ from pretrain.init_from import load_optimizer, load_weights, optimizer_of
 from pretrain.logs.environment import command_line, record_environment
 from pretrain.optim import AdamW, LossScale
 from pretrain.parallel import Placement, build_fabric, choose_placement
-from pretrain.resume import check_resume, is_finished, new_progress, read_meta, restore, resumed_progress
+from pretrain.resume import check_resume, is_finished, read_meta, restore, start_progress
 from pretrain.run import Run
 from pretrain.run_folder import begin_recording, metrics_columns, open_folder
 from pretrain.synthetic import make_synthetic_data
@@ -109,8 +108,7 @@ def build(
         fabric.print(f"warning: {note}")
 
     meta = read_meta(checkpoint) if checkpoint is not None else None
-    segments = first_segments(args)
-    progress = new_progress(segments, args, device) if meta is None else resumed_progress(meta, args, device)
+    progress = start_progress(meta, args, device)
     data = open_data(args, fabric, datasets, progress.segments)
     teacher_paths, taught_by = on_rank_zero(fabric, lambda: resolve_teachers(args.distillation))
     args = args.resolved(folder, data.max_steps, teacher_paths)

@@ -82,8 +82,8 @@ class _LimitReached(logging.Filter):
             self.seen.add((limit, function))
             reason = " ".join(str(reason).split())[:300]
             print(
-                f"warning: torch.compile stops compiling {function}: its {limit} of {value} is reached. What is not "
-                f"compiled yet runs eagerly, and slower. Last reason for a recompilation: {reason}",
+                f"warning: torch.compile stops compiling {function}: its {limit} of {value} is reached. Blocks not "
+                f"compiled yet run eagerly, and slower. Last reason for a recompilation: {reason}",
                 file=sys.stderr,
                 flush=True,
             )

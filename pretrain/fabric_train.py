@@ -19,18 +19,11 @@ if __name__ == "__main__":
 
     end_on_ctrl_c()
 
-import torch
 import torch.distributed as dist
 
 from lit_files.checkpoint_name import checkpoint_name
 from lit_files.descriptors import raise_open_file_limit
 from lit_files.publish import write_json
-from lit_model.attention import attention_variant
-from lit_model.config import ModelConfig
-from lit_model.cost import count_active_parameters, count_parameters
-from lit_model.hf.families import family_of
-from lit_model.kernels.choose import AttentionChoice, choose_attention
-from pretrain.args import RunArgs
 from pretrain.build import RunFinished, set_up
 from pretrain.checkpoint.commit import SaveError
 from pretrain.cli.command_line import make_printable
@@ -38,11 +31,11 @@ from pretrain.cli.run_parser import parse
 from pretrain.failure.first_failure import lost_connection
 from pretrain.failure.peers import Mistake, status_of
 from pretrain.guards import AgreedError, Interrupted, StopSignals
-from pretrain.launch import has_gpus, is_first_process
+from pretrain.launch import is_first_process, rank_name
 from pretrain.logs.messages import Unfailing, say
 from pretrain.logs.report import write_report
 from pretrain.loop import fit
-from pretrain.parallel import DTYPES
+from pretrain.overview import describe
 from pretrain.preflight.preflight import preflight
 from pretrain.run import Run
 from pretrain.run_folder import STOPPED
@@ -86,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(run: Run) -> int:
     """Train, and print how it ended. Returns the exit status."""
     try:
-        describe(run)
+        run.say(describe(run))
         stopped = fit(run)
         if stopped is not None and run.fabric.global_rank == 0:
             mark_stopped(run, stopped)
@@ -108,10 +101,6 @@ def train(run: Run) -> int:
         run.peers.give_up(error, run.step)
 
 
-def rank_name() -> str:
-    return next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
-
-
 def mark_stopped(run: Run, by: str) -> None:
     """Write RUN/stopped.json, and requeue the job with --stop.requeue."""
     facts = {"signal": by, "step": run.step, "checkpoint": checkpoint_name(run.step), "time": time.time()}
@@ -129,62 +118,6 @@ def mark_stopped(run: Run, by: str) -> None:
         subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         print(f"warning: --stop.requeue: job {job} could not be requeued: {error}", file=sys.stderr)
-
-
-def describe(run: Run) -> None:
-    """Print model, data, devices, and the attention kernels with the reason for each."""
-    args, data, config = run.args, run.data, run.config
-    dtype = torch.float32 if args.precision == "fp32" else DTYPES[args.precision]
-    how = type(run.fabric.strategy).__name__.removesuffix("Strategy")
-    documents, tokens = sum(d.n_documents for d in data.train), sum(d.n_tokens for d in data.train)
-    rows = sum(r.n_windows for r in data.rows)
-    parameters = f"{count_parameters(config):,} parameters"
-    if config.n_expert:
-        parameters += f" ({count_active_parameters(config):,} for a token)"
-    lines = [
-        f"run      {run.folder}" + (f", resumed after step {run.step}" if run.step else ""),
-        f"model    {config.name or 'custom'}: {parameters}, vocabulary {config.vocab_size}",
-        f"data     {documents:,} documents, {tokens:,} tokens, {rows:,} rows of {data.block_size}, {args.data.packing}",
-        f"steps    {data.max_steps:,} of {args.train.global_batch_samples * data.block_size:,} tokens",
-        f"devices  {run.world_size} x {run.device.type} by {how}, {args.precision}, {torch.get_num_threads()} threads",
-        *kernels(run.device, dtype, config, args),
-    ]
-    if run.taught_by:
-        d = args.distillation
-        names = " + ".join(f"{t['name']} x {t['weight']:g}" for t in run.taught_by)
-        alpha = f"{d.alpha:g}" + (f" to {d.alpha_end:g}, {d.alpha_schedule}" if d.alpha_end is not None else "")
-        how = f"{d.divergence} at temperature {d.temperature:g}, {d.reduction}, alpha {alpha}"
-        lines.append(f"teachers {names}{', cached' if d.cache is not None else ''}; {how}")
-    try:
-        family_of(config)
-    except ValueError as error:  # no model of transformers, but it can be trained
-        lines.append(f"warning  it can be trained and opened here, but not exported to Hugging Face: {error}")
-    if run.device.type == "cpu" and args.accelerator == "auto" and has_gpus(os.environ):
-        lines.append("warning  SLURM gave this job GPUs, but torch finds none (the driver, or apptainer's --nv?)")
-    if args.data.mock:
-        lines.append("mock     the first step's data again and again (--data.mock); nothing is recorded")
-    run.say("\n".join(lines))
-
-
-def kernels(device: torch.device, dtype: torch.dtype, config: ModelConfig, args: RunArgs) -> list[str]:
-    """One line for each attention kernel that will run: name, reason, and its layers if there are several."""
-    layers: dict[AttentionChoice, list[int]] = {}
-    for i in range(config.n_layer):
-        chunked = config.layer_attention(i) == "chunked"
-        choice = choose_attention(
-            device,
-            dtype,
-            config.head_size,
-            args.train.attention,
-            documents=args.data.document_mask or chunked,
-            variant=attention_variant(config, i),
-        )
-        layers.setdefault(choice, []).append(i)
-    return [
-        f"kernel   {choice.name}: {choice.reason}"
-        + (f" (layers {', '.join(map(str, some))})" if len(layers) > 1 else "")
-        for choice, some in layers.items()
-    ]
 
 
 def leave(status: int) -> NoReturn:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from pretrain.args import GuardArgs
+from pretrain.checkpoint.host_copy import copy_without_waiting
+from pretrain.launch import is_first_process
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 AFTER_MINUTES = "stop.after_minutes"
@@ -77,20 +79,16 @@ class StopSignals:
                 raise Interrupted(self.received, self.exit_code)
             if number == signal.SIGINT:
                 say("Ctrl-C: saving after this step, then ending; press it again to end at once, without saving")
-        elif number == signal.SIGINT and now - self._received_at > (RELAYED_S if launched_by_torchrun() else 0):
+        elif number == signal.SIGINT and now - self._received_at > RELAYED_S * ("TORCHELASTIC_RUN_ID" in os.environ):
             say("Ctrl-C again: ending without saving")
             os._exit(130)
 
 
 def say(text: str) -> None:
     """Write a line from a signal handler, where print() may interrupt another print(); rank 0 only."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))) == "0":
+    if is_first_process():
         with contextlib.suppress(OSError):
             os.write(2, f"\n{text}\n".encode())
-
-
-def launched_by_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def process_age_s() -> float:
@@ -136,14 +134,7 @@ class StopRequest:
 
     def summed(self, flags: Tensor) -> None:
         """Store the sums over the ranks, on the device, for `agreed` to read."""
-        if flags.is_cuda:
-            host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-            host.copy_(flags, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._flags.append((host, event.synchronize))
-        else:
-            self._flags.append((flags.clone(), lambda: None))
+        self._flags.append(copy_without_waiting(flags))
 
     def agreed(self) -> tuple[str | None, bool]:
         """(`reason`, `rank_failed`), the same on every rank after the same step."""

@@ -20,12 +20,17 @@ from pretrain.fabric import ClusterEnvironment, LightningEnvironment, SLURMEnvir
 SHELLS = ("interactive", "bash", "sh", "zsh", "fish", "tcsh")
 WAITING_S = 60.0  # before a process prints that it is waiting for the others
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
 def is_first_process() -> bool:
     """Whether this process is rank 0 according to the environment, or spawns the others itself."""
     return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)
+
+
+def rank_name() -> str:
+    """The rank of this process according to the environment, for a message."""
+    return next((os.environ[name] for name in RANK_VARIABLES if os.environ.get(name)), "0")
 
 
 def is_rank() -> bool:
@@ -58,7 +63,7 @@ def find_launch(env: Mapping[str, str] | None = None) -> Launch | None:
         world_size, devices = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
         if world_size % devices:
             raise ValueError(
-                f"torchrun started {world_size} processes, {devices} on this node: each node needs the same number"
+                f"torchrun started {world_size} processes, {devices} of them on this node: start as many on every node"
             )
         return Launch("torchrun", world_size, devices, int(env["RANK"]), int(env["LOCAL_RANK"]))
     # SLURM_PROCID is also set in a batch script; only srun sets the step variables.
@@ -114,7 +119,7 @@ def fit_to_launch(
             continue
         if name in typed:
             how = "--ntasks-per-node and --nodes" if launch.by == "srun" else "--nproc-per-node and --nnodes"
-            raise ValueError(f"--{name} {asked}: but {started}; leave the flag out, or start as many ({how})")
+            raise ValueError(f"--{name} {asked} contradicts the launcher: {started}; remove the flag, or change {how}")
         if name in configured:
             lines.append(f"{started}: {name} {here} replaces the config's {asked}")
     args = dataclasses.replace(args, num_nodes=launch.num_nodes, devices=launch.devices)
@@ -125,7 +130,7 @@ def fit_to_launch(
         )
         args = dataclasses.replace(args, train=dataclasses.replace(args.train, micro_batch_samples=fitting))
     if launch.by == "srun" and args.accelerator == "cpu" and "accelerator" not in typed and has_gpus(env):
-        lines.append("SLURM gave this job GPUs: accelerator auto replaces the config's cpu (or type --accelerator cpu)")
+        lines.append("this SLURM job has GPUs: accelerator auto replaces the config's cpu (--accelerator cpu keeps it)")
         args = dataclasses.replace(args, accelerator="auto")
     return args, lines
 
@@ -137,12 +142,12 @@ def _alone(args: RunArgs, typed: Collection[str], env: Mapping[str, str]) -> lis
     n_tasks = int(env.get("SLURM_NTASKS") or sum(tasks_per_node(env.get("SLURM_TASKS_PER_NODE", ""))) or 1)
     if n_tasks == 1 or "devices" in typed:
         return []
-    problem = f"this SLURM job has {n_tasks} tasks, but srun has not started this process"
+    problem = f"this SLURM job has {n_tasks} tasks, but this process was not started by srun"
     if is_shell(env):
-        return [f"{problem}: it runs alone (`srun python pretrain/fabric_train.py ...` starts all)"]
+        return [f"{problem}: it runs alone (`srun python pretrain/fabric_train.py ...` starts all tasks)"]
     raise ValueError(
-        f"{problem}, and would wait for the others: start it with `srun python pretrain/fabric_train.py ...`, or give "
-        "--devices N for N processes of this node without srun"
+        f"{problem}: start it with `srun python pretrain/fabric_train.py ...`, or give --devices N to run N processes "
+        "on this node without srun"
     )
 
 
@@ -172,7 +177,9 @@ def gpu_index(launch: Launch, n_visible: int, env: Mapping[str, str] | None = No
     bound = n_visible == 1 or "SLURM_GPUS_PER_TASK" in env or "SLURM_GPU_BIND" in env
     if n_visible == 0 or not bound or (on_node.isdigit() and 0 < int(on_node) < launch.devices):
         n = int(on_node) if on_node.isdigit() and bound else n_visible
-        raise ValueError(f"{launch.by} started {launch.devices} processes on this node, which has {n} GPUs")
+        raise ValueError(
+            f"{launch.by} started {launch.devices} processes on this node, which has {n} GPUs: start one for each GPU"
+        )
     return 0
 
 
@@ -236,8 +243,7 @@ class WaitingNotice:
     """Prints after a minute of start-up, in each process, that it is waiting for the others."""
 
     def __init__(self, world_size: int) -> None:
-        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or "0"
-        message = f"rank {rank} is still waiting for the other ranks: {world_size} processes have to be started"
+        message = f"rank {rank_name()} is still waiting for the other ranks: {world_size} processes must be started"
         self.timer = threading.Timer(WAITING_S, print, [message], {"flush": True})
         self.timer.daemon = True
 

@@ -31,6 +31,7 @@ from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from lit_model.moe import RouterStatistics
 from pretrain.checkpoint.commit import SaveError
+from pretrain.checkpoint.host_copy import copy_without_waiting
 from pretrain.compiling import CompiledBlocks
 from pretrain.distillation.objective import distillation_values, student_head
 from pretrain.distillation.teachers import Teachers
@@ -185,8 +186,7 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
         seed_step(args.seed, data.step, run.fabric.global_rank)
     numbers = (float(data.n_targets), float(data.n_inputs), *run.stop.flags(failed=run.fault() is not None))
     counts = torch.stack([torch.full((), n, dtype=torch.float64, device=run.device) for n in numbers])
-    if run.world_size > 1:
-        dist.all_reduce(counts)
+    sum_over_ranks(run, counts)
     run.stop.summed(counts[2:])
     n_targets = counts[0]
     factor = (run.world_size / n_targets.clamp(min=1)).float()
@@ -257,6 +257,12 @@ def sync_gradients(run: Run, last: bool) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def sum_over_ranks(run: Run, *tensors: Tensor) -> None:
+    """Replace each tensor by its sum over the ranks."""
+    for tensor in tensors if run.world_size > 1 else ():
+        dist.all_reduce(tensor)
+
+
 def to_device(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens and targets int64 [B, T] and piece boundaries int32 [P + 1] on the device; non-blocking copies."""
     return (
@@ -282,15 +288,7 @@ def add_routers(routers: list[RouterStatistics]) -> RouterStatistics | None:
 def read_later(piece_losses: list[Tensor], skip: Tensor) -> SpanLosses:
     """Start copying to the host; the returned function waits for the copies (in the record's thread)."""
     sizes = [len(p) for p in piece_losses]
-    flat = torch.cat([*piece_losses, skip.double().reshape(1)])
-    if flat.is_cuda:
-        host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-        host.copy_(flat, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        wait: Callable[[], None] = event.synchronize
-    else:
-        host, wait = flat.cpu(), lambda: None
+    host, wait = copy_without_waiting(torch.cat([*piece_losses, skip.double().reshape(1)]))
 
     def read() -> tuple[list[npt.NDArray[np.float64]], bool]:
         wait()
@@ -310,17 +308,13 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, float]:
     """Read the metrics of a log step: the only host sync in `log.every_steps` steps."""
     total = result.loss_sum.clone()
-    if run.world_size > 1:
-        dist.all_reduce(total)
-        for value in result.router or ():
-            dist.all_reduce(value)
+    sum_over_ranks(run, total, *(result.router or ()))
     loss = total / result.n_targets.clamp(min=1)
     values = [loss, result.grad_norm, run.skipped, run.skipped_in_row, run.tokens]
     values += router_values(result.router) if result.router is not None else ()
     if result.divergence_sum is not None:
         divergence = result.divergence_sum.clone()
-        if run.world_size > 1:
-            dist.all_reduce(divergence)
+        sum_over_ranks(run, divergence)
         values += [divergence / result.n_targets.clamp(min=1), result.n_targets]
     train_loss, grad_norm, skipped, in_row, tokens, *more = torch.stack([v.double() for v in values]).tolist()
     check_progress(int(in_row), run.args.guard.max_skipped_steps, run.step, last_checkpoint_name(run, int(in_row)))
@@ -372,8 +366,7 @@ def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dic
         add_losses(run, loader, total, progress, f"validating {name}".rstrip())
         if run.stop.reason is not None:
             break
-    if run.world_size > 1:
-        dist.all_reduce(sums)
+    sum_over_ranks(run, sums)
     throughput.resume(paused)
     if run.stop.reason is not None:
         progress.say(f"step {run.step}: {run.stop.reason}; the resume will repeat the validation")
@@ -404,8 +397,7 @@ def add_losses(run: Run, loader: Loader, total: Tensor, progress: ProgressDispla
 def stop_validation(run: Run) -> bool:
     """Whether the ranks have agreed to stop: a validation may take longer than the time left after a signal."""
     flags = torch.tensor(run.stop.flags(failed=run.fault() is not None), dtype=torch.float64, device=run.device)
-    if run.world_size > 1:
-        dist.all_reduce(flags)
+    sum_over_ranks(run, flags)
     run.stop.summed(flags)
     return run.stop.agreed()[0] is not None
 

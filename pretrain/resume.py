@@ -13,7 +13,7 @@ from lit_model.config import ModelConfig
 from lit_model.load import Checkpoint
 from pretrain.args import DistillationArgs, RunArgs, flat, plain
 from pretrain.checkpoint.load import check_meta, load_state, training_state
-from pretrain.data import Data, in_order, training_loader
+from pretrain.data import Data, first_segments, in_order, training_loader
 from pretrain.guards import SpikeDetector
 from pretrain.optim import AdamW, LossScale
 from pretrain.run import Progress, Run
@@ -52,19 +52,6 @@ MECHANICS = (
 )
 
 
-def new_progress(segments: list[Segment], args: RunArgs, device: torch.device) -> Progress:
-    """Where a new run is: before its first step."""
-    zero = torch.zeros((), device=device)
-    return Progress(
-        step=0,
-        segments=segments,
-        spikes=SpikeDetector(args.guard),
-        tokens=zero.double(),
-        skipped=zero.clone(),
-        skipped_in_row=zero.clone(),
-    )
-
-
 def read_meta(path: Path) -> dict[str, Any]:
     """The meta of a checkpoint of a run. Raises ValueError for one that is damaged or was imported."""
     meta = Checkpoint(path).meta
@@ -74,8 +61,9 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def saved_progress(meta: dict[str, Any], args: RunArgs, device: torch.device) -> Progress:
-    """Where the run of a checkpoint was. Older checkpoints lack some of the keys."""
+def progress_at(meta: dict[str, Any] | None, args: RunArgs, device: torch.device) -> Progress:
+    """Where the run of a checkpoint was, or a new run is (None). Older checkpoints lack some of the keys."""
+    meta = meta or {"step": 0, "segments": [s.to_dict() for s in first_segments(args)], "tokens": 0, "skipped": 0}
     return Progress(
         step=int(meta["step"]),
         segments=[Segment(**segment) for segment in meta["segments"]],
@@ -89,9 +77,9 @@ def saved_progress(meta: dict[str, Any], args: RunArgs, device: torch.device) ->
     )
 
 
-def resumed_progress(meta: dict[str, Any], args: RunArgs, device: torch.device) -> Progress:
-    """Where a resumed run is. Another global batch begins a new segment."""
-    progress = saved_progress(meta, args, device)
+def start_progress(meta: dict[str, Any] | None, args: RunArgs, device: torch.device) -> Progress:
+    """Where a new or resumed run starts. Another global batch than the checkpoint's begins a new segment."""
+    progress = progress_at(meta, args, device)
     last = progress.segments[-1]
     if last.global_batch != args.train.global_batch_samples:
         first = last.first_sample + (progress.step - last.from_step) * last.global_batch
@@ -196,7 +184,7 @@ def go_back(run: Run, path: Path, reason: str) -> None:
     run.stop_writing()
     end_sample, global_batch = first_sample_of_step(run.segments, run.step)
     meta = restore(path, run.optimizer, run.loss_scale)
-    old = saved_progress(meta, run.args, run.device)
+    old = progress_at(meta, run.args, run.device)
     first_sample, _ = first_sample_of_step(run.segments, old.step)
     skip = {"step": old.step, "first_sample": first_sample, "end_sample": end_sample, "reason": reason}
     old.skips = [*(s for s in run.skips if s["step"] <= old.step), skip]

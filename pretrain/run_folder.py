@@ -41,6 +41,23 @@ def named_folder(args: RunArgs) -> Path | None:
     return args.out_dir
 
 
+def choose_folder(args: RunArgs) -> tuple[Path, Path | None, bool]:
+    """The run folder, the checkpoint to resume (None: a new run), and whether the folder holds a run already.
+
+    Raises ValueError or FileNotFoundError where the run can neither start nor resume.
+    """
+    name = args.model.name or "run"
+    folder = named_folder(args) or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    holds_run = (folder / "config.yaml").exists() or bool(list_checkpoints(folder))
+    if args.resume is None and holds_run:
+        raise ValueError(
+            f"--out_dir {folder} holds a run already; resume it with --resume latest, or choose another folder"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out_dir {folder} is a file")
+    return folder, find_checkpoint(args.resume, folder) if args.resume is not None else None, holds_run
+
+
 def open_folder(
     fabric: Fabric, args: RunArgs, settings: dict[str, Any]
 ) -> tuple[Path, Path | None, FileLock | None, Trackers | None]:
@@ -50,16 +67,7 @@ def open_folder(
     trackers: list[Trackers] = []
 
     def work() -> tuple[Path, Path | None]:
-        name = args.model.name or "run"
-        folder = named_folder(args) or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        holds_run = (folder / "config.yaml").exists() or bool(list_checkpoints(folder))
-        if args.resume is None and holds_run:
-            raise ValueError(
-                f"--out_dir {folder} holds a run already; resume it with --resume latest, or choose another folder"
-            )
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--out_dir {folder} is a file")
-        checkpoint = find_checkpoint(args.resume, folder) if args.resume is not None else None
+        folder, checkpoint, holds_run = choose_folder(args)
         if not holds_run:
             check_trackers(args.log, folder)
         new = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -107,58 +115,51 @@ def begin_recording(
     columns: Sequence[str],
     trackers: Trackers | None,
 ) -> tuple[DatapointRecorder | None, Compactor | None, Trackers | None]:
-    """Cut the run folder back to `progress.step`, and open the writers of the record and, on rank 0, the trackers.
+    """Cut the run folder back to `progress.step`, write the files that describe the run, and open the writers of the
+    record and, on rank 0, the trackers.
 
     Args:
         columns: of metrics.csv.
         trackers: those of a new run, which are open already.
     """
-    on_rank_zero(fabric, lambda: prepare_folder(args, settings, fabric.world_size, folder, data, progress, columns))
+    recorded = args.data.datapoints and not args.data.mock
+    micro_batch_samples = args.train.micro_batch_samples
+
+    def prepare_folder() -> None:
+        if (newest_step(folder / METRICS) or 0) > progress.step:
+            abandon(folder, args.log)
+        rewind(folder, progress.step, columns, again=progress.unfinished is not None)
+        remove_if_possible(folder / STOPPED)
+        text = yaml.safe_dump(settings | {"resume": None}, sort_keys=False, allow_unicode=True)
+        try:
+            write_text(folder / "config.yaml", text)
+        except OSError as error:  # every checkpoint holds it too
+            warn(f"{folder / 'config.yaml'} could not be written: {error}")
+        if recorded:
+            facts = describe_order(
+                data.rows,
+                data.mixture,
+                progress.segments,
+                document_mask=args.data.document_mask,
+                end_sample=data.end_sample,
+                plan_dir=args.data.plan_dir,
+                skips=progress.skips,
+            )
+            write_order(folder / "datapoints", facts, (progress.step, fabric.world_size, micro_batch_samples))
+        source = data.train[0].tokenizer_folder
+        if source is not None and not (folder / "tokenizer").exists():
+            try:
+                copy_tokenizer(source, folder / "tokenizer")
+            except (OSError, ValueError) as error:
+                if progress.step == 0:
+                    raise
+                warn(f"the tokenizer could not be copied to {folder}: {error}")
+
+    on_rank_zero(fabric, prepare_folder)
     rank = fabric.global_rank
     if args.log.trackers and trackers is None and rank == 0:
         trackers = Trackers(folder, args.log, settings, progress.step, strict=False)
-    if not args.data.datapoints or args.data.mock:
+    if not recorded:
         return None, None, trackers
-    micro_batch_samples = args.train.micro_batch_samples
     recorder = DatapointRecorder(folder / "datapoints", rank, fabric.world_size, micro_batch_samples, progress.step)
     return recorder, Compactor(folder) if rank == 0 else None, trackers
-
-
-def prepare_folder(
-    args: RunArgs,
-    settings: dict[str, Any],
-    world_size: int,
-    folder: Path,
-    data: Data,
-    progress: Progress,
-    columns: Sequence[str],
-) -> None:
-    """Rank 0: cut the run folder back to `progress.step`, and write the files that describe the run."""
-    if (newest_step(folder / METRICS) or 0) > progress.step:
-        abandon(folder, args.log)
-    rewind(folder, progress.step, columns, again=progress.unfinished is not None)
-    remove_if_possible(folder / STOPPED)
-    text = yaml.safe_dump(settings | {"resume": None}, sort_keys=False, allow_unicode=True)
-    try:
-        write_text(folder / "config.yaml", text)
-    except OSError as error:  # every checkpoint holds it too
-        warn(f"{folder / 'config.yaml'} could not be written: {error}")
-    if args.data.datapoints and not args.data.mock:
-        facts = describe_order(
-            data.rows,
-            data.mixture,
-            progress.segments,
-            document_mask=args.data.document_mask,
-            end_sample=data.end_sample,
-            plan_dir=args.data.plan_dir,
-            skips=progress.skips,
-        )
-        write_order(folder / "datapoints", facts, (progress.step, world_size, args.train.micro_batch_samples))
-    source = data.train[0].tokenizer_folder
-    if source is not None and not (folder / "tokenizer").exists():
-        try:
-            copy_tokenizer(source, folder / "tokenizer")
-        except (OSError, ValueError) as error:
-            if progress.step == 0:
-                raise
-            warn(f"the tokenizer could not be copied to {folder}: {error}")

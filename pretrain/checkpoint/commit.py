@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -101,9 +101,8 @@ class CheckpointWriter:
 
         def write_file() -> None:
             if self.rank == 0:
-                meta["checksums"] = {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
                 with open(temporary, "wb") as f:
-                    torch.save({**nested(tensors), "meta": json.dumps(meta)}, f)
+                    write_full(f, tensors, meta)
                     sync_file(f)
 
         def commit() -> None:
@@ -178,6 +177,12 @@ def check_free_space(folder: Path, n_bytes: int) -> None:
             f"{folder} has {free / 1e9:.3f} GB free, the checkpoint takes {(n_bytes + SPARE_BYTES) / 1e9:.3f} GB; "
             "make room, or keep fewer with --save.keep_last"
         )
+
+
+def write_full(file: BinaryIO, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write the content of a checkpoint file, with checksums of the tensors in its meta."""
+    checksums = {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
+    torch.save({**nested(tensors), "meta": json.dumps(meta | {"checksums": checksums})}, file)
 
 
 def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -58,3 +60,14 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """A tensor's own data on this rank, without its history."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_without_waiting(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """Start to copy a small tensor to the host. Returns the copy, and the function that waits until it is complete."""
+    if not tensor.is_cuda:
+        return tensor.clone(), lambda: None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event.synchronize

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -149,9 +149,7 @@ def same_state(one: Path, other: Path) -> bool:
     return one.samefile(other) or facts[0] == facts[1]
 
 
-def state_tensors(
-    parameters: dict[str, torch.nn.Parameter], optimizer_state: dict[str, dict[str, Tensor]]
-) -> dict[str, Tensor]:
+def state_tensors(parameters: Mapping[str, Tensor], optimizer_state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """Model and optimizer as one flat dictionary, keyed as a checkpoint is."""
     tensors: dict[str, Tensor] = {MODEL_PREFIX + n: p.detach() for n, p in parameters.items()}
     for name, state in optimizer_state.items():

@@ -1,8 +1,8 @@
 """Splits the trainer's command line and resolves mutually exclusive settings.
 
 Flags override configs, regardless of their position, and a later --config overrides an earlier one. A later choice
-drops earlier settings that conflict with it. Two conflicting settings from one source, such as two flags, are kept, and
-rejected by the classes of pretrain/args.py.
+drops earlier settings that conflict with it. Two conflicting settings from one source, for example two flags, are kept,
+and rejected by the classes of pretrain/args.py.
 """
 
 from __future__ import annotations
@@ -11,40 +11,21 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
 from lit_files.reading import read_text
 from lit_model.registry import MODELS
-from pretrain.args import ModelArgs, RunArgs, flat
+from pretrain.args import LIVE_TEACHERS_ONLY, SHARDED_ONLY, ModelArgs, RunArgs, flat
 from pretrain.cli.command_line import spell_switches
+from pretrain.cli.fields import flags_of, without_none
 
-
-def switches_of(fields: type, prefix: str = "--") -> set[str]:
-    """The boolean flags of a dataclass."""
-    found: set[str] = set()
-    for name, kind in get_type_hints(fields).items():
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            found |= switches_of(kind, f"{prefix}{name}.")
-        elif kind in (bool, bool | None):
-            found.add(f"{prefix}{name}")
-    return found
-
-
-SWITCHES = switches_of(RunArgs)
+SWITCHES = {f"--{flag.name}" for flag in flags_of(RunArgs) if without_none(flag.kind) == (bool,)}
 MAX_CONFIG_VALUES = 100_000  # in a config
 
-LIVE_TEACHERS = tuple(
-    f"distillation.{name}"
-    for name in ("teachers", "teacher_precision", "teacher_device", "shard_teachers", "compile_teachers")
-)
-SHARDED_ONLY = (
-    "train.cpu_offload",
-    "train.prefetch_blocks",
-    "train.defer_gradient_sync",
-    "distillation.shard_teachers",
-)
+LIVE_TEACHERS = tuple(f"distillation.{name}" for name in ("teachers", *LIVE_TEACHERS_ONLY))
+SHARDED = (*(f"train.{name}" for name in SHARDED_ONLY), "distillation.shard_teachers")
 SIZES = tuple(
     f"model.{field.name}"
     for field in dataclasses.fields(ModelArgs)
@@ -76,8 +57,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("distillation.divergence", lambda v: v != "topk_kl", ("distillation.top_k",)),
     ("distillation.teacher_device", is_set, ("distillation.shard_teachers",)),
     ("distillation.shard_teachers", is_set, ("distillation.teacher_device",)),
-    ("strategy", lambda v: v != "fsdp", SHARDED_ONLY),
-    ("sharding_strategy", lambda v: v == "NO_SHARD", SHARDED_ONLY),
+    ("strategy", lambda v: v != "fsdp", SHARDED),
+    ("sharding_strategy", lambda v: v == "NO_SHARD", SHARDED),
 )
 
 
@@ -158,12 +139,12 @@ def read_config(path: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(text)
         if expanded(settings) > MAX_CONFIG_VALUES:
-            raise ValueError(f"it holds more than {MAX_CONFIG_VALUES} values")
+            raise ValueError(f"it has more than {MAX_CONFIG_VALUES} values")
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"--config {path} is no YAML file of settings: {reason}") from error
+        raise ValueError(f"--config {path} is not a valid YAML file of settings: {reason}") from error
     if settings is not None and not isinstance(settings, dict):
-        raise ValueError(f"--config {path} holds no settings: it is a {type(settings).__name__}")
+        raise ValueError(f"--config {path} must be a mapping of settings (key: value), not a {type(settings).__name__}")
     return {str(key): value for key, value in (settings or {}).items()}
 
 
@@ -172,7 +153,7 @@ def expanded(value: Any, known: dict[int, int] | None = None) -> int:
     known = {} if known is None else known
     if not isinstance(value, dict | list):
         if isinstance(value, str) and "\0" in value:
-            raise ValueError("a setting holds a zero byte")
+            raise ValueError("a setting contains a null byte")
         return 1
     if id(value) not in known:
         known[id(value)] = MAX_CONFIG_VALUES + 1  # until it is known: a list may contain itself

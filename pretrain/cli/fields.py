@@ -18,12 +18,16 @@ REQUIRED = dataclasses.MISSING
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag: dotted `name` without dashes, type, default (or REQUIRED) and help."""
+    """A flag: dotted `name` without dashes, type, default (or REQUIRED), and the class whose docstrings describe it."""
 
     name: str
     kind: Any
     default: Any
-    help: str
+    documented_by: type
+
+    @property
+    def help(self) -> str:
+        return field_docs(self.documented_by).get(self.name.rpartition(".")[2], "")
 
     @property
     def placeholder(self) -> str:
@@ -47,8 +51,7 @@ def flags_of(fields: type, prefix: str = "") -> Iterator[Flag]:
             yield from flags_of(kind, f"{prefix}{field.name}.")
             continue
         default = field.default_factory() if field.default_factory is not REQUIRED else field.default
-        docs = field_docs(field.metadata.get("documented_by", fields))
-        yield Flag(f"{prefix}{field.name}", kind, default, docs.get(field.name, ""))
+        yield Flag(f"{prefix}{field.name}", kind, default, field.metadata.get("documented_by", fields))
 
 
 def is_section(kind: Any) -> bool:

@@ -112,7 +112,7 @@ def named_faults(configs: list[str]) -> Iterator[None]:
         yield
     except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
         where = f"--config {', '.join(configs)}" if configs else "the command line"
-        raise ValueError(f"{where} holds settings that cannot be read: {error}") from error
+        raise ValueError(f"{where} has settings that cannot be read: {error}") from error
 
 
 def parse(argv: list[str] | None = None) -> RunArgs:

@@ -37,12 +37,10 @@ def convert_checkpoint(source: Path, output: Path, to: Literal["full", "sharded"
         raise ValueError(f"output {output} exists already; give another name or remove it")
     checkpoint = Checkpoint(path)
     if checkpoint.sharded == (to == "sharded"):
-        raise ValueError(f"{path} is {to} already")
+        raise ValueError(f"{path} is already {to}")
     named = checkpoint_step(output)
     if named is not None and named != checkpoint.meta.get("step"):
-        raise ValueError(
-            f"output {output} names step {named}, the checkpoint is of step {checkpoint.meta.get('step')}: {path}"
-        )
+        raise ValueError(f"output {output} names step {named}, but {path} is at step {checkpoint.meta.get('step')}")
     output.parent.mkdir(parents=True, exist_ok=True)
     layouts = {name: checkpoint.layout(name) for name in checkpoint.names()}
     check_free_space(output.parent, sum(t.nbytes for t in layouts.values()))
@@ -51,7 +49,7 @@ def convert_checkpoint(source: Path, output: Path, to: Literal["full", "sharded"
         (_write_folder if to == "sharded" else _write_file)(temporary, checkpoint, meta)
         faults = Checkpoint(temporary).verify()
         if faults:
-            raise ValueError(f"the output is not what was to be written: {faults[0]}")
+            raise ValueError(f"the written output is damaged: {faults[0]}")
     return path
 
 

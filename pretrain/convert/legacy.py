@@ -23,7 +23,6 @@ from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_eval.model.model_tokenizer import KnownTokenizer, of_files
 from lit_files.checkpoint_name import checkpoint_step
 from lit_files.publish import replace_file
-from lit_model.checksum import tensor_checksum
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
 from lit_model.legacy import (
@@ -36,8 +35,8 @@ from lit_model.legacy import (
     match_names,
 )
 from lit_model.tensor_file import DAMAGED, fault, open_tensor_file
-from pretrain.checkpoint.commit import check_free_space
-from pretrain.checkpoint.load import FORMAT_VERSION
+from pretrain.checkpoint.commit import check_free_space, write_full
+from pretrain.checkpoint.load import FORMAT_VERSION, state_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CONFIG_FILES = ("model_config.yaml", "lit_config.json")
@@ -106,7 +105,7 @@ def import_legacy(
         raise ValueError(f"{path}: {error}") from error
     named = checkpoint_step(output)
     if named is not None and named != state.step:
-        raise ValueError(f"output {output} names step {named}, {path} is of step {state.step}")
+        raise ValueError(f"output {output} names step {named}, but {path} is at step {state.step}")
     tensors: dict[str, Any] = {"model": state.tensors(state.weights, "the model")}
     tensors["optimizer"] = {} if optimizer is None else optimizer.tensors
     settings = legacy_settings(content.get("hparams"), optimizer.group if optimizer is not None else {}, state.step)
@@ -132,8 +131,10 @@ def find_file(source: Path) -> Path:
         if (source / "lit_model.pth").is_file():
             return source / "lit_model.pth"
         if (source / ".metadata").is_file():
-            raise ValueError(f"{source} is a sharded checkpoint of Fabric: make a file of it by `fabric consolidate`")
-        raise FileNotFoundError(f"{source} holds no lit_model.pth: give the checkpoint's file")
+            raise ValueError(
+                f"{source} is a sharded Fabric checkpoint: merge it into one file with `fabric consolidate` first"
+            )
+        raise FileNotFoundError(f"{source} has no lit_model.pth: give the path of the checkpoint file")
     if not source.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}: give a .pth file or a folder with lit_model.pth")
     return source
@@ -162,17 +163,17 @@ def read_file(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         classes = re.findall(r"GLOBAL ([\w.]+)", str(error))
         if not classes:
-            raise ValueError(f"{path} is damaged, or no file of torch.save: {fault(error)}") from error
+            raise ValueError(f"{path} is damaged, or was not written by torch.save: {fault(error)}") from error
         raise ValueError(
-            f"{path} holds objects of {classes[0]}, which only code of the file can build: it is not read. Where it "
-            "comes from, load it, leave out what is neither a tensor nor a plain value, and save it again"
+            f"{path} contains objects of {classes[0]}; loading them would run code from the file, so it is refused. "
+            "Load it where it was made, keep only tensors and plain values, and save it again"
         ) from error
     except DAMAGED as error:
-        raise ValueError(f"{path} is damaged, or no file of torch.save: {fault(error)}") from error
+        raise ValueError(f"{path} is damaged, or was not written by torch.save: {fault(error)}") from error
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path} holds a {type(content).__name__}, no state dict")
+        raise ValueError(f"{path} contains a {type(content).__name__}, not a state dict")
     if "meta" in content:
-        raise ValueError(f"{path} is a checkpoint of this project already")
+        raise ValueError(f"{path} is already a checkpoint of this project")
     if "model" not in content:
         content = {"model": content}
     weights = content["model"]
@@ -180,7 +181,7 @@ def read_file(path: Path) -> dict[str, Any]:
         [n for n, t in weights.items() if not isinstance(t, Tensor)] if isinstance(weights, Mapping) else ["model"]
     )
     if foreign or not weights:
-        raise ValueError(f"{path} is no checkpoint of a model: {foreign[0] if foreign else 'model'} is not a tensor")
+        raise ValueError(f"{path} is not a model checkpoint: {foreign[0] if foreign else 'model'} is not a tensor")
     return dict(content)
 
 
@@ -200,19 +201,19 @@ def find_config(path: Path, hparams: Any, model: str | None, rows: int) -> Model
                 # A YAML parser could read both, but parses JSON's 1e-05 as a string.
                 fields = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
                 if not isinstance(fields, dict):
-                    raise ValueError("it holds no fields")
+                    raise ValueError("it has no fields")
                 return config_from_litgpt(fields)
             except (ValueError, TypeError, yaml.YAMLError) as error:
                 raise ValueError(f"{file}: {error}") from error
     name = hparams.get("model_name") if isinstance(hparams, Mapping) else None
     if name is None:
         raise ValueError(
-            f"it does not say which model it is of: give --model NAME, or a {' or '.join(CONFIG_FILES)} as --model FILE"
+            f"it does not name its model: give --model NAME, or a {' or '.join(CONFIG_FILES)} as --model FILE"
         )
     try:
         return config_by_name(str(name), rows)
     except ValueError as error:
-        raise ValueError(f"its hparams name a model that is not known here: {error}. Give --model") from error
+        raise ValueError(f"the model named in its hparams is unknown: {error}. Give --model") from error
 
 
 # --- Content ---------------------------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ class Legacy:
         stored = content["model"]
         self.names = match_names(stored)
         if EMBEDDING not in self.names:
-            raise ValueError(f"it lacks {EMBEDDING}")
+            raise ValueError(f"it has no {EMBEDDING}")
         self.weights: dict[str, Tensor] = {ours: stored[theirs] for ours, theirs in self.names.items()}
         ours_of = {theirs: ours for ours, theirs in self.names.items()}
         self.order = [ours_of[theirs] for theirs in stored]
@@ -270,10 +271,10 @@ class Legacy:
         Raises ValueError naming the mismatch.
         """
         if not isinstance(optimizer, Mapping) or not {"state", "param_groups"} <= set(optimizer):
-            raise ValueError(f"optimizer holds no state and param_groups {_LEAVE_OUT}")
+            raise ValueError(f"the optimizer has no state and param_groups {_LEAVE_OUT}")
         state, groups = optimizer["state"], optimizer["param_groups"]
         if not state:
-            raise ValueError(f"the optimizer has made no step: there is no state of it {_LEAVE_OUT}")
+            raise ValueError(f"the optimizer has made no step, so it has no state {_LEAVE_OUT}")
         entries = self._by_name(state) if all(isinstance(k, str) for k in state) else self._by_number(state, groups)
         lacking = [ours for ours in self.order if ours not in entries]
         if lacking:
@@ -285,12 +286,12 @@ class Legacy:
                 raise ValueError(f"the optimizer keeps {', '.join(entry)} of {ours}; AdamW's are {wanted} {_LEAVE_OUT}")
             counts.add(float(entry["step"]))
         if len(counts) > 1:
-            raise ValueError(f"the optimizer's parameters were updated {sorted(counts)} times: not alike {_LEAVE_OUT}")
+            raise ValueError(f"the optimizer updated some parameters more often, {sorted(counts)} times {_LEAVE_OUT}")
         for key in ("amsgrad", "maximize"):
             if any(group.get(key) for group in groups):
                 raise ValueError(f"the optimizer has {key}, which is not supported {_LEAVE_OUT}")
         if any(group.get("weight_decay") and group.get("decoupled_weight_decay") is False for group in groups):
-            raise ValueError(f"the optimizer is Adam, with weight decay in its moments, not AdamW {_LEAVE_OUT}")
+            raise ValueError(f"the optimizer is Adam with L2 regularization, not AdamW {_LEAVE_OUT}")
         moments = {
             key: self.tensors({o: e[key] for o, e in entries.items()}, f"the optimizer's {key}") for key in MOMENTS
         }
@@ -301,8 +302,8 @@ class Legacy:
     def _by_number(self, state: Mapping[Any, Any], groups: Any) -> dict[str, Any]:
         if len(groups) != 1:
             raise ValueError(
-                f"the optimizer has {len(groups)} groups of numbered parameters: it is unknown which number is "
-                f"which parameter {_LEAVE_OUT}"
+                f"the optimizer has {len(groups)} groups of numbered parameters, so the numbers cannot be "
+                f"matched to parameters {_LEAVE_OUT}"
             )
         if list(groups[0]["params"]) != list(range(len(self.order))):
             raise ValueError(
@@ -360,15 +361,11 @@ def legacy_settings(hparams: Any, group: Mapping[str, Any], step: int) -> dict[s
 
 
 def _write(output: Path, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
-    model = {name: _alone(t) for name, t in tensors["model"].items()}
-    optimizer = {n: {key: _alone(t) for key, t in entry.items()} for n, entry in tensors["optimizer"].items()}
-    named = {f"model.{name}": t for name, t in model.items()}
-    named.update({f"optimizer.{n}/{key}": t for n, entry in optimizer.items() for key, t in entry.items()})
+    named = {name: _alone(t) for name, t in state_tensors(tensors["model"], tensors["optimizer"]).items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(output.parent, sum(t.nbytes for t in named.values()))
-    meta["checksums"] = {name: tensor_checksum(t) for name, t in named.items()}
     with replace_file(output) as temporary, open(temporary, "wb") as f:
-        torch.save({"model": model, "optimizer": optimizer, "meta": json.dumps(meta)}, f)
+        write_full(f, named, meta)
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ import torch.distributed as dist
 
 from lit_files.publish import create_json
 from pretrain.checkpoint.retention import remove
+from pretrain.failure.heartbeats import SILENT_INTERVALS
 from pretrain.failure.rank_log import FOLDER, RankLog
-from pretrain.failure.watchdog import SILENT_INTERVALS, Watchdog
+from pretrain.failure.watchdog import Watchdog
 from pretrain.logs.messages import warn
 
 T = TypeVar("T")
@@ -127,7 +128,7 @@ def cause_elsewhere(watchdog: Watchdog) -> Failure | None:
             return reported
         if (stopped_s := watchdog.stopped_s()) > 0:
             return claim(of_stopped(stopped_s, watchdog), watchdog)
-        if silent := watchdog.silent_ranks():
+        if silent := watchdog.exchange.silent_ranks():
             return claim(of_silent(silent, watchdog), watchdog)
         time.sleep(watchdog.interval_s / 4)
     return None
@@ -136,7 +137,7 @@ def cause_elsewhere(watchdog: Watchdog) -> Failure | None:
 def of_silent(silent: list[tuple[int, float]], watchdog: Watchdog) -> Failure:
     """The failure of a rank that could not report it."""
     rank, seconds = silent[0]
-    heartbeat, log = watchdog.last_heartbeat(rank), watchdog.log
+    heartbeat, log = watchdog.exchange.last(rank), watchdog.log
     also = f", nor from ranks {', '.join(str(r) for r, _ in silent[1:])}" if silent[1:] else ""
     message = f"no heartbeat for {seconds:.1f} s{also}: killed, stopped, or its host is gone"
     host, step = (heartbeat.host, heartbeat.step) if heartbeat is not None else ("unknown", 0)
@@ -153,7 +154,7 @@ def of_stopped(seconds: float, watchdog: Watchdog) -> Failure:
 def claim(failure: Failure, watchdog: Watchdog) -> Failure:
     """Record the failure as the first, unless there is one already. Returns the recorded one."""
     text = json.dumps(vars(failure), indent=1)
-    store = watchdog.store if watchdog.store_silent_s() == 0 else None
+    store = watchdog.exchange.store if watchdog.exchange.store_silent_s() == 0 else None
     kept = in_time(lambda: store.compare_set(KEY, "", text).decode()) if store is not None else None
     log = watchdog.log
     try:

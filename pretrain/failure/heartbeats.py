@@ -8,13 +8,18 @@ import os
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
 
 import torch.distributed as dist
 
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
+SILENT_INTERVALS = 3
+"""A rank whose heartbeat has not changed for longer is silent."""
+
+ALARM = "alarm"  # key of the store
 COLLECTIVES = os.path.dirname(dist.__file__)
 
 
@@ -47,6 +52,96 @@ class Heartbeat:
 
 def parse_heartbeat(text: bytes) -> Heartbeat:
     return Heartbeat(**json.loads(text))
+
+
+class HeartbeatExchange:
+    """Posts this rank's heartbeats to the store, and reads those of the others and the alarm.
+
+    Args:
+        store: calls go over a connection of its own. None: one process, nothing is exchanged.
+        interval_s: between two heartbeats.
+        own: this rank's heartbeat now.
+
+    Attributes:
+        raised: this rank's own alarm.
+        alarm: the one that all ranks follow.
+        now: set, it starts the next exchange at once.
+    """
+
+    def __init__(
+        self, store: dist.Store | None, rank: int, world_size: int, interval_s: float, own: Callable[[], Heartbeat]
+    ) -> None:
+        self.store, self.rank, self.interval_s, self._own = store, rank, interval_s, own
+        self.others = [other for other in range(world_size) if other != rank]
+        self.raised: str | None = None
+        self.alarm: str | None = None
+        self.now = threading.Event()
+        self._store_failed = False
+        self._began = self._round_at = time.monotonic()  # of the last complete exchange
+        self._seen: dict[int, tuple[bytes, float]] = {}  # rank: its newest heartbeat, when that was first seen
+        if store is not None:
+            self._client: dist.Store = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+
+    def run(self) -> str | None:
+        """Exchange until this rank has ended (None), or the store fails (its error). Never returns if it hangs."""
+        while True:
+            heartbeat = self._own()
+            try:
+                self._client.set(f"rank-{self.rank}", json.dumps(vars(heartbeat)))
+                if heartbeat.ended:
+                    return None
+                self._read()
+            except RuntimeError as error:  # torch's DistError is one
+                self._store_failed = not heartbeat.ended
+                return str(error).splitlines()[0]
+            self._round_at = time.monotonic()
+            self.now.wait(self.interval_s)
+            self.now.clear()
+
+    def _read(self) -> None:
+        here = [rank for rank in self.others if rank in self._seen or self._client.check([f"rank-{rank}"])]
+        if here:
+            for rank, text in zip(here, self._client.multi_get([f"rank-{rank}" for rank in here]), strict=True):
+                if rank not in self._seen or self._seen[rank][0] != text:
+                    self._seen[rank] = (text, time.monotonic())
+        if self.raised is not None:
+            self._client.compare_set(ALARM, "", self.raised)
+        if self.alarm is None and self._client.check([ALARM]):
+            self.alarm = self._client.get(ALARM).decode()
+
+    def raise_alarm(self, text: str) -> None:
+        """Raise the alarm on all ranks; where no other rank can be asked, on this one."""
+        self.raised = text
+        self.now.set()
+        if self.store is None or self.store_silent_s() > 0:
+            self.alarm = text
+
+    def last(self, rank: int) -> Heartbeat | None:
+        """The last heartbeat of another rank; None if there was none."""
+        return parse_heartbeat(self._seen[rank][0]) if rank in self._seen else None
+
+    def silent_ranks(self) -> list[tuple[int, float]]:
+        """(rank, seconds since its last heartbeat) of ranks from which none came for more than 3 intervals.
+
+        When the store itself is silent nothing is known of the others, except for its host: rank 0, unless torchrun's
+        agent hosts it.
+        """
+        now, patience_s, silent = time.monotonic(), SILENT_INTERVALS * self.interval_s, []
+        for rank in self.others:
+            text, since = self._seen.get(rank, (None, self._began))
+            if self._round_at - since > patience_s and not (text is not None and parse_heartbeat(text).ended):
+                silent.append((rank, now - since))
+        agent_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+        if self.store_silent_s() > 0 and self.rank != 0 and not agent_hosts_store and 0 not in dict(silent):
+            silent.insert(0, (0, now - self._round_at))
+        return silent
+
+    def store_silent_s(self) -> float:
+        """Seconds for which the store has given no answer; 0.0 while it does."""
+        waited_s = time.monotonic() - self._round_at
+        if self.store is None or (not self._store_failed and waited_s <= SILENT_INTERVALS * self.interval_s):
+            return 0.0
+        return waited_s
 
 
 def blame(heartbeats: Mapping[int, Heartbeat | None], silent: Mapping[int, float]) -> str:

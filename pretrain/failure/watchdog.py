@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
-import json
 import os
 import sys
 import threading
@@ -25,7 +24,15 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from pretrain.failure.heartbeats import COLLECTIVES, Heartbeat, blame, parse_heartbeat, place, stacks
+from pretrain.failure.heartbeats import (
+    COLLECTIVES,
+    SILENT_INTERVALS,
+    Heartbeat,
+    HeartbeatExchange,
+    blame,
+    place,
+    stacks,
+)
 from pretrain.failure.rank_log import RankLog
 
 EXIT_HUNG = 76
@@ -34,13 +41,8 @@ GRACE_INTERVALS = 12
 """A run that hangs has ended, on every rank, `timeout_s` plus so many intervals after its last progress: one until that
 is seen, up to four until the others know, four for the last heartbeats, three for files that are slow to write."""
 
-SILENT_INTERVALS = 3
-"""A rank whose heartbeat has not changed for longer is silent."""
-
 RECENT_INTERVALS = 10
 """A suspension of this process that ended longer ago does not explain an error now."""
-
-ALARM = "alarm"
 
 
 def control_store(attempt: str) -> dist.Store | None:
@@ -77,27 +79,19 @@ class Watchdog:
         timeout_s: float,
         interval_s: float | None = None,
     ) -> None:
-        self.store, self.rank, self.world_size, self.log, self.timeout_s = store, rank, world_size, log, timeout_s
+        self.rank, self.log, self.timeout_s = rank, log, timeout_s
         self.interval_s = interval_s if interval_s is not None else default_interval_s(timeout_s, world_size)
+        self.exchange = HeartbeatExchange(store, rank, world_size, self.interval_s, self._heartbeat)
         self.grace_s = GRACE_INTERVALS * self.interval_s
         self._training_thread = threading.get_ident()
-        now = time.monotonic()
-        self._beat = (0, "set-up", now)
-        self._raised: str | None = None  # this rank's own alarm
-        self._alarm: str | None = None  # the one that all ranks follow
-        self._store_error: str | None = None
-        self._round_at = now  # when the last exchange was complete
-        self._seen: dict[int, tuple[bytes, float]] = {}  # rank: its newest heartbeat, when that was first seen
-        self._began = now
+        self._beat = (0, "set-up", time.monotonic())
         self._number = 0
         self._final: Heartbeat | None = None  # of the moment of the alarm
         self._watch_at: float | None = None  # when the watching thread ran last
         self._stopped = (0.0, 0.0)  # the last time in which it did not run: seconds, and when that ended
         self._closing = threading.Event()
-        self._exchange_now = threading.Event()
         self._threads: list[threading.Thread] = []
         if store is not None:
-            self._client: dist.Store = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
             self._start(self._exchange, "llammlein-heartbeats")
         if timeout_s:
             self._arm()
@@ -110,28 +104,6 @@ class Watchdog:
     def beat(self, step: int, phase: str) -> None:
         """Report progress: at each step, validation batch and save. Takes about 0.1 microseconds."""
         self._beat = (step, phase, time.monotonic())
-
-    def silent_ranks(self) -> list[tuple[int, float]]:
-        """(rank, seconds since its last heartbeat) of ranks from which none came for more than 3 intervals.
-
-        When the store itself is silent nothing is known of the others, except for its host: rank 0, unless torchrun's
-        agent hosts it.
-        """
-        now, patience_s, silent = time.monotonic(), SILENT_INTERVALS * self.interval_s, []
-        for rank in self._others():
-            text, since = self._seen.get(rank, (None, self._began))
-            if self._round_at - since > patience_s and not (text is not None and parse_heartbeat(text).ended):
-                silent.append((rank, now - since))
-        if self.store_silent_s() > 0 and self.rank != 0 and not agent_keeps_store() and 0 not in dict(silent):
-            silent.insert(0, (0, now - self._round_at))
-        return silent
-
-    def store_silent_s(self) -> float:
-        """Seconds for which the store has given no answer; 0.0 while it does."""
-        waited_s = time.monotonic() - self._round_at
-        if self.store is None or (self._store_error is None and waited_s <= SILENT_INTERVALS * self.interval_s):
-            return 0.0
-        return waited_s
 
     @property
     def step(self) -> int:
@@ -150,28 +122,21 @@ class Watchdog:
     def _is_stop(self, seconds: float) -> bool:
         return seconds - self.interval_s > SILENT_INTERVALS * self.interval_s
 
-    def last_heartbeat(self, rank: int) -> Heartbeat | None:
-        """The last heartbeat of a rank; None if there was none."""
-        return parse_heartbeat(self._seen[rank][0]) if rank in self._seen else None
-
     def stand_by(self) -> None:
         """After an alarm this does not return, since the process is about to end: errors of collectives that fail
         because the first ranks have ended are not reported."""
-        while self.timeout_s and (self._alarm is not None or self._raised is not None):
+        while self.timeout_s and (self.exchange.alarm is not None or self.exchange.raised is not None):
             time.sleep(self.interval_s)
 
     def close(self) -> None:
         """End the threads and the timer, and announce to the other ranks that this one is done. Call it before the last
         barrier: torch prints warnings if the store's host has ended."""
         self._closing.set()
-        self._exchange_now.set()
+        self.exchange.now.set()
         for thread in self._threads:
             thread.join(timeout=SILENT_INTERVALS * self.interval_s)  # one that waits for a dead store is left behind
         if self.timeout_s:
             faulthandler.cancel_dump_traceback_later()
-
-    def _others(self) -> list[int]:
-        return [rank for rank in range(self.world_size) if rank != self.rank]
 
     def _heartbeat(self) -> Heartbeat:
         """This rank now; after an alarm as it was then, since its collectives fail when the first ranks end."""
@@ -187,7 +152,7 @@ class Watchdog:
             frame=place(frame),
             collective=frame is not None and frame.f_code.co_filename.startswith(COLLECTIVES),
             host=self.log.host,
-            alarmed=self._alarm is not None,
+            alarmed=self.exchange.alarm is not None,
             ended=self._closing.is_set(),
             number=self._number,
         )
@@ -197,32 +162,9 @@ class Watchdog:
 
     def _exchange(self) -> None:
         """The thread that talks to the store."""
-        while True:
-            heartbeat = self._heartbeat()
-            try:
-                self._client.set(f"rank-{self.rank}", json.dumps(vars(heartbeat)))
-                if heartbeat.ended:
-                    return
-                self._read_heartbeats()
-            except RuntimeError as error:  # torch's DistError is one
-                if not self._closing.is_set():
-                    self._store_error = str(error).splitlines()[0]
-                    self.log.event(f"the store is gone ({self._store_error}): its process has ended, or the network")
-                return
-            self._round_at = time.monotonic()
-            self._exchange_now.wait(self.interval_s)
-            self._exchange_now.clear()
-
-    def _read_heartbeats(self) -> None:
-        here = [rank for rank in self._others() if rank in self._seen or self._client.check([f"rank-{rank}"])]
-        if here:
-            for rank, text in zip(here, self._client.multi_get([f"rank-{rank}" for rank in here]), strict=True):
-                if rank not in self._seen or self._seen[rank][0] != text:
-                    self._seen[rank] = (text, time.monotonic())
-        if self._raised is not None:
-            self._client.compare_set(ALARM, "", self._raised)
-        if self._alarm is None and self._client.check([ALARM]):
-            self._alarm = self._client.get(ALARM).decode()
+        error = self.exchange.run()
+        if error is not None and not self._closing.is_set():
+            self.log.event(f"the store is gone ({error}): its process has ended, or the network")
 
     def _arm(self) -> None:
         """Let faulthandler end the process unless this is called again in time."""
@@ -237,30 +179,28 @@ class Watchdog:
             if self._is_stop(now - self._watch_at):
                 self._stopped = (now - self._watch_at, now)
             self._watch_at = now
-            if self._alarm is None and (idle_s := time.monotonic() - self._beat[2]) > self.timeout_s:
-                self._raised = f"rank {self.rank} made no progress for {idle_s:.0f} s"
-                self._exchange_now.set()
-                if self.store is None or self.store_silent_s() > 0:
-                    self._alarm = self._raised  # no other rank can be asked
-            if self._alarm is not None:
-                self._end(self._alarm)
+            exchange, idle_s = self.exchange, time.monotonic() - self._beat[2]
+            if exchange.alarm is None and idle_s > self.timeout_s:
+                exchange.raise_alarm(f"rank {self.rank} made no progress for {idle_s:.0f} s")
+            if exchange.alarm is not None:
+                self._end(exchange.alarm)
 
     def _end(self, alarm: str) -> NoReturn:
         """Write the stacks, wait for the last heartbeats, name the stuck rank, end the process."""
         until = time.monotonic() + SILENT_INTERVALS * self.interval_s
         if self.rank == 0:
             until += self.interval_s  # the store may end with this process
-        self._exchange_now.set()
+        self.exchange.now.set()
         try:
             dump = stacks()
         except OSError as error:
             dump = f"the stacks could not be taken: {error}"
         in_background(lambda: self.log.event(f"alarm: {alarm}; this rank is {self._heartbeat()}\n{dump}"))
         time.sleep(max(0.0, until - time.monotonic()))
-        heartbeats = {rank: self.last_heartbeat(rank) for rank in self._others()} | {self.rank: self._heartbeat()}
-        silent = {r: s for r, s in self.silent_ranks() if (last := heartbeats[r]) is None or not last.alarmed}
+        heartbeats = {r: self.exchange.last(r) for r in self.exchange.others} | {self.rank: self._heartbeat()}
+        silent = {r: s for r, s in self.exchange.silent_ranks() if (last := heartbeats[r]) is None or not last.alarmed}
         text = f"error: the run hangs: {alarm} (--guard.hang_timeout_s {self.timeout_s:g}); {blame(heartbeats, silent)}"
-        if (silent_s := self.store_silent_s()) > 0:
+        if (silent_s := self.exchange.store_silent_s()) > 0:
             text += f"; the store has given no answer for {silent_s:.0f} s, so this is what was known before"
         if (stopped_s := self.stopped_s()) > 0:
             text += f"; this process itself did not run for {stopped_s:.0f} s"
@@ -277,8 +217,3 @@ def in_background(write: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=write, daemon=True)
     thread.start()
     return thread
-
-
-def agent_keeps_store() -> bool:
-    """Whether torchrun's agent, not rank 0, is the host of the store."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)

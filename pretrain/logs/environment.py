@@ -6,7 +6,6 @@ environment variables listed here are read, and the command line is redacted.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from lit_files.cores import usable_cores
 from lit_files.publish import sync_file
 from pretrain.logs.messages import warn
+from pretrain.logs.metrics import append
 
 FILE = "environment.jsonl"  # in the run folder
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,13 +87,7 @@ def append_line(path: Path, line: str) -> None:
     with open(path, "a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
-        data = (b"\n" if torn else b"") + line.encode() + b"\n"
-        try:
-            if file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            file.truncate(size)
-            raise
+        append(file, (b"\n" if torn else b"") + line.encode() + b"\n")
     sync_file(path)
 
 

@@ -60,26 +60,32 @@ def check_trackers(args: LogArgs, run: Path) -> None:
 
     Needs no network, and leaves no files behind.
     """
-    if "tensorboard" in args.trackers:
-        import_tensorboard()
-    if "wandb" in args.trackers:
+    for name in args.trackers:
+        check_tracker(name, args, run)
+
+
+def check_tracker(name: str, args: LogArgs, run: Path) -> None:
+    """As `check_trackers`, for one of them."""
+    if name == "wandb":
         check_wandb(args, args.run_name or run.resolve().name)
+    else:
+        import_library(name)
 
 
-def import_tensorboard() -> Any:
+def import_library(tracker: str) -> Any:
+    """wandb, or torch's SummaryWriter. Raises ValueError if it is not installed."""
     try:
+        if tracker == "wandb":
+            import wandb
+
+            return wandb
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("--log.trackers tensorboard: install it with `pip install llammlein[tensorboard]`") from error
-    return SummaryWriter
 
-
-def import_wandb() -> Any:
-    try:
-        import wandb
+        return SummaryWriter
     except ImportError as error:
-        raise ValueError("--log.trackers wandb: install it with `pip install llammlein[wandb]`") from error
-    return wandb
+        raise ValueError(
+            f"--log.trackers {tracker} is not installed: run `pip install llammlein[{tracker}]`"
+        ) from error
 
 
 def check_wandb(args: LogArgs, name: str) -> None:
@@ -87,16 +93,16 @@ def check_wandb(args: LogArgs, name: str) -> None:
         bad = sorted(set(value) & set(FORBIDDEN)) if flag == "--log.project" else []
         if bad or not value.strip() or len(value) > LONGEST_NAME:
             raise ValueError(
-                f"{flag} {value!r}: Weights & Biases takes 1 to {LONGEST_NAME} characters"
+                f"{flag} {value!r}: Weights & Biases allows 1 to {LONGEST_NAME} characters"
                 + (f", none of {' '.join(FORBIDDEN)}" if flag == "--log.project" else "")
             )
-    wandb = import_wandb()
+    wandb = import_library("wandb")
     mode = os.environ.get("WANDB_MODE", "online")
     if mode not in ("online", "offline", "disabled", "shared", "dryrun", "run"):
-        raise ValueError(f"WANDB_MODE {mode!r} is not online, offline or disabled")
+        raise ValueError(f"WANDB_MODE {mode!r} must be online, offline or disabled")
     if mode in ("online", "shared", "run") and not has_key(wandb):
         raise ValueError(
-            "--log.trackers wandb: no key of Weights & Biases is configured; run `wandb login`, set WANDB_API_KEY, or "
+            "--log.trackers wandb: no Weights & Biases API key is configured; run `wandb login`, set WANDB_API_KEY, or "
             "set WANDB_MODE=offline"
         )
 
@@ -153,7 +159,7 @@ class Trackers:
         self._failed: set[str] = set()
         for name in args.trackers:
             try:
-                check_trackers(LogArgs(trackers=[name], project=args.project, run_name=args.run_name), run)
+                check_tracker(name, args, run)
                 begin: type[TensorBoard | WandB] = TensorBoard if name == "tensorboard" else WandB
                 self._open.append(begin(run, args, config, step))
             except Exception as error:  # a library may raise anything
@@ -185,7 +191,7 @@ class Trackers:
     def _warn(self, tracker: Tracker, error: Exception) -> None:
         """Warn once per tracker."""
         if tracker.name not in self._failed:
-            warn(f"{tracker.name} lost a row ({cause(error)}); training continues, and so do the rows if it recovers")
+            warn(f"{tracker.name} failed to log a row ({cause(error)}); training continues, and later rows are sent")
         self._failed.add(tracker.name)
 
 
@@ -199,7 +205,7 @@ def abandon(run: Path, args: LogArgs) -> None:
             known.wandb = None
             known.save()
     except OSError as error:
-        warn(f"{run / ID_FILE} cannot be written ({error.strerror}): wandb may keep abandoned steps")
+        warn(f"{run / ID_FILE} cannot be written ({error.strerror}): wandb may still show the abandoned steps")
 
 
 class TensorBoard:
@@ -210,14 +216,14 @@ class TensorBoard:
     def __init__(self, run: Path, args: LogArgs, config: dict[str, Any], step: int) -> None:
         self._folder = run / "tensorboard"
         first = not any(self._folder.glob("events.*"))
-        self._writer = import_tensorboard()(str(self._folder), purge_step=None if first else step + (step > 0))
+        self._writer = import_library("tensorboard")(str(self._folder), purge_step=None if first else step + (step > 0))
         if first:
             for row in rows_until(run, step):
                 self.log(*row)
 
     def log(self, values: dict[str, float], step: int) -> None:
         if self._writer is None:
-            self._writer = import_tensorboard()(str(self._folder))
+            self._writer = import_library("tensorboard")(str(self._folder))
         try:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
@@ -244,7 +250,7 @@ class WandB:
             known.wandb = known.id if number == 1 else f"{known.id}-{number}"
             known.wandb_runs = number
             name = name if number == 1 else f"{name} ({number})"
-        self._run = import_wandb().init(
+        self._run = import_library("wandb").init(
             project=args.project,
             name=name,
             id=known.wandb,

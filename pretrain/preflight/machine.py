@@ -22,7 +22,7 @@ from lit_files.cores import usable_cores
 from lit_files.publish import sync_file, write_text
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
-from pretrain.logs.environment import code_hash
+from pretrain.logs.environment import code_hash, driver_version
 from pretrain.preflight.context import Finding, PreflightContext, faults, odd_ones, results, show_bytes
 from pretrain.preflight.nccl_transport import has_verbs, infiniband_devices, read_log, slow_for, transports
 from pretrain.preflight.outcomes import Ranks
@@ -83,22 +83,13 @@ def device_facts(s: PreflightContext) -> dict[str, str]:
         capability = f"{properties.major}.{properties.minor}"
         facts["device"] = f"{properties.name} ({show_bytes(properties.total_memory)}, capability {capability})"
         facts["uuid"] = str(getattr(properties, "uuid", ""))
-        facts["driver"], facts["CUDA"] = driver_version(), torch.version.cuda or ""
+        facts["driver"], facts["CUDA"] = driver_version() or "", torch.version.cuda or ""
         if s.args.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             facts["unfit"] = f"--precision bf16: {properties.name} does not support it"
     else:
         kind = "cpu" if fabric is None else fabric.device.type
         facts["device"] = f"{kind} ({platform.machine()}, {usable_cores()} cores)"
     return facts
-
-
-def driver_version() -> str:
-    """Of NVIDIA's kernel module, as its file says; empty where there is none."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text().split("Kernel Module", 1)[1]
-    except (OSError, IndexError):
-        return ""
-    return next((word for word in text.split() if word[0].isdigit()), "")
 
 
 # --- environment ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pretrain.args import RunArgs
-from pretrain.launch import is_first_process
+from pretrain.launch import is_first_process, rank_name
 from pretrain.parallel import build_fabric, choose_placement, device_kind
 from pretrain.preflight.context import Finding, PreflightContext, Verdict, faults
 from pretrain.preflight.machine import check_devices, check_disk, check_environment, check_network
@@ -96,8 +96,8 @@ def start(args: RunArgs) -> PreflightContext:
 def leave_to_rank_zero(s: PreflightContext) -> int:
     """On another rank that cannot join: print why, and give rank 0 the time to check what it can."""
     fault = s.shape_fault or s.launch_fault
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK")))
-    print(f"preflight: rank {rank} (host {socket.gethostname()}) cannot begin: {fault}", file=sys.stderr, flush=True)
+    who = f"rank {rank_name()} (host {socket.gethostname()})"
+    print(f"preflight: {who} cannot begin: {fault}", file=sys.stderr, flush=True)
     time.sleep(FAREWELL_S)
     return 1
 

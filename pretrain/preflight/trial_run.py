@@ -13,14 +13,13 @@ import torch
 import torch.distributed as dist
 
 from lit_data.packed.reader import PackedDataset
-from lit_files.checkpoint_name import list_checkpoints
 from lit_files.checksum import file_sha256
 from lit_model.config import ModelConfig
 from lit_model.load import Checkpoint
 from lit_model.registry import get_config
 from pretrain.args import RunArgs, plain
 from pretrain.build import set_up
-from pretrain.checkpoint.load import check_meta, find_checkpoint
+from pretrain.checkpoint.load import check_meta
 from pretrain.data import Datasets, first_segments, length_of, open_data, open_datasets, training_loader
 from pretrain.distillation.teacher_cache import resolve_teachers
 from pretrain.init_from import config_of, model_config
@@ -31,6 +30,7 @@ from pretrain.preflight.context import Finding, PreflightContext, faults, result
 from pretrain.preflight.memory import memory_advice, training_setting
 from pretrain.preflight.outcomes import Ranks
 from pretrain.resume import check_resume
+from pretrain.run_folder import choose_folder
 
 CHECKSUM_BYTES = 256 << 20  # of shards that one rank reads again
 MANY_EPOCHS = 4.0  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
@@ -49,16 +49,10 @@ def check_run_folder(s: PreflightContext) -> Finding:
     """Check whether the run would start, resume or be refused."""
 
     def look() -> tuple[Path | None, str]:
-        folder, resume = s.folder, s.args.resume
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--out_dir {folder} is a file")
-        if resume is None:
-            if s.args.out_dir is not None and ((folder / "config.yaml").exists() or list_checkpoints(folder)):
-                raise ValueError(f"--out_dir {folder} holds a run already, which a start without --resume refuses")
-            return None, f"{s.args.out_dir or 'runs/NAME-DATE-TIME'}: a new run"
-        checkpoint = find_checkpoint(resume, folder)
+        folder, checkpoint, _ = choose_folder(s.args)
         if checkpoint is None:
-            return None, f"{folder}: a new run (--resume {resume} finds no checkpoint)"
+            found = "" if s.args.resume is None else f" (--resume {s.args.resume} finds no checkpoint)"
+            return None, f"{folder if s.args.out_dir is not None else 'runs/NAME-DATE-TIME'}: a new run{found}"
         opened = Checkpoint(checkpoint)
         kind = "sharded" if opened.sharded else "full"
         return (

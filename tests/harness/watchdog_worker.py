@@ -153,7 +153,7 @@ def healthy(rank: Rank) -> None:
         dist.all_reduce(torch.ones(1))
     if rank.rank == 1:
         time.sleep(6 * INTERVAL_S)
-        assert rank.watchdog.silent_ranks() == [], rank.watchdog.silent_ranks()
+        assert rank.watchdog.exchange.silent_ranks() == [], rank.watchdog.exchange.silent_ranks()
     rank.watchdog.close()
     rank.base.add("done", 1)
     while rank.rank == 0 and rank.base.add("done", 0) < WORLD:  # the store is in this process

@@ -180,7 +180,7 @@ def test_flags_that_contradict_srun(
     for more in ([], ["--preflight"]):
         assert fabric_train.main([*flags(data, tmp_path / "run", devices=None), typed, *more]) == 2
         error = capsys.readouterr().err
-        assert f"error: {named}: but srun started 2 processes on each of 1 nodes" in error
+        assert f"error: {named} contradicts the launcher: srun started 2 processes on each of 1 nodes" in error
     fabric_train.parse([*flags(data, tmp_path / "run", devices=None), "--devices=2", "--num_nodes=1"])
 
 
@@ -203,7 +203,7 @@ def test_a_job_without_srun(
     inside(SCRIPT)
     assert fabric_train.main([*flags(data, tmp_path / "run", devices=None), *preflight]) == 2
     error = capsys.readouterr().err
-    assert "this SLURM job has 4 tasks, but srun has not started this process" in error and "srun python" in error
+    assert "this SLURM job has 4 tasks, but this process was not started by srun" in error and "srun python" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -215,7 +215,7 @@ def test_a_job_without_srun_on_purpose(data: Path, tmp_path: Path, inside: Any, 
     assert (fabric.world_size, fabric.global_rank) == (1, 0)
     inside({"SLURM_JOB_NAME": "interactive"})
     fabric_train.parse(flags(data, tmp_path / "run", devices=None))
-    assert "has 4 tasks, but srun has not started this process: it runs alone" in capsys.readouterr().err
+    assert "has 4 tasks, but this process was not started by srun: it runs alone" in capsys.readouterr().err
 
 
 def test_nodes_without_a_launcher(data: Path, tmp_path: Path, inside: Any, capsys: Any) -> None:

@@ -205,7 +205,7 @@ def test_tracker_that_fails_while_training(
     wandb.log_fault = BrokenPipeError("gone")  # type: ignore[assignment]
     assert main(flags(data, tmp_path / "run", log__trackers="wandb", train__max_steps=4)) == 0
     (line,) = error_lines(capsys)
-    assert line.startswith("warning: wandb lost a row (BrokenPipeError: gone)")
+    assert line.startswith("warning: wandb failed to log a row (BrokenPipeError: gone)")
 
 
 @pytest.mark.parametrize(

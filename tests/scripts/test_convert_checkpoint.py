@@ -77,8 +77,8 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
     (hf / "config.json").write_text(json.dumps(config_to_hf(Checkpoint(full).model_config)))
     cases = [
         ((run / FIRST, full, "--to", "full"), "exists already"),
-        ((run / FIRST, tmp_path / "x", "--to", "sharded"), "is sharded already"),
-        ((full, tmp_path / "x", "--to", "full"), "is full already"),
+        ((run / FIRST, tmp_path / "x", "--to", "sharded"), "is already sharded"),
+        ((full, tmp_path / "x", "--to", "full"), "is already full"),
         ((run / FIRST, tmp_path / LAST, "--to", "full"), "names step 8"),
         ((tmp_path / "no", tmp_path / "x", "--to", "full"), "no model at"),
         ((hf, tmp_path / "x", "--to", "full"), "convert_from_hf.py"),

@@ -133,12 +133,12 @@ def test_silent_ranks(tmp_path: Path, kind: str) -> None:
     time.sleep(0.3)
     dogs[1].close()
     until = time.monotonic() + 10
-    while [rank for rank, _ in dogs[0].silent_ranks()] != [2] and time.monotonic() < until:
+    while [rank for rank, _ in dogs[0].exchange.silent_ranks()] != [2] and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(0.5)  # by now rank 1 has been silent for more than three intervals
-    ((rank, seconds),) = dogs[0].silent_ranks()
+    ((rank, seconds),) = dogs[0].exchange.silent_ranks()
     assert rank == 2 and seconds > 0.3
-    last = dogs[0].last_heartbeat(1)
+    last = dogs[0].exchange.last(1)
     assert last is not None and (last.step, last.phase, last.ended) == (4, "save", True)
     dogs[0].close()
     for log in reversed(logs):

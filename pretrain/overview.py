@@ -1,0 +1,70 @@
+"""The lines that a run prints before its first step."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from lit_model.attention import attention_variant
+from lit_model.cost import count_active_parameters, count_parameters
+from lit_model.hf.families import family_of
+from lit_model.kernels.choose import AttentionChoice, choose_attention
+from pretrain.launch import has_gpus
+from pretrain.run import Run
+
+
+def describe(run: Run) -> str:
+    """Model, data, devices, teachers, the attention kernels with the reason for each, and warnings."""
+    args, data, config = run.args, run.data, run.config
+    how = type(run.fabric.strategy).__name__.removesuffix("Strategy")
+    documents, tokens = sum(d.n_documents for d in data.train), sum(d.n_tokens for d in data.train)
+    rows = sum(r.n_windows for r in data.rows)
+    parameters = f"{count_parameters(config):,} parameters"
+    if config.n_expert:
+        parameters += f" ({count_active_parameters(config):,} for a token)"
+    lines = [
+        f"run      {run.folder}" + (f", resumed after step {run.step}" if run.step else ""),
+        f"model    {config.name or 'custom'}: {parameters}, vocabulary {config.vocab_size}",
+        f"data     {documents:,} documents, {tokens:,} tokens, {rows:,} rows of {data.block_size}, {args.data.packing}",
+        f"steps    {data.max_steps:,} of {args.train.global_batch_samples * data.block_size:,} tokens",
+        f"devices  {run.world_size} x {run.device.type} by {how}, {args.precision}, {torch.get_num_threads()} threads",
+        *describe_kernels(run),
+    ]
+    if run.taught_by:
+        d = args.distillation
+        names = " + ".join(f"{t['name']} x {t['weight']:g}" for t in run.taught_by)
+        alpha = f"{d.alpha:g}" + (f" to {d.alpha_end:g}, {d.alpha_schedule}" if d.alpha_end is not None else "")
+        how = f"{d.divergence} at temperature {d.temperature:g}, {d.reduction}, alpha {alpha}"
+        lines.append(f"teachers {names}{', cached' if d.cache is not None else ''}; {how}")
+    try:
+        family_of(config)
+    except ValueError as error:  # no model of transformers, but it can be trained
+        lines.append(f"warning  it can be trained and opened here, but not exported to Hugging Face: {error}")
+    if run.device.type == "cpu" and args.accelerator == "auto" and has_gpus(os.environ):
+        lines.append("warning  SLURM gave this job GPUs, but torch finds none (the driver, or apptainer's --nv?)")
+    if args.data.mock:
+        lines.append("mock     the first step's data again and again (--data.mock); nothing is recorded")
+    return "\n".join(lines)
+
+
+def describe_kernels(run: Run) -> list[str]:
+    """One line for each attention kernel that will run: name, reason, and its layers if there are several."""
+    args, config = run.args, run.config
+    layers: dict[AttentionChoice, list[int]] = {}
+    for i in range(config.n_layer):
+        chunked = config.layer_attention(i) == "chunked"
+        choice = choose_attention(
+            run.device,
+            run.placement.dtype,
+            config.head_size,
+            args.train.attention,
+            documents=args.data.document_mask or chunked,
+            variant=attention_variant(config, i),
+        )
+        layers.setdefault(choice, []).append(i)
+    return [
+        f"kernel   {choice.name}: {choice.reason}"
+        + (f" (layers {', '.join(map(str, some))})" if len(layers) > 1 else "")
+        for choice, some in layers.items()
+    ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
@@ -22,10 +22,9 @@ from lit_eval.compare.learning_curves import draw, learning_curves
 from lit_eval.compare.text import as_json, as_text
 from lit_eval.report.comparison_report import comparison_report
 from lit_files.publish import write_text
-from pretrain.cli.command_line import ScriptParser
 
 
-def main() -> int:
+def main() -> None:
     parser = ScriptParser(description=__doc__)
     parser.add_argument(
         "paths", type=Path, nargs="+", metavar="MODEL|RUN|RESULTS",
@@ -36,23 +35,18 @@ def main() -> int:
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the learning curves (needs matplotlib)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default 0)")
     args = parser.parse_args()
-    try:
-        if args.seed < 0:
-            raise ValueError(f"--seed {args.seed} must not be negative")
-        entries = read_entries(args.paths)
-        comparison = compare(entries, args.seed)
-        if args.html is not None:
-            args.html.parent.mkdir(parents=True, exist_ok=True)
-            write_text(args.html, comparison_report(entries, args.seed))
-        if args.png is not None:
-            args.png.parent.mkdir(parents=True, exist_ok=True)
-            draw(learning_curves(comparison.entries, args.seed), args.png)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} must not be negative")
+    entries = read_entries(args.paths)
+    comparison = compare(entries, args.seed)
+    if args.html is not None:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.html, comparison_report(entries, args.seed))
+    if args.png is not None:
+        args.png.parent.mkdir(parents=True, exist_ok=True)
+        draw(learning_curves(comparison.entries, args.seed), args.png)
     print(json.dumps(as_json(comparison), ensure_ascii=False) if args.json else as_text(comparison))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

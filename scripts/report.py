@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
@@ -20,11 +20,10 @@ from lit_eval.report.comparison_report import comparison_report
 from lit_eval.report.run_report import RECORD_S, run_report
 from lit_eval.run_facts import is_run
 from lit_files.publish import write_text
-from pretrain.cli.command_line import ScriptParser
 from pretrain.logs.report import FILE, default_settings
 
 
-def main() -> int:
+def main() -> None:
     parser = ScriptParser(description=__doc__)
     parser.add_argument(
         "paths", type=Path, nargs="+", metavar="RUN|RESULTS",
@@ -38,23 +37,18 @@ def main() -> int:
         help=f"seconds at most for reading the run's record (default {RECORD_S:g})",
     )  # fmt: skip
     args = parser.parse_args()
-    try:
-        if not 0 <= args.record_s < float("inf"):
-            raise ValueError(f"--record_s {args.record_s} must not be negative")
-        if len(args.paths) == 1 and is_run(args.paths[0]):
-            output = args.output or args.paths[0] / FILE
-            html = run_report(args.paths[0], default_settings(), args.record_s)
-        else:
-            output = args.output or Path("comparison.html")
-            html = comparison_report(read_entries(args.paths))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, html)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not 0 <= args.record_s < float("inf"):
+        raise ValueError(f"--record_s {args.record_s} must not be negative")
+    if len(args.paths) == 1 and is_run(args.paths[0]):
+        output = args.output or args.paths[0] / FILE
+        html = run_report(args.paths[0], default_settings(), args.record_s)
+    else:
+        output = args.output or Path("comparison.html")
+        html = comparison_report(read_entries(args.paths))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, html)
     print(f"{output}: {len(html.encode()) / 1000:,.0f} kB")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

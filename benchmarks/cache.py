@@ -59,7 +59,7 @@ class SlowSource(ShardFiles):
 
 
 class FolderSize(threading.Thread):
-    """Looks at the size of a cache folder again and again, unfinished copies included."""
+    """Polls the size of a cache folder, including unfinished copies."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(daemon=True)
@@ -68,7 +68,7 @@ class FolderSize(threading.Thread):
     def run(self) -> None:
         lock = os.open(self.folder, os.O_RDONLY)
         while not self.done.wait(0.01):
-            fcntl.flock(lock, fcntl.LOCK_SH)  # no file comes or goes while they are counted
+            fcntl.flock(lock, fcntl.LOCK_SH)  # no file is added or removed while they are counted
             sizes = [p.stat().st_size for p in self.folder.glob("*/*") if not p.parent.name.startswith("holder-")]
             fcntl.flock(lock, fcntl.LOCK_UN)
             self.peak_bytes, self.looks = max(self.peak_bytes, sum(sizes)), self.looks + 1
@@ -118,7 +118,7 @@ def consume(cache: ShardCache, starts: IntArray, stops: IntArray, use_mb_s: floa
 
 
 def copy_us(read: Any, starts: IntArray, row_tokens: int) -> float:
-    """Microseconds a row, the best of five rounds."""
+    """Microseconds per row, the best of five rounds."""
     out = np.empty(row_tokens, dtype=np.int64)
     places, times = starts.tolist(), []
     for _ in range(5):
@@ -138,7 +138,7 @@ def measure(a: argparse.Namespace, data: PackedDataset, folder: Path) -> dict[st
     stops = starts + a.row_tokens
     source = SlowSource(data, a.source_mb_s, a.delay_ms / 1000)
 
-    direct = ShardCache(data, folder, budget_bytes, chunk_bytes=chunk_bytes, source=source)  # never told what comes
+    direct = ShardCache(data, folder, budget_bytes, chunk_bytes=chunk_bytes, source=source)  # gets no upcoming rows
     begin, out = time.perf_counter(), np.empty(a.row_tokens, dtype=np.int64)
     for start, stop in zip(starts[:500].tolist(), stops[:500].tolist(), strict=True):
         direct.copy_tokens(out, start, stop)
@@ -168,7 +168,7 @@ def measure(a: argparse.Namespace, data: PackedDataset, folder: Path) -> dict[st
     size.join()
     staged_mb = sum(r["staged_mb"] for r in results)
     read_mb = source.bytes_read / MB
-    last = min(2000, group_rows)  # more than a group may not fit into the budget at once
+    last = min(2000, group_rows)  # more than a group may not fit into the budget
     caches[0].follow(iter([(starts[-last:], stops[-last:])]))
     while caches[0].staged_rows < last:
         time.sleep(0.01)

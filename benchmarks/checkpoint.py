@@ -59,7 +59,7 @@ def worker(row: str, flags: list[str], steps: int) -> dict[str, float]:
             torch.cuda.synchronize()
         if run.step == at and row != "none":
             before = resident("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             saving = time.perf_counter()
             if row == "dcp.async_save":
                 pending = async_save(

@@ -80,7 +80,7 @@ def start(script: str, *arguments: object, python: str = sys.executable) -> subp
 def finish(process: subprocess.Popen[str]) -> str:
     out, errors = process.communicate()
     if process.returncode:
-        raise RuntimeError((errors.strip().splitlines() or ["it said nothing"])[-1])
+        raise RuntimeError((errors.strip().splitlines() or ["it printed nothing"])[-1])
     return out
 
 
@@ -89,7 +89,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def prime(path: Path, warm: bool) -> None:
-    """Bring what will be read into the page cache, or drop it from there."""
+    """Load the input into the page cache, or drop it from there."""
     for file in files_of(path):
         with open(file, "rb", buffering=0) as f:
             if warm:
@@ -101,7 +101,7 @@ def prime(path: Path, warm: bool) -> None:
 
 
 def convert(command: list[object], plan: dict[str, Any], python: str, warm: bool) -> dict[str, Any]:
-    """One measured conversion; its output stays."""
+    """One measured conversion; keeps its output."""
     plan_file = Path(plan["output"]).parent / "plan.json"
     plan_file.write_text(json.dumps(plan))
     prime(Path(plan["source"]), warm)
@@ -112,7 +112,7 @@ def convert(command: list[object], plan: dict[str, Any], python: str, warm: bool
 
 
 def copy(source: Path, target: Path, warm: bool) -> dict[str, Any]:
-    """cp and a sync of the copy, which stays."""
+    """cp and a sync of the copy, which is kept."""
     prime(source, warm)
     cpu, began = _children_cpu(), time.perf_counter()
     subprocess.run(["cp", str(source), str(target)], check=True)
@@ -126,7 +126,7 @@ def _children_cpu() -> float:
 
 
 def settle(output: Path) -> None:
-    """Remove what a measurement wrote, and wait: so that each finds memory and disk in the same state."""
+    """Remove a measurement's output, and wait, so that each starts with memory and disk in the same state."""
     if output.is_dir():
         shutil.rmtree(output)
     else:
@@ -216,10 +216,10 @@ def run(args: argparse.Namespace, folder: Path, litgpt: str | None) -> dict[str,
                     same_tensors(reference, folder / "theirs" / "model.pth")
             settle(folder / "theirs")
         loads.append(os.getloadavg()[1])
-        told = ", ".join(
+        timings = ", ".join(
             f"{k} {v[-1]['seconds']:.2f} s ({v[-1]['cpu_seconds']:.2f} of a CPU)" for k, v in row.items() if v
         )
-        print(f"{'warm' if warm else 'cold'}: {told}", flush=True)
+        print(f"{'warm' if warm else 'cold'}: {timings}", flush=True)
     return {**report(args, rows, sizes, skipped), "load_averages": loads}
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def call(script: str, *arguments: object) -> None:
-    """Run a script of the project. Raises SystemExit with the end of what it said if it fails."""
+    """Run a script of the project. Raises SystemExit with the end of its output if it fails."""
     done = subprocess.run(
         [sys.executable, script, *map(str, arguments)],
         cwd=ROOT,
@@ -29,7 +29,9 @@ def call(script: str, *arguments: object) -> None:
 
 
 def prepare(text: Path, folder: Path, vocab_size: int, *split: object) -> Path:
-    """A BPE tokenizer of a text, and its packed dataset, split as `scripts/prepare_data.py` is told. Returns that."""
+    """Train a BPE tokenizer on a text and pack it with the given flags of `scripts/prepare_data.py`. Returns the
+    dataset.
+    """
     call("scripts/train_tokenizer.py", "--input", text, "--output", folder / "tok", "--vocab_size", vocab_size)
     where = ("--input", text, "--tokenizer", folder / "tok", "--output", folder / "data")
     call("scripts/prepare_data.py", *where, *split)

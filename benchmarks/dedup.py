@@ -52,7 +52,7 @@ def stream(paragraphs: int) -> Iterator[tuple[list[bytes], npt.NDArray[np.bool_]
 
 
 def hashes_of(numbers: npt.NDArray[np.int64]) -> list[bytes]:
-    """16 bytes each, different for different numbers: splitmix64 (Steele et al., 2014) from two starting points."""
+    """16 bytes each, distinct for distinct numbers: splitmix64 (Steele et al., 2014) from two seeds."""
     words = np.empty((len(numbers), 2), np.uint64)
     for column, begin in enumerate((1, 1 << 62)):
         x = (numbers.astype(np.uint64) + np.uint64(begin)) * np.uint64(0x9E3779B97F4A7C15)
@@ -64,12 +64,12 @@ def hashes_of(numbers: npt.NDArray[np.int64]) -> list[bytes]:
 
 
 def peak_bytes() -> int:
-    """Of this process's resident memory."""
+    """Peak resident memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure_bloom(paragraphs: int, rate: float) -> dict[str, Any]:
-    """A filter made for what the stream holds."""
+    """A filter sized for the stream."""
     different = sum(int((~repeated).sum()) for _, repeated in stream(paragraphs))
     before = peak_bytes()
     bloom = BloomDedup(different, rate)
@@ -80,7 +80,7 @@ def measure_bloom(paragraphs: int, rate: float) -> dict[str, Any]:
         seconds += time.perf_counter() - began
         wrong += int((answers & ~repeated).sum())
         missed += int((repeated & ~answers).sum())
-    trials = min(100_000, max(1, different // 50))  # what is asked is added: few, so as not to fill it further
+    trials = min(100_000, max(1, different // 50))  # queries are added too: only a few, so as not to fill it further
     wrong_when_full = sum(bloom.seen(h) for h in hashes_of(np.arange(trials) + (1 << 40)))
     middles = (np.arange(1000) + 0.5) / 1000 * different
     full = bloom_rate(different, bloom.size_bytes, bloom.n_hashes)
@@ -128,7 +128,7 @@ def measure_exact(paragraphs: int, memory_bytes: int) -> dict[str, Any]:
 
 
 def measure_near(documents: int, memory_bytes: int) -> dict[str, Any]:
-    """The join and pass over random signatures, one in four a near copy of an earlier one (115 of 128 values)."""
+    """The join and pass over random signatures, one in four a near-duplicate of an earlier one (115 of 128 values)."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         made = rng.integers(0, 1 << 32, (documents, 128), dtype=np.uint32)
@@ -183,7 +183,7 @@ def measure_text(corpus: str, documents: int, min_characters: int) -> dict[str, 
 def main() -> None:
     """Run all, print and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--corpus", help="text to hash, as scripts/prepare_data.py reads it; left out without it")
+    parser.add_argument("--corpus", help="text to hash, as scripts/prepare_data.py reads it; skipped if not given")
     parser.add_argument("--documents", type=int, default=500, help="of the corpus")
     parser.add_argument("--paragraphs", type=int, default=10_000_000, help="of the synthetic stream")
     parser.add_argument("--signatures", type=int, default=200_000, help="of the synthetic documents")

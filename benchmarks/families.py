@@ -26,7 +26,7 @@ from lit_model.cost import count_parameters
 from lit_model.registry import get_config
 
 SIZES = {"n_layer": 6, "n_head": 5, "n_embd": 320, "vocab_size": 8192, "tie_embeddings": True}
-# Each family's own scheme of initialisation; the MLPs hold 0.82 million parameters each.
+# Each family's own initialisation scheme; each MLP has 0.82 million parameters.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("llama-10M", {**SIZES, "intermediate_size": 856, "init": "normal"}),
     "GPT-J": ("gpt-j-97M", {**SIZES, "intermediate_size": 1280}),
@@ -60,8 +60,10 @@ def main() -> int:
     parser.add_argument("--input", type=Path, required=True, help="text, as scripts/prepare_data.py reads it")
     parser.add_argument("--steps", type=int, default=250, help=f"of {ROWS} rows of {BLOCK_SIZE} tokens (250)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each family (1)")
-    parser.add_argument("--val_fraction", type=float, default=0.003, help="of the documents, held out (0.003)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each (1)")
+    parser.add_argument(
+        "--val_fraction", type=float, default=0.003, help="fraction of the documents for the hold-out (0.003)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="concurrent runs, one thread each (1)")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     found: dict[str, Any] = {}
@@ -81,7 +83,7 @@ def main() -> int:
         for family, (name, fields) in FAMILIES.items():
             of_family = [losses for (other, _), losses in runs.items() if other == family]
             found[family] = {"parameters": count_parameters(get_config(name, **fields)), "runs": of_family}
-    print("\n| family | parameters | validation loss, nats a token | bits per byte |\n|---|---|---|---|")
+    print("\n| family | parameters | validation loss, nats per token | bits per byte |\n|---|---|---|---|")
     for family, facts in found.items():
         losses, bits = ([one[key][-1] for one in facts["runs"]] for key in ("val_loss", "val_bits_per_byte"))
         spread = f" ({min(losses):.4f} to {max(losses):.4f})" if args.seeds > 1 else ""

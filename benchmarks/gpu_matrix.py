@@ -46,14 +46,14 @@ class Place:
     device: str
     folder: Path
     data: Path
-    """The run folder of the first run: its data serve all the others, its model is the teacher."""
+    """The run folder of the first run: the others use its data, and its model is the teacher."""
     log: Path
 
 
 Check = Callable[[Place], None]
 
 
-# --- what entries are made of ----------------------------------------------------------------------------------------
+# --- building blocks of entries --------------------------------------------------------------------------------------
 
 
 def forked(work: Callable[[], int | None], log: Path) -> None:
@@ -113,7 +113,7 @@ def train(place: Place, run: str, **changes: object) -> None:
 
 
 def losses_are_sound(run: Path) -> None:
-    """Raises RuntimeError unless every step has a finite loss below that of a uniform guess and a half more."""
+    """Raises RuntimeError unless every step has a finite loss below 1.5 times that of a uniform guess."""
     with open(run / "metrics.csv", newline="") as f:
         losses = [float(row["train_loss"]) for row in csv.DictReader(f) if row["train_loss"]]
     vocab_size = Checkpoint(list_checkpoints(run)[-1]).model_config.vocab_size
@@ -122,7 +122,7 @@ def losses_are_sound(run: Path) -> None:
 
 
 def script(place: Place, name: str, *arguments: object) -> None:
-    """A script, as it is run by path."""
+    """Run a script by path."""
 
     def work() -> None:
         sys.argv = [str(ROOT / "scripts" / name), *map(str, arguments)]
@@ -308,7 +308,7 @@ NEEDS_CUDA = {"fp16": "fp16 is not supported on a CPU"}
 
 
 def run_entry(name: str, place: Place) -> str | None:
-    """None, or why it failed."""
+    """None, or the reason for its failure."""
     place.folder.mkdir(parents=True)
     try:
         ENTRIES[name](place)
@@ -331,7 +331,7 @@ def main() -> int:
         parser.error(f"--output {args.output} exists: give a new folder")
     output: Path = args.output.absolute()
     output.mkdir(parents=True)
-    build_parser()  # half of the time of a short run: once, and not in each fork
+    build_parser()  # half the time of a short run; done once instead of per fork
 
     base = output / "base"
     flags = {"data__train": None, "data__val": None, "data__synthetic__tokens": 20000, "precision": "fp32"}

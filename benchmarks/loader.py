@@ -77,7 +77,7 @@ def ours(name: str, plan: dict[str, Any]) -> Iterator[Any]:
 
 
 class Contender:
-    """A worker process that reads batches when told to."""
+    """A worker process that reads batches on request."""
 
     def __init__(self, name: str, python: str, plan_file: Path, log: Path) -> None:
         self.name, self.log = name, log
@@ -103,7 +103,7 @@ class Contender:
         return (self.log.read_text().strip().splitlines() or ["it printed nothing"])[-1][:200]
 
     def round(self, seconds: float) -> None:
-        """Read for about so many seconds."""
+        """Read for about this many seconds."""
         assert self.process.stdin is not None
         n = 20 if not self.microseconds else max(20, int(seconds * 1e6 / self.microseconds[-1]))
         self.process.stdin.write(f"{n}\n")
@@ -122,7 +122,7 @@ class Contender:
 
 
 def huge_dataset(folder: Path) -> Path:
-    """10^12 tokens in 2^20 documents: real index, sparse tokens. Opening it checks sizes, not checksums."""
+    """10^12 tokens in 2^20 documents: a real index, sparse tokens. Opening it checks sizes, not checksums."""
     folder.mkdir()
     shards = []
     for number in range(16):
@@ -147,7 +147,7 @@ def huge_dataset(folder: Path) -> Path:
 
 
 def measure_start(folder: str) -> dict[str, float]:
-    """Milliseconds to open, to the first batch and to a batch anywhere; MB of memory it all took."""
+    """Milliseconds to open, to the first batch and to an arbitrary batch; MB of memory used."""
     before = _resident()
     began = time.perf_counter()
     dataset = PackedDataset(folder)
@@ -172,7 +172,7 @@ def measure_start(folder: str) -> dict[str, float]:
 
 
 def _resident() -> float:
-    """Bytes of anonymous memory: what lies in the page cache for everyone is not counted."""
+    """Bytes of anonymous memory, excluding the shared page cache."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return float(line.split()[1]) * 1024

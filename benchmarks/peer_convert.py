@@ -17,7 +17,7 @@ from typing import Any
 
 def measure(convert: Callable[[], object]) -> None:
     """Convert; print seconds, of the clock and of a CPU, and bytes of memory: after the imports, and the peak above."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     imports = _status("VmRSS")
     start, cpu = time.perf_counter(), time.process_time()
     convert()

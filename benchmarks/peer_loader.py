@@ -39,7 +39,7 @@ def gather(plan: Plan) -> Batches:
 
 
 def gather_targets(plan: Plan) -> Batches:
-    """The same with the targets: a second int64 tensor, one token on."""
+    """The same with the targets: a second int64 tensor, shifted by one token."""
     tokens = np.memmap(plan["tokens"], dtype=np.uint16, mode="r").view(np.ndarray)
     rng = np.random.default_rng(plan["seed"])
     b, t = plan["batch"], plan["block_size"]
@@ -54,7 +54,7 @@ def gather_targets(plan: Plan) -> Batches:
 
 
 def gather_stacked(plan: Plan) -> Batches:
-    """As small trainers write it: a slice of np.memmap and a tensor a row, stacked."""
+    """As in small trainers: a slice of np.memmap and a tensor per row, stacked."""
     tokens = np.memmap(plan["tokens"], dtype=np.uint16, mode="r")
     rng = np.random.default_rng(plan["seed"])
     b, t = plan["batch"], plan["block_size"]
@@ -192,7 +192,7 @@ LOADERS: dict[str, Callable[[Plan], Batches]] = {
 
 
 def serve(batches: Batches) -> None:
-    """Read as many batches as each line asks for; say how long it took."""
+    """For each input line, read that many batches and print the seconds."""
     next(batches)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

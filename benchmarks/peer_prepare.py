@@ -26,7 +26,7 @@ def texts(path: str) -> Iterator[str]:
 
 
 def tokenizers_batch(plan: Plan) -> Callable[[], int]:
-    """The library alone: texts in memory, batches on all threads, ids thrown away. The ceiling of whoever calls it."""
+    """The library alone: texts in memory, batches on all threads, ids discarded. An upper bound for all callers."""
     os.environ["RAYON_NUM_THREADS"] = str(plan["workers"])
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     from tokenizers import Tokenizer
@@ -56,7 +56,7 @@ def sentencepiece_batch(plan: Plan) -> Callable[[], int]:
 
 
 def datatrove(plan: Plan) -> Callable[[], int]:
-    """datatrove's DocumentTokenizer, one task a worker."""
+    """datatrove's DocumentTokenizer, one task per worker."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer
@@ -107,7 +107,7 @@ def _encode_line(line: str) -> list[int]:
 
 
 def megatron(plan: Plan, file: str = "tokenizer.json") -> Callable[[], int]:
-    """The way of Megatron's preprocessing: lines to a pool of processes, ids to its IndexedDatasetBuilder."""
+    """Like Megatron's preprocessing: lines to a process pool, ids to its IndexedDatasetBuilder."""
     import multiprocessing
 
     import numpy as np
@@ -155,7 +155,7 @@ class _Lines:
 
 
 def litdata(plan: Plan) -> Callable[[], int]:
-    """litdata's optimize, a half of the corpus a worker."""
+    """litdata's optimize, half of the corpus per worker."""
     from litdata import TokensLoader, optimize
 
     function = _Lines(f"{plan['tokenizer']}/tokenizer.json", plan["eos_id"])

@@ -3,7 +3,7 @@
     python benchmarks/students.py --input corpus.jsonl.zst [--documents 6] [--seeds 3] [--json FILE]
 
 BabyLlama's question at small scale: the models of configs/distillation_small/ are trained on the first documents of a
-text, with separate teachers per seed; the next `--val_documents` are held out. The student is trained once with the
+text, with separate teachers per seed; the next `--val_documents` are the hold-out. The student is trained once with the
 live teachers, and once with their cache from `scripts/cache_teacher.py` (`--k`). All see the same rows in the same
 order. Losses are cross-entropies on the held-out documents: after the last step, and the lowest during training.
 
@@ -94,9 +94,12 @@ def of_seed(
 
 
 def leave_out(work: Path, seed: int, temperature: float) -> list[dict[str, float]]:
-    """For each k: bytes a token, mean probability of the other tokens, and relative errors."""
+    """For each k: bytes per token, mean probability of the other tokens, and relative errors."""
     dataset = PackedDataset(work / "data" / "val")
-    rows, vocab_size = ConcatRows(dataset, BLOCK_SIZE), dataset.vocab_size  # a small text has fewer ids than VOCAB_SIZE
+    rows, vocab_size = (
+        ConcatRows(dataset, BLOCK_SIZE),
+        dataset.vocab_size,
+    )  # a small text may yield fewer ids than VOCAB_SIZE
     windows = np.arange(min(rows.n_windows, ROWS))
     batch = read_rows(rows, windows, windows, document_mask=True)
 
@@ -124,7 +127,7 @@ def leave_out(work: Path, seed: int, temperature: float) -> list[dict[str, float
     for k in (k for k in KEPT if k <= vocab_size):
         setting = Distillation("topk_kl", temperature, top_k=k)
         kept = ensemble_top_k(teachers, setting, vocab_size, k)
-        rounded = TopK(kept.ids, kept.log_probs.half().float())  # as the cache holds them
+        rounded = TopK(kept.ids, kept.log_probs.half().float())  # as stored in the cache
         less, other = measure(setting, rounded)
         rest = 1 - kept.log_probs.exp().sum(-1)
         table.append(
@@ -148,7 +151,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=float, help="in place of the configs', with warm-up over the first tenth")
     parser.add_argument("--k", type=int, default=32, help="tokens in the cache; 0: no student of a cache (32)")
     parser.add_argument("--temperature", type=float, default=2.0, help="of the distillation (2)")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds side by side, one thread each (1)")
+    parser.add_argument("--jobs", type=int, default=1, help="concurrent seeds, one thread each (1)")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     settings: dict[str, object] = {}
@@ -159,7 +162,7 @@ def main() -> int:
         text, held_out = cut(args.input, work, args.documents, args.val_documents)
         data = corpus_runs.prepare(text, work, VOCAB_SIZE, "--val_input", held_out)
         tokens = {part: PackedDataset(data / part).n_tokens for part in ("train", "val")}
-        print(f"{tokens['train']:,} tokens to train on, {tokens['val']:,} held out", flush=True)
+        print(f"{tokens['train']:,} tokens to train on, {tokens['val']:,} in the hold-out", flush=True)
         with ThreadPoolExecutor(args.jobs) as pool:
             seeds = range(1, args.seeds + 1)
             runs = list(pool.map(lambda seed: of_seed(work, seed, settings, args.temperature, args.k), seeds))
@@ -170,7 +173,7 @@ def main() -> int:
         last, lowest = ([run[name][key] for run in runs] for key in ("last", "lowest"))
         cells = [*last, statistics.mean(last), statistics.mean(lowest)]
         print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in cells) + " |")
-    print("\n| k | bytes a token | probability of the others | error of the divergence | of its gradient |")
+    print("\n| k | bytes per token | probability of the others | error of the divergence | of its gradient |")
     print("|---|---|---|---|---|")
     for row in small:
         print("| {k} | {bytes} | {rest:.2%} | {divergence:.2%} | {gradient:.2%} |".format(**row))

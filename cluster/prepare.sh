@@ -30,7 +30,7 @@ after=()
 for stage in "${stages[@]}"; do
     array=()
     case $stage in hash | encode) array=(--array="0-$((parts - 1))") ;; esac
-    # If one task fails, the later stages would wait forever.
+    # Otherwise the later stages would wait forever if a task fails.
     id=$(sbatch --parsable --kill-on-invalid-dep=yes "${job[@]}" "${array[@]}" "${after[@]}" \
         cluster/prepare.sbatch "$stage" --parts "$parts" "$@")
     id=${id%%;*} # with several clusters, the cluster name follows

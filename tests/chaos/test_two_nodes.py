@@ -94,7 +94,7 @@ class Host:
         assert self.process is not None
         return self.process.wait(timeout_s)
 
-    def told(self) -> str:
+    def read_logs(self) -> str:
         self.output.flush()
         return Path(f"/proc/self/fd/{self.output.fileno()}").read_text(errors="replace")
 
@@ -114,14 +114,14 @@ class Hosts:
     def start_one(self, host: Host, arguments: list[str], devices: int = 1, max_restarts: int = 0) -> None:
         host.start(arguments, self.both[0].address, self.port, devices, max_restarts)
 
-    def told(self) -> str:
-        return "\n".join(f"--- host {host.number}\n{host.told()[-6000:]}" for host in self.both)
+    def read_logs(self) -> str:
+        return "\n".join(f"--- host {host.number}\n{host.read_logs()[-6000:]}" for host in self.both)
 
     def wait_for(self, path: Path) -> None:
         deadline = time.monotonic() + 150
         while not path.exists():
-            assert time.monotonic() < deadline, self.told()
-            assert all(host.process is not None and host.process.poll() is None for host in self.both), self.told()
+            assert time.monotonic() < deadline, self.read_logs()
+            assert all(host.process is not None and host.process.poll() is None for host in self.both), self.read_logs()
             time.sleep(0.005)
 
     def finish(self) -> None:
@@ -130,8 +130,8 @@ class Hosts:
             try:
                 status = host.end(200)
             except subprocess.TimeoutExpired:
-                pytest.fail(f"the run does not end\n{self.told()}")
-            assert status == 0, self.told()
+                pytest.fail(f"the run does not end\n{self.read_logs()}")
+            assert status == 0, self.read_logs()
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_killed_rank_is_restarted_by_torchrun(hosts: Hosts, data: Path, tmp_path
     (worker,) = hosts.both[1].workers()
     os.kill(worker, signal.SIGKILL)
     hosts.finish()
-    assert "resumed after step" in hosts.told(), hosts.told()
+    assert "resumed after step" in hosts.read_logs(), hosts.read_logs()
     check(data, run, tmp_path, "ddp")
 
 
@@ -247,11 +247,11 @@ def test_a_lost_host_ends_the_other_and_both_resume(
         hosts.cut(True)
     left = hosts.both[:1] if how == "killed" else hosts.both
     while any(host.workers() for host in left):
-        assert time.monotonic() - began < ENDED_S, hosts.told()
+        assert time.monotonic() - began < ENDED_S, hosts.read_logs()
         time.sleep(0.2)
     print(f"{kind} {devices} {how}: the ranks have ended after {time.monotonic() - began:.1f} s")
     for host in left:
-        assert "no heartbeat" in host.told() or "the run hangs" in host.told(), host.told()
+        assert "no heartbeat" in host.read_logs() or "the run hangs" in host.read_logs(), host.read_logs()
     assert hosts.both[0].end(ENDED_S) != 0
     # Without the network, the launcher that does not host the rendezvous store may wait for it for a long time.
     hosts.both[1].lose()
@@ -260,7 +260,7 @@ def test_a_lost_host_ends_the_other_and_both_resume(
         hosts.cut(False)
     hosts.start(begin, devices)
     hosts.finish()
-    assert "resumed after step" in hosts.told()
+    assert "resumed after step" in hosts.read_logs()
     check(data, run, tmp_path, kind, devices)
 
 
@@ -275,5 +275,5 @@ def test_the_launcher_waits_for_a_host_that_comes_back(hosts: Hosts, data: Path,
     time.sleep(1)
     hosts.start_one(hosts.both[1], begin, max_restarts=3)
     hosts.finish()
-    assert "resumed after step" in hosts.told()
+    assert "resumed after step" in hosts.read_logs()
     check(data, run, tmp_path, "fsdp")

@@ -117,12 +117,12 @@ class Bench:
         if not answer.killed:
             assert answer.statuses == [0] * setting.world_size, answer.output[-3000:]
             return answer
-        told = f"statuses {answer.statuses}, in step {answer.step}, survived {answer.survived_s:.1f} s"
-        assert not answer.exceeded and answer.survived_s < SURVIVAL_S, told
+        details = f"statuses {answer.statuses}, in step {answer.step}, survived {answer.survived_s:.1f} s"
+        assert not answer.exceeded and answer.survived_s < SURVIVAL_S, details
         newest = check(run, whole)
-        assert newest == STEPS or 0 not in answer.statuses, f"a rank was content: {told}"
+        assert newest == STEPS or 0 not in answer.statuses, f"a rank exited with status 0: {details}"
         if answer.phase != "begin":  # a run that is still rolling back has later checkpoints
-            assert newest <= answer.step, f"{newest} was published after the kill: {told}"
+            assert newest <= answer.step, f"{newest} was published after the kill: {details}"
         again = self.end(setting, run).outputs[0]
         resumed = re.search(r"resumed after step (\d+)|is finished", again)
         assert (int(resumed[1] or STEPS) if resumed else 0) == newest, again

@@ -325,7 +325,7 @@ def interrupt(cluster: Cluster, runs: Path, *how: str, nodes: int = 1) -> Path:
 def test_near_the_limit_it_saves_requeues_and_resumes(cluster: Cluster, runs: Path) -> None:
     run = interrupt(cluster, runs, "--batch", "--signal=USR1")
     assert cluster.restarts() == 1, cluster.log
-    assert "stopped by SIGUSR1" in cluster.log and "stopped by a signal, saved; the job queues again" in cluster.log
+    assert "stopped by SIGUSR1" in cluster.log and "stopped by a signal, saved; the job is requeued" in cluster.log
     names = [path.name for path in list_checkpoints(run)]
     assert len(names) == 3 or "iter-00000030-ckpt.pth" in cluster.log, names
     check(runs / "whole", run)

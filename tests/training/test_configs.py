@@ -177,11 +177,11 @@ def test_the_guide_lists_every_field_kernel_family_and_config():
     fields = {field.name for field in dataclasses.fields(ModelConfig)} - {"name"}
     assert fields <= set(re.findall(r"`(\w+)", guide))
     (_, *features, _), *kernels = rows(guide, "kernel")
-    told = {
+    documented = {
         name.strip("`"): {feature for feature, cell in zip(features, cells, strict=True) if cell}
         for name, *cells, _ in kernels
     }
-    assert told == {name: set(served) for name, served in SERVES.items()}
+    assert documented == {name: set(served) for name, served in SERVES.items()}
     families = [re.findall(r"`(\w+)`", cells[0])[-1] for cells in rows(guide, "family, `model_type`")[1:]]
     assert set(families) == {family.model_type for family in FAMILIES}
     listed = {}

@@ -105,7 +105,7 @@ def test_clipping_counts_replicas_once_and_adds_shards(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "micro_batch", "batch", "told"),
+    ("world_size", "micro_batch", "batch", "message"),
     [
         (4, 8, 100, "4 x 8 = 32; the nearest are 96 or 128; micro-batches that fit 100 are 5 or 25"),
         (8, 16, 24, "8 x 16 = 128; the nearest are 128; micro-batches that fit 24 are 3"),
@@ -117,13 +117,13 @@ def test_clipping_counts_replicas_once_and_adds_shards(runs: Runs) -> None:
         ),
     ],
 )
-def test_valid_batch_sizes_are_suggested(world_size: int, micro_batch: int, batch: int, told: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(told)):
+def test_valid_batch_sizes_are_suggested(world_size: int, micro_batch: int, batch: int, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         check_batch(TrainArgs(max_steps=1, global_batch_samples=batch, micro_batch_samples=micro_batch), world_size)
     # Every suggested global batch and micro-batch is accepted.
-    for number in map(int, re.findall(r"\d+", told.split("nearest are ")[1].split(";")[0])):
+    for number in map(int, re.findall(r"\d+", message.split("nearest are ")[1].split(";")[0])):
         check_batch(TrainArgs(max_steps=1, global_batch_samples=number, micro_batch_samples=micro_batch), world_size)
-    for number in map(int, re.findall(r"\d+", told.partition("are ")[2].partition(f"fit {batch} are ")[2])):
+    for number in map(int, re.findall(r"\d+", message.partition("are ")[2].partition(f"fit {batch} are ")[2])):
         check_batch(TrainArgs(max_steps=1, global_batch_samples=batch, micro_batch_samples=number), world_size)
 
 

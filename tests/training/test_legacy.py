@@ -72,9 +72,9 @@ def test_training_goes_on(run: Path, data: Path, tmp_path: Path) -> None:
     source = legacy_of(Checkpoint(run / FIRST), tmp_path, "tinyllama")
     imported = import_legacy(source, tmp_path / "ours.pth")
     assert imported.settings["train.max_steps"] == 4 and imported.optimizer
-    told = {f.replace(".", "__"): v for f, v in imported.settings.items()}
+    printed_settings = {f.replace(".", "__"): v for f, v in imported.settings.items()}
     more = {"init_from": tmp_path / "ours.pth", "init_optimizer": "true", "optim__steps_before": imported.step}
-    train(*flags(data, tmp_path / "on", **{**SETTINGS, **told, **more, **NO_SIZES}))
+    train(*flags(data, tmp_path / "on", **{**SETTINGS, **printed_settings, **more, **NO_SIZES}))
     there, here = Checkpoint(run / LAST), Checkpoint(tmp_path / "on" / "iter-00000004-ckpt.pth")
     assert set(there.names()) == set(here.names())
     for name in there.names():

@@ -123,7 +123,7 @@ def test_preparation_training_and_generation(offline: Offline) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed (extra hf)")
 def test_evaluation_against_transformers(offline: Offline) -> None:
     offline.run(ROOT / "scripts/convert_to_hf.sh", "run", "hf-verified")
-    told = offline.python("scripts/verify_hf.py", "--run", "run", "--hf", "hf-verified")
-    assert "largest relative difference" in told
+    printed = offline.python("scripts/verify_hf.py", "--run", "run", "--hf", "hf-verified")
+    assert "largest relative difference" in printed
     assert offline.python("scripts/generate.py", "--model", "hf-verified", "--prompt", "a", "--max_new_tokens", 5)
     assert {a for a in offline.addresses() if not LOOPBACK.match(a)} == set()

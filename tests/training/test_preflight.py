@@ -45,7 +45,7 @@ def settled(output: str) -> dict[str, str]:
     return {name: "ok" if name in fast and v == "warning" else v for name, v in verdicts(output).items()}
 
 
-def told(output: str, item: str) -> str:
+def advice_on(output: str, item: str) -> str:
     """The line below the table with an item's problem and advice."""
     lines = [line for line in output.splitlines() if line[9:].startswith(f"{item}: ") and "│" not in line]
     assert len(lines) == 1, output
@@ -90,7 +90,7 @@ def look(capsys: pytest.CaptureFixture[str], data: Path, run: Path, **changes: o
 def test_one_process_passes_and_leaves_nothing(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, output = look(capsys, data, tmp_path / "runs" / "a")
     assert status == 0 and settled(output) == FINE | {"network": "skipped"}, output
-    assert "one process" in told(output, "network")
+    assert "one process" in advice_on(output, "network")
     assert list(tmp_path.iterdir()) == [], "the run folder or its parent remains"
 
 
@@ -171,9 +171,9 @@ def test_a_rank_that_differs_is_named(data: Path, tmp_path: Path) -> None:
         "one step": "skipped",
     }, output
     host = socket.gethostname()
-    assert f"rank 1 (host {host}) has other" in told(output, "environment")
-    assert "the sum of 1 MiB over 2 ranks is wrong on rank 0" in told(output, "network")
-    assert f"rank 1 (host {host}): it does not see what rank 0 wrote" in told(output, "disk")
+    assert f"rank 1 (host {host}) has other" in advice_on(output, "environment")
+    assert "the sum of 1 MiB over 2 ranks is wrong on rank 0" in advice_on(output, "network")
+    assert f"rank 1 (host {host}): it does not see what rank 0 wrote" in advice_on(output, "disk")
     assert not (tmp_path / "run").exists()
 
 
@@ -182,7 +182,7 @@ def test_a_rank_that_fails_in_a_step_is_named_while_the_other_waits(data: Path, 
     statuses, output = look_on_two(data, tmp_path / "run", FAILING, timeout_s=2 * TIMEOUT_S)
     assert statuses == [1, 1], output
     assert settled(output) == FINE | {"one step": "failed"}
-    assert f"rank 1 (host {socket.gethostname()}): RuntimeError: planted" in told(output, "one step")
+    assert f"rank 1 (host {socket.gethostname()}): RuntimeError: planted" in advice_on(output, "one step")
     assert not (tmp_path / "run").exists()
 
 
@@ -203,7 +203,7 @@ def test_a_failing_rank_of_a_launcher_is_named(data: Path, tmp_path: Path, launc
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert settled(done.stdout) == FINE | {"one step": "failed"}
-    assert f"rank 1 (host {socket.gethostname()}): RuntimeError: planted" in told(done.stdout, "one step")
+    assert f"rank 1 (host {socket.gethostname()}): RuntimeError: planted" in advice_on(done.stdout, "one step")
     assert not (tmp_path / "run").exists()
 
 
@@ -215,10 +215,10 @@ def test_missing_devices(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         pytest.skip("there are CUDA devices here")
     status, output = look(capsys, data, tmp_path / "run", accelerator="cuda", devices=8, train__global_batch_samples=16)
     assert status == 1
-    assert "finds no CUDA device here" in told(output, "devices")
+    assert "finds no CUDA device here" in advice_on(output, "devices")
     wanted = {"devices": "failed", "network": "skipped", "memory": "skipped", "one step": "skipped"}
     assert settled(output) == FINE | wanted
-    assert "state" in told(output, "memory"), "the estimate must not need a device"
+    assert "state" in advice_on(output, "memory"), "the estimate must not need a device"
 
 
 def test_too_many_devices(
@@ -228,13 +228,13 @@ def test_too_many_devices(
     monkeypatch.setattr("pretrain.parallel.device_kind", lambda args: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     status, output = look(capsys, data, tmp_path / "run", devices=8, train__global_batch_samples=16)
-    assert status == 1 and "--devices 8: this machine has 4 GPUs" in told(output, "devices")
+    assert status == 1 and "--devices 8: this machine has 4 GPUs" in advice_on(output, "devices")
     assert verdicts(output)["data"] == verdicts(output)["disk"] == "ok"
 
 
 def test_batch_arithmetic(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, output = look(capsys, data, tmp_path / "run", train__global_batch_samples=9)
-    assert status == 1 and "the nearest are 8 or 10" in told(output, "devices")
+    assert status == 1 and "the nearest are 8 or 10" in advice_on(output, "devices")
 
 
 class TwoRanks(Ranks):
@@ -267,12 +267,12 @@ def test_run_folder_that_would_be_refused(data: Path, tmp_path: Path, capsys: py
     run.mkdir()
     (run / "config.yaml").write_text("seed: 1\n")
     status, output = look(capsys, data, run)
-    assert status == 1 and "holds a run already" in told(output, "run folder")
+    assert status == 1 and "holds a run already" in advice_on(output, "run folder")
     assert verdicts(output)["one step"] == "ok"
     (run / "iter-00000004-ckpt.pth").write_bytes(b"not a checkpoint")
     before = contents(run)
     status, output = look(capsys, data, run, resume="latest")
-    assert status == 1 and "it is damaged" in told(output, "run folder")
+    assert status == 1 and "it is damaged" in advice_on(output, "run folder")
     assert contents(run) == before
 
 
@@ -285,7 +285,7 @@ def test_full_disk(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         pytest.skip("a small file system cannot be mounted here")
     try:
         status, output = look(capsys, data, small / "run", model__n_embd=192, save__keep_last=1)
-        line = told(output, "disk")
+        line = advice_on(output, "disk")
         assert status == 1 and "2 checkpoints" in line and "--save.keep_last" in line
         assert settled(output) == FINE | {"network": "skipped", "disk": "failed"}
         assert list(small.iterdir()) == []
@@ -303,18 +303,18 @@ def test_space_for_checkpoints_and_cache(
     cache = tmp_path / "cache"
     cache.mkdir()
     status, output = look(capsys, data, tmp_path / "run")
-    assert status == 1 and "4 checkpoints of" in told(output, "disk")
+    assert status == 1 and "4 checkpoints of" in advice_on(output, "disk")
     free = wanted
     status, output = look(capsys, data, tmp_path / "run")
     assert status == 0 and verdicts(output)["disk"] == "ok"
     status, output = look(capsys, data, tmp_path / "run", data__cache_dir=cache, data__cache_gb=1)
-    assert status == 1 and f"--data.cache_dir {cache} has room for" in told(output, "disk")
+    assert status == 1 and f"--data.cache_dir {cache} has room for" in advice_on(output, "disk")
 
 
 def test_out_dir_that_cannot_be_written(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     status, output = look(capsys, data, tmp_path / "file" / "run")
-    assert status == 1 and "NotADirectoryError" in told(output, "disk") and verdicts(output)["one step"] == "ok"
+    assert status == 1 and "NotADirectoryError" in advice_on(output, "disk") and verdicts(output)["one step"] == "ok"
 
 
 def test_data_of_another_tokenizer(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,8 +324,8 @@ def test_data_of_another_tokenizer(data: Path, tmp_path: Path, capsys: pytest.Ca
     content["tokenizer"]["fingerprint"] = "another"
     manifest.write_text(json.dumps(content))
     status, output = look(capsys, data, tmp_path / "run", data__val=tmp_path / "val")
-    assert status == 1 and "another tokenizer" in told(output, "data")
-    assert "data failed" in told(output, "one step") and verdicts(output)["disk"] == "ok"
+    assert status == 1 and "another tokenizer" in advice_on(output, "data")
+    assert "data failed" in advice_on(output, "one step") and verdicts(output)["disk"] == "ok"
 
 
 def test_data_with_a_flipped_bit(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,12 +335,12 @@ def test_data_with_a_flipped_bit(data: Path, tmp_path: Path, capsys: pytest.Capt
     content[40] ^= 1
     shard.write_bytes(content)
     status, output = look(capsys, tmp_path / "data", tmp_path / "run")
-    assert status == 1 and shard.name in told(output, "data") and "checksum" in told(output, "data")
+    assert status == 1 and shard.name in advice_on(output, "data") and "checksum" in advice_on(output, "data")
 
 
 def test_more_tokens_than_the_data_supports(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, output = look(capsys, data, tmp_path / "run", train__max_steps=None, train__max_tokens=100_000)
-    assert status == 0 and told(output, "data").startswith("warning") and "epochs" in told(output, "data")
+    assert status == 0 and advice_on(output, "data").startswith("warning") and "epochs" in advice_on(output, "data")
 
 
 def test_model_too_large_is_refused_before_it_is_built(
@@ -350,9 +350,9 @@ def test_model_too_large_is_refused_before_it_is_built(
     monkeypatch.setattr(preflight_memory, "host_memory_bytes", lambda: 24 << 30)
     large: dict[str, Any] = dict.fromkeys(f for f in map(str, flags_of_model()))
     status, output = look(capsys, data, tmp_path / "run", **large, model__name="LLaMmlein_7B", train__block_size=2048)
-    line = told(output, "memory")
+    line = advice_on(output, "memory")
     assert status == 1 and "of 24.00 GiB" in line and "--train.activation_checkpointing full takes" in line
-    assert "larger than the memory" in told(output, "one step")
+    assert "larger than the memory" in advice_on(output, "one step")
 
 
 def flags_of_model() -> list[str]:
@@ -394,13 +394,15 @@ def test_step_that_raises(
 
     monkeypatch.setattr(preflight_run, "train_step", train_step)
     status, output = look(capsys, data, tmp_path / "run")
-    assert status == 1 and message in told(output, "one step")
+    assert status == 1 and message in advice_on(output, "one step")
     assert not (tmp_path / "run").exists()
 
 
 def test_step_that_is_not_finite(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, output = look(capsys, data, tmp_path / "run", optim__lr=1e30, optim__warmup_steps=0)
-    assert status == 1 and "not finite" in told(output, "one step") and "--optim.lr" in told(output, "one step")
+    assert (
+        status == 1 and "not finite" in advice_on(output, "one step") and "--optim.lr" in advice_on(output, "one step")
+    )
 
 
 def test_folder_for_temporary_files(
@@ -408,4 +410,6 @@ def test_folder_for_temporary_files(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     status, output = look(capsys, data, tmp_path / "run")
-    assert status == 1 and "nowhere" in told(output, "environment") and "TMPDIR" in told(output, "environment")
+    assert (
+        status == 1 and "nowhere" in advice_on(output, "environment") and "TMPDIR" in advice_on(output, "environment")
+    )

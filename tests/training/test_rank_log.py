@@ -28,9 +28,9 @@ def test_lines(tmp_path: Path) -> None:
     assert log.path == tmp_path / "logs" / "rank-00003.log"
     lines = log.path.read_text().splitlines()
     stamp = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z rank 3 \S+ \d+: (.*)")
-    told = [m[1] for line in lines if (m := stamp.fullmatch(line))]
+    messages = [m[1] for line in lines if (m := stamp.fullmatch(line))]
     begins = "attempt a1: rank 3 of 8 begins"
-    assert told == [begins, "one", "ValueError: planted one", begins, "two", "ValueError: planted two"]
+    assert messages == [begins, "one", "ValueError: planted one", begins, "two", "ValueError: planted two"]
     assert lines.count("Traceback (most recent call last):") == 2
 
 

@@ -2,6 +2,9 @@
 
 Nothing here touches torch: a wrong value is refused before anything heavy is imported. Annotations are not postponed
 (`from __future__ import annotations`), since jsonargparse would parse this file again for each class: 0.3 s a start.
+
+One file, although a long one: it is the reference of all flags, in the order of --help, and nearly every check compares
+settings with each other.
 """
 
 import dataclasses
@@ -180,13 +183,6 @@ class DataArgs:
                     f"--data.val: the name {name!r} becomes a column of metrics.csv: use letters (a to z), digits and "
                     "any of . _ -"
                 )
-
-    @property
-    def val_sets(self) -> dict[str, Path]:
-        """The validation sets by name; a single unnamed one has the name ""."""
-        if self.val is None:
-            return {}
-        return {"": self.val} if isinstance(self.val, Path) else {str(name): path for name, path in self.val.items()}
 
 
 @dataclass(frozen=True)

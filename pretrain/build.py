@@ -140,7 +140,7 @@ def build(
         fix_ddp_buckets(args, placement, fabric, model, optimizer, data.block_size)
     if checkpoint is not None:
         restore(checkpoint, optimizer, loss_scale)
-    columns = metrics_columns(args, config, len(data.rows))
+    columns = metrics_columns(args, config, data)
     recorder, compactor, trackers = begin_recording(args, settings, fabric, folder, data, progress, columns, trackers)
     if compactor is not None:
         saver.published = compactor.start

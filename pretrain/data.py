@@ -55,7 +55,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Datasets:
-    """The packed datasets, checked against the model and each other. `val`: by name, as `DataArgs.val_sets`."""
+    """The packed datasets, checked against the model and each other. `val`: by name, see `val_sets`."""
 
     train: list[PackedDataset]
     val: dict[str, PackedDataset]
@@ -92,7 +92,7 @@ def open_datasets(args: RunArgs, kind: str | None, checkpoint: Path | None = Non
     else:
         train = [PackedDataset(entry.path) for entry in args.data.mixture]
     named = [("--data.train" if args.data.train is not None else "--data.mixture", dataset) for dataset in train]
-    val = {name: PackedDataset(path) for name, path in args.data.val_sets.items()}
+    val = {name: PackedDataset(path) for name, path in val_sets(args.data.val).items()}
     named += [(f"--data.val {name}".rstrip(), dataset) for name, dataset in val.items()]
     config = model_config(args, train[0].vocab_size, checkpoint)
     router_losses(args.train, config)  # raises if they do not fit
@@ -130,6 +130,13 @@ def open_datasets(args: RunArgs, kind: str | None, checkpoint: Path | None = Non
     if args.train.max_epochs is None or args.data.packing == "concat":
         length_of(args, block_size, count_windows(train[0].n_tokens, block_size), first_segments(args))
     return Datasets(train, val, block_size, notes), config
+
+
+def val_sets(val: dict[str, Path] | Path | None) -> dict[str, Path]:
+    """The folders of --data.val by name; a single unnamed one has the name ""."""
+    if val is None:
+        return {}
+    return {"": val} if isinstance(val, Path) else {str(name): path for name, path in val.items()}
 
 
 def check_memory(args: RunArgs, kind: str | None, config: ModelConfig, block_size: int) -> None:

@@ -13,7 +13,7 @@ from lit_model.config import ModelConfig
 from lit_model.load import Checkpoint
 from pretrain.args import DistillationArgs, RunArgs, flat, plain
 from pretrain.checkpoint.load import check_meta, load_state, training_state
-from pretrain.data import Data, first_segments, in_order, training_loader
+from pretrain.data import Data, in_order, training_loader
 from pretrain.guards import SpikeDetector
 from pretrain.optim import AdamW, LossScale
 from pretrain.run import Progress, Run
@@ -63,7 +63,12 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 def progress_at(meta: dict[str, Any] | None, args: RunArgs, device: torch.device) -> Progress:
     """Where the run of a checkpoint was, or a new run is (None). Older checkpoints lack some of the keys."""
-    meta = meta or {"step": 0, "segments": [s.to_dict() for s in first_segments(args)], "tokens": 0, "skipped": 0}
+    meta = meta or {
+        "step": 0,
+        "segments": [Segment(0, 0, args.train.global_batch_samples).to_dict()],
+        "tokens": 0,
+        "skipped": 0,
+    }
     return Progress(
         step=int(meta["step"]),
         segments=[Segment(**segment) for segment in meta["segments"]],

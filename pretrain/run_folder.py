@@ -95,13 +95,13 @@ def open_folder(
     return folder, checkpoint, lock[0] if lock else None, trackers[0] if trackers else None
 
 
-def metrics_columns(args: RunArgs, config: ModelConfig, n_datasets: int) -> list[str]:
+def metrics_columns(args: RunArgs, config: ModelConfig, data: Data) -> list[str]:
     """The columns of metrics.csv. A mixture has an epoch for each dataset, by its number; named validation sets have
     columns of their own."""
-    epochs = () if n_datasets == 1 else [f"epoch_{d}" for d in range(n_datasets)]
+    epochs = () if len(data.rows) == 1 else [f"epoch_{d}" for d in range(len(data.rows))]
     routers = ROUTER_COLUMNS if config.n_expert else ()
     distillation = DISTILLATION_COLUMNS if args.objective == "distillation" else ()
-    validation = [f"{measure}/{name}" for name in args.data.val_sets if name for measure in VALIDATION_COLUMNS]
+    validation = [f"{measure}/{name}" for name in data.val if name for measure in VALIDATION_COLUMNS]
     return [*COLUMNS, *epochs, *routers, *distillation, *validation]
 
 

@@ -14,6 +14,7 @@ from lit_data.packed.reader import PackedDataset
 from lit_model.load import Checkpoint
 from pretrain.args import DataArgs, plain
 from pretrain.cli.run_parser import parse
+from pretrain.data import val_sets
 from pretrain.logs.metrics import columns_of, header_line
 from pretrain.logs.progress import describe_losses
 
@@ -119,8 +120,8 @@ def test_forms_of_the_setting(tmp_path: Path) -> None:
     law = {"law": Path("a/b"), "drama": Path("c")}
     assert parse([*base, "--data.val={law: a/b, drama: c}"]).data.val == law
     assert parse([*base, "--data.val.law=a/b", "--data.val.drama", "c"]).data.val == law
-    assert parse([*base, "--data.val=a/b"]).data.val_sets == {"": Path("a/b")}
-    assert parse(base).data.val_sets == {}
+    assert val_sets(parse([*base, "--data.val=a/b"]).data.val) == {"": Path("a/b")}
+    assert val_sets(parse(base).data.val) == {}
     config = tmp_path / "c.yaml"
     config.write_text("data:\n  val:\n    law: a/b\n    drama: c\n")
     args = parse([*base, f"--config={config}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import select
 import shutil
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -183,7 +185,13 @@ class Terminal:
         line = [sys.executable, str(ROOT / "scripts" / "generate.py"), *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "LC_ALL": "C.UTF-8"}
         self.process = subprocess.Popen(
-            line, stdin=inner, stdout=inner, stderr=inner, env=environment, start_new_session=True, close_fds=True
+            line,
+            stdin=inner,
+            stdout=inner,
+            stderr=inner,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
         )
         os.close(inner)
 

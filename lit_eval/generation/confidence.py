@@ -1,0 +1,206 @@
+"""How sure a model is of its next token, on given texts, and how often it is right when it is that sure.
+
+Dimensions: B rows of a batch, T tokens of its longest row, n tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_eval.model.eval_model import EvalModel, Prefix
+from lit_eval.model.likelihood import Span, rolling_windows
+from lit_eval.score.results import Result
+from lit_model.loss import CPU_CHUNK_BYTES, IGNORE_INDEX, Chunk, chunked_head_loss, tokens_of_chunk, wide
+
+Array = npt.NDArray[np.float64]
+LOW = 0.5  # a prediction whose most probable token has less is of low confidence
+BINS = 10
+
+
+@dataclass
+class Predictions:
+    """One entry for each predicted token.
+
+    Attributes:
+        top: probability of the most probable token.
+        entropy: of the distribution, in nats.
+        correct: 1 where the most probable token is the text's (ties: the smallest id), else 0.
+        target: log-probability of the text's token, in nats.
+    """
+
+    top: Array
+    entropy: Array
+    correct: Array
+    target: Array
+
+
+@dataclass
+class Bin:
+    """The predictions whose top probability lies in [low, high), the last bin with its end.
+
+    Attributes:
+        confidence: their mean top probability; None if there are none.
+        accuracy: share of them that are correct.
+    """
+
+    low: float
+    high: float
+    n: int
+    confidence: float | None
+    accuracy: float | None
+
+
+def predict(
+    model: EvalModel, texts: Sequence[str], *, prefix: Prefix = "auto", batch_tokens: int = 16384
+) -> Predictions:
+    """The prediction of each token of texts, in the windows of `rolling_windows`: each token is predicted once.
+
+    Args:
+        prefix: what precedes a text; see `EvalModel.prefix_id`.
+        batch_tokens: most tokens at a time, padding included. It does not change the numbers but for rounding.
+    """
+    prefix_id = model.prefix_id(prefix)
+    spans = [s for ids in model.encode(texts) for s in rolling_windows(ids, prefix_id, model.config.block_size)]
+    found: list[tuple[int, npt.NDArray[np.float64]]] = []
+    for numbers in _batches(spans, batch_tokens):
+        rows = [spans[i] for i in numbers]
+        tokens, targets = _tensors(rows)
+        with torch.no_grad(), model.autocast():
+            out: Tensor = model.model(tokens.to(model.device), targets.to(model.device), head=predictions_of_targets)
+        kept = targets != IGNORE_INDEX  # (B, T)
+        values = out.double().cpu().numpy()
+        found += [(i, values[:, row, kept[row].numpy()]) for row, i in enumerate(numbers)]
+    if not found:
+        raise ValueError("the texts have no token to predict")
+    return Predictions(*np.concatenate([values for _, values in sorted(found, key=lambda pair: pair[0])], axis=1))
+
+
+def _batches(spans: Sequence[Span], batch_tokens: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    width = 0
+    for i in sorted(range(len(spans)), key=lambda i: -_width(spans[i])):
+        if batch and (len(batch) + 1) * width > batch_tokens:
+            yield batch
+            batch = []
+        width = width if batch else _width(spans[i])
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _width(span: Span) -> int:
+    return len(span.context) + len(span.continuation) - 1
+
+
+def _tensors(spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+    """Tokens and targets (B, T), padded on the right."""
+    tokens = torch.zeros(len(spans), max(map(_width, spans)), dtype=torch.int64)
+    targets = torch.full_like(tokens, IGNORE_INDEX)
+    for row, span in enumerate(spans):
+        ids, n, width = [*span.context, *span.continuation], len(span.continuation), _width(span)
+        tokens[row, :width] = torch.tensor(ids[:-1])
+        targets[row, width - n : width] = torch.tensor(ids[-n:])
+    return tokens, targets
+
+
+def predictions_of_targets(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    /,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    z_loss: float,
+) -> Tensor:
+    """A head for `GPT.forward` (lit_model.loss.Head): float32 (4, B, T), the fields of `Predictions` in their order, 0
+    where the target is ignored. The full logits are never held."""
+    del z_loss
+    return chunked_head_loss(
+        *(hidden, weight, bias, targets),
+        partial(_predict_chunk, vocab_size=vocab_size, softcap=softcap),
+        lambda numbers: numbers[0].sum(),
+        n_numbers=4,
+        chunk_tokens=tokens_of_chunk(hidden.device.type, weight.shape[0], None, CPU_CHUNK_BYTES),
+        needs_gradient=False,
+    )[1]
+
+
+def _predict_chunk(chunk: Chunk, vocab_size: int, softcap: float | None) -> tuple[Tensor, None]:
+    logits = F.linear(chunk.hidden, chunk.weight, chunk.bias)[:, :vocab_size]
+    logits = logits.to(wide(logits.dtype))  # (n, vocab_size)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_p = logits.log_softmax(-1)
+    top, id = log_p.max(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    target = log_p.gather(1, chunk.target).squeeze(-1)
+    return torch.stack((top.exp(), entropy, (id == chunk.target.squeeze(-1)).to(top.dtype), target)), None
+
+
+def calibration(predictions: Predictions, bins: int = BINS) -> list[Bin]:
+    """Predictions by top probability, in bins of one width: calibrated, accuracy is the confidence in each."""
+    places = np.minimum((predictions.top * bins).astype(np.int64), bins - 1)
+    n = np.bincount(places, minlength=bins)
+    confidence, accuracy = (np.bincount(places, v, bins) for v in (predictions.top, predictions.correct))
+    return [
+        Bin(
+            low=i / bins,
+            high=(i + 1) / bins,
+            n=int(n[i]),
+            confidence=float(confidence[i] / n[i]) if n[i] else None,
+            accuracy=float(accuracy[i] / n[i]) if n[i] else None,
+        )
+        for i in range(bins)
+    ]
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Expected calibration error: |accuracy - confidence| of the bins, weighted by n (Guo et al. 2017)."""
+    gaps = [(b.n, abs(b.accuracy - b.confidence)) for b in bins if b.accuracy is not None and b.confidence is not None]
+    return sum(n * gap for n, gap in gaps) / sum(n for n, _ in gaps)
+
+
+def evaluate_confidence(
+    model: EvalModel, texts: Sequence[str], *, prefix: Prefix = "auto", batch_tokens: int = 16384
+) -> Result:
+    """Measure a model's confidence on texts it is given; it writes nothing itself.
+
+    Returns:
+        n: predicted tokens.
+        metrics: `top_1_accuracy`; `top_1_probability` and `entropy` (nats) on average; `low_confidence`, the share of
+            predictions whose top probability is below LOW; `calibration_error`; `loss` (nats a token).
+        details: `calibration`, a dict with the fields of `Bin` for each bin.
+
+    Raises ValueError if the texts have no token, or the model no tokenizer.
+    """
+    begun = time.monotonic()
+    found = predict(model, texts, prefix=prefix, batch_tokens=batch_tokens)
+    bins = calibration(found)
+    metrics = {
+        "top_1_accuracy": float(found.correct.mean()),
+        "top_1_probability": float(found.top.mean()),
+        "entropy": float(found.entropy.mean()),
+        "low_confidence": float((found.top < LOW).mean()),
+        "calibration_error": calibration_error(bins),
+        "loss": -float(found.target.mean()),
+    }
+    return Result(
+        kind="confidence",
+        n=len(found.top),
+        metrics=metrics,
+        source={"n_items": len(texts)},
+        settings={"prefix": prefix},
+        seconds=time.monotonic() - begun,
+        details={"calibration": [asdict(b) for b in bins]},
+    )

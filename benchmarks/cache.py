@@ -29,8 +29,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from lit_data.loading.order import IntArray, Order
+from lit_data.loading.order import Order
 from lit_data.loading.shard_cache import ShardCache, ShardFiles
+from lit_data.packed.index import IntArray
 from lit_data.packed.reader import PackedDataset
 from lit_data.packed.writer import PackedWriter
 

@@ -31,9 +31,9 @@ sys.path[0] = str(ROOT)
 
 from benchmarks.provenance import provenance
 from lit_data.loading.mixture import Mixture
-from lit_data.loading.order import IntArray, Order, Segment
+from lit_data.loading.order import Order, Segment
 from lit_data.loading.rows import ConcatRows
-from lit_data.packed.index import HEADER, MAGIC
+from lit_data.packed.index import HEADER, MAGIC, IntArray
 from lit_data.packed.manifest import FORMAT_VERSION, MANIFEST, Manifest, Shard
 from lit_data.packed.reader import PackedDataset
 from lit_data.packed.writer import DOCUMENTS_PER_GROUP

@@ -17,7 +17,7 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, given_fields,
 
 end_on_ctrl_c()
 
-from lit_data.corpus.readers import ReadErrors
+from lit_data.corpus.files import ReadErrors
 from lit_data.tokenizers.training import TokenizerSettings, train_tokenizer
 
 

@@ -15,42 +15,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lit_data.corpus.files import (
-    PARQUET,
-    SUFFIXES,
-    SUPPORTED,
-    TEXT_SUFFIXES,
-    ReadErrors,
-    TextFile,
-    list_files,
-    part_of_files,
-)
+from lit_data.corpus.files import PARQUET, TEXT_SUFFIXES, ReadErrors, TextFile, list_files
+from lit_data.corpus.parquet_columns import column_of, first_group, has_column, no_column, rows_at_once, values_of
 from lit_data.corpus.streams import DamagedError, after_lines, bytes_within, chunks_of, lines_of
-
-__all__ = [
-    "SUFFIXES",
-    "SUPPORTED",
-    "Document",
-    "OnError",
-    "Place",
-    "ReadErrors",
-    "SplitDocuments",
-    "TextFile",
-    "check_metadata",
-    "list_files",
-    "part_of_files",
-    "read_documents",
-]
 
 OnError = Literal["stop", "skip"]
 SplitDocuments = Literal["file", "blank_line", "line"]
 SPLITS: tuple[SplitDocuments, ...] = ("file", "blank_line", "line")
 
 MAX_DOCUMENT_MB = 1024
-ROWS_PER_BATCH = 64
 UTF8_BOM = b"\xef\xbb\xbf"
 
 
@@ -317,14 +292,14 @@ class _FileReader:
         try:
             with pq.ParquetFile(self.file.path, page_checksum_verification=True) as table:
                 columns = self._columns(table.schema_arrow)
-                group, skipped = _first_group(table.metadata, after)
+                group, skipped = first_group(table.metadata, after)
                 for batch in self._batches(table, range(group, table.num_row_groups), columns):
                     if (unread := skipped + batch.num_rows - after) <= 0:
                         skipped += batch.num_rows
                         continue
                     batch = batch.slice(batch.num_rows - unread) if skipped < after else batch
                     skipped = after
-                    for values in zip(*(_values(_column(batch, c)) for c in columns), strict=True):
+                    for values in zip(*(values_of(column_of(batch, c)) for c in columns), strict=True):
                         place += 1
                         document = self._document(place, dict(zip(columns, values, strict=True)), "row")
                         if document is not None:
@@ -338,21 +313,21 @@ class _FileReader:
         """Iterate over the rows of some groups, few at a time if they may be large."""
         for group in groups:
             facts = table.metadata.row_group(group)
-            rows = _rows_at_once(self.file.path, facts, columns, self._limit)
+            rows = rows_at_once(self.file.path, facts, columns, self._limit)
             yield from table.iter_batches(rows, [group], columns=columns)
 
     def _columns(self, schema: Any) -> list[str]:
         """The requested columns that a table has; metadata may be missing."""
         for column in self.fields.required:
-            if not _has(schema, column):
+            if not has_column(schema, column):
                 flag = "text_field" if column == self.fields.text else "id_field"
-                raise _no_column(self.file.path, column, flag, schema)
+                raise no_column(self.file.path, column, flag, schema)
         if (count := schema.names.count(self.fields.text)) > 1:
             raise ValueError(
                 f"{self.file.path} has {count} columns named {self.fields.text!r} (--text_field), and either could be "
                 "the text: write the file again with names of their own"
             )
-        return [c for c in self.fields.all if _has(schema, c)]
+        return [c for c in self.fields.all if has_column(schema, c)]
 
     def _hub(self, after: int) -> Iterator[Document]:
         assert self.file.hub is not None
@@ -406,58 +381,6 @@ def _read_json(text: str) -> Any:
         return json.loads(text, parse_int=str)
 
 
-def _first_group(metadata: Any, row: int) -> tuple[int, int]:
-    """The row group of a 0-based row of a Parquet file, and the number of rows before the group; after the last row,
-    none.
-    """
-    before = 0
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
-        if before + rows > row:
-            return group, before
-        before += rows
-    return metadata.num_row_groups, before
-
-
-def _rows_at_once(path: Path, group: Any, columns: Sequence[str], limit_bytes: int) -> int:
-    """Number of rows of a row group to read at once, so that they take at most a few document limits.
-
-    Plain text takes the size given in the file. A dictionary entry may repeat in any number of rows, so its maximum
-    size decides.
-    """
-    rows, size = ROWS_PER_BATCH, 0
-    for number in range(group.num_columns):
-        column = group.column(number)
-        if not any(column.path_in_schema == c or column.path_in_schema.startswith(f"{c}.") for c in columns):
-            continue
-        size += column.total_uncompressed_size
-        if column.has_dictionary_page and column.total_uncompressed_size * ROWS_PER_BATCH > limit_bytes:
-            entry = _page_bytes(path, column.dictionary_page_offset) or column.total_uncompressed_size
-            rows = min(rows, max(1, limit_bytes // max(1, entry)))
-    return min(rows, 2) if size > 4 * limit_bytes else rows
-
-
-def _page_bytes(path: Path, offset: int | None) -> int | None:
-    """The decompressed size of a Parquet page, or None if its header is not as expected.
-
-    A header starts with the page type and that size, as fields 1 and 2 of Thrift's compact protocol: a byte for "next
-    field, int32", and a zigzag varint.
-    """
-    if offset is None:
-        return None
-    with open(path, "rb") as f:
-        f.seek(offset)
-        head = f.read(16)
-    if len(head) < 4 or head[0] != 0x15 or head[2] != 0x15:
-        return None
-    value = 0
-    for i, byte in enumerate(head[3:]):
-        value |= (byte & 0x7F) << (7 * i)
-        if byte < 0x80:
-            return value >> 1
-    return None
-
-
 def check_metadata(files: Sequence[TextFile], metadata: Sequence[str]) -> None:
     """Raise ValueError for a metadata column missing from all of some Parquet files, before they are read.
 
@@ -473,71 +396,9 @@ def check_metadata(files: Sequence[TextFile], metadata: Sequence[str]) -> None:
             schema = pq.read_schema(file.path)
         except (pa.ArrowException, OSError):  # reading it will raise or skip
             return
-        missing = [m for m in missing if not _has(schema, m)]
+        missing = [m for m in missing if not has_column(schema, m)]
     if missing:
-        raise _no_column(file.path, missing[0], "metadata", schema)
-
-
-def _no_column(path: Path, column: str, flag: str, schema: Any) -> ValueError:
-    have = ", ".join(map(_shown, schema))
-    return ValueError(f"{path} has no column {column!r} (--{flag}); its columns are {have}")
-
-
-def _has(schema: Any, name: str) -> bool:
-    """Whether an Arrow schema or struct has a column, or a nested field (`translation.de`)."""
-    if schema.get_all_field_indices(name):
-        return True
-    head, _, rest = name.partition(".")
-    indices = schema.get_all_field_indices(head) if rest else []
-    return (
-        bool(indices)
-        and pa.types.is_struct(schema.field(indices[0]).type)
-        and _has(schema.field(indices[0]).type, rest)
-    )
-
-
-def _column(batch: Any, name: str) -> Any:
-    """A column by name (the first of several), or a nested field."""
-    if indices := batch.schema.get_all_field_indices(name):
-        return batch.column(indices[0])
-    head, _, rest = name.partition(".")
-    column = _column(batch, head)
-    while rest:
-        if column.type.get_all_field_indices(rest):
-            head, rest = rest, ""
-        else:
-            head, _, rest = rest.partition(".")
-        column = pc.struct_field(column, [column.type.get_all_field_indices(head)[0]])
-    return column
-
-
-def _shown(field: Any) -> str:
-    """A column, with its nested fields, for messages."""
-    if not pa.types.is_struct(field.type):
-        return str(field.name)
-    return f"{field.name} (with {', '.join(f'{field.name}.{inner.name}' for inner in field.type)})"
-
-
-def _values(column: Any) -> list[Any]:
-    """The values of an Arrow array; invalid UTF-8 as bytes, None for values Python can't represent."""
-    try:
-        values: list[Any] = column.to_pylist()
-        return values
-    except (ValueError, OverflowError, pa.ArrowException):  # caused by any single value; includes UnicodeDecodeError
-        return [_value(scalar) for scalar in column]
-
-
-def _value(scalar: Any) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        scalar = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
-        return scalar.as_buffer().to_pybytes() if isinstance(scalar, pa.BinaryScalar) else None
-    except (ValueError, OverflowError, pa.ArrowException):  # a date beyond Python's years
-        try:
-            return scalar.cast(pa.string()).as_py()
-        except (ValueError, OverflowError, pa.ArrowException):
-            return None
+        raise no_column(file.path, missing[0], "metadata", schema)
 
 
 def _field(record: dict[str, Any], name: str) -> Any:

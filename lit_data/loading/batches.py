@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lit_data.loading.order import IntArray
 from lit_data.loading.rows import Pieces, Rows
+from lit_data.packed.index import IntArray
 
 IGNORE_TARGET = -100  # ignore_index of torch's and the model's cross-entropy
 PADDING = -1  # the document number of padding

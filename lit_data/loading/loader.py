@@ -13,9 +13,10 @@ import numpy as np
 
 from lit_data.loading.batches import BatchPlan, BatchReader, RowNumbers, StepData
 from lit_data.loading.mixture import Mixture
-from lit_data.loading.order import IntArray, Segment, first_sample_of_step, row_of
+from lit_data.loading.order import Segment, first_sample_of_step, row_of
 from lit_data.loading.rows import Rows
 from lit_data.loading.shard_cache import ShardCache
+from lit_data.packed.index import IntArray
 
 FIRST_PLAN_ROWS = 8  # small first plan, so that the first batch is not delayed
 MAX_GROUP_ROWS = 64  # of the steps handed over together

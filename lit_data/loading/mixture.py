@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lit_data.loading.order import ROUNDS, IntArray, Order, permute, round_keys
+from lit_data.loading.order import ROUNDS, Order, permute, round_keys
+from lit_data.packed.index import IntArray
 
 BLOCK = 1024  # rows; a power of two. The resolution of the weights.
 BLOCKS_AT_ONCE = 256  # blocks evaluated together: about 10 MB

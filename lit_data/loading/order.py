@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int64]
+from lit_data.packed.index import IntArray
+
 _UintArray = npt.NDArray[np.uint64]
 
 ROUNDS = 6  # even, so that unequal halves of the Feistel network end in their original positions

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lit_data.loading.order import IntArray
+from lit_data.packed.index import IntArray
 from lit_data.packed.reader import PackedDataset
 from lit_files.mapping import map_array
 from lit_files.publish import build_folder, write_json

@@ -21,8 +21,8 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lit_data.loading.order import IntArray
 from lit_data.loading.row_plans import RowPlan, build_plan, plan_folder
+from lit_data.packed.index import IntArray
 from lit_data.packed.reader import PackedDataset
 
 Packing = Literal["concat", "best_fit", "pad"]

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_data.loading.cache_folder import CacheFolder
-from lit_data.loading.order import IntArray
+from lit_data.packed.index import IntArray
 from lit_data.packed.reader import PackedDataset
 from lit_files.descriptors import OpenFiles
 from lit_files.mapping import map_array

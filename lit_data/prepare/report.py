@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_data.corpus.readers import Document, ReadErrors
+from lit_data.corpus.files import ReadErrors
+from lit_data.corpus.readers import Document
 
 SAMPLES = 3  # samples kept per reason
 SAMPLE_CHARACTERS = 80

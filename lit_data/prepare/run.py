@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_data.corpus.cleaners import open_cleaner
-from lit_data.corpus.files import large_plain_text
-from lit_data.corpus.readers import ReadErrors
+from lit_data.corpus.files import ReadErrors, large_plain_text
 from lit_data.packed.manifest import MANIFEST
 from lit_data.packed.writer import remove_rows
 from lit_data.prepare.job import JOB_FILE, Job, differences, open_work, read_job

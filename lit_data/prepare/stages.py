@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from lit_data.corpus.readers import Document, Place, ReadErrors, read_documents
+from lit_data.corpus.files import ReadErrors
+from lit_data.corpus.readers import Document, Place, read_documents
 from lit_data.packed.manifest import check_documents_table, read_manifest
 from lit_data.packed.reader import PackedDataset
 from lit_data.packed.writer import PackedWriter

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lit_data.loading.order import IntArray
+from lit_data.packed.index import IntArray
 from lit_data.record.reader import stream_record
 from lit_data.record.trace import TracedRun
 

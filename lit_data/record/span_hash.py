@@ -13,7 +13,8 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-from lit_data.loading.order import IntArray, mix64
+from lit_data.loading.order import mix64
+from lit_data.packed.index import IntArray
 
 _UintArray = npt.NDArray[np.uint64]
 

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from lit_data.loading.order import IntArray, first_sample_of_step
+from lit_data.loading.order import first_sample_of_step
 from lit_data.loading.row_plans import check_plan
 from lit_data.loading.rows import PlannedRows
 from lit_data.packed.documents import Documents
+from lit_data.packed.index import IntArray
 from lit_data.record.parts import committed_parts, group_by_steps
 from lit_data.record.reader import stream_record
 from lit_data.record.schema import SCHEMA, sort_rows

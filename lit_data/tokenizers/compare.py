@@ -14,7 +14,8 @@ import re
 from collections.abc import Iterator
 from itertools import zip_longest
 
-from lit_data.tokenizers.tokenizer import SPACE_MARK, Tokenizer
+from lit_data.tokenizers.cutting import SPACE_MARK
+from lit_data.tokenizers.tokenizer import Tokenizer
 
 # Digests are stored in files: changing a text here invalidates them.
 _TEXTS = (

@@ -26,10 +26,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_data.tokenizers.cutting import SPACE_MARK
 from lit_data.tokenizers.sentencepiece_file import ModelType, Piece, PieceType, SentencepieceFile
 from lit_data.tokenizers.tokenizer import (
     NAMING_FILES,
-    SPACE_MARK,
     TEMPLATE_FILES,
     JsonTokenizer,
     SentencepieceTokenizer,
@@ -166,30 +166,6 @@ def names_bos(tokenizer: Tokenizer) -> bool:
 def parses_special_tokens(tokenizer: Tokenizer) -> bool:
     """Whether transformers parses special tokens named in a text to their ids, according to the tokenizer's files."""
     return isinstance(tokenizer, JsonTokenizer) and not _settings(tokenizer).get("split_special_tokens", False)
-
-
-def check_with_transformers(
-    folder: str | Path, tokenizer: Tokenizer, texts: Sequence[str] = HARD_STRINGS, *, bos: bool = False
-) -> None:
-    """Compare AutoTokenizer on the folder with the tokenizer. Needs transformers.
-
-    Texts with names of special tokens are compared only if the tokenizer can parse them. `bos`: see
-    `write_hf_tokenizer`.
-
-    Raises:
-        ValueError: naming the first text with other ids.
-    """
-    from transformers import AutoTokenizer
-
-    opened = AutoTokenizer.from_pretrained(str(folder))
-    for text in texts:
-        if tokenizer.may_hold_special(text) and not isinstance(tokenizer, JsonTokenizer):
-            continue
-        parse = tokenizer.may_hold_special(text)
-        ids = tokenizer.encode_parsed([text])[0] if parse else tokenizer.encode(text)
-        theirs, ours = list(opened(text)["input_ids"]), [*([tokenizer.bos_id] if bos else []), *ids.tolist()]
-        if theirs != ours:
-            raise ValueError(f"{folder}: transformers gives {theirs[:20]} for {text[:80]!r}, not {ours[:20]}")
 
 
 def _candidates(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,6 @@ added when documents are packed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
@@ -19,7 +18,18 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lit_data.tokenizers.sentencepiece_file import ModelType, PieceType, SentencepieceFile, read_sentencepiece_file
+from lit_data.tokenizers.cutting import (
+    LIMIT_CHARACTERS,
+    SPACE_MARK,
+    beginning,
+    cut,
+    cut_samples,
+    joins,
+    too_long,
+    without_first_spaces,
+)
+from lit_data.tokenizers.fingerprint import fingerprint_of_json, fingerprint_of_sentencepiece
+from lit_data.tokenizers.sentencepiece_file import ModelType, PieceType, read_sentencepiece_file
 from lit_data.tokenizers.unsupported import describe_foreign
 from lit_files.reading import read_json
 
@@ -38,18 +48,8 @@ COMPANIONS = (
 
 # Encoding takes a few hundred bytes per character, so this is about 20 MB at once.
 PIECE_CHARACTERS = 1 << 16
-# Limit of text that can't be cut and is encoded at once; this takes gigabytes.
-LIMIT_CHARACTERS = 1 << 24
 BATCH_CHARACTERS = 1 << 22
 
-SPACE_MARK = "▁"
-# Texts are cut between characters whose role is the same in every normaliser: letters and digits, except those with a
-# space once normalised (NFKC), ASCII punctuation, and some punctuation of European languages.
-_WITH_SPACE = "\u037a\ufc5e-\ufc63\ufdfa\ufdfb\ufe70\ufe72\ufe74\ufe76\ufe78\ufe7a\ufe7c\ufe7e"
-SAFE = rf"(?:[^\W{_WITH_SPACE}]|[!-/:-@\[-`{{-~„“”‚‘’–—…§€°«»·•])"
-_CUT = re.compile(rf"(?<={SAFE}) (?={SAFE})")
-_JOINED = re.compile(r"[^\s▁][ ▁]")
-_JOINED_BYTES = re.compile(r"[^ĠĊĉčċČ]Ġ")
 _BEFORE_NEWLINE = re.compile(r"\S\n")
 
 
@@ -145,7 +145,7 @@ class Tokenizer(ABC):
                 if len(text) > LIMIT_CHARACTERS:
                     raise ValueError(
                         f"a document of {len(text)} characters with special tokens is beyond the limit of "
-                        f"{LIMIT_CHARACTERS} for --special_tokens parse; split the document{_beginning(text)}"
+                        f"{LIMIT_CHARACTERS} for --special_tokens parse; split the document{beginning(text)}"
                     )
                 encoded[i] = np.asarray(self.parse_plain(text), dtype=np.int32)
         return encoded
@@ -182,7 +182,7 @@ class Tokenizer(ABC):
             if len(text) > LIMIT_CHARACTERS:
                 raise ValueError(
                     f"a document of {len(text)} characters is beyond the limit of {LIMIT_CHARACTERS} for {self.path}, "
-                    f"with which no place is safe to cut it; split the document{_beginning(text)}"
+                    f"with which no place is safe to cut it; split the document{beginning(text)}"
                 )
             return [text]
         pieces = cut(text, PIECE_CHARACTERS)
@@ -320,7 +320,7 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        return _fingerprint_of_json(self.content)
+        return fingerprint_of_json(self.content)
 
     def token_to_id(self, token: str) -> int | None:
         id: int | None = self.backend.token_to_id(token)
@@ -387,7 +387,7 @@ class JsonTokenizer(Tokenizer):
             return True
         special = {t.content for t in self.backend.get_added_tokens_decoder().values()}
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        return any(_joins(t, self._byte_level) for t in vocabulary if t not in special)
+        return any(joins(t, self._byte_level) for t in vocabulary if t not in special)
 
 
 class SentencepieceTokenizer(Tokenizer):
@@ -419,12 +419,12 @@ class SentencepieceTokenizer(Tokenizer):
         return (
             self._weighs_whole_texts()
             or self.content.treat_whitespace_as_suffix
-            or any(_joins(p.text) for p in self.content.pieces if p.type in learned)
+            or any(joins(p.text) for p in self.content.pieces if p.type in learned)
         )
 
     @cached_property
     def fingerprint(self) -> str:
-        return _fingerprint_of_sentencepiece(self.content)
+        return fingerprint_of_sentencepiece(self.content)
 
     def token_to_id(self, token: str) -> int | None:
         return self._ids.get(token)
@@ -479,73 +479,9 @@ def open_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
     raise ValueError(f"{file} is no tokenizer: give a tokenizer.json, a .model of sentencepiece, or their folder")
 
 
-def cut(text: str, piece_characters: int) -> list[str]:
-    """Cut a text before single spaces between words, at the first one after `piece_characters` each.
-
-    The pieces concatenate to the text; all but the first start with a space.
-    """
-    pieces, start = [], 0
-    while (end := _next_cut(text, start + piece_characters)) is not None:
-        pieces.append(text[start:end])
-        start = end
-    return [*pieces, text[start:]]
-
-
-def _next_cut(text: str, position: int) -> int | None:
-    match = _CUT.search(text, position)
-    return match.start() if match else None
-
-
-def cut_samples(added: Sequence[str]) -> list[str]:
-    """Texts that are hard to cut at spaces: pieces that could merge, be stripped, or get a prefix at their start."""
-    ends = ["a", "A", "ZZ", "Wort", "Straße", "1", "12345", "3.", "x,", "(y)", "don't", "i’ll", "'s", "-", "_", "%"]
-    ends += ["//", "é", "qü", "ﬁ", "½", "日本", "\U0001d54f", "<s>", "</s>", "<0x20>"]
-    ends += ["„Wort“", "»x«", "–", "—x", "z…", "§", "12€", "°", "·", "•", "‚x‘", "”"]
-    ends += added[:64]
-    words = [f"{before} {after}" for before in ends for after in ends]
-    return [
-        *words,
-        " ".join(ends),
-        "  ".join(ends) + " end here ",
-        "\n".join(words[:40]) + "\n\n a b  c\td e\r\n f g",
-        *("\n".join(words[i : i + 60]) for i in range(40, len(words), 60)),
-        " a b",
-        "  a b  ",
-        "die der das " * 20,
-        "a a a a aa aa aaa aaa aaaa",
-        "in the of and to the in der und die zu den",
-        "Zeile eins \nzwei  drei \u00a0vier\u200bfünf ▁ sechs ▁▁sieben a\u0301 b",
-    ]
-
-
-def without_first_spaces(pieces: list[str]) -> list[str]:
-    """Remove the leading space of each piece but the first."""
-    return [pieces[0], *(piece[1:] for piece in pieces[1:])]
-
-
-def _joins(token: str, byte_level: bool = False) -> bool:
-    """Whether a vocabulary entry has a space after a non-space, so that a cut could split it.
-
-    byte_level: the entry is written in the byte alphabet, where the bytes of " \\n\\t\\r\\v\\f" are "ĠĊĉčċČ".
-    """
-    return (_JOINED_BYTES if byte_level else _JOINED).search(token) is not None
-
-
 def _as_text(token: str) -> str:
     """The text of a token, for vocabularies that write spaces as SPACE_MARK and bytes as <0x0A>."""
     return {"<0x0A>": "\n", "<0x20>": " "}.get(token) or token.replace(SPACE_MARK, " ")
-
-
-def too_long(stretch: str) -> ValueError:
-    """The error for a too long text that can't be cut."""
-    return ValueError(
-        f"a document has {len(stretch)} characters in a row without a single space between two words, more than the "
-        f"limit of {LIMIT_CHARACTERS}; split the document{_beginning(stretch)}"
-    )
-
-
-def _beginning(text: str) -> str:
-    return f" (it begins: {text[:40]!r})"
 
 
 def _find_file(path: Path) -> Path:
@@ -581,42 +517,3 @@ def _named_token(path: Path, role: str) -> str | None:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
-def _fingerprint_of_json(content: dict[str, Any]) -> str:
-    model = {key: value for key, value in content["model"].items() if key != "dropout"}
-    # Older files write a merge as "a b", newer ones as ["a", "b"].
-    if isinstance(model.get("merges"), list):
-        model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    parts = {key: content.get(key) for key in ("normalizer", "pre_tokenizer")}
-    added = sorted(content.get("added_tokens") or [], key=lambda token: int(token["id"]))
-    return _digest(["tokenizers", _without_defaults({**parts, "model": model, "added_tokens": added})])
-
-
-def _without_defaults(value: Any) -> Any:
-    """Drop keys that are null or false, which only some programs write."""
-    if isinstance(value, dict):
-        return {k: _without_defaults(v) for k, v in value.items() if v is not None and v is not False}
-    if isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value):
-        return [_without_defaults(v) for v in value]
-    return value
-
-
-def _fingerprint_of_sentencepiece(content: SentencepieceFile) -> str:
-    return _digest(
-        [
-            "sentencepiece",
-            ModelType(content.model_type).name,
-            [[p.text, float.hex(p.score), int(p.type)] for p in content.pieces],
-            content.byte_fallback,
-            content.treat_whitespace_as_suffix,
-            hashlib.sha256(content.precompiled_charsmap).hexdigest(),
-            content.add_dummy_prefix,
-            content.remove_extra_whitespaces,
-            content.escape_whitespaces,
-        ]
-    )

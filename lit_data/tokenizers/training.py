@@ -15,17 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_data.corpus.files import list_files, mixed_split_names, sizes_of, train_and_held_out
-from lit_data.corpus.readers import (
-    MAX_DOCUMENT_MB,
-    OnError,
-    ReadErrors,
-    SplitDocuments,
-    TextFile,
-    read_documents,
-)
+from lit_data.corpus.files import ReadErrors, TextFile, list_files, mixed_split_names, sizes_of, train_and_held_out
+from lit_data.corpus.readers import MAX_DOCUMENT_MB, OnError, SplitDocuments, read_documents
+from lit_data.tokenizers.cutting import cut
 from lit_data.tokenizers.hf_export import config_for_transformers
-from lit_data.tokenizers.tokenizer import Tokenizer, cut, open_tokenizer
+from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_files.publish import build_folder
 
 Kind = Literal["byte_bpe", "sentencepiece"]

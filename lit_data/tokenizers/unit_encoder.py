@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lit_data.tokenizers.tokenizer import LIMIT_CHARACTERS, SAFE, Tokenizer, cut_samples, too_long
+from lit_data.tokenizers.cutting import LIMIT_CHARACTERS, SAFE, cut_samples, too_long
+from lit_data.tokenizers.tokenizer import Tokenizer
 
 MAX_UNITS = 1 << 18  # units cached at once, about 50 MB
 LONG_UNIT = 64  # characters; longer units rarely recur

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lit_data.corpus.files import ReadErrors, list_files, part_of_files
 from lit_data.corpus.hf_source import HubDataset, parse_hub_dataset
-from lit_data.corpus.readers import Place, ReadErrors, list_files, part_of_files, read_documents
+from lit_data.corpus.readers import Place, read_documents
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import tokenizers
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 transformers = pytest.importorskip("transformers")
 
-from lit_data.tokenizers.hf_export import HARD_STRINGS, check_with_transformers, write_hf_tokenizer  # noqa: E402
+from lit_data.tokenizers.hf_export import HARD_STRINGS, write_hf_tokenizer  # noqa: E402
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer  # noqa: E402
 from lit_data.tokenizers.training import train_on_texts  # noqa: E402
 
@@ -68,7 +68,6 @@ def test_our_own_tokenizers(tmp_path, kind):
     tokenizer = train_on_texts(TEXTS, 340, kind, tmp_path / "trained")
     opened = check(tokenizer, tmp_path / "hf")
     assert opened.decode(opened("Ein </s> Wort")["input_ids"]) == "Ein </s> Wort"
-    check_with_transformers(tmp_path / "hf", tokenizer)
     again = open_tokenizer(tmp_path / "hf")
     assert again.eos_id == tokenizer.eos_id
     assert (again.fingerprint == tokenizer.fingerprint) == (kind == "byte_bpe")
@@ -151,11 +150,3 @@ def test_unconvertible_tokenizers_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"gives other ids for '.+'"):
         write_hf_tokenizer(path, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
-
-
-def test_the_check_with_transformers_names_a_difference(tmp_path):
-    tokenizer = train_on_texts(TEXTS, 340, "byte_bpe", tmp_path / "trained")
-    other = train_on_texts(TEXTS[:1], 300, "byte_bpe", tmp_path / "other")
-    write_hf_tokenizer(other, tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"transformers gives .* for '.+', not"):
-        check_with_transformers(tmp_path / "hf", tokenizer)

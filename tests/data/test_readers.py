@@ -15,7 +15,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_data.corpus.readers import Place, ReadErrors, check_metadata, list_files, part_of_files, read_documents
+from lit_data.corpus.files import ReadErrors, list_files, part_of_files
+from lit_data.corpus.readers import Place, check_metadata, read_documents
 from lit_data.corpus.streams import after_lines, lines_of
 
 

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from grammar_nll import conditional_nll, document_nll, prefix_nll
 
 from lit_data.corpus.synthetic import (
     ADVERBS,
@@ -22,11 +23,8 @@ from lit_data.corpus.synthetic import (
     SUBJECTS,
     Level,
     Symbol,
-    conditional_nll,
-    document_nll,
     entropy_per_document,
     options_of,
-    prefix_nll,
     sample_documents,
     words_per_document,
     write_synthetic,

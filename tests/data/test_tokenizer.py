@@ -16,8 +16,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from lit_data.tokenizers import tokenizer as module
+from lit_data.tokenizers.cutting import cut
 from lit_data.tokenizers.sentencepiece_file import ModelType, PieceType, read_sentencepiece_file
-from lit_data.tokenizers.tokenizer import Tokenizer, cut, open_tokenizer
+from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_data.tokenizers.training import train_on_texts
 
 TEXT = (

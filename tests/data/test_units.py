@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from lit_data.tokenizers import unit_encoder as module
-from lit_data.tokenizers.tokenizer import SAFE, Tokenizer, open_tokenizer
+from lit_data.tokenizers.cutting import SAFE
+from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_data.tokenizers.training import train_on_texts
 from lit_data.tokenizers.unit_encoder import UnitEncoder, unit_patterns
 

@@ -16,7 +16,8 @@ import pytest
 import zstandard
 from running import script
 
-from lit_data.corpus.readers import Place, ReadErrors, read_documents
+from lit_data.corpus.files import ReadErrors
+from lit_data.corpus.readers import Place, read_documents
 from lit_data.packed.documents import Documents
 from lit_data.packed.reader import PackedDataset
 from lit_data.prepare import stages as preparation

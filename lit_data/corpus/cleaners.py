@@ -157,7 +157,7 @@ def _clean_by_file(name: str, cleaners: Mapping[str, Callable[[str], str]], docu
     stem = Path(document.source).name.partition(".")[0]
     if stem not in cleaners:
         raise ValueError(
-            f"--cleaner {name} chooses by the file's name, and {document.source} is none of those it knows: "
+            f"--cleaner {name} chooses the cleaner by file name and has none for {document.source}; it knows "
             f"{', '.join(cleaners)} (any suffix)"
         )
     return _clean(cleaners[stem], document)

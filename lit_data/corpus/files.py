@@ -49,7 +49,9 @@ class ReadErrors:
         for warning in self.warnings[: self.keep]:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         if len(self.warnings) > self.keep:
-            print(f"warning: and {len(self.warnings) - self.keep} more of the kind", file=sys.stderr, flush=True)
+            print(
+                f"warning: and {len(self.warnings) - self.keep} more warnings like these", file=sys.stderr, flush=True
+            )
 
     def ignore(self, file: Path) -> None:
         self.ignored_files += 1
@@ -129,7 +131,7 @@ def list_files(inputs: Iterable[str | Path | TextFile], errors: ReadErrors | Non
         elif path.exists():
             suffix = suffix_of(path)
             if suffix is None:
-                raise ValueError(f"{path} is of an unknown kind; text is read from {SUPPORTED}, and folders of these")
+                raise ValueError(f"{path} is of an unknown type; text is read from {SUPPORTED}, and folders of these")
             files.append(TextFile(path, path.name, suffix))
         elif glob.has_magic(str(given)):
             files.extend(_some(_files_like(str(given), errors), f"{given}"))
@@ -230,7 +232,7 @@ def part_of_files(files: Sequence[TextFile], part: int, n_parts: int) -> list[Te
         raise ValueError(f"part {part} of {n_parts}: parts are numbered from 0 to {n_parts - 1}")
     if len(files) < n_parts:
         raise ValueError(
-            f"{len(files)} files cannot be cut into {n_parts} parts; take fewer parts or cut the text into more files"
+            f"{len(files)} files cannot be split into {n_parts} parts: reduce --parts or split the text into more files"
         )
     ends = list(itertools.accumulate(sizes_of(files)))
     cuts = [0]

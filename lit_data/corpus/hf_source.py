@@ -50,7 +50,7 @@ class HubDataset:
                 f"{self.spec} is read with the package datasets; install it: pip install 'llammlein[data]'"
             ) from error
         if self.is_local and not Path(self.name).is_dir():
-            raise FileNotFoundError(f"{self.spec} cannot be opened: {self.name} is no folder")
+            raise FileNotFoundError(f"{self.spec} cannot be opened: {self.name} is not a folder")
         try:
             if self.is_local and _was_saved_to_disk(Path(self.name)):
                 return self._open_saved(datasets)
@@ -94,7 +94,8 @@ class HubShard:
         stream = self.dataset.open()
         if stream.num_shards != self.n_shards:
             raise ValueError(
-                f"{self.dataset.spec} has {stream.num_shards} shards instead of {self.n_shards}: it has changed"
+                f"{self.dataset.spec} has {stream.num_shards} shards instead of {self.n_shards}: the dataset has "
+                "changed; start again with --fresh"
             )
         row = start
         try:

@@ -105,7 +105,10 @@ def read_documents(
     errors = errors if errors is not None else ReadErrors()
     files = list_files(paths, errors)
     if start is not None and not 0 <= start.file < len(files):
-        raise ValueError(f"reading was to resume in file number {start.file} of {len(files)}: the inputs have changed")
+        raise ValueError(
+            f"cannot resume in file number {start.file} of {len(files)}: the inputs have changed; start again with "
+            "--fresh"
+        )
     first = start.file if start is not None else 0
 
     fields = _Fields(text_field, id_field, require_id, tuple(metadata))
@@ -324,8 +327,8 @@ class _FileReader:
                 raise no_column(self.file.path, column, flag, schema)
         if (count := schema.names.count(self.fields.text)) > 1:
             raise ValueError(
-                f"{self.file.path} has {count} columns named {self.fields.text!r} (--text_field), and either could be "
-                "the text: write the file again with names of their own"
+                f"{self.file.path} has {count} columns named {self.fields.text!r} (--text_field), any of which could "
+                "be the text: rename the others in the file"
             )
         return [c for c in self.fields.all if has_column(schema, c)]
 
@@ -357,7 +360,7 @@ class _FileReader:
                 self._fault(f"{where}: the field {name!r} holds a JSON {_kind(text)}, not text{inside}")
             return None
         if may_hold_surrogates and not _is_unicode(text):
-            self._fault(f"{where}: the field {name!r} holds half of a surrogate pair, which is no Unicode text")
+            self._fault(f"{where}: the field {name!r} contains an unpaired surrogate, which is not valid Unicode")
             return None
         if 4 * len(text) > self._limit and len(text.encode()) > self._limit:
             self._too_long(f"{where}: a text")

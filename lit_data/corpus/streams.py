@@ -101,7 +101,10 @@ def after_lines(chunks: Iterator[bytes], lines: int, name: str) -> Iterator[byte
             yield chunk
     if lines > unfinished:
         missing = lines - unfinished
-        raise ValueError(f"{name} ends {missing} lines before the place to resume from: it has changed")
+        raise ValueError(
+            f"{name} ends {missing} lines before the line to resume after: the file has changed; start again with "
+            "--fresh"
+        )
 
 
 def _raw_chunks(path: Path, chunk_bytes: int) -> Iterator[bytes]:
@@ -126,7 +129,7 @@ def _unzstded(path: Path) -> Iterator[bytes]:
             try:
                 data = frame.decompress(chunk)
             except zstandard.ZstdError as error:
-                raise DamagedError(f"damaged, or no zstd file: {error}") from error
+                raise DamagedError(f"damaged, or not a zstd file: {error}") from error
             if data:
                 yield data
             chunk = b""
@@ -150,7 +153,7 @@ def _gunzipped(path: Path) -> Iterator[bytes]:
             try:
                 data = member.decompress(chunk, PIECE_BYTES)
             except zlib.error as error:
-                raise DamagedError(f"damaged, or no gzip file: {error}") from error
+                raise DamagedError(f"damaged, or not a gzip file: {error}") from error
             if data:
                 yield data
             chunk = member.unconsumed_tail

@@ -92,8 +92,8 @@ class CacheFolder:
         if facts.f_blocks * facts.f_frsize < budget_bytes:
             self.close()
             raise ValueError(
-                f"--data.cache_gb {budget_bytes / 1e9:g} is more than the file system of --data.cache_dir "
-                f"{self.folder} has, {facts.f_blocks * facts.f_frsize / 1e9:.3f} GB"
+                f"--data.cache_gb {budget_bytes / 1e9:g} exceeds the {facts.f_blocks * facts.f_frsize / 1e9:.3f} GB "
+                f"of the file system of --data.cache_dir {self.folder}; lower it"
             )
         self.hold(())
 

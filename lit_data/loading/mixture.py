@@ -197,5 +197,5 @@ def phase_list(weights: Sequence[tuple[int, Sequence[float]]]) -> tuple[Phase, .
     """[(first sample, weights)] -> phases. Raises ValueError if they do not ascend from 0, and as `quotas` does."""
     firsts = [first for first, _ in weights]
     if any(a >= b for a, b in pairwise(firsts)):
-        raise ValueError(f"phases must begin one after another; these begin at samples {firsts}")
+        raise ValueError(f"phases must begin at increasing samples; these begin at {firsts}")
     return tuple(Phase(first, quotas(w)) for first, w in weights)

@@ -81,7 +81,7 @@ class RowPlan:
                 if array[0] != 0 or array[-1] != end:
                     raise ValueError(f"{name}.bin runs from {array[0]} to {array[-1]}; {name} run from 0 to {end}")
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} is damaged ({error}): remove it, and it will be built again") from error
+            raise ValueError(f"{folder} is damaged ({error}): delete it to have it rebuilt") from error
 
     def first_row(self, group: int) -> int:
         """The first row of a group of documents; one past the last group gives the number of rows."""
@@ -92,7 +92,7 @@ class RowPlan:
         first = self._rows[rows]
         count = self._rows[rows + 1] - first
         if len(rows) and (first.min() < 0 or count.min() < 1 or int((first + count).max()) > self.n_pieces):
-            raise ValueError(f"{self.folder / 'rows.bin'} is damaged: remove the folder, and it will be built again")
+            raise ValueError(f"{self.folder / 'rows.bin'} is damaged: delete the folder to have it rebuilt")
         return first, count
 
     def read(self, pieces: IntArray) -> tuple[IntArray, IntArray, IntArray]:
@@ -102,9 +102,7 @@ class RowPlan:
         if len(pieces):
             outside = document.min() < 0 or document.max() >= self.n_documents
             if outside or start.min() < 0 or length.min() < 1 or length.max() > self.block_size:
-                raise ValueError(
-                    f"{self.folder / 'pieces.bin'} is damaged: remove the folder, and it will be built again"
-                )
+                raise ValueError(f"{self.folder / 'pieces.bin'} is damaged: delete the folder to have it rebuilt")
         return document, start, length
 
     def pieces_of_row(self, row: int) -> list[tuple[int, int, int]]:

@@ -123,8 +123,8 @@ class PlannedRows:
         position = doc_begin + start
         if (position + length > doc_end).any():
             raise ValueError(
-                f"{self.plan.folder} is damaged: a piece reaches beyond its document; remove the folder, and it is "
-                "built again"
+                f"{self.plan.folder} is damaged: a piece reaches beyond its document; delete the folder to have it "
+                "rebuilt"
             )
         return Pieces(row, document, start, length, position, position + length == doc_end)
 

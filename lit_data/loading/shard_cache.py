@@ -103,7 +103,8 @@ class ShardCache:
             raise ValueError(f"chunks of {chunk_bytes} bytes hold no token")
         if budget_bytes < chunk_bytes:
             raise ValueError(
-                f"--data.cache_gb {budget_bytes / 1e9:g} is less than a chunk of {chunk_bytes} bytes; give several"
+                f"--data.cache_gb {budget_bytes / 1e9:g} is less than a chunk of {chunk_bytes} bytes; give enough for "
+                "several"
             )
         self.dataset, self.keep = dataset, keep
         self.hits = self.misses = self.staged_bytes = 0

@@ -49,7 +49,10 @@ class Documents:
         path = self.dataset.path / f"{facts.name}.idx"
         pointer = int.from_bytes(self._opened.read(path, 8, offset), "little", signed=True)
         if not 0 <= pointer < facts.tokens * np.dtype(self.dataset.manifest.dtype).itemsize:
-            raise ValueError(f"{path} is damaged: document {number} would begin at byte {pointer} of the .bin")
+            raise ValueError(
+                f"{path} is damaged: document {number} would begin at byte {pointer} of the .bin; prepare the dataset "
+                "again"
+            )
         return int(self._first_token[shard]) + pointer // np.dtype(self.dataset.manifest.dtype).itemsize
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[Any]:

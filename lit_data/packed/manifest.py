@@ -117,7 +117,8 @@ def read_manifest(folder: Path) -> Manifest:
         if (folder / "train" / MANIFEST).is_file():
             hint = f"; did you mean {folder / 'train'}?"
         raise FileNotFoundError(
-            f"{folder} is no packed dataset: it has no {MANIFEST}{hint or ' (make one with scripts/prepare_data.py)'}"
+            f"{folder} is not a packed dataset: it has no "
+            f"{MANIFEST}{hint or ' (make one with scripts/prepare_data.py)'}"
         )
     try:
         manifest = read_dataclass(Manifest, path)
@@ -145,7 +146,7 @@ def _check_manifest(manifest: Manifest) -> None:
         raise ValueError(f"bos_id is {manifest.bos_id} and vocab_size {manifest.vocab_size}")
     names = {shard.name for shard in manifest.shards}
     if len(names) != len(manifest.shards) or any(Path(name).name != name for name in names):
-        raise ValueError("two shards have one name, or a name is no file's of this folder")
+        raise ValueError("two shards have the same name, or a name is not that of a file in this folder")
     for count in ("documents", "tokens", "bytes"):
         counts = [getattr(shard, count) for shard in manifest.shards]
         if min(counts, default=0) < 0 or sum(counts) != getattr(manifest, count):

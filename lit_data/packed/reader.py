@@ -119,10 +119,12 @@ class PackedDataset:
             last_pointer = os.pread(f.fileno(), 8, HEADER.size + 12 * n - 8) if n else b""
         magic, version, code, sequences, _ = HEADER.unpack(head)
         if magic != MAGIC or version != 1 or np.dtype(DTYPE_CODES.get(code, np.float32)) != self.dtype:
-            raise ValueError(f"{prefix}.idx is no MMIDIDX version 1 of {self.dtype}; prepare again")
+            raise ValueError(
+                f"{prefix}.idx is not an MMIDIDX version 1 index of {self.dtype} tokens; prepare the dataset again"
+            )
         if sequences != n:
             raise ValueError(
-                f"{prefix}.idx holds {sequences} documents, the manifest says {n}: prepare the dataset again"
+                f"{prefix}.idx holds {sequences} documents, but the manifest says {n}: prepare the dataset again"
             )
         end = int.from_bytes(last_pointer, "little", signed=True)
         end += int.from_bytes(last_length, "little", signed=True) * self.dtype.itemsize
@@ -171,12 +173,15 @@ class PackedDataset:
             if wrong.any():
                 number = first + int(wrong.argmax())
                 raise ValueError(
-                    f"{path} is damaged: the place or the length of document {number} of the shard is wrong; prepare "
+                    f"{path} is damaged: the offset or the length of document {number} of the shard is wrong; prepare "
                     "the dataset again (scripts/inspect_dataset.py --verify compares all files with their checksums)"
                 )
             end = int(ends[-1])
         if end != shard.tokens * self.dtype.itemsize:
-            raise ValueError(f"{path} is damaged: it names {end} bytes of the .bin, not {shard.tokens} tokens")
+            raise ValueError(
+                f"{path} is damaged: it covers {end} bytes of the .bin, not {shard.tokens} tokens; prepare the "
+                "dataset again"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}

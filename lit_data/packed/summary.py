@@ -293,7 +293,10 @@ def tokenizer_of(
     tokenizer = open_tokenizer(folder, eos_token)
     known = dataset.manifest.tokenizer
     if tokenizer.fingerprint != known["fingerprint"] and known.get("kind") != "unknown":
-        raise ValueError(f"--tokenizer {folder} is not the one that {dataset.path} was made with (fingerprints differ)")
+        raise ValueError(
+            f"--tokenizer {folder} is not the tokenizer that {dataset.path} was encoded with (their fingerprints "
+            "differ); give that one"
+        )
     return tokenizer
 
 
@@ -314,7 +317,7 @@ def faults_of(folder: str | Path) -> list[str]:
             elif (size := file.stat().st_size) != shard.sizes[kind]:
                 found.append(f"{file} has {size} bytes instead of {shard.sizes[kind]}: truncated or replaced")
             elif file_sha256(file) != expected:
-                found.append(f"{file} has other content than when it was written (SHA-256)")
+                found.append(f"{file} differs from what was written (SHA-256)")
     return found
 
 

@@ -95,7 +95,7 @@ def find_token_files(
     found: dict[tuple[int, int], TokenFile] = {}
     for path, name, is_companion in (each for given in map(Path, inputs) for each in _token_paths(given)):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing beside the files that belong to it")
+            raise FileNotFoundError(f"{path} is missing; it belongs to a file beside it, so copy it as well")
         facts = path.stat()
         first = found.get((facts.st_dev, facts.st_ino))
         if first is None:
@@ -155,14 +155,14 @@ def _open(path: Path, name: str, dtype: FlatDtype | None) -> TokenFile:
     if (other := describe_other(path, head)) is not None:
         raise ValueError(other)
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} is of an unknown kind; tokens are read from {', '.join(SUFFIXES)}")
+        raise ValueError(f"{path} is of an unknown type; tokens are read from {', '.join(SUFFIXES)}")
     if path.suffix == ".ds":
         return _open_datatrove(path, name, dtype)
     if path.suffix == ".bin" and head.startswith(CHUNK_MAGIC):
         return _open_chunk(path, name, head)
     if (shard := llmc_tokens(path, head)) is not None:
         if dtype not in (None, shard[0].name):
-            raise ValueError(f"--dtype {dtype}: the header of {path} says {shard[0].name}; leave it out")
+            raise ValueError(f"--dtype {dtype}: the header of {path} says {shard[0].name}; leave --dtype out")
         return TokenFile(path, name, "llm.c", shard[0], LLMC_HEADER_BYTES, shard[1])
     if dtype is None:
         raise _no_dtype(path)
@@ -174,13 +174,16 @@ def _no_dtype(path: Path) -> ValueError:
         ".npy": "it has no header of NumPy, as OLMo's have none",
         ".ds": "it has neither .index nor .metadata beside it",
     }.get(path.suffix, f"no .idx beside it, no header of {CHUNK_MAGIC.decode()} or llm.c; nanoGPT's are uint16")
-    return ValueError(f"{path} is a flat file of tokens ({why}): say of which type they are with --dtype")
+    return ValueError(f"{path} is a flat file of tokens ({why}): give the type of its ids with --dtype")
 
 
 def _open_flat(path: Path, name: str, dtype: np.dtype[Any], named: str) -> TokenFile:
     size = path.stat().st_size
     if size % dtype.itemsize:
-        raise ValueError(f"{path} has {size} bytes, no multiple of the {dtype.itemsize} of {named}: it is truncated")
+        raise ValueError(
+            f"{path} has {size} bytes, not a multiple of the {dtype.itemsize} of {named}: it is truncated; copy it "
+            "again"
+        )
     return TokenFile(path, name, "flat", dtype, 0, size // dtype.itemsize)
 
 
@@ -193,10 +196,10 @@ def _open_npy(path: Path, name: str) -> TokenFile:
             shape, _, dtype = read(f)
             offset = f.tell()
     except (ValueError, EOFError, OSError, TypeError, SyntaxError):
-        raise ValueError(f"{path} is truncated or has a damaged header of NumPy; save the ids again") from None
+        raise ValueError(f"{path} is truncated or has a damaged NumPy header; save the ids again") from None
     if dtype.kind not in "iu" or not np.can_cast(dtype, np.int64) or len(shape) != 1:
         held = "Python objects" if dtype.hasobject else f"{len(shape)}-dimensional {dtype}"
-        raise ValueError(f"{path} holds {held}; a flat array of integers (not uint64) is needed")
+        raise ValueError(f"{path} holds {held}; save the ids as a flat array of integers (not uint64)")
     size, expected = path.stat().st_size, offset + shape[0] * dtype.itemsize
     if size < expected:
         raise ValueError(f"{path} has {size} bytes, its header says {expected}: it is truncated; copy it again")
@@ -211,7 +214,9 @@ def _open_datatrove(path: Path, name: str, dtype: FlatDtype | None) -> TokenFile
     if index.is_file():
         ends = index.stat().st_size // 8
         if index.stat().st_size % 8:
-            raise ValueError(f"{index} has {index.stat().st_size} bytes, no multiple of 8: it is truncated")
+            raise ValueError(
+                f"{index} has {index.stat().st_size} bytes, not a multiple of 8: it is truncated; copy it again"
+            )
         tokens = int(np.fromfile(index, "<u8", 1, offset=8 * (ends - 1))[0]) if ends else 0
         itemsize = itemsize or (size // tokens if tokens else 2)
     if itemsize is None:
@@ -221,9 +226,9 @@ def _open_datatrove(path: Path, name: str, dtype: FlatDtype | None) -> TokenFile
     found = np.dtype({2: "<u2", 4: "<u4"}.get(itemsize, "V1"))
     if found.kind != "u" or (tokens is not None and size != tokens * itemsize):
         expected = f"its .index names {tokens} tokens" if tokens is not None else f"a token has {itemsize} bytes"
-        raise ValueError(f"{path} has {size} bytes, and {expected}: one of the files is damaged; copy them again")
+        raise ValueError(f"{path} has {size} bytes, but {expected}: one of the files is damaged; copy them again")
     if dtype is not None and np.dtype(dtype).itemsize != itemsize:
-        raise ValueError(f"--dtype {dtype}: {path} is of {found.name}, by the files beside it; leave it out")
+        raise ValueError(f"--dtype {dtype}: the files beside {path} say {found.name}; leave --dtype out")
     if tokens is None:
         return _open_flat(path, name, found, ".ds.metadata")
     return TokenFile(path, name, "datatrove", found, 0, tokens)
@@ -247,7 +252,9 @@ def _open_chunk(path: Path, name: str, head: bytes) -> TokenFile:
         raise ValueError(f"{path} is truncated in its header; copy it again")
     _, version, code, tokens = CHUNK_HEADER.unpack_from(head)
     if version != 1 or code not in CHUNK_DTYPES:
-        raise ValueError(f"{path} is a chunk of version {version} and type code {code}; version 1 of integers is read")
+        raise ValueError(
+            f"{path} is a chunk of version {version} with type code {code}; only version 1 with integers can be read"
+        )
     dtype = np.dtype(CHUNK_DTYPES[code]).newbyteorder("<")
     size, expected = path.stat().st_size, CHUNK_HEADER.size + tokens * dtype.itemsize
     if size != expected:
@@ -266,11 +273,13 @@ class MegatronIndex:
         with open_regular(path) as f:
             head = f.read(HEADER.size)
         if len(head) < HEADER.size or not head.startswith(MAGIC):
-            raise ValueError(f"{path} is no index of Megatron (MMIDIDX), or truncated")
+            raise ValueError(f"{path} is not a Megatron index (MMIDIDX), or is truncated")
         _, version, code, self.sequences, self.boundaries = HEADER.unpack(head)
         dtype = DTYPE_CODES.get(code)
         if version != 1 or dtype is None or np.dtype(dtype).kind not in "iu":
-            raise ValueError(f"{path} has version {version} and type code {code}; version 1 of integers is read")
+            raise ValueError(
+                f"{path} has version {version} and type code {code}; only version 1 with integers can be read"
+            )
         self.dtype = np.dtype(dtype).newbyteorder("<")
         size, expected = path.stat().st_size, HEADER.size + 12 * self.sequences + 8 * self.boundaries
         if self.sequences and size == expected + self.sequences:
@@ -278,7 +287,9 @@ class MegatronIndex:
         if size != expected:
             raise ValueError(f"{path} has {size} bytes instead of {expected}: it is truncated; copy it again")
         if not self.boundaries or self._read("q", 12, 0, 1)[0] or self._last_boundary() != self.sequences:
-            raise ValueError(f"{path} has documents that do not cover its {self.sequences} sequences")
+            raise ValueError(
+                f"{path} is damaged: its documents do not cover its {self.sequences} sequences; copy it again"
+            )
         self.end_byte = self._find_end()
 
     @property
@@ -295,21 +306,23 @@ class MegatronIndex:
         """Lengths in tokens of sequences [start, stop), int64."""
         lengths: IntArray = self._read("i", 0, start, stop).astype(np.int64)
         if len(lengths) and lengths.min() < 0:
-            raise ValueError(f"{self.path} is damaged: sequence {start + int(lengths.argmin())} has a negative length")
+            raise ValueError(
+                f"{self.path} is damaged: sequence {start + int(lengths.argmin())} has a negative length; copy it again"
+            )
         return lengths
 
     def first_tokens(self, start: int, stop: int) -> IntArray:
         """Positions in the .bin of the first tokens of sequences [start, stop), int64."""
         offsets: IntArray = self._read("q", 4, start, stop)
         if len(offsets) and (offsets.min() < 0 or (offsets % self.dtype.itemsize).any()):
-            raise ValueError(f"{self.path} is damaged: a sequence begins where no token does")
+            raise ValueError(f"{self.path} is damaged: a sequence begins in the middle of a token; copy it again")
         return offsets // self.dtype.itemsize
 
     def first_sequences(self, start: int, stop: int) -> IntArray:
         """First sequences of documents [start, stop), and the end of the last: int64 [stop - start + 1]."""
         found: IntArray = self._read("q", 12, start, stop + 1)
         if (np.diff(found) < 0).any() or found[0] < 0 or found[-1] > self.sequences:
-            raise ValueError(f"{self.path} is damaged: its documents are not in order")
+            raise ValueError(f"{self.path} is damaged: its documents are not in order; copy it again")
         return found
 
     def _last_boundary(self) -> int:
@@ -358,7 +371,7 @@ def datatrove_blocks(file: TokenFile) -> Iterator[Block]:
         here = np.fromfile(index, "<u8", min(BLOCK_DOCUMENTS, count - start), offset=8 * start).astype(np.int64)
         lengths = np.diff(here, prepend=begin)
         if lengths.min() < 0 or here[-1] > file.tokens:
-            raise ValueError(f"{index} is damaged: its documents are not in order")
+            raise ValueError(f"{index} is damaged: its documents are not in order; copy it again")
         numbers = np.arange(start, start + len(here))
         for a, b in _cut_by_size(lengths):
             first = int(here[a] - lengths[a])

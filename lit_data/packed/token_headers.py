@@ -69,7 +69,7 @@ def llmc_tokens(path: Path, head: bytes) -> tuple[np.dtype[Any], int] | None:
     tokens = struct.unpack_from("<i", head, 8)[0] if len(head) >= 12 else -1
     if tokens < 0 or size != LLMC_HEADER_BYTES + tokens * dtype.itemsize:
         raise ValueError(
-            f"{path} has a header of llm.c for {tokens} tokens of {dtype.name} and {size} bytes in all instead of "
+            f"{path} has an llm.c header for {tokens} tokens of {dtype.name} and {size} bytes in total instead of "
             f"{LLMC_HEADER_BYTES + max(0, tokens) * dtype.itemsize}: it is truncated; copy it again"
         )
     return dtype, tokens

@@ -84,7 +84,7 @@ class ImportSettings:
         if self.document_tokens is not None and not 1 <= self.document_tokens < MAX_DOCUMENT_TOKENS:
             raise ValueError(f"--document_tokens {self.document_tokens}: at least 1 and below 2^31 - 1 is needed")
         if self.across_files and self.split_at is None:
-            raise ValueError("--across_files needs --split_at: what else would end a document?")
+            raise ValueError("--across_files needs --split_at, the id that ends a document")
         if self.shard_tokens < 1:
             raise ValueError(f"--shard_tokens {self.shard_tokens}: at least 1 is needed")
 
@@ -149,9 +149,9 @@ def _check_cutting(settings: ImportSettings, files: Sequence[TokenFile]) -> None
     flag = "--split_at" if settings.split_at is not None else "--document_tokens"
     cut = settings.split_at is not None or settings.document_tokens is not None
     if indexed and cut and len(indexed) == len(files):
-        raise ValueError(f"{flag}: {indexed[0].path} has an index that says where its documents end")
+        raise ValueError(f"{flag}: {indexed[0].path} has an index of its documents; leave {flag} out")
     if indexed and settings.across_files:
-        raise ValueError(f"--across_files: {indexed[0].path} has an index that says where its documents end")
+        raise ValueError(f"--across_files: {indexed[0].path} has an index of its documents; leave --across_files out")
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,10 @@ class _Target:
 def _target(settings: ImportSettings) -> _Target:
     vocab_size, eos_id = settings.vocab_size, settings.eos_id
     if settings.bos and settings.tokenizer is None:
-        raise ValueError("--bos needs --tokenizer, which says what BOS is")
+        raise ValueError("--bos needs --tokenizer, which defines the BOS token")
     if settings.tokenizer is not None:
         if vocab_size is not None or eos_id is not None:
-            raise ValueError("--tokenizer says the vocabulary and EOS; leave out --vocab_size and --eos_id")
+            raise ValueError("--tokenizer already defines the vocabulary and EOS; leave out --vocab_size and --eos_id")
         tokenizer = open_tokenizer(settings.tokenizer, settings.eos_token)
         facts = {**tokenizer.facts(), "folder": "tokenizer"}
         bos_id = tokenizer.need_bos() if settings.bos else None
@@ -179,7 +179,7 @@ def _target(settings: ImportSettings) -> _Target:
     if vocab_size is None or eos_id is None:
         raise ValueError("give --tokenizer, or --vocab_size and --eos_id: the ids are checked against the vocabulary")
     if vocab_size > MAX_VOCAB_SIZE:
-        raise ValueError(f"--vocab_size {vocab_size} is too large: ids are of 31 bits, give {MAX_VOCAB_SIZE} or less")
+        raise ValueError(f"--vocab_size {vocab_size} is too large: ids have 31 bits, so give at most {MAX_VOCAB_SIZE}")
     if vocab_size < 1 or not 0 <= eos_id < vocab_size:
         raise ValueError(f"--eos_id {eos_id} is outside a vocabulary of --vocab_size {vocab_size}")
     # Nothing else is known; datasets imported with the same values count as the same tokenizer.

@@ -138,7 +138,7 @@ def _reopen(path: Path, size: int) -> BinaryIO:
     actual = file.seek(0, os.SEEK_END)
     if actual < size:
         file.close()
-        raise ValueError(f"{path} has {actual} bytes, {size} were synced before: it was damaged; begin again (--fresh)")
+        raise ValueError(f"{path} has {actual} bytes, but {size} were synced: it was damaged; start again with --fresh")
     file.truncate(size)
     file.seek(size)
     return file

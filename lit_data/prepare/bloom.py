@@ -87,7 +87,7 @@ class BloomDedup:
         """Load a saved filter, which must have been made for the same number and rate."""
         expected = self.size_bytes + HEADER_BYTES
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no such Bloom filter")
+            raise FileNotFoundError(f"{path}: the Bloom filter is missing; start again with --fresh")
         if os.path.getsize(path) != expected:
             raise ValueError(
                 f"{path} has {os.path.getsize(path)} bytes, a Bloom filter for the --bloom_paragraphs and "

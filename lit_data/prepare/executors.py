@@ -60,5 +60,5 @@ def run_on_executors(settings: Settings, execution: Execution) -> None:
         try:
             last = make(pipeline=[StageStep(settings, task)], tasks=tasks, workers=at_once, depends=last, **own)
         except TypeError as error:
-            raise ValueError(f"--executor_args: datatrove's {make.__name__} says: {error}") from error
+            raise ValueError(f"--executor_args: {make.__name__} of datatrove refuses them: {error}") from error
     last.run()

@@ -36,7 +36,7 @@ def length_filter(min_characters: int = 0, max_characters: int | None = None) ->
     """
     if min_characters < 0 or (max_characters is not None and max_characters < max(min_characters, 1)):
         raise ValueError(
-            f"--min_characters {min_characters}, --max_characters {max_characters}: no document has such a length"
+            f"--min_characters {min_characters}, --max_characters {max_characters}: no document can satisfy both"
         )
     return Filter("length", partial(_length, min_characters, max_characters))
 
@@ -68,7 +68,7 @@ def language_filter(languages: Collection[str], min_probability: float = 0.5) ->
     known = set(_language_identifier().labels)
     for language in languages:
         if language not in known:
-            raise ValueError(f"--language {language}: the codes of the languages are {', '.join(sorted(known))}")
+            raise ValueError(f"--language {language}: the known language codes are {', '.join(sorted(known))}")
     if not languages:
         raise ValueError("--language: name at least one")
     return Filter("language", partial(_language, frozenset(languages), min_probability))

@@ -54,8 +54,8 @@ class Job:
         for file in val:
             if file.identity in own:
                 raise ValueError(
-                    f"{file.path} is given by --input and by --val_input; validation text must not be trained on: "
-                    "leave it out of --input, by a pattern or by folders that don't hold it"
+                    f"{file.path} is in both --input and --val_input; validation text must not be trained on: exclude "
+                    "it from --input"
                 )
         if not settings.allow_mixed_splits:
             _refuse_mixed_splits(train, "--input")
@@ -102,9 +102,9 @@ def _refuse_mixed_splits(files: Sequence[TextFile], flag: str) -> None:
     folders = [f.path.parent for f in found]
     folder = folders[0] if folders[0] == folders[1] else os.path.commonpath(map(os.path.abspath, folders))
     raise ValueError(
-        f"{flag} takes in {train.path} and {held_out.path}: training text and held-out text would be one dataset. Give "
-        f"them apart, such as --input '{folder}/**/*.train*' --val_input '{folder}/**/*{held_out.kind}*', or give "
-        "--allow_mixed_splits if it is meant"
+        f"{flag} includes {train.path} and {held_out.path}: training and held-out text would end up in one dataset. "
+        f"Separate them, for example with --input '{folder}/**/*.train*' --val_input '{folder}/**/*{held_out.kind}*', "
+        "or give --allow_mixed_splits if that is intended"
     )
 
 
@@ -131,8 +131,8 @@ def open_work(work: Path, job: Job, fresh: bool) -> bool:
     differs = differences(there, wanted)
     if differs and not fresh:
         raise ValueError(
-            f"{work} holds a preparation that was not finished, with other settings: {'; '.join(differs)}. Give the "
-            "same to resume it, or --fresh to discard it"
+            f"{work} holds an unfinished preparation with other settings: {'; '.join(differs)}. Give the same "
+            "settings to resume it, or --fresh to discard it"
         )
     return True
 

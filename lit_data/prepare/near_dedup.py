@@ -160,7 +160,7 @@ def find_near_duplicates(
     permutations = _permutations_of(signature_files)
     bands = choose_bands(permutations, threshold) if bands is None else bands
     if bands < 1 or permutations % bands:
-        raise ValueError(f"{bands} bands: the {permutations} values of a signature can't be cut into so many")
+        raise ValueError(f"the {permutations} values of a signature cannot be divided into {bands} bands")
     scratch = temporary / "find-near-duplicates"
     with open_scratch_database(scratch, memory_bytes) as database:
         documents = _write_bands(signature_files, bands, scratch / "bands.parquet")

@@ -62,8 +62,7 @@ class Pool:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise ValueError(
-                f"a worker process ended unexpectedly, perhaps for lack of memory; try fewer than --workers "
-                f"{self.workers}"
+                f"a worker process ended unexpectedly, perhaps out of memory; lower --workers (now {self.workers})"
             ) from error
         finally:
             for future in waiting:

@@ -143,7 +143,7 @@ def _report(preparation: Preparation, output: Path, began: float, resumed: bool)
     _check_sides(report, preparation.settings)
     never_seen = [m for m in preparation.settings.metadata if m not in stage_reports.fields]
     if never_seen:
-        raise _EmptyError(f"--metadata {' '.join(never_seen)}: no document has such a field")
+        raise _EmptyError(f"--metadata {' '.join(never_seen)}: no document has this field; check the name")
     return report
 
 
@@ -200,7 +200,9 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(f"--output {output} exists already; choose another folder, remove it, or give --overwrite")
     if output.is_symlink() or not (output / "train" / MANIFEST).is_file():
-        raise ValueError(f"--output {output} is no folder that this program wrote; --overwrite does not remove it")
+        raise ValueError(
+            f"--output {output} was not written by this program, so --overwrite does not remove it; remove it yourself"
+        )
 
 
 def _empty(folder: Path, keep: Sequence[str] = ()) -> None:

@@ -109,7 +109,7 @@ def _check(s: Settings) -> None:
     if s.val_fraction is not None and s.val_input is not None:
         raise ValueError("--val_fraction and --val_input exclude each other; give one of them")
     if s.val_fraction is not None and not 0 < s.val_fraction < 1:
-        raise ValueError(f"--val_fraction {s.val_fraction}: give a share between 0 and 1, such as 0.01")
+        raise ValueError(f"--val_fraction {s.val_fraction}: give a fraction between 0 and 1, such as 0.01")
     for flag, least in (
         ("shard_tokens", 1), ("parts", 1), ("min_characters", 0), ("max_characters", 0), ("dedup_min_characters", 0),
         ("max_token_word_ratio", 0), ("bloom_paragraphs", 0), ("max_document_mb", 1),
@@ -118,7 +118,7 @@ def _check(s: Settings) -> None:
             raise ValueError(f"--{flag} {getattr(s, flag)}: at least {least} is needed")
     for column in s.metadata:
         if column in RESERVED_COLUMNS:
-            raise ValueError(f"--metadata {column}: the name is taken; these are: {', '.join(RESERVED_COLUMNS)}")
+            raise ValueError(f"--metadata {column}: the name is reserved, as are all of {', '.join(RESERVED_COLUMNS)}")
     if len(set(s.metadata)) != len(s.metadata):
         raise ValueError(f"--metadata {' '.join(s.metadata)}: a name is given twice")
     if s.split_documents not in SPLITS:
@@ -137,7 +137,7 @@ def _check(s: Settings) -> None:
         if s.bloom_paragraphs < 1:
             raise ValueError("--dedup bloom needs --bloom_paragraphs N, the number of paragraphs expected")
         if not 0 < s.bloom_false_positives < 0.5:
-            raise ValueError(f"--bloom_false_positives {s.bloom_false_positives}: give a share between 0 and 0.5")
+            raise ValueError(f"--bloom_false_positives {s.bloom_false_positives}: give a fraction between 0 and 0.5")
 
 
 @dataclass(frozen=True)

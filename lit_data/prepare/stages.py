@@ -7,6 +7,8 @@
 
 A stage takes documents in segments. After each, its output is synced and its position written to `STAGE.json` in the
 part's folder; a resumed stage truncates later output and continues reading from there.
+
+One module, since the stages share the layout of the working folder and of its progress files.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def _work_out(folder: Path, work: Path, tokenizer_path: str | Path | None, worke
     dataset = PackedDataset(folder)
     tokenizer = tokenizer_of(dataset, tokenizer_path)
     if tokenizer is None:
-        raise ValueError(f"{folder} has no tokenizer beside it to decode its tokens with: give one by --tokenizer")
+        raise ValueError(f"{folder} has no tokenizer beside it to decode its tokens with: give one with --tokenizer")
     manifest = dataset.manifest
     make = functools.partial(_Counter, folder, work, str(tokenizer.path), tokenizer.eos_token)
     with Pool(min(workers, max(1, len(manifest.shards))), make) as pool:
@@ -138,5 +138,7 @@ def _with_words(schema: pa.Schema, path: Path) -> pa.Schema:
     if at < 0:
         return schema.insert(schema.get_field_index("bytes") + 1, pa.field("words", pa.int64()))
     if schema.field(at).type != pa.int64():
-        raise ValueError(f"{path} keeps metadata of the name words: prepare the dataset again with another name for it")
+        raise ValueError(
+            f"{path} has a metadata column named words: prepare the dataset again with another name for it"
+        )
     return schema

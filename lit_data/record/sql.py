@@ -32,7 +32,7 @@ def record_sql(run: Path, first_step: int, end_step: int) -> str:
     whole = set(list_parts(run / "datapoints"))
     inside = [p for p in committed_parts(run) if p.end_step > first_step and p.first_step < end_step]
     if not inside:
-        raise ValueError(f"{run} has no committed part of a record for steps {first_step} to {end_step - 1}")
+        raise ValueError(f"{run} has no committed record of steps {first_step} to {end_step - 1}")
     selects = []
     if uncut := [p for p in inside if p in whole]:
         selects.append(_select(uncut, first_step, end_step))
@@ -131,7 +131,7 @@ def export(run: Path, datasets: Sequence[PackedDataset], end_step: int, file: Pa
     if file.exists():
         raise ValueError(f"{file} exists already; choose another name or remove it")
     if not file.parent.is_dir():
-        raise FileNotFoundError(f"{file.parent} is no folder to write {file.name} to")
+        raise FileNotFoundError(f"{file.parent} is not a folder, so {file.name} cannot be written there")
     work = Path(tempfile.mkdtemp(dir=file.parent, prefix=f".{file.name}.tmp-"))
     try:
         with open_database(work / "record.duckdb", folder=work, hint=MERGED) as database:

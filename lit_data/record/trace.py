@@ -53,15 +53,20 @@ def open_run(folder: str | Path, data: str | Path | Sequence[str | Path] | None 
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
     if not (folder / "datapoints").is_dir():
         raise FileNotFoundError(f"{folder} has no datapoint record (it ran with --data.datapoints false)")
     steps = newest_checkpoint_step(folder)
     if steps == 0:
-        raise ValueError(f"{folder} has no checkpoint yet: nothing of its record is committed")
+        raise ValueError(
+            f"{folder} has no checkpoint yet, and the record is committed by checkpoints; try again after the first one"
+        )
     facts_file = folder / "datapoints" / ORDER_FILE
     if not facts_file.is_file():
-        raise FileNotFoundError(f"{facts_file} is missing: the order of the data cannot be known without it")
+        raise FileNotFoundError(
+            f"{facts_file} is missing, and without it the order of the data is unknown; restore it from a copy of the "
+            "run"
+        )
     facts = read_dataclass(OrderFacts, facts_file)
     recorded: list[str | Path] = [find_recorded(folder, d.path, MANIFEST) for d in facts.datasets]
     paths = [data] if isinstance(data, (str, Path)) else list(data or recorded)

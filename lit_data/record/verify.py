@@ -251,7 +251,7 @@ class _Checks:
                 elif near and near[0][1] == start:
                     self.faults.add("wrong length", f"{what} instead of {near[0][1]}..{near[0][1] + near[0][2]}")
                 else:
-                    self.faults.add("wrong place", f"{what}, which do not lie there in its window")
+                    self.faults.add("wrong place", f"{what}, which are elsewhere in its window")
             for document, start, length in lacking:
                 self.faults.add(
                     "gap", f"{where[i]}: document {document} tokens {start}..{start + length} are not there"

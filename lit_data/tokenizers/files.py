@@ -16,12 +16,12 @@ def copy_tokenizer(source_folder: str | Path, target_folder: str | Path) -> None
     """Copy a tokenizer's files (but no others, e.g. weights) to a new folder, atomically."""
     source = Path(source_folder)
     if not source.is_dir():
-        raise FileNotFoundError(f"{source} is no folder of a tokenizer")
+        raise FileNotFoundError(f"{source} is not a tokenizer's folder")
     main = [file for pattern in MAIN_FILES for file in sorted(source.glob(pattern)) if file.is_file()]
     files = [*main, *companions_in(source)]
     if not files:
         names = ", ".join((*MAIN_FILES, *COMPANIONS))
-        raise ValueError(f"{source} holds no tokenizer: none of its files is named like {names}")
+        raise ValueError(f"{source} contains no tokenizer: none of its files matches {names}")
     _copy_files(files, source, Path(target_folder))
 
 

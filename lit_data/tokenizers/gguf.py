@@ -85,9 +85,11 @@ def _byte_level_bpe(tokenizer: JsonTokenizer, vocab_size: int, pre_tokenizer: st
     content = tokenizer.content
     model = content["model"]
     if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in json.dumps(content.get("pre_tokenizer")):
-        raise ValueError(f"{tokenizer.path} is no byte-level BPE; of tokenizer.json files GGUF holds only these")
+        raise ValueError(f"{tokenizer.path} is not a byte-level BPE; GGUF supports no other kind of tokenizer.json")
     if content.get("normalizer") is not None:
-        raise ValueError(f"{tokenizer.path} has a normalizer, and llama.cpp none: it would give other ids")
+        raise ValueError(
+            f"{tokenizer.path} has a normalizer, which llama.cpp does not support: it would give other ids"
+        )
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
     added = {token["id"]: token for token in content.get("added_tokens") or []}
     by_id = {id: token for token, id in model["vocab"].items()} | {id: t["content"] for id, t in added.items()}
@@ -109,9 +111,9 @@ def _pre_tokenizer_of(tokenizer: JsonTokenizer) -> str:
         if len(parts) == len(wanted) and all(_says(*pair) for pair in zip(parts, wanted, strict=True)):
             return name
     raise ValueError(
-        f"{tokenizer.path} cuts words as no pre-tokenizer that is known here in llama.cpp does "
-        f"({', '.join(PRE_TOKENIZERS)}); --pre_tokenizer takes one of llama.cpp's by name, with which some texts get "
-        "other ids than they were trained with (llama-bpe is nearest to the tokenizers trained by "
+        f"{tokenizer.path} splits words like none of the known pre-tokenizers of llama.cpp "
+        f"({', '.join(PRE_TOKENIZERS)}); --pre_tokenizer names one to use nevertheless, which gives some texts other "
+        "ids than in training (llama-bpe is nearest to the tokenizers trained by "
         "scripts/train_tokenizer.py: it differs at combining marks and at words such as 'tis)"
     )
 

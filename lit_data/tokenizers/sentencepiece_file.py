@@ -64,7 +64,7 @@ def read_sentencepiece_file(path: Path) -> SentencepieceFile:
     try:
         return _parse_model(read_bytes(path))
     except (IndexError, struct.error, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path} is no sentencepiece model: {error}") from error
+        raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
 
 
 def _parse_model(data: bytes) -> SentencepieceFile:

@@ -3,6 +3,9 @@
 No special tokens are added, and names of special tokens in the text are encoded as ordinary text: a page about `</s>`
 does not end there. `encode_parsed` gives them their ids instead, for text formatted by a chat template. BOS and EOS are
 added when documents are packed.
+
+One module, since a tokenizer reopens itself when unpickled: the base class, both kinds and `open_tokenizer` need each
+other.
 """
 
 from __future__ import annotations
@@ -144,7 +147,7 @@ class Tokenizer(ABC):
             if self.may_hold_special(text):
                 if len(text) > LIMIT_CHARACTERS:
                     raise ValueError(
-                        f"a document of {len(text)} characters with special tokens is beyond the limit of "
+                        f"a document of {len(text)} characters with special tokens exceeds the limit of "
                         f"{LIMIT_CHARACTERS} for --special_tokens parse; split the document{beginning(text)}"
                     )
                 encoded[i] = np.asarray(self.parse_plain(text), dtype=np.int32)
@@ -181,8 +184,8 @@ class Tokenizer(ABC):
         if self.continuation is None:
             if len(text) > LIMIT_CHARACTERS:
                 raise ValueError(
-                    f"a document of {len(text)} characters is beyond the limit of {LIMIT_CHARACTERS} for {self.path}, "
-                    f"with which no place is safe to cut it; split the document{beginning(text)}"
+                    f"a document of {len(text)} characters exceeds the limit of {LIMIT_CHARACTERS}, and with "
+                    f"{self.path} it cannot be cut without changing its tokens; split the document{beginning(text)}"
                 )
             return [text]
         pieces = cut(text, PIECE_CHARACTERS)
@@ -283,7 +286,7 @@ class JsonTokenizer(Tokenizer):
         self.path, self.files = path, _files_of(path)
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-            raise ValueError(describe_foreign(path) or f"{path} is no tokenizer.json: it has no model")
+            raise ValueError(describe_foreign(path) or f"{path} is not a tokenizer.json: it has no model")
         self.content = content
         self._open_backend()
         self._find_specials(eos_token, {})
@@ -302,7 +305,7 @@ class JsonTokenizer(Tokenizer):
         try:
             backend = Backend.from_str(json.dumps(self.content))
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{self.path} is no tokenizer.json: {error}") from error
+            raise ValueError(f"{self.path} is not a valid tokenizer.json: {error}") from error
         backend.no_truncation()
         backend.no_padding()
         if getattr(backend.model, "dropout", None):
@@ -403,7 +406,7 @@ class SentencepieceTokenizer(Tokenizer):
         try:
             self.backend = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path} is no sentencepiece model: {error}") from error
+            raise ValueError(f"{path} is not a sentencepiece model: {error}") from error
         self.vocab_size = len(self.content.pieces)
         self._ids = {piece.text: id for id, piece in enumerate(self.content.pieces)}
         ids = {f"{role}_token": int(getattr(self.backend, f"{role}_id")()) for role in ("eos", "bos", "pad")}
@@ -476,7 +479,7 @@ def open_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
         raise ValueError(foreign)
     if file.suffix == ".model":
         return SentencepieceTokenizer(file, eos_token)
-    raise ValueError(f"{file} is no tokenizer: give a tokenizer.json, a .model of sentencepiece, or their folder")
+    raise ValueError(f"{file} is not a tokenizer: give a tokenizer.json, a .model of sentencepiece, or their folder")
 
 
 def _as_text(token: str) -> str:

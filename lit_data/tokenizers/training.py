@@ -95,7 +95,7 @@ def train_tokenizer(settings: TokenizerSettings, errors: ReadErrors | None = Non
     files = list_files(s.input, errors)
     mixed = train_and_held_out(files)
     for a, b in [(mixed[0].path, mixed[1].path)] if mixed is not None else mixed_split_names(files):
-        errors.warnings.append(f"the tokenizer learns from {a} and from held-out text, {b}")
+        errors.warnings.append(f"the tokenizer is trained on {a} and on held-out text, {b}")
     errors.print_warnings()
     options: dict[str, Any] = {
         "on_error": s.on_error,
@@ -162,11 +162,13 @@ def check_arguments(
     specials = [*(BYTE_BPE_SPECIALS if kind == "byte_bpe" else SENTENCEPIECE_SPECIALS), *special_tokens]
     for token in special_tokens:
         if not token.strip() or specials.count(token) > 1:
-            raise ValueError(f"--special_tokens {token!r}: give each one once, not blank, and none of those always in")
+            raise ValueError(
+                f"--special_tokens {token!r}: give each token once, not blank, and none of the built-in ones"
+            )
     if vocab_size <= BYTES + len(specials):
         raise ValueError(
             f"--vocab_size {vocab_size} is too small: {BYTES} bytes and {len(specials)} special tokens "
-            f"({' '.join(specials)}) are always in; give {BYTES + len(specials) + 1} or more"
+            f"({' '.join(specials)}) are always included; give {BYTES + len(specials) + 1} or more"
         )
     if vocab_size > MAX_VOCAB_SIZE:
         raise ValueError(f"--vocab_size {vocab_size} is too large: give {MAX_VOCAB_SIZE} or less")
@@ -183,7 +185,7 @@ def check_arguments(
         raise ValueError(f"--output {output} exists already; choose another folder, or replace it with --overwrite")
     if not any((output / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(
-            f"--output {output} is no folder of a tokenizer: --overwrite replaces only such; remove it yourself"
+            f"--output {output} is not a tokenizer's folder, and --overwrite replaces nothing else; remove it yourself"
         )
 
 

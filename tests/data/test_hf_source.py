@@ -108,7 +108,7 @@ def test_a_dataset_saved_to_disk(corpus, splits):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("hf:./nowhere", r"hf:./nowhere:train cannot be opened: ./nowhere is no folder"),
+        ("hf:./nowhere", r"hf:./nowhere:train cannot be opened: ./nowhere is not a folder"),
         ("hf:no/such", r"hf:no/such:train cannot be opened: .*no/such.*"),
         ("hf:./set:dev", r"hf:./set:dev cannot be opened: .*(test.*train|train.*test)"),
         ("hf:./set@de", r"hf:./set@de:train cannot be opened: .*de.*"),

@@ -32,7 +32,7 @@ def test_impossible_weights_are_refused(weights):
 
 
 def test_phases_that_do_not_ascend_are_refused():
-    with pytest.raises(ValueError, match="must begin one after another"):
+    with pytest.raises(ValueError, match="must begin at increasing samples"):
         phase_list([(0, [1]), (100, [1]), (100, [1])])
 
 

@@ -219,7 +219,7 @@ def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             find(2, threshold)
     with pytest.raises(ValueError, match="b.parquet.*another number of permutations.*a.parquet"):
         find(2, 0.8)
-    with pytest.raises(ValueError, match="7 bands: the 128 values"):
+    with pytest.raises(ValueError, match="the 128 values of a signature cannot be divided into 7 bands"):
         find(1, 0.8, bands=7)
     assert find(1, 0.8) == NearDuplicateCounts(0, 0, 0)
     monkeypatch.setitem(sys.modules, "rensa", None)

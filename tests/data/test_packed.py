@@ -243,16 +243,16 @@ def test_a_wrong_count_in_the_index_is_refused(tmp_path):
     data = bytearray((folder / "data-00000.idx").read_bytes())
     data[18] = 3
     (folder / "data-00000.idx").write_bytes(data)
-    with pytest.raises(ValueError, match="holds 3 documents, the manifest says 2"):
+    with pytest.raises(ValueError, match="holds 3 documents, but the manifest says 2"):
         PackedDataset(folder)
 
 
 def test_a_folder_without_manifest_is_not_a_dataset(tmp_path):
     folder = write(tmp_path / "set", [[1, 0]])
     (folder / "manifest.json").rename(folder / "elsewhere")
-    with pytest.raises(FileNotFoundError, match="no packed dataset"):
+    with pytest.raises(FileNotFoundError, match="not a packed dataset"):
         PackedDataset(folder)
-    with pytest.raises(FileNotFoundError, match="no packed dataset"):
+    with pytest.raises(FileNotFoundError, match="not a packed dataset"):
         PackedDataset(tmp_path / "nowhere")
     write(tmp_path / "out" / "train", [[1, 0]])
     with pytest.raises(FileNotFoundError, match=r"did you mean .*train"):

@@ -116,7 +116,7 @@ def test_a_damaged_plan_is_named(tmp_path):
     (plan,) = (dataset.path / "plans").iterdir()
     with open(plan / "pieces.bin", "r+b") as file:
         file.truncate(20)
-    with pytest.raises(ValueError, match=r"is damaged .*remove it, and it will be built again"):
+    with pytest.raises(ValueError, match=r"is damaged .*delete it to have it rebuilt"):
         open_rows(dataset, "pad", 8)
     shutil.rmtree(plan)
     open_rows(dataset, "pad", 8)

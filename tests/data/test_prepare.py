@@ -192,7 +192,7 @@ def test_separate_validation_text(corpus, tokenizer_folder, tmp_path):
     assert report.sides["val"].documents == 1 and report.sides["train"].documents == 201
     assert texts(tmp_path / "out" / "val", open_tokenizer(tokenizer_folder)) == ["Bäume und Vögel"]
     assert PackedDataset(tmp_path / "out" / "val").manifest.source["inputs"] == [str(val)]
-    with pytest.raises(ValueError, match=r"b\.txt is given by --input and by --val_input"):
+    with pytest.raises(ValueError, match=r"b\.txt is in both --input and --val_input"):
         prepare([corpus], tokenizer_folder, tmp_path / "bad", val_inputs=[corpus / "b.txt"], workers=1)
 
 
@@ -254,7 +254,7 @@ def test_existing_output(corpus, tokenizer_folder, tmp_path):
     # The tokenizer may be in the folder that is replaced.
     prepare([corpus], out / "tokenizer", out, workers=1, val_fraction=0.2, overwrite=True)
     assert (out / "val").is_dir() and sorted(p.name for p in tmp_path.iterdir()) == ["bad.txt", "corpus", "out"]
-    assert_refused(tmp_path, "no folder that this program wrote", [out], tokenizer_folder, corpus, overwrite=True)
+    assert_refused(tmp_path, "was not written by this program", [out], tokenizer_folder, corpus, overwrite=True)
     assert (corpus / "a.jsonl").exists()
 
 
@@ -420,7 +420,7 @@ def test_parts_equal_a_single_machine(repetitive, tokenizer_folder, tmp_path, mo
         assert stage("merge") is not None
     assert content(tmp_path / "staged") == expected
     assert stage("merge") is not None and not (tmp_path / ".staged.preparing").exists()
-    with pytest.raises(ValueError, match="6 files cannot be cut into 7 parts"):
+    with pytest.raises(ValueError, match="6 files cannot be split into 7 parts"):
         prepare([repetitive], tokenizer_folder, tmp_path / "no", parts=7, **call)
 
 

@@ -115,7 +115,7 @@ BAD_LINES = {
     "missing": (b'{"body": "x"}', r"line 2: no field 'text' \(--text_field\); its fields: 'body'"),
     "number": (b'{"text": 3}', "line 2: the field 'text' holds a JSON number"),
     "null": (b'{"text": null}', "line 2: the field 'text' holds a JSON null"),
-    "surrogate": (b'{"text": "\\ud800"}', "line 2: the field 'text' holds half of a surrogate pair"),
+    "surrogate": (b'{"text": "\\ud800"}', "line 2: the field 'text' contains an unpaired surrogate"),
     "depth": (b'{"text": ' + b"[" * 100_000, "line 2: invalid JSON"),
 }
 
@@ -252,7 +252,7 @@ def test_paths_are_checked_immediately(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         read_documents([tmp_path / "nowhere"])
     (tmp_path / "x.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"x\.csv is of an unknown kind; text is read from \.txt.*\.parquet"):
+    with pytest.raises(ValueError, match=r"x\.csv is of an unknown type; text is read from \.txt.*\.parquet"):
         read_documents([tmp_path / "x.csv"])
     with pytest.raises(ValueError, match=r"holds no text: none of its files ends in \.txt.*\.zst"):
         read_documents([tmp_path])
@@ -338,7 +338,7 @@ def test_a_position_that_does_not_exist_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json_lines({"text": "one"}))
     with pytest.raises(ValueError, match="file number 1 of 1: the inputs have changed"):
         read(tmp_path, start=Place(1, 0))
-    with pytest.raises(ValueError, match=r"a\.jsonl.* ends 4 lines before the place"):
+    with pytest.raises(ValueError, match=r"a\.jsonl.* ends 4 lines before the line to resume after"):
         read(tmp_path, start=Place(0, 5))
 
 
@@ -352,7 +352,7 @@ def test_skipping_lines_equals_reading_them(data, cuts, skipped):
     chunks = [data[a:b] for a, b in pairwise(edges) if b > a]
     lines = list(lines_of(iter(chunks)))
     if skipped > len(lines):
-        with pytest.raises(ValueError, match="before the place"):
+        with pytest.raises(ValueError, match="before the line to resume after"):
             list(after_lines(iter(chunks), skipped, "x"))
     else:
         assert list(lines_of(after_lines(iter(chunks), skipped, "x"))) == lines[skipped:]
@@ -415,7 +415,7 @@ def test_parts_are_contiguous_complete_and_balanced(tmp_path_factory, sizes, n_p
         (folder / f"{i:02d}.txt").write_bytes(bytes(size))
     files = list_files([folder])
     if n_parts > len(files):
-        with pytest.raises(ValueError, match=f"{len(files)} files cannot be cut into {n_parts} parts"):
+        with pytest.raises(ValueError, match=f"{len(files)} files cannot be split into {n_parts} parts"):
             part_of_files(files, 0, n_parts)
         return
     parts = [part_of_files(files, part, n_parts) for part in range(n_parts)]

@@ -196,10 +196,10 @@ def test_unsupported_exports_are_refused(run: Path, dataset: PackedDataset, tmp_
         export(run, [dataset], STEPS, tmp_path / "there.csv")
     with pytest.raises(ValueError, match="one of .duckdb, .parquet, .csv"):
         export(run, [dataset], STEPS, tmp_path / "record.xlsx")
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         export(run, [dataset], STEPS, tmp_path / "nowhere" / "record.csv")
 
 
 def test_steps_missing_from_the_record_are_refused(run: Path) -> None:
-    with pytest.raises(ValueError, match="no committed part"):
+    with pytest.raises(ValueError, match="no committed record"):
         record_sql(run, STEPS, STEPS + 5)

@@ -241,7 +241,7 @@ def test_truncated_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"m\.idx has .* truncated"):
         find_token_files([tmp_path / "m"])
     (tmp_path / "m.idx").write_bytes(b"MMIDIDX\0\0")
-    with pytest.raises(ValueError, match=r"m\.idx is no index of Megatron .*or truncated"):
+    with pytest.raises(ValueError, match=r"m\.idx is not a Megatron index .*or is truncated"):
         find_token_files([tmp_path / "m"])
     (tmp_path / "m.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"m\.bin is missing"):
@@ -255,7 +255,7 @@ def test_truncated_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"n\.npy has .* truncated"):
         find_token_files([tmp_path / "n.npy"])
     (tmp_path / "f.bin").write_bytes(b"123")
-    with pytest.raises(ValueError, match=r"f\.bin has 3 bytes, no multiple of the 2 of --dtype uint16"):
+    with pytest.raises(ValueError, match=r"f\.bin has 3 bytes, not a multiple of the 2 of --dtype uint16"):
         find_token_files([tmp_path / "f.bin"], "uint16")
 
 
@@ -270,7 +270,7 @@ def test_a_damaged_index_is_named(tmp_path):
         ("cover", sections["document"] + 16, struct.pack("<q", 1)),
     ]:
         (tmp_path / "m.idx").write_bytes(good[:place] + value + good[place + len(value) :])
-        with pytest.raises(ValueError, match=r"m\.idx (is damaged|has documents that do not cover)"):
+        with pytest.raises(ValueError, match=r"m\.idx is damaged"):
             import_tokens([tmp_path / "m"], tmp_path / "out", **IDS)
         assert not (tmp_path / "out").exists(), name
     (tmp_path / "m.idx").write_bytes(good + b"\1\1")

@@ -145,7 +145,7 @@ def test_a_token_across_a_space_prevents_splitting(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 4)
     assert opened.encode("ab cd ab cd").tolist() == opened.encode_plain(["ab cd ab cd"])[0]
     monkeypatch.setattr(module, "LIMIT_CHARACTERS", 10)
-    with pytest.raises(ValueError, match=r"11 characters is beyond the limit of 10.*split the document"):
+    with pytest.raises(ValueError, match=r"11 characters exceeds the limit of 10.*split the document"):
         opened.encode("ab cd ab cd")
 
 
@@ -248,5 +248,5 @@ def test_the_sentencepiece_file_is_read_like_the_library_does(tmp_path):
     assert content.model_type == ModelType.BPE and content.byte_fallback and content.normalizer_name == "nmt_nfkc"
     assert content.add_dummy_prefix and content.remove_extra_whitespaces and content.escape_whitespaces
     (tmp_path / "cut.model").write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"cut\.model is no sentencepiece model"):
+    with pytest.raises(ValueError, match=r"cut\.model is not a sentencepiece model"):
         open_tokenizer(tmp_path / "cut.model")

@@ -96,7 +96,7 @@ def test_a_file_in_training_and_validation_is_refused(tmp_path, tokenizer):
     done = prepare(
         "--input", folder, "--val_input", tmp_path / "val.jsonl", tokenizer=tokenizer, output=tmp_path / "out"
     )
-    assert done.returncode == 2 and "given by --input and by --val_input" in done.stderr
+    assert done.returncode == 2 and "in both --input and --val_input" in done.stderr
     assert not (tmp_path / "out").exists() and "Traceback" not in done.stderr
 
 

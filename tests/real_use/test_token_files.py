@@ -109,12 +109,12 @@ def test_tokens_of_datatrove(tmp_path, token_size, metadata):
         assert done.returncode == 0 and done.stderr == "", done.stderr
         assert documents(tmp_path / f"out-{number}") == CLOSED
     done = imported(path, "--split_at", EOS)
-    assert done.returncode == 2 and "has an index that says where its documents end" in done.stderr
+    assert done.returncode == 2 and "has an index of its documents; leave" in done.stderr
     # Without the index, the metadata gives the type; without both, --dtype does.
     path.with_name(path.name + ".index").unlink()
     done = imported(path, "--split_at", EOS, output=tmp_path / "flat")
     if not metadata:
-        assert done.returncode == 2 and "say of which type they are with --dtype" in done.stderr
+        assert done.returncode == 2 and "give the type of its ids with --dtype" in done.stderr
         done = imported(path, "--split_at", EOS, "--dtype", f"uint{8 * token_size}", output=tmp_path / "flat")
     assert done.returncode == 0, done.stderr
     assert documents(tmp_path / "flat") == CLOSED

@@ -159,11 +159,11 @@ def test_imported_tokens_have_no_words_until_they_are_counted(prepared: Path, tm
     assert script("import_tokens.py", "--input", source, "--output", tmp_path / "b", "--vocab_size",
                   facts.vocab_size, "--eos_id", facts.eos_id).returncode == 0  # fmt: skip
     done = count(tmp_path / "b")
-    assert done.returncode == 2 and "give one by --tokenizer" in done.stderr and not (tmp_path / "b/.words").exists()
+    assert done.returncode == 2 and "give one with --tokenizer" in done.stderr and not (tmp_path / "b/.words").exists()
     assert count(tmp_path / "b", "--tokenizer", prepared / "tokenizer").returncode == 0
     assert words_of(tmp_path / "b") == expected
     done = count(tmp_path / "none")
-    assert done.returncode == 2 and "is no packed dataset" in done.stderr
+    assert done.returncode == 2 and "is not a packed dataset" in done.stderr
 
 
 def test_metadata_of_that_name_is_refused(prepared: Path, tmp_path: Path) -> None:
@@ -184,5 +184,5 @@ def test_metadata_of_that_name_is_refused(prepared: Path, tmp_path: Path) -> Non
     (folder / MANIFEST).write_text(json.dumps(older.to_dict()))
     assert facts_of(PackedDataset(folder), 1)["words"] == "2"
     done = count(folder)
-    assert done.returncode == 2 and "keeps metadata of the name words" in done.stderr
+    assert done.returncode == 2 and "has a metadata column named words" in done.stderr
     assert faults_of(folder) == []

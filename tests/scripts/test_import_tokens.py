@@ -37,7 +37,7 @@ def test_flat_file(tmp_path):
     np.asarray([5, 6, 2, 7, 2], dtype=np.uint32).tofile(tmp_path / "x.bin")
     base = ("--input", tmp_path / "x.bin", "--output", tmp_path / "out", "--vocab_size", 10, "--eos_id", 2)
     done = call(*base)
-    assert done.returncode == 2 and "say of which type they are with --dtype" in done.stderr
+    assert done.returncode == 2 and "give the type of its ids with --dtype" in done.stderr
     done = call(*base, "--dtype", "uint32", "--split_at", 2)
     assert done.returncode == 0, done.stderr
     assert PackedDataset(tmp_path / "out").n_documents == 2

@@ -82,7 +82,7 @@ def test_mistakes_are_named_and_leave_nothing(tmp_path, corpus, kind):
             train(paths, size, kind, output)
     with pytest.raises(FileNotFoundError, match="missing"):
         train([tmp_path / "missing.jsonl"], 340, kind, out)
-    with pytest.raises(ValueError, match="is no folder of a tokenizer"):
+    with pytest.raises(ValueError, match="is not a tokenizer's folder"):
         train([corpus], 340, kind, taken, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 

@@ -11,7 +11,7 @@ import pytest
 from running import flags, train, write_dataset
 
 CASES: dict[str, tuple[dict[str, object], str]] = {
-    "missing data": ({"data__train": "nowhere"}, "nowhere is no packed dataset"),
+    "missing data": ({"data__train": "nowhere"}, "nowhere is not a packed dataset"),
     "no length": ({"train__max_steps": None}, "exactly one of --train.max_steps"),
     "two lengths": ({"train__max_tokens": 5000}, "exactly one of --train.max_steps"),
     "batch arithmetic": ({"train__global_batch_samples": 9}, "the nearest are 8 or 10"),

@@ -151,7 +151,7 @@ def test_wrong_sets_are_refused(val: object, told: str) -> None:
 
 def test_a_missing_set_is_named(data: Path, tmp_path: Path) -> None:
     done = train(*short(data, tmp_path / "run", {"law": data / "val", "drama": data / "gone"}), check=False)
-    assert done.returncode == 2 and f"{data / 'gone'} is no packed dataset" in done.stderr
+    assert done.returncode == 2 and f"{data / 'gone'} is not a packed dataset" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -82,6 +82,8 @@ class PackedDataset:
 
     def _open(self) -> None:
         self.dtype = np.dtype(self.manifest.dtype)
+        self.n_tokens, self.n_documents = self.manifest.tokens, self.manifest.documents
+        self.vocab_size, self.eos_id = self.manifest.vocab_size, self.manifest.eos_id
         self.token_start: IntArray = np.cumsum([0] + [s.tokens for s in self.manifest.shards], dtype=np.int64)
         """Position in the stream of each shard's first token, and the number of tokens; (shards + 1,)."""
         self._document_start = np.cumsum([0] + [s.documents for s in self.manifest.shards], dtype=np.int64)
@@ -191,14 +193,6 @@ class PackedDataset:
         self._open()
 
     @property
-    def n_tokens(self) -> int:
-        return self.manifest.tokens
-
-    @property
-    def n_documents(self) -> int:
-        return self.manifest.documents
-
-    @property
     def n_words(self) -> int:
         """Words of the text. If not counted, raises ValueError naming the command that counts them."""
         if self.manifest.words is None:
@@ -207,14 +201,6 @@ class PackedDataset:
                 f"them with: python scripts/count_words.py {self.path}"
             )
         return self.manifest.words
-
-    @property
-    def vocab_size(self) -> int:
-        return self.manifest.vocab_size
-
-    @property
-    def eos_id(self) -> int:
-        return self.manifest.eos_id
 
     @property
     def fingerprint(self) -> str:

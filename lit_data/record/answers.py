@@ -52,8 +52,8 @@ def document_answer(run: TracedRun, name: str) -> Answer:
         title = f"document {_name(run, number, document)} {about['id']} ({about['source']})"
         yield None, f"{title}: {length} tokens, seen in {steps} steps"
         for row in rows:
-            place = f"step {row['step']:8d}  row {row['row']:4d}  tokens {_span(row)}"
-            yield {**row, "id": about["id"]}, f"  {place}  mean loss {_mean(row)}"
+            line = f"step {row['step']:8d}  row {row['row']:4d}  tokens {_span(row)}"
+            yield {**row, "id": about["id"]}, f"  {line}  mean loss {_mean(row)}"
         for sample, reason in left_out_of_document(run, document, number):
             record = {"document": document, "dataset": number, "id": about["id"], "left_out": sample, "reason": reason}
             yield record, f"  left out: sample {sample} ({reason})"
@@ -100,8 +100,8 @@ def _find(run: TracedRun, name: str) -> list[tuple[int, int]]:
         return [(dataset, number)]
     found = [(d, n) for d, dataset in enumerate(run.datasets) for n in Documents(dataset).find(name)]
     if not found:
-        places = ", ".join(str(d.path) for d in run.datasets)
-        raise ValueError(f"no document has the id {name!r} in {places} (give #N for the N-th document)")
+        folders = ", ".join(str(d.path) for d in run.datasets)
+        raise ValueError(f"no document has the id {name!r} in {folders} (give #N for the N-th document)")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def stream_record(run: Path, first_step: int, end_step: int) -> Iterator[pa.Tabl
         if not inside:
             return
         first, end = max(at, inside[0].first_step), min(inside[0].end_step, end_step)
-        parts = [_cut(p, first, end) for p in group_by_steps(inside)[0]]
+        parts = [replace(p, first_step=first, end_step=end) for p in group_by_steps(inside)[0]]
         try:
             for table in stream(parts):
                 yield table
@@ -152,7 +153,3 @@ def _read_steps(parts: Iterable[Part], wanted: list[int], keep: Callable[[pa.Tab
             table = table.filter(pc.is_in(table["step"], pa.array(inside)))
             tables.append(table.filter(keep(table)) if keep is not None else table)
     return sort_rows(pa.concat_tables(tables))
-
-
-def _cut(part: Part, first: int, end: int) -> Part:
-    return Part(part.path, first, end, part.rank)

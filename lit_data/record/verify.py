@@ -150,7 +150,7 @@ class _Checks:
         """Compare rows, given by their first spans and span counts, with their expected samples."""
         spans = np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         of_row = np.repeat(np.arange(len(begins)), counts)
-        datasets, epochs, windows = self._locate(samples)
+        datasets, epochs, windows = self.run.mixture.locate(samples)
         where = [f"step {c['step'][b]} row {c['row'][b]}" for b in begins.tolist()]
 
         def differs(kind: str, column: str, expected: IntArray) -> None:
@@ -171,7 +171,7 @@ class _Checks:
             rows = np.flatnonzero(datasets == number)
             for epoch in np.unique(epochs[rows]).tolist():
                 here = rows[epochs[rows] == epoch]
-                twice = self.seen.again(number, epoch, self._n_windows(number), windows[here])
+                twice = self.seen.again(number, epoch, self.run.rows[number].n_windows, windows[here])
                 for i in here[np.isin(windows[here], twice)].tolist():
                     self.faults.add("seen twice", f"{where[i]}: window {windows[i]} of epoch {epoch} of {dataset.path}")
             if len(rows):
@@ -291,13 +291,6 @@ class _Checks:
         """(world size, samples per micro-batch) at a step."""
         _, world_size, micro_batch_samples = max(layout for layout in self.run.layouts if layout[0] <= step)
         return world_size, micro_batch_samples
-
-    def _locate(self, samples: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Samples -> (dataset, epoch, window)."""
-        return self.run.mixture.locate(samples)
-
-    def _n_windows(self, number: int) -> int:
-        return self.run.rows[number].n_windows
 
     def _expected(self, number: int, windows: IntArray) -> IntArray:
         """The expected pieces of windows, int64 [4, P]: row in `windows`, document, start, length; sorted."""

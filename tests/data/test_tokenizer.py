@@ -152,6 +152,7 @@ def test_a_token_across_a_space_prevents_splitting(tmp_path, monkeypatch):
 def test_a_long_text_without_a_split_is_refused(folder, monkeypatch):
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 4)
     monkeypatch.setattr(module, "LIMIT_CHARACTERS", 20)
+    monkeypatch.setattr("lit_data.tokenizers.cutting.LIMIT_CHARACTERS", 20)
     opened = open_tokenizer(folder / "byte_bpe")
     assert opened.decode(opened.encode("abcde " * 20)) == "abcde " * 20
     with pytest.raises(ValueError, match=r"in a row without a single space.*limit of 20"):

@@ -57,7 +57,7 @@ def test_language() -> None:
 @pytest.mark.parametrize(
     "languages, probability, message",
     [
-        (["de", "klingon"], 0.5, "--language klingon: the codes .*de, .*en"),
+        (["de", "klingon"], 0.5, "--language klingon: the known language codes .*de, .*en"),
         ([], 0.5, "--language: name at least one"),
         (["de"], 1.5, "--min_language_probability 1.5"),
     ],

@@ -293,7 +293,7 @@ def test_unsupported_inputs_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"type code 6"):
         find_token_files([write_chunk(tmp_path / "c.bin", [1], "f", 6)])
     (tmp_path / "x.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"x\.txt is of an unknown kind"):
+    with pytest.raises(ValueError, match=r"x\.txt is of an unknown type"):
         find_token_files([tmp_path / "x.txt"])
 
 

@@ -70,7 +70,7 @@ def test_prepare_with_two_workers(tmp_path, tokenizer_file):
     [
         (["--input", "gone.txt"], "gone.txt does not exist"),
         (["--input", "bad.txt", "--workers", "2"], "bad.txt, line 2: not UTF-8"),
-        (["--input", "x.csv"], "x.csv is of an unknown kind"),
+        (["--input", "x.csv"], "x.csv is of an unknown type"),
         (["--input", "good.txt", "--val_fraction", "2"], "--val_fraction 2.0"),
         (["--input", "good.txt", "--output", "there"], "there exists already"),
     ],

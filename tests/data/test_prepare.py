@@ -239,7 +239,7 @@ def test_mistakes_are_named_and_leave_nothing(corpus, tokenizer_folder, tmp_path
     assert_refused(tmp_path, "exclude each other", [corpus], tok, out, val_fraction=0.1, val_inputs=[corpus])
     assert_refused(tmp_path, "--workers 0", [corpus], tok, out, workers=0)
     assert_refused(tmp_path, "--shard_tokens 0", [corpus], tok, out, shard_tokens=0)
-    assert_refused(tmp_path, "--metadata source: the name is taken", [corpus], tok, out, metadata=["source"])
+    assert_refused(tmp_path, "--metadata source: the name is reserved", [corpus], tok, out, metadata=["source"])
     assert_refused(tmp_path, "--metadata gerne: no document has", [corpus], tok, out, metadata=["gerne"])
 
 
@@ -539,7 +539,7 @@ def test_copy_tokenizer_copies_only_the_tokenizer(tokenizer_folder, tmp_path):
     with pytest.raises(ValueError, match="exists already"):
         copy_tokenizer(source, tmp_path / "run" / "tokenizer")
     (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match="holds no tokenizer"):
+    with pytest.raises(ValueError, match="contains no tokenizer"):
         copy_tokenizer(tmp_path / "other", tmp_path / "new")
     with pytest.raises(FileNotFoundError):
         copy_tokenizer(tmp_path / "gone", tmp_path / "new")

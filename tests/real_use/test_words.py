@@ -169,7 +169,7 @@ def test_imported_tokens_have_no_words_until_they_are_counted(prepared: Path, tm
 def test_metadata_of_that_name_is_refused(prepared: Path, tmp_path: Path) -> None:
     """--metadata words would be a second column of that name; in an older dataset it is kept."""
     done = prepare(prepared, tmp_path / "out", "--metadata", "words")
-    assert done.returncode == 2 and "--metadata words: the name is taken" in done.stderr
+    assert done.returncode == 2 and "--metadata words: the name is reserved" in done.stderr
     folder = copy(prepared / "data", tmp_path)
     manifest = read_manifest(folder)
     shards = []

@@ -95,4 +95,4 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     """In a separate process, as a user calls it."""
     command = [sys.executable, str(ROOT / "scripts" / "trace_data.py"), "step", str(tmp_path), "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "is no run folder" in done.stderr
+    assert done.returncode == 2 and "is not a run folder" in done.stderr

@@ -100,7 +100,7 @@ def test_mistakes_are_named(run: Path, hf: Path, tmp_path: Path) -> None:
         (("generate.py", "--model", run, "--prompt_ids", "5,500"), "500"),
         (("trace_data.py", "step", run, "99"), "steps 0 to 7"),
         (("trace_data.py", "document", run, "nobody"), "no document"),
-        (("trace_data.py", "verify", tmp_path), "no run folder"),
+        (("trace_data.py", "verify", tmp_path), "is not a run folder"),
     ]
     for arguments, message in cases:
         done = running.script(*arguments)

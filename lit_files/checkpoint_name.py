@@ -25,3 +25,9 @@ def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first; none if there is no such folder."""
     found = [p for p in run.iterdir() if checkpoint_step(p) is not None] if run.is_dir() else []
     return sorted(found, key=lambda p: checkpoint_step(p) or 0)
+
+
+def budget_name(words: int) -> str:
+    """A number of words in millions, as BabyLM names checkpoints: 2000000 -> 2M, 1500000 -> 1.5M."""
+    whole, rest = divmod(words, 10**6)
+    return f"{whole}.{rest:06d}".rstrip("0").rstrip(".") + "M"

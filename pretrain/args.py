@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -378,6 +379,25 @@ class DistillationArgs:
             )
 
 
+MILLION = 10**6
+BABYLM = (*range(MILLION, 10 * MILLION, MILLION), *range(10 * MILLION, 101 * MILLION, 10 * MILLION))
+WORD_BUDGETS = {"babylm": BABYLM, "babylm_strict": (*BABYLM, *range(200 * MILLION, 1001 * MILLION, 100 * MILLION))}
+
+
+def word_budgets(text: int | str) -> tuple[int, ...]:
+    """The budgets that one value of --save.at_words names: 2M -> (2000000,)."""
+    if text in WORD_BUDGETS:
+        return WORD_BUDGETS[str(text)]
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", str(text).replace("_", "").upper())
+    if match is not None:
+        words = Decimal(match[1]) * 1000 ** " KMB".index(match[2] or " ")
+        if words == int(words) and 1 <= words <= MAX_NUMBER:
+            return (int(words),)
+    raise ValueError(
+        f"--save.at_words {text}: give numbers of words, such as 500K, 2M or 1.5B, or {' or '.join(WORD_BUDGETS)}"
+    )
+
+
 @dataclass(frozen=True)
 class SaveArgs:
     """Checkpoints and their retention."""
@@ -392,11 +412,22 @@ class SaveArgs:
     """Checkpoints at multiples of this many steps are never deleted; 0: none is protected."""
     asynchronous: bool = False
     """Copy the state to host memory and write it in the background; needs that memory."""
+    at_words: list[int | str] | str = field(default_factory=list)
+    """Also save at the first step at or past these numbers of words seen (repeats count), and never delete these
+    checkpoints: for example 1M,2M,5M. `babylm`: 1 to 10M by 1M, 20 to 100M by 10M; `babylm_strict`: also 200 to 1000M
+    by 100M. The data's words must be counted."""
     on_error: Literal["stop", "skip"] = "stop"
     """If a checkpoint cannot be written (a full disk): `stop` the run, or `skip` this checkpoint with a warning."""
 
     def __post_init__(self) -> None:
         check_least(self, "save.", every_steps=1, keep_last=0, keep_every=0)
+        texts = re.split(r"[\s,]+", self.at_words.strip("[] ")) if isinstance(self.at_words, str) else self.at_words
+        object.__setattr__(self, "at_words", sorted({n for text in texts if text != "" for n in word_budgets(text)}))
+
+    @property
+    def word_budgets(self) -> list[int]:
+        """The numbers of words of `at_words`, ascending."""
+        return [int(words) for words in self.at_words]
 
 
 @dataclass(frozen=True)
@@ -584,6 +615,8 @@ class RunArgs:
             raise ValueError(
                 "--data.val and --data.synthetic.tokens exclude each other: synthetic data has its own validation split"
             )
+        if self.data.mock and self.save.at_words:
+            raise ValueError("--data.mock repeats one batch, so it has no words to save at: remove --save.at_words")
         if self.init_from is not None and self.model.name is not None:
             raise ValueError("--init_from determines the model's sizes: remove --model.name")
         if self.init_optimizer and self.init_layers is not None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lit_data.loading.batches import bucket
+from lit_data.loading.words import DatasetWords
 from lit_model.config import ModelConfig
 from lit_model.init import initialise
 from lit_model.loss import LossOutput
@@ -20,6 +21,7 @@ from pretrain.args import RunArgs, plain
 from pretrain.checkpoint.saver import Saver
 from pretrain.compiling import compile_blocks
 from pretrain.data import (
+    Data,
     Datasets,
     open_before_launch,
     open_data,
@@ -40,9 +42,10 @@ from pretrain.logs.environment import command_line, record_environment
 from pretrain.optim import AdamW, LossScale
 from pretrain.parallel import Placement, build_fabric, choose_placement
 from pretrain.resume import check_resume, is_finished, read_meta, restore, start_progress
-from pretrain.run import Run
+from pretrain.run import Progress, Run
 from pretrain.run_folder import begin_recording, metrics_columns, open_folder
 from pretrain.synthetic import make_synthetic_data
+from pretrain.word_budgets import WordBudgets, count_words, plan_budgets
 
 
 class RunFinished(Exception):
@@ -140,6 +143,7 @@ def build(
         fix_ddp_buckets(args, placement, fabric, model, optimizer, data.block_size)
     if checkpoint is not None:
         restore(checkpoint, optimizer, loss_scale)
+    words, budgets = open_words(args, fabric, data, progress, folder, saver)
     columns = metrics_columns(args, config, data)
     recorder, compactor, trackers = begin_recording(args, settings, fabric, folder, data, progress, columns, trackers)
     if compactor is not None:
@@ -162,6 +166,8 @@ def build(
         taught_by=taught_by,
         loader=loader,
         val_loaders=val_loaders,
+        words=words,
+        budgets=budgets,
         saver=saver,
         recorder=recorder,
         compactor=compactor,
@@ -172,6 +178,23 @@ def build(
         metrics_columns=columns,
         lock=lock,
     )
+
+
+def open_words(
+    args: RunArgs, fabric: Fabric, data: Data, progress: Progress, folder: Path, saver: Saver
+) -> tuple[list[DatasetWords], dict[int, list[int]]]:
+    """The words of the datasets (on rank 0), and the word budgets by step, whose checkpoints `saver` keeps."""
+    words: list[DatasetWords] = []
+
+    def work() -> WordBudgets:
+        words.extend(count_words(args, data))
+        return plan_budgets(args, data, progress, words, folder)
+
+    plan = on_rank_zero(fabric, work)
+    for note in plan.notes:
+        fabric.print(f"warning: {note}")
+    saver.kept = plan.kept
+    return words, plan.at
 
 
 def with_synthetic_data(args: RunArgs, fabric: Fabric, folder: Path) -> RunArgs:

@@ -47,6 +47,7 @@ from pretrain.optim import clip_gradients
 from pretrain.resume import go_back
 from pretrain.run import Run
 from pretrain.schedule import learning_rate
+from pretrain.word_budgets import words_seen
 
 SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 
@@ -111,7 +112,7 @@ def run_steps(run: Run) -> str | None:
     steps = run.loader.steps(run.step, max_steps)
     try:
         if run.step == 0 or run.unfinished is not None:
-            row = with_validation(run, run.unfinished or {"tokens": 0}, throughput, progress)
+            row = with_validation(run, run.unfinished or {"tokens": 0, **words_column(run)}, throughput, progress)
             if row:
                 publish_row(run, metrics, progress, {"step": run.step} | row)
             if run.stop.reason is not None:
@@ -148,7 +149,7 @@ def run_steps(run: Run) -> str | None:
                 raise_fault(run)
             if log_step:
                 check_losses(run, row)
-            if last or stopped or run.step % args.save.every_steps == 0:
+            if last or stopped or run.step % args.save.every_steps == 0 or run.step in run.budgets:
                 progress.phase("saving")
                 save(run, throughput)
             progress.advance(run.step)
@@ -321,6 +322,7 @@ def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, f
     first, _ = first_sample_of_step(run.segments, run.step)
     row: dict[str, float] = {
         "tokens": int(tokens),
+        **words_column(run),
         **dict(epoch_columns(run, run.data.epochs(first))),
         "train_loss": train_loss,
         "lr": learning_rate(run.args.optim, run.step - 1, run.data.max_steps),
@@ -334,6 +336,12 @@ def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, f
     if run.loss_scale is not None:
         row["loss_scale"] = run.loss_scale.scale.item()
     return row | throughput.read()
+
+
+def words_column(run: Run) -> dict[str, float]:
+    """Words seen so far, as a metrics column; empty if unknown."""
+    words = words_seen(run)
+    return {} if words is None else {"words": words}
 
 
 def epoch_columns(run: Run, epochs: list[float]) -> list[tuple[str, float]]:
@@ -483,6 +491,8 @@ def checkpoint_meta(run: Run) -> dict[str, object]:
     datasets = run.data.train
     return {
         **run.to_meta(),
+        "words": words_seen(run),
+        "word_budgets": run.budgets.get(run.step, []),
         "max_steps": run.data.max_steps,
         "config": run.settings,
         "model_config": run.config.to_dict(),

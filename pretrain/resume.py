@@ -14,10 +14,12 @@ from lit_model.load import Checkpoint
 from pretrain.args import DistillationArgs, RunArgs, flat, plain
 from pretrain.checkpoint.load import check_meta, load_state, training_state
 from pretrain.data import Data, in_order, training_loader
+from pretrain.failure.peers import on_rank_zero
 from pretrain.guards import SpikeDetector
 from pretrain.optim import AdamW, LossScale
 from pretrain.run import Progress, Run
 from pretrain.run_folder import begin_recording
+from pretrain.word_budgets import plan_budgets
 
 # Settings that change the meaning of a run: a resume with another value is an error unless --resume_allow names it.
 MEANING = (
@@ -76,6 +78,7 @@ def progress_at(meta: dict[str, Any] | None, args: RunArgs, device: torch.device
         tokens=torch.tensor(meta["tokens"], dtype=torch.float64, device=device),
         skipped=torch.tensor(meta["skipped"], dtype=torch.float32, device=device),
         skipped_in_row=torch.tensor(meta.get("skipped_in_row", 0), dtype=torch.float32, device=device),
+        words_at=(int(meta["step"]), meta["words"]) if meta.get("words") is not None else (0, 0),
         unfinished=meta.get("unfinished_row"),
         skips=list(meta.get("skips", [])),
         changes=list(meta.get("changes", [])),
@@ -200,6 +203,8 @@ def go_back(run: Run, path: Path, reason: str) -> None:
     data = run.data
     run.data = in_order(run.args, data.rows, data.val, data.block_size, run.segments)
     run.loader = training_loader(run.args, run.fabric, run.data, run.segments)
+    plan = on_rank_zero(run.fabric, lambda: plan_budgets(run.args, run.data, run, run.words, run.folder))
+    run.budgets, run.saver.kept = plan.at, plan.kept
     run.recorder, run.compactor, run.trackers = begin_recording(
         run.args, run.settings, run.fabric, run.folder, run.data, run, run.metrics_columns, None
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_data.loading.loader import Loader
 from lit_data.loading.order import Segment
+from lit_data.loading.words import DatasetWords
 from lit_data.record.merge import Compactor
 from lit_data.record.writer import DatapointRecorder
 from lit_files.lock import FileLock
@@ -44,6 +45,7 @@ class Progress:
         tokens: model inputs so far, float64 scalar on the device.
         skipped: steps skipped for a non-finite gradient norm, float32 scalar on the device.
         skipped_in_row: of these, the ones since the last applied step.
+        words_at: a step, and the words seen by then (rank 0); (0, 0) if no checkpoint gives them.
         unfinished: the row of metrics of `step`, if a stop interrupted its validation.
         skips: sample ranges left out after a loss spike.
         changes: settings that --resume_allow let differ, by the step of the resume.
@@ -55,6 +57,7 @@ class Progress:
     tokens: Tensor
     skipped: Tensor
     skipped_in_row: Tensor
+    words_at: tuple[int, int] = (0, 0)
     unfinished: dict[str, float] | None = None
     skips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -83,6 +86,8 @@ class Run(Progress):
         model: `raw_model` as Fabric wraps it.
         taught_by: name, sha256 and weight of each teacher.
         val_loaders: of each validation set by its name; that of a single unnamed one is "".
+        words: of each dataset, on rank 0; empty if they are not known.
+        budgets: word budgets by the step that reaches them.
         trackers, compactor, lock: of rank 0.
         sound: the state is that after `step` steps; False between the optimizer update and the increment of `step`.
     """
@@ -102,6 +107,8 @@ class Run(Progress):
     taught_by: list[dict[str, Any]]
     loader: Loader
     val_loaders: dict[str, Loader]
+    words: list[DatasetWords]
+    budgets: dict[int, list[int]]
     saver: Saver
     recorder: DatapointRecorder | None
     compactor: Compactor | None

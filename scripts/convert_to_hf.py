@@ -11,7 +11,7 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from pretrain.convert.export import export_to_hf
+from pretrain.convert.export import export_to_hf, export_word_budgets
 
 
 def main() -> None:
@@ -21,7 +21,14 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or file (default: the run's)")
+    parser.add_argument(
+        "--word_budgets", action="store_true", help="write a run's checkpoints at word budgets as OUTPUT/chck_1M, ..."
+    )
     args = parser.parse_args()
+    if args.word_budgets:
+        for folder, found in export_word_budgets(args.checkpoint, args.output, args.tokenizer).items():
+            print(f"{found} -> {folder}" if found is not None else f"{folder} exists already; left unchanged")
+        return
     path = export_to_hf(args.checkpoint, args.output, args.tokenizer)
     print(f"{path} -> {args.output}: open it with AutoModelForCausalLM.from_pretrained({str(args.output)!r})")
 

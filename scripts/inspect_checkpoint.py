@@ -1,5 +1,7 @@
 """Show the contents of a checkpoint; with --verify, check its checksums (exits with 1 on a mismatch).
 
+Of a run with --save.at_words also the checkpoint of each word budget.
+
 python scripts/inspect_checkpoint.py runs/mine              # newest checkpoint of a run
 python scripts/inspect_checkpoint.py runs/mine/iter-00001000-ckpt.pth --verify
 """
@@ -16,8 +18,9 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
+from lit_files.checkpoint_name import budget_name
 from lit_model.load import Checkpoint, is_hf_folder, resolve
-from pretrain.checkpoint.contents import contents_of, describe, faults_of
+from pretrain.checkpoint.contents import contents_of, describe, faults_of, word_budgets_in
 
 
 def main() -> int:
@@ -31,7 +34,11 @@ def main() -> int:
         raise ValueError(f"{path} is a Hugging Face folder, not a checkpoint")
     if not args.verify:
         contents = contents_of(Checkpoint(path))
-        print(json.dumps(contents) if args.json else describe(contents))
+        budgets = {budget_name(words): found.name for words, found in word_budgets_in(args.path).items()}
+        if args.json:
+            print(json.dumps(contents | ({"run_word_budgets": budgets} if budgets else {})))
+        else:
+            print("\n".join([describe(contents), *(f"  at {name} words: {found}" for name, found in budgets.items())]))
         return 0
     faults = faults_of(path)
     if args.json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lit_files.checkpoint_name import budget_name, list_checkpoints
 from lit_model.cost import count_parameters
 from lit_model.load import MODEL_PREFIX, Checkpoint
 
@@ -20,6 +21,8 @@ def contents_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "kind": "sharded" if checkpoint.sharded else "full",
         "step": meta.get("step"),
         "tokens": meta.get("tokens"),
+        "words": meta.get("words"),
+        "word_budgets": [budget_name(words) for words in meta.get("word_budgets") or []],
         "model": config.name or "custom",
         "parameters": count_parameters(config),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in model}),
@@ -37,13 +40,27 @@ def describe(contents: dict[str, Any]) -> str:
         name: "unknown" if value is None else f"{value:,}" if isinstance(value, int) else value
         for name, value in contents.items()
     }
+    budgets = contents["word_budgets"]
+    shown["budgets"] = f" (word budget {', '.join(budgets)})" if budgets else ""
     return (
         "{path} ({kind})\n"
-        "  step {step}, {tokens} tokens\n"
+        "  step {step}, {tokens} tokens, {words} words{budgets}\n"
         "  model {model}: {parameters} parameters, {dtypes}\n"
         "  {file_bytes} bytes: model {model_bytes}, optimizer {optimizer_bytes}\n"
         "  written by {world_size} ranks, torch {torch}"
     ).format_map(shown | {"dtypes": ", ".join(contents["dtypes"])})
+
+
+def word_budgets_in(run: Path) -> dict[int, Path]:
+    """The checkpoint of each word budget (--save.at_words) in a run folder, by the number of words, ascending."""
+    found: dict[int, Path] = {}
+    for path in list_checkpoints(run):
+        try:
+            budgets = Checkpoint(path).meta.get("word_budgets") or []
+        except (ValueError, OSError):  # damaged: reported when it is loaded
+            continue
+        found |= {words: path for words in budgets}
+    return dict(sorted(found.items()))
 
 
 def faults_of(path: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ class _Resumed:
     data: dict[str, Any]
     skipped: int
     tokens: int
+    words: int | None = None
+    word_budgets: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.step < 0:

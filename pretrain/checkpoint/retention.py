@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lit_data.record.rewind import copy_record, cut_record
@@ -69,8 +69,9 @@ def new_grave(abandoned: Path, step: int) -> Path:
     raise AssertionError
 
 
-def retain(run: Path, args: SaveArgs, undeletable: set[Path]) -> None:
-    """Delete old checkpoints: keep the newest `keep_last` and multiples of `keep_every`. Never the newest one.
+def retain(run: Path, args: SaveArgs, undeletable: set[Path], kept: Collection[int] = ()) -> None:
+    """Delete old checkpoints: keep the newest `keep_last`, multiples of `keep_every`, and those of the steps `kept`.
+    Never the newest one.
 
     Warns once of each that can't be deleted, and adds it to `undeletable`.
     """
@@ -78,7 +79,7 @@ def retain(run: Path, args: SaveArgs, undeletable: set[Path]) -> None:
         return
     for path in list_checkpoints(run)[: -args.keep_last]:
         step = checkpoint_step(path) or 0
-        if path in undeletable or (args.keep_every and step % args.keep_every == 0):
+        if path in undeletable or step in kept or (args.keep_every and step % args.keep_every == 0):
             continue
         try:
             aside = path.with_name(f".deleting-{path.name}")

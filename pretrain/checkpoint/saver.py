@@ -44,6 +44,7 @@ class Saver:
 
     Attributes:
         times: of the newest save.
+        kept: steps whose checkpoints are never deleted.
         skipped: saves given up under `on_error: skip`.
     """
 
@@ -60,6 +61,7 @@ class Saver:
         self.writer = CheckpointWriter(sharded=args.state_dict_type == "sharded", timeout=timeout)
         self.rank = self.writer.rank
         self.times, self.skipped = SaveTimes(), 0
+        self.kept: set[int] = set()
         self._undeletable: set[Path] = set()
         self._thread: ThreadPoolExecutor | None = None
         self._buffers = HostBuffers(device)
@@ -144,6 +146,6 @@ class Saver:
         self.writer.write(path, tensors, meta, finish_part)
         self.times.total_s = time.perf_counter() - began
         if self.rank == 0:
-            retain(self.run, self.args, self._undeletable)
+            retain(self.run, self.args, self._undeletable, self.kept)
             self.published()
             say(f"step {meta['step']}: saved {path}")

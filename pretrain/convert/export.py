@@ -25,6 +25,7 @@ from lit_eval.model.model_tokenizer import (
     of_files,
 )
 from lit_eval.model.text_encoding import Encoding, encoding_of
+from lit_files.checkpoint_name import budget_name
 from lit_files.publish import replace_file
 from lit_files.reading import read_object
 from lit_model.cost import count_parameters
@@ -32,6 +33,7 @@ from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.gguf import architecture_of, write_gguf
 from lit_model.hf.io import read_folder, write_folder
 from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
+from pretrain.checkpoint.contents import word_budgets_in
 
 
 def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> Path:
@@ -73,6 +75,23 @@ def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> P
         extra_files={**_tokenizer_files(opened, encoding), "README.md": model_card(checkpoint, opened, encoding)},
     )
     return path
+
+
+def export_word_budgets(run: Path, output: Path, tokenizer: Path | None = None) -> dict[Path, Path | None]:
+    """Write a run's checkpoints at word budgets (--save.at_words) as OUTPUT/chck_1M, OUTPUT/chck_2M and so on, as
+    BabyLM's evaluation names them.
+
+    Returns the checkpoint of each folder; None where the folder existed already and was left unchanged. Raises
+    ValueError if the run has none, and as `export_to_hf`.
+    """
+    found = word_budgets_in(run)
+    if not found:
+        raise ValueError(f"{run} holds no checkpoint at a word budget: train with --save.at_words, such as babylm")
+    written: dict[Path, Path | None] = {}
+    for words, path in found.items():
+        folder = output / f"chck_{budget_name(words)}"
+        written[folder] = None if folder.exists() else export_to_hf(path, folder, tokenizer)
+    return written
 
 
 def export_to_gguf(

@@ -26,6 +26,7 @@ FILE = "metrics.csv"  # in the run folder
 COLUMNS = (
     "step",  # optimizer steps completed
     "tokens",  # input tokens seen, padding not counted
+    "words",  # words seen, repeats counted; empty if the data's are not counted
     "epoch",
     "train_loss",  # of this step alone, nats per target
     "val_loss",

@@ -31,14 +31,21 @@ ROOT = Path(__file__).resolve().parents[2]
 VOCAB, EOS = 96, 1
 
 
-def write_dataset(folder: Path, lengths: list[int], seed: int = 0) -> Path:
+def write_dataset(folder: Path, lengths: list[int], seed: int = 0, words: list[int] | None = None) -> Path:
     """Write a packed dataset whose documents follow a noisy rule, so that there is something to learn."""
     rng = np.random.default_rng(seed)
     facts = {"kind": "none", "fingerprint": "test", "vocab_size": VOCAB, "eos_id": EOS, "bos_id": None, "folder": None}
     with PackedWriter(folder, tokenizer=facts, vocab_size=VOCAB, eos_id=EOS, shard_tokens=sum(lengths) // 2) as writer:
         for i, length in enumerate(lengths):
             ids = 2 + (np.cumsum(rng.integers(1, 4, size=length)) % (VOCAB - 2))
-            writer.add(np.append(ids, EOS), id=f"doc-{i}", source="random", place=i, n_bytes=3 * length)
+            writer.add(
+                np.append(ids, EOS),
+                id=f"doc-{i}",
+                source="random",
+                place=i,
+                n_bytes=3 * length,
+                n_words=words and words[i],
+            )
     return folder
 
 

@@ -13,13 +13,11 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from lit_eval.generation.text import Generated, GenerationSettings, Prompt, generate_texts
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.results import Result
-from lit_files.publish import write_text
 
 WORD = re.compile(r"\w+|[^\w\s]")
 LOOP_TOKENS = 12  # a text whose last tokens, at least so many, are one sequence three times or more ends in a loop
@@ -155,15 +153,3 @@ def plain_settings(settings: GenerationSettings) -> dict[str, Any]:
     fields = asdict(settings)
     del fields["batch_size"]
     return {**fields.pop("sampling"), **fields, "stop": list(settings.stop)}
-
-
-def write_samples(path: Path, result: Result, title: str) -> None:
-    """Write the texts of `evaluate_generation` to a file for reading, atomically."""
-    settings = ", ".join(f"{key} {value}" for key, value in result.settings.items() if value not in (None, []))
-    blocks = [f"{title}\n{settings}\n"]
-    for one in result.details["samples"]:
-        end = {"eos": "the document ended", "stop": "stop string", "length": "limit of tokens"}[one["finish"]]
-        blocks.append(
-            f"--- sample {one['sample']}, {len(one['ids'])} tokens, {end}\n{one['prompt'] or ''}⟫{one['text']}\n"
-        )
-    write_text(path, "\n".join(blocks))

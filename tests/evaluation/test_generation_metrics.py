@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from hypothesis_examples import examples
 
 from lit_eval.generation.confidence import Bin, Predictions, calibration, calibration_error, predict
-from lit_eval.generation.metrics import distinct, ends_in_loop, measure, repetition, self_bleu, words_of, write_samples
+from lit_eval.generation.metrics import distinct, ends_in_loop, measure, repetition, self_bleu, words_of
 from lit_eval.generation.speed import BatchTimes, SpeedSettings, batch_metrics, evaluate_speed, fit
 from lit_eval.generation.text import Generated
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.model.text_encoding import Encoding
-from lit_eval.score.results import Result
 from lit_model.config import ModelConfig
 from lit_model.init import initialise
 from lit_model.model import GPT
@@ -95,7 +94,7 @@ def test_self_bleu_equals_the_naive_version(texts: list[list[str]]) -> None:
     assert self_bleu(texts) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_measure_and_samples(tmp_path: Path) -> None:
+def test_measure() -> None:
     texts = [
         Generated("Es war", [5], 0, [7, 8, 9, 1], " einmal. Ende", "eos"),
         Generated("Es war", [5], 1, [7] * 12, " so so so so so so", "length"),
@@ -107,12 +106,6 @@ def test_measure_and_samples(tmp_path: Path) -> None:
         metrics["repetition_4"] == pytest.approx(1 / 3) and metrics["distinct_1"] == 4 / 9 and metrics["self_bleu"] == 0
     )
     assert "self_bleu" not in measure(texts[:1])
-    result = Result("generation", 2, metrics, settings={"temperature": 0.8, "top_k": None})
-    result.details["samples"] = [vars(one) for one in texts]
-    write_samples(tmp_path / "samples.txt", result, "a model")
-    written = (tmp_path / "samples.txt").read_text(encoding="utf-8")
-    assert written.startswith("a model\ntemperature 0.8\n") and "Es war⟫ einmal. Ende" in written
-    assert "the document ended" in written and "limit of tokens" in written
 
 
 class Letters:

@@ -19,28 +19,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_examples import examples
-from running import ROOT, flags, script, train
+from running import ROOT, script
 
 from lit_data.tokenizers.tokenizer import Tokenizer
-from lit_data.tokenizers.training import TokenizerSettings, train_tokenizer
 from lit_eval.generation.prompts import read_prompts
 from lit_eval.generation.text import GenerationSettings, TextStream, generate_texts, stream_text, text_of
-from lit_eval.model.eval_model import EvalModel, open_model
+from lit_eval.model.eval_model import EvalModel
 from lit_model.generate import Sampling
 
-TEXT = "Grüße aus Würzburg, 日本 und \N{GRINNING FACE}! Der Hund läuft schnell nach Hause.\n"
-
-
-@pytest.fixture(scope="session")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    """One whose tokens may be single bytes, and a sentencepiece model with byte fallback."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    (folder / "text.txt").write_text(TEXT * 30, encoding="utf-8")
-    text = (str(folder / "text.txt"),)
-    return {
-        "bytes": train_tokenizer(TokenizerSettings(text, 270, folder / "bytes")),
-        "sentencepiece": train_tokenizer(TokenizerSettings(text, 320, folder / "sp", "sentencepiece")),
-    }
+TEXT = "Grüße aus Würzburg, 日本 und \N{GRINNING FACE}! Der Hund läuft schnell nach Hause."
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
@@ -48,7 +35,7 @@ def test_tokens_become_text_one_by_one(kind: str, tokenizers: dict[str, Tokenize
     """Cut anywhere between prompt and continuation, the pieces are the text behind the prompt's: no space and no byte
     is lost, and no half character is ever shown."""
     tokenizer = tokenizers[kind]
-    ids = tokenizer.encode(TEXT.strip() + " Zürich \N{OCTOPUS}").tolist()
+    ids = tokenizer.encode(TEXT + " Zürich \N{OCTOPUS}").tolist()
     whole = tokenizer.decode(ids)
     assert any(tokenizer.decode([id]).endswith("\ufffd") for id in ids)
     for cut in range(1, len(ids)):
@@ -85,19 +72,14 @@ def test_a_stop_string_ends_the_text(
         assert wanted.startswith(shown)
 
 
-@pytest.fixture(scope="session")
-def run(data: Path, tokenizers: dict[str, Tokenizer], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a tokenizer, its block of 32 tokens."""
-    folder = tmp_path_factory.mktemp("generation") / "run"
-    vocab_size = tokenizers["bytes"].vocab_size
-    train(*flags(data, folder, model__vocab_size=vocab_size, train__max_steps=2, data__val=None, save__every_steps=2))
-    shutil.copytree(tokenizers["bytes"].path.parent, folder / "tokenizer")
-    return folder
+@pytest.fixture
+def run(generation_run: Path) -> Path:
+    return generation_run
 
 
-@pytest.fixture(scope="module")
-def model(run: Path) -> EvalModel:
-    return open_model(run, device="cpu")
+@pytest.fixture
+def model(generation_model: EvalModel) -> EvalModel:
+    return generation_model
 
 
 SETTINGS = GenerationSettings(Sampling(temperature=1.0, top_p=0.9), max_new_tokens=12, num_samples=3, seed=5)

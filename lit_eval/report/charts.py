@@ -7,8 +7,9 @@ A script adds the values under the pointer or the arrow keys, from the JSON that
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ COLOURS = 6  # in page.css: --c1 to --c6; the seventh line is dashed, the thirte
 LOG_FROM = 100  # positive values that span more than this factor are shown on a logarithmic axis
 SMOOTH_FROM = 400  # points; a longer noisy line is drawn faint, under its moving average
 SMOOTH_POINTS = 150
+MOST_DOTS = 40
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Line:
         dots: mark each point (few points).
         quiet: dashed and grey, without an entry of its own among the values.
         low, high: a band around the line.
+        breaks: places in x where a value could not be drawn; the line is not drawn across them.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Line:
     quiet: bool = False
     low: FloatArray | None = None
     high: FloatArray | None = None
+    breaks: FloatArray = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True)
@@ -239,17 +243,18 @@ class _Drawing:
         if line.quiet:
             return f'<path class="line quiet" d="{_path(px, py)}"/>'
         self.data.append(_values_of(line, kept, self.chart))
-        drawn = ""
+        drawn, begins = "", _begins(x, line.breaks)
         if line.low is not None and line.high is not None:
             edge = _path(px, SIZE - self.y.place(line.high[kept]))
             back = _path(px[::-1], SIZE - self.y.place(line.low[kept])[::-1]).replace("M", "L", 1)
             drawn += f'<path class="band {style}" d="{edge}{back}Z"/>'
         if line.noisy and len(line.x) > SMOOTH_FROM:
-            drawn += f'<path class="line faint {style}" d="{_path(px, py)}"/>'
+            drawn += f'<path class="line faint {style}" d="{_path(px, py, begins)}"/>'
             middle, means = moving_average(line.y, SMOOTH_POINTS)
             px, py = self.x.place(line.x[middle]), SIZE - self.y.place(means)
-        drawn += f'<path class="line {style}" d="{_path(px, py)}"/>'
-        if len(x) == 1 or (line.dots and len(x) <= 60):
+            begins = _begins(line.x[middle], line.breaks)
+        drawn += f'<path class="line {style}" d="{_path(px, py, begins)}"/>'
+        if len(x) == 1 or (line.dots and len(x) <= MOST_DOTS):
             drawn += f'<path class="dots {style}" d="{_dots(px, py)}"/>'
         return drawn
 
@@ -318,23 +323,20 @@ def style_of(colour: int) -> str:
 
 
 def _finite(line: Line) -> Line:
-    """The line without the points that cannot be drawn. On Lines alone: NaN and infinities."""
+    """The line without the points that cannot be drawn, and with a break at each."""
     keep = np.isfinite(line.x) & np.isfinite(line.y)
 
     def cut(values: FloatArray | None) -> FloatArray | None:
         return None if values is None else values[keep]
 
-    return Line(
-        line.name,
-        line.x[keep],
-        line.y[keep],
-        cut(line.steps),
-        line.colour,
-        line.noisy,
-        line.dots,
-        line.quiet,
-        cut(line.low),
-        cut(line.high),
+    return dataclasses.replace(
+        line,
+        x=line.x[keep],
+        y=line.y[keep],
+        steps=cut(line.steps),
+        low=cut(line.low),
+        high=cut(line.high),
+        breaks=line.x[~keep & np.isfinite(line.x)],
     )
 
 
@@ -364,8 +366,15 @@ def _c(value: Any) -> str:
     return f"{float(value):.1f}".removesuffix(".0")
 
 
-def _path(x: FloatArray, y: FloatArray) -> str:
-    return "M" + "L".join(f"{_c(a)} {_c(b)}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
+def _begins(x: FloatArray, breaks: FloatArray) -> set[int]:
+    """The points before which the line is interrupted."""
+    return set(np.searchsorted(x, breaks, side="right").tolist())
+
+
+def _path(x: FloatArray, y: FloatArray, begins: Collection[int] = ()) -> str:
+    """A line through all points, begun anew at some of them."""
+    points = enumerate(zip(x.tolist(), y.tolist(), strict=True))
+    return "".join(f"{'M' if not i or i in begins else 'L'}{_c(a)} {_c(b)}" for i, (a, b) in points)
 
 
 def _dots(x: FloatArray, y: FloatArray) -> str:

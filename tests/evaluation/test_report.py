@@ -97,6 +97,8 @@ def test_losses_that_are_not_finite(tmp_path: Path) -> None:
     rows[4]["train_loss"], rows[5]["train_loss"], rows[10]["val_loss"] = math.nan, math.inf, -math.inf
     page = Page(run_report(write_run(tmp_path / "run", rows)))
     assert page.line("loss-chart", "training")["steps"] == [1, 2, 3, 6, 7, 8, 9, 10]
+    (path,) = [p.attributes["d"] for p in page.root.with_id("loss-chart").all("svg")[-1].all("path", "c1")]
+    assert path.count("M") == 2, "the line is interrupted"
     assert "Training loss: 2 values are not finite, first at step 4" in page.root.text
     events = page.table("Starts, rollbacks and other events")
     assert ["4", "Training loss not finite", "NaN"] in events and ["5", "Training loss not finite", "∞"] in events

@@ -65,6 +65,10 @@ class Paths:
         return self.top / "run"
 
     @property
+    def report(self) -> Path:
+        return self.run / "report.html"
+
+    @property
     def hf(self) -> Path:
         return self.top / "hf"
 
@@ -159,6 +163,11 @@ def show_samples(python: str, paths: Paths) -> None:
         )
 
 
+def report(python: str, paths: Paths) -> None:
+    begin(f"report -> {paths.report}")
+    call(python, "scripts/report.py", paths.run)
+
+
 def summarise(paths: Paths) -> None:
     with (ROOT / paths.run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -176,6 +185,7 @@ def summarise(paths: Paths) -> None:
         paths.tokenizer: "the tokenizer",
         paths.packed: "the tokens: train/, val/",
         paths.run: "checkpoints, metrics.csv, config.yaml; datapoints/: which document was seen when, with its loss",
+        paths.report: "curves, data seen, events and settings of the run: open it in a browser",
         paths.hf: f'the model for transformers: AutoModelForCausalLM.from_pretrained("{paths.hf}")',
     }
     width = max(len(str(path)) for path in contents)
@@ -210,6 +220,7 @@ def main() -> int:
         train(sys.executable, paths, args.steps)
         convert(sys.executable, paths)
         show_samples(sys.executable, paths)
+        report(sys.executable, paths)
         summarise(paths)
     except StepFailed as failed:
         print(f"error: this step failed, see its message above:\n  {failed}", file=sys.stderr)

@@ -88,11 +88,12 @@ def draw(tasks: Sequence[TaskCurves], file: Path) -> None:
         for curve in task.curves:
             number = names.index(curve.name)
             colour, pattern = colours[number % 6], ("-", "--", ":")[min(number // 6, 2)]
-            panel.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0)
+            panel.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.13, linewidth=0)
             panel.plot(curve.x, curve.values, pattern, color=colour, marker="o", markersize=3.5, label=curve.name)
         panel.set(title=task.task, ylabel=task.metric.replace("_", " "), xlabel=task.unit)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="0.9")
+        panel.set_axisbelow(True)
     for panel in panels.flat[len(tasks) :]:
         panel.set_visible(False)
     handles, labels = [], []

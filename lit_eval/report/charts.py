@@ -185,7 +185,8 @@ class _Drawing:
 
     def html(self) -> str:
         chart = self.chart
-        drawn = "".join(self._line(line) for line in sorted(self.lines, key=lambda line: not line.quiet))
+        drawn = "".join(map(self._band, self.lines))
+        drawn += "".join(self._line(line) for line in sorted(self.lines, key=lambda line: not line.quiet))
         y_ticks, x_ticks = self.y.ticks(5), self.x.ticks(6)
         grid = "".join(f"M0 {_c(SIZE - p)}H{SIZE}" for p in self.y.place(y_ticks))
         marks = "".join(
@@ -235,6 +236,15 @@ class _Drawing:
                 )
         return f"{self.chart.title} ({self.chart.unit}) over {self.chart.x_title.lower()}. {'; '.join(parts)}."
 
+    def _band(self, line: Line) -> str:
+        if line.low is None or line.high is None:
+            return ""
+        kept = keep_extremes(line.x, line.y, self.points // 2)
+        x = self.x.place(line.x[kept])
+        edge = _path(x, SIZE - self.y.place(line.high[kept]))
+        back = _path(x[::-1], SIZE - self.y.place(line.low[kept])[::-1]).replace("M", "L", 1)
+        return f'<path class="band {style_of(line.colour)}" d="{edge}{back}Z"/>'
+
     def _line(self, line: Line) -> str:
         kept = keep_extremes(line.x, line.y, self.points // 2)
         x, y = line.x[kept], line.y[kept]
@@ -244,10 +254,6 @@ class _Drawing:
             return f'<path class="line quiet" d="{_path(px, py)}"/>'
         self.data.append(_values_of(line, kept, self.chart))
         drawn, begins = "", _begins(x, line.breaks)
-        if line.low is not None and line.high is not None:
-            edge = _path(px, SIZE - self.y.place(line.high[kept]))
-            back = _path(px[::-1], SIZE - self.y.place(line.low[kept])[::-1]).replace("M", "L", 1)
-            drawn += f'<path class="band {style}" d="{edge}{back}Z"/>'
         if line.noisy and len(line.x) > SMOOTH_FROM:
             drawn += f'<path class="line faint {style}" d="{_path(px, py, begins)}"/>'
             middle, means = moving_average(line.y, SMOOTH_POINTS)

@@ -65,7 +65,7 @@ def _head(comparison: Comparison) -> str:
             facts.append(("Ahead of the next by", number(second.val_loss - best.val_loss, 2), second.name))
     rates = [(e.tokens_per_s, e.name) for e in comparison.entries if e.tokens_per_s]
     if len(rates) > 1:
-        facts.append(("Fastest", f"{whole(max(rates)[0])} tokens/s", max(rates)[1]))
+        facts.append(("Most tokens per second", whole(max(rates)[0]), max(rates)[1]))
     for task in comparison.tasks[:3]:
         winner = task.best()
         if winner is not None and (score := task.scores[winner]) is not None:

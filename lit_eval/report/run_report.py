@@ -43,7 +43,7 @@ SAMPLE_CHARACTERS = 1200
 SETTING_CHARACTERS = 400
 
 # Columns of metrics.csv with a chart of their own place; any other column is drawn under Evaluation.
-LOSS_COLUMNS = ("train_loss", "val_loss", "val_bits_per_byte", "total_loss")
+LOSS_COLUMNS = ("train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "total_loss")
 ROUTER = ("expert_load_max", "expert_load_min", "router_entropy", "load_balance_loss")
 KNOWN = {
     *("step", "tokens", "words", "lr", "grad_norm", "skipped", "loss_scale", "tokens_per_s", "mfu", "mfu_causal"),
@@ -103,12 +103,13 @@ def _head(run: RunFacts) -> str:
     mfu = m["mfu"]
     mfu = mfu[np.isfinite(mfu)]
     of = f"of {run.max_steps:,}" if run.max_steps else ""
+    words = m.last("words")
     return tiles(
         [
             ("Validation loss", loss(val), remark),
             ("Training loss", loss(train), f"perplexity {number(perplexity(train))}"),
             ("Bits per byte", loss(m.last("val_bits_per_byte")), "validation"),
-            ("Tokens seen", short(run.tokens), whole(run.tokens)),
+            ("Tokens seen", short(run.tokens), f"{short(words)} words" if words is not None else whole(run.tokens)),
             ("Steps", whole(run.step), of),
             (
                 "Parameters",
@@ -223,7 +224,21 @@ def _loss(run: RunFacts, points: int) -> str:
     total = single(m, "total_loss", "Minimised loss", "Per target", noisy=True)
     drawn = _rendered([chart, bits_chart, total], m, points)
     content = f'<div class="charts large">{drawn[0]}</div>' if drawn else paragraph("No loss could be drawn.")
-    return content + grid(drawn[1:]) + _epochs(m)
+    return content + grid(drawn[1:]) + _epochs(m) + _validation_sets(m)
+
+
+def _validation_sets(m: Metrics) -> str:
+    """The newest loss of each named validation set."""
+    rows = []
+    for column in m.columns:
+        kind, _, name = column.partition("/")
+        if kind == "val_loss" and name and m.has(column):
+            nats, bits, best = m.last(column), m.last(f"val_bits_per_byte/{name}"), m.best(column)
+            values = [(loss(nats), nats), (number(perplexity(nats)), nats), (loss(bits), bits), (loss(best), best)]
+            rows.append([text_cell(name), *(number_cell(shown, value) for shown, value in values)])
+    titles = ("Loss", "Perplexity", "Bits per byte", "Lowest loss")
+    columns = [Column("Validation set", numeric=False), *map(Column, titles)]
+    return "<h3>Validation sets</h3>" + table("Validation sets", columns, rows) if rows else ""
 
 
 def _epochs(m: Metrics) -> str:

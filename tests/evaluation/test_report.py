@@ -72,6 +72,20 @@ def test_tables_by_tenth_for_a_mixture(tmp_path: Path) -> None:
     assert [row[0] for row in body] == [f"{10 * i} %" for i in range(1, 11)]
 
 
+def test_named_validation_sets(tmp_path: Path) -> None:
+    more = {
+        "val_loss/Gesetz": 2.5,
+        "val_perplexity/Gesetz": math.exp(2.5),
+        "val_bits_per_byte/Gesetz": 1.25,
+        "words": 900,
+    }
+    page = Page(run_report(write_run(tmp_path / "run", steady(4, **more))))
+    assert page.line("loss-chart", "Gesetz")["y"] == [2.5] * 5 and page.line("bits-chart", "Gesetz")["y"] == [1.25] * 5
+    assert page.table("Validation sets")[1] == ["Gesetz", "2.5000", "12.18", "1.2500", "2.5000"]
+    with pytest.raises(KeyError):
+        page.root.with_id("eval-0")
+
+
 def test_one_row_without_validation(tmp_path: Path) -> None:
     page = Page(run_report(write_run(tmp_path / "run", [{"step": 1, "tokens": 5, "train_loss": 2.5}])))
     assert page.line("loss-chart", "training")["y"] == [2.5]

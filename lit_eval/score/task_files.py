@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +108,28 @@ def read_task(path: str | Path, name: str | None = None) -> Task:
     return Task(name or _stem(path), next(iter(kinds)), items, str(path.resolve()), digest.hexdigest())
 
 
+def task_of_records(records: Sequence[dict[str, Any]], name: str, origin: str) -> Task:
+    """A task of records with the fields of a line of a task file.
+
+    Args:
+        origin: what `Task.file` says.
+
+    Raises ValueError naming the record and the fault.
+    """
+    kind: Kind | None = None
+    items = []
+    for number, record in enumerate(records, start=1):
+        try:
+            kind, item = _read_item(record, kind)
+        except ValueError as error:
+            raise ValueError(f"{origin}, item {number}: {error}") from error
+        items.append(item)
+    if kind is None:
+        raise ValueError(f"{origin} has no item")
+    digest = hashlib.sha256(json.dumps(list(records), ensure_ascii=False, sort_keys=True).encode())
+    return Task(name, kind, items, origin, digest.hexdigest())
+
+
 def _stem(path: Path) -> str:
     return path.name if path.is_dir() else path.name.split(".")[0] or path.name
 
@@ -117,16 +139,21 @@ def _read_file(file: Path, digest: Any, grouped: bool) -> tuple[Kind, list[Item]
     items: list[Item] = []
     for number, record in _records(file, digest):
         try:
-            own = kind_of(record)
-            if kind is not None and own != kind:
-                raise ValueError(f"an item of kind {own}, and those before it are {kind}")
-            kind = own
-            items.append(_READ[kind](record, {"file": _stem(file)} if grouped else {}))
+            kind, item = _read_item(record, kind, {"file": _stem(file)} if grouped else {})
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: {error}") from error
+        items.append(item)
     if kind is None:
         raise ValueError(f"{file} is empty: a task file has one JSON object a line")
     return kind, items
+
+
+def _read_item(record: dict[str, Any], before: Kind | None, groups: dict[str, str] | None = None) -> tuple[Kind, Item]:
+    """The kind of an item, which must be that of those before it, and the item."""
+    kind = kind_of(record)
+    if before is not None and kind != before:
+        raise ValueError(f"an item of kind {kind}, and those before it are {before}")
+    return kind, _READ[kind](record, groups or {})
 
 
 def _records(file: Path, digest: Any) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -11,11 +11,14 @@ from lit_eval.model.likelihood import Scorer
 from lit_eval.model.text_encoder import TextEncoder
 from lit_eval.score.candidates import Candidate, Scored
 from lit_eval.score.choice import score_choice, score_cloze, score_last_word
+from lit_eval.score.german_pairs import german_pairs
 from lit_eval.score.pairs import score_pairs
 from lit_eval.score.results import Result
-from lit_eval.score.task_files import Kind, Task, is_task_file, read_task
+from lit_eval.score.task_files import Kind, Task, is_task_file, read_task, task_of_records
 
-NAMED: dict[str, Callable[[], Task]] = {}
+NAMED: dict[str, Callable[[], Task]] = {
+    "german_pairs": lambda: task_of_records(german_pairs(), "german_pairs", "lit_eval/score/german_pairs.py"),
+}
 """Tasks that come with the code: name -> how to make it."""
 
 _RESULT: dict[Kind, Callable[[Sequence[Scored]], Result]] = {

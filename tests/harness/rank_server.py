@@ -60,12 +60,13 @@ class RankServer:
         self.folder = folder
         # One thread: the arithmetic of all other tests. Arrow's allocator would start a thread, which no fork survives.
         environment = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
             [*before, sys.executable, str(ROOT / "tests" / "harness" / "forked_ranks.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | environment,
         )
 
     def run(

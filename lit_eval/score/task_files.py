@@ -14,6 +14,7 @@ optional. Other fields are ignored.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,11 @@ class Task:
     items: list[Item]
     file: str
     sha256: str
+
+    def evenly_spaced(self, n: int) -> Task:
+        """The task with `n` of its items, evenly spaced; all of them if it has fewer."""
+        total = len(self.items)
+        return self if n >= total else dataclasses.replace(self, items=[self.items[i * total // n] for i in range(n)])
 
 
 def is_task_file(path: Path) -> bool:

@@ -1,0 +1,77 @@
+"""What there is to do in an evaluation, found and checked before any model is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from lit_eval.model.eval_model import EvalModel
+from lit_eval.model.likelihood import Scorer
+from lit_eval.model.text_encoder import TextEncoder
+from lit_eval.score.progress import TaskProgress
+from lit_eval.score.results import Result
+from lit_eval.score.settings import EvaluationSettings
+from lit_eval.score.task_files import Task
+from lit_eval.score.tasks import run_task
+
+
+@dataclass
+class Evaluation:
+    """The model being evaluated, as tasks need it."""
+
+    model: EvalModel
+    settings: EvaluationSettings
+    progress: TaskProgress = field(default_factory=lambda: TaskProgress(show=False))
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        return self.model.scorer(self.settings.batch_tokens, on_batch=self.progress)
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        return self.model.encoder(self.settings.prefix)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task to do.
+
+    Attributes:
+        name: in the results.
+        run: scores it.
+        source: what is scored: part of `Result.source`.
+        settings: names of the EvaluationSettings that change its numbers.
+        prepare: called before, for each model; raises ValueError if the task is none for it.
+    """
+
+    name: str
+    run: Callable[[Evaluation], Result]
+    source: dict[str, Any] = field(default_factory=dict)
+    settings: tuple[str, ...] = ("num_samples", "prefix")
+    prepare: Callable[[EvalModel], None] = lambda model: None
+
+    def settings_of(self, evaluation: Evaluation) -> dict[str, Any]:
+        """What changes the task's numbers, as kept with its result."""
+        given = dataclasses.asdict(evaluation.settings)
+        found = {name: given[name] for name in self.settings if given[name] is not None}
+        return {"precision": evaluation.settings.precision, **found}
+
+
+def job_of_task(task: Task) -> Job:
+    """The job of scoring a task's items."""
+
+    def run(evaluation: Evaluation) -> Result:
+        n = evaluation.settings.num_samples
+        return run_task(task if n is None else task.evenly_spaced(n), evaluation.scorer, evaluation.encoder)
+
+    source = {"file": task.file, "sha256": task.sha256}
+    return Job(task.name, run, source, prepare=lambda model: needs_tokenizer(model, task.file))
+
+
+def needs_tokenizer(model: EvalModel, what: str) -> None:
+    """Raises ValueError if the model has none; `what` needs it."""
+    if model.tokenizer is None:
+        raise ValueError(f"{model.path} has no tokenizer files, which {what} needs: give --tokenizer FOLDER")

@@ -1,0 +1,53 @@
+"""Evaluate a run's newest checkpoint, a checkpoint or a Hugging Face folder: perplexity of texts, and tasks.
+
+    python scripts/evaluate.py runs/mine                                       # its validation data
+    python scripts/evaluate.py runs/mine --data law=corpus/law.jsonl --tasks german_pairs blimp/
+    python scripts/evaluate.py --all_checkpoints runs/a runs/b --tasks blimp/   # learning curves
+
+Writes the results as JSON, a picture beside them, and a table to the terminal. Tasks done before are not done again, so
+that an interrupted call is repeated to finish it. Task files and all results are described in docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, given_fields, run_script
+
+end_on_ctrl_c()
+
+from lit_eval.score.evaluation import evaluate, evaluate_all
+from lit_eval.score.named_tasks import task_names
+from lit_eval.score.settings import EvaluationSettings
+from lit_eval.score.table import table_of
+
+GROUPS = {"data": "what is evaluated", "prefix": "how"}
+
+
+def main() -> None:
+    parser = ScriptParser(description=__doc__, epilog=f"tasks: {', '.join(task_names())}", allow_abbrev=False)
+    parser.add_argument("model", type=Path, nargs="+", metavar="MODEL", help="run, checkpoint or Hugging Face folder")
+    parser.add_argument(
+        "--all_checkpoints", action="store_true", help="evaluate every checkpoint of the runs, and draw their curves"
+    )
+    parser.add_fields(EvaluationSettings, GROUPS)
+    args = parser.parse_args()
+    settings = EvaluationSettings(**given_fields(EvaluationSettings, args))
+    if args.all_checkpoints:
+        for run in evaluate_all(args.model, settings):
+            print(f"{run.run}: {len(run.results)} checkpoints evaluated, {len(run.left_out)} left out")
+            for checkpoint, reason in run.left_out.items():
+                print(f"  left out: {checkpoint.name}: {reason}")
+        return
+    if len(args.model) > 1:
+        raise ValueError("give one MODEL, or --all_checkpoints for several runs; to compare models: scripts/compare.py")
+    results, output = evaluate(args.model[0], settings)
+    print(table_of(results))
+    print(f"results: {output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

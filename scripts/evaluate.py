@@ -19,7 +19,9 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, given_fields,
 
 end_on_ctrl_c()
 
-from lit_eval.score.evaluation import evaluate, evaluate_all
+from lit_eval.compare.entries import read_entries
+from lit_eval.compare.learning_curves import draw, learning_curves
+from lit_eval.score.evaluation import FOLDER, evaluate, evaluate_all
 from lit_eval.score.named_tasks import task_names
 from lit_eval.score.settings import EvaluationSettings
 from lit_eval.score.table import table_of
@@ -41,6 +43,13 @@ def main() -> None:
             print(f"{run.run}: {len(run.results)} checkpoints evaluated, {len(run.left_out)} left out")
             for checkpoint, reason in run.left_out.items():
                 print(f"  left out: {checkpoint.name}: {reason}")
+        curves = learning_curves(read_entries(args.model))
+        if not curves:
+            print("no learning curve: no task has results of two checkpoints")
+            return
+        picture = args.model[0] / FOLDER / "learning_curves.png"
+        draw(curves, picture)
+        print(f"learning curves: {picture}")
         return
     if len(args.model) > 1:
         raise ValueError("give one MODEL, or --all_checkpoints for several runs; to compare models: scripts/compare.py")

@@ -47,7 +47,8 @@ def _lm_eval(name: str, model: Path, given: EvaluationSettings) -> Job:
 
     source: dict[str, Any] = {}
     if given.lm_eval_data is not None:
-        source = {split: file_sha256(file) for split, file in data_files(given.lm_eval_data, ALIASES.get(task, task)).items()}
+        files = data_files(given.lm_eval_data, ALIASES.get(task, task))
+        source = {split: file_sha256(file) for split, file in files.items()}
     return Job(name, run, source, ("num_samples", "num_fewshot"), lambda opened: needs_tokenizer(opened, name))
 
 

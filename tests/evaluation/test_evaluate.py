@@ -14,10 +14,13 @@ import torch
 from running import ROOT, flags, script, train, write_dataset
 
 from lit_data.corpus.synthetic import conditional_nll
+from lit_data.packed.open_dataset import open_dataset
 from lit_data.packed.reader import PackedDataset
+from lit_eval.evaluator import Evaluator
 from lit_eval.model.eval_model import open_model
 from lit_eval.score.results import read_results
 from lit_files.checkpoint_name import list_checkpoints
+from lit_model.generate import generate
 from lit_model.load import load_model
 
 PAIRS = [{"sentence_good": "The cat sat.", "sentence_bad": "The the sat.", "UID": "a"},
@@ -134,6 +137,7 @@ def test_every_checkpoint_but_the_damaged(run: Path, pairs: Path, tmp_path: Path
     damaged.write_bytes(content)
     shown = evaluate("--all_checkpoints", folder, "--tasks", pairs)
     assert f"{folder}: 2 checkpoints evaluated, 1 left out" in shown and f"left out: {damaged.name}: " in shown
+    assert (folder / "evaluation/learning_curves.png").read_bytes().startswith(b"\x89PNG")
     names = sorted(path.name for path in (folder / "evaluation").glob("iter-*.json"))
     assert names == ["iter-00000002-ckpt.json", "iter-00000006-ckpt.json"]
     assert evaluate("--all_checkpoints", folder, "--tasks", pairs).count("pairs: done before") == 2
@@ -187,3 +191,29 @@ def test_without_a_tokenizer(data: Path, pairs: Path, tmp_path: Path) -> None:
     assert result.n == 9 and result.metrics["end_loss"] > 0
     fails("has no tokenizer files", tmp_path / "run", "--tasks", pairs)
     fails("has no tokenizer files", tmp_path / "run", "--data", pairs, "--text_field", "sentence_good")
+
+
+def test_from_python(run: Path, pairs: Path) -> None:
+    """The lines of docs/evaluation.md, against what they stand for."""
+    model = Evaluator(run, device="cpu")
+    dataset = open_dataset(run / "data" / "packed" / "val")
+    texts = [json.loads(line)["text"] for line in (run / "data/text/val.jsonl").read_text().splitlines()]
+    assert [document.text for document in dataset] == texts and len(dataset) == len(texts)
+    assert dataset[-1].id == dataset[len(texts) - 1].id and dataset[0].tokens.dtype == np.int64
+    with pytest.raises(IndexError):
+        dataset[len(texts)]
+    scored = model.perplexity(texts[:3])
+    ids = [dataset[i].tokens[:-1].tolist() for i in range(3)]
+    sums = [sum(w.total for w in ws) for ws in model.scorer.score_documents(ids, dataset.dataset.eos_id)]
+    assert scored.metrics["nats"] == pytest.approx(-sum(sums), rel=1e-6) and scored.n == len(scored.items) == 3
+    as_pairs = [(pair["sentence_good"], pair["sentence_bad"]) for pair in PAIRS]
+    assert model.pairs(pairs).items == model.pairs(as_pairs).items == model.task(pairs).items
+    with pytest.raises(ValueError, match="are the same"):
+        model.pairs([("a", "a")])
+    both = model.generate(["The cat", "A"], 8, temperature=0)
+    tokenizer = model.model.need_tokenizer()
+    prompt = torch.tensor(tokenizer.encode("The cat").tolist())
+    new = generate(model.model.model, prompt, 8, temperature=0, eos_id=tokenizer.eos_id)[len(prompt) :].tolist()
+    assert both[0] == tokenizer.decode([i for i in new if i != tokenizer.eos_id]) and len(both) == 2
+    with pytest.raises(ValueError, match="block_size"):
+        model.generate("The cat", 10_000)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lit_data.corpus.synthetic import LEVELS, conditional_nll
+from lit_data.corpus.grammar_nll import conditional_nll
+from lit_data.corpus.synthetic import LEVELS
 from lit_eval.score.jobs import Evaluation
 from lit_eval.score.results import Result
 from lit_files.checksum import file_sha256
@@ -38,7 +39,7 @@ def model_and_generator(evaluation: Evaluation) -> Result:
     """Score the run's validation text, and compare with the generator's own negative log-likelihood of it.
 
     Documents are scored whole, without a prefix: a document's first token is no target, so the generator's likelihood
-    is that of the rest given it (lit_data.corpus.synthetic.conditional_nll). The end of a document is a target.
+    is that of the rest given it (lit_data.corpus.grammar_nll.conditional_nll). The end of a document is a target.
 
     Metrics: `model_over_generator`, the ratio of the summed nats, which no model brings below 1 but by chance;
     `excess_nats` a document and its `standard_error`. Items: the excess of each document.

@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from grammar_nll import conditional_nll, document_nll, prefix_nll
 
+from lit_data.corpus.grammar_nll import conditional_nll, document_nll, prefix_nll
 from lit_data.corpus.synthetic import (
     ADVERBS,
     CONNECTORS,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from running import ROOT, flags, script, train, write_dataset
 
-from lit_data.corpus.synthetic import conditional_nll
+from lit_data.corpus.grammar_nll import conditional_nll
 from lit_data.packed.open_dataset import open_dataset
 from lit_data.packed.reader import PackedDataset
 from lit_eval.evaluator import Evaluator

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from grammar_nll import conditional_nll
 from running import ROOT, command
 
+from lit_data.corpus.grammar_nll import conditional_nll
 from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_model.load import load_model

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from running import flags, metrics, same_checkpoints, script, shared_rank_server, train, write_dataset
+from whole_record import read_record
 
 from lit_data.loading import words as words_module
 from lit_data.loading.mixture import Mixture, phase_list
@@ -129,14 +129,10 @@ def names_in(run: Path) -> list[str]:
 
 def check_words(run: Path) -> None:
     """Every row's words are those of the spans that the record names up to its step."""
-    found = {
-        (row["step"], row["row"], row["document"], row["start"]): row["length"]
-        for file in (run / "datapoints").glob("*.parquet")
-        for row in pq.read_table(file).to_pylist()
-    }
+    spans = read_record(run).to_pylist()
     for row in metrics(run):
-        pieces = [(d, start, n) for (step, _, d, start), n in found.items() if step < int(row["step"])]
-        assert int(row["words"]) == naive(pieces)
+        seen = [(s["document"], s["start"], s["length"]) for s in spans if s["step"] < int(row["step"])]
+        assert int(row["words"]) == naive(seen)
 
 
 def test_words_are_those_of_the_record(whole: Path) -> None:
@@ -173,7 +169,7 @@ def test_two_ranks_stopped_and_resumed_without_the_flag_keep_them(counted: Path,
     assert names_in(run)[:-1] == names_in(whole)[:-1]
 
 
-def test_a_finished_run_is_resumed_with_other_budgets(counted: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_resumed_with_other_budgets(counted: Path, tmp_path: Path) -> None:
     """The last step of the first run has empty rows, whose samples are never seen: words are those of the record."""
     run = tmp_path / "run"
     train(*short(counted, run, train__max_epochs=1))
@@ -183,6 +179,26 @@ def test_a_finished_run_is_resumed_with_other_budgets(counted: Path, whole: Path
     assert "warning: --save.at_words 3M: not reached, the run ends after" in done.stdout
     assert int(metrics(run)[-1]["words"]) < 2 * sum(WORDS)
     check_words(run)
+
+
+def test_a_rollback_counts_only_what_was_seen(counted: Path, tmp_path: Path) -> None:
+    """Steps 11 to 14 are discarded and their samples left out; budgets are found anew."""
+    run = tmp_path / "run"
+    changes = {
+        "train__max_epochs": None, "train__max_steps": 24, "save__every_steps": 5, "guard__spike_action": "rollback",
+        "guard__spike_window": 12, "guard__spike_rows": 2, "optim__lr": 1e-3, "save__keep_last": 3,
+        "save__at_words": "1K,3500,4500",
+    }  # fmt: skip
+    fault = {"kind": "spike", "samples": [8 * 11, 8 * 11 + 1], "factor": 30.0}
+    done = shared_rank_server().run(1, run, short(counted, run, **changes), plants=[fault])
+    assert done.statuses == [0] and "going back to iter-00000010-ckpt.pth" in done.output, done.output
+    check_words(run)
+    words = {int(row["step"]): int(row["words"]) for row in metrics(run)}
+    steps = [min(step for step, seen in words.items() if seen >= budget) for budget in (1000, 3500, 4500)]
+    assert steps[0] < 10 < steps[1] < steps[2]
+    found = {path.name: Checkpoint(path).meta["word_budgets"] for path in list_checkpoints(run)}
+    budgets = {f"iter-{step:08d}-ckpt.pth": [budget] for step, budget in zip(steps, (1000, 3500, 4500), strict=True)}
+    assert {name: some for name, some in found.items() if some} == budgets
 
 
 def test_budgets_are_listed_and_exported(whole: Path, tmp_path: Path) -> None:

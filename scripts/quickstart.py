@@ -1,7 +1,7 @@
 """From text to a Hugging Face model in runs/quickstart/: each step runs and prints one of the project's commands.
 
 Finished steps are skipped, so that a killed quickstart resumes; `--fresh` starts over. `make quickstart` calls this
-with the Python of `.venv`. Standard library only.
+with the Python of `.venv`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from lit_eval.overlap import longest_overlap
+from lit_data.record.trace import open_run
+from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
+from lit_eval.generation.copies import Copy, add_steps, find_copies
 from pretrain.cli.command_line import ScriptParser
 
 DEFAULT = Path("runs/quickstart")
@@ -144,9 +146,8 @@ def convert(python: str, paths: Paths) -> None:
 
 def show_samples(python: str, paths: Paths) -> None:
     begin(f"samples, written by {paths.hf}")
-    lines = (ROOT / paths.text / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    # Documents stay separate: no training text crosses a document boundary.
-    training_text = "\0".join(json.loads(line)["text"] for line in lines)
+    run = open_run(ROOT / paths.run, ROOT / paths.packed / "train")
+    tokenizer = open_tokenizer(ROOT / paths.tokenizer)
     context = json.loads((ROOT / paths.hf / "config.json").read_text())["max_position_embeddings"]
     for prompt, seed in PROMPTS:
         output = call(
@@ -154,13 +155,21 @@ def show_samples(python: str, paths: Paths) -> None:
             "--max_new_tokens", str(context - RESERVED_TOKENS), "--temperature", "0.8", "--json", capture=True,
         )  # fmt: skip
         sample = json.loads(output)
-        copied = longest_overlap(sample["text"], training_text)
+        (copy,) = find_copies([sample["ids"]], run.datasets)
+        add_steps([copy], run)
         end = "ended by itself (EOS)" if sample["stopped_on_eos"] else "cut at the end of the context"
         print(f"{prompt}{sample['text']}")
-        print(
-            f"--- {len(sample['ids'])} tokens, {end}; longest copy from the training text: "
-            f"{copied.length} of {len(sample['text'])} characters, {copied.text!r}\n"
-        )
+        print(f"--- {len(sample['ids'])} tokens, {end}; {describe_copy(copy, sample['ids'], tokenizer)}\n")
+
+
+def describe_copy(copy: Copy, ids: list[int], tokenizer: Tokenizer) -> str:
+    """The longest copy in a sample, the document it is from, and how often the run saw that."""
+    if not copy.length:
+        return "no copy of 8 tokens or more from the training text"
+    text = tokenizer.decode(ids[copy.start : copy.start + copy.length])
+    place = copy.places[0]
+    seen = f"seen at steps {', '.join(map(str, place.steps[:5]))}" if place.steps else "not seen yet"
+    return f"longest copy from the training text: {copy.length} tokens, {text!r}, of document {place.id}, {seen}"
 
 
 def report(python: str, paths: Paths) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from running import EOS, VOCAB
 from lit_data.packed.reader import PackedDataset
 from lit_data.packed.writer import PackedWriter
 from lit_data.record.trace import open_run
-from lit_eval.generation import memorization
-from lit_eval.generation.memorization import add_steps, find_copies
+from lit_eval.generation import copies as search
+from lit_eval.generation.copies import add_steps, find_copies
+from lit_eval.generation.memorization import evaluate_memorization
+from lit_eval.generation.text import Generated, GenerationSettings
+from lit_eval.model.eval_model import EvalModel
 
 
 def write(folder: Path, documents: list[list[int]], shard_tokens: int) -> PackedDataset:
@@ -57,8 +61,8 @@ documents = st.lists(st.lists(tokens, min_size=1, max_size=12), min_size=1, max_
 )
 def test_equals_brute_force(datasets: list[list[list[int]]], texts: list[list[int]], m: int, piece: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memorization, "PLACES", 1000)
-        patch.setattr(memorization, "PAIRS", 7)
+        patch.setattr(search, "PLACES", 1000)
+        patch.setattr(search, "PAIRS", 7)
         packed = [write(Path(folder) / str(i), documents, shard_tokens=9) for i, documents in enumerate(datasets)]
         copies = find_copies(texts, packed, min_tokens=m, piece=piece)
     for copy, text in zip(copies, texts, strict=True):
@@ -80,6 +84,29 @@ def test_a_planted_passage_in_many_tokens(tmp_path: Path) -> None:
     assert [(p.document, p.start, p.steps) for p in copy.places] == [(17, 5_000, None)]
     (short,) = find_copies([planted[:40].tolist()], [dataset])
     assert (short.length, [p.document for p in short.places]) == (40, [17, 31])
+
+
+def test_the_task_on_a_run(generation_run: Path, generation_model: EvalModel, data: Path) -> None:
+    """Texts of the training data are found, with the steps before the checkpoint; and a model without a record."""
+    dataset = PackedDataset(data / "train")
+    ids = dataset.tokens(0, int(dataset.document_start(np.asarray([1]))[0])).tolist()
+    texts = [Generated(None, [5], 0, ids, None, "eos"), Generated(None, [5], 1, [VOCAB + 1] * 9, None, "length")]
+    result = evaluate_memorization(
+        generation_model, [[5]], GenerationSettings(num_samples=2), texts=texts, min_tokens=4
+    )
+    n = len(ids) - 1
+    assert result.items == [n, 0] and result.metrics["longest_max"] == n and result.metrics["longest_mean"] == n / 2
+    assert result.metrics["copied"] == pytest.approx(n / (n + 9)) and result.metrics["memorized"] == (n >= 50) / 2
+    first = result.details["copies"][0]
+    assert first["places"][0]["id"] == "doc-0" and first["text"] is not None
+    assert set(first["places"][0]["steps"]) <= {0, 1} and result.source["data"] == [str(data / "train")]
+    elsewhere = dataclasses.replace(generation_model, path=data / "hf")
+    with pytest.raises(ValueError, match="no datapoint record beside it: give the packed training data"):
+        evaluate_memorization(elsewhere, [[5]], GenerationSettings(), texts=texts)
+    again = evaluate_memorization(elsewhere, [[5]], GenerationSettings(), texts=texts, data=[data / "train"])
+    assert again.items == result.items and again.details["copies"][0]["places"][0]["steps"] is None
+    written = evaluate_memorization(generation_model, ["Gr"], GenerationSettings(max_new_tokens=12), min_tokens=1)
+    assert written.n == 1 and 0 <= written.metrics["copied"] <= 1
 
 
 def test_steps_are_those_of_the_record(tmp_path: Path) -> None:

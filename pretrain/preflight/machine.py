@@ -322,9 +322,19 @@ def room_for_checkpoints(s: PreflightContext, free: int) -> tuple[bool, str]:
             kept += (s.max_steps or 0) // math.lcm(save.keep_every, save.every_steps)
         kept = kept if written is None else min(kept, written)
     there = len(list_checkpoints(s.folder))
-    n = max(0, (kept or 1) - there) + 1
+    n = max(0, (kept or 1) + budgets_within(s) - there) + 1
     text = f"{free / 1e9:.3f} GB free; {n} checkpoints of {size / 1e9:.3f} GB to come take {n * size / 1e9:.3f} GB"
     return free >= n * size, text + (" (the length of the run is unknown)" if kept is None else "")
+
+
+def budgets_within(s: PreflightContext) -> int:
+    """Word budgets (--save.at_words) that the run can reach, each a checkpoint more; all if its length is unknown."""
+    budgets, train = s.args.save.word_budgets, s.args.train
+    if not budgets or s.datasets is None or s.max_steps is None:
+        return len(budgets)
+    tokens = s.max_steps * train.global_batch_samples * s.datasets.block_size
+    words_per_token = max(d.n_words / d.n_tokens for d in s.datasets.train)
+    return sum(budget <= tokens * words_per_token for budget in budgets)
 
 
 def room_for_cache(s: PreflightContext) -> int:

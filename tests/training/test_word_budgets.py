@@ -21,6 +21,7 @@ from lit_data.packed.reader import PackedDataset
 from lit_files.checkpoint_name import budget_name, list_checkpoints
 from lit_model.load import Checkpoint
 from pretrain.args import BABYLM, SaveArgs
+from pretrain.preflight.machine import budgets_within
 from pretrain.word_budgets import first_step, words_after
 
 LENGTHS = np.random.default_rng(3).integers(1, 60, size=60).tolist()
@@ -255,6 +256,15 @@ def test_forms_of_the_budgets(given: Any, budgets: list[int]) -> None:
 def test_wrong_budgets_are_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match=r"--save\.at_words"):
         SaveArgs(at_words=wrong)
+
+
+def test_preflight_expects_the_checkpoints_of_budgets_within_reach(counted: Path) -> None:
+    datasets = SimpleNamespace(train=[PackedDataset(counted / "train")], block_size=32)
+    args = SimpleNamespace(save=SaveArgs(at_words="100,2K,babylm"), train=SimpleNamespace(global_batch_samples=8))
+    reach = {5: 1, 40: 2, None: 21}  # steps of 256 tokens, about one word each
+    for steps, n in reach.items():
+        context: Any = SimpleNamespace(args=args, datasets=datasets, max_steps=steps)
+        assert budgets_within(context) == n
 
 
 def test_names_of_budgets() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 from lit_eval.compare.comparison import MISSING, Comparison, Score, compare
 from lit_eval.compare.entries import Entry
-from lit_eval.compare.learning_curves import learning_curves
 from lit_eval.compare.text import interval_text, p_text
 from lit_eval.formats import duration, loss, number, perplexity, short, whole
 from lit_eval.report.charts import Chart, Line, Point, Scatter, style_of
@@ -23,7 +22,17 @@ from lit_eval.report.elements import (
     tiles,
 )
 from lit_eval.report.page import fit, page
-from lit_eval.report.run_report import grid, horizontal, line_of, loss_axis, scores_table, setting_text
+from lit_eval.report.run_report import (
+    curve_charts,
+    grid,
+    horizontal,
+    line_of,
+    loss_axis,
+    samples_section,
+    scores_table,
+    setting_text,
+)
+from lit_eval.run_facts import Sample, samples_of
 
 MOST_LINES = 18  # runs in a chart: six colours in three patterns
 
@@ -40,11 +49,11 @@ def _build(comparison: Comparison, seed: int, points: int) -> str:
         Section("ranking", "Ranking", _ranking(comparison)),
         Section("loss", "Loss", _loss(entries, points)),
         Section("trade", "Size, speed and score", _trade(comparison)),
-        Section(
-            "scores", "Scores", _scores(comparison) + (scores_table(entries[0].results) if len(entries) == 1 else "")
-        ),
-        Section("curves", "Learning curves", _curves(entries, seed, points)),
+        Section("scores", "Scores", _scores(comparison)),
+        Section("details", "Details", scores_table(entries[0].results) if len(entries) == 1 else ""),
+        Section("curves", "Learning curves", curve_charts(entries[:MOST_LINES], points, seed)),
         Section("tests", "Paired tests", _tests(comparison)),
+        Section("samples", "Samples", samples_section(_samples(entries[0])) if len(entries) == 1 else ""),
         Section("settings", "Settings that differ", _settings(comparison)),
         Section("training", "Training", _training(entries, points)),
     ]
@@ -72,6 +81,10 @@ def _head(comparison: Comparison) -> str:
             name = comparison.entries[winner].name if len(comparison.entries) > 1 else task.metric.replace("_", " ")
             facts.append((task.name, number(score.value), name))
     return tiles(facts)
+
+
+def _samples(entry: Entry) -> list[Sample]:
+    return [sample for results in entry.results for sample in samples_of(results)]
 
 
 def _colour(entries: Sequence[Entry], entry: Entry) -> int:
@@ -221,20 +234,6 @@ def _scores(comparison: Comparison) -> str:
     note = "Below a score: its 95 % interval, by bootstrap over the items."
     has_interval = any(score and score.interval for task in comparison.tasks for score in task.scores)
     return (paragraph(note) if has_interval else "") + table("Scores by task", columns, rows)
-
-
-def _curves(entries: Sequence[Entry], seed: int, points: int) -> str:
-    order = {e.name: i for i, e in enumerate(entries, start=1)}
-    charts = []
-    for i, task in enumerate(learning_curves(entries[:MOST_LINES], seed)):
-        lines = [
-            Line(c.name, c.x, c.values, colour=order[c.name], dots=True, low=c.low, high=c.high) for c in task.curves
-        ]
-        chart = Chart(f"curve-{i}", task.task, task.metric.replace("_", " "), lines, task.unit)
-        charts.append(chart.render(points))
-    if not charts:
-        return ""
-    return paragraph("Bands: 95 % intervals, by bootstrap over the items.") + grid(charts)
 
 
 def _tests(comparison: Comparison) -> str:

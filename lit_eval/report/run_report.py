@@ -14,6 +14,8 @@ import numpy as np
 
 from lit_data.record.seen import MAX_TIMES, Seen, count_seen
 from lit_data.record.trace import open_run
+from lit_eval.compare.entries import Entry
+from lit_eval.compare.learning_curves import learning_curves
 from lit_eval.formats import duration, loss, number, percent, perplexity, short, whole
 from lit_eval.metrics_file import FloatArray, Metrics
 from lit_eval.report.charts import Chart, Line, Mark
@@ -32,7 +34,7 @@ from lit_eval.report.elements import (
     tiles,
 )
 from lit_eval.report.page import fit, page
-from lit_eval.run_facts import RunFacts, flatten, read_run
+from lit_eval.run_facts import RunFacts, Sample, flatten, read_run
 from lit_eval.score.results import Results
 
 RECORD_S = 5.0  # for reading the record
@@ -81,7 +83,7 @@ def _build(run: RunFacts, defaults: Mapping[str, Any] | None, seen: Seen | None,
         Section("speed", "Speed and memory", _speed(run, points)),
         Section("data", "Data", _data(seen, reason)),
         Section("events", "Events", _events(run)),
-        Section("samples", "Samples", _samples(run)),
+        Section("samples", "Samples", samples_section(run.samples)),
         Section("settings", "Settings", _settings(run, defaults)),
         Section("environment", "Environment", _environment(run)),
     ]
@@ -312,37 +314,23 @@ def _evaluation(run: RunFacts, points: int) -> str:
         Chart(f"eval-{i}", c.replace("_", " "), "Value", [line_of(m, c, c, 1, dots=True)], x_title)
         for i, c in enumerate(other)
     ]
-    return grid(_rendered(charts, m, points)) + curves_of(run.results, points) + scores_table(run.results)
+    curves = curve_charts([Entry(run.name, run.folder, results=run.results)], points)
+    return grid(_rendered(charts, m, points)) + curves + scores_table(run.results)
 
 
-def curves_of(results: Sequence[Results], points: int) -> str:
-    """Scores of a run's checkpoints over tokens, a chart a task; "" for fewer than two checkpoints."""
-    by_task: dict[str, list[Results]] = {}
-    for one in results:
-        for task in one.tasks:
-            if one.model.tokens is not None or one.model.step is not None:
-                by_task.setdefault(task, []).append(one)
-    charts = []
-    tokens = all(one.model.tokens is not None for one in results)
-    for i, (task, several) in enumerate(sorted(by_task.items())):
-        several = sorted(several, key=lambda one: one.model.step or one.model.tokens or 0)
-        if len(several) < 2:
-            continue
-        metric = first_metric(several[-1], task)
-        if metric is None:
-            continue
-        x = np.array([(one.model.tokens if tokens else one.model.step) or 0 for one in several], dtype=np.float64)
-        y = np.array([one.tasks[task].metrics.get(metric, math.nan) for one in several])
-        steps = np.array([one.model.step if one.model.step is not None else math.nan for one in several])
-        line = Line(task, x, y, steps if np.isfinite(steps).all() else None, 1, dots=True)
-        title = "Tokens seen" if tokens else "Steps"
-        charts.append(Chart(f"task-{i}", task, metric.replace("_", " "), [line], title).render(points))
-    return grid([chart for chart in charts if chart])
-
-
-def first_metric(results: Results, task: str) -> str | None:
-    """The metric to show of a task: its first."""
-    return next(iter(results.tasks[task].metrics), None)
+def curve_charts(entries: Sequence[Entry], points: int, seed: int = 0) -> str:
+    """Scores of the entries' checkpoints over tokens, a chart a task; "" if none has results of two checkpoints."""
+    order = {e.name: i for i, e in enumerate(entries, start=1)}
+    charts: list[str] = []
+    tasks = learning_curves(entries, seed)
+    for i, task in enumerate(tasks):
+        lines = [
+            Line(c.name, c.x, c.values, colour=order[c.name], dots=True, low=c.low, high=c.high) for c in task.curves
+        ]
+        charts.append(Chart(f"curve-{i}", task.task, task.metric.replace("_", " "), lines, task.unit).render(points))
+    bands = any((c.high > c.low).any() for task in tasks for c in task.curves)
+    note = paragraph("Bands: 95 % intervals, by bootstrap over the items.") if bands else ""
+    return note + grid(charts) if charts else ""
 
 
 def scores_table(results: Sequence[Results]) -> str:
@@ -570,28 +558,29 @@ def _events(run: RunFacts) -> str:
     return table("Starts, rollbacks and other events", columns, rows) if rows else ""
 
 
-def _samples(run: RunFacts) -> str:
+def samples_section(samples: Sequence[Sample]) -> str:
     """Generated texts, prompt by prompt, in the order of steps; evenly thinned if they are many."""
-    if not run.samples:
-        return ""
-    by_prompt: dict[str, list[Any]] = {}
-    for sample in run.samples:
+    by_prompt: dict[str, list[Sample]] = {}
+    for sample in samples:
         by_prompt.setdefault(sample.prompt, []).append(sample)
-    each = max(2, MOST_SAMPLES // len(by_prompt))
     shown: list[str] = []
-    for prompt, samples in list(by_prompt.items())[: MOST_SAMPLES // 2]:
-        kept = [samples[round(i)] for i in np.linspace(0, len(samples) - 1, min(each, len(samples)))]
-        boxes = []
-        for sample in kept:
-            text = sample.text[:SAMPLE_CHARACTERS] + ("…" if len(sample.text) > SAMPLE_CHARACTERS else "")
-            tokens = f", {short(sample.tokens)} tokens" if sample.tokens is not None else ""
-            boxes.append(
-                f'<article class="sample"><h4>Step {whole(sample.step)}{escape(tokens)}</h4>'
-                f'<p><span class="prompt">{escape(prompt)}</span>{escape(text)}</p></article>'
-            )
-        summary = f"{prompt[:80]!s}{'…' if len(prompt) > 80 else ''} ({len(samples)})"
-        shown.append(details(summary, f'<div class="samples">{"".join(boxes)}</div>', opened=not shown))
+    for prompt, several in list(by_prompt.items())[: MOST_SAMPLES // 2]:
+        most = max(2, MOST_SAMPLES // len(by_prompt))
+        kept = [several[round(i)] for i in np.linspace(0, len(several) - 1, min(most, len(several)))]
+        summary = f"{prompt[:80]}{'…' if len(prompt) > 80 else ''}" if prompt.strip() else "Without a prompt"
+        texts = f'<div class="samples">{"".join(map(_sample, kept))}</div>'
+        shown.append(details(f"{summary} ({len(several)})", texts, opened=not shown))
     return "".join(shown)
+
+
+def _sample(sample: Sample) -> str:
+    text = sample.text[:SAMPLE_CHARACTERS] + ("…" if len(sample.text) > SAMPLE_CHARACTERS else "")
+    step = f"Step {whole(sample.step)}" if sample.step is not None else "Final"
+    tokens = f", {short(sample.tokens)} tokens" if sample.tokens is not None else ""
+    return (
+        f'<article class="sample"><h4>{step}{tokens}</h4>'
+        f'<p><span class="prompt">{escape(sample.prompt)}</span>{escape(text)}</p></article>'
+    )
 
 
 def setting_text(value: Any) -> str:

@@ -24,10 +24,12 @@ from lit_data.record.seen import count_seen
 from lit_data.record.trace import open_run
 from lit_eval.formats import duration, linear_ticks, log_ticks, number, short, tick_labels
 from lit_eval.metrics_file import read_metrics
+from lit_eval.model.eval_model import ModelFacts
 from lit_eval.report.charts import keep_extremes, moving_average
 from lit_eval.report.page import HERE
 from lit_eval.report.run_report import run_report
 from lit_eval.run_facts import read_run
+from lit_eval.score.results import Result, Results
 from pretrain.args import RunArgs
 from pretrain.logs.report import default_settings, write_report
 
@@ -140,6 +142,24 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert not page.root.all("b") or all("ü" not in b.text for b in page.root.all("b"))
     assert EVIL in [row[0] for row in page.table("Settings that differ from their defaults")]
     assert "alert(1)" not in page.root.all("script")[-1].text
+
+
+def test_samples_over_time(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steady(4))
+    for step in (4, 2):
+        facts = ModelFacts("x", "m", 1, "c", step=step, tokens=100 * step)
+        texts = [{"prompt": "Es <war>", "text": f" einmal {step}"}, {"prompt": None, "text": "frei"}, {"text": None}]
+        samples = Result("generation", 2, {"distinct_1": 0.5}, details={"samples": texts})
+        Results(facts, {"generation": samples}).write(run / "evaluation" / f"{step}.json")
+    page = Page(run_report(run))
+    shown = [(a.all("h4")[0].text, a.all("p")[0].text) for a in page.root.all("article", "sample")]
+    assert shown == [
+        ("Step 2, 200 tokens", "Es <war> einmal 2"),
+        ("Step 4, 400 tokens", "Es <war> einmal 4"),
+        ("Step 2, 200 tokens", "frei"),
+        ("Step 4, 400 tokens", "frei"),
+    ]
+    assert page.line("curve-0", "run")["y"] == [0.5, 0.5]
 
 
 def test_damaged_lines_are_left_out_and_said(tmp_path: Path) -> None:

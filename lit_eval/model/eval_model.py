@@ -136,7 +136,7 @@ class EvalModel:
         step = checkpoint_step(self.path)
         run = self.path if step is None else self.path.parent
         name = run.resolve().name + (f" step {step}" if step is not None else "")
-        tokens = meta.get("tokens")
+        tokens, words = meta.get("tokens"), meta.get("words")
         return ModelFacts(
             path=str(self.path.resolve()),
             name=name,
@@ -144,6 +144,7 @@ class EvalModel:
             checksum=weights_checksum(self.model),
             step=step if step is not None else meta.get("step"),
             tokens=tokens if isinstance(tokens, int) else None,
+            words=float(words) if isinstance(words, (int, float)) else None,
         )
 
 

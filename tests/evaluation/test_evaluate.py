@@ -144,6 +144,27 @@ def test_every_checkpoint_but_the_damaged(run: Path, pairs: Path, tmp_path: Path
     assert "the checkpoint is damaged" in evaluate(damaged, "--tasks", pairs, status=2)
 
 
+def test_tasks_in_which_the_model_writes(run: Path, tmp_path: Path) -> None:
+    """Prompts and texts come from the run's validation data, and the samples are written out."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The cat\n")
+    evaluate(run, "--tasks", "generation", "confidence", "memorization", "--num_samples", 3, "--output",
+             tmp_path / "all" / "w.json")  # fmt: skip
+    tasks = read_results(tmp_path / "all/w.json").tasks
+    texts = [json.loads(line)["text"] for line in (run / "data/text/val.jsonl").read_text().splitlines()]
+    written = [sample["prompt"] for sample in tasks["generation"].details["samples"]]
+    assert len(written) == 3 and all(any(text.startswith(prompt) for text in texts) for prompt in written)
+    samples = (tmp_path / "all/generation_samples.txt").read_text()
+    assert samples.count("=== generation, sample") == 3 and f"[{written[0]}]" in samples
+    encoded = Evaluator(run, device="cpu").model.encode([texts[i * len(texts) // 3] for i in range(3)])
+    assert tasks["confidence"].n == sum(map(len, encoded)) and 0 < tasks["confidence"].metrics["top_1_probability"] < 1
+    assert tasks["memorization"].n == 3 and tasks["memorization"].source["data"] == [str(run / "data/packed/train")]
+    evaluate(run, "--tasks", "generation", "--custom_prompts", prompts, "--output", tmp_path / "p.json")
+    assert [s["prompt"] for s in read_results(tmp_path / "p.json").tasks["generation"].details["samples"]] == [
+        "The cat"
+    ]
+
+
 def fails(message: str, *arguments: object) -> None:
     errors = evaluate(*arguments, status=2)
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]

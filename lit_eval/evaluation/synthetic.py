@@ -10,7 +10,7 @@ import numpy as np
 
 from lit_data.corpus.grammar_nll import conditional_nll
 from lit_data.corpus.synthetic import LEVELS
-from lit_eval.score.jobs import Evaluation
+from lit_eval.evaluation.jobs import Evaluation
 from lit_eval.score.results import Result
 from lit_files.checksum import file_sha256
 from lit_model.load import Checkpoint, is_hf_folder

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lit_eval.evaluation.progress import TaskProgress
+from lit_eval.evaluation.settings import EvaluationSettings
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.model.likelihood import Scorer
 from lit_eval.model.text_encoder import TextEncoder
-from lit_eval.score.progress import TaskProgress
 from lit_eval.score.results import Result
-from lit_eval.score.settings import EvaluationSettings
 from lit_eval.score.task_files import Task
 from lit_eval.score.tasks import run_task
 
@@ -56,8 +56,9 @@ class Job:
     def settings_of(self, evaluation: Evaluation) -> dict[str, Any]:
         """What changes the task's numbers, as kept with its result."""
         given = dataclasses.asdict(evaluation.settings)
-        found = {name: given[name] for name in self.settings if given[name] is not None}
-        return {"precision": evaluation.settings.precision, **found}
+        found = {name: given[name] for name in self.settings if given[name] not in (None, ())}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+        return {"precision": evaluation.settings.precision, **plain}
 
 
 def job_of_task(task: Task) -> Job:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lit_eval.evaluation.generated_text import GENERATION_JOBS
+from lit_eval.evaluation.jobs import Evaluation, Job, job_of_task, needs_tokenizer
+from lit_eval.evaluation.settings import EvaluationSettings
+from lit_eval.evaluation.synthetic import model_and_generator, synthetic_text
+from lit_eval.evaluation.text_data import PERPLEXITY, jobs_of_data, validation_jobs
 from lit_eval.score.harness import ALIASES, PREFIX, data_files, run_harness
-from lit_eval.score.jobs import Evaluation, Job, job_of_task, needs_tokenizer
 from lit_eval.score.results import Result
-from lit_eval.score.settings import EvaluationSettings
-from lit_eval.score.synthetic import model_and_generator, synthetic_text
 from lit_eval.score.tasks import NAMED, find_task
-from lit_eval.score.text_data import PERPLEXITY, jobs_of_data, validation_jobs
 from lit_files.checksum import file_sha256
 
 MakeJob = Callable[[str, Path, EvaluationSettings], Job]
@@ -53,6 +54,7 @@ def _lm_eval(name: str, model: Path, given: EvaluationSettings) -> Job:
 
 
 NAMED_JOBS: dict[str, MakeJob] = {
+    **GENERATION_JOBS,
     "synthetic": _synthetic,
 }
 PREFIXED_JOBS: dict[str, MakeJob] = {

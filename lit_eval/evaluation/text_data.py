@@ -10,12 +10,12 @@ from typing import Any
 from lit_data.corpus.readers import list_files
 from lit_data.packed.manifest import MANIFEST
 from lit_data.packed.reader import PackedDataset
+from lit_eval.evaluation.jobs import Evaluation, Job, needs_tokenizer
+from lit_eval.evaluation.settings import EvaluationSettings
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.model.model_tokenizer import compare, describe_difference, of_data, of_model
-from lit_eval.score.jobs import Evaluation, Job, needs_tokenizer
 from lit_eval.score.perplexity import Text, perplexity, texts_of_dataset, texts_of_files
 from lit_eval.score.results import Result
-from lit_eval.score.settings import EvaluationSettings
 from lit_files.checksum import file_sha256
 from lit_model.load import Checkpoint, is_hf_folder
 
@@ -24,18 +24,33 @@ PERPLEXITY = "perplexity"
 
 def jobs_of_data(settings: EvaluationSettings) -> list[Job]:
     """A job for each entry of --data. Raises ValueError or FileNotFoundError."""
-    jobs: dict[str, Job] = {}
+    return [
+        _job(f"{PERPLEXITY}/{name}", path, settings, f"--data {path}") for name, path in named_data(settings).items()
+    ]
+
+
+def named_data(settings: EvaluationSettings) -> dict[str, Path]:
+    """The entries of --data by name. Raises ValueError for a name given twice."""
+    found: dict[str, Path] = {}
     for entry in settings.data:
         name, path = _named(entry)
-        title = f"{PERPLEXITY}/{name}"
-        if title in jobs:
+        if name in found:
             raise ValueError(f"--data has two entries of the name {name}: give NAME=PATH")
-        jobs[title] = _job(title, path, settings, f"--data {path}")
-    return list(jobs.values())
+        found[name] = path
+    return found
 
 
 def validation_jobs(model: Path, settings: EvaluationSettings) -> list[Job]:
     """A job for each validation set that a run's checkpoint names. Raises ValueError if there is none."""
+    return [
+        _job(f"{PERPLEXITY}/{name}" if name else PERPLEXITY, path, settings, f"the validation data of {model}, {path},")
+        for name, path in validation_data(model).items()
+    ]
+
+
+def validation_data(model: Path) -> dict[str, Path]:
+    """The validation sets that a run's checkpoint names; a single one has the name "". Raises ValueError if there is
+    none, or it is gone."""
     give = "give --data, or --tasks"
     if is_hf_folder(model):
         raise ValueError(f"{model} is a Hugging Face folder, which names no validation data: {give}")
@@ -44,16 +59,15 @@ def validation_jobs(model: Path, settings: EvaluationSettings) -> list[Job]:
     named = data.get("val") if isinstance(data, dict) else None
     if not named:
         raise ValueError(f"{model} names no validation data: {give}")
-    found: dict[str, Any] = named if isinstance(named, dict) else {"": named}
-    jobs = []
-    for name, path in found.items():
-        moved = model.parent.joinpath(*Path(str(path)).parts[-3:])  # made by a run whose folder was moved
-        place = next((p for p in (Path(str(path)), moved) if (p / MANIFEST).is_file()), None)
+    found = {}
+    for name, text in (named if isinstance(named, dict) else {"": named}).items():
+        path = Path(str(text))
+        moved = model.parent.joinpath(*path.parts[-3:])  # made by a run whose folder was moved
+        place = next((p for p in (path, moved) if (p / MANIFEST).is_file()), None)
         if place is None:
             raise ValueError(f"the validation data of {model}, {path}, is not there: {give}")
-        title = f"{PERPLEXITY}/{name}" if name else PERPLEXITY
-        jobs.append(_job(title, place, settings, f"the validation data of {model}, {place},"))
-    return jobs
+        found[str(name)] = place
+    return found
 
 
 def _named(entry: str) -> tuple[str, Path]:

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
+from lit_eval.evaluation.jobs import Evaluation, Job
+from lit_eval.evaluation.named_tasks import find_jobs
+from lit_eval.evaluation.picture import draw
+from lit_eval.evaluation.progress import TaskProgress
+from lit_eval.evaluation.settings import EvaluationSettings
+from lit_eval.evaluation.table import samples_of
 from lit_eval.model.eval_model import EvalModel, open_model
-from lit_eval.score.jobs import Evaluation, Job
-from lit_eval.score.named_tasks import find_jobs
-from lit_eval.score.picture import draw
-from lit_eval.score.progress import TaskProgress
 from lit_eval.score.results import Results, read_results
-from lit_eval.score.settings import EvaluationSettings
-from lit_eval.score.table import samples_of
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.publish import write_text
 from lit_model.load import Checkpoint, is_hf_folder, resolve
@@ -102,6 +102,8 @@ def _evaluate(
             error.add_note(f"{len(results.tasks)} tasks are in {output}; the same call does the others")
             raise
         result.source = {**job.source, **result.source}
+        if result.settings:  # those that are fixed, or follow from ours
+            result.details["settings"] = result.settings
         result.settings = wanted
         result.seconds = time.monotonic() - begun
         results.tasks[job.name] = result

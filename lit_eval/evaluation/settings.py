@@ -24,6 +24,11 @@ class EvaluationSettings:
     """Field or column of the text in .jsonl and Parquet."""
     source_field: str | None = None
     """Field or column to group documents by. Default: the name of the file."""
+    custom_prompts: Path | None = None
+    """Prompts for generation, memorization and babyllama: a line each, or .jsonl. Default: the first words of documents
+    of the data; babyllama has its own."""
+    train_data: tuple[str, ...] = ()
+    """Packed training data, for memorization. Default: the data that the run's record names."""
     lm_eval_data: Path | None = None
     """Folder with the items of tasks lm_eval:NAME, read in place of the hub: NAME.jsonl (.parquet, .csv), or NAME with
     a file for each split."""

@@ -107,6 +107,13 @@ class Tokenizer(ABC):
         """Ids of each text, encoded at once."""
 
     @abstractmethod
+    def encode_aligned(self, text: str, parse: bool = False) -> tuple[list[int], list[int]]:
+        """Ids of a text, encoded at once, and the end of each token in the text, in characters.
+
+        `parse`: with names of special tokens as their ids; raises ValueError as `check_parses`.
+        """
+
+    @abstractmethod
     def vocabulary(self) -> Iterable[tuple[int, str]]:
         """(id, decoded text) of all learnt tokens, with literal spaces and newlines."""
 
@@ -358,6 +365,10 @@ class JsonTokenizer(Tokenizer):
         ids: list[int] = self._parsing_backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_aligned(self, text: str, parse: bool = False) -> tuple[list[int], list[int]]:
+        encoding = (self._parsing_backend if parse else self.backend).encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
     @cached_property
     def _special_names(self) -> re.Pattern[str] | None:
         """Pattern of special token names; None if they are matched in normalised text."""
@@ -454,6 +465,13 @@ class SentencepieceTokenizer(Tokenizer):
 
     def parse_plain(self, text: str) -> list[int]:
         raise NotImplementedError
+
+    def encode_aligned(self, text: str, parse: bool = False) -> tuple[list[int], list[int]]:
+        if parse:
+            self.check_parses()
+        ids = self.encode_plain([text])[0]
+        # The library's own offsets are in bytes or characters, depending on its version.
+        return ids, [len(self.decode(ids[: i + 1])) for i in range(len(ids))]
 
     def vocabulary(self) -> Iterable[tuple[int, str]]:
         return ((id, _as_text(piece.text)) for id, piece in enumerate(self.content.pieces))

@@ -17,7 +17,7 @@ from lit_data.tokenizers.hf_export import declared_bos, names_bos
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_eval.model.likelihood import Scorer, score_targets
 from lit_eval.model.model_tokenizer import check_own_tokenizer, find_tokenizer, ids_without_token
-from lit_eval.model.text_encoder import TextEncoder
+from lit_eval.model.text_encoder import AlignedEncoder, TextEncoder
 from lit_eval.model.text_encoding import Encoding, encoding_of
 from lit_files.checkpoint_name import checkpoint_step
 from lit_model.checksum import tensor_checksum
@@ -91,6 +91,13 @@ class EvalModel:
         bos = self.encoding.bos_id
         return [ids[1:] if bos is not None and ids[:1] == [bos] else ids for ids in encoded]
 
+    def encode_aligned(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a text as by `encode`, and the end of each token in the text, in characters."""
+        parse = self.encoding.special_tokens in ("parse", "mixed")
+        ids, ends = self.need_tokenizer().encode_aligned(text, parse)
+        begun = self.encoding.bos_id is not None and ids[:1] == [self.encoding.bos_id]
+        return (ids[1:], ends[1:]) if begun else (ids, ends)
+
     def prefix_id(self, prefix: Prefix = "auto") -> int | None:
         """The token before a text that nothing else precedes; None: none, its first token is not scored.
 
@@ -112,6 +119,10 @@ class EvalModel:
     def encoder(self, prefix: Prefix = "auto") -> TextEncoder:
         """How the model reads contexts and continuations. Raises as `prefix_id` does."""
         return TextEncoder(self.encode, self.encoding.bos_id, self.prefix_id(prefix))
+
+    def aligned_encoder(self) -> AlignedEncoder:
+        """How the model reads texts of which only a part is scored. Raises ValueError if it has no tokenizer."""
+        return AlignedEncoder(self.encode_aligned, self.need_tokenizer().decode, self.encoding.bos_id)
 
     def autocast(self) -> Any:
         """The context in which to call `model`."""

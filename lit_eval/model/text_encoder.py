@@ -48,6 +48,36 @@ class TextEncoder:
         return spans
 
 
+@dataclass(frozen=True)
+class AlignedEncoder:
+    """How a model reads texts of which only the part behind a character is scored.
+
+    Attributes:
+        encode: a text -> its ids without BOS, and the end of each token in the text, in characters.
+        decode: ids -> text.
+        bos_id: precedes every text; None: none does, and a text's first token is context only.
+    """
+
+    encode: Callable[[str], tuple[list[int], list[int]]]
+    decode: Callable[[Sequence[int]], str]
+    bos_id: int | None = None
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text, with BOS."""
+        return [*self._begin(), *self.encode(text)[0]]
+
+    def split(self, text: str, start: int) -> tuple[list[int], int]:
+        """The ids of a text, with BOS, and how many of them precede the first token that ends behind character
+        `start`; at least one, since the first one is not predicted."""
+        ids, ends = self.encode(text)
+        begin = self._begin()
+        first = next((i for i, end in enumerate(ends) if end > start), len(ids))
+        return [*begin, *ids], max(len(begin) + first, 1)
+
+    def _begin(self) -> list[int]:
+        return [] if self.bos_id is None else [self.bos_id]
+
+
 def _split(context: str, continuation: str) -> tuple[str, str]:
     kept = context.rstrip()
     return kept, context[len(kept) :] + continuation

@@ -143,7 +143,7 @@ def _stem(path: Path) -> str:
 def _read_file(file: Path, digest: Any, grouped: bool) -> tuple[Kind, list[Item]]:
     kind: Kind | None = None
     items: list[Item] = []
-    for number, record in _records(file, digest):
+    for number, record in records_of(file, digest):
         try:
             kind, item = _read_item(record, kind, {"file": _stem(file)} if grouped else {})
         except ValueError as error:
@@ -162,7 +162,7 @@ def _read_item(record: dict[str, Any], before: Kind | None, groups: dict[str, st
     return kind, _READ[kind](record, groups or {})
 
 
-def _records(file: Path, digest: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def records_of(file: Path, digest: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line that is not blank; the file's bytes are added to the digest."""
     suffix = next((c for c in COMPRESSED if file.name.lower().endswith(c)), "")
     try:
@@ -204,7 +204,7 @@ def kind_of(record: dict[str, Any]) -> Kind:
 
 
 def _pair(record: dict[str, Any], groups: dict[str, str]) -> Item:
-    good, bad = (_string(record, name) for name in ("sentence_good", "sentence_bad"))
+    good, bad = (string_field(record, name) for name in ("sentence_good", "sentence_bad"))
     if good == bad:
         raise ValueError("sentence_good and sentence_bad are the same")
     before = _delimiter(record)
@@ -214,26 +214,26 @@ def _pair(record: dict[str, Any], groups: dict[str, str]) -> Item:
 def _choice(record: dict[str, Any], groups: dict[str, str]) -> Item:
     if "context" in record and "question" in record:
         raise ValueError("both 'context' and 'question': write all that precedes a choice into 'context'")
-    context = _string(record, "context" if "context" in record else "question", empty=True)
-    choices = _strings(record, "choices")
+    context = string_field(record, "context" if "context" in record else "question", empty=True)
+    choices = string_fields(record, "choices")
     between = _delimiter(record)
     candidates = tuple((context, between + choice) for choice in choices)
     return Item(candidates, _label(record, choices), choices, _groups(record, groups))
 
 
 def _cloze(record: dict[str, Any], groups: dict[str, str]) -> Item:
-    before, blank, behind = _string(record, "text").partition(BLANK)
+    before, blank, behind = string_field(record, "text").partition(BLANK)
     if not blank or BLANK in behind.lstrip("_"):
         raise ValueError(f"'text' needs one blank {BLANK}")
     behind = behind.lstrip("_")  # a longer blank
-    options = _strings(record, "options")
+    options = string_fields(record, "options")
     candidates = tuple((before, option + behind) for option in options)
     return Item(candidates, _label(record, options), options, _groups(record, groups))
 
 
 def _last_word(record: dict[str, Any], groups: dict[str, str]) -> Item:
     # As in lambada_openai of lm-evaluation-harness.
-    context, _, word = _string(record, "text").rpartition(" ")
+    context, _, word = string_field(record, "text").rpartition(" ")
     if not context.strip() or not word.strip():
         raise ValueError("'text' needs at least two words, and no space at its end: the last word is to be predicted")
     return Item(((context, " " + word),), 0, (word,), _groups(record, groups))
@@ -247,7 +247,7 @@ _READ: dict[Kind, Callable[[dict[str, Any], dict[str, str]], Item]] = {
 }
 
 
-def _string(record: dict[str, Any], name: str, empty: bool = False) -> str:
+def string_field(record: dict[str, Any], name: str, empty: bool = False) -> str:
     if name not in record:
         raise ValueError(f"the field {name!r} is missing")
     value = record[name]
@@ -262,11 +262,11 @@ def _string(record: dict[str, Any], name: str, empty: bool = False) -> str:
     return value
 
 
-def _strings(record: dict[str, Any], name: str) -> tuple[str, ...]:
+def string_fields(record: dict[str, Any], name: str) -> tuple[str, ...]:
     values = record.get(name)
     if not isinstance(values, list) or len(values) < 2:
         raise ValueError(f"{name!r} is {_shown(values)}; it must be a list of at least two strings")
-    return tuple(_string({f"{name}[{i}]": value}, f"{name}[{i}]") for i, value in enumerate(values))
+    return tuple(string_field({f"{name}[{i}]": value}, f"{name}[{i}]") for i, value in enumerate(values))
 
 
 def _label(record: dict[str, Any], choices: tuple[str, ...]) -> int:
@@ -289,7 +289,7 @@ def _label(record: dict[str, Any], choices: tuple[str, ...]) -> int:
 
 
 def _delimiter(record: dict[str, Any]) -> str:
-    return _string(record, "delimiter", empty=True) if "delimiter" in record else " "
+    return string_field(record, "delimiter", empty=True) if "delimiter" in record else " "
 
 
 def _groups(record: dict[str, Any], given: dict[str, str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from lit_files.checkpoint_name import budget_name, list_checkpoints
 from lit_model.load import Checkpoint
 from pretrain.args import BABYLM, SaveArgs
 from pretrain.preflight.machine import budgets_within
-from pretrain.word_budgets import first_step, words_after
+from pretrain.word_budgets import count_words, first_step, words_after
 
 LENGTHS = np.random.default_rng(3).integers(1, 60, size=60).tolist()
 WORDS = [int(n * x) for n, x in zip(LENGTHS, np.random.default_rng(4).uniform(0, 2, size=60), strict=True)]
@@ -256,6 +256,21 @@ def test_forms_of_the_budgets(given: Any, budgets: list[int]) -> None:
 def test_wrong_budgets_are_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match=r"--save\.at_words"):
         SaveArgs(at_words=wrong)
+
+
+def test_a_damaged_table_of_documents_costs_the_words_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --save.at_words it is an error; otherwise a warning, and the run trains without the column."""
+    folder = write_dataset(tmp_path / "train", LENGTHS, words=WORDS)
+    table = next(folder.glob("*.docs.parquet"))
+    table.write_bytes(bytes(table.stat().st_size))
+    rows = open_rows(PackedDataset(folder), "concat", 32)
+    data: Any = SimpleNamespace(rows=[rows], train=[rows.dataset], mixture=Mixture.single(Order(rows.n_windows)))
+    args: Any = SimpleNamespace(save=SaveArgs(), data=SimpleNamespace(mock=False))
+    assert count_words(args, data) == []
+    assert f"words are not counted: {table}" in capsys.readouterr().err
+    args.save = SaveArgs(at_words="1M")
+    with pytest.raises(ValueError, match=table.name):
+        count_words(args, data)
 
 
 def test_preflight_expects_the_checkpoints_of_budgets_within_reach(counted: Path) -> None:

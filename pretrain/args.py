@@ -35,7 +35,7 @@ def check_least(args: Any, section: str, **least: int) -> None:
     """Raise ValueError naming the flag of a value below its least; None is not checked."""
     for name, n in least.items():
         value = getattr(args, name)
-        if value is not None and value < n:
+        if value is not None and not value >= n:
             raise ValueError(f"--{section}{name} {value} must be at least {n}")
 
 
@@ -432,7 +432,7 @@ class SaveArgs:
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """Validation: at step 0, every `every_steps` steps, and at the last step."""
+    """Validation and evaluation: at step 0, every so many steps, and at the last step."""
 
     every_steps: int = 1000
     """Steps between validations."""
@@ -440,9 +440,29 @@ class EvalArgs:
     """Rows per validation, of each set. Default: all of data.val."""
     micro_batch_samples: int | None = None
     """Rows per forward pass on one device. Default: train.micro_batch_samples."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks to run during training: names, task files or folders of them (docs/evaluation.md). Each is a column
+    `eval/NAME` of metrics.csv."""
+    prompts: Path | None = None
+    """Prompts to continue during training: a text file with one a line, or .jsonl with the field `prompt`. The texts go
+    to RUN/evaluations.jsonl."""
+    tasks_every_steps: int | None = None
+    """Steps between evaluations of tasks and prompts. Default: eval.every_steps."""
+    tasks_every_tokens: int | None = None
+    """The same in tokens of rows, padding included, instead of steps."""
+    max_items: int | None = None
+    """Items of each task, evenly spaced. Default: all."""
+    sample_tokens: int = 64
+    """Tokens to write after each prompt."""
+    sample_temperature: float = 0.8
+    """Temperature of their sampling; 0: the most probable token."""
 
     def __post_init__(self) -> None:
         check_least(self, "eval.", every_steps=1, max_samples=1, micro_batch_samples=1)
+        check_least(self, "eval.", tasks_every_steps=1, tasks_every_tokens=1, max_items=1, sample_tokens=1)
+        check_least(self, "eval.", sample_temperature=0)
+        if self.tasks_every_steps is not None and self.tasks_every_tokens is not None:
+            raise ValueError("--eval.tasks_every_steps and --eval.tasks_every_tokens are mutually exclusive")
 
 
 TRACKERS = ("tensorboard", "wandb")

@@ -31,6 +31,7 @@ from pretrain.data import (
     validation_loader,
 )
 from pretrain.distillation.teacher_cache import open_teachers, resolve_teachers
+from pretrain.evaluation_plan import open_evaluation
 from pretrain.fabric import Fabric
 from pretrain.failure.first_failure import begin_attempt
 from pretrain.failure.peers import Peers, on_rank_zero
@@ -39,6 +40,8 @@ from pretrain.failure.watchdog import Watchdog, control_store
 from pretrain.guards import StopRequest, StopSignals
 from pretrain.init_from import load_optimizer, load_weights, optimizer_of
 from pretrain.logs.environment import command_line, record_environment
+from pretrain.logs.metrics import FILE as METRICS
+from pretrain.logs.metrics import has_row
 from pretrain.optim import AdamW, LossScale
 from pretrain.parallel import Placement, build_fabric, choose_placement
 from pretrain.resume import check_resume, is_finished, read_meta, restore, start_progress
@@ -122,11 +125,16 @@ def build(
             progress.changes.append({"step": progress.step, "differences": differences})
         if progress.step > data.max_steps:
             raise ValueError(f"{checkpoint} is {progress.step} steps old, beyond the run's {data.max_steps} steps")
+        if progress.unfinished is not None and on_rank_zero(fabric, lambda: has_row(folder / METRICS, progress.step)):
+            progress.unfinished = None
         if is_finished(folder, progress, data.max_steps):
             if lock is not None:
                 lock.close()
             raise RunFinished(f"{folder} is finished: all {data.max_steps} steps are done; nothing to do")
 
+    evaluation = on_rank_zero(
+        fabric, lambda: open_evaluation(args.eval, data.train[0], config.vocab_size, data.block_size)
+    )
     raw_model, model = build_model(args, placement, fabric, config)
     if args.init_from is not None and checkpoint is None:
         load_weights(raw_model, args.init_from, args.init_layers)
@@ -144,7 +152,7 @@ def build(
     if checkpoint is not None:
         restore(checkpoint, optimizer, loss_scale)
     words, budgets = open_words(args, fabric, data, progress, folder, saver)
-    columns = metrics_columns(args, config, data)
+    columns = metrics_columns(args, config, data, evaluation)
     recorder, compactor, trackers = begin_recording(args, settings, fabric, folder, data, progress, columns, trackers)
     if compactor is not None:
         saver.published = compactor.start
@@ -177,6 +185,7 @@ def build(
         peers=peers,
         metrics_columns=columns,
         lock=lock,
+        evaluation=evaluation,
     )
 
 

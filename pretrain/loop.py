@@ -35,6 +35,8 @@ from pretrain.checkpoint.host_copy import copy_without_waiting
 from pretrain.compiling import CompiledBlocks
 from pretrain.distillation.objective import distillation_values, student_head
 from pretrain.distillation.teachers import Teachers
+from pretrain.evaluation import Stopped, evaluate
+from pretrain.evaluation_plan import is_due
 from pretrain.failure.peers import Mistake, on_rank_zero
 from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
 from pretrain.logs.layer_norms import FILE as LAYERS
@@ -112,7 +114,11 @@ def run_steps(run: Run) -> str | None:
     steps = run.loader.steps(run.step, max_steps)
     try:
         if run.step == 0 or run.unfinished is not None:
-            row = with_validation(run, run.unfinished or {"tokens": 0, **words_column(run)}, throughput, progress)
+            row = run.unfinished or {"tokens": 0, **words_column(run)}
+            if is_validated(run, run.step) and not any(name.startswith("val_") for name in row):
+                row = with_validation(run, row, throughput, progress)
+            if row and is_evaluated(run, run.step):
+                row = with_evaluation(run, row, throughput, progress)
             if row:
                 publish_row(run, metrics, progress, {"step": run.step} | row)
             if run.stop.reason is not None:
@@ -125,7 +131,8 @@ def run_steps(run: Run) -> str | None:
         for data in steps:
             run.beat("step")
             last = run.step + 1 == max_steps
-            log_step = last or (run.step + 1) % args.log.every_steps == 0
+            evaluated = is_evaluated(run, run.step + 1)
+            log_step = last or evaluated or (run.step + 1) % args.log.every_steps == 0
             result = train_step(run, data, norms if log_step else None)
             run.step += 1
             if run.recorder is not None:
@@ -137,8 +144,16 @@ def run_steps(run: Run) -> str | None:
             throughput.add(slots)
             row = measure(run, result, throughput) if log_step else {}
             whole = row
-            if last or run.step % args.eval.every_steps == 0:
+            if is_validated(run, run.step):
                 whole = with_validation(run, row, throughput, progress)
+            spike = after_spike(run, row) if log_step else None
+            saved = False
+            if whole and evaluated and spike is None:
+                if is_saved(run):
+                    run.unfinished, saved = whole, True
+                    progress.phase("saving")
+                    save(run, throughput)
+                whole = with_evaluation(run, whole, throughput, progress)
             by_layer = norms.read() if norms is not None and log_step else {}
             if by_layer and layers is not None:
                 layers.write({"step": run.step} | by_layer)
@@ -147,9 +162,9 @@ def run_steps(run: Run) -> str | None:
             stopped, failed = run.stop.agreed()
             if failed:
                 raise_fault(run)
-            if log_step:
-                check_losses(run, row)
-            if last or stopped or run.step % args.save.every_steps == 0 or run.step in run.budgets:
+            if spike is not None:
+                raise spike
+            if not saved and (stopped or is_saved(run)):
                 progress.phase("saving")
                 save(run, throughput)
             progress.advance(run.step)
@@ -362,6 +377,47 @@ def with_validation(
     return {} if values is None else row | values
 
 
+def is_saved(run: Run) -> bool:
+    """Whether a checkpoint is due now."""
+    return run.step == run.data.max_steps or run.step % run.args.save.every_steps == 0 or run.step in run.budgets
+
+
+def is_validated(run: Run, step: int) -> bool:
+    """Whether the validation sets are due after `step` steps."""
+    return step in (0, run.data.max_steps) or step % run.args.eval.every_steps == 0
+
+
+def is_evaluated(run: Run, step: int) -> bool:
+    """Whether tasks and prompts are due after `step` steps."""
+    return run.evaluation is not None and is_due(
+        run.args.eval, run.segments, run.data.block_size, step, run.data.max_steps
+    )
+
+
+def with_evaluation(
+    run: Run, row: dict[str, float], throughput: Throughput, progress: ProgressDisplay
+) -> dict[str, float]:
+    """A metrics row with the columns of evaluated tasks added. Empty if a stop interrupted the evaluation: a resume
+    from this step then repeats it."""
+    assert run.evaluation is not None
+
+    def check_stop() -> bool:
+        run.beat("evaluation")
+        return stop_validation(run)
+
+    paused = throughput.pause()
+    run.unfinished = row
+    try:
+        columns = evaluate(run, run.evaluation, check_stop, progress.phase)
+    except Stopped:
+        progress.say(f"step {run.step}: {run.stop.reason}; the resume will repeat the evaluation")
+        return {}
+    finally:
+        throughput.resume(paused)
+    run.unfinished = None
+    return row | columns
+
+
 @torch.no_grad()
 def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dict[str, float] | None:
     """The validation columns: of all sets together, and of each named one. None if the ranks have agreed to stop."""
@@ -426,17 +482,18 @@ def publish_row(
     progress.row(row)
 
 
-def check_losses(run: Run, row: dict[str, float]) -> None:
-    """Check for a loss spike: warn, raise RollBack, or raise AgreedError if the run cannot roll back."""
+def after_spike(run: Run, row: dict[str, float]) -> RollBack | AgreedError | None:
+    """Check for a loss spike. Returns what to raise: RollBack, or AgreedError if the run cannot roll back; None without
+    a spike, or after a warning."""
     guard = run.args.guard
     spike = run.spikes.add(run.step, row["train_loss"])
     if spike is None:
-        return
+        return None
     if guard.spike_action == "warn":
         run.say(f"warning: loss spike: {spike}")
-        return
+        return None
     if len(run.skips) >= guard.max_rollbacks:
-        raise AgreedError(
+        return AgreedError(
             f"loss spike: {spike}; {len(run.skips)} rollbacks did not help (--guard.max_rollbacks)", sound=False
         )
     run.saver.wait()
@@ -444,8 +501,8 @@ def check_losses(run: Run, row: dict[str, float]) -> None:
         run.fabric, lambda: [p for p in list_checkpoints(run.folder) if (checkpoint_step(p) or 0) <= spike.good_step]
     )
     if not before:
-        raise AgreedError(f"loss spike: {spike}; no earlier checkpoint to go back to", sound=False)
-    raise RollBack(before[-1], f"loss spike: {spike}")
+        return AgreedError(f"loss spike: {spike}; no earlier checkpoint to go back to", sound=False)
+    return RollBack(before[-1], f"loss spike: {spike}")
 
 
 def raise_fault(run: Run) -> NoReturn:

@@ -25,6 +25,7 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.data import Data
 from pretrain.distillation.teacher_cache import CachedTeacher
 from pretrain.distillation.teachers import Teachers
+from pretrain.evaluation_plan import Evaluation
 from pretrain.fabric import Fabric
 from pretrain.failure.peers import Peers
 from pretrain.failure.watchdog import Watchdog
@@ -46,7 +47,7 @@ class Progress:
         skipped: steps skipped for a non-finite gradient norm, float32 scalar on the device.
         skipped_in_row: of these, the ones since the last applied step.
         words_at: a step, and the words seen by then (rank 0); (0, 0) if no checkpoint gives them.
-        unfinished: the row of metrics of `step`, if a stop interrupted its validation.
+        unfinished: the row of metrics of `step`, if its validation or evaluation is still to be done.
         skips: sample ranges left out after a loss spike.
         changes: settings that --resume_allow let differ, by the step of the resume.
     """
@@ -89,6 +90,7 @@ class Run(Progress):
         words: of each dataset, on rank 0; empty if they are not known.
         budgets: word budgets by the step that reaches them.
         trackers, compactor, lock: of rank 0.
+        evaluation: tasks and prompts; None if there are none.
         sound: the state is that after `step` steps; False between the optimizer update and the increment of `step`.
     """
 
@@ -118,6 +120,7 @@ class Run(Progress):
     peers: Peers
     lock: FileLock | None
     metrics_columns: list[str]
+    evaluation: Evaluation | None = None
     sound: bool = True
 
     def fault(self) -> str | None:

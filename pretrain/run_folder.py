@@ -21,6 +21,8 @@ from pretrain.args import RunArgs
 from pretrain.checkpoint.load import find_checkpoint
 from pretrain.checkpoint.retention import remove, remove_if_possible, rewind
 from pretrain.data import Data
+from pretrain.evaluation_plan import FILE as EVALUATIONS
+from pretrain.evaluation_plan import Evaluation, cut_evaluations
 from pretrain.fabric import Fabric
 from pretrain.failure.peers import on_rank_zero
 from pretrain.logs.messages import warn
@@ -95,14 +97,21 @@ def open_folder(
     return folder, checkpoint, lock[0] if lock else None, trackers[0] if trackers else None
 
 
-def metrics_columns(args: RunArgs, config: ModelConfig, data: Data) -> list[str]:
+def metrics_columns(args: RunArgs, config: ModelConfig, data: Data, evaluation: Evaluation | None) -> list[str]:
     """The columns of metrics.csv. A mixture has an epoch for each dataset, by its number; named validation sets have
-    columns of their own."""
+    columns of their own, and so have evaluated tasks."""
     epochs = () if len(data.rows) == 1 else [f"epoch_{d}" for d in range(len(data.rows))]
     routers = ROUTER_COLUMNS if config.n_expert else ()
     distillation = DISTILLATION_COLUMNS if args.objective == "distillation" else ()
     validation = [f"{measure}/{name}" for name in data.val if name for measure in VALIDATION_COLUMNS]
-    return [*COLUMNS, *epochs, *routers, *distillation, *validation]
+    return [
+        *COLUMNS,
+        *epochs,
+        *routers,
+        *distillation,
+        *validation,
+        *(evaluation.columns if evaluation is not None else ()),
+    ]
 
 
 def begin_recording(
@@ -129,6 +138,7 @@ def begin_recording(
         if (newest_step(folder / METRICS) or 0) > progress.step:
             abandon(folder, args.log)
         rewind(folder, progress.step, columns, again=progress.unfinished is not None)
+        cut_evaluations(folder / EVALUATIONS, progress.step, again=progress.unfinished is not None)
         remove_if_possible(folder / STOPPED)
         text = yaml.safe_dump(settings | {"resume": None}, sort_keys=False, allow_unicode=True)
         try:

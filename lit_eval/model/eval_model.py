@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_data.tokenizers.hf_export import declared_bos, names_bos
+from lit_data.tokenizers.hf_export import names_bos
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_eval.model.likelihood import Scorer, score_targets
 from lit_eval.model.model_tokenizer import check_own_tokenizer, find_tokenizer, ids_without_token
 from lit_eval.model.text_encoder import AlignedEncoder, TextEncoder
-from lit_eval.model.text_encoding import Encoding, encoding_of
+from lit_eval.model.text_encoding import Encoding, encode_texts, encoding_of, first_token
 from lit_files.checkpoint_name import checkpoint_step
 from lit_model.checksum import tensor_checksum
 from lit_model.config import ModelConfig
@@ -85,11 +85,7 @@ class EvalModel:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts, without BOS; special tokens in the text as in the training data."""
-        tokenizer = self.need_tokenizer()
-        parse = self.encoding.special_tokens in ("parse", "mixed")
-        encoded = [ids.tolist() for ids in (tokenizer.encode_parsed if parse else tokenizer.encode_batch)(texts)]
-        bos = self.encoding.bos_id
-        return [ids[1:] if bos is not None and ids[:1] == [bos] else ids for ids in encoded]
+        return encode_texts(self.need_tokenizer(), texts, self.encoding)
 
     def encode_aligned(self, text: str) -> tuple[list[int], list[int]]:
         """Ids of a text as by `encode`, and the end of each token in the text, in characters."""
@@ -110,11 +106,9 @@ class EvalModel:
         tokenizer = self.need_tokenizer()
         if prefix == "bos" and tokenizer.bos_id is None:
             raise ValueError(f"--prefix bos: the tokenizer of {self.path} has no beginning-of-sequence token")
-        if is_hf_folder(self.path):
-            named = names_bos(tokenizer)
-        else:
-            named = declared_bos(tokenizer, self.encoding.bos_id is not None) is not None
-        return tokenizer.bos_id if prefix == "bos" or (prefix == "auto" and named) else tokenizer.eos_id
+        if prefix == "auto" and not is_hf_folder(self.path):
+            return first_token(tokenizer, self.encoding)
+        return tokenizer.bos_id if prefix == "bos" or (prefix == "auto" and names_bos(tokenizer)) else tokenizer.eos_id
 
     def encoder(self, prefix: Prefix = "auto") -> TextEncoder:
         """How the model reads contexts and continuations. Raises as `prefix_id` does."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_data.packed.reader import PackedDataset
-from lit_data.tokenizers.hf_export import begins_with_bos, parses_special_tokens
+from lit_data.tokenizers.hf_export import begins_with_bos, declared_bos, parses_special_tokens
 from lit_data.tokenizers.tokenizer import Tokenizer
 from lit_eval.model.model_tokenizer import of_model
 from lit_files.reading import as_object, build
@@ -114,6 +114,21 @@ def check_folder(run: Path, folder: Path, tokenizer: Tokenizer, validation: Pack
             f"{folder}: its tokenizer begins texts {_beginning(converted)}, and {run} was trained on documents that "
             f"begin {_beginning(trained)}: convert it again"
         )
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], encoding: Encoding) -> list[list[int]]:
+    """Ids of texts, without BOS."""
+    parse = encoding.special_tokens in ("parse", "mixed")
+    encoded = [ids.tolist() for ids in (tokenizer.encode_parsed if parse else tokenizer.encode_batch)(texts)]
+    bos = encoding.bos_id
+    return [ids[1:] if bos is not None and ids[:1] == [bos] else ids for ids in encoded]
+
+
+def first_token(tokenizer: Tokenizer, encoding: Encoding) -> int:
+    """The token that lm-evaluation-harness puts before a text to score, given the exported model: the BOS that its
+    tokenizer names, or else its EOS."""
+    bos = declared_bos(tokenizer, encoding.bos_id is not None)
+    return tokenizer.eos_id if bos is None else bos
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, encoding: Encoding) -> list[int]:

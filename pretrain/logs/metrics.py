@@ -129,6 +129,14 @@ def newest_step(path: Path) -> int | None:
         return None
 
 
+def has_row(path: Path, step: int) -> bool:
+    """Whether metrics.csv has the row of `step`; a row is written once, whole."""
+    try:
+        return path.is_file() and step in read_rows(path.read_bytes()).steps()
+    except OSError:
+        return False
+
+
 def cut_metrics(path: Path, step: int, columns: Sequence[str] = COLUMNS, *, again: bool = False) -> None:
     """Drop the rows after `step` from metrics.csv, and a last row left incomplete by a kill.
 

@@ -45,7 +45,12 @@ class Reporter:
         self.kill = kill if kill is not None and kill["rank"] == rank else None
         self.calls, self.write = os.open(f"{request['log']}-calls-{rank}", os.O_CREAT | os.O_WRONLY), os.write
         self.watch = Watch(Path(request["run"]), self.called)
-        for name, phase in (("train_step", "step"), ("validate", "validation"), ("save", "saving")):
+        for name, phase in (
+            ("train_step", "step"),
+            ("validate", "validation"),
+            ("evaluate", "evaluation"),
+            ("save", "saving"),
+        ):
             setattr(pretrain.loop, name, self.phased(getattr(pretrain.loop, name), phase))
 
     def enter(self, phase: str) -> None:

@@ -22,6 +22,7 @@ PHASES = (
     "begin",
     "step",
     "validation",
+    "evaluation",
     "record",
     "saving",
     "publishing",

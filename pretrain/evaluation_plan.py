@@ -1,0 +1,131 @@
+"""What a run evaluates between two steps, and when; read and encoded before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lit_data.corpus.readers import read_documents
+from lit_data.loading.order import Segment, first_sample_of_step
+from lit_data.packed.reader import PackedDataset
+from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
+from lit_eval.model.likelihood import Span
+from lit_eval.model.text_encoder import TextEncoder
+from lit_eval.model.text_encoding import Encoding, encode_prompt, encode_texts, first_token
+from lit_eval.score.task_files import Task
+from lit_eval.score.tasks import find_task
+from lit_files.publish import replace_file
+from lit_files.reading import parse_json, read_text
+from pretrain.args import EvalArgs
+
+FILE = "evaluations.jsonl"
+COLUMN = "eval/"
+"""What its columns of metrics.csv begin with; then comes the task's name."""
+
+
+@dataclass
+class Encoded:
+    """Ids of texts, computed once: a TextEncoder's `encode`."""
+
+    tokenizer: Tokenizer
+    encoding: Encoding
+    ids: dict[str, list[int]] = field(default_factory=dict)
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        new = [text for text in texts if text not in self.ids]
+        self.ids.update(zip(new, encode_texts(self.tokenizer, new, self.encoding), strict=True))
+        return [self.ids[text] for text in texts]
+
+
+@dataclass
+class Evaluation:
+    """What is evaluated during a run.
+
+    Attributes:
+        prompts: texts and their ids.
+    """
+
+    args: EvalArgs
+    tasks: list[Task]
+    encoder: TextEncoder
+    tokenizer: Tokenizer
+    prompts: list[tuple[str, list[int]]]
+    excluded_ids: list[int]
+
+    @property
+    def columns(self) -> list[str]:
+        return [COLUMN + task.name for task in self.tasks]
+
+
+def open_evaluation(args: EvalArgs, dataset: PackedDataset, vocab_size: int, block_size: int) -> Evaluation | None:
+    """Read and encode the tasks and prompts; None if there are none. `dataset` is the training data, whose tokenizer
+    and encoding are the model's.
+
+    Raises ValueError or OSError that names the flag, the file and the fault.
+    """
+    if not args.tasks and args.prompts is None:
+        return None
+    if dataset.tokenizer_folder is None:
+        raise ValueError(f"--eval.tasks and --eval.prompts need a tokenizer, and {dataset.path} has none beside it")
+    tokenizer = open_tokenizer(dataset.tokenizer_folder)
+    encoding = Encoding(dataset.manifest.bos_id, dataset.manifest.special_tokens)
+    encoder = TextEncoder(Encoded(tokenizer, encoding), encoding.bos_id, first_token(tokenizer, encoding))
+    tasks: list[Task] = []
+    for given in args.tasks:
+        try:
+            task = find_task(given)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--eval.tasks: {error}") from error
+        if task.name in (other.name for other in tasks):
+            raise ValueError(f"--eval.tasks: two tasks are named {task.name}")
+        if args.max_items is not None and args.max_items < len(task.items):
+            n = len(task.items)
+            task = dataclasses.replace(task, items=[task.items[i * n // args.max_items] for i in range(args.max_items)])
+        # This computes and keeps the ids.
+        spans = iter(encoder.spans([candidate for item in task.items for candidate in item.candidates]))
+        fitting = [[_fits(next(spans), block_size) for _ in item.candidates] for item in task.items]
+        if not any(all(item) for item in fitting):
+            raise ValueError(f"--eval.tasks {given}: no item fits the model's context of {block_size} tokens")
+        tasks.append(task)
+    prompts: list[tuple[str, list[int]]] = []
+    if args.prompts is not None:
+        for document in read_documents([args.prompts], split_documents="line", text_field="prompt"):
+            ids = encode_prompt(tokenizer, document.text, encoding)
+            if len(ids) + args.sample_tokens > block_size:
+                raise ValueError(
+                    f"--eval.prompts {args.prompts}: a prompt of {len(ids)} tokens and --eval.sample_tokens "
+                    f"{args.sample_tokens} exceed the model's context of {block_size} tokens"
+                )
+            prompts.append((document.text, ids))
+        if not prompts:
+            raise ValueError(f"--eval.prompts {args.prompts} holds no prompt")
+    excluded = [id for id in range(vocab_size) if tokenizer.id_to_token(id) is None]
+    return Evaluation(args, tasks, encoder, tokenizer, prompts, excluded)
+
+
+def _fits(span: Span | None, block_size: int) -> bool:
+    return span is not None and len(span.continuation) <= block_size
+
+
+def is_due(args: EvalArgs, segments: Sequence[Segment], block_size: int, step: int, max_steps: int) -> bool:
+    """Whether tasks and prompts are evaluated after `step` steps: a pure function, the same on every rank and after
+    every resume."""
+    if step in (0, max_steps):
+        return True
+    if args.tasks_every_tokens is None:
+        return step % (args.tasks_every_steps or args.every_steps) == 0
+    before, now = (first_sample_of_step(segments, s)[0] * block_size for s in (step - 1, step))
+    return now // args.tasks_every_tokens > before // args.tasks_every_tokens
+
+
+def cut_evaluations(path: Path, step: int, *, again: bool) -> None:
+    """Drop the lines after `step` (if `again`, those of `step` too), and a last line that a kill left incomplete."""
+    if not path.is_file():
+        return
+    lines = read_text(path).splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and parse_json(line, path).get("step", 0) <= step - again]
+    if len(kept) < len(lines):
+        with replace_file(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")

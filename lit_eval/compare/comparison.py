@@ -38,7 +38,7 @@ class Task:
 
     @property
     def lower_is_better(self) -> bool:
-        return any(word in self.metric for word in LOWER_IS_BETTER)
+        return lower_is_better(self.metric)
 
     def best(self) -> int | None:
         """Index of the entry with the best score; of equal ones the first."""
@@ -74,6 +74,11 @@ class Comparison:
     tasks: list[Task]
     tests: list[Test]
     remarks: list[str]
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a metric is better, by its name."""
+    return any(word in metric for word in LOWER_IS_BETTER)
 
 
 class _Missing:
@@ -154,7 +159,8 @@ def tests_of(entries: Sequence[Entry], seed: int = 0) -> list[Test]:
             both = np.isfinite(x) & np.isfinite(y)
             if both.any():
                 metric = next(iter(first.metrics))
-                found.append((task, metric, a.name, b.name, paired_test(x[both], y[both], seed)))
+                test = paired_test(x[both], y[both], seed, lower_is_better=lower_is_better(metric))
+                found.append((task, metric, a.name, b.name, test))
     adjusted = holm([entry[-1].p for entry in found])
     return [Test(*entry, p) for entry, p in zip(found, adjusted, strict=True)]
 

@@ -104,13 +104,15 @@ def bootstrap_p(differences: FloatArray, resamples: int = RESAMPLES, seed: int =
     return (1 + as_far) / (resamples + 1)
 
 
-def paired_test(first: FloatArray, second: FloatArray, seed: int = 0) -> PairedTest:
+def paired_test(first: FloatArray, second: FloatArray, seed: int = 0, *, lower_is_better: bool = False) -> PairedTest:
     """Compare two models item by item. Raises ValueError if they do not have the same number of items."""
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"a paired test needs the same items; got {len(first)} and {len(second)}")
     differences = first - second
     wins, losses = int(np.sum(differences > 0)), int(np.sum(differences < 0))
+    if lower_is_better:
+        wins, losses = losses, wins
     interval = bootstrap_interval(differences, seed=seed)
     right_or_wrong = bool(np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all())
     p = mcnemar_exact(wins, losses) if right_or_wrong else bootstrap_p(differences, seed=seed)

@@ -260,7 +260,7 @@ def _tests(comparison: Comparison) -> str:
         Column("First", numeric=False),
         Column("Second", numeric=False),
         Column("Difference", hint="first minus second, with its 95 % bootstrap interval"),
-        Column("Better : worse", hint="items on which the first has the higher value, and the lower"),
+        Column("Better : worse", hint="items on which the first is better, and worse"),
         Column("p"),
         Column("p, adjusted", hint="Holm's correction over all tests of this page"),
         Column("Test", numeric=False),

@@ -436,11 +436,13 @@ def _data(seen: Seen | None, reason: str) -> str:
     if seen is None:
         return paragraph(f"What the run has seen is not known: {reason}.")
     content = ""
-    if seen.steps < seen.of or not seen.sources_complete:
+    if seen.steps < seen.of:
         content += paragraph(
-            f"Counted over steps 0 to {seen.steps - 1:,} of {seen.of:,}: the record is large, and the time for reading "
-            "it was limited. scripts/trace_data.py reads all of it."
+            f"Counted over steps 0 to {seen.steps - 1:,} of {seen.of:,}: the time for reading the record was limited "
+            "(--record_s of scripts/report.py)."
         )
+    if not seen.complete:
+        content += paragraph("The time was too short to count by source and by document (--record_s).")
     total = sum(d.tokens_seen for d in seen.datasets)
     rows = [
         [

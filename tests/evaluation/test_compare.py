@@ -103,6 +103,8 @@ def test_paired_test_picks_its_test() -> None:
     test = paired_test(first, second)
     assert (test.test, test.wins, test.losses, test.n) == ("McNemar exact", 4, 1, 6)
     assert test.p == mcnemar_exact(4, 1) and test.difference.mean == pytest.approx(0.5)
+    other = paired_test(first, second, lower_is_better=True)
+    assert (other.wins, other.losses, other.p) == (1, 4, test.p)
     assert paired_test(first * 0.5, second).test == "paired bootstrap"
     with pytest.raises(ValueError, match="same items"):
         paired_test(first, second[:-1])

@@ -245,7 +245,10 @@ def test_what_was_seen_against_a_plain_count(tmp_path: Path) -> None:
     assert every_third.sampled == 3 and every_third.tokens_seen == counted.tokens_seen
     mine = sum(tokens[d] for d in range(0, dataset.n_documents, 3))
     assert every_third.by_source["random"][1] == 3 * mine
-    assert count_seen(run, deadline_s=0).steps < run.steps
+    hurried = count_seen(run, deadline_s=0)
+    assert hurried.steps < run.steps and not hurried.complete and hurried.datasets[0].by_source == {}
+    page = Page(run_report(folder, record_s=0))
+    assert f"Counted over steps 0 to {hurried.steps - 1} of {run.steps}" in page.root.text
 
 
 def test_a_trained_run(data: Path, tmp_path: Path) -> None:

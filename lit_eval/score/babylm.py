@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from lit_eval.model.likelihood import Scorer, Span
 from lit_eval.model.text_encoder import AlignedEncoder
@@ -92,9 +93,8 @@ def _best(totals: Sequence[float]) -> int:
 
 
 def _first_share(totals: Sequence[float]) -> float:
-    """Softmax of the totals, of the first."""
-    powers = np.exp(np.array(totals) - max(totals))
-    return float(powers[0] / powers.sum())
+    """Softmax of the totals, of the first; in float32, so that values that are equal in the pipeline are equal here."""
+    return float(torch.tensor(totals, dtype=torch.float32).softmax(0)[0])
 
 
 def _accuracy(examples: Sequence[Example], scored: Sequence[Sequence[float]]) -> Result:

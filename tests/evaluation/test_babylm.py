@@ -176,7 +176,7 @@ def test_scores_are_those_of_the_pipeline(model: EvalModel, evaluation_data: Pat
                 "comps": file.stem.removeprefix("comps_").replace("-", "_"),
             }.get(name, name)
             chosen.setdefault(uid, []).append((candidates[best][2], best == 0))
-            shares.append(float(totals.softmax(0)[0]))
+            shares.append(float(totals.float().softmax(0)[0]))
             ratios.append(record.get("ratio"))
     for uid, found in chosen.items():
         listed = predictions[uid]["predictions"]

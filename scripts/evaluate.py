@@ -21,9 +21,9 @@ end_on_ctrl_c()
 
 from lit_eval.compare.entries import read_entries
 from lit_eval.compare.learning_curves import draw, learning_curves
-from lit_eval.evaluation.evaluate import FOLDER, evaluate, evaluate_all
+from lit_eval.evaluation.evaluate import evaluate, evaluate_all
 from lit_eval.evaluation.named_tasks import task_names
-from lit_eval.evaluation.settings import EvaluationSettings
+from lit_eval.evaluation.settings import FOLDER, EvaluationSettings
 from lit_eval.evaluation.table import table_of
 
 GROUPS = {"data": "what is evaluated", "prefix": "how"}

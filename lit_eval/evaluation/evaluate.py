@@ -17,7 +17,7 @@ from lit_eval.evaluation.jobs import Evaluation, Job
 from lit_eval.evaluation.named_tasks import find_jobs
 from lit_eval.evaluation.picture import draw
 from lit_eval.evaluation.progress import TaskProgress
-from lit_eval.evaluation.settings import EvaluationSettings
+from lit_eval.evaluation.settings import EvaluationSettings, default_output
 from lit_eval.evaluation.table import samples_of
 from lit_eval.model.eval_model import EvalModel, open_model
 from lit_eval.score.results import Results, read_results
@@ -25,20 +25,12 @@ from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.publish import write_text
 from lit_model.load import Checkpoint, is_hf_folder, resolve
 
-FOLDER = "evaluation"  # in a run folder
 SAMPLES = "generation_samples.txt"
 Say = Callable[[str], None]
 
 
 def say_on_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def default_output(model: Path) -> Path:
-    """RUN/evaluation/iter-00001000-ckpt.json for a checkpoint; evaluation/NAME.json for a Hugging Face folder."""
-    if is_hf_folder(model):
-        return Path(FOLDER) / f"{model.resolve().name}.json"
-    return model.parent / FOLDER / f"{model.name.removesuffix('.pth')}.json"
 
 
 def evaluate(path: str | Path, settings: EvaluationSettings, say: Say = say_on_stderr) -> tuple[Results, Path]:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lit_eval.evaluation.babylm_tasks import PREFIX as BABYLM
+from lit_eval.evaluation.babylm_tasks import babylm_jobs
 from lit_eval.evaluation.generated_text import GENERATION_JOBS
 from lit_eval.evaluation.jobs import Evaluation, Job, job_of_task, needs_tokenizer
 from lit_eval.evaluation.settings import EvaluationSettings
@@ -61,11 +63,12 @@ PREFIXED_JOBS: dict[str, MakeJob] = {
     "lm_eval": _lm_eval,
 }
 """Tasks `PREFIX:NAME`."""
+BABYLM_TASKS = f"{BABYLM}:FOLDER"
 
 
 def task_names() -> list[str]:
     """What --tasks knows by name."""
-    return sorted({PERPLEXITY, *NAMED, *NAMED_JOBS, *(f"{prefix}:NAME" for prefix in PREFIXED_JOBS)})
+    return sorted({PERPLEXITY, *NAMED, *NAMED_JOBS, *(f"{prefix}:NAME" for prefix in PREFIXED_JOBS), BABYLM_TASKS})
 
 
 def find_jobs(model: Path, settings: EvaluationSettings) -> list[Job]:
@@ -85,6 +88,8 @@ def find_jobs(model: Path, settings: EvaluationSettings) -> list[Job]:
             jobs.append(NAMED_JOBS[given](given, model, settings))
         elif colon and prefix in PREFIXED_JOBS:
             jobs.append(PREFIXED_JOBS[prefix](given, model, settings))
+        elif colon and prefix == BABYLM:
+            jobs += babylm_jobs(given, model, settings)
         else:
             jobs.append(job_of_task(find_task(given, task_names())))
     names = [job.name for job in jobs]

@@ -6,6 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_eval.model.eval_model import Prefix
+from lit_model.load import is_hf_folder
+
+FOLDER = "evaluation"  # in a run folder
+
+
+def default_output(model: Path) -> Path:
+    """RUN/evaluation/iter-00001000-ckpt.json for a checkpoint; evaluation/NAME.json for a Hugging Face folder."""
+    if is_hf_folder(model):
+        return Path(FOLDER) / f"{model.resolve().name}.json"
+    return model.parent / FOLDER / f"{model.name.removesuffix('.pth')}.json"
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,9 @@ class EvaluationSettings:
     a file for each split."""
     lm_eval_tasks: Path | None = None
     """Folder with more task files (YAML) for lm_eval:NAME."""
+    babylm_results: Path | None = None
+    """Folder for the predictions of tasks babylm:FOLDER, laid out as the pipeline's `results`. Default: babylm/ beside
+    the file of results."""
     num_fewshot: int | None = None
     """Examples before each item of lm_eval:NAME. Default: the task's."""
     prefix: Prefix = "auto"

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,16 @@ import torch
 from small_models import synthetic_texts, train_small_tokenizer, write_model_folder
 
 from lit_data.tokenizers.tokenizer import JsonTokenizer, Tokenizer
+from lit_eval.evaluation import babylm_tasks
+from lit_eval.evaluation.babylm_tasks import name_and_revisions
+from lit_eval.evaluation.evaluate import evaluate
+from lit_eval.evaluation.settings import EvaluationSettings
 from lit_eval.model.eval_model import EvalModel, open_model
 from lit_eval.score.babylm import run_babylm, spearman, write_predictions
-from lit_eval.score.babylm_data import BabylmTask, read_babylm
+from lit_eval.score.babylm_data import DATASETS, BabylmTask, read_babylm
 from lit_eval.score.reading_times import regress
+from lit_eval.score.results import read_results
+from lit_files.checkpoint_name import list_checkpoints
 
 MEASUREMENTS = ("RTfirstfix", "RTfirstpass", "RTgopast", "RTrightbound", "self_paced_reading_time")
 
@@ -382,3 +389,39 @@ def test_some_items_are_evenly_spaced(model: EvalModel, evaluation_data: Path) -
     assert {name: group.n for name, group in result.groups["category"].items()} == {
         name: 1 for name in ("base", "wugs", "wugs_dist_before", "wugs_dist_in_between")
     }
+
+
+def test_evaluate_scores_what_there_is_and_writes_predictions(
+    model: EvalModel, evaluation_data: Path, tmp_path: Path
+) -> None:
+    settings = EvaluationSettings(tasks=(f"babylm:{evaluation_data}",), output=tmp_path / "out.json", device="cpu")
+    said: list[str] = []
+    results, output = evaluate(model.path, settings, said.append)
+    assert {"babylm/blimp", "babylm/reading", "babylm_fast/blimp_supplement"} < set(results.tasks)
+    assert any("BLiMP (fast) is left out" in line for line in said)
+    assert read_results(output).tasks["babylm/wug_past"].kind == "correlation"
+    collated = tmp_path / "babylm" / model.path.stem / "main" / "all_full_preds_causal.json"
+    assert results.tasks["babylm/comps"].details["predictions"] == [str(collated)]
+    assert set(json.loads(collated.read_text())) == {d.name for d in DATASETS} - {"blimp_supplement"}
+    said.clear()
+    evaluate(model.path, settings, said.append)
+    assert sum("done before" in line for line in said) == len(results.tasks)
+
+
+def test_revisions_are_named_as_in_the_challenge(
+    generation_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = tmp_path / "mine" / "chck_10M"
+    exported.mkdir(parents=True)
+    (exported / "config.json").write_text("{}")
+    assert name_and_revisions(exported, "fast") == ("mine", ["chck_10M"])
+    newest = list_checkpoints(generation_run)[-1]
+    older = newest.with_name("iter-00000001-ckpt.pth")
+    assert name_and_revisions(newest, "fast") == ("run", ["main"])
+
+    meta: dict[str, Any] = {}
+    monkeypatch.setattr(babylm_tasks, "Checkpoint", lambda path: SimpleNamespace(meta=meta))
+    assert name_and_revisions(older, "full") == ("run", ["iter-00000001"])
+    meta["word_budgets"] = [1_000_000, 2_000_000]
+    assert name_and_revisions(newest, "full") == ("run", ["main"])
+    assert name_and_revisions(newest, "fast") == name_and_revisions(older, "full") == ("run", ["chck_1M", "chck_2M"])

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lit_eval.generation.text import text_of
 from lit_eval.model.eval_model import EvalModel, Prefix, open_model
 from lit_eval.model.text_encoding import encode_prompt
 from lit_eval.score.perplexity import Text, perplexity
@@ -96,10 +97,11 @@ class Evaluator:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         tokenizer = self.model.need_tokenizer()
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+        encoded = [encode_prompt(tokenizer, prompt, self.model.encoding) for prompt in prompts]
         with self.model.autocast():
             found = generate_batch(
                 self.model.model,
-                [encode_prompt(tokenizer, prompt, self.model.encoding) for prompt in prompts],
+                encoded,
                 max_new_tokens,
                 sampling,
                 seeds=[seed + i for i in range(len(prompts))],
@@ -107,4 +109,7 @@ class Evaluator:
                 excluded_ids=self.model.excluded_ids,
                 batch_size=batch_size,
             )
-        return [tokenizer.decode(one.ids[:-1] if one.finish == "eos" else one.ids) for one in found]
+        return [
+            text_of(tokenizer, before, one.ids[:-1] if one.finish == "eos" else one.ids)
+            for before, one in zip(encoded, found, strict=True)
+        ]

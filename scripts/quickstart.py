@@ -42,6 +42,7 @@ PROMPTS = (
     ("ROMEO\nWhat light", 4),
 )
 RESERVED_TOKENS = 24  # of the context, for the prompt
+SHORTEST_COPY = 4  # tokens of a copy from the training text that is shown
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def show_samples(python: str, paths: Paths) -> None:
             "--max_new_tokens", str(context - RESERVED_TOKENS), "--temperature", "0.8", "--json", capture=True,
         )  # fmt: skip
         sample = json.loads(output)
-        (copy,) = find_copies([sample["ids"]], run.datasets)
+        (copy,) = find_copies([sample["ids"]], run.datasets, min_tokens=SHORTEST_COPY)
         add_steps([copy], run)
         end = "ended by itself (EOS)" if sample["stopped_on_eos"] else "cut at the end of the context"
         print(f"{prompt}{sample['text']}")
@@ -165,7 +166,7 @@ def show_samples(python: str, paths: Paths) -> None:
 def describe_copy(copy: Copy, ids: list[int], tokenizer: Tokenizer) -> str:
     """The longest copy in a sample, the document it is from, and how often the run saw that."""
     if not copy.length:
-        return "no copy of 8 tokens or more from the training text"
+        return f"no copy of {SHORTEST_COPY} tokens or more from the training text"
     text = tokenizer.decode(ids[copy.start : copy.start + copy.length])
     place = copy.places[0]
     seen = f"seen at steps {', '.join(map(str, place.steps[:5]))}" if place.steps else "not seen yet"

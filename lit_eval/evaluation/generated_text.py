@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,23 +21,26 @@ from lit_eval.generation.memorization import evaluate_memorization
 from lit_eval.generation.metrics import evaluate_generation
 from lit_eval.generation.prompts import read_prompts
 from lit_eval.generation.speed import evaluate_speed
-from lit_eval.generation.text import GenerationSettings
+from lit_eval.generation.text import GenerationSettings, fitting_tokens
+from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.results import Result
 from lit_files.checksum import file_sha256
 
-PROMPTS, PROMPT_TOKENS, DOCUMENTS = 32, 8, 200
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS, DOCUMENTS = 32, 8, 100, 200
 SHORTEST = 2 * PROMPT_TOKENS  # tokens of a document that gives a prompt
 
 
 def generation(evaluation: Evaluation) -> Result:
-    """See lit_eval/generation/metrics.py. Writes as many tokens as the context holds, at most 100."""
-    return evaluate_generation(evaluation.model, prompts_of(evaluation), writing(evaluation))
+    """See lit_eval/generation/metrics.py. Writes as many tokens as fit behind the prompts, at most NEW_TOKENS."""
+    prompts = prompts_of(evaluation)
+    return evaluate_generation(evaluation.model, prompts, writing(evaluation.model, prompts))
 
 
 def memorization(evaluation: Evaluation) -> Result:
     """See lit_eval/generation/memorization.py. Looks in --train_data, or the data that the run's record names."""
     given = evaluation.settings.train_data
-    return evaluate_memorization(evaluation.model, prompts_of(evaluation), writing(evaluation), data=given)
+    prompts = prompts_of(evaluation)
+    return evaluate_memorization(evaluation.model, prompts, writing(evaluation.model, prompts), data=given)
 
 
 def babyllama(evaluation: Evaluation) -> Result:
@@ -59,14 +62,13 @@ def confidence(evaluation: Evaluation) -> Result:
     return evaluate_confidence(evaluation.model, texts, prefix=settings.prefix, batch_tokens=settings.batch_tokens)
 
 
-def writing(evaluation: Evaluation) -> GenerationSettings:
-    longest = evaluation.model.config.block_size - SHORTEST
-    return GenerationSettings(max_new_tokens=max(1, min(100, longest)))
+def writing(model: EvalModel, prompts: Sequence[str]) -> GenerationSettings:
+    return GenerationSettings(max_new_tokens=fitting_tokens(model, prompts, NEW_TOKENS))
 
 
 def prompts_of(evaluation: Evaluation) -> list[str]:
     """The prompts of --custom_prompts; else the first words of documents of --data or the validation data; else the
-    questions that babyllama asks."""
+    open prompts of lit_eval/generation/completions.py, German and English."""
     settings = evaluation.settings
     if settings.custom_prompts is not None:
         return read_prompts(settings.custom_prompts)[: settings.num_samples]

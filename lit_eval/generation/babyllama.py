@@ -18,7 +18,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from lit_eval.generation.completions import Completion, completions, open_prompt
 from lit_eval.generation.metrics import distinct, repetition, words_of
 from lit_eval.generation.prompts import read_prompts
 from lit_eval.generation.speed import SpeedSettings, evaluate_speed
-from lit_eval.generation.text import GenerationSettings, generate_texts
+from lit_eval.generation.text import GenerationSettings, fitting_tokens, generate_texts
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.results import Group, Result
 from lit_model.generate import GREEDY, Sampling
@@ -157,7 +157,8 @@ def evaluate_babyllama(model: EvalModel, settings: BabyLlamaSettings | None = No
         _add_completions(result, model, items)
     if custom is None:
         _add_consistency(result, model)
-    texts = generate_texts(model, prompts, settings.text)
+    room = fitting_tokens(model, prompts, settings.text.max_new_tokens)
+    texts = generate_texts(model, prompts, replace(settings.text, max_new_tokens=room))
     words = [words_of(one.text or "") for one in texts]
     repeated = [repetition(w, 4) for w in words]
     result.metrics |= {"repetition_4": statistics.fmean(repeated), "distinct_3": distinct(words, 3)}

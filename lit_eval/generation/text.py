@@ -141,6 +141,13 @@ def encode_prompts(model: EvalModel, prompts: Sequence[Prompt], max_new_tokens: 
     return encoded
 
 
+def fitting_tokens(model: EvalModel, prompts: Sequence[Prompt], wanted: int) -> int:
+    """At most `wanted` new tokens, fewer if the context has no room for them behind the longest prompt. Raises
+    ValueError for a prompt that fills it."""
+    longest = max(map(len, encode_prompts(model, prompts, 1)))
+    return min(wanted, model.config.block_size - longest)
+
+
 def generate_texts(model: EvalModel, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generated]:
     """Continue each prompt `num_samples` times: all samples of the first prompt, then those of the second, ...
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import script
 
 from lit_eval.generation.babyllama import (
     BabyLlamaSettings,
@@ -24,6 +25,7 @@ from lit_eval.generation.metrics import words_of
 from lit_eval.generation.speed import SpeedSettings
 from lit_eval.generation.text import GenerationSettings
 from lit_eval.model.eval_model import EvalModel
+from lit_eval.score.results import read_results
 
 
 def test_our_prompts() -> None:
@@ -91,6 +93,17 @@ def test_the_whole(generation_model: EvalModel, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "answers": "b"}')
     with pytest.raises(ValueError, match=r'bad.jsonl, line 1: "answers"'):
         evaluate_babyllama(generation_model, BabyLlamaSettings(tmp_path / "bad.jsonl"))
+
+
+def test_as_tasks_of_evaluate(generation_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Gr", "answers": ["üße"]}\n{"prompt": "aus"}')
+    line = (generation_run, "--custom_prompts", tmp_path / "p.jsonl", "--output", tmp_path / "r.json")
+    done = script("evaluate.py", *line, "--tasks", "babyllama", "speed")
+    assert done.returncode == 0, done.stderr
+    tasks = read_results(tmp_path / "r.json").tasks
+    assert tasks["babyllama"].n == 1 and set(tasks["babyllama"].groups["batch_size"]) == {"1", "4", "8", "16"}
+    assert set(tasks["speed"].groups["batch_size"]) == {"1", "2", "4", "8", "16"}
+    assert "=== babyllama, sample 2" in (tmp_path / "generation_samples.txt").read_text(encoding="utf-8")
 
 
 def test_choice_takes_the_likelier_word(generation_model: EvalModel) -> None:

@@ -36,6 +36,7 @@ from lit_eval.report.elements import (
 from lit_eval.report.page import fit, page
 from lit_eval.run_facts import RunFacts, Sample, flatten, read_run
 from lit_eval.score.results import Results
+from lit_eval.spikes import LossSpike, find_spikes
 
 RECORD_S = 5.0  # for reading the record
 MOST_MARKS = 40  # resumes and rollbacks drawn in a chart
@@ -540,6 +541,11 @@ def _events(run: RunFacts) -> str:
         for step in run.metrics.not_finite(column)[:5].tolist():
             value = run.metrics[column][run.metrics["step"] == step][-1]
             events.append((step, 2, f"{name} not finite", "NaN" if math.isnan(value) else number(float(value))))
+    for spike in _spikes(run):
+        text = (
+            f"loss {number(spike.loss)}, high since step {spike.first_step:,}; {number(spike.mean)} on average before"
+        )
+        events.append((float(spike.step), 2, "Loss spike", text))
     if (skipped := run.metrics.last("skipped")) is not None and skipped > 0:
         first = run.metrics["step"][np.flatnonzero(run.metrics["skipped"] > 0)[0]]
         events.append((float(first), 3, "Steps skipped", f"{whole(skipped)} in all: their gradients were not finite"))
@@ -558,6 +564,18 @@ def _events(run: RunFacts) -> str:
     ]
     columns = [Column("Step"), Column("Event", numeric=False), Column("Details", numeric=False)]
     return table("Starts, rollbacks and other events", columns, rows) if rows else ""
+
+
+def _spikes(run: RunFacts) -> list[LossSpike]:
+    """Spikes in the losses that were kept; those that were rolled back are in `run.skips`."""
+    m, settings = run.metrics, flatten(run.settings)
+    if settings.get("guard.spike_action") == "none" or "train_loss" not in m.columns:
+        return []
+    numbers = [settings.get(f"guard.spike_{name}") for name in ("sigmas", "window", "rows")]
+    sigmas, window, rows = (n if isinstance(n, (int, float)) else d for n, d in zip(numbers, (6.0, 64, 3), strict=True))
+    keep = m.written["train_loss"]
+    pairs = zip(m["step"][keep].tolist(), m["train_loss"][keep].tolist(), strict=True)
+    return find_spikes(pairs, sigmas=sigmas, window=int(window), in_a_row=int(rows))[:MOST_MARKS]
 
 
 def samples_section(samples: Sequence[Sample]) -> str:

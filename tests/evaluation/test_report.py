@@ -30,7 +30,9 @@ from lit_eval.report.page import HERE
 from lit_eval.report.run_report import run_report
 from lit_eval.run_facts import read_run
 from lit_eval.score.results import Result, Results
-from pretrain.args import RunArgs
+from lit_eval.spikes import find_spikes
+from pretrain.args import GuardArgs, RunArgs
+from pretrain.guards import SpikeDetector
 from pretrain.logs.report import default_settings, write_report
 
 
@@ -142,6 +144,28 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert not page.root.all("b") or all("ü" not in b.text for b in page.root.all("b"))
     assert EVIL in [row[0] for row in page.table("Settings that differ from their defaults")]
     assert "alert(1)" not in page.root.all("script")[-1].text
+
+
+@given(st.integers(0, 10_000), st.integers(4, 12), st.floats(1, 4), st.integers(1, 3))
+def test_spikes_are_those_of_the_guard(seed: int, window: int, sigmas: float, rows: int) -> None:
+    rng = np.random.default_rng(seed)
+    losses = np.abs(rng.normal(3, 0.3, 150)) + 4 * (rng.random(150) < 0.1).repeat(3)[:150]
+    losses[rng.random(150) < 0.02] = rng.choice([math.nan, math.inf])
+    guard = SpikeDetector(GuardArgs(spike_window=window, spike_sigmas=sigmas, spike_rows=rows))
+    expected = [spike for step, loss in enumerate(losses.tolist()) if (spike := guard.add(step, loss))]
+    found = find_spikes(enumerate(losses.tolist()), sigmas=sigmas, window=window, in_a_row=rows)
+    assert [(s.first_step, s.step) for s in found] == [(s.first_step, s.step) for s in expected]
+    assert [s.mean for s in found] == pytest.approx([s.mean for s in expected])
+
+
+def test_a_spike_is_an_event(tmp_path: Path) -> None:
+    rows = steady(60)
+    for row in rows[50:53]:
+        row["train_loss"] = 9.0
+    events = Page(run_report(write_run(tmp_path / "run", rows))).table("Starts, rollbacks and other events")
+    assert [row[:2] for row in events[1:]] == [["52", "Loss spike"]]
+    rows = write_run(tmp_path / "off", rows, {"guard": {"spike_action": "none"}})
+    assert "Loss spike" not in run_report(rows)
 
 
 def test_samples_over_time(tmp_path: Path) -> None:
@@ -318,7 +342,7 @@ def test_counts_and_durations() -> None:
     assert number(math.nan) == number(None) == duration(None) == "–"
 
 
-@given(st.floats(-1e5, 1e5), st.floats(1e-2, 1e6), st.integers(3, 8))
+@given(st.floats(-1e5, 1e5), st.floats(1e-2, 1e6), st.integers(4, 8))
 def test_linear_ticks_are_round_and_inside(low: float, width: float, most: int) -> None:
     high = low + width
     ticks = linear_ticks(low, high, most)

@@ -41,8 +41,8 @@ def main() -> None:
     if args.all_checkpoints:
         for run in evaluate_all(args.model, settings):
             print(f"{run.run}: {len(run.results)} checkpoints evaluated, {len(run.left_out)} left out")
-            for checkpoint, reason in run.left_out.items():
-                print(f"  left out: {checkpoint.name}: {reason}")
+            for reason in run.left_out.values():
+                print(f"  left out: {reason}")
         curves = learning_curves(read_entries(args.model))
         if not curves:
             print("no learning curve: no task has results of two checkpoints")

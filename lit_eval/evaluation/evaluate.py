@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from lit_eval.evaluation.jobs import Evaluation, Job
-from lit_eval.evaluation.named_tasks import find_jobs
+from lit_eval.evaluation.named_tasks import check_given, find_jobs
 from lit_eval.evaluation.picture import draw
 from lit_eval.evaluation.progress import TaskProgress
 from lit_eval.evaluation.settings import EvaluationSettings, default_output
 from lit_eval.evaluation.table import samples_of
-from lit_eval.model.eval_model import EvalModel, open_model
+from lit_eval.model.eval_model import EvalModel, open_model, recorded_checksum
 from lit_eval.score.results import Results, read_results
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.publish import write_text
@@ -46,10 +46,20 @@ def evaluate(path: str | Path, settings: EvaluationSettings, say: Say = say_on_s
     jobs = find_jobs(model, settings)
     before = _read_earlier(output)
     check_whole(model)
+    if before is not None and not settings.overwrite and _is_done(before, jobs, settings, model):
+        for job in jobs:
+            say(f"{job.name}: done before")
+        return before, output
     opened = open_model(model, tokenizer=settings.tokenizer, device=settings.device, precision=settings.precision)
     results = _evaluate(opened, jobs, settings, output, before, say)
     write_views(results, output, say)
     return results, output
+
+
+def _is_done(before: Results, jobs: Sequence[Job], settings: EvaluationSettings, model: Path) -> bool:
+    """Whether all is done, as far as that is known without opening the model."""
+    done = all(before.has(job.name, job.source, job.settings_of(settings)) for job in jobs)
+    return done and before.model.checksum == recorded_checksum(model)
 
 
 def _read_earlier(output: Path) -> Results | None:
@@ -82,7 +92,7 @@ def _evaluate(
         say(f"{output} was of other weights: all its results are replaced")
     evaluation = Evaluation(model, settings, TaskProgress())
     for job in jobs:
-        wanted = job.settings_of(evaluation)
+        wanted = job.settings_of(settings)
         if not settings.overwrite and results.has(job.name, job.source, wanted):
             say(f"{job.name}: done before")
             continue
@@ -155,6 +165,7 @@ def evaluate_all(runs: Sequence[Path], settings: EvaluationSettings, say: Say = 
             raise FileNotFoundError(f"no run at {run}: give the folder that training wrote (--out_dir)")
         if not list_checkpoints(run):
             raise ValueError(f"{run} holds no checkpoint (iter-XXXXXXXX-ckpt.pth)")
+    check_given(settings)
     found = []
     for run in runs:
         one = RunEvaluation(run)

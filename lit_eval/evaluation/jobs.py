@@ -53,12 +53,12 @@ class Job:
     settings: tuple[str, ...] = ("num_samples", "prefix")
     prepare: Callable[[EvalModel], None] = lambda model: None
 
-    def settings_of(self, evaluation: Evaluation) -> dict[str, Any]:
+    def settings_of(self, settings: EvaluationSettings) -> dict[str, Any]:
         """What changes the task's numbers, as kept with its result."""
-        given = dataclasses.asdict(evaluation.settings)
+        given = dataclasses.asdict(settings)
         found = {name: given[name] for name in self.settings if given[name] not in (None, ())}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
-        return {"precision": evaluation.settings.precision, **plain}
+        return {"precision": settings.precision, **plain}
 
 
 def job_of_task(task: Task) -> Job:

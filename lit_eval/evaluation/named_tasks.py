@@ -71,6 +71,14 @@ def task_names() -> list[str]:
     return sorted({PERPLEXITY, *NAMED, *NAMED_JOBS, *(f"{prefix}:NAME" for prefix in PREFIXED_JOBS), BABYLM_TASKS})
 
 
+def check_given(settings: EvaluationSettings) -> None:
+    """Check tasks and data as far as that needs no model. Raises as `find_jobs` does."""
+    jobs_of_data(settings)
+    for given in settings.tasks:
+        if not (given == PERPLEXITY or given in NAMED_JOBS or given.partition(":")[0] in PREFIXED_JOBS):
+            find_task(given, task_names())
+
+
 def find_jobs(model: Path, settings: EvaluationSettings) -> list[Job]:
     """All that is to be done for a checkpoint or Hugging Face folder, in the order it was asked for.
 

@@ -23,7 +23,7 @@ from lit_files.checkpoint_name import checkpoint_step
 from lit_model.checksum import tensor_checksum
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
-from lit_model.load import Checkpoint, is_hf_folder, load_model, resolve
+from lit_model.load import MODEL_PREFIX, Checkpoint, is_hf_folder, load_model, resolve
 from lit_model.model import GPT
 
 Prefix = Literal["auto", "bos", "eos", "none"]
@@ -205,4 +205,21 @@ def weights_checksum(model: GPT) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tensor_checksum(tensor)};".encode())
+    return digest.hexdigest()
+
+
+def recorded_checksum(path: Path) -> str | None:
+    """`weights_checksum` from the checksums that a checkpoint of one file carries, without reading its tensors; None
+    where it cannot be known that way."""
+    if is_hf_folder(path):
+        return None
+    checkpoint = Checkpoint(path)
+    known = checkpoint.meta.get("checksums")
+    if checkpoint.sharded or not isinstance(known, dict):
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.model_layout()):
+        if checkpoint.layout(MODEL_PREFIX + name).dtype != torch.float32 or MODEL_PREFIX + name not in known:
+            return None
+        digest.update(f"{name}:{known[MODEL_PREFIX + name]};".encode())
     return digest.hexdigest()

@@ -17,7 +17,7 @@ from lit_data.corpus.grammar_nll import conditional_nll
 from lit_data.packed.open_dataset import open_dataset
 from lit_data.packed.reader import PackedDataset
 from lit_eval.evaluator import Evaluator
-from lit_eval.model.eval_model import open_model
+from lit_eval.model.eval_model import open_model, recorded_checksum
 from lit_eval.score.results import read_results
 from lit_files.checkpoint_name import list_checkpoints
 from lit_model.generate import generate
@@ -62,6 +62,7 @@ def test_validation_data_and_its_text_give_the_same(run: Path, tmp_path: Path) -
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     results = read_results(output)
     assert (results.model.step, results.model.tokens) == (6, 6 * 1024)
+    assert results.model.checksum == recorded_checksum(newest), "which tells what is done without opening the model"
     packed = results.tasks["perplexity"]
 
     model, config = load_model(newest)
@@ -136,7 +137,7 @@ def test_every_checkpoint_but_the_damaged(run: Path, pairs: Path, tmp_path: Path
     content[len(content) // 2] ^= 255
     damaged.write_bytes(content)
     shown = evaluate("--all_checkpoints", folder, "--tasks", pairs)
-    assert f"{folder}: 2 checkpoints evaluated, 1 left out" in shown and f"left out: {damaged.name}: " in shown
+    assert f"{folder}: 2 checkpoints evaluated, 1 left out" in shown and f"left out: {damaged}: " in shown
     assert (folder / "evaluation/learning_curves.png").read_bytes().startswith(b"\x89PNG")
     names = sorted(path.name for path in (folder / "evaluation").glob("iter-*.json"))
     assert names == ["iter-00000002-ckpt.json", "iter-00000006-ckpt.json"]

@@ -26,6 +26,7 @@ from lit_model.load import Checkpoint
 
 METRICS, SETTINGS, ENVIRONMENT, STOPPED = "metrics.csv", "config.yaml", "environment.jsonl", "stopped.json"
 ORDER = "datapoints/order.json"
+EVALUATIONS = "evaluations.jsonl"  # results of tasks and texts written during training, a line each
 ABANDONED = "abandoned"  # RUN/abandoned/NNN-from-STEP: what a rollback or the resume of an older checkpoint left behind
 MOST_RESULTS = 2000  # files of results read from a run
 MOST_RESULT_BYTES = 64 << 20
@@ -61,6 +62,7 @@ class RunFacts:
         skips: samples left out after a spike: `step`, `first_sample`, `end_sample`, `reason`.
         branches: abandoned steps, in the order they were abandoned.
         results: of the run's evaluated checkpoints, by step.
+        written: texts written during training (--eval.prompts).
         faults: what could not be read, a sentence each.
     """
 
@@ -73,6 +75,7 @@ class RunFacts:
     skips: list[dict[str, Any]] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
     results: list[Results] = field(default_factory=list)
+    written: list[Sample] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -126,8 +129,9 @@ class RunFacts:
 
     @property
     def samples(self) -> list[Sample]:
-        """The generated texts in the results, by step."""
-        return [sample for results in self.results for sample in samples_of(results)]
+        """The texts written during training and those in the results, by step."""
+        found = [sample for results in self.results for sample in samples_of(results)]
+        return sorted([*self.written, *found], key=lambda sample: sample.step or 0)
 
     @property
     def status(self) -> str:
@@ -175,6 +179,9 @@ def read_run(folder: Path) -> RunFacts:
     with _Faults(run):
         skips = read_object(folder / ORDER).get("skips") if (folder / ORDER).exists() else run.meta.get("skips")
         run.skips = [skip for skip in skips or [] if isinstance(skip, dict) and _whole(skip.get("step")) is not None]
+    with _Faults(run):
+        if (folder / EVALUATIONS).exists():
+            run.written = [s for line in _lines(folder / EVALUATIONS) if (s := _sample(line)) is not None]
     run.branches = list(_branches(run))
     run.results, faults = find_results(folder)
     run.faults += faults
@@ -239,6 +246,14 @@ def _branches(run: RunFacts) -> Iterator[Branch]:
         if number.isdigit() and step.isdigit() and (path / METRICS).is_file():
             with _Faults(run):
                 yield Branch(int(step), read_metrics(path / METRICS))
+
+
+def _sample(line: dict[str, Any]) -> Sample | None:
+    """The text that a line of evaluations.jsonl holds; None for a task's result."""
+    prompt, text = line.get("prompt"), line.get("text")
+    if not isinstance(prompt, str) or not isinstance(text, str):
+        return None
+    return Sample(_whole(line.get("step")), _whole(line.get("tokens")), prompt, text)
 
 
 def samples_of(results: Results) -> Iterator[Sample]:

@@ -450,6 +450,9 @@ class EvalArgs:
     """Steps between evaluations of tasks and prompts. Default: eval.every_steps."""
     tasks_every_tokens: int | None = None
     """The same in tokens of rows, padding included, instead of steps."""
+    tasks_every_words: int | None = None
+    """The same in words seen, of data whose words are counted (scripts/count_words.py): after the first step at or past
+    each multiple."""
     max_items: int | None = None
     """Items of each task, evenly spaced. Default: all."""
     sample_tokens: int = 64
@@ -459,10 +462,11 @@ class EvalArgs:
 
     def __post_init__(self) -> None:
         check_least(self, "eval.", every_steps=1, max_samples=1, micro_batch_samples=1)
-        check_least(self, "eval.", tasks_every_steps=1, tasks_every_tokens=1, max_items=1, sample_tokens=1)
-        check_least(self, "eval.", sample_temperature=0)
-        if self.tasks_every_steps is not None and self.tasks_every_tokens is not None:
-            raise ValueError("--eval.tasks_every_steps and --eval.tasks_every_tokens are mutually exclusive")
+        units = ("tasks_every_steps", "tasks_every_tokens", "tasks_every_words")
+        check_least(self, "eval.", **dict.fromkeys(units, 1), max_items=1, sample_tokens=1, sample_temperature=0)
+        given = [f"--eval.{unit}" for unit in units if getattr(self, unit) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are mutually exclusive")
 
 
 TRACKERS = ("tensorboard", "wandb")

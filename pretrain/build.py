@@ -151,7 +151,7 @@ def build(
         fix_ddp_buckets(args, placement, fabric, model, optimizer, data.block_size)
     if checkpoint is not None:
         restore(checkpoint, optimizer, loss_scale)
-    words, budgets = open_words(args, fabric, data, progress, folder, saver)
+    words, plan = open_words(args, fabric, data, progress, folder, saver)
     columns = metrics_columns(args, config, data, evaluation)
     recorder, compactor, trackers = begin_recording(args, settings, fabric, folder, data, progress, columns, trackers)
     if compactor is not None:
@@ -175,7 +175,8 @@ def build(
         loader=loader,
         val_loaders=val_loaders,
         words=words,
-        budgets=budgets,
+        budgets=plan.at,
+        evaluated_steps=plan.evaluated,
         saver=saver,
         recorder=recorder,
         compactor=compactor,
@@ -191,8 +192,8 @@ def build(
 
 def open_words(
     args: RunArgs, fabric: Fabric, data: Data, progress: Progress, folder: Path, saver: Saver
-) -> tuple[list[DatasetWords], dict[int, list[int]]]:
-    """The words of the datasets (on rank 0), and the word budgets by step, whose checkpoints `saver` keeps."""
+) -> tuple[list[DatasetWords], WordBudgets]:
+    """The words of the datasets (on rank 0), and the word budgets, whose checkpoints `saver` keeps."""
     words: list[DatasetWords] = []
 
     def work() -> WordBudgets:
@@ -203,7 +204,7 @@ def open_words(
     for note in plan.notes:
         fabric.print(f"warning: {note}")
     saver.kept = plan.kept
-    return words, plan.at
+    return words, plan
 
 
 def with_synthetic_data(args: RunArgs, fabric: Fabric, folder: Path) -> RunArgs:

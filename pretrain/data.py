@@ -94,8 +94,8 @@ def open_datasets(args: RunArgs, kind: str | None, checkpoint: Path | None = Non
     named = [("--data.train" if args.data.train is not None else "--data.mixture", dataset) for dataset in train]
     val = {name: PackedDataset(path) for name, path in val_sets(args.data.val).items()}
     named += [(f"--data.val {name}".rstrip(), dataset) for name, dataset in val.items()]
-    if args.save.at_words:
-        check_counted(train)
+    if args.save.at_words or args.eval.tasks_every_words:
+        check_counted(train, "--save.at_words" if args.save.at_words else "--eval.tasks_every_words")
     config = model_config(args, train[0].vocab_size, checkpoint)
     router_losses(args.train, config)  # raises if they do not fit
     block_size = args.train.block_size or config.block_size
@@ -141,13 +141,13 @@ def val_sets(val: dict[str, Path] | Path | None) -> dict[str, Path]:
     return {"": val} if isinstance(val, Path) else {str(name): path for name, path in val.items()}
 
 
-def check_counted(datasets: list[PackedDataset]) -> None:
-    """Refuse --save.at_words for data whose words are not counted, naming the command that counts them."""
+def check_counted(datasets: list[PackedDataset], flag: str) -> None:
+    """Refuse a flag that counts words for data whose words are not counted, naming the command that counts them."""
     try:
         for dataset in datasets:
             _ = dataset.n_words
     except ValueError as error:
-        raise ValueError(f"--save.at_words: {error}") from error
+        raise ValueError(f"{flag}: {error}") from error
 
 
 def check_memory(args: RunArgs, kind: str | None, config: ModelConfig, block_size: int) -> None:

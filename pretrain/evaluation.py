@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_eval.model.likelihood import Scorer, score_targets
+from lit_eval.run_facts import EVALUATIONS
 from lit_eval.score.results import Result
 from lit_eval.score.tasks import run_task
 from lit_model.generate import Sampling, generate_batch
-from pretrain.evaluation_plan import COLUMN, FILE, Evaluation
+from pretrain.evaluation_plan import COLUMN, Evaluation
 from pretrain.run import Run
 
 
@@ -113,7 +114,7 @@ def evaluate(
             lines += _samples(run, evaluation, ranks)
     if ranks.rank == 0 and lines:
         facts = {"step": run.step, "tokens": int(run.tokens.item())}
-        with (run.folder / FILE).open("a", encoding="utf-8") as file:
+        with (run.folder / EVALUATIONS).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(facts | line, ensure_ascii=False) + "\n" for line in lines)
     return columns
 

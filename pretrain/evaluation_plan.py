@@ -20,7 +20,6 @@ from lit_files.publish import replace_file
 from lit_files.reading import parse_json, read_text
 from pretrain.args import EvalArgs
 
-FILE = "evaluations.jsonl"
 COLUMN = "eval/"
 """What its columns of metrics.csv begin with; then comes the task's name."""
 
@@ -110,8 +109,8 @@ def _fits(span: Span | None, block_size: int) -> bool:
 
 
 def is_due(args: EvalArgs, segments: Sequence[Segment], block_size: int, step: int, max_steps: int) -> bool:
-    """Whether tasks and prompts are evaluated after `step` steps: a pure function, the same on every rank and after
-    every resume."""
+    """Whether tasks and prompts are evaluated after `step` steps, by steps or tokens (for words see
+    pretrain/word_budgets.py): a pure function, the same on every rank and after every resume."""
     if step in (0, max_steps):
         return True
     if args.tasks_every_tokens is None:

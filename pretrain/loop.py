@@ -389,9 +389,11 @@ def is_validated(run: Run, step: int) -> bool:
 
 def is_evaluated(run: Run, step: int) -> bool:
     """Whether tasks and prompts are due after `step` steps."""
-    return run.evaluation is not None and is_due(
-        run.args.eval, run.segments, run.data.block_size, step, run.data.max_steps
-    )
+    if run.evaluation is None:
+        return False
+    if run.args.eval.tasks_every_words is not None:
+        return step in (0, run.data.max_steps) or step in run.evaluated_steps
+    return is_due(run.args.eval, run.segments, run.data.block_size, step, run.data.max_steps)
 
 
 def with_evaluation(

@@ -89,6 +89,7 @@ class Run(Progress):
         val_loaders: of each validation set by its name; that of a single unnamed one is "".
         words: of each dataset, on rank 0; empty if they are not known.
         budgets: word budgets by the step that reaches them.
+        evaluated_steps: those after which --eval.tasks_every_words evaluates.
         trackers, compactor, lock: of rank 0.
         evaluation: tasks and prompts; None if there are none.
         sound: the state is that after `step` steps; False between the optimizer update and the increment of `step`.
@@ -111,6 +112,7 @@ class Run(Progress):
     val_loaders: dict[str, Loader]
     words: list[DatasetWords]
     budgets: dict[int, list[int]]
+    evaluated_steps: set[int]
     saver: Saver
     recorder: DatapointRecorder | None
     compactor: Compactor | None

@@ -13,6 +13,7 @@ from lit_data.record.merge import Compactor
 from lit_data.record.order_file import describe_order, write_order
 from lit_data.record.writer import DatapointRecorder
 from lit_data.tokenizers.files import copy_tokenizer
+from lit_eval.run_facts import EVALUATIONS
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.lock import FileLock, lock_folder
 from lit_files.publish import write_text
@@ -21,7 +22,6 @@ from pretrain.args import RunArgs
 from pretrain.checkpoint.load import find_checkpoint
 from pretrain.checkpoint.retention import remove, remove_if_possible, rewind
 from pretrain.data import Data
-from pretrain.evaluation_plan import FILE as EVALUATIONS
 from pretrain.evaluation_plan import Evaluation, cut_evaluations
 from pretrain.fabric import Fabric
 from pretrain.failure.peers import on_rank_zero

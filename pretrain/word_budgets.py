@@ -26,26 +26,29 @@ class WordBudgets:
     Attributes:
         at: budgets by the first step at or past them.
         kept: steps of checkpoints that retention must not delete, those of `at` included.
+        evaluated: steps after which --eval.tasks_every_words evaluates.
         notes: warnings.
     """
 
     at: dict[int, list[int]] = field(default_factory=dict)
     kept: set[int] = field(default_factory=set)
+    evaluated: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
 
 def count_words(args: RunArgs, data: Data) -> list[DatasetWords]:
     """The words of each dataset; empty if those of one are not known.
 
-    With --save.at_words ValueError is raised instead, also for a damaged table of documents, which is otherwise a
-    warning.
+    With a setting that needs them ValueError is raised instead, also for a damaged table of documents, which is
+    otherwise a warning.
     """
-    if args.data.mock or (not args.save.at_words and any(d.manifest.words is None for d in data.train)):
+    needed = bool(args.save.at_words or args.eval.tasks_every_words)
+    if args.data.mock or (not needed and any(d.manifest.words is None for d in data.train)):
         return []
     try:
         return [DatasetWords(rows, order) for rows, order in zip(data.rows, data.mixture.orders, strict=True)]
     except (ValueError, OSError) as error:
-        if args.save.at_words:
+        if needed:
             raise
         warn(f"words are not counted: {error}")
         return []
@@ -104,6 +107,10 @@ def plan_budgets(args: RunArgs, data: Data, progress: Progress, words: list[Data
             step = first_step(after, budget, step, data.max_steps)
             plan.at.setdefault(step, []).append(budget)
             plan.kept.add(step)
+    step, every = progress.step, args.eval.tasks_every_words
+    for multiple in range((now // every + 1) * every, end + 1, every) if every else ():
+        step = first_step(after, multiple, step, data.max_steps)
+        plan.evaluated.add(step)
     if missed:
         plan.notes.append(f"--save.at_words {names(missed)}: passed before step {progress.step}; no checkpoint is kept")
     if beyond:

@@ -38,7 +38,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with PackedWriter(out, tokenizer=facts, **sizes) as writer:
             for i, text in enumerate(synthetic_texts(n, seed)):
                 ids = np.append(tokenizer.encode(text), tokenizer.eos_id)
-                writer.add(ids, id=f"doc-{i}", source="synthetic", place=i, n_bytes=len(text.encode()))
+                n_bytes, n_words = len(text.encode()), len(text.split())
+                writer.add(ids, id=f"doc-{i}", source="synthetic", place=i, n_bytes=n_bytes, n_words=n_words)
         copy_tokenizer(folder / "tokenizer", out / "tokenizer")
     some = [text[:24] for text in synthetic_texts(12, 2)]
     pairs = [{"sentence_good": text, "sentence_bad": text[::-1]} for text in some]
@@ -167,6 +168,21 @@ def test_mistakes_are_named_before_the_first_step(
 def test_data_without_a_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:
     done = train(*flags(data, tmp_path / "run", eval__tasks='["german_pairs"]'), check=False)
     assert done.returncode == 2 and "need a tokenizer" in done.stdout, done.stdout
+
+
+def test_by_words(texts: Path, tmp_path: Path) -> None:
+    """After the first step at or past each multiple."""
+    train(*evaluated(texts, tmp_path, eval__tasks_every_steps=None, eval__tasks_every_words=200, eval__prompts=None))
+    rows = [row for row in metrics(tmp_path) if row["words"]]
+    words = [int(row["words"]) for row in rows]
+    due = [i for i in range(1, len(rows)) if words[i] // 200 > words[i - 1] // 200]
+    assert len(rows) == STEPS + 1 and 1 < len(due) < STEPS
+    assert [i for i, row in enumerate(rows) if row["eval/pairs"]] == sorted({0, *due, STEPS})
+
+
+def test_by_words_of_data_without_them_is_refused(data: Path, tmp_path: Path) -> None:
+    done = train(*flags(data, tmp_path / "run", eval__tasks_every_words=100), check=False)
+    assert done.returncode == 2 and "--eval.tasks_every_words: " in done.stdout and "count_words.py" in done.stdout
 
 
 def test_when_it_is_due() -> None:

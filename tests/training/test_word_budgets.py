@@ -265,7 +265,7 @@ def test_a_damaged_table_of_documents_costs_the_words_only(tmp_path: Path, capsy
     table.write_bytes(bytes(table.stat().st_size))
     rows = open_rows(PackedDataset(folder), "concat", 32)
     data: Any = SimpleNamespace(rows=[rows], train=[rows.dataset], mixture=Mixture.single(Order(rows.n_windows)))
-    args: Any = SimpleNamespace(save=SaveArgs(), data=SimpleNamespace(mock=False))
+    args: Any = SimpleNamespace(save=SaveArgs(), eval=EvalArgs(), data=SimpleNamespace(mock=False))
     assert count_words(args, data) == []
     assert f"words are not counted: {table}" in capsys.readouterr().err
     args.save = SaveArgs(at_words="1M")

@@ -20,7 +20,7 @@ from lit_data.loading.words import DatasetWords, document_words, window_words, w
 from lit_data.packed.reader import PackedDataset
 from lit_files.checkpoint_name import budget_name, list_checkpoints
 from lit_model.load import Checkpoint
-from pretrain.args import BABYLM, SaveArgs
+from pretrain.args import BABYLM, EvalArgs, SaveArgs
 from pretrain.preflight.machine import budgets_within
 from pretrain.word_budgets import count_words, first_step, words_after
 

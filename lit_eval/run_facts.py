@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -151,8 +152,12 @@ def is_run(path: Path) -> bool:
     )
 
 
-def read_run(folder: Path) -> RunFacts:
-    """Read a run folder. Raises FileNotFoundError or ValueError if there is no run."""
+def read_run(folder: Path, results_s: float = float("inf")) -> RunFacts:
+    """Read a run folder. Raises FileNotFoundError or ValueError if there is no run.
+
+    Args:
+        results_s: seconds at most for reading results; what was read by then is kept, and a fault says so.
+    """
     if not folder.exists():
         raise FileNotFoundError(f"no run at {folder}: give the folder that training wrote (--out_dir)")
     if not is_run(folder):
@@ -183,7 +188,7 @@ def read_run(folder: Path) -> RunFacts:
         if (folder / EVALUATIONS).exists():
             run.written = [s for line in _lines(folder / EVALUATIONS) if (s := _sample(line)) is not None]
     run.branches = list(_branches(run))
-    run.results, faults = find_results(folder)
+    run.results, faults = find_results(folder, time.monotonic() + results_s)
     run.faults += faults
     return run
 
@@ -266,8 +271,12 @@ def samples_of(results: Results) -> Iterator[Sample]:
                 yield Sample(results.model.step, results.model.tokens, prompt or "", sample["text"])
 
 
-def find_results(top: Path) -> tuple[list[Results], list[str]]:
-    """The results in a folder, of whatever depth, by step; and what could not be read."""
+def find_results(top: Path, deadline_s: float = float("inf")) -> tuple[list[Results], list[str]]:
+    """The results in a folder, of whatever depth, by step; and what could not be read.
+
+    Args:
+        deadline_s: on `time.monotonic`; what was read by then is returned.
+    """
     found: list[Results] = []
     faults: list[str] = []
     for folder, below, names in os.walk(top):
@@ -276,6 +285,10 @@ def find_results(top: Path) -> tuple[list[Results], list[str]]:
             path = Path(folder, name)
             if path.suffix != ".json" or name == STOPPED or len(found) >= MOST_RESULTS:
                 continue
+            if time.monotonic() > deadline_s:
+                faults = [f"There was no time to read more than {len(found)} files of results"]
+                below.clear()
+                break
             try:
                 if path.stat().st_size <= MOST_RESULT_BYTES and looks_like_results(path):
                     found.append(read_results(path))

@@ -70,6 +70,15 @@ def count_seen(run: TracedRun, deadline_s: float = float("inf"), most_documents:
         deadline_s: on `time.monotonic`; what was counted by then is returned. The record gets 60 % of the time.
         most_documents: counted one by one; of a run with more, every n-th document is.
     """
+    while True:
+        try:
+            return _count_seen(run, deadline_s, most_documents)
+        except FileNotFoundError:  # parts were merged in the meantime: the run continues
+            if time.monotonic() > deadline_s or not run.folder.exists():
+                raise
+
+
+def _count_seen(run: TracedRun, deadline_s: float, most_documents: int) -> Seen:
     every = max(1, -(-sum(dataset.n_documents for dataset in run.datasets) // most_documents))
     tokens = [np.zeros(-(-dataset.n_documents // every), dtype=np.int64) for dataset in run.datasets]
     seen = [SeenDataset(d.path, d.n_documents, d.n_tokens, sampled=every) for d in run.datasets]

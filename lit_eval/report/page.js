@@ -139,7 +139,10 @@
     };
     plot.addEventListener("pointermove", hover);
     plot.addEventListener("pointerdown", hover);
-    plot.addEventListener("pointerleave", () => { if (document.activeElement !== plot) clear(); });
+    plot.addEventListener("pointerleave", (event) => {
+      if (event.pointerType !== "touch" && document.activeElement !== plot) clear();
+    });
+    document.addEventListener("pointerdown", (event) => { if (!plot.contains(event.target)) clear(); });
     plot.addEventListener("blur", clear);
     plot.addEventListener("focus", () => { if (plot.matches(":focus-visible")) step(0); });
     const longest = facts.lines && facts.lines.reduce((a, b) => (a.x.length >= b.x.length ? a : b));

@@ -38,7 +38,8 @@ from lit_eval.run_facts import RunFacts, Sample, flatten, read_run
 from lit_eval.score.results import Results
 from lit_eval.spikes import LossSpike, find_spikes
 
-RECORD_S = 5.0  # for reading the record
+RECORD_S = 4.0  # for reading the record
+RESULTS_S = 2.0  # for reading results
 MOST_MARKS = 40  # resumes and rollbacks drawn in a chart
 MOST_SOURCES = 20
 MOST_SAMPLES = 60
@@ -63,7 +64,7 @@ def run_report(folder: Path, defaults: Mapping[str, Any] | None = None, record_s
 
     Raises FileNotFoundError or ValueError if there is no run.
     """
-    run = read_run(folder)
+    run = read_run(folder, RESULTS_S)
     seen, reason = _seen(run, record_s)
     return fit(lambda points: _build(run, defaults, seen, reason, points))
 

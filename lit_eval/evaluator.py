@@ -6,14 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_eval.generation.text import text_of
+from lit_eval.generation.text import GenerationSettings, generate_texts
 from lit_eval.model.eval_model import EvalModel, Prefix, open_model
-from lit_eval.model.text_encoding import encode_prompt
 from lit_eval.score.perplexity import Text, perplexity
 from lit_eval.score.results import Result
 from lit_eval.score.task_files import Task, task_of_records
 from lit_eval.score.tasks import find_task, run_task
-from lit_model.generate import Sampling, generate_batch
+from lit_model.generate import Sampling
 
 
 class Evaluator:
@@ -90,26 +89,11 @@ class Evaluator:
     ) -> list[str]:
         """Continue each prompt: the new text of each, up to `max_new_tokens` tokens or the end of the document.
 
-        `temperature` 0 takes the most probable token. The i-th prompt's randomness is that of seed + i.
+        `temperature` 0 takes the most probable token. Each prompt has the same `seed`, independent of the others.
 
         Raises ValueError for a setting out of range, or a prompt that with the new tokens exceeds the model's context.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        tokenizer = self.model.need_tokenizer()
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-        encoded = [encode_prompt(tokenizer, prompt, self.model.encoding) for prompt in prompts]
-        with self.model.autocast():
-            found = generate_batch(
-                self.model.model,
-                encoded,
-                max_new_tokens,
-                sampling,
-                seeds=[seed + i for i in range(len(prompts))],
-                eos_id=tokenizer.eos_id,
-                excluded_ids=self.model.excluded_ids,
-                batch_size=batch_size,
-            )
-        return [
-            text_of(tokenizer, before, one.ids[:-1] if one.finish == "eos" else one.ids)
-            for before, one in zip(encoded, found, strict=True)
-        ]
+        settings = GenerationSettings(sampling, max_new_tokens, seed=seed, batch_size=batch_size)
+        return [written.text or "" for written in generate_texts(self.model, prompts, settings)]

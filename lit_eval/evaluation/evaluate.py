@@ -101,7 +101,7 @@ def _evaluate(
             with evaluation.progress.task(job.name):
                 result = job.run(evaluation)
         except KeyboardInterrupt as error:
-            error.add_note(f"{len(results.tasks)} tasks are in {output}; the same call does the others")
+            error.add_note(f"finished tasks are kept in {output}; the same call does the rest")
             raise
         result.source = {**job.source, **result.source}
         if result.settings:  # those that are fixed, or follow from ours

@@ -1,7 +1,7 @@
 """Continue prompts with a run folder's newest checkpoint, a checkpoint, or a Hugging Face folder.
 
   generate.py --model runs/small --prompt "Es war einmal" --num_samples 3
-  generate.py --model runs/small --prompts prompts.txt --json > out.jsonl
+  generate.py --model runs/small --prompts prompts.txt --json
   generate.py --model runs/small                          a session: type a prompt, read what follows
 
 In a session Ctrl-C ends a continuation and Ctrl-D the session.

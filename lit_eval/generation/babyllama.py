@@ -1,14 +1,15 @@
 """BabyLlama's own evaluation (completion accuracy, consistency, repetition, speed), with its flaws repaired.
 
-What its scripts did, and what is done here instead (docs/evaluation.md has the table):
+What its benchmark.py does, and what is done here instead (docs/evaluation.md has the whole table):
 
-- Ten English prompts: one of them is ten points. Here 144, in two languages and six categories, with standard errors.
-- An answer counted where it occurred anywhere in a sampled text, also inside another word. Here the greedy text must
-  begin with the word; and, for models too small for that, the answer must be the likeliest of four words of its kind.
-- Consistency was the overlap of words between continuations of similar prompts, which is largest for a model that
-  always writes the same. Here the overlap between prompts that have nothing in common is subtracted.
-- Repetition was the share of words that occur twice, which any long text in any language has. Here: of four words.
-- Speed mixed reading and writing, without a warm-up. Here both apart (lit_eval/generation/speed.py).
+- Ten English prompts, so that one is ten points, and wrong answers count as right. Here 144, German and English, in six
+  categories, with a standard error.
+- An answer counts anywhere in five tokens, also inside another word. Here the greedy text must begin with it; and,
+  for models too small for that, the answer must be the likeliest of four words of its kind.
+- Consistency is the overlap of sampled continuations, also of prompts with different answers, and largest for a model
+  that always writes the same. Here of paraphrases, greedy, minus the overlap between unrelated prompts.
+- Repetition is the share of words that occur twice, which any long text has. Here: of four words in a row.
+- Speed is one total of reading and writing. Here both apart (lit_eval/generation/speed.py).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from lit_eval.evaluation.jobs import Evaluation, Job, job_of_task, needs_tokeniz
 from lit_eval.evaluation.settings import EvaluationSettings
 from lit_eval.evaluation.synthetic import model_and_generator, synthetic_text
 from lit_eval.evaluation.text_data import PERPLEXITY, jobs_of_data, validation_jobs
+from lit_eval.score.babylm_data import read_babylm
 from lit_eval.score.harness import ALIASES, PREFIX, data_files, run_harness
 from lit_eval.score.results import Result
 from lit_eval.score.tasks import NAMED, find_task
@@ -75,7 +76,9 @@ def check_given(settings: EvaluationSettings) -> None:
     """Check tasks and data as far as that needs no model. Raises as `find_jobs` does."""
     jobs_of_data(settings)
     for given in settings.tasks:
-        if not (given == PERPLEXITY or given in NAMED_JOBS or given.partition(":")[0] in PREFIXED_JOBS):
+        if given.startswith(f"{BABYLM}:"):
+            read_babylm(Path(given.removeprefix(f"{BABYLM}:")))
+        elif not (given == PERPLEXITY or given in NAMED_JOBS or given.partition(":")[0] in PREFIXED_JOBS):
             find_task(given, task_names())
 
 

@@ -20,6 +20,7 @@ from lit_data.tokenizers.tokenizer import JsonTokenizer, Tokenizer
 from lit_eval.evaluation import babylm_tasks
 from lit_eval.evaluation.babylm_tasks import name_and_revisions
 from lit_eval.evaluation.evaluate import evaluate
+from lit_eval.evaluation.named_tasks import check_given
 from lit_eval.evaluation.settings import EvaluationSettings
 from lit_eval.model.eval_model import EvalModel, open_model
 from lit_eval.score.babylm import run_babylm, spearman, write_predictions
@@ -408,6 +409,13 @@ def test_evaluate_scores_what_there_is_and_writes_predictions(
     said.clear()
     evaluate(model.path, settings, said.append)
     assert sum("done before" in line for line in said) == len(results.tasks)
+
+
+def test_data_is_checked_before_the_first_checkpoint(evaluation_data: Path, tmp_path: Path) -> None:
+    check_given(EvaluationSettings(tasks=(f"babylm:{evaluation_data}",)))
+    write(tmp_path / "comps/comps_base.jsonl", [{}])
+    with pytest.raises(ValueError, match="line 1: the field 'property_phrase' is missing"):
+        check_given(EvaluationSettings(tasks=(f"babylm:{tmp_path}",)))
 
 
 def test_revisions_are_named_as_in_the_challenge(

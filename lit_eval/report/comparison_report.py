@@ -23,6 +23,8 @@ from lit_eval.report.elements import (
 )
 from lit_eval.report.page import fit, page
 from lit_eval.report.run_report import (
+    IN_RUN,
+    column_title,
     curve_charts,
     grid,
     horizontal,
@@ -45,13 +47,14 @@ def comparison_report(entries: Sequence[Entry], seed: int = 0) -> str:
 
 def _build(comparison: Comparison, seed: int, points: int) -> str:
     entries = comparison.entries
+    in_run = _in_run(entries, points)
     sections = [
         Section("ranking", "Ranking", _ranking(comparison)),
         Section("loss", "Loss", _loss(entries, points)),
         Section("trade", "Size, speed and score", _trade(comparison)),
         Section("scores", "Scores", _scores(comparison)),
         Section("details", "Details", scores_table(entries[0].results) if len(entries) == 1 else ""),
-        Section("curves", "Learning curves", curve_charts(entries[:MOST_LINES], points, seed)),
+        Section("curves", "Learning curves", in_run + curve_charts(entries[:MOST_LINES], points, seed)),
         Section("tests", "Paired tests", _tests(comparison)),
         Section("samples", "Samples", samples_section(_samples(entries[0])) if len(entries) == 1 else ""),
         Section("settings", "Settings that differ", _settings(comparison)),
@@ -161,6 +164,17 @@ def _loss(entries: Sequence[Entry], points: int) -> str:
         else ""
     )
     return note + (f'<div class="charts large">{drawn[0]}</div>' + grid(drawn[1:]) if drawn else "")
+
+
+def _in_run(entries: Sequence[Entry], points: int) -> str:
+    """The tasks evaluated during training, of all runs."""
+    columns = dict.fromkeys(c for e in entries if e.run is not None for c in e.run.metrics.columns)
+    charts = []
+    for i, column in enumerate(c for c in columns if c.startswith(IN_RUN)):
+        lines, x_title = _overlaid(entries, column, dots=True)
+        chart = Chart(f"eval-{i}", column_title(column), "During training", lines, x_title)
+        charts.append(chart.render(max(60, points // len(entries))))
+    return grid([chart for chart in charts if chart])
 
 
 def _training(entries: Sequence[Entry], points: int) -> str:

@@ -47,6 +47,7 @@ SAMPLE_CHARACTERS = 1200
 SETTING_CHARACTERS = 400
 
 # Columns of metrics.csv with a chart of their own place; any other column is drawn under Evaluation.
+IN_RUN = "eval/"  # begins the columns of tasks evaluated during training
 LOSS_COLUMNS = ("train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "total_loss")
 ROUTER = ("expert_load_max", "expert_load_min", "router_entropy", "load_balance_loss")
 KNOWN = {
@@ -313,11 +314,16 @@ def _evaluation(run: RunFacts, points: int) -> str:
     _, x_title = horizontal(m)
     other = [c for c in m.columns if c.partition("/")[0] not in KNOWN and not c.startswith("epoch") and m.has(c)]
     charts = [
-        Chart(f"eval-{i}", c.replace("_", " "), "Value", [line_of(m, c, c, 1, dots=True)], x_title)
+        Chart(f"eval-{i}", column_title(c), "During training", [line_of(m, c, column_title(c), 1, dots=True)], x_title)
         for i, c in enumerate(other)
     ]
     curves = curve_charts([Entry(run.name, run.folder, results=run.results)], points)
     return grid(_rendered(charts, m, points)) + curves + scores_table(run.results)
+
+
+def column_title(column: str) -> str:
+    """The name to show of a column of metrics.csv that has no chart of its own: of eval/TASK, the task."""
+    return column.removeprefix(IN_RUN).replace("_", " ")
 
 
 def curve_charts(entries: Sequence[Entry], points: int, seed: int = 0) -> str:

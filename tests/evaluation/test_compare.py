@@ -30,6 +30,7 @@ from lit_eval.compare.statistics import (
 )
 from lit_eval.compare.text import as_json, as_text
 from lit_eval.report.comparison_report import comparison_report
+from lit_eval.report.run_report import run_report
 
 
 @given(st.integers(0, 6), st.integers(0, 6))
@@ -201,6 +202,16 @@ def test_the_page_of_five_runs(sweep: list[Path]) -> None:
     assert len(page.table("Paired tests")) == 11
     points = {p["name"]: (p["x"], p["y"]) for p in page.chart("loss-speed")["points"]}
     assert points[best] == (200, 2.2)
+
+
+def test_tasks_evaluated_during_training(tmp_path: Path) -> None:
+    rows = [row | {"eval/german_pairs": 0.5 + i / 100} for i, row in enumerate(run_rows(2.0))]
+    runs = [write_run(tmp_path / "a", rows), write_run(tmp_path / "b", run_rows(3.0))]
+    chart = Page(comparison_report(read_entries(runs))).chart("eval-0")
+    assert [line["name"] for line in chart["lines"]] == ["a"]
+    assert chart["lines"][0]["y"] == pytest.approx([0.5 + i / 100 for i in range(10)])
+    page = Page(run_report(runs[0]))
+    assert page.line("eval-0", "german pairs")["y"][0] == 0.5
 
 
 def test_one_file_of_results(tmp_path: Path) -> None:

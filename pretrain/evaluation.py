@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_eval.generation.text import text_of
 from lit_eval.model.likelihood import Scorer, score_targets
 from lit_eval.run_facts import EVALUATIONS
 from lit_eval.score.results import Result
@@ -134,11 +135,11 @@ def _samples(run: Run, evaluation: Evaluation, ranks: _Ranks) -> list[dict[str, 
                 eos_id=None if run.placement.fsdp else evaluation.tokenizer.eos_id,
                 excluded_ids=evaluation.excluded_ids,
             )
-        for (prompt, _), continuation in zip(evaluation.prompts, found, strict=True):
+        for (prompt, before), continuation in zip(evaluation.prompts, found, strict=True):
             ids = list(continuation.ids)
             ended = evaluation.tokenizer.eos_id in ids
             ids = ids[: ids.index(evaluation.tokenizer.eos_id)] if ended else ids
-            written.append({"prompt": prompt, "text": evaluation.tokenizer.decode(ids), "ended": ended})
+            written.append({"prompt": prompt, "text": text_of(evaluation.tokenizer, before, ids), "ended": ended})
     except Exception as error:
         if run.placement.fsdp:
             raise

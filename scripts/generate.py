@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
@@ -36,7 +36,6 @@ from lit_eval.generation.text import (
 )
 from lit_eval.model.eval_model import PRECISIONS, EvalModel, open_model
 from lit_model.generate import Sampling
-from pretrain.cli.command_line import ScriptParser
 
 
 def parser() -> ScriptParser:
@@ -174,30 +173,22 @@ def write_streaming(model: EvalModel, prompt: str, settings: GenerationSettings)
         print()
 
 
-def main() -> int:
+def main() -> None:
     args = parser().parse_args()
-    try:
-        settings = settings_of(args)
-        prompts = given_prompts(args)
-        if prompts is None and not sys.stdin.isatty():
-            raise ValueError("give --prompt, --prompt_ids or --prompts, or call it in a terminal for a session")
-        model = open_model(args.model, tokenizer=args.tokenizer, device=args.device, precision=args.precision)
-        for warning in model.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        if prompts is None:
-            model.need_tokenizer()
-            encode_prompts(model, [""], settings.max_new_tokens)  # settings that fit no prompt end it here
-            run_session(model, settings, args.json)
-        else:
-            show(generate_texts(model, prompts, settings), args.json)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    settings = settings_of(args)
+    prompts = given_prompts(args)
+    if prompts is None and not sys.stdin.isatty():
+        raise ValueError("give --prompt, --prompt_ids or --prompts, or call it in a terminal for a session")
+    model = open_model(args.model, tokenizer=args.tokenizer, device=args.device, precision=args.precision)
+    for warning in model.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if prompts is None:
+        model.need_tokenizer()
+        encode_prompts(model, [""], settings.max_new_tokens)  # settings that fit no prompt end it here
+        run_session(model, settings, args.json)
+    else:
+        show(generate_texts(model, prompts, settings), args.json)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

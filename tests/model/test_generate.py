@@ -175,6 +175,22 @@ def test_rows_end_by_themselves(model):
     assert sorted(t.row for t in tokens if t.finish) == [0, 1, 2]
 
 
+@pytest.mark.gpu
+def test_cuda_writes_the_same_texts():
+    """In float64, where rounding decides no token: greedy and sampled, with windows, chunks and soft-caps."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pattern = {"attention_pattern": ("full", "sliding", "chunked"), "sliding_window_size": 5, "attention_chunk_size": 4}
+    for fields in ({}, {**pattern, "n_layer": 3}, {"attention_logit_softcapping": 5.0}):
+        config = get_config("debug", vocab_size=300, block_size=64, init="normal", init_std=0.2, **fields)
+        model = GPT(config)
+        initialise(model, config, 0)
+        model = model.double()
+        for sampling in (GREEDY, Sampling(0.9, 0.8, top_k=100, top_p=0.9, min_p=0.01)):
+            texts = [generate_batch(model.to(d), PROMPTS, 30, sampling, seeds=range(5)) for d in ("cpu", "cuda")]
+            assert texts[0] == texts[1], (fields, sampling)
+
+
 def test_nothing_to_do(model):
     assert generate_batch(model, [], 5) == []
     assert generate_batch(model, PROMPTS[:2], 0) == [Continuation([], "length")] * 2

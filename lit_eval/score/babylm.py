@@ -37,7 +37,7 @@ def run_babylm(
     """Score a dataset, on every rank of `scorer.ranks` alike.
 
     Args:
-        most: score at most this many items, evenly spaced.
+        most: score at most this many items, evenly spaced. Reading times need all words.
 
     `details.n_cut` counts the items with a text longer than the model's context. A context is then cut on the left, and
     a longer scored part scored in several windows; the pipeline would feed the model more than it was made for.
@@ -49,8 +49,7 @@ def run_babylm(
     """
     kept = len(task.items) if most is None else min(most, len(task.items))
     items = [task.items[i * len(task.items) // kept] for i in range(kept)]
-    words = [item for item in items if isinstance(item, Word)]
-    if words:
+    if words := [item for item in task.items if isinstance(item, Word)]:
         result, found = score_reading(scorer, encoder, words)
         listed = [{"id": i, "pred": here, "prev_pred": before} for i, (here, before) in enumerate(found)]
         predictions = {"reading": {"predictions": listed}}

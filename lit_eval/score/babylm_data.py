@@ -7,6 +7,7 @@ Folders, fields and scored parts are those of github.com/babylm/evaluation-pipel
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,9 +225,9 @@ def _wug(name: str) -> Callable[[dict[str, Any], str], Example]:
         try:
             share = float(ratio)  # type: ignore[arg-type]
         except (TypeError, ValueError):
-            share = -1.0
-        if isinstance(ratio, bool) or not 0 <= share <= 1:
-            raise ValueError(f"'ratio' is {ratio!r}; it must be a number from 0 to 1")
+            share = math.nan
+        if isinstance(ratio, bool) or not math.isfinite(share):
+            raise ValueError(f"'ratio' is {ratio!r}; it must be a number")
         return Example(tuple(_whole(sentence) for sentence in sentences), name, {}, share)
 
     return read

@@ -327,7 +327,7 @@ def test_missing_data_is_named_and_the_rest_is_read(evaluation_data: Path) -> No
         ("entity_tracking/x.jsonl", {}, "entity tracking has the files regular.jsonl"),
         ("entity_tracking/regular.jsonl", {"input_prefix": "a", "options": ["b", "c"]}, "'numops' is None"),
         ("wug_past_tense/x.jsonl", {"sentences": "a b", "ratio": 1}, "'sentences' must hold two sentences with a tab"),
-        ("wug_past_tense/x.jsonl", {"sentences": "a\tb", "ratio": 7}, "'ratio' is 7"),
+        ("wug_past_tense/x.jsonl", {"sentences": "a\tb", "ratio": "much"}, "'ratio' is 'much'"),
         ("comps/comps.jsonl", {"property_phrase": "a"}, "COMPS has the files comps_base.jsonl"),
     ],
 )
@@ -387,6 +387,8 @@ def test_some_items_are_evenly_spaced(model: EvalModel, evaluation_data: Path) -
     task = next(task for task in read_babylm(evaluation_data)[0] if task.name == "babylm/comps")
     result, _ = run_babylm(task, model.scorer(), model.aligned_encoder(), most=4)
     assert result.n == 4
+    reading = next(task for task in read_babylm(evaluation_data)[0] if task.name == "babylm/reading")
+    assert run_babylm(reading, model.scorer(), model.aligned_encoder(), most=4)[0].n == len(reading.items)
     assert {name: group.n for name, group in result.groups["category"].items()} == {
         name: 1 for name in ("base", "wugs", "wugs_dist_before", "wugs_dist_in_between")
     }

@@ -470,8 +470,17 @@ class SentencepieceTokenizer(Tokenizer):
         if parse:
             self.check_parses()
         ids = self.encode_plain([text])[0]
+        pieces = self.backend.encode(text, out_type=str)
         # The library's own offsets are in bytes or characters, depending on its version.
-        return ids, [len(self.decode(ids[: i + 1])) for i in range(len(ids))]
+        added = bool(pieces) and pieces[0].startswith(SPACE_MARK) and not text.startswith(" ")
+        ends, end = [], -added
+        for id, piece in zip(ids, pieces, strict=True):
+            if self.content.pieces[id].type == PieceType.BYTE:
+                end += int(piece[1:-1], 16) & 0xC0 != 0x80  # a character counts with its first byte
+            else:
+                end += len(piece)
+            ends.append(end)
+        return ids, ends
 
     def vocabulary(self) -> Iterable[tuple[int, str]]:
         return ((id, _as_text(piece.text)) for id, piece in enumerate(self.content.pieces))

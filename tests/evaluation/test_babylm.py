@@ -219,6 +219,18 @@ def test_a_token_that_reaches_into_the_scored_part_is_scored(model: EvalModel) -
             assert encoder.split(text, start)[1] == max(expected, 1)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_tokens_end_where_their_text_ends(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+    for text in ("Grüße aus Würzburg", "日本 und \N{GRINNING FACE}!", "Der Hund läuft, 日."):
+        ids, ends = tokenizers[kind].encode_aligned(text)
+        assert ids == tokenizers[kind].encode(text).tolist()
+        for i, end in enumerate(ends):
+            decoded = tokenizers[kind].decode(ids[: i + 1])
+            known = decoded.rstrip("\N{REPLACEMENT CHARACTER}")  # bytes of a character that is not complete
+            assert text.startswith(known)
+            assert end == len(known) + (known != decoded)
+
+
 def test_equal_candidates_count_as_right_and_as_ties(model: EvalModel, tmp_path: Path) -> None:
     pair = {"prefix_acceptable": "the man", "prefix_unacceptable": "the man", "property_phrase": "sleeps"}
     write(tmp_path / "comps/comps_base.jsonl", [pair])

@@ -456,7 +456,7 @@ class EvalArgs:
     max_items: int | None = None
     """Items of each task, evenly spaced. Default: all."""
     sample_tokens: int = 64
-    """Tokens to write after each prompt."""
+    """Tokens to write after each prompt, as many as fit the context."""
     sample_temperature: float = 0.8
     """Temperature of their sampling; 0: the most probable token."""
 

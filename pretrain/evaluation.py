@@ -129,7 +129,7 @@ def _samples(run: Run, evaluation: Evaluation, ranks: _Ranks) -> list[dict[str, 
     try:
         with _generation_precision(run):
             found = generate_batch(
-                *(run.raw_model, [ids for _, ids in evaluation.prompts], args.sample_tokens),
+                *(run.raw_model, [ids for _, ids in evaluation.prompts], evaluation.sample_tokens),
                 Sampling(temperature=args.sample_temperature),
                 seeds=[run.args.seed + i for i in range(len(evaluation.prompts))],
                 eos_id=None if run.placement.fsdp else evaluation.tokenizer.eos_id,

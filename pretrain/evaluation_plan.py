@@ -44,6 +44,7 @@ class Evaluation:
 
     Attributes:
         prompts: texts and their ids.
+        sample_tokens: to write after each, as many as fit.
     """
 
     args: EvalArgs
@@ -51,6 +52,7 @@ class Evaluation:
     encoder: TextEncoder
     tokenizer: Tokenizer
     prompts: list[tuple[str, list[int]]]
+    sample_tokens: int
     excluded_ids: list[int]
 
     @property
@@ -92,16 +94,17 @@ def open_evaluation(args: EvalArgs, dataset: PackedDataset, vocab_size: int, blo
     if args.prompts is not None:
         for document in read_documents([args.prompts], split_documents="line", text_field="prompt"):
             ids = encode_prompt(tokenizer, document.text, encoding)
-            if len(ids) + args.sample_tokens > block_size:
+            if len(ids) >= block_size:
                 raise ValueError(
-                    f"--eval.prompts {args.prompts}: a prompt of {len(ids)} tokens and --eval.sample_tokens "
-                    f"{args.sample_tokens} exceed the model's context of {block_size} tokens"
+                    f"--eval.prompts {args.prompts}: a prompt of {len(ids)} tokens leaves no room in the context of "
+                    f"{block_size} tokens"
                 )
             prompts.append((document.text, ids))
         if not prompts:
             raise ValueError(f"--eval.prompts {args.prompts} holds no prompt")
     excluded = [id for id in range(vocab_size) if tokenizer.id_to_token(id) is None]
-    return Evaluation(args, tasks, encoder, tokenizer, prompts, excluded)
+    room = block_size - max((len(ids) for _, ids in prompts), default=0)
+    return Evaluation(args, tasks, encoder, tokenizer, prompts, min(args.sample_tokens, room), excluded)
 
 
 def _fits(span: Span | None, block_size: int) -> bool:

@@ -148,7 +148,7 @@ def test_a_failing_evaluation_costs_a_warning(
     [
         ({"eval__tasks": '["pears"]'}, "--eval.tasks: there is no task or file 'pears'"),
         ({"eval__prompts": "DIR/empty.txt"}, "empty.txt holds no prompt"),
-        ({"eval__sample_tokens": 32}, "exceed the model's context of 32 tokens"),
+        ({"eval__prompts": "DIR/long.txt"}, "a prompt of 80 tokens leaves no room in the context of 32 tokens"),
         ({"eval__tasks": '["DIR/long.jsonl"]'}, "long.jsonl: no item fits the model's context of 32 tokens"),
         ({"eval__tasks_every_steps": 0}, "--eval.tasks_every_steps 0 must be at least 1"),
         ({"eval__tasks_every_tokens": 100}, "mutually exclusive"),
@@ -158,6 +158,7 @@ def test_mistakes_are_named_before_the_first_step(
     texts: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "long.txt").write_text("qx" * 40)
     (tmp_path / "long.jsonl").write_text(json.dumps({"sentence_good": "qx" * 40, "sentence_bad": "qz" * 40}) + "\n")
     changes = {name: v.replace("DIR", str(tmp_path)) if isinstance(v, str) else v for name, v in changes.items()}
     done = train(*evaluated(texts, tmp_path / "run", **changes), check=False)

@@ -177,7 +177,7 @@ class Terminal:
         )
         os.close(inner)
 
-    def read_until(self, end: str, timeout_s: float = 120) -> str:
+    def read_until(self, end: str, timeout_s: float = 60) -> str:
         seen = b""
         deadline = time.monotonic() + timeout_s
         while not seen.decode("utf-8", "replace").replace("\r\n", "\n").endswith(end):
@@ -189,6 +189,7 @@ class Terminal:
         return seen.decode("utf-8").replace("\r\n", "\n")
 
     def type(self, text: str) -> None:
+        time.sleep(0.5)  # the prompt is on the screen before the terminal is ready for keys
         os.write(self.fd, text.encode())
 
 

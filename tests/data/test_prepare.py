@@ -508,7 +508,7 @@ def test_length_and_language(tokenizer_folder, tmp_path):
 def test_a_worker_that_dies_is_an_error(corpus, tokenizer_folder, tmp_path, monkeypatch):
     (tmp_path / "deadly.py").write_text("import os\n\ndef kill(text):\n    os._exit(1)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    match = "a worker process ended unexpectedly.*--workers 2"
+    match = "a worker process ended unexpectedly.*lower --workers \\(now 2\\)"
     call = {"cleaner": "deadly:kill", "workers": 2}
     assert_refused(tmp_path, match, [corpus], tokenizer_folder, tmp_path / "out", **call)
 

@@ -90,6 +90,11 @@ def families_check(found: dict[str, Any]) -> None:
         assert positive(facts["parameters"], *facts["runs"][0]["val_loss"])
 
 
+def generation_check(found: dict[str, Any]) -> None:
+    rows = found["results"].values()
+    assert len(rows) >= 2 and positive(*(row[side] for row in rows for side in ("ours", "transformers", "ratio")))
+
+
 def loader_check(found: dict[str, Any]) -> None:
     ours = [name for name in found["rows"] if name.startswith("llammlein")]
     measured = [name for name, row in found["rows"].items() if "microseconds" in row]
@@ -147,6 +152,10 @@ SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
     "families": (
         lambda corpus, made: ["--input", corpus / "text" / "train.jsonl", "--steps", 2, "--val_fraction", 0.02],
         families_check,
+    ),
+    "generation": (
+        lambda corpus, made: ["--model", "llama-10M", "--new_tokens", 2, "--repeats", 1, "--threads", 1],
+        generation_check,
     ),
     "loader": (
         lambda corpus, made: [

@@ -23,6 +23,8 @@ from lit_eval.score.results import Result
 from lit_eval.score.tasks import run_task
 from lit_model.generate import Sampling, generate_batch
 from pretrain.evaluation_plan import COLUMN, Evaluation
+from pretrain.logs.messages import warn
+from pretrain.logs.metrics import append
 from pretrain.run import Run
 
 
@@ -115,8 +117,12 @@ def evaluate(
             lines += _samples(run, evaluation, ranks)
     if ranks.rank == 0 and lines:
         facts = {"step": run.step, "tokens": int(run.tokens.item())}
-        with (run.folder / EVALUATIONS).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(facts | line, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(json.dumps(facts | line, ensure_ascii=False) + "\n" for line in lines)
+        try:
+            with (run.folder / EVALUATIONS).open("ab", buffering=0) as file:
+                append(file, text.encode("utf-8"))
+        except OSError as error:
+            warn(f"step {run.step}: {EVALUATIONS} could not be written: {error}")
     return columns
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +19,9 @@ from lit_eval.model.text_encoding import Encoding, encode_prompt, encode_texts, 
 from lit_eval.score.task_files import Task
 from lit_eval.score.tasks import find_task
 from lit_files.publish import replace_file
-from lit_files.reading import parse_json, read_text
+from lit_files.reading import regular
 from pretrain.args import EvalArgs
+from pretrain.logs.messages import warn
 
 COLUMN = "eval/"
 """What its columns of metrics.csv begin with; then comes the task's name."""
@@ -43,8 +46,10 @@ class Evaluation:
     """What is evaluated during a run.
 
     Attributes:
+        encoder: holds the ids of every text of the tasks.
         prompts: texts and their ids.
         sample_tokens: to write after each, as many as fit.
+        excluded_ids: ids without a token, never written.
     """
 
     args: EvalArgs
@@ -123,11 +128,27 @@ def is_due(args: EvalArgs, segments: Sequence[Segment], block_size: int, step: i
 
 
 def cut_evaluations(path: Path, step: int, *, again: bool) -> None:
-    """Drop the lines after `step` (if `again`, those of `step` too), and a last line that a kill left incomplete."""
-    if not path.is_file():
+    """Drop the lines after `step` (if `again`, those of `step` too), and damaged ones, as a kill leaves the last.
+
+    Never raises for the file's sake: a run is resumed without it, after a warning.
+    """
+    if not os.path.lexists(path):
         return
-    lines = read_text(path).splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and parse_json(line, path).get("step", 0) <= step - again]
-    if len(kept) < len(lines):
-        with replace_file(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+    try:
+        lines = regular(path).read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step - again]
+        if len(kept) < len(lines):
+            with replace_file(path) as temporary:
+                temporary.write_bytes(b"".join(kept))
+    except (OSError, ValueError) as error:
+        warn(f"{path} could not be cut back to step {step}: {error}")
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a whole line; None for a damaged one."""
+    try:
+        found = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if isinstance(step, int) else None

@@ -20,7 +20,7 @@ from lit_data.tokenizers.files import copy_tokenizer
 from pretrain.args import EvalArgs
 from pretrain.build import set_up
 from pretrain.cli.run_parser import parse
-from pretrain.evaluation_plan import is_due
+from pretrain.evaluation_plan import cut_evaluations, is_due
 from pretrain.loop import fit
 
 STEPS = 8
@@ -169,6 +169,22 @@ def test_mistakes_are_named_before_the_first_step(
 def test_data_without_a_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:
     done = train(*flags(data, tmp_path / "run", eval__tasks='["german_pairs"]'), check=False)
     assert done.returncode == 2 and "need a tokenizer" in done.stdout, done.stdout
+
+
+def test_damaged_lines_are_dropped_and_stop_no_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "evaluations.jsonl"
+    good = [json.dumps({"step": step, "task": "ü"}, ensure_ascii=False).encode() + b"\n" for step in (0, 2, 4, 6)]
+    damaged = [b"\xff\x00\n", b"[1]\n", b'{"step": "2"}\n', b"{}\n", b"[" * 100_000 + b"\n"]
+    path.write_bytes(b"".join([good[0], *damaged, *good[1:]]) + b'{"step": 2')
+    cut_evaluations(path, 4, again=False)
+    assert path.read_bytes() == b"".join(good[:3])
+    cut_evaluations(path, 4, again=True)
+    assert path.read_bytes() == b"".join(good[:2])
+    assert capsys.readouterr().err == ""
+    path.unlink()
+    path.mkdir()
+    cut_evaluations(path, 4, again=False)
+    assert f"warning: {path} could not be cut back to step 4" in capsys.readouterr().err
 
 
 def test_by_words(texts: Path, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def make_data(python: str, paths: Paths) -> None:
 
 
 def train(python: str, paths: Paths, steps: int | None) -> None:
-    length = f"{steps} steps" if steps else "about three minutes on two cores"
+    length = f"{steps} steps" if steps else "three to five minutes on two cores"
     begin(f"training -> {paths.run} ({length}; you may interrupt it, the next call resumes)")
     override = ["--train.max_steps", str(steps), "--optim.warmup_steps", str(steps // 10)] if steps else []
     call(

@@ -76,10 +76,14 @@ def numbers(run: Path) -> list[dict[str, str]]:
     return [{k: v for k, v in row.items() if not any(name in k for name in clock)} for row in metrics(run)]
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_evaluating_changes_nothing(texts: Path, tmp_path: Path, devices: int) -> None:
-    train(*evaluated(texts, tmp_path / "with", devices=devices))
-    train(*evaluated(texts, tmp_path / "without", devices=devices, **PLAIN))
+@pytest.mark.parametrize(
+    "placement",
+    [{"devices": 1}, {"devices": 2}, pytest.param({"devices": 2, "strategy": "fsdp"}, marks=pytest.mark.slow)],
+    ids=["one", "ddp", "fsdp"],
+)
+def test_evaluating_changes_nothing(texts: Path, tmp_path: Path, placement: dict[str, object]) -> None:
+    train(*evaluated(texts, tmp_path / "with", **placement))
+    train(*evaluated(texts, tmp_path / "without", **placement, **PLAIN))
     for name in ("iter-00000004-ckpt.pth", "iter-00000008-ckpt.pth"):
         same_checkpoints(tmp_path / "with" / name, tmp_path / "without" / name)
     columns = ("step", "train_loss", "val_loss", "grad_norm", "tokens")

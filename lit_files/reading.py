@@ -99,6 +99,19 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return as_object(read_json(path), path)
 
 
+def read_foreign_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file of another program, which must be an object of bounded depth. Its whole numbers may be of any
+    size: transformers writes 10^30 for an unlimited length. Raises ValueError that names the file."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it must be a JSON object")
+    try:
+        _check_plain(content, "", MAX_DEPTH, any_number=True)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return content
+
+
 def as_object(value: Any, source: str | Path) -> dict[str, Any]:
     """Check that a value is a JSON object of bounded depth and numbers. Raises ValueError that names `source`."""
     return build(dict[str, Any], value, source)
@@ -194,16 +207,16 @@ def _build_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     raise first
 
 
-def _check_plain(value: Any, where: str, depth: int) -> None:
+def _check_plain(value: Any, where: str, depth: int, *, any_number: bool = False) -> None:
     if depth < 0:
         raise ValueError(f"{_at(where)[:80]}it is nested too deeply")
     if isinstance(value, dict):
         for key, item in value.items():
-            _check_plain(item, where or str(key), depth - 1)
+            _check_plain(item, where or str(key), depth - 1, any_number=any_number)
     elif isinstance(value, list):
         for item in value:
-            _check_plain(item, where, depth - 1)
-    elif isinstance(value, int) and not -INT64 <= value < INT64:
+            _check_plain(item, where, depth - 1, any_number=any_number)
+    elif not any_number and isinstance(value, int) and not -INT64 <= value < INT64:
         raise ValueError(f"{_at(where)}a whole number beyond 64 bits")
 
 

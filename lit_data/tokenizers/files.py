@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lit_data.tokenizers.tokenizer import COMPANIONS, MAIN_FILES, Tokenizer, companions_in, open_tokenizer
 from lit_files.publish import build_folder, write_json
-from lit_files.reading import read_object
+from lit_files.reading import read_foreign_object
 
 
 def copy_tokenizer(source_folder: str | Path, target_folder: str | Path) -> None:
@@ -49,7 +49,7 @@ def _name_eos(folder: Path, tokenizer: Tokenizer) -> None:
         if open_tokenizer(folder).eos_id == tokenizer.eos_id:
             return
     path = folder / "tokenizer_config.json"
-    content = read_object(path) if path.exists() else {}
+    content = read_foreign_object(path) if path.exists() else {}
     write_json(path, content | {"eos_token": tokenizer.eos_token})
     copied = open_tokenizer(folder)
     assert (copied.eos_id, copied.fingerprint) == (tokenizer.eos_id, tokenizer.fingerprint), f"{folder} is no true copy"

@@ -37,7 +37,7 @@ from lit_data.tokenizers.tokenizer import (
     open_tokenizer,
 )
 from lit_files.publish import write_text
-from lit_files.reading import read_object, read_text
+from lit_files.reading import read_foreign_object, read_text
 
 KEPT_SETTINGS = ("model_max_length", "chat_template", "padding_side", "truncation_side", "model_input_names")
 STAND_INS = 0xF0000  # a private use area
@@ -141,7 +141,7 @@ def chat_templates(tokenizer: Tokenizer) -> dict[str, str]:
             str(t["name"]): str(t["template"]) for t in kept if isinstance(t, dict) and {"name", "template"} <= t.keys()
         }
     for file in _template_files(tokenizer):
-        text = read_object(file).get("chat_template") if file.suffix == ".json" else read_text(file)
+        text = read_foreign_object(file).get("chat_template") if file.suffix == ".json" else read_text(file)
         if isinstance(text, str):
             found["default" if file.stem == "chat_template" else file.stem] = text
     return found
@@ -413,7 +413,7 @@ def config_for_transformers(special: Mapping[str, Any], bos: bool = False) -> di
 def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
     """Read the tokenizer_config.json beside a tokenizer; empty if there is none."""
     path = tokenizer.path.with_name(NAMING_FILES[0])
-    return read_object(path) if path.is_file() else {}
+    return read_foreign_object(path) if path.is_file() else {}
 
 
 def _kept_settings(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lit_eval.model.model_tokenizer import (
 from lit_eval.model.text_encoding import Encoding, encoding_of
 from lit_files.checkpoint_name import budget_name
 from lit_files.publish import replace_file
-from lit_files.reading import read_object
+from lit_files.reading import read_foreign_object
 from lit_model.cost import count_parameters
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.gguf import architecture_of, write_gguf
@@ -140,7 +140,7 @@ def _generation_config(tokenizer: Tokenizer | None, bos_id: int | None, eos_id: 
     path = tokenizer.path.with_name("generation_config.json") if tokenizer is not None else None
     if tokenizer is None or path is None or not path.is_file():
         return {"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True}
-    kept = {k: v for k, v in read_object(path).items() if not k.startswith("_") and k != "transformers_version"}
+    kept = {k: v for k, v in read_foreign_object(path).items() if not k.startswith("_") and k != "transformers_version"}
 
     def known(id: Any) -> bool:
         return type(id) is int and 0 <= id < tokenizer.vocab_size and tokenizer.id_to_token(id) is not None

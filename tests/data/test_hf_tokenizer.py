@@ -14,7 +14,8 @@ import tokenizers
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 transformers = pytest.importorskip("transformers")
 
-from lit_data.tokenizers.hf_export import HARD_STRINGS, write_hf_tokenizer  # noqa: E402
+from lit_data.tokenizers.files import save_tokenizer  # noqa: E402
+from lit_data.tokenizers.hf_export import HARD_STRINGS, begins_with_bos, write_hf_tokenizer  # noqa: E402
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer  # noqa: E402
 from lit_data.tokenizers.training import train_on_texts  # noqa: E402
 
@@ -150,3 +151,19 @@ def test_unconvertible_tokenizers_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"gives other ids for '.+'"):
         write_hf_tokenizer(path, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_an_unlimited_length_is_no_damage(tmp_path):
+    """transformers writes 10^30 as the length of a tokenizer without a limit: LLäMmlein's and most others have it."""
+    unlimited = {"model_max_length": int(1e30), "add_bos_token": False}
+    folder = tmp_path / "tok"
+    train_on_texts(TEXTS, 300, "byte_bpe", folder)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        path = folder / name
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | unlimited))
+    tokenizer = open_tokenizer(folder)
+    assert not begins_with_bos(tokenizer)
+    write_hf_tokenizer(tokenizer, tmp_path / "hf")
+    other = next(id for id, token in tokenizer.vocabulary() if token.strip())
+    save_tokenizer(open_tokenizer(folder, eos_token=tokenizer.id_to_token(other)), tmp_path / "copy")
+    assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())["model_max_length"] == int(1e30)

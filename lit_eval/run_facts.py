@@ -117,7 +117,7 @@ class RunFacts:
 
     @property
     def seconds(self) -> float | None:
-        """Time spent in training steps that count, over all starts: `seconds` begins anew at each."""
+        """Time spent in training steps that count, over all starts: `seconds` restarts at each."""
         values, written = self.metrics["seconds"], self.metrics.written.get("seconds")
         if written is None or not written.any():
             return None

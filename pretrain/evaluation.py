@@ -165,7 +165,7 @@ def _generation_precision(run: Run) -> AbstractContextManager[Any]:
 
 
 def _without_compiling(run: Run) -> AbstractContextManager[Any]:
-    """Batches of an evaluation have many shapes: each would compile every block anew."""
+    """Batches of an evaluation have many shapes: each would recompile every block."""
     return torch.compiler.set_stance("force_eager") if run.args.compile else nullcontext()
 
 

@@ -13,13 +13,12 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lit_eval.model.eval_model import EvalModel, Prefix
-from lit_eval.model.likelihood import Span, rolling_windows
+from lit_eval.model.likelihood import Span, numbers_of_targets, rolling_windows
 from lit_eval.score.results import Result
-from lit_model.loss import CPU_CHUNK_BYTES, IGNORE_INDEX, Chunk, chunked_head_loss, tokens_of_chunk, wide
+from lit_model.loss import IGNORE_INDEX
 
 Array = npt.NDArray[np.float64]
 LOW = 0.5  # a prediction whose most probable token has less is of low confidence
@@ -112,40 +111,15 @@ def _tensors(spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
     return tokens, targets
 
 
-def predictions_of_targets(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    vocab_size: int,
-    /,
-    *,
-    bias: Tensor | None,
-    softcap: float | None,
-    z_loss: float,
-) -> Tensor:
-    """A head for `GPT.forward` (lit_model.loss.Head): float32 (4, B, T), the fields of `Predictions` in their order, 0
-    where the target is ignored. The full logits are never held."""
-    del z_loss
-    return chunked_head_loss(
-        *(hidden, weight, bias, targets),
-        partial(_predict_chunk, vocab_size=vocab_size, softcap=softcap),
-        lambda numbers: numbers[0].sum(),
-        n_numbers=4,
-        chunk_tokens=tokens_of_chunk(hidden.device.type, weight.shape[0], None, CPU_CHUNK_BYTES),
-        needs_gradient=False,
-    )[1]
-
-
-def _predict_chunk(chunk: Chunk, vocab_size: int, softcap: float | None) -> tuple[Tensor, None]:
-    logits = F.linear(chunk.hidden, chunk.weight, chunk.bias)[:, :vocab_size]
-    logits = logits.to(wide(logits.dtype))  # (n, vocab_size)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+def _predict(logits: Tensor, target: Tensor) -> Sequence[Tensor]:
     log_p = logits.log_softmax(-1)
     top, id = log_p.max(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
-    target = log_p.gather(1, chunk.target).squeeze(-1)
-    return torch.stack((top.exp(), entropy, (id == chunk.target.squeeze(-1)).to(top.dtype), target)), None
+    return top.exp(), entropy, id == target.squeeze(-1), log_p.gather(1, target).squeeze(-1)
+
+
+predictions_of_targets = partial(numbers_of_targets, of_logits=_predict, n_numbers=4)
+"""A head for `GPT.forward`: the fields of `Predictions` in their order."""
 
 
 def calibration(predictions: Predictions, bins: int = BINS) -> list[Bin]:

@@ -71,7 +71,7 @@ class OneProcess:
         return [value]
 
 
-def score_targets(
+def numbers_of_targets(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -81,27 +81,41 @@ def score_targets(
     bias: Tensor | None,
     softcap: float | None,
     z_loss: float,
+    of_logits: Callable[[Tensor, Tensor], Sequence[Tensor]],
+    n_numbers: int,
 ) -> Tensor:
-    """A head for `GPT.forward` (lit_model.loss.Head): float32 (2, B, T), the log-probability of each target and whether
-    it is the most probable token; 0 where the target is ignored. The full logits are never held."""
+    """A head for `GPT.forward` (lit_model.loss.Head): `n_numbers` numbers of each target, float32 (n_numbers, B, T), 0
+    where it is ignored. The full logits are never held.
+
+    `of_logits`: logits (n, vocab_size) and targets int64 (n, 1) of some tokens -> their numbers, (n,) each.
+    """
     del z_loss
     return chunked_head_loss(
         *(hidden, weight, bias, targets),
-        partial(_score_chunk, vocab_size=vocab_size, softcap=softcap),
+        partial(_numbers_of_chunk, vocab_size=vocab_size, softcap=softcap, of_logits=of_logits),
         lambda numbers: numbers[0].sum(),
-        n_numbers=2,
+        n_numbers=n_numbers,
         chunk_tokens=tokens_of_chunk(hidden.device.type, weight.shape[0], None, CPU_CHUNK_BYTES),
         needs_gradient=False,
     )[1]
 
 
-def _score_chunk(chunk: Chunk, vocab_size: int, softcap: float | None) -> tuple[Tensor, None]:
+def _numbers_of_chunk(
+    chunk: Chunk, vocab_size: int, softcap: float | None, of_logits: Callable[[Tensor, Tensor], Sequence[Tensor]]
+) -> tuple[Tensor, None]:
     logits = F.linear(chunk.hidden, chunk.weight, chunk.bias)[:, :vocab_size]
     logits = logits.to(wide(logits.dtype))  # (n, vocab_size)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    found = logits.log_softmax(-1).gather(1, chunk.target).squeeze(-1)
-    return torch.stack((found, (logits.argmax(-1) == chunk.target.squeeze(-1)).to(found.dtype))), None
+    return torch.stack([number.to(logits.dtype) for number in of_logits(logits, chunk.target)]), None
+
+
+def _score(logits: Tensor, target: Tensor) -> Sequence[Tensor]:
+    return logits.log_softmax(-1).gather(1, target).squeeze(-1), logits.argmax(-1) == target.squeeze(-1)
+
+
+score_targets = partial(numbers_of_targets, of_logits=_score, n_numbers=2)
+"""The head of a Scorer's model: the log-probability of each target, and whether it is the most probable token."""
 
 
 @dataclass

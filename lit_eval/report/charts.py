@@ -378,7 +378,7 @@ def _begins(x: FloatArray, breaks: FloatArray) -> set[int]:
 
 
 def _path(x: FloatArray, y: FloatArray, begins: Collection[int] = ()) -> str:
-    """A line through all points, begun anew at some of them."""
+    """A line through all points, restarted at some of them."""
     points = enumerate(zip(x.tolist(), y.tolist(), strict=True))
     return "".join(f"{'M' if not i or i in begins else 'L'}{_c(a)} {_c(b)}" for i, (a, b) in points)
 

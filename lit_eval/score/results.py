@@ -1,5 +1,5 @@
-"""The results of an evaluation: one JSON file a model, written after every task, so that a repeated call goes on with
-those that are missing.
+"""The results of an evaluation: one JSON file per model, written after every task, so that a repeated call runs only
+the missing tasks.
 
 A file holds `format`, `model`, `settings`, `environment`, and `tasks` by name. Fields of `Result` say what a task has.
 """
@@ -38,7 +38,7 @@ class Result:
     Attributes:
         kind: how it is scored: `perplexity`, `pairs`, `choice`, `cloze`, `last_word`, `generation`, ...
         n: items scored.
-        metrics: numbers by name. A share lies in 0..1; the first is the one to show where there is room for one.
+        metrics: numbers by name. Shares are in 0..1; the first is the one to show where there is room for one.
         groups: by the field items are grouped by (`phenomenon`, `source`), then by its value.
         items: one value an item, of the first metric: what a paired test compares. Empty if the task has none.
         source: `file` and `sha256` of the items' file, `n_items` in it, `n_skipped` and why (`skipped`), or what else

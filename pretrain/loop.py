@@ -45,7 +45,7 @@ from pretrain.logs.metrics import FILE as METRICS
 from pretrain.logs.metrics import ROUTER_COLUMNS, MetricsFile, router_values, validation_values
 from pretrain.logs.progress import ProgressDisplay
 from pretrain.logs.throughput import Throughput
-from pretrain.optim import clip_gradients
+from pretrain.optim import clip_coefficient, gradient_norm
 from pretrain.resume import go_back
 from pretrain.run import Run
 from pretrain.schedule import learning_rate
@@ -237,11 +237,12 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
     if norms is not None:
         norms.gradients(scale)
         norms.before_update()
-    norm = clip_gradients(run.optimizer.parameters.values(), args.train.clip_norm, scale)
+    norm = gradient_norm(run.optimizer.parameters.values(), scale)
     skip = skip_if_not_finite(norm)
     run.sound = False
     run.tokens += counts[1]
-    run.optimizer.step(learning_rate(args.optim, data.step, run.data.max_steps), skip)
+    lr = learning_rate(args.optim, data.step, run.data.max_steps)
+    run.optimizer.step(lr, skip, clip_coefficient(norm, args.train.clip_norm, scale))
     if norms is not None:
         norms.after_update()
     run.optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""AdamW with weight decay on matrices only, gradient clipping on any mesh, and step skipping without a host sync.
+"""AdamW with weight decay on matrices only, gradient norm and clipping on any mesh, step skipping without a host sync.
 
 Everything operates on local tensors (DTensor shards or plain tensors), so the same code serves one device, DDP and
 FSDP2.
@@ -40,6 +40,9 @@ class AdamW:
     Attributes:
         state: {name: {"exp_avg": Tensor, "exp_avg_sq": Tensor}}, shaped and sharded like the parameters, fp32.
         step_count: float32 scalar on the device: updates applied so far, without skipped ones.
+        scales_in_kernel: whether the fused kernel applies the clip coefficient, without a separate pass over all
+            gradients. So on CUDA; on a CPU the product comes first, so that runs of older versions resume bit for bit.
+            The kernel divides by the reciprocal: both agree to rounding.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], args: OptimArgs) -> None:
@@ -51,10 +54,20 @@ class AdamW:
         }
         device = next(iter(self.parameters.values())).device
         self.step_count = torch.zeros((), dtype=torch.float32, device=device)
+        self.scales_in_kernel = device.type == "cuda"
 
     @torch.no_grad()
-    def step(self, lr: float, skip: Tensor | None = None) -> None:
-        """Update all parameters from their gradients, or none if `skip` (a float scalar on the device) is 1."""
+    def step(self, lr: float, skip: Tensor | None = None, coefficient: Tensor | None = None) -> None:
+        """Update all parameters from their gradients, or none if `skip` (a float scalar on the device) is 1.
+
+        Args:
+            coefficient: what to multiply the gradients by first (`clip_coefficient`), a float32 scalar on their device.
+        """
+        grad_scale = None
+        if coefficient is not None and self.scales_in_kernel:
+            grad_scale = coefficient.reciprocal()
+        elif coefficient is not None:
+            scale_gradients(self.parameters.values(), coefficient)
         for matrices in (True, False):
             names = [n for n, p in self.parameters.items() if decays(p) == matrices and p.grad is not None]
             # Shards of small parameters may be empty on some ranks; the fused kernel rejects those.
@@ -69,6 +82,7 @@ class AdamW:
                 [],
                 [self.step_count.clone() for _ in names],
                 fused=True,
+                grad_scale=grad_scale,
                 found_inf=skip,
                 amsgrad=False,
                 beta1=self.args.beta1,
@@ -87,31 +101,46 @@ class AdamW:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: Tensor | None = None) -> Tensor:
-    """Scale gradients to at most `max_norm` in global 2-norm; return the norm before that, a float32 scalar.
+def gradient_norm(parameters: Iterable[nn.Parameter], scale: Tensor | None = None) -> Tensor:
+    """Global 2-norm of the gradients, a float32 scalar. One pass over them, no host sync.
 
     Shards are summed over the sharded mesh dimensions; replicas count once, as do plain-tensor gradients, which DDP has
-    already made equal on all ranks. The coefficient is min(1, max_norm / (norm + 1e-6)), as in
-    torch.nn.utils.clip_grad_norm_. No host sync: a non-finite norm is returned as is, and the caller skips the step.
-    The norm is on the gradients' device, which is the host under CPU offload.
+    already made equal on all ranks. A non-finite norm is returned as is, and the caller skips the step. The norm is on
+    the gradients' device, which is the host under CPU offload.
+
+    Args:
+        scale: loss scale that the gradients were multiplied by.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    assert grads, "gradient_norm needs gradients"
+    squares = [sum_of_squares(layout, shards) for layout, shards in by_layout(grads).items()]
+    norm = torch.stack(squares).sum().sqrt()
+    return norm if scale is None else norm / scale.to(norm.device)
+
+
+@torch.no_grad()
+def clip_coefficient(norm: Tensor, max_norm: float, scale: Tensor | None = None) -> Tensor | None:
+    """The factor that limits gradients of global norm `norm` to `max_norm`; a float32 scalar on the norm's device.
+
+    min(1, max_norm / (norm + 1e-6)), as in torch.nn.utils.clip_grad_norm_, divided by the loss scale. None: 1.
 
     Args:
         max_norm: 0 disables clipping (`scale` still applies).
-        scale: loss scale to divide the gradients by first.
+        scale: loss scale that the gradients were multiplied by.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    assert grads, "clip_gradients needs gradients"
-    squares = [sum_of_squares(layout, shards) for layout, shards in by_layout(grads).items()]
-    norm = torch.stack(squares).sum().sqrt()
+    if max_norm <= 0 and scale is None:
+        return None
     coefficient = torch.ones_like(norm)
     if scale is not None:
-        scale = scale.to(norm.device)
-        norm = norm / scale
-        coefficient = coefficient / scale
+        coefficient = coefficient / scale.to(norm.device)
     if max_norm > 0:
         coefficient = coefficient * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_([local(g) for g in grads], coefficient)
-    return norm
+    return coefficient
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], coefficient: Tensor) -> None:
+    """Multiply all gradients by a scalar on their device, in place."""
+    torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], coefficient)
 
 
 Layout = tuple[DeviceMesh, tuple[Placement, ...]] | None

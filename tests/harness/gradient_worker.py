@@ -33,7 +33,7 @@ from lit_model.load import Checkpoint
 from pretrain.args import RunArgs
 from pretrain.build import set_up
 from pretrain.fabric_train import parse
-from pretrain.optim import clip_gradients
+from pretrain.optim import clip_coefficient, gradient_norm, scale_gradients
 from pretrain.run import Run
 
 
@@ -102,17 +102,17 @@ def work(args: RunArgs, request: dict[str, Any]) -> None:
             steps[data.step] = {"counts": everyone([m.n_targets for m in data.micro_batches])}
         return train_step(run, data, *more)
 
-    def watched_clip(*arguments: Any) -> Tensor:
+    def watched_norm(*arguments: Any) -> Tensor:
         seen = steps.get(run.step)
         if seen is not None:
             gradients = {n: p.grad for n, p in run.raw_model.named_parameters()}
             seen["gradients"] = {n: whole(g).clone() for n, g in gradients.items() if g is not None}
-        norm = clip_gradients(*arguments)
+        norm = gradient_norm(*arguments)
         if seen is not None:
             seen["norm"] = norm
         return norm
 
-    pretrain.loop.clip_gradients, pretrain.loop.train_step = watched_clip, watched_step
+    pretrain.loop.gradient_norm, pretrain.loop.train_step = watched_norm, watched_step
     pretrain.loop.fit(run)
     if run.fabric.global_rank == 0:
         torch.save(steps, f"{request['report']}.pt")
@@ -150,7 +150,10 @@ def clip_on_meshes(request: dict[str, Any]) -> None:
         parameter = torch.nn.Parameter(torch.zeros_like(gradient))
         parameter.grad = gradient
         parameters.append(parameter)
-    norm = clip_gradients(parameters, 0.5)
+    norm = gradient_norm(parameters)
+    coefficient = clip_coefficient(norm, 0.5)
+    assert coefficient is not None
+    scale_gradients(parameters, coefficient)
     clipped = [whole(p.grad) for p in parameters if p.grad is not None]
     if dist.get_rank() == 0:
         torch.save({"norm": norm, "gradients": wholes, "clipped": clipped}, f"{request['report']}.pt")

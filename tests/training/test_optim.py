@@ -11,7 +11,7 @@ from lit_model.model import GPT
 from lit_model.registry import get_config
 from pretrain.args import OptimArgs
 from pretrain.guards import skip_if_not_finite
-from pretrain.optim import AdamW, LossScale, clip_gradients, decays
+from pretrain.optim import AdamW, LossScale, clip_coefficient, decays, gradient_norm
 from pretrain.schedule import learning_rate
 
 
@@ -121,35 +121,45 @@ def test_skipped_step_changes_nothing() -> None:
     before = {n: p.detach().clone() for n, p in ours.items()}
     for p in ours.values():
         p.grad = torch.full_like(p, float("nan"))
-    norm = clip_gradients(ours.values(), 1.0)
-    optimizer.step(1e-2, skip_if_not_finite(norm))
+    norm = gradient_norm(ours.values())
+    optimizer.step(1e-2, skip_if_not_finite(norm), clip_coefficient(norm, 1.0))
     assert not torch.isfinite(norm)
     assert all(torch.equal(ours[n], before[n]) for n in ours)
     assert optimizer.step_count == 0
     assert all(not state["exp_avg"].any() and not state["exp_avg_sq"].any() for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize("max_norm", [0.5, 100.0])
-def test_clipping_equals_torch(max_norm: float) -> None:
-    ours, theirs = parameters(), parameters()
-    for name, gradient in parameters(3).items():
-        ours[name].grad, theirs[name].grad = gradient.detach().clone(), gradient.detach().clone()
-    norm = clip_gradients(ours.values(), max_norm)
-    expected = torch.nn.utils.clip_grad_norm_(theirs.values(), max_norm)
-    torch.testing.assert_close(norm, expected)
-    for name in ours:
-        torch.testing.assert_close(ours[name].grad, theirs[name].grad)
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])]
 
 
-def test_clipping_divides_by_the_loss_scale() -> None:
-    ours, theirs = parameters(), parameters()
-    for name, gradient in parameters(3).items():
-        ours[name].grad, theirs[name].grad = gradient.detach() * 1024, gradient.detach().clone()
-    torch.testing.assert_close(
-        clip_gradients(ours.values(), 0.5, torch.tensor(1024.0)), torch.nn.utils.clip_grad_norm_(theirs.values(), 0.5)
-    )
-    for name in ours:
-        torch.testing.assert_close(ours[name].grad, theirs[name].grad)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("max_norm", [0.5, 100.0, 0.0])
+def test_clipping_equals_torch(max_norm: float, scale: float | None, device: str) -> None:
+    """By the product, and inside of the fused kernel: the same parameters as after torch's own clipping."""
+    loss_scale = None if scale is None else torch.tensor(scale, device=device)
+    names = ("theirs", "by product", "in kernel")
+    models = {name: {n: torch.nn.Parameter(p.to(device)) for n, p in parameters().items()} for name in names}
+    optimizers = {name: AdamW(models[name].items(), OptimArgs()) for name in names}
+    optimizers["by product"].scales_in_kernel, optimizers["in kernel"].scales_in_kernel = False, True
+    for step in range(5):
+        for name, model in models.items():
+            for p, gradient in zip(model.values(), parameters(step + 3).values(), strict=True):
+                p.grad = gradient.detach().to(device) * (scale if scale and name != "theirs" else 1.0)
+        expected = torch.nn.utils.clip_grad_norm_(models["theirs"].values(), max_norm or 1e9)
+        optimizers["theirs"].step(1e-2)
+        for name in names[1:]:
+            norm = gradient_norm(models[name].values(), loss_scale)
+            torch.testing.assert_close(norm, expected)
+            coefficient = clip_coefficient(norm, max_norm, loss_scale)
+            assert (coefficient is None) == (max_norm == 0 and scale is None)
+            optimizers[name].step(1e-2, skip_if_not_finite(norm), coefficient)
+    for name in names[1:]:
+        assert optimizers[name].step_count == 5
+        for ours, theirs in zip(models[name].values(), models["theirs"].values(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_loss_scale_halves_on_overflow_and_doubles_after_the_interval() -> None:

@@ -142,10 +142,10 @@ def build(
     if args.init_optimizer and checkpoint is None:
         load_optimizer(optimizer, optimizer_of(args))
     loss_scale = LossScale.create(device) if args.precision == "fp16" else None
-    loader = training_loader(args, fabric, data, progress.segments)
     val_loaders = {name: validation_loader(args, fabric, data, rows) for name, rows in data.val.items()}
     saver = Saver(folder, args.save, device, timeout=timedelta(seconds=args.timeout_s))
     teachers = open_teachers(args.distillation, args.precision, device)
+    loader = training_loader(args, fabric, data, progress.segments, teachers)
     watchdog = peers.watchdog = open_watchdog(fabric, folder, args.guard.hang_timeout_s)
     if fabric.world_size > 2 and not placement.fsdp:
         fix_ddp_buckets(args, placement, fabric, model, optimizer, data.block_size)

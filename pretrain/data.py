@@ -18,8 +18,8 @@ from lit_eval.model.model_tokenizer import OVERRIDE, check_model_and_data, compa
 from lit_eval.model.text_encoding import check_bos, unlike_special_tokens, unlike_start
 from lit_model.config import ModelConfig
 from pretrain.args import RunArgs, TrainArgs
-from pretrain.distillation.teacher_cache import check_cache
-from pretrain.distillation.teachers import check_teachers
+from pretrain.distillation.teacher_cache import CachedTeacher, check_cache
+from pretrain.distillation.teachers import Teachers, check_teachers
 from pretrain.fabric import Fabric
 from pretrain.failure.peers import on_rank_zero
 from pretrain.init_from import model_config
@@ -256,8 +256,14 @@ def in_order(args: RunArgs, rows: list[Rows], val: dict[str, Rows], block_size: 
     return Data(rows, val, Mixture(tuple(orders), phases, args.seed), block_size, max_steps, end_sample)
 
 
-def training_loader(args: RunArgs, fabric: Fabric, data: Data, segments: list[Segment]) -> Loader:
-    """The loader of this rank's rows."""
+def training_loader(
+    args: RunArgs,
+    fabric: Fabric,
+    data: Data,
+    segments: list[Segment],
+    teachers: Teachers | CachedTeacher | None = None,
+) -> Loader:
+    """The loader of this rank's rows, and of the cached predictions of its teachers."""
     micro_batch = args.train.micro_batch_samples
     return Loader(
         data.rows,
@@ -269,6 +275,7 @@ def training_loader(args: RunArgs, fabric: Fabric, data: Data, segments: list[Se
         pin_memory=fabric.device.type == "cuda",
         caches=open_caches(args, data),
         mock=args.data.mock,
+        read_extra=teachers.read if isinstance(teachers, CachedTeacher) else None,
     )
 
 

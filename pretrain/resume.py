@@ -202,7 +202,7 @@ def go_back(run: Run, path: Path, reason: str) -> None:
     vars(run).update(vars(old))
     data = run.data
     run.data = in_order(run.args, data.rows, data.val, data.block_size, run.segments)
-    run.loader = training_loader(run.args, run.fabric, run.data, run.segments)
+    run.loader = training_loader(run.args, run.fabric, run.data, run.segments, run.teachers)
     plan = on_rank_zero(run.fabric, lambda: plan_budgets(run.args, run.data, run, run.words, run.folder))
     run.budgets, run.saver.kept, run.evaluated_steps = plan.at, plan.kept, plan.evaluated
     run.recorder, run.compactor, run.trackers = begin_recording(

@@ -68,6 +68,7 @@ class MicroBatch:
         spans: origin of the tokens (host memory).
         n_targets: number of tokens with a loss.
         n_inputs: number of document tokens, without padding.
+        extra: tensors that the loader's `read_extra` read for these rows, for example cached teacher predictions.
     """
 
     tokens: torch.Tensor
@@ -76,6 +77,7 @@ class MicroBatch:
     spans: Spans
     n_targets: int
     n_inputs: int
+    extra: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass

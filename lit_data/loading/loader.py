@@ -5,13 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from lit_data.loading.batches import BatchPlan, BatchReader, RowNumbers, StepData
+from lit_data.loading.batches import BatchPlan, BatchReader, MicroBatch, RowNumbers, StepData
 from lit_data.loading.mixture import Mixture
 from lit_data.loading.order import Segment, first_sample_of_step, row_of
 from lit_data.loading.rows import Rows
@@ -47,6 +48,7 @@ class Loader:
         pin_memory: pin the tensors' memory, for asynchronous copies to CUDA.
         caches: read through these, one per dataset, instead of from the datasets.
         mock: repeat the first step forever, to measure training speed without a loader.
+        read_extra: reads more tensors for a micro-batch (`MicroBatch.extra`), in the thread that reads its tokens.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Loader:
         pin_memory: bool = False,
         caches: Sequence[ShardCache] | None = None,
         mock: bool = False,
+        read_extra: Callable[[MicroBatch], tuple[torch.Tensor, ...]] | None = None,
     ) -> None:
         for s in segments:
             group = layout.world_size * layout.micro_batch_samples
@@ -68,7 +71,7 @@ class Loader:
         assert all(r.block_size == layout.block_size for r in rows) and len(rows) == len(mixture.orders)
         self.rows, self.mixture, self.layout, self.segments = list(rows), mixture, layout, tuple(segments)
         self.end_sample, self.prefetch_steps, self.caches, self.mock = end_sample, prefetch_steps, caches, mock
-        self._reader = BatchReader(self.rows, caches, pin_memory)
+        self._reader, self._read_extra = BatchReader(self.rows, caches, pin_memory), read_extra
         self._done = 0  # steps before this one have been read
 
     def read_step(self, step: int) -> StepData:
@@ -210,7 +213,11 @@ class Loader:
     def _read(self, plan: BatchPlan, step: int, nth: int, of: int) -> StepData:
         """The `nth` step of the `of` in a plan."""
         n = plan.n_batches // of
-        return StepData(step, [self._reader.read(plan, b) for b in range(nth * n, (nth + 1) * n)])
+        batches = [self._reader.read(plan, b) for b in range(nth * n, (nth + 1) * n)]
+        if self._read_extra is not None:
+            for batch in batches:
+                batch.extra = self._read_extra(batch)
+        return StepData(step, batches)
 
     def _follow(self, first_step: int, last_step: int) -> list[dict[int, int]]:
         """Let the caches stage the data of these steps. Returns, per cache, the cumulative number of ranges at each

@@ -226,33 +226,40 @@ def _differences(there: CacheFacts, here: CacheFacts) -> str:
 
 
 class CachedTeacher:
-    """Reads cached predictions for the rows of a micro-batch."""
+    """Cached predictions: read by the loader's thread along with the rows, moved to the device in the step."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device, self.facts = folder, device, read_facts(folder)
         self._maps: OrderedDict[tuple[str, int], npt.NDArray[Any]] = OrderedDict()
 
     def __call__(self, batch: MicroBatch) -> TopK:
-        """ids int64 and log-probabilities float32, both (B, T, k), on the student's device."""
+        """ids int64 and log-probabilities float32, both (B, T, k), on the student's device. No host sync."""
+        ids, log_probs = batch.extra
+        return TopK(ids.to(self.device, non_blocking=True).long(), log_probs.to(self.device, non_blocking=True).float())
+
+    def read(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids int32 and log-probabilities in the type of the cache, both (B, T, k), in host memory: pinned for CUDA.
+
+        Raises ValueError for a damaged cache.
+        """
         facts = self.facts
-        B, T = batch.tokens.shape
-        ids = np.zeros((B, T, facts.k), dtype=facts.dtype_of("ids"))
-        log_probs = np.zeros((B, T, facts.k), dtype=facts.dtype_of("log_probs"))
+        pinned, shape = self.device.type == "cuda", (*batch.tokens.shape, facts.k)
+        read = (
+            torch.zeros(shape, dtype=torch.int32, pin_memory=pinned),
+            torch.zeros(shape, dtype=getattr(torch, facts.dtype), pin_memory=pinned),
+        )
+        ids, log_probs = (tensor.numpy() for tensor in read)
         for row, window in enumerate(batch.spans.window.tolist()):
             if window >= 0:  # a row without data has no targets
                 file, place = divmod(window, facts.rows_per_file)
                 ids[row] = self._map("ids", file)[place]
                 log_probs[row] = self._map("log_probs", file)[place]
-        signed = torch.from_numpy(ids.astype(np.int32))
-        if signed.max() >= facts.vocab_size or signed.min() < 0 or not (log_probs <= 0).all():
+        if ids.max() >= facts.vocab_size or ids.min() < 0 or not (log_probs <= 0).all():
             raise ValueError(
                 f"{self.folder} is damaged: it holds ids outside the vocabulary or probabilities above 1 for a row of "
                 f"{batch.spans.window.tolist()}; make it again with scripts/cache_teacher.py"
             )
-        return TopK(
-            signed.to(self.device, non_blocking=True).long(),
-            torch.from_numpy(log_probs).to(self.device, non_blocking=True).float(),
-        )
+        return read
 
     def _map(self, name: str, file: int) -> npt.NDArray[Any]:
         """A file, memory-mapped on first use."""

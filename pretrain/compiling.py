@@ -12,8 +12,8 @@ import torch
 from lit_model.model import GPT, Block
 
 COMPILATIONS_PER_KIND = 2 * 2 * 2
-"""Per kind of block: training and validation, with and without document mask, each first for static shapes
-(micro-batch, number of pieces) and, once these change, for dynamic ones."""
+"""Per kind of block: training and validation, with and without document mask, each first for a static micro-batch and,
+once it changes, for dynamic ones. The number of pieces is dynamic from the start."""
 
 
 def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -29,8 +29,16 @@ def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -
     logger = logging.getLogger("torch._dynamo.convert_frame")
     if not any(isinstance(other, _LimitReached) for other in logger.filters):
         logger.addFilter(_LimitReached())
+    model.register_forward_pre_hook(_free_boundaries, with_kwargs=True)
     for block in model.blocks():
         block.compile(backend=backend)
+
+
+def _free_boundaries(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Mark the number of pieces as varying: else the second number in a run compiles all blocks a second time."""
+    cu_seqlens = kwargs.get("cu_seqlens")
+    if cu_seqlens is not None:
+        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
 
 
 class CompiledBlocks:

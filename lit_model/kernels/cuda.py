@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,6 +142,16 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, AttentionVaria
     "varlen": _varlen,
 }
 _MODULES = {"fa4": "flash_attn.cute.interface", "fa3": "flash_attn_interface", "fa2": "flash_attn.flash_attn_interface"}
+EXTRAS = {"fa4": "hopper", "fa2": "flash"}
+"""The extras of pyproject.toml that install a kernel. FA3 is not on the package index."""
+
+
+class Obstacle(NamedTuple):
+    """Why a kernel can't run: this GPU, dtype or head size; a missing package, a broken one; or a missing feature."""
+
+    kind: Literal["here", "missing", "broken", "feature"]
+    text: str
+    """A clause for an error or a log line."""
 
 
 def _known(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
@@ -157,8 +167,39 @@ def obstacle(
     head_size: int,
     deterministic: bool,
     features: tuple[str, ...],
-) -> str | None:
-    """Why one of KERNELS can't run, as a clause; None if it can."""
+) -> Obstacle | None:
+    """Why one of KERNELS can't run; None if it can. A package is imported only if it could be chosen."""
+    text = _obstacle_here(name, device, dtype, head_size)
+    if text is not None:
+        return Obstacle("here", text)
+    lacks = lacking(name, features)
+    if lacks is not None:
+        return Obstacle("feature", lacks)
+    if name == "varlen":
+        if not VARLEN_ARGUMENTS:
+            return Obstacle("missing", "this torch has no torch.nn.attention.varlen")
+        lacks = lacking(name, features, VARLEN_ARGUMENTS)
+        return None if lacks is None else Obstacle("feature", lacks)
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except Exception as error:  # a broken build of an optional package must not rule out the others; the log shows it
+        if isinstance(error, ModuleNotFoundError) and f"{_MODULES[name]}.".startswith(f"{error.name}."):
+            extra = f' (the extra "{EXTRAS[name]}", docs/install.md)' if name in EXTRAS else ""
+            return Obstacle("missing", f"{_MODULES[name]} is not installed{extra}")
+        first_line = (str(error).splitlines() or [""])[0][:200]
+        return Obstacle("broken", f"it is installed but does not import ({type(error).__name__}: {first_line})")
+    functions = ("_flash_attn_fwd", "_flash_attn_bwd") if name == "fa4" else ("flash_attn_varlen_func",)
+    absent = [function for function in functions if not hasattr(module, function)]
+    if absent:
+        return Obstacle("broken", f"this release has no {absent[0]}")
+    parameters = [set(inspect.signature(getattr(module, function)).parameters) for function in functions]
+    if name == "fa4" and deterministic and "deterministic" not in parameters[1]:
+        return Obstacle("feature", "this release has no deterministic backward")
+    lacks = lacking(name, features, set.intersection(*parameters))
+    return None if lacks is None else Obstacle("feature", lacks)
+
+
+def _obstacle_here(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     if device.type != "cuda":
         return f"it needs CUDA, the device is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -168,19 +209,4 @@ def obstacle(
         return f"head_size {head_size} is not a multiple of 8 up to {largest}"
     major, minor = torch.cuda.get_device_capability(device)
     supported = {"fa4": major in (9, 10), "fa3": major == 9}.get(name, major >= 8)
-    if not supported:
-        return f"it doesn't support compute capability {major}.{minor}"
-    if name == "varlen":
-        if not VARLEN_ARGUMENTS:
-            return "this torch has no torch.nn.attention.varlen"
-        return lacking(name, features, VARLEN_ARGUMENTS)
-    try:
-        module = importlib.import_module(_MODULES[name])
-    except Exception as error:  # a broken build of an optional package must not rule out the others; the log shows it
-        first_line = (str(error).splitlines() or [""])[0]
-        return f"{_MODULES[name]} does not import ({type(error).__name__}: {first_line})"
-    functions = ("_flash_attn_fwd", "_flash_attn_bwd") if name == "fa4" else ("flash_attn_varlen_func",)
-    parameters = [set(inspect.signature(getattr(module, function)).parameters) for function in functions]
-    if name == "fa4" and deterministic and "deterministic" not in parameters[1]:
-        return "this release has no deterministic backward"
-    return lacking(name, features, set.intersection(*parameters))
+    return None if supported else f"it doesn't support compute capability {major}.{minor}"

@@ -309,51 +309,118 @@ def test_the_table_matches_the_choice(pretend):
     assert {name for name in NAMES if "documents" not in SERVES[name]} == {"sdpa"}
 
 
-def test_auto_falls_back_to_a_correct_kernel_and_reports_it(pretend):
-    pretend((9, 0), (fa4_func, fa4_func), varlen_func, varlen_func)
-    assert choose() == ("fa4", "fastest variable-length kernel that runs here")
-    softcap = choose(variant=SOFTCAP)
-    assert softcap.name == "fa3" and softcap.reason.endswith(" (not fa4: it has no soft-cap)")
-    dropped = choose(variant=DROPOUT)
-    assert dropped.name == "fa2"
-    assert "fa3: it has no attention dropout" in dropped.reason and "fa4: it has no attention" in dropped.reason
-    both = choose(variant=AttentionVariant(softcap=50.0, dropout=0.1))
-    assert both.name == "loop" and "fa2: it has no soft-cap together with attention dropout" in both.reason
-    assert "soft-cap and attention dropout in blocks of queries" in both.reason
-    assert choose(documents=False).name == "sdpa"
-    assert choose(documents=False, variant=SCALE).name == "sdpa"
-    windowed = choose(documents=False, variant=WINDOW)
-    assert windowed.name == "fa4" and "not sdpa: it has no sliding window" in windowed.reason
-    assert choose(documents=False, variant=DROPOUT, dtype=torch.float32).name == "loop"
-    with pytest.raises(ValueError, match="soft-cap together"):
-        choose("fa2", variant=AttentionVariant(softcap=50.0, dropout=0.1))
-
-
-def test_support_depends_on_the_releases_arguments(pretend):
-    pretend((9, 0), fa3=varlen_func_of_old, fa2=varlen_func_of_old)
-    assert choose().name == "fa3" and choose(variant=SCALE).name == "fa3"
-    windowed = choose(variant=WINDOW)
-    assert windowed.name == "varlen" and "fa3: this release has no sliding window" in windowed.reason
-    assert "fa2: this release has no sliding window" in windowed.reason
-    assert choose(variant=SOFTCAP).name == "loop"
+FA4, NEW, OLD = (fa4_func, fa4_func), varlen_func, varlen_func_of_old
+ALL = {"fa4": FA4, "fa3": NEW, "fa2": NEW}
+HOPPER, BLACKWELL, CONSUMER, ADA, AMPERE, TURING = (9, 0), (10, 3), (12, 0), (8, 9), (8, 0), (7, 5)
+BOTH = AttentionVariant(softcap=50.0, dropout=0.1)
+WANTS_FA4 = 'the extra "hopper" would give fa4'
+# capability, packages, variant, documents -> kernel, the remark in its reason ("" none)
+CHOICES = [
+    (HOPPER, ALL, PLAIN, True, "fa4", ""),
+    (HOPPER, ALL, WINDOW, True, "fa4", ""),
+    (HOPPER, ALL, SCALE, True, "fa4", ""),
+    (HOPPER, ALL, PLAIN, False, "fa4", ""),
+    (HOPPER, {}, PLAIN, True, "varlen", WANTS_FA4),
+    (HOPPER, {}, PLAIN, False, "sdpa", WANTS_FA4),
+    (HOPPER, {"fa3": NEW, "fa2": NEW}, PLAIN, True, "fa3", WANTS_FA4),
+    (HOPPER, {"fa2": NEW}, WINDOW, True, "fa2", WANTS_FA4),
+    (HOPPER, {"fa3": OLD, "fa2": OLD}, PLAIN, True, "fa3", WANTS_FA4),
+    (HOPPER, {"fa4": FA4, "fa3": OLD}, WINDOW, True, "fa4", ""),
+    (
+        *(HOPPER, {"fa3": OLD, "fa2": OLD}, WINDOW, True, "varlen"),
+        f"not fa3 or fa2: this release has no sliding window; {WANTS_FA4}",
+    ),
+    (HOPPER, {"fa3": OLD}, WINDOW, False, "varlen", "not sdpa: it has no sliding window; not fa3: this release has no"),
+    (HOPPER, ALL, SOFTCAP, True, "fa3", "not fa4: it has no soft-cap"),
+    (HOPPER, {"fa4": FA4, "fa2": NEW}, SOFTCAP, False, "fa2", "not fa4 or sdpa: it has no soft-cap"),
+    (
+        *(HOPPER, {"fa4": FA4}, SOFTCAP, True, "loop"),
+        'not fa4 or varlen: it has no soft-cap; the extra "flash" would give fa2',
+    ),
+    (HOPPER, ALL, DROPOUT, True, "fa2", "not fa4 or fa3: it has no attention dropout"),
+    (HOPPER, ALL, BOTH, True, "loop", "not fa2: it has no soft-cap together with attention dropout"),
+    (BLACKWELL, ALL, PLAIN, True, "fa4", ""),
+    (BLACKWELL, {"fa3": NEW, "fa2": NEW}, PLAIN, True, "fa2", WANTS_FA4),
+    (BLACKWELL, {}, PLAIN, True, "varlen", WANTS_FA4),
+    (BLACKWELL, {"fa4": (fa4_func, fa4_backward_of_old)}, PLAIN, True, "fa4", ""),
     # FA4's backward supported windows later than its forward.
-    pretend((10, 0), fa4=(fa4_func, fa4_backward_of_old))
-    assert choose().name == "fa4" and choose(variant=SCALE).name == "fa4"
+    (
+        *(BLACKWELL, {"fa4": (fa4_func, fa4_backward_of_old)}, WINDOW, True, "varlen"),
+        "not fa4: this release has no sliding window",
+    ),
+    (CONSUMER, ALL, PLAIN, True, "fa2", ""),
+    (ADA, {}, PLAIN, True, "varlen", ""),
+    (AMPERE, ALL, PLAIN, True, "fa2", ""),
+    (AMPERE, ALL, PLAIN, False, "sdpa", ""),
+    (AMPERE, {}, SOFTCAP, True, "loop", 'not varlen: it has no soft-cap; the extra "flash" would give fa2'),
+    (TURING, ALL, PLAIN, True, "loop", "not varlen: it doesn't support compute capability 7.5"),
+    (TURING, {}, PLAIN, False, "sdpa", ""),
+]
+
+
+@pytest.mark.parametrize(("capability", "installed", "variant", "documents", "name", "remark"), CHOICES)
+def test_auto_takes_the_fastest_kernel_in_one_line(pretend, capability, installed, variant, documents, name, remark):
+    """GPU x packages and their releases x features: the choice, and a remark only where it is of use."""
+    pretend(capability, **installed)
+    choice = choose(documents=documents, variant=variant)
+    assert choice.name == name
+    assert remark in choice.reason and "\n" not in choice.reason and len(choice.reason) < 280
+    assert ("(" in choice.reason) == bool(remark)
+
+
+def test_the_choice_by_dtype_and_head_size(pretend):
+    pretend(HOPPER, **ALL)
+    fp32 = choose(dtype=torch.float32)
+    assert fp32.name == "loop" and fp32.reason.endswith("(not varlen: it needs bfloat16 or float16, not float32)")
+    assert choose(documents=False, variant=DROPOUT, dtype=torch.float32).name == "loop"
+    assert choose_attention("cuda", torch.bfloat16, 256).name == "fa3"
+    assert choose_attention("cuda", torch.bfloat16, 12).name == "loop"
+
+
+def test_a_broken_package_is_reported_and_passed_over(pretend, tmp_path, monkeypatch):
+    """FA4 installed without one of its dependencies, or from a release without the functions used here."""
+    pretend(HOPPER)
+    monkeypatch.delitem(sys.modules, "flash_attn.cute.interface")
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    package = tmp_path / "flash_attn" / "cute"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "interface.py").write_text("import a_missing_compiler\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    choice = choose()
+    assert choice.name == "varlen" and "would give" not in choice.reason
+    text = "not fa4: it is installed but does not import (ModuleNotFoundError: No module named 'a_missing_compiler')"
+    assert text in choice.reason
+    pretend(HOPPER, fa4=FA4)
+    monkeypatch.delattr(sys.modules["flash_attn.cute.interface"], "_flash_attn_bwd")
+    assert "not fa4: this release has no _flash_attn_bwd" in choose().reason
+
+
+def test_a_requested_kernel_names_its_package(pretend):
+    pretend(HOPPER)
+    with pytest.raises(ValueError, match=r'flash_attn.cute.interface is not installed \(the extra "hopper", docs/inst'):
+        choose("fa4")
+    with pytest.raises(ValueError, match="flash_attn_interface is not installed; choose another"):
+        choose("fa3")
+    pretend(HOPPER, **ALL)
+    with pytest.raises(ValueError, match="soft-cap together"):
+        choose("fa2", variant=BOTH)
+    pretend(BLACKWELL, fa4=(fa4_func, fa4_backward_of_old))
     with pytest.raises(ValueError, match="this release has no sliding window"):
         choose("fa4", variant=WINDOW)
-    pretend((10, 0), fa4=(fa4_func, fa4_func))
-    assert choose(variant=WINDOW).name == "fa4"
-    softcap = choose(variant=SOFTCAP)
-    assert softcap.name == "loop" and "fa4: it has no soft-cap" in softcap.reason
 
 
 def test_torch_without_a_window(pretend, monkeypatch):
-    pretend((8, 0))
+    pretend(AMPERE)
     monkeypatch.setattr(cuda, "VARLEN_ARGUMENTS", frozenset({"cu_seq_q", "is_causal"}))
     assert choose().name == "varlen"
     for variant, lacking in ((SCALE, "scale"), (WINDOW, "sliding window")):
         choice = choose(variant=variant)
         assert choice.name == "loop" and f"varlen: this release has no {lacking}" in choice.reason
+    monkeypatch.setattr(cuda, "VARLEN_ARGUMENTS", frozenset())
+    choosing._choose.cache_clear()
+    assert choose().name == "loop"
 
 
 def test_the_choice_on_a_cpu_is_reported():

@@ -56,6 +56,12 @@ def positive(*figures: float) -> bool:
 # --- arguments and checks, by name -----------------------------------------------------------------------------------
 
 
+def boundaries_check(found: dict[str, Any]) -> None:
+    for row in found["results"]:
+        assert row["1 steps"]["sizes"] <= row["4 steps"]["sizes"] <= row["exact"]["sizes"] and not row["exact"]["empty"]
+        assert 0 <= row["4 steps"]["empty"] <= row["1 steps"]["empty"] + 0.01
+
+
 def cache_check(found: dict[str, Any]) -> None:
     assert positive(found["peak_folder_mb"], found["staged_mb_s"]) and not found["failures"]
 
@@ -129,6 +135,10 @@ def train_step_check(found: dict[str, Any]) -> None:
 
 Arguments = Callable[[Path, Path], list[object]]  # of the corpus and a folder for outputs
 SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
+    "boundaries": (
+        lambda corpus, made: ["--mean", 100, "--rows", 2, 8, "--block_size", 512, "--micro_batches", 200],
+        boundaries_check,
+    ),
     "cache": (
         lambda corpus, made: [
             *("--dataset_mb", 4, "--source_mb_s", 400, "--use_mb_s", 20, "--budget_mb", 2, "--chunk_mb", 0.0625),
@@ -187,7 +197,7 @@ SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
         train_step_check,
     ),
 }
-QUICK = {"cache"}
+QUICK = {"boundaries", "cache"}
 OTHERS = {"gpu_matrix", "megatron_round_trip", "real_model"}  # tested below
 
 

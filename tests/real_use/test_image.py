@@ -63,11 +63,13 @@ def build(
 
 @pytest.mark.parametrize(("cuda", "extra"), [("13", "[cu13]"), ("12", "")])
 def test_flash_attention_four_by_default(cuda: str, extra: str, tmp_path: Path) -> None:
-    """Exactly pinned wheels of FA4 for the CUDA version of the image's torch, after libibverbs."""
+    """The extra of FA4 for the CUDA version of the image's torch, exactly pinned wheels, after libibverbs."""
     assert "    flash_attn=fa4\n" in DEFINITION
     done, calls = build(tmp_path, "fa4", cuda, resolve=False)
     assert done.returncode == 0, done.stderr
-    assert calls[-1].endswith(f"-c torch.txt flash-attn-4{extra}==4.0.0b36 nvidia-cutlass-dsl{extra}==4.8.1")
+    assert calls[-1].endswith("-c torch.txt -r kernels.txt")
+    pins = [line.partition(";")[0] for line in (tmp_path / "kernels.txt").read_text().splitlines()]
+    assert pins == [f"flash-attn-4{extra}==4.0.0b36", f"nvidia-cutlass-dsl{extra}==4.8.1"]
     assert "libibverbs1" in (tmp_path / "calls.apt").read_text()
 
 

@@ -25,7 +25,6 @@ from lit_model.config import ModelConfig
 from lit_model.hf.io import read_folder
 from lit_model.hf.table import LazyTensors, check_names
 from lit_model.model import GPT, parameter_shapes
-from lit_model.sharded import SafeReader as SafeReader
 from lit_model.sharded import ShardedTensors
 from lit_model.tensor_file import DAMAGED, fault, open_tensor_file
 

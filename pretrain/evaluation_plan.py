@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -86,9 +85,8 @@ def open_evaluation(args: EvalArgs, dataset: PackedDataset, vocab_size: int, blo
             raise ValueError(f"--eval.tasks: {error}") from error
         if task.name in (other.name for other in tasks):
             raise ValueError(f"--eval.tasks: two tasks are named {task.name}")
-        if args.max_items is not None and args.max_items < len(task.items):
-            n = len(task.items)
-            task = dataclasses.replace(task, items=[task.items[i * n // args.max_items] for i in range(args.max_items)])
+        if args.max_items is not None:
+            task = task.evenly_spaced(args.max_items)
         # This computes and keeps the ids.
         spans = iter(encoder.spans([candidate for item in task.items for candidate in item.candidates]))
         fitting = [[_fits(next(spans), block_size) for _ in item.candidates] for item in task.items]

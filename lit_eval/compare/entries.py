@@ -51,11 +51,6 @@ class Entry:
     results: list[Results] = field(default_factory=list)
     run: RunFacts | None = None
 
-    @property
-    def newest(self) -> Results | None:
-        """The results of the newest checkpoint."""
-        return self.results[-1] if self.results else None
-
 
 def read_entries(paths: Sequence[Path]) -> list[Entry]:
     """Read what is to be compared. Raises FileNotFoundError or ValueError naming the path that is none of it."""

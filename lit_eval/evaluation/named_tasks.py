@@ -24,11 +24,6 @@ MakeJob = Callable[[str, Path, EvaluationSettings], Job]
 task cannot be done for it."""
 
 
-def of_function(run: Callable[[Evaluation], Result], *settings: str) -> MakeJob:
-    """A task without a file; `settings` are the names of those that change its numbers."""
-    return lambda name, model, given: Job(name, run, settings=settings)
-
-
 def _synthetic(name: str, model: Path, given: EvaluationSettings) -> Job:
     path, _ = synthetic_text(model)
     source = {"file": str(path.resolve()), "sha256": file_sha256(path)}

@@ -12,7 +12,6 @@ from lit_data.corpus.grammar_nll import conditional_nll
 from lit_data.corpus.synthetic import LEVELS
 from lit_eval.evaluation.jobs import Evaluation
 from lit_eval.score.results import Result
-from lit_files.checksum import file_sha256
 from lit_model.load import Checkpoint, is_hf_folder
 
 
@@ -65,5 +64,4 @@ def model_and_generator(evaluation: Evaluation) -> Result:
             "generator_nats": float(floor.sum()),
         },
         items=excess.tolist(),
-        source={"file": str(path.resolve()), "sha256": file_sha256(path)},
     )

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -149,7 +148,6 @@ def evaluate_babyllama(model: EvalModel, settings: BabyLlamaSettings | None = No
     Raises ValueError for a fault in the file of prompts, or a model without tokenizer.
     """
     settings = settings or BabyLlamaSettings()
-    begun = time.monotonic()
     custom = settings.custom_prompts
     prompts = open_prompts() if custom is None else read_prompts(custom)
     items = completions() if custom is None else read_completions(custom)
@@ -172,7 +170,6 @@ def evaluate_babyllama(model: EvalModel, settings: BabyLlamaSettings | None = No
         for batch, group in speed.groups["batch_size"].items():
             result.metrics[f"decode_tokens_per_s_{batch}"] = group.metrics["decode_tokens_per_s"]
     result.source = {"n_items": result.n, **({"file": str(custom)} if custom is not None else {})}
-    result.seconds = time.monotonic() - begun
     return result
 
 

@@ -1,24 +1,18 @@
-"""How sure a model is of its next token, on given texts, and how often it is right when it is that sure.
-
-Dimensions: B rows of a batch, T tokens of its longest row, n tokens of a chunk.
-"""
+"""How sure a model is of its next token, on given texts, and how often it is right when it is that sure."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from lit_eval.model.eval_model import EvalModel, Prefix
-from lit_eval.model.likelihood import Span, numbers_of_targets, rolling_windows
+from lit_eval.model.likelihood import numbers_of_targets, rolling_windows
 from lit_eval.score.results import Result
-from lit_model.loss import IGNORE_INDEX
 
 Array = npt.NDArray[np.float64]
 LOW = 0.5  # a prediction whose most probable token has less is of low confidence
@@ -69,46 +63,10 @@ def predict(
     """
     prefix_id = model.prefix_id(prefix)
     spans = [s for ids in model.encode(texts) for s in rolling_windows(ids, prefix_id, model.config.block_size)]
-    found: list[tuple[int, npt.NDArray[np.float64]]] = []
-    for numbers in _batches(spans, batch_tokens):
-        rows = [spans[i] for i in numbers]
-        tokens, targets = _tensors(rows)
-        with torch.no_grad(), model.autocast():
-            out: Tensor = model.model(tokens.to(model.device), targets.to(model.device), head=predictions_of_targets)
-        kept = targets != IGNORE_INDEX  # (B, T)
-        values = out.double().cpu().numpy()
-        found += [(i, values[:, row, kept[row].numpy()]) for row, i in enumerate(numbers)]
-    if not found:
+    if not spans:
         raise ValueError("the texts have no token to predict")
-    return Predictions(*np.concatenate([values for _, values in sorted(found, key=lambda pair: pair[0])], axis=1))
-
-
-def _batches(spans: Sequence[Span], batch_tokens: int) -> Iterator[list[int]]:
-    batch: list[int] = []
-    width = 0
-    for i in sorted(range(len(spans)), key=lambda i: -_width(spans[i])):
-        if batch and (len(batch) + 1) * width > batch_tokens:
-            yield batch
-            batch = []
-        width = width if batch else _width(spans[i])
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def _width(span: Span) -> int:
-    return len(span.context) + len(span.continuation) - 1
-
-
-def _tensors(spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
-    """Tokens and targets (B, T), padded on the right."""
-    tokens = torch.zeros(len(spans), max(map(_width, spans)), dtype=torch.int64)
-    targets = torch.full_like(tokens, IGNORE_INDEX)
-    for row, span in enumerate(spans):
-        ids, n, width = [*span.context, *span.continuation], len(span.continuation), _width(span)
-        tokens[row, :width] = torch.tensor(ids[:-1])
-        targets[row, width - n : width] = torch.tensor(ids[-n:])
-    return tokens, targets
+    found = model.scorer(batch_tokens, head=predictions_of_targets).numbers(spans)
+    return Predictions(*np.concatenate(found, axis=1, dtype=np.float64))
 
 
 def _predict(logits: Tensor, target: Tensor) -> Sequence[Tensor]:
@@ -158,7 +116,6 @@ def evaluate_confidence(
 
     Raises ValueError if the texts have no token, or the model no tokenizer.
     """
-    begun = time.monotonic()
     found = predict(model, texts, prefix=prefix, batch_tokens=batch_tokens)
     bins = calibration(found)
     metrics = {
@@ -175,6 +132,5 @@ def evaluate_confidence(
         metrics=metrics,
         source={"n_items": len(texts)},
         settings={"prefix": prefix},
-        seconds=time.monotonic() - begun,
         details={"calibration": [asdict(b) for b in bins]},
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -64,7 +63,6 @@ def evaluate_memorization(
     """
     if not prompts:
         raise ValueError("memorization needs at least one prompt")
-    begun = time.monotonic()
     datasets, run = open_training_data(model, data)
     if texts is None:
         texts = generate_texts(model, prompts, settings)
@@ -94,6 +92,5 @@ def evaluate_memorization(
             "fingerprints": [dataset.fingerprint for dataset in datasets],
         },
         settings={**plain_settings(settings), "min_tokens": min_tokens},
-        seconds=time.monotonic() - begun,
         details={"copies": sorted(listed, key=lambda copy: -copy["length"])},
     )

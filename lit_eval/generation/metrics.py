@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 import statistics
-import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -134,7 +133,6 @@ def evaluate_generation(model: EvalModel, prompts: Sequence[Prompt], settings: G
     if not prompts:
         raise ValueError("generation needs at least one prompt")
     model.need_tokenizer()
-    begun = time.monotonic()
     texts = generate_texts(model, prompts, settings)
     return Result(
         kind="generation",
@@ -143,7 +141,6 @@ def evaluate_generation(model: EvalModel, prompts: Sequence[Prompt], settings: G
         items=[repetition(words_of(one.text or ""), 4) for one in texts],
         source={"n_items": len(prompts)},
         settings=plain_settings(settings),
-        seconds=time.monotonic() - begun,
         details={"samples": [asdict(one) for one in texts]},
     )
 

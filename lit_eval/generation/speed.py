@@ -93,7 +93,6 @@ def evaluate_speed(model: EvalModel, settings: SpeedSettings | None = None) -> R
             `peak_bytes` of memory on a GPU.
     """
     settings = settings or SpeedSettings()
-    begun = time.monotonic()
     prompt_tokens, new_tokens = fit(model.config.block_size, settings)
     groups = {}
     for batch in settings.batch_sizes:
@@ -118,7 +117,6 @@ def evaluate_speed(model: EvalModel, settings: SpeedSettings | None = None) -> R
         settings={**asdict(settings), "batch_sizes": list(settings.batch_sizes)}
         | {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "device": str(model.device)}
         | {"threads": torch.get_num_threads(), "dtype": str(model.dtype).removeprefix("torch.")},
-        seconds=time.monotonic() - begun,
     )
 
 

@@ -124,15 +124,15 @@ class EvalModel:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """See lit_eval.model.likelihood.Forward."""
-        with self.autocast():
-            scores: Tensor = self.model(tokens, targets, head=score_targets)
-        return scores
+    def scorer(self, batch_tokens: int = 16384, *, head: Any = score_targets, **options: Any) -> Scorer:
+        """Scores token sequences. `head` computes the numbers of the targets; `options` are fields of Scorer."""
 
-    def scorer(self, batch_tokens: int = 16384, **options: Any) -> Scorer:
-        """Scores token sequences; `options` are fields of Scorer."""
-        return Scorer(self.forward, self.config.block_size, batch_tokens, self.device, **options)
+        def forward(tokens: Tensor, targets: Tensor) -> Tensor:
+            with self.autocast():
+                numbers: Tensor = self.model(tokens, targets, head=head)
+            return numbers
+
+        return Scorer(forward, self.config.block_size, batch_tokens, self.device, **options)
 
     @cached_property
     def facts(self) -> ModelFacts:

@@ -46,7 +46,8 @@ class SpanScore(NamedTuple):
 
 
 class Forward(Protocol):
-    """A model: tokens and targets int64 (B, T) -> log-probability and greediness of each target, float32 (2, B, T)."""
+    """A model: tokens and targets int64 (B, T) -> numbers of each target, float32 (numbers, B, T); for `Scorer.score`
+    those of `score_targets`, log-probability and greediness."""
 
     def __call__(self, tokens: Tensor, targets: Tensor, /) -> Tensor: ...
 
@@ -139,31 +140,32 @@ class Scorer:
     ranks: Ranks = field(default_factory=OneProcess)
     on_batch: Callable[[int, int], None] = lambda done, total: None
 
-    @torch.no_grad()
     def score(self, spans: Sequence[Span]) -> list[SpanScore]:
-        """The score of each continuation, on every rank.
+        """The score of each continuation, on every rank. Raises as `numbers` does."""
+        return [SpanScore(log_probabilities, bool(greedy.all())) for log_probabilities, greedy in self.numbers(spans)]
+
+    @torch.no_grad()
+    def numbers(self, spans: Sequence[Span]) -> list[npt.NDArray[np.float32]]:
+        """What `forward` gives of each continuation, float32 (numbers, tokens), on every rank.
 
         A context is cut on the left to what fits into `block_size`, as in lm-evaluation-harness. Raises ValueError for
         an empty context or continuation, and for a continuation longer than `block_size`.
         """
         rows = [self._row(span) for span in spans]
         batches = self._batches(rows)
-        mine: list[tuple[int, npt.NDArray[np.float32], bool]] = []
+        mine: dict[int, npt.NDArray[np.float32]] = {}
         rounds = -(-len(batches) // self.ranks.size)
         for round_ in range(rounds):
             self.on_batch(round_, rounds)
             number = round_ * self.ranks.size + self.ranks.rank
             batch = batches[number] if number < len(batches) else []
             tokens, targets = self._tensors([rows[i] for i in batch])
-            numbers = self.forward(tokens, targets).float().cpu().numpy()  # (2, B, T)
+            numbers = self.forward(tokens, targets).float().cpu().numpy()  # (numbers, B, T)
             for row, i in enumerate(batch):
                 stop = len(rows[i][0]) - 1
-                start = stop - len(spans[i].continuation)
-                mine.append((i, numbers[0, row, start:stop].copy(), bool(numbers[1, row, start:stop].all())))
-        scores: dict[int, SpanScore] = {}
-        for found in self.ranks.gather(mine):
-            scores.update((i, SpanScore(values, greedy)) for i, values, greedy in found)
-        return [scores[i] for i in range(len(spans))]
+                mine[i] = numbers[:, row, stop - rows[i][1] : stop].copy()
+        found = {i: values for some in self.ranks.gather(mine) for i, values in some.items()}
+        return [found[i] for i in range(len(spans))]
 
     def score_documents(self, documents: Sequence[Sequence[int]], prefix_id: int | None) -> list[list[SpanScore]]:
         """Score every token of each document once, in windows of `block_size`: the scores of a document's windows.

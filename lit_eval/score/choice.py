@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from lit_eval.score.candidates import Candidate, Metrics, Scored, group, mean
-from lit_eval.score.results import Result
+from lit_eval.score.candidates import Candidate, Scored, mean
 
 Normalise = Callable[[Candidate, str], float]
 NORMALISED: dict[str, Normalise] = {
@@ -21,6 +20,11 @@ def is_right(one: Scored, normalise: Normalise = NORMALISED["accuracy"]) -> floa
     """1.0 if the right candidate has the highest score; of equal ones the first counts, as in the harness."""
     scores = [normalise(c, text) for c, text in zip(one.candidates, one.item.choices, strict=True)]
     return float(scores.index(max(scores)) == one.item.label)
+
+
+def is_greedy(one: Scored) -> float:
+    """1.0 if the only candidate is the greedy continuation."""
+    return float(one.candidates[0].greedy)
 
 
 def chance(scored: Sequence[Scored]) -> float:
@@ -46,31 +50,6 @@ def metrics_of_last_word(scored: Sequence[Scored]) -> dict[str, float]:
     and not per token, as in LAMBADA."""
     totals = [one.candidates[0].total for one in scored]
     return {
-        "accuracy": mean([float(one.candidates[0].greedy) for one in scored]),
+        "accuracy": mean([is_greedy(one) for one in scored]),
         "perplexity": math.exp(min(-mean(totals), 700.0)),  # JSON knows no infinity
     }
-
-
-def score_choice(scored: Sequence[Scored]) -> Result:
-    """Metrics: see `metrics_of_choice`. Items: 1 for the right choice."""
-    return _result("choice", scored, metrics_of_choice, is_right)
-
-
-def score_cloze(scored: Sequence[Scored]) -> Result:
-    """Metrics: see `metrics_of_cloze`. Items: 1 for the right option."""
-    return _result("cloze", scored, metrics_of_cloze, is_right)
-
-
-def score_last_word(scored: Sequence[Scored]) -> Result:
-    """Metrics: see `metrics_of_last_word`. Items: 1 for the right word."""
-    return _result("last_word", scored, metrics_of_last_word, lambda one: float(one.candidates[0].greedy))
-
-
-def _result(kind: str, scored: Sequence[Scored], metrics: Metrics, item: Callable[[Scored], float]) -> Result:
-    return Result(
-        kind=kind,
-        n=len(scored),
-        metrics=metrics(scored),
-        groups=group(scored, metrics),
-        items=[item(one) for one in scored],
-    )

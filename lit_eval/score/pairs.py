@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lit_eval.score.candidates import Scored, group, mean
-from lit_eval.score.results import Result
+from lit_eval.score.candidates import Scored, mean
+from lit_eval.score.results import Group
 
 MACRO_OVER = ("paradigm", "file", "phenomenon", "category", "field")
 """The macro average is over the groups of the first of these groupings that the items have: 67 paradigms in BLiMP."""
@@ -26,17 +26,12 @@ def metrics_of_pairs(scored: Sequence[Scored]) -> dict[str, float]:
     }
 
 
-def score_pairs(scored: Sequence[Scored]) -> Result:
-    """Metrics: see `metrics_of_pairs`, and `accuracy_macro`, the mean over groups (MACRO_OVER). Items: 1 for a win."""
-    groups = group(scored, metrics_of_pairs)
-    metrics = metrics_of_pairs(scored)
+def is_won(one: Scored) -> float:
+    """1.0 if the good sentence is strictly more probable."""
+    return float(one.candidates[0].total > one.candidates[1].total)
+
+
+def macro_average(groups: dict[str, dict[str, Group]]) -> dict[str, float]:
+    """`accuracy_macro`, the mean over groups; empty if the items have none of MACRO_OVER."""
     by = next((name for name in MACRO_OVER if name in groups), None)
-    if by is not None:
-        metrics["accuracy_macro"] = mean([found.metrics["accuracy"] for found in groups[by].values()])
-    return Result(
-        kind="pairs",
-        n=len(scored),
-        metrics=metrics,
-        groups=groups,
-        items=[float(one.candidates[0].total > one.candidates[1].total) for one in scored],
-    )
+    return {} if by is None else {"accuracy_macro": mean([g.metrics["accuracy"] for g in groups[by].values()])}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from lit_eval.model.likelihood import Scorer
 from lit_eval.model.text_encoder import TextEncoder
-from lit_eval.score.candidates import Candidate, Scored
-from lit_eval.score.choice import score_choice, score_cloze, score_last_word
+from lit_eval.score.candidates import Candidate, Metrics, Scored, group
+from lit_eval.score.choice import is_greedy, is_right, metrics_of_choice, metrics_of_cloze, metrics_of_last_word
 from lit_eval.score.german_pairs import german_pairs
-from lit_eval.score.pairs import score_pairs
+from lit_eval.score.pairs import is_won, macro_average, metrics_of_pairs
 from lit_eval.score.results import Result
 from lit_eval.score.task_files import Kind, Task, is_task_file, read_task, task_of_records
 
@@ -21,12 +21,13 @@ NAMED: dict[str, Callable[[], Task]] = {
 }
 """Tasks that come with the code: name -> how to make it."""
 
-_RESULT: dict[Kind, Callable[[Sequence[Scored]], Result]] = {
-    "pairs": score_pairs,
-    "choice": score_choice,
-    "cloze": score_cloze,
-    "last_word": score_last_word,
+_KINDS: dict[Kind, tuple[Metrics, Callable[[Scored], float]]] = {
+    "pairs": (metrics_of_pairs, is_won),
+    "choice": (metrics_of_choice, is_right),
+    "cloze": (metrics_of_cloze, is_right),
+    "last_word": (metrics_of_last_word, is_greedy),
 }
+"""The metrics of items of a kind, and the score of one item."""
 
 
 def find_task(given: str | Path, others: Collection[str] = ()) -> Task:
@@ -85,7 +86,10 @@ def run_task(task: Task, scorer: Scorer, encoder: TextEncoder) -> Result:
     for item, found in kept:
         own_scores = [next(scores) for _ in found]
         scored.append(Scored(item, tuple(Candidate(s.total, len(s.log_probabilities), s.greedy) for s in own_scores)))
-    result = _RESULT[task.kind](scored)
+    metrics, score = _KINDS[task.kind]
+    groups = group(scored, metrics)
+    macro = macro_average(groups) if task.kind == "pairs" else {}
+    result = Result(task.kind, len(scored), metrics(scored) | macro, groups, [score(one) for one in scored])
     result.source = {"file": task.file, "sha256": task.sha256, "n_items": len(task.items)}
     if skipped:
         result.source |= {"n_skipped": sum(skipped.values()), "skipped": skipped}

@@ -72,34 +72,6 @@ Stop = Callable[[int, list[int]], bool]
 """Called with a row's number and all its new tokens after each of them; true ends the row."""
 
 
-def generate(
-    model: GPT,
-    prompt: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    eos_id: int | None = None,
-    excluded_ids: Sequence[int] = (),
-) -> Tensor:
-    """Continue one `prompt` (int64 (T,)) by up to `max_new_tokens` tokens -> int64 (T + n,) on the prompt's device.
-
-    See `Sampling` and `generate_batch`, which raises the same errors.
-    """
-    if prompt.dim() != 1:
-        raise ValueError(f"the prompt has shape {tuple(prompt.shape)}; give one row of token ids")
-    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-    ids = prompt.tolist()
-    (out,) = generate_batch(
-        model, [ids], max_new_tokens, sampling, seeds=[seed], eos_id=eos_id, excluded_ids=excluded_ids
-    )
-    return torch.tensor(ids + out.ids, dtype=torch.int64, device=prompt.device)
-
-
 def generate_batch(
     model: GPT,
     prompts: Sequence[Sequence[int]],

@@ -9,7 +9,7 @@ How to add a family, as `lit_model/hf/NAME.py` (llama.py and qwen3.py are exampl
    something); `fixed` for those with one supported value; `ignored` for those that change nothing. A key left over is
    reported by its name. `config_from_hf` here adds name, vocab_size, tie_embeddings, init_std, init and the fields
    that the family fixes.
-3. `_entries(config)`: the table of names, by `linear` of table.py and its transforms, in the model's order.
+3. `names` and `block`: the tables of names; and `transforms`, of table.py, for tensors that differ in more than that.
 4. `FAMILY = Family(...)`: which fields of ModelConfig are free and which are fixed. Whatever is not named must have its
    default, so that a field added later is an obstacle until a family declares support.
 5. A line in FAMILIES, and `tests/model/test_hf_NAME.py` with the checks of tests/harness/hf_checks.py.
@@ -97,7 +97,7 @@ def config_from_hf(hf: Mapping[str, Any], name: str = "") -> ModelConfig:
     """The config behind a config.json of either generation.
 
     Raises ValueError naming the key for anything that this model does not compute, or that is missing or unknown. The
-    vocabulary is padded to a multiple of 64 here as everywhere; `tensors_from_hf` adds the rows.
+    vocabulary is padded to a multiple of 64 here as everywhere; `table.tensors_from_hf` adds the rows.
     """
     family = family_from_hf(hf)
     architectures = hf.get("architectures")
@@ -127,10 +127,3 @@ def config_from_hf(hf: Mapping[str, Any], name: str = "") -> ModelConfig:
 def tensors_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the config's family from ours; see `table.tensors_to_hf`."""
     return table.tensors_to_hf(family_of(config), config, tensors)
-
-
-def tensors_from_hf(
-    config: ModelConfig, tensors: Mapping[str, Tensor], family: Family | None = None
-) -> Mapping[str, Tensor]:
-    """Our tensors from those of a family, by default the config's; see `table.tensors_from_hf`."""
-    return table.tensors_from_hf(family or family_of(config), config, tensors)

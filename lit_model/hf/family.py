@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, Protocol
 
@@ -35,11 +35,7 @@ class Entry(NamedTuple):
     transform: Transform
 
 
-def _no_obstacle(config: ModelConfig) -> str | None:
-    return None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A `model_type` of transformers. lit_model/hf/families.py says how to add one."""
 
@@ -49,27 +45,38 @@ class Family:
     """The class that `AutoModelForCausalLM` opens."""
     free: Set[str]
     """Fields of ModelConfig that may have any value, beyond those that are free in every family (ALWAYS_FREE)."""
-    fixed: Mapping[str, Any]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     """Fields of ModelConfig that have one value. What is neither free nor fixed has ModelConfig's default."""
     config_to_hf: Callable[[ModelConfig], dict[str, Any]]
     """The family's keys of config.json; `families.config_to_hf` adds those common to all families."""
     config_from_hf: Callable[[Fields], dict[str, Any]]
     """ModelConfig's fields from config.json, but for those that `families.config_from_hf` adds. It must take every key
     that the family knows: one that is left over is an error."""
-    entries: Callable[[ModelConfig], Iterator[Entry]]
-    """The table of names, in the order of the model. Without `lm_head.weight` when tied."""
-    further_obstacle: Callable[[ModelConfig], str | None] = _no_obstacle
+    names: Mapping[str, str]
+    """Their names, by ours, of the modules around the blocks and, under `transformer.h`, of the list of blocks."""
+    block: Mapping[str, str | Sequence[str]]
+    """Their names, by ours, of the modules in a block; three for our fused queries, keys and values where theirs are
+    apart. Modules that a config does not have are passed over. Tensors are written in this order."""
+    transforms: Callable[[ModelConfig, int], Mapping[str, Transform]] = lambda config, layer: {}
+    """Of modules in a layer's block, by our name, that differ in more than the name (and in being apart)."""
+    further_obstacle: Callable[[ModelConfig], str | None] = lambda config: None
     """A limit that `free` and `fixed` cannot express, as a sentence."""
     tied: bool = False
     """Whether an absent `tie_word_embeddings` means that the head is tied."""
     init: str = "normal"
     """Initialisation scheme of a model that is imported and then trained from scratch."""
-    prefix: str = "model."
-    """Of the model below the head. Files of that model alone lack it."""
-    head: str = "lm_head.weight"
-    """Their name of the head's matrix."""
     buffers: tuple[str, ...] = ()
     """Patterns of names in old files that hold no parameters, beyond BUFFERS."""
+
+    @property
+    def prefix(self) -> str:
+        """Of the model below the head. Files of that model alone lack it."""
+        return self.names["transformer.h"].partition(".")[0] + "."
+
+    @property
+    def head(self) -> str:
+        """Their name of the head's matrix."""
+        return self.names["lm_head"] + ".weight"
 
     def is_buffer(self, name: str) -> bool:
         """Whether a name in a file is that of a buffer, which holds no parameters."""
@@ -78,12 +85,10 @@ class Family:
     def obstacle(self, config: ModelConfig) -> str | None:
         """Why the family cannot express a config, as a sentence; None if it can."""
         defaults = _defaults(config)
-        for field, default in defaults.items():
-            if field in self.free:
-                continue
-            value, wanted = getattr(config, field), self.fixed.get(field, default)
-            if value != wanted:
-                return f"{field} is {value!r}, supported is {wanted!r}"
+        for name, default in defaults.items():
+            value, wanted = getattr(config, name), self.fixed.get(name, default)
+            if name not in self.free and value != wanted:
+                return f"{name} is {value!r}, supported is {wanted!r}"
         return self.further_obstacle(config)
 
 

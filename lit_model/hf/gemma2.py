@@ -14,7 +14,7 @@ from lit_model.hf.fields import (
     llama_from_hf,
     llama_to_hf,
 )
-from lit_model.hf.llama import entries_with
+from lit_model.hf.llama import ATTENTION, MLP, NAMES
 
 _NORMS = {
     "norm_1": "input_layernorm",
@@ -85,7 +85,8 @@ FAMILY = Family(
     fixed={"norm_offset": 1.0, "post_norm": True, "activation": "gelu_tanh", "scale_embeddings": True},
     config_to_hf=_config_to_hf,
     config_from_hf=_config_from_hf,
-    entries=lambda config: entries_with(config, _NORMS),
+    names=NAMES,
+    block={**ATTENTION, **_NORMS, **MLP},
     further_obstacle=_further_obstacle,
     tied=True,
 )

@@ -19,8 +19,7 @@ from torch import Tensor
 from lit_files.publish import replace_file
 from lit_model.config import ModelConfig
 from lit_model.hf.families import family_of
-from lit_model.hf.family import Entry
-from lit_model.hf.table import SAME, Interleaved, LazyTensors, linear, qkv_rows, tensors_to_hf
+from lit_model.hf.table import LazyTensors, qkv_rows, tensors_to_hf
 from lit_model.model import parameter_shapes
 from lit_model.rope import rope_frequencies
 
@@ -28,7 +27,14 @@ from lit_model.rope import rope_frequencies
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen3": "qwen3"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+_NAMES = {
+    "transformer.wte": "token_embd",
+    "transformer.h": "blk",
+    "transformer.ln_f": "output_norm",
+    "lm_head": "output",
+}
 _BLOCK = {
+    "attn.qkv": ("attn_q", "attn_k", "attn_v"),
     "norm_1": "attn_norm",
     "attn.q_norm": "attn_q_norm",
     "attn.k_norm": "attn_k_norm",
@@ -144,28 +150,6 @@ def _add(writer: Any, gguf: Any, key: str, value: Any) -> None:
     writer.add_key_value(key, value, kinds[type(value)])
 
 
-def _entries(config: ModelConfig, architecture: str) -> Iterator[Entry]:
-    """The table of names: ours, and llama.cpp's."""
-    yield from linear("transformer.wte", "token_embd", bias=False)
-    permuted = architecture == "llama"
-    turns = [
-        Interleaved(heads, config.head_size) if permuted else SAME for heads in (config.n_head, config.n_query_groups)
-    ]
-    rows = qkv_rows(config, *turns, SAME)
-    for i in range(config.n_layer):
-        ours, theirs = f"transformer.h.{i}.", f"blk.{i}."
-        names = (theirs + "attn_q", theirs + "attn_k", theirs + "attn_v")
-        yield from linear(ours + "attn.qkv", names, bias=config.attention_bias, transform=rows)
-        for name, their in _BLOCK.items():
-            if name.endswith(("q_norm", "k_norm")) and config.qk_norm == "none":
-                continue
-            biased = config.attention_bias if name == "attn.proj" else config.mlp_bias and name.startswith("mlp.")
-            yield from linear(ours + name, theirs + their, bias=biased)
-    yield from linear("transformer.ln_f", "output_norm", bias=False)
-    if not config.tie_embeddings:
-        yield from linear("lm_head", "output", bias=False)
-
-
 def _tensors(
     config: ModelConfig, tensors: Mapping[str, Tensor], architecture: str, dtype: str
 ) -> Iterator[tuple[str, Tensor]]:
@@ -174,7 +158,8 @@ def _tensors(
         # The factors by which llama.cpp divides each frequency.
         plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
         yield "rope_freqs.weight", plain / rope_frequencies(config)
-    family = dataclasses.replace(family_of(config), entries=lambda config: _entries(config, architecture))
+    turned = {"attn.qkv": qkv_rows(config, interleaved=True)} if architecture == "llama" else {}
+    family = dataclasses.replace(family_of(config), names=_NAMES, block=_BLOCK, transforms=lambda config, layer: turned)
     for name, tensor in tensors_to_hf(family, config, tensors):
         yield name, tensor.to(DTYPES[dtype] if tensor.dim() > 1 else torch.float32)
 

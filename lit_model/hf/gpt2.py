@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from lit_model.config import ModelConfig
-from lit_model.hf.family import Entry, Family
+from lit_model.hf.family import Family
 from lit_model.hf.fields import Fields
-from lit_model.hf.table import TRANSPOSED, linear
+from lit_model.hf.table import TRANSPOSED
 
 # Theirs -> ours. Three names for one formula: "fast" and "new" write the tanh out, and round a little differently.
 _ACTIVATIONS = {
@@ -22,6 +21,8 @@ _ACTIVATIONS = {
 
 
 GPT_FIXED = {"norm_class_name": "LayerNorm", "mlp_gated": False, "mlp_bias": True}
+GPT_NAMES = {f"transformer.{name}": f"transformer.{name}" for name in ("wte", "wpe", "h", "ln_f")}
+GPT_NAMES["lm_head"] = "lm_head"
 
 
 def activation_to_hf(config: ModelConfig) -> str:
@@ -82,21 +83,14 @@ def _config_from_hf(hf: Fields) -> dict[str, Any]:
     return gpt_sizes_from_hf(hf, block_size=1024, dropout=0.1)
 
 
-def _entries(config: ModelConfig) -> Iterator[Entry]:
-    yield from linear("transformer.wte", "transformer.wte", bias=False)
-    yield from linear("transformer.wpe", "transformer.wpe", bias=False)
-    for i in range(config.n_layer):
-        block = f"transformer.h.{i}."
-        yield from linear(block + "norm_1", block + "ln_1", bias=True)
-        yield from linear(block + "attn.qkv", block + "attn.c_attn", bias=True, transform=TRANSPOSED)
-        yield from linear(block + "attn.proj", block + "attn.c_proj", bias=True, transform=TRANSPOSED)
-        yield from linear(block + "norm_2", block + "ln_2", bias=True)
-        yield from linear(block + "mlp.fc", block + "mlp.c_fc", bias=True, transform=TRANSPOSED)
-        yield from linear(block + "mlp.proj", block + "mlp.c_proj", bias=True, transform=TRANSPOSED)
-    yield from linear("transformer.ln_f", "transformer.ln_f", bias=True)
-    if not config.tie_embeddings:
-        yield from linear("lm_head", "lm_head", bias=False)
-
+_BLOCK = {
+    "norm_1": "ln_1",
+    "attn.qkv": "attn.c_attn",
+    "attn.proj": "attn.c_proj",
+    "norm_2": "ln_2",
+    "mlp.fc": "mlp.c_fc",
+    "mlp.proj": "mlp.c_proj",
+}
 
 FAMILY = Family(
     model_type="gpt2",
@@ -105,9 +99,10 @@ FAMILY = Family(
     fixed=GPT_FIXED | {"position_embedding": "learned", "attention_bias": True},
     config_to_hf=gpt_sizes_to_hf,
     config_from_hf=_config_from_hf,
-    entries=_entries,
+    names=GPT_NAMES,
+    block=_BLOCK,
+    transforms=lambda config, layer: {name: TRANSPOSED for name in _BLOCK if not name.startswith("norm")},
     tied=True,
     init="gpt2",
-    prefix="transformer.",
     buffers=("*.attn.bias", "*.attn.masked_bias"),
 )

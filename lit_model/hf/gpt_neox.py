@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from lit_model.config import ModelConfig
-from lit_model.hf.family import Entry, Family
+from lit_model.hf.family import Family
 from lit_model.hf.fields import Fields, rope_from_hf, rope_to_hf, rotary_fraction
 from lit_model.hf.gpt2 import GPT_FIXED, activation_from_hf, activation_to_hf
-from lit_model.hf.table import HeadByHead, linear
+from lit_model.hf.table import HeadByHead
 
 
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -59,21 +58,20 @@ def _config_from_hf(hf: Fields) -> dict[str, Any]:
     }
 
 
-def _entries(config: ModelConfig) -> Iterator[Entry]:
-    qkv_name, qkv_rows = "attention.query_key_value", HeadByHead(config.n_head)
-    yield from linear("transformer.wte", "gpt_neox.embed_in", bias=False)
-    for i in range(config.n_layer):
-        ours, theirs = f"transformer.h.{i}.", f"gpt_neox.layers.{i}."
-        yield from linear(ours + "norm_1", theirs + "input_layernorm", bias=True)
-        yield from linear(ours + "attn.qkv", theirs + qkv_name, bias=config.attention_bias, transform=qkv_rows)
-        yield from linear(ours + "attn.proj", theirs + "attention.dense", bias=config.attention_bias)
-        yield from linear(ours + "norm_2", theirs + "post_attention_layernorm", bias=True)
-        yield from linear(ours + "mlp.fc", theirs + "mlp.dense_h_to_4h", bias=True)
-        yield from linear(ours + "mlp.proj", theirs + "mlp.dense_4h_to_h", bias=True)
-    yield from linear("transformer.ln_f", "gpt_neox.final_layer_norm", bias=True)
-    if not config.tie_embeddings:
-        yield from linear("lm_head", "embed_out", bias=False)
-
+_NAMES = {
+    "transformer.wte": "gpt_neox.embed_in",
+    "transformer.h": "gpt_neox.layers",
+    "transformer.ln_f": "gpt_neox.final_layer_norm",
+    "lm_head": "embed_out",
+}
+_BLOCK = {
+    "norm_1": "input_layernorm",
+    "attn.qkv": "attention.query_key_value",
+    "attn.proj": "attention.dense",
+    "norm_2": "post_attention_layernorm",
+    "mlp.fc": "mlp.dense_h_to_4h",
+    "mlp.proj": "mlp.dense_4h_to_h",
+}
 
 FAMILY = Family(
     model_type="gpt_neox",
@@ -82,8 +80,8 @@ FAMILY = Family(
     fixed=GPT_FIXED,
     config_to_hf=_config_to_hf,
     config_from_hf=_config_from_hf,
-    entries=_entries,
-    prefix="gpt_neox.",
-    head="embed_out.weight",
+    names=_NAMES,
+    block=_BLOCK,
+    transforms=lambda config, layer: {"attn.qkv": HeadByHead(config.n_head)},
     buffers=("*.attention.bias", "*.attention.masked_bias"),
 )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from lit_model.config import ModelConfig
-from lit_model.hf.family import Entry, Family, Transform
+from lit_model.hf.family import Family, Transform
 from lit_model.hf.fields import (
     LLAMA_FREE,
     Fields,
@@ -15,26 +14,25 @@ from lit_model.hf.fields import (
     llama_from_hf,
     llama_to_hf,
 )
-from lit_model.hf.llama import MLP, NORMS, entries_with
-from lit_model.hf.table import SAME, TRANSPOSED, Interleaved, linear, qkv_rows
+from lit_model.hf.llama import ATTENTION, NAMES, NORMS
+from lit_model.hf.table import TRANSPOSED, qkv_rows
+
+_MLP = {
+    "mlp.router": "feed_forward.router",
+    "mlp.experts.gate_up": "feed_forward.experts.gate_up_proj",
+    "mlp.experts.down": "feed_forward.experts.down_proj",
+    "mlp.shared.fc_1": "feed_forward.shared_expert.gate_proj",
+    "mlp.shared.fc_2": "feed_forward.shared_expert.up_proj",
+    "mlp.shared.proj": "feed_forward.shared_expert.down_proj",
+    "mlp.fc_1": "feed_forward.gate_proj",
+    "mlp.fc_2": "feed_forward.up_proj",
+    "mlp.proj": "feed_forward.down_proj",
+}
 
 
-def _qkv(config: ModelConfig, layer: int) -> Transform:
-    if not config.layer_rotates(layer):
-        return qkv_rows(config)
-    pairs = (Interleaved(heads, config.head_size) for heads in (config.n_head, config.n_query_groups))
-    return qkv_rows(config, *pairs, SAME)
-
-
-def _mlp(config: ModelConfig, layer: int) -> Iterator[Entry]:
-    ours, theirs = f"transformer.h.{layer}.mlp.", f"model.layers.{layer}.feed_forward."
-    if config.layer_has_experts(layer):
-        yield from linear(ours + "router", theirs + "router", bias=False)
-        yield Entry(ours + "experts.gate_up", (theirs + "experts.gate_up_proj",), TRANSPOSED)
-        yield Entry(ours + "experts.down", (theirs + "experts.down_proj",), TRANSPOSED)
-        ours, theirs = ours + "shared.", theirs + "shared_expert."
-    for name, their in MLP.items():
-        yield from linear(ours + name, theirs + their, bias=False)
+def _transforms(config: ModelConfig, layer: int) -> dict[str, Transform]:
+    qkv = qkv_rows(config, interleaved=config.layer_rotates(layer))
+    return {"attn.qkv": qkv, "mlp.experts.gate_up": TRANSPOSED, "mlp.experts.down": TRANSPOSED}
 
 
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -146,9 +144,10 @@ FAMILY = Family(
         "moe_intermediate_size",
         "moe_layers",
     },
-    fixed={},
     config_to_hf=_config_to_hf,
     config_from_hf=_config_from_hf,
-    entries=lambda config: entries_with(config, NORMS, _qkv, _mlp),
+    names=NAMES,
+    block={**ATTENTION, **NORMS, **_MLP},
+    transforms=_transforms,
     further_obstacle=_further_obstacle,
 )

@@ -7,7 +7,7 @@ from typing import Any
 from lit_model.config import ModelConfig
 from lit_model.hf.family import Family
 from lit_model.hf.fields import LLAMA_FREE, Fields, llama_from_hf, llama_to_hf
-from lit_model.hf.llama import NORMS, entries_with
+from lit_model.hf.llama import ATTENTION, MLP, NAMES, NORMS
 
 
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -33,9 +33,9 @@ FAMILY = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     free=LLAMA_FREE | {"attention_pattern", "sliding_window_size"},
-    fixed={},
     config_to_hf=_config_to_hf,
     config_from_hf=_config_from_hf,
-    entries=lambda config: entries_with(config, NORMS),
+    names=NAMES,
+    block={**ATTENTION, **NORMS, **MLP},
     further_obstacle=_further_obstacle,
 )

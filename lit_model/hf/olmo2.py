@@ -7,7 +7,7 @@ from typing import Any
 from lit_model.config import ModelConfig
 from lit_model.hf.family import Family
 from lit_model.hf.fields import LLAMA_FREE, Fields, llama_from_hf, llama_to_hf
-from lit_model.hf.llama import entries_with
+from lit_model.hf.llama import ATTENTION, MLP, NAMES
 
 _NORMS = {
     "attn.q_norm": "self_attn.q_norm",
@@ -34,5 +34,6 @@ FAMILY = Family(
     fixed={"pre_norm": False, "post_norm": True, "qk_norm": "projection"},
     config_to_hf=_config_to_hf,
     config_from_hf=_config_from_hf,
-    entries=lambda config: entries_with(config, _NORMS),
+    names=NAMES,
+    block={**ATTENTION, **_NORMS, **MLP},
 )

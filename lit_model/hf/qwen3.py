@@ -14,9 +14,9 @@ from lit_model.hf.fields import (
     llama_from_hf,
     llama_to_hf,
 )
-from lit_model.hf.llama import NORMS, entries_with
+from lit_model.hf.llama import ATTENTION, MLP, NAMES, NORMS
 
-QK_NORMS = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
+_QK_NORMS = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
 
 
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -58,5 +58,6 @@ FAMILY = Family(
     fixed={"qk_norm": "head"},
     config_to_hf=_config_to_hf,
     config_from_hf=_config_from_hf,
-    entries=lambda config: entries_with(config, {**QK_NORMS, **NORMS}),
+    names=NAMES,
+    block={**ATTENTION, **_QK_NORMS, **NORMS, **MLP},
 )

@@ -1,6 +1,6 @@
 """Tensors in Hugging Face's names and ours: the transforms, and both directions, one tensor at a time.
 
-Dimensions: C n_embd, H heads, D head size, R rotated dimensions of a head, E experts.
+Dimensions: C n_embd, H heads, G query groups, D head size, R rotated dimensions of a head, E experts.
 """
 
 from __future__ import annotations
@@ -117,20 +117,32 @@ class Interleaved:
         return torch.cat((rotated, heads[:, self.rotary_size :]), dim=1).flatten(0, 1)
 
 
-def qkv_rows(config: ModelConfig, *each: Transform) -> Rows:
-    """Our fused projection cut into those of queries, keys and values."""
-    D = config.head_size
-    return Rows((config.n_head * D, config.n_query_groups * D, config.n_query_groups * D), each)
+def qkv_rows(config: ModelConfig, *, interleaved: bool = False) -> Rows:
+    """Our fused projection cut into those of queries, keys and values; `interleaved`: their queries and keys are."""
+    H, G, D, R = config.n_head, config.n_query_groups, config.head_size, config.rotary_size
+    return Rows((H * D, G * D, G * D), (Interleaved(H, R), Interleaved(G, R), SAME) if interleaved else ())
 
 
 # --- Rows of a family's table ----------------------------------------------------------------------------------------
 
 
-def linear(ours: str, theirs: str | tuple[str, ...], *, bias: bool, transform: Transform = SAME) -> Iterator[Entry]:
-    """The entries of a module with a weight and, with `bias`, a bias: linears and norms."""
-    names = (theirs,) if isinstance(theirs, str) else theirs
-    for kind in ("weight", "bias") if bias else ("weight",):
-        yield Entry(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in names), transform)
+def entries_of(family: Family, config: ModelConfig) -> Iterator[Entry]:
+    """The family's table of names for a config, in the order of the family's modules."""
+    shapes = parameter_shapes(config)
+
+    def module(ours: str, theirs: tuple[str, ...], transform: Transform | None = None) -> Iterator[Entry]:
+        for kind in (".weight", ".bias", ""):
+            if ours + kind in shapes:
+                default = SAME if len(theirs) == 1 else qkv_rows(config)
+                yield Entry(ours + kind, tuple(name + kind for name in theirs), transform or default)
+
+    for ours, theirs in family.names.items():
+        for i in range(config.n_layer if ours == "transformer.h" else 0):
+            transforms = family.transforms(config, i)
+            for name, their in family.block.items():
+                inner = tuple(f"{theirs}.{i}.{one}" for one in ([their] if isinstance(their, str) else their))
+                yield from module(f"{ours}.{i}.{name}", inner, transforms.get(name))
+        yield from module(ours, (theirs,))
 
 
 # --- Names in files ---------------------------------------------------------------------------------------------------
@@ -163,7 +175,7 @@ def tensors_to_hf(family: Family, config: ModelConfig, tensors: Mapping[str, Ten
     """
     shapes = parameter_shapes(config)
     check_names(shapes, tensors, "the checkpoint")
-    for ours, theirs, transform in family.entries(config):
+    for ours, theirs, transform in entries_of(family, config):
         tensor = tensors[ours]
         if tuple(tensor.shape) != shapes[ours]:
             raise ValueError(f"{ours} has shape {tuple(tensor.shape)}; the config implies {shapes[ours]}")
@@ -188,7 +200,7 @@ def tensors_from_hf(
     """
     if config.n_layer > len(tensors):  # before a model of so many layers is laid out
         raise ValueError(f"{where} holds {len(tensors)} tensors, too few for a model of {config.n_layer} layers")
-    entries = {entry.ours: entry for entry in family.entries(config)}
+    entries = {entry.ours: entry for entry in entries_of(family, config)}
     shapes = parameter_shapes(config)
     assert entries.keys() == shapes.keys(), sorted(entries.keys() ^ shapes.keys())
     wanted = {their for entry in entries.values() for their in entry.theirs} | {family.head}

@@ -28,6 +28,10 @@ class Finding:
     advice: str = ""
 
 
+class ItemFailed(Exception):
+    """Ends an item as failed, on all ranks alike. Its arguments are what was measured, and the advice."""
+
+
 @dataclass
 class PreflightContext:
     """State shared by the items: earlier ones fill it in for later ones. None: unknown, a finding names the reason."""
@@ -81,8 +85,19 @@ class PreflightContext:
     def failed(self, name: str) -> bool:
         return name in self.findings and self.findings[name].verdict == "failed"
 
-    def watched(self, work: Callable[[], T]) -> list[Outcome[T]]:
-        return self.ranks.watched(work, self.give_up)
+    def together(self, work: Callable[[], T], advice: str) -> list[Outcome[T]]:
+        """Do work on every rank that needs no other rank. Raises ItemFailed, with `advice`, if a rank fails."""
+        return all_sound(self.ranks.together(work), advice)
+
+    def watched(self, work: Callable[[], T], advice: str) -> list[Outcome[T]]:
+        """As `together`, for work in which ranks wait for each other."""
+        return all_sound(self.ranks.watched(work, self.give_up), advice)
+
+
+def all_sound(outcomes: list[Outcome[T]], advice: str) -> list[Outcome[T]]:
+    if fault := faults(outcomes):
+        raise ItemFailed(fault, advice)
+    return outcomes
 
 
 def faults(outcomes: Sequence[Outcome[Any]]) -> str:

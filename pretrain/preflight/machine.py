@@ -23,7 +23,7 @@ from lit_files.publish import sync_file, write_text
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
 from pretrain.logs.environment import code_hash, driver_version
-from pretrain.preflight.context import Finding, PreflightContext, faults, odd_ones, results, show_bytes
+from pretrain.preflight.context import Finding, PreflightContext, odd_ones, results, show_bytes
 from pretrain.preflight.nccl_transport import has_verbs, infiniband_devices, read_log, slow_for, transports
 from pretrain.preflight.outcomes import Ranks
 
@@ -46,9 +46,7 @@ CLOCK_SKEW_S = 5.0
 
 def check_devices(s: PreflightContext) -> Finding:
     """Check number, kind and memory of the devices: the same on all ranks, and fit for the precision."""
-    outcomes = s.ranks.together(lambda: device_facts(s))
-    if (fault := faults(outcomes)) != "":
-        return Finding("failed", fault, "look at the driver and at CUDA_VISIBLE_DEVICES there")
+    outcomes = s.together(lambda: device_facts(s), "check the driver and CUDA_VISIBLE_DEVICES on that rank")
     counts = Counter(o.result["device"] for o in outcomes if o.result)
     hosts = len({o.host for o in outcomes})
     first = results(outcomes)[0]
@@ -65,7 +63,7 @@ def check_devices(s: PreflightContext) -> Finding:
     if shared and shared[0][1] > 1:
         who = ", ".join(o.who for o in outcomes if o.result and o.result["uuid"] == shared[0][0])
         return Finding(
-            "failed", f"{who} have the same GPU", "let each task see all GPUs of its node, or one of its own"
+            "failed", f"{who} have the same GPU", "give each task all GPUs of its node, or one GPU of its own"
         )
     for key in ("device", "driver", "CUDA"):
         if odd := odd_ones(outcomes, key):
@@ -97,15 +95,13 @@ def device_facts(s: PreflightContext) -> dict[str, str]:
 
 def check_environment(s: PreflightContext) -> Finding:
     """Check threads, temporary folder, and that all ranks run the same code and their clocks agree."""
-    facts = s.ranks.together(environment_facts)
+    facts = s.together(environment_facts, "make the temporary folder (TMPDIR) writable on that rank")
     s.ranks.gather(None)  # ends on all ranks within milliseconds; then the clocks are read
     clocks = s.ranks.gather(time.time())
     skew = max(clocks) - min(clocks)
-    if fault := faults(facts):
-        return Finding("failed", fault, "make the folder of temporary files (TMPDIR) writable there")
     if s.launch_fault:
         return Finding(
-            "failed", f"the processes could not connect: {s.launch_fault}", "look at MASTER_ADDR and the network"
+            "failed", f"the processes could not connect: {s.launch_fault}", "check MASTER_ADDR and the network"
         )
     for key, what in (("code", "code of the checkout"), ("torch", "torch"), ("lightning", "lightning")):
         if odd := odd_ones(facts, key):
@@ -157,13 +153,11 @@ def check_network(s: PreflightContext) -> Finding:
     if s.ranks.world_size == 1:
         return Finding("skipped", "one process: no communication")
     backend = str(dist.get_backend())
-    outcomes = s.watched(
-        lambda: [reduce_message(s, size) for size in MESSAGE_BYTES.get(backend, MESSAGE_BYTES["gloo"])]
-    )
-    if fault := faults(outcomes):
-        return Finding("failed", fault, "look at NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME")
+    sizes = MESSAGE_BYTES.get(backend, MESSAGE_BYTES["gloo"])
+    advice = "check NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
+    outcomes = s.watched(lambda: [reduce_message(s, size) for size in sizes], advice)
     n, rates, slow = s.ranks.world_size, [], False
-    for i, size in enumerate(MESSAGE_BYTES.get(backend, MESSAGE_BYTES["gloo"])):
+    for i, size in enumerate(sizes):
         wrong = [o.who for o in outcomes if o.result and not o.result[i][1]]
         if wrong:
             return Finding(
@@ -182,7 +176,7 @@ def check_network(s: PreflightContext) -> Finding:
         facts = s.ranks.together(lambda: (transports(read_log(s.nccl_logs)), infiniband_devices(), has_verbs()))
         some, n_hosts = results(facts), len({o.host for o in facts})
         used = sorted({name for names, _, _ in some for name in names})
-        measured += f"; by {', '.join(used) or 'a transport that its log does not name'}"
+        measured += f"; over {', '.join(used) or 'a transport that its log does not name'}"
         reasons = [slow_for(used, devices, verbs, n_hosts) for _, devices, verbs in some]
         reason = next((r for r in reasons if r), "")
         measured += f"; {reason}" * bool(reason)
@@ -218,19 +212,15 @@ def reduce_message(s: PreflightContext, n_bytes: int) -> tuple[float, bool]:
 
 def check_disk(s: PreflightContext) -> Finding:
     """Whether all ranks share out_dir, its speed, and room for the checkpoints; room for the cache on every node."""
-    made = s.ranks.together(lambda: make_scratch(s) if s.ranks.rank == 0 else None)
-    if fault := faults(made):
-        return Finding("failed", fault, "choose another --out_dir, or make it writable")
+    advice = "choose another --out_dir, or make it writable"
+    made = s.together(lambda: make_scratch(s) if s.ranks.rank == 0 else None, advice)
     assert made[0].result is not None
     s.scratch, token = made[0].result
-    seen = s.ranks.together(lambda: see_marker(s.scratch, token))
-    if fault := faults(seen):
-        return Finding("failed", fault, "put --out_dir on a file system that all nodes share")
+    s.together(lambda: see_marker(s.scratch, token), "put --out_dir on a file system that all nodes share")
     # As a checkpoint is written: by rank 0, or by every rank its part.
     writes = s.ranks.rank == 0 or s.args.save.state_dict_type == "sharded"
-    speeds = s.ranks.together(lambda: measure_disk(s.scratch, s.ranks) if writes else None)
-    if fault := faults(speeds):
-        return Finding("failed", fault, "make room, or choose another --out_dir")
+    advice = "free some space, or choose another --out_dir"
+    speeds = s.together(lambda: measure_disk(s.scratch, s.ranks) if writes else None, advice)
     some = [r for r in results(speeds) if r is not None]
     write, read = sum(w for w, _ in some), sum(r for _, r in some)
     measured = f"write {write:.2f} GB/s with fsync, read {read:.2f} GB/s"
@@ -239,13 +229,10 @@ def check_disk(s: PreflightContext) -> Finding:
         verdict, free_space = s.ranks.gather(room)[0]
         measured += f"; {free_space}"
         if not verdict:
-            return Finding(
-                "failed", measured, "make room, keep fewer with --save.keep_last, or raise --save.every_steps"
-            )
+            advice = "free some space, keep fewer with --save.keep_last, or raise --save.every_steps"
+            return Finding("failed", measured, advice)
     if s.args.data.cache_dir is not None:
-        cached = s.ranks.together(lambda: room_for_cache(s))
-        if fault := faults(cached):
-            return Finding("failed", fault, "lower --data.cache_gb, or choose another --data.cache_dir")
+        cached = s.together(lambda: room_for_cache(s), "lower --data.cache_gb, or choose another --data.cache_dir")
         measured += f"; cache {min(results(cached)) / 1e9:.1f} GB free for {s.args.data.cache_gb:g}"
     if write < LEAST_DISK_GBS:
         return Finding(
@@ -274,7 +261,7 @@ def see_marker(scratch: Path | None, token: str) -> None:
         except OSError:
             pass
         if time.monotonic() > deadline:
-            raise ValueError(f"it does not see what rank 0 wrote to {scratch.parent}")
+            raise ValueError(f"it cannot see the file that rank 0 wrote to {scratch.parent}")
         time.sleep(0.2)
 
 
@@ -323,7 +310,7 @@ def room_for_checkpoints(s: PreflightContext, free: int) -> tuple[bool, str]:
         kept = kept if written is None else min(kept, written)
     there = len(list_checkpoints(s.folder))
     n = max(0, (kept or 1) + budgets_within(s) - there) + 1
-    text = f"{free / 1e9:.3f} GB free; {n} checkpoints of {size / 1e9:.3f} GB to come take {n * size / 1e9:.3f} GB"
+    text = f"{free / 1e9:.3f} GB free; {n} more checkpoints of {size / 1e9:.3f} GB need {n * size / 1e9:.3f} GB"
     return free >= n * size, text + (" (the length of the run is unknown)" if kept is None else "")
 
 

@@ -48,7 +48,7 @@ class Ranks:
     """
 
     def __init__(self, fabric: Fabric | None, timeout: timedelta) -> None:
-        self.fabric = fabric
+        self.fabric, self.host = fabric, socket.gethostname()
         several = dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if several else 0
         self.world_size = dist.get_world_size() if several else 1
@@ -84,15 +84,18 @@ class Ranks:
         watch.join()
         return self.gather(ended[0])
 
+    def failed(self, fault: str) -> Outcome[Any]:
+        """The outcome of work that failed on this rank."""
+        return Outcome(self.rank, self.host, fault, None)
+
     def _outcome(self, work: Callable[[], T]) -> Outcome[T]:
-        host = socket.gethostname()
         try:
-            return Outcome(self.rank, host, None, work())
+            return Outcome(self.rank, self.host, None, work())
         except Exception as error:
-            return Outcome(self.rank, host, describe(error), None)
+            return self.failed(describe(error))
 
     def _watch(self, ended: list[Outcome[Any]], give_up: Callable[[list[Outcome[Any]]], None]) -> None:
-        waiting = Outcome[Any](self.rank, socket.gethostname(), WAITING, None)
+        waiting = self.failed(WAITING)
         rounds = 0  # since a rank failed; the same on all ranks, so that they give up in the same round
         try:
             while True:
@@ -106,7 +109,7 @@ class Ranks:
                     break
                 time.sleep(POLL_S)
         except RankLostError as error:
-            give_up([Outcome(self.rank, socket.gethostname(), str(error), None)])
+            give_up([self.failed(str(error))])
             return
         give_up([o for o, w in zip(outcomes, waits, strict=True) if o.fault is not None and not w])
 

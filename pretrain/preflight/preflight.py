@@ -23,15 +23,15 @@ from rich.text import Text
 from pretrain.args import RunArgs
 from pretrain.launch import is_first_process, rank_name
 from pretrain.parallel import build_fabric, choose_placement, device_kind
-from pretrain.preflight.context import Finding, PreflightContext, Verdict, faults
+from pretrain.preflight.context import Finding, ItemFailed, PreflightContext, Verdict, faults
 from pretrain.preflight.machine import check_devices, check_disk, check_environment, check_network
 from pretrain.preflight.memory import check_memory
 from pretrain.preflight.nccl_transport import ask_for_log
 from pretrain.preflight.outcomes import Outcome, RankLostError, Ranks, describe
 from pretrain.preflight.trial_run import check_data, check_one_step, check_run_folder, check_tracker_setup
 
-# Each checks one thing, and is called on all ranks. Work that differs between ranks is done in `ranks.together` (no
-# rank needs another) or `context.watched` (ranks wait for each other). The finding follows from the outcomes of all
+# Each checks one thing, and is called on all ranks. Work that differs between ranks is done in `context.together`
+# (no rank needs another) or `context.watched` (ranks wait for each other). The finding follows from the outcomes of all
 # ranks, and is the same on all.
 ITEMS: tuple[tuple[str, Callable[[PreflightContext], Finding]], ...] = (
     ("devices", check_devices),
@@ -97,7 +97,7 @@ def leave_to_rank_zero(s: PreflightContext) -> int:
     """On another rank that cannot join: print why, and give rank 0 the time to check what it can."""
     fault = s.shape_fault or s.launch_fault
     who = f"rank {rank_name()} (host {socket.gethostname()})"
-    print(f"preflight: {who} cannot begin: {fault}", file=sys.stderr, flush=True)
+    print(f"preflight: {who} cannot start: {fault}", file=sys.stderr, flush=True)
     time.sleep(FAREWELL_S)
     return 1
 
@@ -110,14 +110,16 @@ def look(s: PreflightContext) -> None:
             """The ranks would wait for each other forever: print the findings so far, and end this process."""
             s.findings[name] = Finding("failed", faults(outcomes), "fix this rank first; the others are blocked on it")
             for skipped, _ in ITEMS[later:]:
-                s.findings[skipped] = Finding("skipped", f"the ranks were lost in: {name}")
+                s.findings[skipped] = Finding("skipped", f"lost the ranks during: {name}")
             end_stuck(s)
 
         s.give_up = give_up
         try:
             s.findings[name] = item(s)
+        except ItemFailed as failure:
+            s.findings[name] = Finding("failed", *failure.args)
         except RankLostError as error:
-            give_up([Outcome(s.ranks.rank, socket.gethostname(), str(error), None)])
+            give_up([s.ranks.failed(str(error))])
         except Exception as error:
             s.findings[name] = Finding("failed", describe(error), "see the message")
 

@@ -36,7 +36,6 @@ CHECKSUM_BYTES = 256 << 20  # of shards that one rank reads again
 MANY_EPOCHS = 4.0  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
 LOADER_STEPS, LOADER_S = 20, 3.0  # at most
 
-
 STEPS = 2  # the first compiles and fills caches, the last is measured
 # A fresh model's loss above and below ln(vocabulary): logits of standard deviation s add about s^2 / 2.
 LOSS_ABOVE, LOSS_BELOW = 1.5, 0.5
@@ -60,11 +59,8 @@ def check_run_folder(s: PreflightContext) -> Finding:
             f"resumes {checkpoint}, step {opened.meta['step']}, {kind}, {len(opened.names())} tensors",
         )
 
-    outcomes = s.ranks.together(lambda: look() if s.ranks.rank == 0 else None)
-    if fault := faults(outcomes):
-        return Finding(
-            "failed", fault, "choose another --out_dir, resume with --resume latest, or name an older checkpoint"
-        )
+    advice = "choose another --out_dir, resume with --resume latest, or name an older checkpoint"
+    outcomes = s.together(lambda: look() if s.ranks.rank == 0 else None, advice)
     assert outcomes[0].result is not None
     s.checkpoint, measured = outcomes[0].result
     return Finding("ok", measured)
@@ -83,7 +79,7 @@ def check_tracker_setup(s: PreflightContext) -> Finding:
         if s.checkpoint is not None:
             return Finding("warning", f"{fault}; a resumed run continues without it", "see the message")
         return Finding("failed", fault, "see the message, or leave the tracker out of --log.trackers")
-    return Finding("ok", f"{names}: installed, and its settings are accepted; no connection was tried")
+    return Finding("ok", f"{names}: installed and configured; no connection was attempted")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -94,30 +90,26 @@ def check_data(s: PreflightContext) -> Finding:
     args = s.args
     if args.data.synthetic.tokens:
         s.config = model_config(args, args.data.synthetic.vocab_size, s.checkpoint)
-        return Finding("skipped", "the data is made when the run begins (--data.synthetic.tokens)")
+        return Finding("skipped", "the data is made when the run starts (--data.synthetic.tokens)")
     s.config = s.config or config_without_data(args)
 
     def look() -> tuple[int, int]:
         s.datasets, s.config = open_datasets(args, s.kind, s.checkpoint)
         return check_sample(s.datasets, s.ranks)
 
-    outcomes = s.ranks.together(look)
-    if fault := faults(outcomes):
-        return Finding("failed", fault, "see the message; the folder must be the same on all nodes")
+    outcomes = s.together(look, "see the message; the folder must be the same on all nodes")
     assert s.datasets is not None
     read = [sum(r[i] for r in results(outcomes)) for i in range(2)]
     tokens = sum(d.n_tokens for d in s.datasets.train)
     measured = f"{len(s.datasets.train)} dataset{'s' * (len(s.datasets.train) > 1)}, {tokens:,} tokens, "
-    checked = f"checksums of {read[0]} files ({read[1] / 1e9:.2f} GB) right"
+    checked = f"checksums of {read[0]} files ({read[1] / 1e9:.2f} GB) match"
     if not s.launched or s.failed("network"):
         why = "network failed" if s.launched else s.not_launched
         with_steps = args.train.max_epochs is None
         s.max_steps = length_of(args, s.datasets.block_size, 0, first_segments(args))[0] if with_steps else None
-        return Finding("ok", f"{measured}{checked}; loader not tried: {why}")
+        return Finding("ok", f"{measured}{checked}; loader not timed: {why}")
 
-    loaded = s.watched(lambda: load_some(s))
-    if fault := faults(loaded):
-        return Finding("failed", fault, "see the message")
+    loaded = s.watched(lambda: load_some(s), "see the message")
     assert s.data is not None
     rows, s.max_steps = sum(r.n_windows for r in s.data.rows), s.data.max_steps
     s.loader_tokens_per_s = min(results(loaded))
@@ -223,12 +215,11 @@ def check_one_step(s: PreflightContext) -> Finding:
     if (cause := next((n for n in ("devices", "network", "data") if s.failed(n)), None)) is not None:
         return Finding("skipped", f"{cause} failed")
     if s.scratch is None:  # out_dir is not writable
-        made = s.ranks.together(lambda: tempfile.mkdtemp(prefix="preflight-") if s.ranks.rank == 0 else None)
-        if fault := faults(made):
-            return Finding("failed", fault, "make the folder of temporary files (TMPDIR) writable there")
+        advice = "make the temporary folder (TMPDIR) writable on that rank"
+        made = s.together(lambda: tempfile.mkdtemp(prefix="preflight-") if s.ranks.rank == 0 else None, advice)
         s.scratch = Path(made[0].result or "")
     folder = s.scratch / "run"
-    outcomes = s.watched(lambda: take_steps(s, folder))
+    outcomes = s.ranks.watched(lambda: take_steps(s, folder), s.give_up)
     if fault := faults(outcomes):
         return Finding("failed", fault, step_advice(s, fault))
     return judge_steps(s, results(outcomes))
@@ -314,7 +305,7 @@ def judge_steps(s: PreflightContext, measures: list[StepMeasure]) -> Finding:
         )
     loader = s.loader_tokens_per_s
     if loader is not None and loader < rate / s.ranks.world_size:
-        measured = f"{measured}; the loader gives {loader:,.0f} tokens/s a rank, less than a step takes"
+        measured = f"{measured}; the loader gives {loader:,.0f} tokens/s a rank, less than a training step consumes"
         return Finding("warning", measured, "use --data.cache_dir, or a faster file system")
     return Finding("ok", measured)
 
@@ -325,4 +316,4 @@ def step_advice(s: PreflightContext, fault: str) -> str:
         return "out of memory: " + memory_advice(
             s, s.config, training_setting(s, s.config), 0.9 * (s.memory.total if s.memory else 0)
         )
-    return "see the message; a run would fail likewise"
+    return "see the message; a run would fail in the same way"

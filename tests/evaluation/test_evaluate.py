@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from generate_one import generate
 from running import ROOT, flags, script, train, write_dataset
 
 from lit_data.corpus.grammar_nll import conditional_nll
@@ -20,7 +21,6 @@ from lit_eval.evaluator import Evaluator
 from lit_eval.model.eval_model import open_model, recorded_checksum
 from lit_eval.score.results import read_results
 from lit_files.checkpoint_name import list_checkpoints
-from lit_model.generate import generate
 from lit_model.load import load_model
 
 PAIRS = [{"sentence_good": "The cat sat.", "sentence_bad": "The the sat.", "UID": "a"},

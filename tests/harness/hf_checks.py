@@ -16,13 +16,14 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from generate_one import generate
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis_examples import examples
 from safetensors.torch import load_file
 
 from lit_model.config import ModelConfig, RopeScaling
-from lit_model.generate import generate, generate_batch
+from lit_model.generate import generate_batch
 from lit_model.hf.families import config_to_hf, family_from_hf, family_of, tensors_to_hf
 from lit_model.hf.io import read_folder, write_folder
 from lit_model.init import initialise

@@ -7,13 +7,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from generate_one import generate
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_examples import examples
 
 from lit_model.attention import KVCache
 from lit_model.config import ModelConfig, RopeScaling
-from lit_model.generate import generate
 from lit_model.init import initialise
 from lit_model.loss import IGNORE_INDEX
 from lit_model.model import GPT

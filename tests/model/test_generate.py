@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from generate_one import generate
 
 from lit_model.attention import KVCache
 from lit_model.generate import (
@@ -14,7 +15,6 @@ from lit_model.generate import (
     Sampling,
     distribution,
     draw,
-    generate,
     generate_batch,
     stream,
     uniform_numbers,

@@ -6,7 +6,8 @@ from hf_checks import build, check_dropout, family_tests, sizes, transformers
 from hypothesis import strategies as st
 
 from lit_model.config import ModelConfig
-from lit_model.hf.families import config_from_hf, config_to_hf, tensors_from_hf, tensors_to_hf
+from lit_model.hf.families import config_from_hf, config_to_hf, family_of, tensors_to_hf
+from lit_model.hf.table import tensors_from_hf
 from lit_model.mlp import activation
 from lit_model.model import parameter_shapes
 from lit_model.registry import get_config
@@ -112,8 +113,8 @@ def test_an_old_file_has_masks_and_no_prefix():
     for i in range(config.n_layer):
         stored[f"h.{i}.attn.bias"] = torch.ones(1, 1, 40, 40).tril()
         stored[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-    read = tensors_from_hf(config, stored)
+    read = tensors_from_hf(family_of(config), config, stored)
     assert set(read) == set(state) and all(torch.equal(read[name], state[name]) for name in state)
     del stored["h.1.attn.c_attn.bias"]
     with pytest.raises(ValueError, match=r"lacks transformer\.h\.1\.attn\.c_attn\.bias"):
-        tensors_from_hf(config, stored)
+        tensors_from_hf(family_of(config), config, stored)

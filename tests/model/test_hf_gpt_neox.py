@@ -6,7 +6,8 @@ from hf_checks import build, check_dropout, family_tests, scalings, sizes, trans
 from hypothesis import strategies as st
 
 from lit_model.config import ModelConfig
-from lit_model.hf.families import config_from_hf, config_to_hf, tensors_from_hf, tensors_to_hf
+from lit_model.hf.families import config_from_hf, config_to_hf, family_of, tensors_to_hf
+from lit_model.hf.table import tensors_from_hf
 
 KIND = {"norm_class_name": "LayerNorm", "mlp_gated": False, "mlp_bias": True}
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "intermediate_size": 24, "block_size": 40, "vocab_size": 50}
@@ -126,5 +127,5 @@ def test_a_published_file_has_masks_and_frequencies():
         stored[attention + "bias"] = torch.ones(1, 1, 40, 40, dtype=torch.uint8).tril()
         stored[attention + "masked_bias"] = torch.tensor(-1e9)
         stored[attention + "rotary_emb.inv_freq"] = torch.ones(1)
-    read = tensors_from_hf(read_config, stored)
+    read = tensors_from_hf(family_of(read_config), read_config, stored)
     assert set(read) == set(state) and all(torch.equal(read[name], state[name]) for name in state)

@@ -6,7 +6,8 @@ from hf_checks import build, check_dropout, family_tests, sizes, transformers
 from hypothesis import strategies as st
 
 from lit_model.config import ModelConfig
-from lit_model.hf.families import config_from_hf, config_to_hf, family_of, tensors_from_hf, tensors_to_hf
+from lit_model.hf.families import config_from_hf, config_to_hf, family_of, tensors_to_hf
+from lit_model.hf.table import tensors_from_hf
 from lit_model.model import parameter_shapes
 from lit_model.registry import get_config
 
@@ -106,5 +107,5 @@ def test_an_old_file_has_masks():
     for i in range(config.n_layer):
         stored[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
         stored[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e9)
-    read = tensors_from_hf(config, stored)
+    read = tensors_from_hf(family_of(config), config, stored)
     assert set(read) == set(state) and all(torch.equal(read[name], state[name]) for name in state)

@@ -20,8 +20,9 @@ from hf_checks import (
 from hypothesis import strategies as st
 
 from lit_model.config import ModelConfig, RopeScaling
-from lit_model.hf.families import FAMILIES, config_from_hf, config_to_hf, family_of, tensors_from_hf, tensors_to_hf
+from lit_model.hf.families import FAMILIES, config_from_hf, config_to_hf, family_of, tensors_to_hf
 from lit_model.hf.io import read_folder, write_folder
+from lit_model.hf.table import tensors_from_hf
 from lit_model.loss import IGNORE_INDEX
 from lit_model.model import parameter_shapes
 from lit_model.registry import MODELS, get_config
@@ -55,7 +56,7 @@ def gradient_pair(config, dtype, folder, B=2, T=40):
     their_loss.backward()
     # lm_head repeats the embedding in a tied model; a zero stands in for padding rows.
     grads = {n: p.grad for n, p in hf.named_parameters()}
-    theirs = tensors_from_hf(config, grads)
+    theirs = tensors_from_hf(family_of(config), config, grads)
     return loss, their_loss, {n: (p.grad, theirs[n]) for n, p in model.named_parameters()}
 
 
@@ -191,20 +192,19 @@ def test_missing_unknown_and_misshapen_tensors_are_named():
     ours = dict(build(config).state_dict())
     hf = dict(tensors_to_hf(config, ours))
     with pytest.raises(ValueError, match="lacks model.norm.weight"):
-        tensors_from_hf(config, {k: v for k, v in hf.items() if k != "model.norm.weight"})
+        tensors_from_hf(family_of(config), config, {k: v for k, v in hf.items() if k != "model.norm.weight"})
     with pytest.raises(ValueError, match="unknown model.layers.0.self_attn.q_norm.weight"):
-        tensors_from_hf(config, {**hf, "model.layers.0.self_attn.q_norm.weight": torch.ones(1)})
-    lazy = tensors_from_hf(config, {**hf, "model.norm.weight": torch.ones(3)})
+        tensors_from_hf(family_of(config), config, {**hf, "model.layers.0.self_attn.q_norm.weight": torch.ones(1)})
+    lazy = tensors_from_hf(family_of(config), config, {**hf, "model.norm.weight": torch.ones(3)})
     with pytest.raises(ValueError, match=r"model.norm.weight give shape \(3,\); the config implies \(64,\)"):
         lazy["transformer.ln_f.weight"]
     with pytest.raises(ValueError, match="lacks transformer.ln_f.weight"):
         list(tensors_to_hf(config, {k: v for k, v in ours.items() if "ln_f" not in k}))
     with pytest.raises(ValueError, match="lm_head.weight differs"):
-        tensors_from_hf(
-            get_config("debug", vocab_size=500, tie_embeddings=True), {**hf, "lm_head.weight": torch.zeros(500, 64)}
-        )
+        tied = get_config("debug", vocab_size=500, tie_embeddings=True)
+        tensors_from_hf(family_of(tied), tied, {**hf, "lm_head.weight": torch.zeros(500, 64)})
     old = {**hf, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    assert torch.equal(tensors_from_hf(config, old)["lm_head.weight"], ours["lm_head.weight"])
+    assert torch.equal(tensors_from_hf(family_of(config), config, old)["lm_head.weight"], ours["lm_head.weight"])
 
 
 def test_broken_folders_are_named(tmp_path):
@@ -287,7 +287,7 @@ def test_a_file_of_the_model_below_the_head_lacks_the_prefix():
     model = build(config)
     hf = {name.removeprefix("model."): tensor for name, tensor in tensors_to_hf(config, model.state_dict())}
     for extra in ({}, {"lm_head.weight": hf["embed_tokens.weight"]}):
-        tensors = tensors_from_hf(config, {**hf, **extra})
+        tensors = tensors_from_hf(family_of(config), config, {**hf, **extra})
         assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from generate_one import generate
 from hf_checks import (
     TOLERANCE,
     build,
@@ -16,7 +17,6 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from lit_model.config import ModelConfig
-from lit_model.generate import generate
 from lit_model.hf.families import config_from_hf, config_to_hf, family_of
 from lit_model.hf.io import read_folder
 from lit_model.moe import MoE

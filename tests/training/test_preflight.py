@@ -173,7 +173,7 @@ def test_a_rank_that_differs_is_named(data: Path, tmp_path: Path) -> None:
     host = socket.gethostname()
     assert f"rank 1 (host {host}) has other" in advice_on(output, "environment")
     assert "the sum of 1 MiB over 2 ranks is wrong on rank 0" in advice_on(output, "network")
-    assert f"rank 1 (host {host}): it does not see what rank 0 wrote" in advice_on(output, "disk")
+    assert f"rank 1 (host {host}): it cannot see the file that rank 0 wrote" in advice_on(output, "disk")
     assert not (tmp_path / "run").exists()
 
 

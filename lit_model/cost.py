@@ -29,8 +29,7 @@ def count_multiplying_parameters(config: ModelConfig) -> int:
 
     Lookups (embedding and learned positions), norms and biases are not counted.
     """
-    matrices = _matrices(config)
-    return sum(_active(config, name, shape) for name, shape in matrices.items())
+    return sum(_active(config, name, shape) for name, shape in _matrices(config).items())
 
 
 def flops_per_token(config: ModelConfig, block_size: int, *, causal: bool = False) -> float:

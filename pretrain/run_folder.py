@@ -26,7 +26,7 @@ from pretrain.evaluation_plan import Evaluation, cut_evaluations
 from pretrain.fabric import Fabric
 from pretrain.failure.peers import on_rank_zero
 from pretrain.logs.messages import warn
-from pretrain.logs.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS, VALIDATION_COLUMNS, newest_step
+from pretrain.logs.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS, VALIDATION_COLUMNS, logged_steps
 from pretrain.logs.metrics import FILE as METRICS
 from pretrain.logs.trackers import Trackers, abandon, check_trackers
 from pretrain.run import Progress
@@ -135,7 +135,7 @@ def begin_recording(
     micro_batch_samples = args.train.micro_batch_samples
 
     def prepare_folder() -> None:
-        if (newest_step(folder / METRICS) or 0) > progress.step:
+        if max(logged_steps(folder / METRICS), default=0) > progress.step:
             abandon(folder, args.log)
         rewind(folder, progress.step, columns, again=progress.unfinished is not None)
         cut_evaluations(folder / EVALUATIONS, progress.step, again=progress.unfinished is not None)

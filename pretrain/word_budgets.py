@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -122,13 +123,7 @@ def plan_budgets(args: RunArgs, data: Data, progress: Progress, words: list[Data
 
 def first_step(after: Callable[[int], int], budget: int, low: int, high: int) -> int:
     """The first step in [low, high] after which at least `budget` words were seen; `after(high)` is enough."""
-    while low < high:
-        middle = (low + high) // 2
-        if after(middle) >= budget:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return bisect_left(range(high), budget, lo=low, key=after)
 
 
 def epoch_notes(data: Data, progress: Progress) -> list[str]:

@@ -86,10 +86,10 @@ def write_folder(
         _write_tensors(temporary, tensors, list(layout), shard_bytes)
         for name, content in (("config.json", config), ("generation_config.json", generation_config)):
             if content is not None:
-                _write_text(temporary / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+                (temporary / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
         for name, text in (extra_files or {}).items():
             (temporary / name).parent.mkdir(exist_ok=True)
-            _write_text(temporary / name, text)
+            (temporary / name).write_text(text, "utf-8")
         if directory.exists():
             directory.rmdir()  # empty, as checked; not every system renames a folder over one
 
@@ -141,7 +141,7 @@ def _write_tensors(
         raise ValueError("there are more tensors than the layout names")
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(like.nbytes for _, like in layout)}, "weight_map": weight_map}
-        _write_text(directory / _INDEX, json.dumps(index, indent=2) + "\n")
+        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def _write_shard(path: Path, layout: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -294,7 +294,3 @@ def _open(path: Path) -> Any:
         return safe_open(regular(path), framework="pt", device="cpu")
     except Exception as error:  # safetensors raises its own type, which derives from Exception only
         raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or convert it again") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

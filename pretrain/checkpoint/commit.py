@@ -58,22 +58,6 @@ class CheckpointWriter:
     ) -> None:
         """Write a checkpoint and give it its name. Every rank calls this; the arguments are those of `Saver.save`."""
         temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            self._write(path, temporary, tensors, meta, finish_part)
-        except SaveError:
-            if self.rank == 0:
-                with contextlib.suppress(OSError):
-                    remove(temporary)
-            raise
-
-    def _write(
-        self,
-        path: Path,
-        temporary: Path,
-        tensors: dict[str, Tensor],
-        meta: dict[str, Any],
-        finish_part: Callable[[], None],
-    ) -> None:
 
         def begin() -> None:
             if self.rank == 0:
@@ -111,14 +95,20 @@ class CheckpointWriter:
                     write_json(temporary / "meta.json", meta)
                 publish(temporary, path)
 
-        self._together(path, begin)
-        if self.sharded:
-            parts = self._together(path, write_shards)
-            meta["checksums"] = {name: facts for part in parts for name, facts in sorted(part.items())}
-        else:
-            self._together(path, write_file)
-        self._together(path, finish_part)
-        self._together(path, commit)
+        try:
+            self._together(path, begin)
+            if self.sharded:
+                parts = self._together(path, write_shards)
+                meta["checksums"] = {name: facts for part in parts for name, facts in sorted(part.items())}
+            else:
+                self._together(path, write_file)
+            self._together(path, finish_part)
+            self._together(path, commit)
+        except SaveError:
+            if self.rank == 0:
+                with contextlib.suppress(OSError):
+                    remove(temporary)
+            raise
 
     def _together(self, path: Path, work: Callable[[], T]) -> list[T]:
         """Do a stage on every rank. Returns the results of all; raises SaveError on all if one of them failed."""

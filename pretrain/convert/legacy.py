@@ -100,9 +100,12 @@ def import_legacy(
     content = read_file(path)
     try:
         state = Legacy(path, content, model, vocab_size)
-        optimizer = None if weights_only or "optimizer" not in content else state.optimizer(content["optimizer"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    try:
+        optimizer = None if weights_only or "optimizer" not in content else state.optimizer(content["optimizer"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} (--weights_only leaves the optimizer out)") from error
     named = checkpoint_step(output)
     if named is not None and named != state.step:
         raise ValueError(f"output {output} names step {named}, but {path} is at step {state.step}")
@@ -271,27 +274,27 @@ class Legacy:
         Raises ValueError naming the mismatch.
         """
         if not isinstance(optimizer, Mapping) or not {"state", "param_groups"} <= set(optimizer):
-            raise ValueError(f"the optimizer has no state and param_groups {_LEAVE_OUT}")
+            raise ValueError("the optimizer has no state and param_groups")
         state, groups = optimizer["state"], optimizer["param_groups"]
         if not state:
-            raise ValueError(f"the optimizer has made no step, so it has no state {_LEAVE_OUT}")
+            raise ValueError("the optimizer has made no step, so it has no state")
         entries = self._by_name(state) if all(isinstance(k, str) for k in state) else self._by_number(state, groups)
         lacking = [ours for ours in self.order if ours not in entries]
         if lacking:
-            raise ValueError(f"the optimizer has no state of {lacking[0]} {_LEAVE_OUT}")
+            raise ValueError(f"the optimizer has no state of {lacking[0]}")
         counts = set()
         for ours, entry in entries.items():
             if set(entry) != {"step", *MOMENTS}:
                 wanted = ", ".join(("step", *MOMENTS))
-                raise ValueError(f"the optimizer keeps {', '.join(entry)} of {ours}; AdamW's are {wanted} {_LEAVE_OUT}")
+                raise ValueError(f"the optimizer keeps {', '.join(entry)} of {ours}; AdamW's are {wanted}")
             counts.add(float(entry["step"]))
         if len(counts) > 1:
-            raise ValueError(f"the optimizer updated some parameters more often, {sorted(counts)} times {_LEAVE_OUT}")
+            raise ValueError(f"the optimizer updated some parameters more often, {sorted(counts)} times")
         for key in ("amsgrad", "maximize"):
             if any(group.get(key) for group in groups):
-                raise ValueError(f"the optimizer has {key}, which is not supported {_LEAVE_OUT}")
+                raise ValueError(f"the optimizer has {key}, which is not supported")
         if any(group.get("weight_decay") and group.get("decoupled_weight_decay") is False for group in groups):
-            raise ValueError(f"the optimizer is Adam with L2 regularization, not AdamW {_LEAVE_OUT}")
+            raise ValueError("the optimizer is Adam with L2 regularization, not AdamW")
         moments = {
             key: self.tensors({o: e[key] for o, e in entries.items()}, f"the optimizer's {key}") for key in MOMENTS
         }
@@ -302,20 +305,18 @@ class Legacy:
     def _by_number(self, state: Mapping[Any, Any], groups: Any) -> dict[str, Any]:
         if len(groups) != 1:
             raise ValueError(
-                f"the optimizer has {len(groups)} groups of numbered parameters, so the numbers cannot be "
-                f"matched to parameters {_LEAVE_OUT}"
+                f"the optimizer has {len(groups)} groups of numbered parameters: the numbers cannot be matched"
             )
         if list(groups[0]["params"]) != list(range(len(self.order))):
             raise ValueError(
-                f"the optimizer numbers {len(groups[0]['params'])} parameters, the model has {len(self.order)} "
-                f"{_LEAVE_OUT}"
+                f"the optimizer numbers {len(groups[0]['params'])} parameters, the model has {len(self.order)}"
             )
         # `names` follows the order in which these trainers build their modules; indices are only valid in that order.
         for here, there in zip(self.order, self.names, strict=True):
             if here != there:
                 raise ValueError(
                     f"the model's parameters are in another order than its trainers': {here} where {there} belongs; "
-                    f"the optimizer's numbers cannot be matched {_LEAVE_OUT}"
+                    "the optimizer's numbers cannot be matched"
                 )
         return {self.order[number]: entry for number, entry in state.items()}
 
@@ -325,9 +326,6 @@ class Legacy:
             names.setdefault(EMBEDDING, names[HEAD])
             del names[HEAD]
         return {ours: state[theirs] for ours, theirs in names.items()}
-
-
-_LEAVE_OUT = "(--weights_only leaves the optimizer out)"
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -196,10 +196,8 @@ class Peers:
             self._end_by_other(text, EXIT_HUNG)
 
     def _end_by_other(self, text: str, status: int) -> None:
-        if not self._ending.acquire(
-            blocking=False
-        ):  # this rank is ending by its own error; give it time, but not forever
-            time.sleep(2 * NOTICE_S)
+        if not self._ending.acquire(blocking=False):
+            time.sleep(2 * NOTICE_S)  # this rank is ending by its own error: give it time, but not forever
             os._exit(status)
         if self.watchdog is not None:
             log = self.watchdog.log

@@ -109,13 +109,7 @@ class RankLog:
         self._old_excepthook(arguments)
 
     def _warned(
-        self,
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: Any = None,
-        line: str | None = None,
+        self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any, **named: Any
     ) -> None:
         self.event(f"{category.__name__}: {message} ({filename}:{lineno})")
-        self._old_showwarning(message, category, filename, lineno, file, line)
+        self._old_showwarning(message, category, filename, lineno, *more, **named)

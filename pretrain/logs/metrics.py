@@ -121,20 +121,16 @@ def is_row(line: bytes, width: int) -> bool:
         return False
 
 
-def newest_step(path: Path) -> int | None:
-    """The highest step in metrics.csv; None if it has no rows."""
+def logged_steps(path: Path) -> list[int]:
+    """The steps in metrics.csv; a row is written once, whole. Empty if it cannot be read."""
     try:
-        return max(read_rows(path.read_bytes()).steps(), default=None)
+        return read_rows(path.read_bytes()).steps() if path.is_file() else []
     except OSError:
-        return None
+        return []
 
 
 def has_row(path: Path, step: int) -> bool:
-    """Whether metrics.csv has the row of `step`; a row is written once, whole."""
-    try:
-        return path.is_file() and step in read_rows(path.read_bytes()).steps()
-    except OSError:
-        return False
+    return step in logged_steps(path)
 
 
 def cut_metrics(path: Path, step: int, columns: Sequence[str] = COLUMNS, *, again: bool = False) -> None:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from lit_eval.report.run_report import run_report
 from lit_files.publish import write_text
 from pretrain.args import RunArgs, plain
+from pretrain.cli.fields import REQUIRED, flags_of
 from pretrain.logs.messages import say, warn
 
 FILE = "report.html"  # in the run folder
 
 
-def default_settings(section: type = RunArgs, prefix: str = "") -> dict[str, Any]:
+def default_settings() -> dict[str, Any]:
     """Flag -> default of every setting, as config.yaml would hold it; None for one that has none."""
-    found: dict[str, Any] = {}
-    hints = get_type_hints(section)
-    for f in dataclasses.fields(section):
-        kind = hints.get(f.name)
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            found |= default_settings(kind, f"{prefix}{f.name}.")
-        elif f.default is not dataclasses.MISSING:
-            found[prefix + f.name] = plain(f.default)
-        else:
-            made = None if f.default_factory is dataclasses.MISSING else f.default_factory()
-            found[prefix + f.name] = plain(made)
-    return found
+    return {flag.name: None if flag.default is REQUIRED else plain(flag.default) for flag in flags_of(RunArgs)}
 
 
 def write_report(run: Path) -> None:

@@ -12,9 +12,10 @@ import inspect
 import json
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lit_files.publish import write_json
 from pretrain.args import LogArgs
@@ -45,14 +46,6 @@ class RunId:
 
     def save(self) -> None:
         write_json(Path(self.folder) / ID_FILE, vars(self))
-
-
-class Tracker(Protocol):
-    name: str
-
-    def log(self, values: dict[str, float], step: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def check_trackers(args: LogArgs, run: Path) -> None:
@@ -155,7 +148,7 @@ class Trackers:
     """
 
     def __init__(self, run: Path, args: LogArgs, config: dict[str, Any], step: int, *, strict: bool) -> None:
-        self._open: list[Tracker] = []
+        self._open: list[TensorBoard | WandB] = []
         self._failed: set[str] = set()
         for name in args.trackers:
             try:
@@ -174,25 +167,22 @@ class Trackers:
     def log(self, row: dict[str, float]) -> None:
         """Show a row of metrics.csv."""
         values, step = {k: v for k, v in row.items() if k != "step"}, int(row["step"])
-        for tracker in self._open:
-            try:
-                tracker.log(values, step)
-            except Exception as error:
-                self._warn(tracker, error)
+        self._each(lambda tracker: tracker.log(values, step))
 
     def close(self) -> None:
-        for tracker in self._open:
-            try:
-                tracker.close()
-            except Exception as error:
-                self._warn(tracker, error)
+        self._each(lambda tracker: tracker.close())
         self._open = []
 
-    def _warn(self, tracker: Tracker, error: Exception) -> None:
-        """Warn once per tracker."""
-        if tracker.name not in self._failed:
-            warn(f"{tracker.name} failed to log a row ({cause(error)}); training continues, and later rows are sent")
-        self._failed.add(tracker.name)
+    def _each(self, call: Callable[[TensorBoard | WandB], None]) -> None:
+        """Call each tracker; the first failure of each is a warning."""
+        for tracker in self._open:
+            try:
+                call(tracker)
+            except Exception as error:
+                if tracker.name not in self._failed:
+                    consequence = "training continues, and later rows are sent"
+                    warn(f"{tracker.name} failed to log a row ({cause(error)}); {consequence}")
+                self._failed.add(tracker.name)
 
 
 def abandon(run: Path, args: LogArgs) -> None:

@@ -42,9 +42,14 @@ class Metrics:
         """A column; NaN in every row if the file does not have it."""
         return self.columns[name] if name in self.columns else np.full(len(self), np.nan)
 
+    def finite(self, name: str) -> FloatArray:
+        """The finite values of a column."""
+        values = self[name]
+        return values[np.isfinite(values)]
+
     def has(self, name: str) -> bool:
         """Whether a column has at least one finite value."""
-        return name in self.columns and bool(np.isfinite(self.columns[name]).any())
+        return len(self.finite(name)) > 0
 
     def not_finite(self, name: str) -> FloatArray:
         """The steps at which a column's value is NaN or infinite."""
@@ -54,15 +59,15 @@ class Metrics:
 
     def last(self, name: str) -> float | None:
         """The newest finite value of a column."""
-        values = self[name]
-        values = values[np.isfinite(values)]
-        return float(values[-1]) if len(values) else None
+        return next(iter(self.finite(name)[-1:].tolist()), None)
 
     def best(self, name: str) -> float | None:
         """The smallest finite value of a column."""
-        values = self[name]
-        values = values[np.isfinite(values)]
-        return float(values.min()) if len(values) else None
+        return min(self.finite(name).tolist(), default=None)
+
+    def median(self, name: str) -> float | None:
+        """The median of a column's finite values."""
+        return float(np.median(values)) if len(values := self.finite(name)) else None
 
 
 def read_metrics(path: Path) -> Metrics:

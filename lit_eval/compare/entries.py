@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lit_eval.metrics_file import Metrics
 from lit_eval.run_facts import RunFacts, find_results, flatten, is_run, read_run
 from lit_eval.score.results import Results, read_results
@@ -123,9 +121,7 @@ def _add_metrics(entry: Entry, metrics: Metrics) -> None:
     assert entry.run is not None
     entry.val_loss, entry.train_loss = metrics.last("val_loss"), metrics.last("train_loss")
     entry.val_bits_per_byte = metrics.last("val_bits_per_byte")
-    rates = metrics["tokens_per_s"]
-    rates = rates[np.isfinite(rates)]
-    entry.tokens_per_s = float(np.median(rates)) if len(rates) else None
+    entry.tokens_per_s = metrics.median("tokens_per_s")
     entry.settings = flatten(entry.run.settings)
     data = entry.run.meta.get("data")
     val = data.get("val") if isinstance(data, dict) else None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,15 +74,13 @@ def draw(tasks: Sequence[TaskCurves], file: Path) -> None:
             "scripts/evaluate.py --all_checkpoints RUN"
         )
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # no pyplot: nothing global, no window
     except ImportError as error:
         raise ValueError("--png needs matplotlib: pip install 'llammlein[plots]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     across = min(2, len(tasks))
     down = -(-len(tasks) // across)
-    figure, panels = pyplot.subplots(down, across, figsize=(6 * across, 3.6 * down), squeeze=False)
+    figure = Figure(figsize=(6 * across, 3.6 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False)
     colours = ["#0072b2", "#c24e00", "#007a5a", "#a8498a", "#806000", "#4a4f57"]
     names = list(dict.fromkeys(curve.name for task in tasks for curve in task.curves))
     for panel, task in zip(panels.flat, tasks, strict=False):
@@ -96,14 +95,10 @@ def draw(tasks: Sequence[TaskCurves], file: Path) -> None:
         panel.set_axisbelow(True)
     for panel in panels.flat[len(tasks) :]:
         panel.set_visible(False)
-    handles, labels = [], []
-    for panel in panels.flat[: len(tasks)]:
+    lines: dict[str, Any] = {}
+    for panel in panels.flat:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            if label not in labels:
-                handles.append(handle)
-                labels.append(label)
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+            lines.setdefault(label, handle)
+    figure.legend([*lines.values()], [*lines], loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
     figure.suptitle("Score over training; bands: 95 % bootstrap intervals over items", fontsize="medium")
-    figure.set_layout_engine("constrained")
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)

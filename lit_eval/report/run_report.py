@@ -103,10 +103,6 @@ def _head(run: RunFacts) -> str:
     remark = f"perplexity {number(perplexity(val))}" if val is not None else ""
     if val is not None and best is not None and best < val:
         remark += f"; lowest {loss(best)}"
-    rate = m["tokens_per_s"]
-    rate = rate[np.isfinite(rate)]
-    mfu = m["mfu"]
-    mfu = mfu[np.isfinite(mfu)]
     of = f"of {run.max_steps:,}" if run.max_steps else ""
     words = m.last("words")
     return tiles(
@@ -121,8 +117,8 @@ def _head(run: RunFacts) -> str:
                 short(run.parameters),
                 f"{short(run.active_parameters)} for a token" if run.active_parameters else whole(run.parameters),
             ),
-            ("Tokens per second", whole(float(np.median(rate))) if len(rate) else number(None), "median"),
-            ("Model FLOPs utilisation", percent(float(np.median(mfu))) if len(mfu) else number(None), "median"),
+            ("Tokens per second", whole(m.median("tokens_per_s")), "median"),
+            ("Model FLOPs utilisation", percent(m.median("mfu")), "median"),
             ("Time", duration(run.seconds), f"{len(run.starts)} starts" if len(run.starts) > 1 else ""),
         ]
     )

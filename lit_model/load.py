@@ -48,7 +48,7 @@ class Checkpoint:
         try:
             if self.sharded:
                 if not (self.path / "meta.json").is_file():
-                    raise ValueError("it holds no meta.json")
+                    raise ValueError("it has no meta.json")
                 self.meta: dict[str, Any] = _read_meta(read_bytes(self.path / "meta.json"))
             else:
                 self._file = open_tensor_file(self.path)

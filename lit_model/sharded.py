@@ -86,7 +86,7 @@ def read_metadata(folder: Path) -> Metadata:
     """The content of `.metadata`. Raises ValueError if it is missing, damaged, or holds anything but tensors."""
     file = folder / ".metadata"
     if not file.is_file():
-        raise ValueError(f"{folder} is no whole checkpoint: it holds no .metadata")
+        raise ValueError(f"{folder} is not a complete checkpoint: it has no .metadata")
     try:
         metadata = _MetadataUnpickler(io.BytesIO(read_bytes(file))).load()
         if not isinstance(metadata, Metadata):
@@ -94,7 +94,7 @@ def read_metadata(folder: Path) -> Metadata:
         _stored(metadata)
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(
-            f"{file} is no metadata of a checkpoint written here, or it is damaged: {type(error).__name__}: {error}"
+            f"{file} is not metadata written by this project, or it is damaged: {type(error).__name__}: {error}"
         ) from error
     return metadata
 
@@ -178,7 +178,7 @@ class ShardedTensors:
         for file, end in ends.items():
             path = folder / file
             if not path.is_file():
-                raise ValueError(f"{path} is missing: the checkpoint is not whole")
+                raise ValueError(f"{path} is missing: the checkpoint is not complete")
             if path.stat().st_size < end:
                 raise ValueError(f"{path} is truncated: {path.stat().st_size} bytes of at least {end}")
 

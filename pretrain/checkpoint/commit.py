@@ -164,8 +164,8 @@ def check_free_space(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < n_bytes + SPARE_BYTES:
         raise OSError(
-            f"{folder} has {free / 1e9:.3f} GB free, the checkpoint takes {(n_bytes + SPARE_BYTES) / 1e9:.3f} GB; "
-            "make room, or keep fewer with --save.keep_last"
+            f"{folder} has {free / 1e9:.3f} GB free, the checkpoint needs {(n_bytes + SPARE_BYTES) / 1e9:.3f} GB; "
+            "free some space, or keep fewer with --save.keep_last"
         )
 
 

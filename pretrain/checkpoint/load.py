@@ -37,9 +37,7 @@ def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         lacking, extra = sorted(want - have), sorted(have - want)
         raise ValueError(
             f"{path} is a checkpoint of another model or optimizer: "
-            + "; ".join(
-                f"{what} {names[:3]}" for what, names in (("it lacks", lacking), ("unknown here", extra)) if names
-            )
+            + "; ".join(f"{kind} {names[:3]}" for kind, names in (("missing", lacking), ("unexpected", extra)) if names)
         )
     if checkpoint.sharded:
         load_into(path, tensors, no_dist=not dist.is_initialized())
@@ -47,7 +45,9 @@ def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         for name, target in tensors.items():
             source = checkpoint.tensor(name)
             if source.shape != target.shape:
-                raise ValueError(f"{path}: {name} has shape {tuple(source.shape)}, the model {tuple(target.shape)}")
+                raise ValueError(
+                    f"{path}: {name} has shape {tuple(source.shape)}; the model expects {tuple(target.shape)}"
+                )
             copy_slice(target, source)
     return checkpoint.meta
 
@@ -126,22 +126,22 @@ def find_checkpoint(resume: str, run: Path) -> Path | None:
     if not path.exists() or checkpoint_step(path) is None:
         hint = f"; it is a run folder: give --out_dir {path} --resume latest" if list_checkpoints(path) else ""
         raise FileNotFoundError(
-            f"--resume {resume}: no such checkpoint in {run} or as a path; the newest there: {known}{hint}. "
+            f"--resume {resume}: no such checkpoint, neither in {run} nor as a path; the newest in it: {known}{hint}. "
             "Give latest, auto, iter-XXXXXXXX-ckpt.pth or a path to one"
         )
     mine = run / path.name
     if mine.exists() and same_state(mine, path):
         return path
     home = path.resolve().parent
-    begin = f"begin a new run with its weights by --init_from {path}"
+    fresh = f"start a new run from its weights with --init_from {path}"
     if home.parent.name == ABANDONED:
         raise ValueError(
-            f"--resume {resume}: this checkpoint was abandoned when its run went back, and the record continues from "
-            f"an earlier one; {begin} and another --out_dir"
+            f"--resume {resume}: this checkpoint was abandoned when its run was rolled back, and the record continues "
+            f"from an earlier one; {fresh} and another --out_dir"
         )
     raise ValueError(
         f"--resume {resume} is not in --out_dir {run}, whose record, metrics and checkpoints would lack its steps (the "
-        f"newest there: {known}); give --out_dir {home} to resume that run, or {begin}"
+        f"newest in it: {known}); give --out_dir {home} to resume that run, or {fresh}"
     )
 
 

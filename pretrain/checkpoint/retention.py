@@ -46,7 +46,7 @@ def rewind(run: Path, step: int, columns: Sequence[str] = COLUMNS, *, again: boo
             try:
                 copy_record(run, step, grave / "datapoints")
             except Exception as error:  # a damaged part may raise anything; the run keeps none of its steps
-                warn(f"the record from step {step} on could not be copied whole to {grave}: {error}")
+                warn(f"the record from step {step} on could not be copied completely to {grave}: {error}")
         for path in reversed(later):
             os.rename(path, grave / path.name)
         sync_file(run)

@@ -78,7 +78,7 @@ def begin_attempt(run: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(path)
     except OSError as error:
-        warn(f"{path} cannot be used ({error}); a first failure is not kept there")
+        warn(f"{path} cannot be used ({error}); the first failure is not recorded there")
     return secrets.token_hex(8)
 
 
@@ -100,9 +100,9 @@ def report_failure(error: BaseException, step: int, watchdog: Watchdog) -> Failu
         first = claim(Failure(log.attempt, log.rank, log.host, step, kind, message, utc_now(), log.rank), watchdog)
     text = f"rank {first.rank} failed first ({first})"
     if first.rank != log.rank:
-        text = f"rank {log.rank} stopped since {text}"
+        text = f"rank {log.rank} stopped because {text}"
         if not lost:
-            text += f"; it has an error of its own: {type(error).__name__}: {error}"
+            text += f"; it also has an error of its own: {type(error).__name__}: {error}"
     log.event(text)
     print(f"error: {text}; see {log.path.parent}", file=sys.stderr, flush=True)
     return first
@@ -139,7 +139,7 @@ def of_silent(silent: list[tuple[int, float]], watchdog: Watchdog) -> Failure:
     rank, seconds = silent[0]
     heartbeat, log = watchdog.exchange.last(rank), watchdog.log
     also = f", nor from ranks {', '.join(str(r) for r, _ in silent[1:])}" if silent[1:] else ""
-    message = f"no heartbeat for {seconds:.1f} s{also}: killed, stopped, or its host is gone"
+    message = f"no heartbeat for {seconds:.1f} s{also}: it was killed or suspended, or its host is down"
     host, step = (heartbeat.host, heartbeat.step) if heartbeat is not None else ("unknown", 0)
     return Failure(log.attempt, rank, host, step, "Silent", message, utc_now(), log.rank)
 
@@ -147,7 +147,7 @@ def of_silent(silent: list[tuple[int, float]], watchdog: Watchdog) -> Failure:
 def of_stopped(seconds: float, watchdog: Watchdog) -> Failure:
     """The failure of this rank, which the others took for a silent one."""
     log = watchdog.log
-    message = f"this process itself did not run for {seconds:.1f} s: it was stopped, or its host was"
+    message = f"this process itself did not run for {seconds:.1f} s: it or its host was suspended"
     return Failure(log.attempt, log.rank, log.host, watchdog.step, "Silent", message, utc_now(), log.rank)
 
 

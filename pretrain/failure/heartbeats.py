@@ -159,7 +159,7 @@ def blame(heartbeats: Mapping[int, Heartbeat | None], silent: Mapping[int, float
             heartbeat = heartbeats[rank]
             last = f"; last seen on {heartbeat.host} {heartbeat}" if heartbeat is not None else ""
             parts.append(f"rank {rank} has sent no heartbeat for {seconds:.0f} s{last}")
-        why = "; ".join(parts) + " (killed, stopped, its host gone, or in C code that keeps the interpreter's lock)"
+        why = "; ".join(parts) + " (killed, suspended, its host down, or in C code that holds the interpreter's lock)"
     elif len({s.step for s in known.values()}) > 1:
         least = min(s.step for s in known.values())
         found = {r: s for r, s in known.items() if s.step == least}

@@ -186,7 +186,7 @@ class Peers:
                 self._end_without_store()
                 return
             status, first = facts.pop("status"), Failure(**facts)
-            self._end_by_other(f"rank {self.rank} stopped since rank {first.rank} failed first ({first})", status)
+            self._end_by_other(f"rank {self.rank} stopped because rank {first.rank} failed first ({first})", status)
             return
 
     def _end_without_store(self) -> None:

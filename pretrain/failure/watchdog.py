@@ -164,7 +164,7 @@ class Watchdog:
         """The thread that talks to the store."""
         error = self.exchange.run()
         if error is not None and not self._closing.is_set():
-            self.log.event(f"the store is gone ({error}): its process has ended, or the network")
+            self.log.event(f"the store is gone ({error}): its process has ended, or the network failed")
 
     def _arm(self) -> None:
         """Let faulthandler end the process unless this is called again in time."""
@@ -194,14 +194,14 @@ class Watchdog:
         try:
             dump = stacks()
         except OSError as error:
-            dump = f"the stacks could not be taken: {error}"
+            dump = f"the stacks could not be dumped: {error}"
         in_background(lambda: self.log.event(f"alarm: {alarm}; this rank is {self._heartbeat()}\n{dump}"))
         time.sleep(max(0.0, until - time.monotonic()))
         heartbeats = {r: self.exchange.last(r) for r in self.exchange.others} | {self.rank: self._heartbeat()}
         silent = {r: s for r, s in self.exchange.silent_ranks() if (last := heartbeats[r]) is None or not last.alarmed}
         text = f"error: the run hangs: {alarm} (--guard.hang_timeout_s {self.timeout_s:g}); {blame(heartbeats, silent)}"
         if (silent_s := self.exchange.store_silent_s()) > 0:
-            text += f"; the store has given no answer for {silent_s:.0f} s, so this is what was known before"
+            text += f"; the store has given no answer for {silent_s:.0f} s, so this is the last known state"
         if (stopped_s := self.stopped_s()) > 0:
             text += f"; this process itself did not run for {stopped_s:.0f} s"
         text += f"; the stacks are in {self.log.path.parent}"

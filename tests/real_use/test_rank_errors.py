@@ -88,7 +88,7 @@ def check(answer: Answer, run: Path, seconds: float, where: str, kind: str, rank
         for rank in ranks:
             assert text in answer.outputs[rank]
         for rank in {0, 1} - set(ranks):
-            assert f"rank {rank} stopped since rank {ranks[0]} failed first (host " in answer.outputs[rank], output
+            assert f"rank {rank} stopped because rank {ranks[0]} failed first (host " in answer.outputs[rank], output
         how = f"named by both, status {status}"
     if not (early and where == "set-up"):
         assert f"the newest checkpoint is {newest(run)}" in output, output

@@ -32,7 +32,7 @@ def test_the_failing_rank_is_named_by_all(cases: dict[str, Case], name: str) -> 
     case = cases[name]
     assert case.statuses == [1, 1, 1]
     for rank in range(3):
-        stopped = "" if rank == 1 else f"rank {rank} stopped since "
+        stopped = "" if rank == 1 else f"rank {rank} stopped because "
         begin = f"error: {stopped}rank 1 failed first (host "
         assert case.message(rank).startswith(begin) and ", step 3, ValueError: planted)" in case.message(rank)
         assert begin.removeprefix("error: ") in case.log(rank)
@@ -56,7 +56,7 @@ def test_a_killed_rank_is_named_by_the_others(cases: dict[str, Case], name: str,
     for rank in range(3):
         assert case.statuses[rank] == (-9 if rank == killed else 1)
         if rank != killed:
-            assert f"rank {rank} stopped since rank {killed} failed first (host" in case.message(rank)
+            assert f"rank {rank} stopped because rank {killed} failed first (host" in case.message(rank)
             assert "Silent: no heartbeat for" in case.message(rank)
     facts = json.loads((case.folder / FOLDER / FILE).read_text())
     assert facts["rank"] == killed and facts["seen_by"] != killed and facts["attempt"] != "earlier"

@@ -45,9 +45,7 @@ def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         for name, target in tensors.items():
             source = checkpoint.tensor(name)
             if source.shape != target.shape:
-                raise ValueError(
-                    f"{path}: {name} has shape {tuple(source.shape)}; the model expects {tuple(target.shape)}"
-                )
+                raise ValueError(f"{path}: {name} has shape {tuple(source.shape)}; the model has {tuple(target.shape)}")
             copy_slice(target, source)
     return checkpoint.meta
 

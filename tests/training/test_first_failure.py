@@ -44,7 +44,7 @@ def test_the_first_of_two_failing_ranks_is_named(cases: dict[str, Case]) -> None
     case = cases["two_fail"]
     assert case.statuses == [1, 1, 1]
     assert all("rank 2 failed first (host" in case.message(rank) for rank in range(3))
-    assert "it has an error of its own: ValueError: planted in 0" in case.message(0)
+    assert "it also has an error of its own: ValueError: planted in 0" in case.message(0)
     facts = json.loads((case.folder / FOLDER / FILE).read_text())
     assert (facts["rank"], facts["step"], facts["error"], facts["message"]) == (2, 3, "ValueError", "planted in 2")
     assert facts["host"] and facts["time"].endswith("+00:00") and facts["attempt"] != "earlier"

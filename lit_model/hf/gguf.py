@@ -158,7 +158,7 @@ def _tensors(
         # The factors by which llama.cpp divides each frequency.
         plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
         yield "rope_freqs.weight", plain / rope_frequencies(config)
-    turned = {"attn.qkv": qkv_rows(config, interleaved=True)} if architecture == "llama" else {}
+    turned = {"attn.qkv": qkv_rows(config, pairs=True)} if architecture == "llama" else {}
     family = dataclasses.replace(family_of(config), names=_NAMES, block=_BLOCK, transforms=lambda config, layer: turned)
     for name, tensor in tensors_to_hf(family, config, tensors):
         yield name, tensor.to(DTYPES[dtype] if tensor.dim() > 1 else torch.float32)

@@ -8,7 +8,7 @@ from lit_model.config import ModelConfig
 from lit_model.hf.family import Family
 from lit_model.hf.fields import Fields, rope_from_hf, rope_to_hf, rotary_fraction
 from lit_model.hf.gpt2 import GPT_FIXED, activation_from_hf, activation_to_hf
-from lit_model.hf.table import HeadByHead
+from lit_model.hf.table import head_by_head
 
 
 def _config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -82,6 +82,6 @@ FAMILY = Family(
     config_from_hf=_config_from_hf,
     names=_NAMES,
     block=_BLOCK,
-    transforms=lambda config, layer: {"attn.qkv": HeadByHead(config.n_head)},
+    transforms=lambda config, layer: {"attn.qkv": head_by_head(config.n_head)},
     buffers=("*.attention.bias", "*.attention.masked_bias"),
 )

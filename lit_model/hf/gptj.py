@@ -41,6 +41,6 @@ FAMILY = Family(
     config_from_hf=_config_from_hf,
     names=GPT_NAMES,
     block=_BLOCK,
-    transforms=lambda config, layer: {"attn.qkv": qkv_rows(config, interleaved=True)},
+    transforms=lambda config, layer: {"attn.qkv": qkv_rows(config, pairs=True)},
     buffers=("*.attn.bias", "*.attn.masked_bias"),
 )

@@ -31,7 +31,7 @@ _MLP = {
 
 
 def _transforms(config: ModelConfig, layer: int) -> dict[str, Transform]:
-    qkv = qkv_rows(config, interleaved=config.layer_rotates(layer))
+    qkv = qkv_rows(config, pairs=config.layer_rotates(layer))
     return {"attn.qkv": qkv, "mlp.experts.gate_up": TRANSPOSED, "mlp.experts.down": TRANSPOSED}
 
 

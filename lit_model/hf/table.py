@@ -27,31 +27,50 @@ VOCABULARY = ("transformer.wte.weight", "lm_head.weight", "lm_head.bias")
 
 
 @dataclass(frozen=True)
-class Same:
-    """Nothing changes."""
+class OneToOne:
+    """One tensor of ours is one of theirs; `there` and `back` are inverses."""
+
+    there: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
 
     def to_theirs(self, tensor: Tensor) -> Sequence[Tensor]:
-        return (tensor,)
+        return (self.there(tensor),)
 
     def to_ours(self, parts: Sequence[Tensor]) -> Tensor:
         (tensor,) = parts
-        return tensor
+        return self.back(tensor)
 
 
-@dataclass(frozen=True)
-class Transposed:
-    """The last two dimensions change places: GPT-2's linears (in, out), Llama 4's experts (E, in, out)."""
-
-    def to_theirs(self, tensor: Tensor) -> Sequence[Tensor]:
-        return (tensor.mT if tensor.dim() > 1 else tensor,)
-
-    def to_ours(self, parts: Sequence[Tensor]) -> Tensor:
-        (tensor,) = parts
-        return tensor.mT.contiguous() if tensor.dim() > 1 else tensor
+SAME = OneToOne(lambda tensor: tensor, lambda tensor: tensor)
+# The last two dimensions change places: GPT-2's linears (in, out), Llama 4's experts (E, in, out).
+TRANSPOSED = OneToOne(lambda t: t.mT if t.dim() > 1 else t, lambda t: t.mT.contiguous() if t.dim() > 1 else t)
 
 
-SAME = Same()
-TRANSPOSED = Transposed()
+def head_by_head(n_head: int) -> OneToOne:
+    """Rows q of all heads, k of all heads, v of all heads <-> q, k, v of the first head, of the second (GPT-NeoX)."""
+
+    def swapped(tensor: Tensor, sizes: tuple[int, int]) -> Tensor:
+        """Rows (a, b, rest) -> (b, a, rest) for sizes (a, b)."""
+        parts: Tensor = tensor.unflatten(0, (*sizes, -1))
+        return parts.transpose(0, 1).flatten(0, 2)
+
+    return OneToOne(lambda tensor: swapped(tensor, (3, n_head)), lambda tensor: swapped(tensor, (n_head, 3)))
+
+
+def interleaved(n_head: int, rotary_size: int) -> OneToOne:
+    """Rows of queries or keys: ours rotate dimension i of a head with i + R/2, theirs 2 i with 2 i + 1 (GPT-J).
+
+    A permutation within the first R rows of each head, the same for queries and keys, so that scores do not change.
+    """
+
+    def permuted(tensor: Tensor, pairs: tuple[int, int]) -> Tensor:
+        heads: Tensor = tensor.unflatten(0, (n_head, -1))  # (H, D, ...)
+        halves: Tensor = heads[:, :rotary_size].unflatten(1, pairs)
+        rotated = halves.transpose(1, 2).flatten(1, 2)  # (H, R, ...)
+        return torch.cat((rotated, heads[:, rotary_size:]), dim=1).flatten(0, 1)
+
+    half = rotary_size // 2
+    return OneToOne(lambda tensor: permuted(tensor, (2, half)), lambda tensor: permuted(tensor, (half, 2)))
 
 
 @dataclass(frozen=True)
@@ -73,54 +92,10 @@ class Rows:
         return torch.cat(tuple(parts))
 
 
-@dataclass(frozen=True)
-class HeadByHead:
-    """Rows q of all heads, k of all heads, v of all heads <-> q, k, v of the first head, of the second (GPT-NeoX)."""
-
-    n_head: int
-
-    def to_theirs(self, tensor: Tensor) -> Sequence[Tensor]:
-        return (_swapped(tensor, (3, self.n_head)),)
-
-    def to_ours(self, parts: Sequence[Tensor]) -> Tensor:
-        (tensor,) = parts
-        return _swapped(tensor, (self.n_head, 3))
-
-
-def _swapped(tensor: Tensor, sizes: tuple[int, int]) -> Tensor:
-    """Rows (a, b, rest) -> (b, a, rest) for sizes (a, b)."""
-    parts: Tensor = tensor.unflatten(0, (*sizes, -1))
-    return parts.transpose(0, 1).flatten(0, 2)
-
-
-@dataclass(frozen=True)
-class Interleaved:
-    """Rows of queries or keys: ours rotate dimension i of a head with i + R/2, theirs 2 i with 2 i + 1 (GPT-J).
-
-    A permutation within the first R rows of each head, the same for queries and keys, so that scores do not change.
-    """
-
-    n_head: int
-    rotary_size: int
-
-    def to_theirs(self, tensor: Tensor) -> Sequence[Tensor]:
-        return (self._permuted(tensor, (2, self.rotary_size // 2)),)
-
-    def to_ours(self, parts: Sequence[Tensor]) -> Tensor:
-        (tensor,) = parts
-        return self._permuted(tensor, (self.rotary_size // 2, 2))
-
-    def _permuted(self, tensor: Tensor, pairs: tuple[int, int]) -> Tensor:
-        heads: Tensor = tensor.unflatten(0, (self.n_head, -1))  # (H, D, ...)
-        halves: Tensor = heads[:, : self.rotary_size].unflatten(1, pairs)
-        rotated = halves.transpose(1, 2).flatten(1, 2)  # (H, R, ...)
-        return torch.cat((rotated, heads[:, self.rotary_size :]), dim=1).flatten(0, 1)
-
-
-def qkv_rows(config: ModelConfig, *, interleaved: bool = False) -> Rows:
-    """Our fused projection cut into those of queries, keys and values; `interleaved`: their queries and keys are."""
+def qkv_rows(config: ModelConfig, *, pairs: bool = False) -> Rows:
+    """Our fused projection cut into those of queries, keys and values; `pairs`: theirs rotate neighbouring rows."""
     H, G, D, R = config.n_head, config.n_query_groups, config.head_size, config.rotary_size
-    return Rows((H * D, G * D, G * D), (Interleaved(H, R), Interleaved(G, R), SAME) if interleaved else ())
+    return Rows((H * D, G * D, G * D), (interleaved(H, R), interleaved(G, R), SAME) if pairs else ())
 
 
 # --- Rows of a family's table ----------------------------------------------------------------------------------------

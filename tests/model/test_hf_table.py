@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lit_model.config import ModelConfig
 from lit_model.hf.fields import Fields, rope_from_hf, rope_to_hf
-from lit_model.hf.table import SAME, TRANSPOSED, HeadByHead, Interleaved, Rows
+from lit_model.hf.table import SAME, TRANSPOSED, Rows, head_by_head, interleaved
 
 H, G, D, R, C = 4, 2, 6, 4, 5
 TRANSFORMS = {
@@ -15,11 +15,11 @@ TRANSFORMS = {
     "rows": (Rows((H * D, G * D, G * D)), ((H + 2 * G) * D, C)),
     "transposed": (TRANSPOSED, (7, C)),
     "experts": (TRANSPOSED, (3, 7, C)),
-    "head by head": (HeadByHead(H), (3 * H * D, C)),
-    "interleaved": (Interleaved(H, R), (H * D, C)),
-    "whole head": (Interleaved(H, D), (H * D, C)),
+    "head by head": (head_by_head(H), (3 * H * D, C)),
+    "interleaved": (interleaved(H, R), (H * D, C)),
+    "whole head": (interleaved(H, D), (H * D, C)),
     "rows, interleaved": (
-        Rows((H * D, G * D, G * D), (Interleaved(H, R), Interleaved(G, R), SAME)),
+        Rows((H * D, G * D, G * D), (interleaved(H, R), interleaved(G, R), SAME)),
         ((H + 2 * G) * D, C),
     ),
 }
@@ -44,7 +44,7 @@ def test_are_exact_inverses_for_weights_biases_and_layouts(name):
 
 def test_head_by_head_puts_each_heads_queries_keys_and_values_together():
     q, k, v = torch.arange(3 * H * D).split(H * D)
-    (theirs,) = HeadByHead(H).to_theirs(torch.cat((q, k, v)))
+    (theirs,) = head_by_head(H).to_theirs(torch.cat((q, k, v)))
     for head, rows in enumerate(theirs.split(3 * D)):
         one = slice(head * D, (head + 1) * D)
         assert torch.equal(rows, torch.cat((q[one], k[one], v[one])))
@@ -67,7 +67,7 @@ def test_interleaved_gives_the_same_scores_under_the_other_rotation():
         return z
 
     ours = halves(wq @ x, angles["x"]) @ halves(wk @ y, angles["y"])
-    (tq,), (tk,) = (Interleaved(1, R).to_theirs(w) for w in (wq, wk))
+    (tq,), (tk,) = (interleaved(1, R).to_theirs(w) for w in (wq, wk))
     torch.testing.assert_close(pairs(tq @ x, angles["x"]) @ pairs(tk @ y, angles["y"]), ours, rtol=1e-12, atol=1e-12)
 
 

@@ -197,7 +197,7 @@ def test_errors_when_continuing(run: Path, data: Path, tmp_path: Path, capsys: p
             "holds no optimizer.transformer.wte.weight/exp_avg",
         ),
         ({"init_optimizer": "true"}, "needs --init_from"),
-        ({"resume": imported}, f"begin a new run with its weights by --init_from {imported}"),
+        ({"resume": imported}, f"start a new run from its weights with --init_from {imported}"),
         ({"optim__steps_before": -1}, "--optim.steps_before -1"),
     ]
     for changes, message in cases:

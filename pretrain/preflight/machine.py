@@ -310,7 +310,7 @@ def room_for_checkpoints(s: PreflightContext, free: int) -> tuple[bool, str]:
         kept = kept if written is None else min(kept, written)
     there = len(list_checkpoints(s.folder))
     n = max(0, (kept or 1) + budgets_within(s) - there) + 1
-    text = f"{free / 1e9:.3f} GB free; {n} checkpoints of {size / 1e9:.3f} GB still to be written need {n * size / 1e9:.3f} GB"
+    text = f"{free / 1e9:.3f} GB free; {n} checkpoints of {size / 1e9:.3f} GB to write need {n * size / 1e9:.3f} GB"
     return free >= n * size, text + (" (the length of the run is unknown)" if kept is None else "")
 
 

@@ -282,6 +282,8 @@ ENTRIES: dict[str, Check] = {
     "fp16": plain(precision="fp16"),
     "fp32": plain(precision="fp32"),
     "deterministic-resume": plain(equal_resume=True, train__deterministic="true"),
+    "muon-deterministic-resume": plain(equal_resume=True, train__deterministic="true", optim__name="muon"),
+    "muon-fsdp-fp16": plain(strategy="fsdp", precision="fp16", optim__name="muon"),
     "no-documents": plain(data__document_mask="false"),
     "dropout": plain(model__dropout=0.1),
     "fsdp-sharded-async-resume": sharded_asynchronous,
@@ -304,7 +306,7 @@ ENTRIES: dict[str, Check] = {
     "compile-fsdp": compiled({"strategy": "fsdp"}),
     "compile-distillation": taught_compiled,
 }
-NEEDS_CUDA = {"fp16": "fp16 is not supported on a CPU"}
+NEEDS_CUDA = dict.fromkeys(("fp16", "muon-fsdp-fp16"), "fp16 is not supported on a CPU")
 
 
 def run_entry(name: str, place: Place) -> str | None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from lit_model.config import ModelConfig
 from lit_model.loss import CPU_CHUNK_BYTES, CPU_CHUNK_TOKENS, GPU_CHUNK_BYTES
+from lit_model.matrices import hidden_matrices
 from lit_model.model import parameter_shapes
 
 BLOCKS = "transformer.h."
@@ -98,6 +99,8 @@ class TrainingSetting:
     """Sharded: of an element of the gradients while they are reduced."""
     on_cpu: bool = False
     """The loss takes smaller chunks of logits there."""
+    muon: bool = False
+    """Muon keeps one moment of the blocks' matrices, AdamW two."""
     frozen: int = 0
     """Bytes of other models' weights on the device: teachers'."""
 
@@ -138,7 +141,7 @@ class TrainingMemory:
 def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMemory:
     """Estimate of the memory that one device needs to train. Allocator, kernels and libraries come on top.
 
-    State: fp32 weights, gradients and AdamW's two moments (Rajbhandari et al. 2020, section 3.1, without the 16-bit
+    State: fp32 weights, gradients and the optimizer's moments (Rajbhandari et al. 2020, section 3.1, without the 16-bit
     copies), exact: FSDP2 cuts the first dimension of each tensor, rounded up. Activations: counted from what each
     operator of lit_model keeps, in the manner of Korthikanti et al. 2022, section 4, with a flash kernel's attention.
     The total is the larger of two moments: the loss, when all activations are alive, and the end of the backward, when
@@ -151,8 +154,9 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
     shapes = parameter_shapes(config)
     n_parameters = count_parameters(config)
     root, block = root_parameters(config), largest_block(config)
-    parameters = 4 * sum(-(-shape[0] // s.shards) * prod(shape[1:]) for shape in shapes.values())
-    optimizer = 2 * parameters
+    shard_bytes = {name: 4 * -(-shape[0] // s.shards) * prod(shape[1:]) for name, shape in shapes.items()}
+    parameters = sum(shard_bytes.values())
+    optimizer = 2 * parameters - (sum(shard_bytes[name] for name in hidden_matrices(config)) if s.muon else 0)
     gradients = 4 * n_parameters if s.defer_gradient_sync and s.accumulates else parameters
 
     if s.autocast:

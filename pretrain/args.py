@@ -253,8 +253,11 @@ class TrainArgs:
 
 @dataclass(frozen=True)
 class OptimArgs:
-    """AdamW and the learning rate schedule."""
+    """Optimizer and learning rate schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon: Muon for the matrices inside the blocks and AdamW for everything else (embeddings, head, routers,
+    norms, biases), with the same lr and weight_decay."""
     lr: float = 3e-4
     """Peak learning rate."""
     lr_min: float = 0.0
@@ -263,42 +266,59 @@ class OptimArgs:
     """Steps of linear warmup; the first step has lr / warmup_steps."""
     warmup_fraction: float | None = None
     """Warmup as a fraction of the run's steps, for example 0.01, instead of warmup_steps."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay from lr to lr_min after the warmup."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Decay from lr to lr_min after the warmup. wsd (warmup, stable, decay): constant until the last decay_steps."""
+    decay_steps: int = 0
+    """wsd: steps of the decay, the last ones of the run."""
+    decay_fraction: float | None = None
+    """wsd: decay as a fraction of the run's steps, for example 0.2, instead of decay_steps."""
+    decay_shape: Literal["sqrt", "linear", "cosine", "square"] = "sqrt"
+    """wsd: factor of lr - lr_min after a share x of the decay: sqrt 1 - sqrt(x), linear 1 - x, cosine
+    (1 + cos(pi x)) / 2, square 1 - x^2."""
     steps_before: int = 0
     """Schedule steps already completed by the --init_from model; the schedule starts after them."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
     beta1: float = 0.9
-    """Decay rate of the first moment (mean of gradients)."""
+    """AdamW: decay rate of the first moment (mean of gradients)."""
     beta2: float = 0.95
-    """Decay rate of the second moment (mean of squared gradients)."""
+    """AdamW: decay rate of the second moment (mean of squared gradients)."""
     eps: float = 1e-8
-    """Added to the square root of the second moment."""
+    """AdamW: added to the square root of the second moment."""
+    momentum: float = 0.95
+    """Muon: decay rate of the momentum (mean of gradients, Nesterov)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr_min <= self.lr:
             raise ValueError(f"--optim.lr_min {self.lr_min} must be between 0 and --optim.lr {self.lr}")
-        if self.warmup_fraction is not None and self.warmup_steps:
-            raise ValueError(
-                f"give --optim.warmup_steps or --optim.warmup_fraction, not both; got {self.warmup_steps} and "
-                f"{self.warmup_fraction}"
-            )
-        if self.warmup_fraction is not None and not 0 <= self.warmup_fraction <= 1:
-            raise ValueError(f"--optim.warmup_fraction {self.warmup_fraction} must be between 0 and 1")
-        for steps in ("warmup_steps", "steps_before"):
-            if getattr(self, steps) < 0:
-                raise ValueError(f"--optim.{steps} {getattr(self, steps)} must not be negative")
-        for name in ("beta1", "beta2"):
+        for part in ("warmup", "decay"):
+            steps, fraction = getattr(self, f"{part}_steps"), getattr(self, f"{part}_fraction")
+            if fraction is not None and steps:
+                raise ValueError(
+                    f"give --optim.{part}_steps or --optim.{part}_fraction, not both; got {steps} and {fraction}"
+                )
+            if fraction is not None and not 0 <= fraction <= 1:
+                raise ValueError(f"--optim.{part}_fraction {fraction} must be between 0 and 1")
+        check_least(self, "optim.", warmup_steps=0, steps_before=0, decay_steps=0)
+        if self.schedule == "wsd" and not (self.decay_steps or self.decay_fraction):
+            raise ValueError("--optim.schedule wsd needs --optim.decay_steps or --optim.decay_fraction")
+        for name in ("decay_steps", "decay_fraction", "decay_shape"):
+            if self.schedule != "wsd" and getattr(self, name) != getattr(OptimArgs, name):
+                raise ValueError(f"--optim.{name} {getattr(self, name)} is for --optim.schedule wsd")
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--optim.{name} {getattr(self, name)} must be in [0, 1)")
+        if self.name != "muon" and self.momentum != OptimArgs.momentum:
+            raise ValueError(f"--optim.momentum {self.momentum} is for --optim.name muon")
 
     def resolved(self, max_steps: int) -> "OptimArgs":
-        """A copy with the warmup in steps, for a run of `max_steps` (steps_before not included)."""
-        if self.warmup_fraction is None:
-            return self
-        steps = round(self.warmup_fraction * (max_steps + self.steps_before))
-        return replace(self, warmup_steps=steps, warmup_fraction=None)
+        """A copy with warmup and decay in steps, for a run of `max_steps` (steps_before not included)."""
+        total, args = max_steps + self.steps_before, self
+        if args.warmup_fraction is not None:
+            args = replace(args, warmup_steps=round(args.warmup_fraction * total), warmup_fraction=None)
+        if args.decay_fraction is not None:
+            args = replace(args, decay_steps=max(1, round(args.decay_fraction * total)), decay_fraction=None)
+        return args
 
 
 @dataclass(frozen=True)
@@ -580,7 +600,7 @@ class RunArgs:
     init_from: Path | None = None
     """Start from the weights of a checkpoint or a Hugging Face folder instead of a random initialization."""
     init_optimizer: bool = False
-    """Also load AdamW's moments and step count from init_from. The data starts at its first row."""
+    """Also load the optimizer's state and update count from init_from. The data starts at its first row."""
     init_layers: list[int] | None = None
     """Layers of init_from (numbered from 0) to start from, for a student built from some of its teacher's layers."""
     objective: Literal["cross_entropy", "distillation"] = "cross_entropy"
@@ -620,6 +640,11 @@ class RunArgs:
         for flag in SHARDED_ONLY:
             if getattr(self.train, flag) and not sharded:
                 raise ValueError(f"--train.{flag} {getattr(self.train, flag)} needs --strategy fsdp (not NO_SHARD)")
+        if self.optim.name == "muon" and self.train.cpu_offload:
+            raise ValueError(
+                "--optim.name muon and --train.cpu_offload exclude each other: Muon's matrix products would run on the "
+                "host, which takes many times as long as the step"
+            )
         check_least(self, "", num_nodes=1)
         if isinstance(self.devices, int):
             check_least(self, "", devices=1)

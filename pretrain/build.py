@@ -17,7 +17,7 @@ from lit_model.config import ModelConfig
 from lit_model.init import initialise
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
-from pretrain.args import RunArgs, plain
+from pretrain.args import OptimArgs, RunArgs, plain
 from pretrain.checkpoint.saver import Saver
 from pretrain.compiling import compile_blocks
 from pretrain.data import (
@@ -42,7 +42,8 @@ from pretrain.init_from import load_optimizer, load_weights, optimizer_of
 from pretrain.logs.environment import command_line, record_environment
 from pretrain.logs.metrics import FILE as METRICS
 from pretrain.logs.metrics import has_row
-from pretrain.optim import AdamW, LossScale
+from pretrain.muon import Muon
+from pretrain.optim import AdamW, LossScale, Optimizer
 from pretrain.parallel import Placement, build_fabric, choose_placement
 from pretrain.resume import check_resume, is_finished, read_meta, restore, start_progress
 from pretrain.run import Progress, Run
@@ -138,9 +139,9 @@ def build(
     raw_model, model = build_model(args, placement, fabric, config)
     if args.init_from is not None and checkpoint is None:
         load_weights(raw_model, args.init_from, args.init_layers)
-    optimizer = AdamW(raw_model.named_parameters(), args.optim)
+    optimizer = build_optimizer(args.optim, raw_model)
     if args.init_optimizer and checkpoint is None:
-        load_optimizer(optimizer, optimizer_of(args))
+        load_optimizer(optimizer, optimizer_of(args, config))
     loss_scale = LossScale.create(device) if args.precision == "fp16" else None
     val_loaders = {name: validation_loader(args, fabric, data, rows) for name, rows in data.val.items()}
     saver = Saver(folder, args.save, device, timeout=timedelta(seconds=args.timeout_s))
@@ -237,6 +238,13 @@ def build_model(
     return raw_model, fabric.setup_module(raw_model, move_to_device=False)
 
 
+def build_optimizer(args: OptimArgs, model: GPT) -> Optimizer:
+    """The optimizer that --optim.name selects, of a model on its final device."""
+    if args.name == "muon":
+        return Muon(model.named_parameters(), args, model.config)
+    return AdamW(model.named_parameters(), args)
+
+
 def open_watchdog(fabric: Fabric, folder: Path, timeout_s: float) -> Watchdog:
     """Open each rank's log, and start what ends a hung run."""
     attempt = on_rank_zero(fabric, lambda: begin_attempt(folder))
@@ -247,7 +255,7 @@ def open_watchdog(fabric: Fabric, folder: Path, timeout_s: float) -> Watchdog:
 
 
 def fix_ddp_buckets(
-    args: RunArgs, placement: Placement, fabric: Fabric, model: torch.nn.Module, optimizer: AdamW, block_size: int
+    args: RunArgs, placement: Placement, fabric: Fabric, model: torch.nn.Module, optimizer: Optimizer, block_size: int
 ) -> None:
     """Run one dummy backward so that DDP fixes its bucket order.
 

@@ -203,8 +203,14 @@ def length_of(args: RunArgs, block_size: int, n_windows: int, segments: list[Seg
             f"the run would have {max_steps} steps of {last.global_batch} rows: at most 2^60 rows are supported; give "
             "a smaller --train.max_steps (or max_tokens, max_epochs)"
         )
-    if args.optim.warmup_steps > max_steps + args.optim.steps_before:
-        raise ValueError(f"--optim.warmup_steps {args.optim.warmup_steps} exceeds the run's {max_steps} steps")
+    optim = args.optim.resolved(max_steps)
+    total, warmup, decay = max_steps + optim.steps_before, optim.warmup_steps, optim.decay_steps
+    if warmup > total:
+        raise ValueError(f"--optim.warmup_steps {warmup} exceeds the run's {max_steps} steps")
+    if warmup + decay > total:
+        raise ValueError(
+            f"--optim.decay_steps {decay} exceeds the {max(0, total - warmup)} steps of the run after the warmup"
+        )
     return max_steps, end_sample
 
 

@@ -11,10 +11,11 @@ from torch import nn
 from lit_model.config import ModelConfig
 from lit_model.init import copy_slice
 from lit_model.load import OPTIMIZER_PREFIX, Checkpoint, is_hf_folder, load_tensors, resolve
+from lit_model.matrices import hidden_matrices
 from lit_model.registry import get_config
 from pretrain.args import ModelArgs, RunArgs
 from pretrain.checkpoint.load import STEP_COUNT, state_tensors
-from pretrain.optim import AdamW
+from pretrain.optim import Optimizer
 
 
 def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None) -> ModelConfig:
@@ -28,7 +29,7 @@ def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None)
     if args.init_layers is not None and checkpoint is None:
         config = with_layers(config, args.init_layers)
     if args.init_optimizer and checkpoint is None:
-        optimizer_of(args)
+        optimizer_of(args, config)
     block_size = args.train.block_size
     if block_size is not None and block_size > config.block_size:
         raise ValueError(
@@ -93,24 +94,31 @@ def with_layers(config: ModelConfig, layers: list[int]) -> ModelConfig:
     )
 
 
-def optimizer_of(args: RunArgs) -> Checkpoint:
-    """The --init_from checkpoint. Raises ValueError if it lacks AdamW state for any parameter."""
+def optimizer_of(args: RunArgs, config: ModelConfig) -> Checkpoint:
+    """The --init_from checkpoint. Raises ValueError if it lacks the optimizer's state for any parameter."""
     assert args.init_from is not None
     path = resolve(args.init_from)
     if is_hf_folder(path):
         raise ValueError(f"--init_optimizer true: --init_from {path} is a Hugging Face folder, without an optimizer")
     checkpoint = Checkpoint(path)
     shapes = {name: tuple(layout.shape) for name, layout in checkpoint.model_layout().items()}
-    wanted = {f"{OPTIMIZER_PREFIX}{name}/{key}": s for name, s in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
+    by_muon = hidden_matrices(config) if args.optim.name == "muon" else {}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        keys = ("momentum_buffer",) if name in by_muon else ("exp_avg", "exp_avg_sq")
+        wanted |= {f"{OPTIMIZER_PREFIX}{name}/{key}": shape for key in keys}
     wanted[STEP_COUNT] = ()
     found = set(checkpoint.names())
     for name, shape in wanted.items():
         if name not in found or tuple(checkpoint.layout(name).shape) != shape:
-            raise ValueError(f"--init_optimizer true: --init_from {path} holds no {name} of shape {shape}")
+            raise ValueError(
+                f"--init_optimizer true: --init_from {path} holds no {name} of shape {shape}, which --optim.name "
+                f"{args.optim.name} keeps"
+            )
     return checkpoint
 
 
-def load_optimizer(optimizer: AdamW, checkpoint: Checkpoint) -> None:
-    """Copy the moments and update count of a checkpoint (see `optimizer_of`) into an optimizer."""
+def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
+    """Copy the state and update count of a checkpoint (see `optimizer_of`) into an optimizer."""
     for name, target in (state_tensors({}, optimizer.state) | {STEP_COUNT: optimizer.step_count}).items():
         copy_slice(target, checkpoint.tensor(name))

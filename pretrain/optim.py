@@ -7,6 +7,7 @@ FSDP2.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -34,20 +35,47 @@ def decays(parameter: Tensor) -> bool:
     return parameter.dim() >= 2
 
 
-class AdamW:
-    """AdamW (Loshchilov and Hutter 2019) using torch's fused kernel, with state keyed by parameter name.
+class Optimizer(ABC):
+    """Updates parameters from their gradients.
 
     Attributes:
-        state: {name: {"exp_avg": Tensor, "exp_avg_sq": Tensor}}, shaped and sharded like the parameters, fp32.
+        parameters: by name, in the model's order.
+        state: {name: {key: Tensor}}, each tensor shaped and sharded like its parameter, fp32.
         step_count: float32 scalar on the device: updates applied so far, without skipped ones.
+    """
+
+    state: dict[str, dict[str, Tensor]]
+    step_count: Tensor
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], args: OptimArgs) -> None:
+        self.args = args
+        self.parameters = dict(parameters)
+
+    @abstractmethod
+    def step(self, lr: float, skip: Tensor | None = None, coefficient: Tensor | None = None) -> None:
+        """Update all parameters from their gradients, or none if `skip` (a float32 scalar on the device) is 1.
+
+        Args:
+            coefficient: what to multiply the gradients by first (`clip_coefficient`), a float32 scalar on their device.
+        """
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for p in self.parameters.values():
+            p.grad = None
+
+
+class AdamW(Optimizer):
+    """AdamW (Loshchilov and Hutter 2019) using torch's fused kernel; its state is "exp_avg" and "exp_avg_sq".
+
+    Attributes:
         scales_in_kernel: whether the fused kernel applies the clip coefficient, without a separate pass over all
             gradients. So on CUDA; on a CPU the product comes first, so that runs of older versions resume bit for bit.
             The kernel divides by the reciprocal: both agree to rounding.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], args: OptimArgs) -> None:
-        self.args = args
-        self.parameters = dict(parameters)
+        super().__init__(parameters, args)
         self.state = {
             name: {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             for name, p in self.parameters.items()
@@ -58,11 +86,6 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, skip: Tensor | None = None, coefficient: Tensor | None = None) -> None:
-        """Update all parameters from their gradients, or none if `skip` (a float scalar on the device) is 1.
-
-        Args:
-            coefficient: what to multiply the gradients by first (`clip_coefficient`), a float32 scalar on their device.
-        """
         grad_scale = None
         if coefficient is not None and self.scales_in_kernel:
             grad_scale = coefficient.reciprocal()
@@ -93,11 +116,6 @@ class AdamW:
                 maximize=False,
             )
         self.step_count += 1.0 if skip is None else 1.0 - skip
-
-    def zero_grad(self) -> None:
-        """Drop all gradients."""
-        for p in self.parameters.values():
-            p.grad = None
 
 
 @torch.no_grad()

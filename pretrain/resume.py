@@ -11,12 +11,12 @@ from lit_data.loading.order import Segment, first_sample_of_step
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_model.config import ModelConfig
 from lit_model.load import Checkpoint
-from pretrain.args import DistillationArgs, RunArgs, flat, plain
+from pretrain.args import DistillationArgs, OptimArgs, RunArgs, flat, plain
 from pretrain.checkpoint.load import check_meta, load_state, training_state
 from pretrain.data import Data, in_order, training_loader
 from pretrain.failure.peers import on_rank_zero
 from pretrain.guards import SpikeDetector
-from pretrain.optim import AdamW, LossScale
+from pretrain.optim import LossScale, Optimizer
 from pretrain.run import Progress, Run
 from pretrain.run_folder import begin_recording
 from pretrain.word_budgets import plan_budgets
@@ -114,7 +114,7 @@ def check_resume(
     Raises ValueError that lists every other difference.
     """
     # Settings that older checkpoints lack had these defaults.
-    later = {"optim.steps_before": 0, **flat({"objective": "cross_entropy", "distillation": plain(DistillationArgs())})}
+    later = flat({"objective": "cross_entropy", "distillation": plain(DistillationArgs()), "optim": plain(OptimArgs())})
     old, new = later | flat(meta["config"]), flat(settings)
     keys = [
         k
@@ -176,7 +176,7 @@ def check_history(meta: dict[str, Any], data: Data, path: Path) -> None:
         )
 
 
-def restore(path: Path, optimizer: AdamW, loss_scale: LossScale | None) -> dict[str, Any]:
+def restore(path: Path, optimizer: Optimizer, loss_scale: LossScale | None) -> dict[str, Any]:
     """Load a checkpoint's model and optimizer. Returns its meta.
 
     Raises ValueError, on every rank, if it is damaged or does not fit.

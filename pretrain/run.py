@@ -32,7 +32,7 @@ from pretrain.failure.watchdog import Watchdog
 from pretrain.guards import SpikeDetector, StopRequest
 from pretrain.logs.messages import say
 from pretrain.logs.trackers import Trackers
-from pretrain.optim import AdamW, LossScale
+from pretrain.optim import LossScale, Optimizer
 from pretrain.parallel import Placement
 
 
@@ -104,7 +104,7 @@ class Run(Progress):
     data: Data
     raw_model: GPT
     model: Any
-    optimizer: AdamW
+    optimizer: Optimizer
     loss_scale: LossScale | None
     teachers: Teachers | CachedTeacher | None
     taught_by: list[dict[str, Any]]

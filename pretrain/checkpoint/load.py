@@ -18,10 +18,10 @@ from lit_model.init import copy_slice
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint
 from lit_model.sharded import load_into
 from pretrain.checkpoint.retention import ABANDONED
-from pretrain.optim import AdamW
+from pretrain.optim import Optimizer
 
 FORMAT_VERSION = 1
-STEP_COUNT = "optimizer.all/step_count"  # in a checkpoint: AdamW's updates so far
+STEP_COUNT = "optimizer.all/step_count"  # in a checkpoint: the optimizer's updates so far
 
 
 def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -157,6 +157,6 @@ def state_tensors(parameters: Mapping[str, Tensor], optimizer_state: dict[str, d
     return tensors
 
 
-def training_state(optimizer: AdamW) -> dict[str, Tensor]:
+def training_state(optimizer: Optimizer) -> dict[str, Tensor]:
     """The parameters and the optimizer's state, all that a checkpoint holds as tensors."""
     return state_tensors(optimizer.parameters, optimizer.state) | {STEP_COUNT: optimizer.step_count}

@@ -21,7 +21,8 @@ from lit_files.checkpoint_name import list_checkpoints
 from lit_files.cores import usable_cores
 from lit_files.publish import sync_file, write_text
 from lit_model.config import ModelConfig
-from lit_model.cost import count_parameters
+from lit_model.cost import TrainingSetting, training_memory
+from pretrain.args import OptimArgs
 from pretrain.logs.environment import code_hash, driver_version
 from pretrain.preflight.context import Finding, PreflightContext, odd_ones, results, show_bytes
 from pretrain.preflight.nccl_transport import has_verbs, infiniband_devices, read_log, slow_for, transports
@@ -292,15 +293,16 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def checkpoint_bytes(config: ModelConfig) -> int:
-    """Parameters and two moments in fp32."""
-    return 12 * count_parameters(config)
+def checkpoint_bytes(config: ModelConfig, args: OptimArgs) -> int:
+    """Parameters and the optimizer's moments, fp32."""
+    memory = training_memory(config, TrainingSetting(1, 1, muon=args.name == "muon"))
+    return memory.parameters + memory.optimizer
 
 
 def room_for_checkpoints(s: PreflightContext, free: int) -> tuple[bool, str]:
     """Whether `free` bytes hold the checkpoints that are still to come, and one that is being written."""
     assert s.config is not None
-    save, size = s.args.save, checkpoint_bytes(s.config)
+    save, size = s.args.save, checkpoint_bytes(s.config, s.args.optim)
     written = None if s.max_steps is None else -(-s.max_steps // save.every_steps)
     kept = written
     if save.keep_last:

@@ -77,6 +77,7 @@ def training_setting(s: PreflightContext, config: ModelConfig) -> TrainingSettin
         prefetch_blocks=t.prefetch_blocks,
         reduce_bytes=4 if t.reduce_dtype == "fp32" else 2,
         on_cpu=s.kind == "cpu",
+        muon=args.optim.name == "muon",
         frozen=teacher_bytes(args.distillation, args.precision, s.kind or "cuda", world),
     )
 
@@ -88,7 +89,7 @@ def host_bytes(s: PreflightContext, memory: TrainingMemory) -> int:
     if s.args.save.state_dict_type == "full":  # rank 0 holds the whole
         assert s.config is not None
         copies = s.kind == "cuda" or uses_fsdp(s.args) or s.args.save.asynchronous
-        return need + (checkpoint_bytes(s.config) if copies and s.ranks.rank == 0 else 0)
+        return need + (checkpoint_bytes(s.config, s.args.optim) if copies and s.ranks.rank == 0 else 0)
     return need + (state if s.args.save.asynchronous else 0)
 
 

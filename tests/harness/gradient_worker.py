@@ -29,10 +29,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 import pretrain.loop
+import pretrain.muon
+from lit_model.config import ModelConfig
 from lit_model.load import Checkpoint
-from pretrain.args import RunArgs
+from lit_model.model import parameter_shapes
+from pretrain.args import OptimArgs, RunArgs
 from pretrain.build import set_up
 from pretrain.fabric_train import parse
+from pretrain.muon import Muon, newton_schulz
 from pretrain.optim import clip_coefficient, gradient_norm, scale_gradients
 from pretrain.run import Run
 
@@ -41,7 +45,8 @@ def train(request: dict[str, Any]) -> list[int]:
     """Fork the ranks of a run and wait for them. Returns their exit statuses.
 
     The request:
-        world_size, arguments: ranks and command line; without a command line they clip gradients on several meshes.
+        world_size, arguments: ranks and command line; without a command line they clip gradients on several meshes,
+            or with `muon`, a model config, compare a sharded optimizer with an unsharded one.
         report: path prefix of each rank's output (REPORT-R.log) and of the gradients (REPORT.pt).
         gradient_steps: steps (0-based) whose gradients are reported, before clipping.
         loaded: path of a checkpoint that the state must equal before the first step, or null.
@@ -58,7 +63,10 @@ def train(request: dict[str, Any]) -> list[int]:
         if pid == 0:
             try:
                 become(rank, request, reserved.getsockname()[1])
-                clip_on_meshes(request) if args is None else work(args, request)
+                if args is not None:
+                    work(args, request)
+                else:
+                    muon_on_meshes(request) if "muon" in request else clip_on_meshes(request)
             except BaseException:
                 traceback.print_exc()
                 sys.stderr.flush()
@@ -157,6 +165,47 @@ def clip_on_meshes(request: dict[str, Any]) -> None:
     clipped = [whole(p.grad) for p in parameters if p.grad is not None]
     if dist.get_rank() == 0:
         torch.save({"norm": norm, "gradients": wholes, "clipped": clipped}, f"{request['report']}.pt")
+
+
+def muon_on_meshes(request: dict[str, Any]) -> None:
+    """Three steps of Muon with rows sharded over a line and a square of 4 ranks, and unsharded: matrices to REPORT.pt.
+
+    Also how many matrices each rank orthogonalized.
+    """
+    dist.init_process_group("gloo")
+    config = ModelConfig.from_dict(request["muon"])
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    layouts: dict[str, tuple[DeviceMesh, list[Placement]] | None] = {
+        "whole": None,
+        "line": (init_device_mesh("cpu", (4,)), [Shard(0)]),
+        "square": (square, [Replicate(), Shard(0)]),
+    }
+    count = 0
+
+    def counted(x: Tensor) -> Tensor:
+        nonlocal count
+        count += x.numel() // (x.shape[-1] * x.shape[-2])
+        return newton_schulz(x)
+
+    pretrain.muon.newton_schulz = counted
+    report: dict[str, Any] = {}
+    for name, layout in layouts.items():
+        generator, count = torch.Generator().manual_seed(0), 0
+
+        def draw(shape: tuple[int, ...], place: Any = layout, generator: torch.Generator = generator) -> Tensor:
+            drawn = torch.randn(shape, generator=generator)
+            return drawn if place is None else distribute_tensor(drawn, *place)
+
+        parameters = {n: torch.nn.Parameter(draw(shape)) for n, shape in parameter_shapes(config).items()}
+        optimizer = Muon(parameters.items(), OptimArgs(name="muon", weight_decay=0.3), config)
+        for _ in range(3):
+            for p in parameters.values():
+                p.grad = draw(tuple(p.shape))
+            optimizer.step(0.02)
+        report[name] = {n: whole(p.detach()) for n, p in optimizer.matrices.items()}
+        report[f"orthogonalized on a {name}"] = everyone(count)
+    if dist.get_rank() == 0:
+        torch.save(report, f"{request['report']}.pt")
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -185,3 +189,34 @@ def test_schedules_at_their_boundaries() -> None:
     assert [learning_rate(linear, s, 5) for s in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
     assert learning_rate(OptimArgs(lr=1.0, schedule="constant"), 99, 100) == 1.0
     assert learning_rate(OptimArgs(lr=1.0), 0, 1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("shape", "halfway"), [("sqrt", 1 - 0.5**0.5), ("linear", 0.5), ("cosine", 0.5), ("square", 0.75)]
+)
+def test_wsd_at_its_boundaries(shape: Any, halfway: float) -> None:
+    args = OptimArgs(lr=1.0, lr_min=0.2, warmup_steps=4, schedule="wsd", decay_steps=8, decay_shape=shape)
+    rates = [learning_rate(args, step, 20) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and set(rates[4:12]) == {1.0}
+    assert all(a > b for a, b in itertools.pairwise(rates[11:]))
+    assert rates[15] == pytest.approx(0.2 + 0.8 * halfway) and rates[19] == 0.2
+    assert rates[:12] == [learning_rate(args, step, 1000) for step in range(12)]
+    after = dataclasses.replace(args, steps_before=15)
+    assert [learning_rate(after, step, 5) for step in range(5)] == rates[15:]
+    assert dataclasses.replace(after, decay_steps=0, decay_fraction=0.4).resolved(5).decay_steps == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "wsd"}, "wsd needs --optim.decay_steps or --optim.decay_fraction"),
+        ({"decay_steps": 5}, "--optim.decay_steps 5 is for --optim.schedule wsd"),
+        ({"schedule": "linear", "decay_shape": "cosine"}, "--optim.decay_shape cosine is for --optim.schedule wsd"),
+        ({"schedule": "wsd", "decay_steps": 5, "decay_fraction": 0.1}, "not both; got 5 and 0.1"),
+        ({"schedule": "wsd", "decay_fraction": 1.5}, "--optim.decay_fraction 1.5 must be between 0 and 1"),
+        ({"momentum": 0.9}, "--optim.momentum 0.9 is for --optim.name muon"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        OptimArgs(**settings)

@@ -297,7 +297,8 @@ def test_space_for_checkpoints_and_cache(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """12 steps, a checkpoint every 4, and one in flight: 4 checkpoints. The cache is at most as large as the data."""
-    wanted = 4 * preflight_checks.checkpoint_bytes(model_config(fabric_train.parse(flags(data, tmp_path)), 96))
+    args = fabric_train.parse(flags(data, tmp_path))
+    wanted = 4 * preflight_checks.checkpoint_bytes(model_config(args, 96), args.optim)
     free = wanted - 1
     monkeypatch.setattr(preflight_checks, "free_bytes", lambda folder: 100 if folder == cache else free)
     cache = tmp_path / "cache"

@@ -46,9 +46,9 @@ def test_more_than_two_ranks_sum_in_the_same_order(data: Path, tmp_path: Path) -
     [
         {"model__attention_dropout": 0.1},
         {"model__dropout": 0.1, "devices": 2, "strategy": "ddp"},
-        {"model__dropout": 0.1, "devices": 2, "strategy": "fsdp", "save__state_dict_type": "sharded"},
+        {"devices": 2, "strategy": "fsdp", "save__state_dict_type": "sharded", "optim__name": "muon"},
     ],
-    ids=["one", "ddp", "fsdp-sharded"],
+    ids=["one", "ddp", "fsdp-sharded-muon"],
 )
 def test_killed_run_resumes_bit_for_bit(data: Path, tmp_path: Path, changes: dict[str, object], steps: int) -> None:
     schedule = {"train__max_steps": steps, "save__every_steps": steps // 8, "eval__every_steps": steps // 3}
@@ -69,6 +69,22 @@ def test_killed_run_resumes_bit_for_bit(data: Path, tmp_path: Path, changes: dic
     assert read_record(killed).equals(read_record(tmp_path / "whole"))
     assert verify(open_run(killed)) == []
     assert not list(killed.glob("**/*.tmp"))
+
+
+def test_extended_run_equals_one_planned_so(data: Path, tmp_path: Path) -> None:
+    """With --optim.schedule wsd, extended from a checkpoint of the stable phase: bit for bit."""
+    short, planned = tmp_path / "short", tmp_path / "planned"
+    wsd = {"optim__schedule": "wsd", "optim__decay_steps": 6, "save__every_steps": 12}
+    train(*flags(data, short, **wsd, train__max_steps=20))
+    train(*flags(data, planned, **wsd, train__max_steps=30))
+    extend = {"train__max_steps": 30, "resume": "iter-00000012-ckpt.pth", "resume_allow": "train.max_steps"}
+    train(*flags(data, short, **wsd, **extend))
+    for step in (24, 30):
+        same_checkpoints(short / f"iter-{step:08d}-ckpt.pth", planned / f"iter-{step:08d}-ckpt.pth")
+    assert [row["lr"] for row in metrics(short)] == [row["lr"] for row in metrics(planned)]
+    refused = train(*flags(data, tmp_path / "no", **wsd, train__max_steps=7), check=False)
+    assert refused.returncode == 2
+    assert "--optim.decay_steps 6 exceeds the 5 steps of the run after the warmup" in refused.stdout
 
 
 def test_finished_run_is_unchanged(data: Path, tmp_path: Path, finished: Path) -> None:

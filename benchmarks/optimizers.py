@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,7 @@ def train(data: Path, folder: Path, optimizer: str, lr: float, steps: int, seed:
     run.close()
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["val_loss"]]
+    print(f"{optimizer}, lr {lr:g}, seed {seed}: {rows[-1]['val_loss']}", flush=True)
     return {
         "step": [int(row["step"]) for row in rows],
         "val_loss": [float(row["val_loss"]) for row in rows],
@@ -118,6 +121,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each optimizer (3)")
     parser.add_argument("--lr", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="learning rates to try")
     parser.add_argument("--val_fraction", type=float, default=0.02, help="fraction of the documents held out (0.02)")
+    parser.add_argument("--jobs", type=int, default=1, help="concurrent runs, one thread each (1)")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -128,20 +132,23 @@ def main() -> int:
         work = Path(folder)
         data = corpus_runs.prepare(args.input.resolve(), work, 2048, "--val_fraction", args.val_fraction)
 
-        def one(optimizer: str, lr: float, seed: int) -> dict[str, Any]:
-            run = train(data, work / f"{optimizer}-{lr}-{seed}", optimizer, lr, args.steps, seed)
-            print(f"{optimizer}, lr {lr:g}, seed {seed}: {run['val_loss'][-1]:.4f}", flush=True)
-            return run
+        def start(pool: ProcessPoolExecutor, optimizer: str, lr: float, seed: int) -> Future[dict[str, Any]]:
+            return pool.submit(train, data, work / f"{optimizer}-{lr}-{seed}", optimizer, lr, args.steps, seed)
 
-        for lr in args.lr:
+        # Forked, since importing everything again would take longer than many of the runs.
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
+            first = {(o, lr): start(pool, o, lr, 1) for lr in args.lr for o in OPTIMIZERS}
+            for (optimizer, lr), run in first.items():
+                tried[optimizer][f"{lr:g}"] = run.result()
             for optimizer in OPTIMIZERS:
-                tried[optimizer][f"{lr:g}"] = one(optimizer, lr, 1)
-        for optimizer in OPTIMIZERS:
-            best[optimizer] = min(args.lr, key=lambda lr, of=tried[optimizer]: of[f"{lr:g}"]["val_loss"][-1])
-            runs[optimizer].append(tried[optimizer][f"{best[optimizer]:g}"])
-        for seed in range(2, args.seeds + 1):
+                best[optimizer] = min(args.lr, key=lambda lr, of=tried[optimizer]: of[f"{lr:g}"]["val_loss"][-1])
+            seeds = range(2, args.seeds + 1)
+            others = {(o, seed): start(pool, o, best[o], seed) for seed in seeds for o in OPTIMIZERS}
             for optimizer in OPTIMIZERS:
-                runs[optimizer].append(one(optimizer, best[optimizer], seed))
+                runs[optimizer] = [
+                    tried[optimizer][f"{best[optimizer]:g}"],
+                    *(others[optimizer, seed].result() for seed in seeds),
+                ]
     summary = summarize(runs)
     print("\n| | lr | last loss | CPU s a step | steps to AdamW's last loss | CPU s to it |\n|---|---|---|---|---|---|")
     for optimizer, row in summary.items():

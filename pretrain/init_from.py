@@ -17,11 +17,16 @@ from pretrain.args import ModelArgs, RunArgs
 from pretrain.checkpoint.load import STEP_COUNT, state_tensors
 from pretrain.optim import Optimizer
 
+# Fields of the model that may differ from --init_from: no weight depends on them.
+FREE = ("dropout", "attention_dropout")
+FREE_WITH_ROPE = ("rope_base", "rope_scaling")
+
 
 def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None) -> ModelConfig:
     """The model config: from the registry and the flags, or from --init_from.
 
-    A resumed run reads it from its checkpoint, and no longer needs --init_from.
+    With rotary embeddings a --train.block_size above the model's raises its maximum context. A resumed run reads the
+    config from its checkpoint, and no longer needs --init_from.
     """
     if args.init_from is None:
         return config_of(args.model, vocab_size, args.train.block_size)
@@ -30,19 +35,24 @@ def model_config(args: RunArgs, vocab_size: int, checkpoint: Path | None = None)
         config = with_layers(config, args.init_layers)
     if args.init_optimizer and checkpoint is None:
         optimizer_of(args, config)
-    block_size = args.train.block_size
-    if block_size is not None and block_size > config.block_size:
-        raise ValueError(
-            f"--train.block_size {block_size} exceeds the {config.block_size} of --init_from {args.init_from}"
-        )
     given = {k: v for k, v in vars(args.model).items() if v is not None}
     changed = dataclasses.replace(config, **given)
+    free = FREE if config.position_embedding == "learned" else (*FREE, *FREE_WITH_ROPE)
     for key, value in given.items():
-        if key not in ("dropout", "attention_dropout") and getattr(config, key) != getattr(changed, key):
+        if key not in free and getattr(config, key) != getattr(changed, key):
             raise ValueError(
-                f"--model.{key} {value} contradicts --init_from {args.init_from}, which has {getattr(config, key)}"
+                f"--model.{key} {value} contradicts --init_from {args.init_from}, which has {getattr(config, key)}; "
+                f"{', '.join(f'--model.{name}' for name in free)} may differ"
             )
-    return changed
+    block_size = args.train.block_size
+    if block_size is None or block_size <= config.block_size:
+        return changed
+    if config.position_embedding == "learned":
+        raise ValueError(
+            f"--train.block_size {block_size} exceeds the {config.block_size} learned positions of --init_from "
+            f"{args.init_from}"
+        )
+    return dataclasses.replace(changed, block_size=block_size)
 
 
 def config_of(args: ModelArgs, vocab_size: int, block_size: int | None) -> ModelConfig:

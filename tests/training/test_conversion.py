@@ -6,17 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import running
 import torch
-from running import ROOT, flags, metrics, train
+from running import MODEL, ROOT, flags, metrics, train
 
 from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_eval.agreement import largest_difference, our_span_losses, transformers_span_losses
+from lit_model.config import ModelConfig
 from lit_model.load import load_model, load_tensors
+from lit_model.model import GPT
+from pretrain.cli.run_parser import parse
+from pretrain.init_from import model_config
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -75,6 +81,38 @@ def test_a_round_trip_is_exact_and_can_be_trained_further(run: Path, hf: Path, d
     assert first == pytest.approx(float(metrics(run)[-1]["val_loss"]), rel=1e-6)
     (tmp_path / "start.pth").unlink()
     train(*again, "--resume=latest")
+
+
+def test_a_longer_context_agrees_with_transformers(run: Path, hf: Path, data: Path, tmp_path: Path) -> None:
+    """Continued at twice the block, with other rotary frequencies: recorded, resumed, exported."""
+    scaling = {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_block_size": 32}
+    rope = {"model__rope_base": 50000, "model__rope_scaling": json.dumps(scaling)}
+    longer = {**dict.fromkeys(MODEL), "init_from": hf, "train__block_size": 64, **rope}
+    settings = {**longer, "train__max_steps": 2, "save__every_steps": 1, "eval__every_steps": 1}
+    train(*flags(data, tmp_path / "on", **settings))
+    train(*flags(data, tmp_path / "on", **settings, resume="iter-00000001-ckpt.pth"))
+    config, _ = load_tensors(tmp_path / "on")
+    assert (config.block_size, config.rope_base) == (64, 50000) and asdict(config)["rope_scaling"] == scaling
+    script("convert_to_hf.py", "--checkpoint", tmp_path / "on", "--output", tmp_path / "hf")
+    exported = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert exported["max_position_embeddings"] == 64 and exported["rope_scaling"]["factor"] == 2
+    dataset = PackedDataset(data / "val")
+    ours = our_span_losses(tmp_path / "on", dataset, 64)
+    assert np.diff(dataset.document_start(np.arange(dataset.n_documents))).max() > 40
+    assert largest_difference(ours, transformers_span_losses(tmp_path / "hf", dataset, ours)) < 1e-4
+    assert ours.mean == pytest.approx(float(metrics(tmp_path / "on")[-1]["val_loss"]), rel=1e-6)
+    for changes, message in (
+        ({"model__qk_norm": "head"}, f"contradicts --init_from {hf}, which has none; --model.dropout"),
+        ({"model__rope_base": 1.0}, "rope_base 1.0 is not above 1"),
+    ):
+        done = train(*flags(data, tmp_path / "no", **{**longer, **changes}), check=False)
+        assert done.returncode == 2 and message in done.stdout, done.stdout
+    learned = ModelConfig(position_embedding="learned", block_size=32, vocab_size=96)
+    content = {"model": GPT(learned).state_dict(), "optimizer": {}}
+    torch.save({**content, "meta": json.dumps({"model_config": learned.to_dict()})}, tmp_path / "learned.pth")
+    with pytest.raises(ValueError, match=r"--train.block_size 64 exceeds the 32 learned positions of --init_from"):
+        changes = {**longer, **dict.fromkeys(rope), "init_from": tmp_path / "learned.pth"}
+        model_config(parse(flags(data, tmp_path / "no", **changes)), 96)
 
 
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "hf"])

@@ -35,6 +35,7 @@ from benchmarks.provenance import provenance
 from lit_data.loading.batches import StepData
 from pretrain.build import set_up
 from pretrain.cli.run_parser import parse
+from pretrain.logs.layer_norms import LayerNorms
 from pretrain.loop import StepResult, train_step
 from pretrain.run import Run
 
@@ -68,9 +69,9 @@ def train(data: Path, folder: Path, optimizer: str, lr: float, steps: int, seed:
     }
     seconds = []
 
-    def timed_step(run: Run, data: StepData, *more: Any) -> StepResult:
+    def timed_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> StepResult:
         start = time.process_time()
-        result = train_step(run, data, *more)
+        result = train_step(run, data, norms)
         seconds.append(time.process_time() - start)
         return result
 
@@ -141,7 +142,7 @@ def main() -> int:
             for (optimizer, lr), run in first.items():
                 tried[optimizer][f"{lr:g}"] = run.result()
             for optimizer in OPTIMIZERS:
-                best[optimizer] = min(args.lr, key=lambda lr, of=tried[optimizer]: of[f"{lr:g}"]["val_loss"][-1])
+                best[optimizer] = min((run["val_loss"][-1], float(lr)) for lr, run in tried[optimizer].items())[1]
             seeds = range(2, args.seeds + 1)
             others = {(o, seed): start(pool, o, best[o], seed) for seed in seeds for o in OPTIMIZERS}
             for optimizer in OPTIMIZERS:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lit_model.config import ModelConfig, RopeScaling
+from lit_model.hf.fields import LLAMA3_ROPE
 from lit_model.hf.table import LazyTensors, check_names, plain_name
 from lit_model.model import parameter_shapes
 from lit_model.registry import MODELS, get_config
@@ -150,12 +151,7 @@ def config_from_litgpt(fields: Mapping[str, Any]) -> ModelConfig:
 def _rope_scaling(adjustments: Mapping[str, Any] | None) -> RopeScaling | None:
     if not adjustments:
         return None
-    names = {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_seq_len": "original_block_size",
-    }
+    names = {theirs.replace("position_embeddings", "seq_len"): ours for theirs, ours in LLAMA3_ROPE.items()}
     if set(adjustments) != set(names):
         raise ValueError(f"rope_adjustments is {dict(adjustments)!r}; supported are those of Llama 3: {list(names)}")
     return RopeScaling(**{names[key]: value for key, value in adjustments.items()})

@@ -231,7 +231,7 @@ def layer_types_from_hf(
 
 # --- Rotary embedding ------------------------------------------------------------------------------------------------
 
-_LLAMA3 = {
+LLAMA3_ROPE = {  # transformers' names of its scaling -> ours
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
@@ -257,7 +257,7 @@ def rope_to_hf(config: ModelConfig, *, partial: bool = False) -> dict[str, Any]:
     """
     parameters: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling is not None:
-        scaling = {theirs: getattr(config.rope_scaling, ours) for theirs, ours in _LLAMA3.items()}
+        scaling = {theirs: getattr(config.rope_scaling, ours) for theirs, ours in LLAMA3_ROPE.items()}
         parameters = {"rope_type": "llama3", **scaling}
     if partial:
         parameters["partial_rotary_factor"] = rotary_fraction(config)
@@ -327,7 +327,7 @@ def rope_from_hf(
             f"rope_parameters (or rope_scaling): rope_type is {kind!r}; supported are 'default' and 'llama3'"
         )
     rope.setdefault("original_max_position_embeddings", block_size)
-    missing, extra = sorted(_LLAMA3.keys() - rope.keys()), sorted(rope.keys() - _LLAMA3.keys())
+    missing, extra = sorted(LLAMA3_ROPE.keys() - rope.keys()), sorted(rope.keys() - LLAMA3_ROPE.keys())
     if missing or extra:
         raise ValueError(f"rope_parameters (or rope_scaling) of type 'llama3': missing {missing}, unsupported {extra}")
-    return Rope(theta, RopeScaling(**{ours: rope[theirs] for theirs, ours in _LLAMA3.items()}), part)
+    return Rope(theta, RopeScaling(**{ours: rope[theirs] for theirs, ours in LLAMA3_ROPE.items()}), part)

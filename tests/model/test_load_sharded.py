@@ -173,10 +173,10 @@ def test_damage_is_named(folder: Path) -> None:
     file.write_bytes(content)
     for damaged in (b"", metadata[:50], b"\x80\x04N.", os.urandom(100)):
         (folder / ".metadata").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"\.metadata is no metadata"):
+        with pytest.raises(ValueError, match=r"\.metadata is not metadata"):
             ShardedTensors(folder)
     (folder / ".metadata").unlink()
-    with pytest.raises(ValueError, match=r"holds no \.metadata"):
+    with pytest.raises(ValueError, match=r"has no \.metadata"):
         ShardedTensors(folder)
 
 

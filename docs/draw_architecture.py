@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("scripts", "pretrain", "lit_eval", "lit_model", "lit_data", "lit_files")
 # In pretrain: used by every run.
-MAIN_PATH = ("fabric_train", "build", "data", "resume", "run", "run_folder", "overview", "loop")
+MAIN_PATH = ("fabric_train", "train", "build", "data", "resume", "run", "run_folder", "overview", "loop")
 BEGIN, END = "```mermaid\n", "```\n"
 
 

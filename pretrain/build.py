@@ -31,13 +31,14 @@ from pretrain.data import (
     validation_loader,
 )
 from pretrain.distillation.teacher_cache import open_teachers, resolve_teachers
+from pretrain.endings import RunFinished
 from pretrain.evaluation_plan import open_evaluation
 from pretrain.fabric import Fabric
 from pretrain.failure.first_failure import begin_attempt
 from pretrain.failure.peers import Peers, on_rank_zero
 from pretrain.failure.rank_log import RankLog
 from pretrain.failure.watchdog import Watchdog, control_store
-from pretrain.guards import StopRequest, StopSignals
+from pretrain.guards import StopRequest
 from pretrain.init_from import load_optimizer, load_weights, optimizer_of
 from pretrain.logs.environment import command_line, record_environment
 from pretrain.logs.metrics import FILE as METRICS
@@ -48,12 +49,9 @@ from pretrain.parallel import Placement, build_fabric, choose_placement
 from pretrain.resume import check_resume, is_finished, read_meta, restore, start_progress
 from pretrain.run import Progress, Run
 from pretrain.run_folder import begin_recording, metrics_columns, open_folder
+from pretrain.stop_signals import StopSignals
 from pretrain.synthetic import make_synthetic_data
 from pretrain.word_budgets import WordBudgets, count_words, plan_budgets
-
-
-class RunFinished(Exception):
-    """--resume names the last checkpoint of a finished run: every rank raises it, and nothing is left to do."""
 
 
 def set_up(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import signal
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,75 +17,11 @@ from torch import Tensor
 
 from pretrain.args import GuardArgs
 from pretrain.checkpoint.host_copy import copy_without_waiting
-from pretrain.launch import is_first_process
+from pretrain.endings import AgreedError
+from pretrain.stop_signals import STOP_SIGNALS, StopSignals
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 AFTER_MINUTES = "stop.after_minutes"
 REASONS = (*(s.name for s in STOP_SIGNALS), AFTER_MINUTES)
-RELAYED_S = 2.0
-"""torchrun relays Ctrl-C to ranks that already got it from the terminal; a later one counts as a second Ctrl-C."""
-
-
-class AgreedError(RuntimeError):
-    """The run must end, at the same step on every rank. `sound`: the state is valid and can be saved first."""
-
-    def __init__(self, message: str, *, sound: bool) -> None:
-        super().__init__(message)
-        self.sound = sound
-
-
-class Interrupted(BaseException):
-    """A signal arrived before there was anything to save. Like KeyboardInterrupt, not caught by `except Exception`."""
-
-    def __init__(self, name: str, exit_code: int) -> None:
-        super().__init__(f"ended by {name} before the first step")
-        self.name, self.status = name, 130 if name == "SIGINT" else exit_code
-
-
-class StopSignals:
-    """Handles the signals that stop a run; a context manager around the entire run.
-
-    Before training starts, a signal raises Interrupted. From then on it is kept until the ranks agree on a step to stop
-    at, and a second SIGINT exits immediately.
-
-    Attributes:
-        received: the name of the first signal.
-        kept: whether training has started.
-        exit_code: exit code for Interrupted by a signal other than SIGINT.
-    """
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self.kept, self.exit_code = False, 0
-        self._received_at = 0.0
-        self._old: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        self._old = {s: signal.signal(s, self._receive) for s in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.received is None:
-            self.received, self._received_at = signal.Signals(number).name, now
-            if not self.kept:
-                raise Interrupted(self.received, self.exit_code)
-            if number == signal.SIGINT:
-                say("Ctrl-C: saving after this step, then ending; press it again to end at once, without saving")
-        elif number == signal.SIGINT and now - self._received_at > RELAYED_S * ("TORCHELASTIC_RUN_ID" in os.environ):
-            say("Ctrl-C again: ending without saving")
-            os._exit(130)
-
-
-def say(text: str) -> None:
-    """Write a line from a signal handler, where print() may interrupt another print(); rank 0 only."""
-    if is_first_process():
-        with contextlib.suppress(OSError):
-            os.write(2, f"\n{text}\n".encode())
 
 
 def process_age_s() -> float:

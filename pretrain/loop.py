@@ -35,10 +35,11 @@ from pretrain.checkpoint.host_copy import copy_without_waiting
 from pretrain.compiling import CompiledBlocks
 from pretrain.distillation.objective import distillation_values, student_head
 from pretrain.distillation.teachers import Teachers
+from pretrain.endings import AgreedError, Mistake
 from pretrain.evaluation import Stopped, evaluate
 from pretrain.evaluation_plan import is_due
-from pretrain.failure.peers import Mistake, on_rank_zero
-from pretrain.guards import AgreedError, check_progress, skip_if_not_finite
+from pretrain.failure.peers import on_rank_zero
+from pretrain.guards import check_progress, skip_if_not_finite
 from pretrain.logs.layer_norms import FILE as LAYERS
 from pretrain.logs.layer_norms import LayerNorms
 from pretrain.logs.metrics import FILE as METRICS

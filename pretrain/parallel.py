@@ -16,9 +16,10 @@ from lit_files.cores import usable_cores
 from lit_model.init import initialise
 from lit_model.model import GPT
 from pretrain.args import RunArgs, TrainArgs
+from pretrain.cluster_environment import environment_for_fabric
 from pretrain.compiling import compile_blocks
 from pretrain.fabric import DDPStrategy, Fabric, ModelParallelStrategy, Strategy
-from pretrain.launch import WaitingNotice, environment_for_fabric, find_launch, gpu_index
+from pretrain.launch import WaitingNotice, find_launch, gpu_index
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -354,6 +355,8 @@ def run_script(main: Callable[[], int | None], interrupted: str = "interrupted")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
+        if raised_by_import(error):
+            raise
         status = 2
         number = f"[Errno {error.errno}] " if isinstance(error, OSError) else ""
         print(
@@ -363,6 +366,12 @@ def run_script(main: Callable[[], int | None], interrupted: str = "interrupted")
         status = 130
         print("\n".join([f"\n{interrupted}", *getattr(error, "__notes__", [])]), file=sys.stderr)
     sys.exit(status)
+
+
+def raised_by_import(error: BaseException) -> bool:
+    """Whether an error came up in an import: a fault of the installation, not of the arguments."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_filename.startswith("<frozen importlib") for frame, _ in frames)
 
 
 def make_printable() -> None:

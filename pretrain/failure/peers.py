@@ -25,10 +25,10 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lit_files.checkpoint_name import list_checkpoints
+from pretrain.endings import Interrupted, Mistake, status_of
 from pretrain.fabric import Fabric
 from pretrain.failure.first_failure import Failure, lost_connection, report_failure, utc_now
 from pretrain.failure.watchdog import EXIT_HUNG, Watchdog, in_background
-from pretrain.guards import Interrupted
 
 T = TypeVar("T")
 
@@ -39,10 +39,6 @@ TOGETHER_S = 4.0
 """For ranks that reach the same error: the slowest after the fastest."""
 NOTICE_S = 5.0
 """For the others to notice an error before the failing rank exits: it may host the store, or be their launcher."""
-
-
-class Mistake(ValueError):
-    """A mistake of the user that every rank raises alike. Rank 0 prints it; all end with the same status."""
 
 
 def on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T:
@@ -236,10 +232,3 @@ class Peers:
     def close(self) -> None:
         """Stop watching the other ranks."""
         self._closed.set()
-
-
-def status_of(error: BaseException) -> int:
-    """The exit status of a process that ends by an exception."""
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return error.status if isinstance(error, Interrupted) else 1

@@ -29,6 +29,8 @@ from planted_faults import plant
 from watched_calls import PHASES, Call, Watch
 
 import pretrain.loop
+import pretrain.preflight.preflight
+import pretrain.train
 from pretrain.cli.run_parser import build_parser
 from pretrain.fabric_train import leave, main
 

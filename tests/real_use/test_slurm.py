@@ -14,7 +14,8 @@ from running import ROOT, flags, metrics, same_checkpoints, train, warm_python, 
 from slurm_stand_ins import Cluster
 
 from pretrain import fabric_train, launch, parallel
-from pretrain.launch import Launch, StepEnvironment, find_launch, gpu_index, tasks_per_node
+from pretrain.cluster_environment import StepEnvironment
+from pretrain.launch import Launch, find_launch, gpu_index, tasks_per_node
 from pretrain.parallel import check_batch
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

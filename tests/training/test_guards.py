@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from pretrain.args import GuardArgs
-from pretrain.guards import AgreedError, SpikeDetector, StopRequest, StopSignals, check_progress
+from pretrain.endings import AgreedError
+from pretrain.guards import SpikeDetector, StopRequest, check_progress
+from pretrain.stop_signals import StopSignals
 
 
 def losses(n: int, seed: int = 0) -> list[float]:

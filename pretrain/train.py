@@ -1,0 +1,72 @@
+"""Trains a run that has been set up, to its end or to a stop."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+from lit_files.checkpoint_name import checkpoint_name
+from lit_files.publish import write_json
+from pretrain.checkpoint.commit import SaveError
+from pretrain.endings import AgreedError, Mistake
+from pretrain.failure.first_failure import lost_connection
+from pretrain.launch import is_first_process
+from pretrain.logs.report import write_report
+from pretrain.loop import fit
+from pretrain.overview import describe
+from pretrain.run import Run
+from pretrain.run_folder import STOPPED
+
+
+def train(run: Run) -> int:
+    """Train, print how it ended, and write the report. Returns the exit status."""
+    status = train_to_end(run)
+    if run.args.log.report and run.fabric.global_rank == 0:
+        write_report(run.folder)
+    return status
+
+
+def train_to_end(run: Run) -> int:
+    """Train, and print how it ended. Returns the exit status."""
+    try:
+        run.say(describe(run))
+        stopped = fit(run)
+        if stopped is not None and run.fabric.global_rank == 0:
+            mark_stopped(run, stopped)
+        run.close()
+        if stopped is None:
+            run.say(f"done: {run.step} steps; the run is in {run.folder}")
+            return 0
+        run.say(f"stopped by {stopped} after step {run.step}; resume with --resume latest")
+        return 130 if stopped == "SIGINT" else run.args.stop.exit_code
+    except (AgreedError, SaveError, Mistake) as error:
+        if lost_connection(error):  # a save that failed because another rank is lost
+            run.peers.give_up(error, run.step)
+        run.watchdog.log.exception(error)
+        if is_first_process():
+            print(f"error: {error}\nthe newest checkpoint is {run.peers.newest_checkpoint}", file=sys.stderr)
+        run.close()
+        return 1
+    except BaseException as error:
+        run.peers.give_up(error, run.step)
+
+
+def mark_stopped(run: Run, by: str) -> None:
+    """Write RUN/stopped.json, and requeue the job with --stop.requeue."""
+    facts = {"signal": by, "step": run.step, "checkpoint": checkpoint_name(run.step), "time": time.time()}
+    try:
+        write_json(run.folder / STOPPED, facts)
+    except OSError as error:
+        print(f"warning: {STOPPED} could not be written: {error}", file=sys.stderr)
+    job = os.environ.get("SLURM_JOB_ID")
+    if not run.args.stop.requeue or run.step == run.data.max_steps or by == "SIGINT":
+        return
+    if job is None:
+        print("warning: --stop.requeue: this is no SLURM job (SLURM_JOB_ID is not set)", file=sys.stderr)
+        return
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"warning: --stop.requeue: job {job} could not be requeued: {error}", file=sys.stderr)

@@ -26,12 +26,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.provenance import provenance
-from lit_model.generate import GREEDY, Sampling, generate_batch
+from lit_model.generate import generate_batch
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.io import write_folder
 from lit_model.init import initialise
 from lit_model.model import GPT
 from lit_model.registry import get_config
+from lit_model.sampling import GREEDY, Sampling
 
 Prompts = list[list[int]]
 LENGTHS = {"1": [32], "8": [32] * 8, "8 unequal": [4, 12, 20, 28, 36, 44, 52, 60]}

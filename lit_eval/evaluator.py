@@ -6,13 +6,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_eval.generation.text import GenerationSettings, generate_texts
-from lit_eval.model.eval_model import EvalModel, Prefix, open_model
+from lit_eval.generation.settings import GenerationSettings
+from lit_eval.generation.text import generate_texts
+from lit_eval.model.choices import Prefix
+from lit_eval.model.eval_model import EvalModel, open_model
 from lit_eval.score.perplexity import Text, perplexity
 from lit_eval.score.results import Result
 from lit_eval.score.task_files import Task, task_of_records
 from lit_eval.score.tasks import find_task, run_task
-from lit_model.generate import Sampling
+from lit_model.sampling import Sampling
 
 
 class Evaluator:

@@ -21,7 +21,8 @@ from lit_eval.model.likelihood import Scorer, score_targets
 from lit_eval.run_facts import EVALUATIONS
 from lit_eval.score.results import Result
 from lit_eval.score.tasks import run_task
-from lit_model.generate import Sampling, generate_batch
+from lit_model.generate import generate_batch
+from lit_model.sampling import Sampling
 from pretrain.evaluation_plan import COLUMN, Evaluation
 from pretrain.logs.messages import warn
 from pretrain.logs.metrics import append

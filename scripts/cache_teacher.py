@@ -18,14 +18,16 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, given_fields,
 
 end_on_ctrl_c()
 
-from pretrain.distillation.write_cache import CacheRequest, cache_teachers
+from pretrain.distillation.cache_request import CacheRequest
 
 
 def main() -> None:
     parser = ScriptParser(description=__doc__)
     parser.add_fields(CacheRequest)
-    args = parser.parse_args()
-    print(cache_teachers(CacheRequest(**given_fields(CacheRequest, args))))
+    request = CacheRequest(**given_fields(CacheRequest, parser.parse_args()))
+    from pretrain.distillation.write_cache import cache_teachers
+
+    print(cache_teachers(request))
 
 
 if __name__ == "__main__":

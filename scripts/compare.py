@@ -16,13 +16,6 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from lit_eval.compare.comparison import compare
-from lit_eval.compare.entries import read_entries
-from lit_eval.compare.learning_curves import draw, learning_curves
-from lit_eval.compare.text import as_json, as_text
-from lit_eval.report.comparison_report import comparison_report
-from lit_files.publish import write_text
-
 
 def main() -> None:
     parser = ScriptParser(description=__doc__)
@@ -37,6 +30,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} must not be negative")
+    from lit_eval.compare.comparison import compare
+    from lit_eval.compare.entries import read_entries
+    from lit_eval.compare.learning_curves import draw, learning_curves
+    from lit_eval.compare.text import as_json, as_text
+    from lit_eval.report.comparison_report import comparison_report
+    from lit_files.publish import write_text
+
     entries = read_entries(args.paths)
     comparison = compare(entries, args.seed)
     if args.html is not None:

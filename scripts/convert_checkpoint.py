@@ -14,8 +14,6 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from pretrain.convert.full_and_sharded import convert_checkpoint
-
 
 def main() -> None:
     parser = ScriptParser(description=__doc__)
@@ -25,6 +23,8 @@ def main() -> None:
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="file or folder to write; must not exist")
     parser.add_argument("--to", choices=["full", "sharded"], required=True)
     args = parser.parse_args()
+    from pretrain.convert.full_and_sharded import convert_checkpoint
+
     path = convert_checkpoint(args.checkpoint, args.output, args.to)
     print(f"{path} -> {args.output} ({args.to})")
 

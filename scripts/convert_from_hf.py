@@ -11,14 +11,14 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from pretrain.convert.export import import_from_hf
-
 
 def main() -> None:
     parser = ScriptParser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="Hugging Face folder with safetensors")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint file to write; must not exist")
     args = parser.parse_args()
+    from pretrain.convert.export import import_from_hf
+
     tokenizer = import_from_hf(args.input, args.output)
     print(f"{args.input} -> {args.output}: train on with --init_from {args.output}")
     if not tokenizer.named:

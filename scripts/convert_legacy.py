@@ -17,8 +17,6 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from pretrain.convert.legacy import import_legacy
-
 
 def main() -> None:
     parser = ScriptParser(description=__doc__)
@@ -40,6 +38,8 @@ def main() -> None:
     )
     parser.add_argument("--weights_only", action="store_true", help="leave the optimizer's state out")
     args = vars(parser.parse_args())
+    from pretrain.convert.legacy import import_legacy
+
     imported = import_legacy(**args)
     print(imported.summary(args["output"]))
     if not imported.tokenizer.named:

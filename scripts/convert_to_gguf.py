@@ -11,9 +11,6 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from lit_model.hf.gguf import DTYPES
-from pretrain.convert.export import export_to_gguf
-
 
 def main() -> None:
     parser = ScriptParser(description=__doc__)
@@ -24,10 +21,17 @@ def main() -> None:
         help="an iter-XXXXXXXX-ckpt.pth, a run folder (its newest), or a Hugging Face folder",
     )
     parser.add_argument("--output", type=Path, required=True, help="file to write; must not exist")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the matrices (default: float16)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float16",
+        help="of the matrices (default: float16)",
+    )
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or file (default: the model's)")
     parser.add_argument("--pre_tokenizer", help="llama.cpp's pre-tokenizer by name, if none matches the tokenizer file")
     args = parser.parse_args()
+    from pretrain.convert.export import export_to_gguf
+
     path = export_to_gguf(**vars(args))
     print(f"{path} -> {args.output}")
 

@@ -11,8 +11,6 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from pretrain.convert.export import export_to_hf, export_word_budgets
-
 
 def main() -> None:
     parser = ScriptParser(description=__doc__)
@@ -25,6 +23,8 @@ def main() -> None:
         "--word_budgets", action="store_true", help="write a run's checkpoints at word budgets as OUTPUT/chck_1M, ..."
     )
     args = parser.parse_args()
+    from pretrain.convert.export import export_to_hf, export_word_budgets
+
     if args.word_budgets:
         for folder, found in export_word_budgets(args.checkpoint, args.output, args.tokenizer).items():
             print(f"{found} -> {folder}" if found is not None else f"{folder} exists already; left unchanged")

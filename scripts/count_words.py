@@ -19,9 +19,6 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from lit_data.prepare.word_counts import add_word_counts
-from lit_files.cores import usable_cores
-
 
 def main() -> None:
     parser = ScriptParser(description=__doc__, allow_abbrev=False)
@@ -29,6 +26,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help="decodes the tokens (default: the one beside the dataset)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes, a shard each (default: the cores)")
     args = parser.parse_args()
+    from lit_data.prepare.word_counts import add_word_counts
+    from lit_files.cores import usable_cores
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     workers = args.workers if args.workers is not None else usable_cores()
     words = add_word_counts(args.dataset, args.tokenizer, workers)

@@ -19,25 +19,27 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, given_fields,
 
 end_on_ctrl_c()
 
-from lit_eval.compare.entries import read_entries
-from lit_eval.compare.learning_curves import draw, learning_curves
-from lit_eval.evaluation.evaluate import evaluate, evaluate_all
-from lit_eval.evaluation.named_tasks import task_names
-from lit_eval.evaluation.settings import FOLDER, EvaluationSettings
-from lit_eval.evaluation.table import table_of
+from lit_eval.evaluation.settings import FOLDER, TASK_NAMES, EvaluationSettings
 
 GROUPS = {"data": "what is evaluated", "prefix": "how"}
 
 
 def main() -> None:
-    parser = ScriptParser(description=__doc__, epilog=f"tasks: {', '.join(task_names())}", allow_abbrev=False)
+    parser = ScriptParser(description=__doc__, epilog=f"tasks: {', '.join(TASK_NAMES)}", allow_abbrev=False)
     parser.add_argument("model", type=Path, nargs="+", metavar="MODEL", help="run, checkpoint or Hugging Face folder")
     parser.add_argument(
         "--all_checkpoints", action="store_true", help="evaluate every checkpoint of the runs, and draw their curves"
     )
     parser.add_fields(EvaluationSettings, GROUPS)
     args = parser.parse_args()
+    if len(args.model) > 1 and not args.all_checkpoints:
+        raise ValueError("give one MODEL, or --all_checkpoints for several runs; to compare models: scripts/compare.py")
     settings = EvaluationSettings(**given_fields(EvaluationSettings, args))
+    from lit_eval.compare.entries import read_entries
+    from lit_eval.compare.learning_curves import draw, learning_curves
+    from lit_eval.evaluation.evaluate import evaluate, evaluate_all
+    from lit_eval.evaluation.table import table_of
+
     if args.all_checkpoints:
         for run in evaluate_all(args.model, settings):
             print(f"{run.run}: {len(run.results)} checkpoints evaluated, {len(run.left_out)} left out")
@@ -51,8 +53,6 @@ def main() -> None:
         draw(curves, picture)
         print(f"learning curves: {picture}")
         return
-    if len(args.model) > 1:
-        raise ValueError("give one MODEL, or --all_checkpoints for several runs; to compare models: scripts/compare.py")
     results, output = evaluate(args.model[0], settings)
     print(table_of(results))
     print(f"results: {output}")

@@ -10,14 +10,10 @@ In a session Ctrl-C ends a continuation and Ctrl-D the session.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import closing, suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -26,16 +22,9 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 end_on_ctrl_c()
 
 from lit_eval.generation.prompts import read_prompts
-from lit_eval.generation.text import (
-    Generated,
-    GenerationSettings,
-    Prompt,
-    encode_prompts,
-    generate_texts,
-    stream_text,
-)
-from lit_eval.model.eval_model import PRECISIONS, EvalModel, open_model
-from lit_model.generate import Sampling
+from lit_eval.generation.settings import GenerationSettings
+from lit_eval.model.choices import Precision
+from lit_model.sampling import Sampling
 
 
 def parser() -> ScriptParser:
@@ -69,7 +58,9 @@ def parser() -> ScriptParser:
     )
     top.add_argument("--batch_size", type=int, default=8, help="texts written at a time (default 8)")
     top.add_argument("--device", help="torch device, for example cuda (default: cuda where there is one, else cpu)")
-    top.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of the computation (default fp32)")
+    top.add_argument(
+        "--precision", choices=get_args(Precision), default="fp32", help="of the computation (default fp32)"
+    )
     top.add_argument("--json", action="store_true", help="print one JSON object a text")
     return top
 
@@ -85,7 +76,7 @@ def settings_of(args: argparse.Namespace) -> GenerationSettings:
     )
 
 
-def given_prompts(args: argparse.Namespace) -> list[Prompt] | None:
+def given_prompts(args: argparse.Namespace) -> list[str | list[int]] | None:
     """The prompts of the command line; None: none was given."""
     if args.prompt_ids is not None:
         return [parse_ids(ids) for ids in args.prompt_ids]
@@ -93,7 +84,7 @@ def given_prompts(args: argparse.Namespace) -> list[Prompt] | None:
         return list(read_prompts(args.prompts))
     if args.prompt is None:
         return None
-    prompts: list[Prompt] = []
+    prompts: list[str | list[int]] = []
     for argument in args.prompt:
         try:  # the raw bytes of the command line, whatever encoding Python assumed
             prompts.append(os.fsencode(argument).decode("utf-8"))
@@ -109,76 +100,16 @@ def parse_ids(ids: str) -> list[int]:
         raise ValueError(f"--prompt_ids {ids!r}: give whole numbers separated by commas, as 5,6") from None
 
 
-def record(one: Generated) -> dict[str, Any]:
-    """What --json prints of a text."""
-    return {
-        "prompt": one.prompt,
-        "prompt_ids": one.prompt_ids,
-        "sample": one.sample,
-        "ids": one.ids,
-        "text": one.text,
-        "finish": one.finish,
-        "stopped_on_eos": one.finish == "eos",
-    }
-
-
-def show(texts: Sequence[Generated], as_json: bool) -> None:
-    for number, one in enumerate(texts):
-        if as_json:
-            print(json.dumps(record(one), ensure_ascii=False))
-            continue
-        if number:
-            print()
-        if one.text is None:
-            print(",".join(map(str, one.prompt_ids + one.ids)))
-        else:
-            print((one.prompt or "") + one.text)
-
-
-def run_session(model: EvalModel, settings: GenerationSettings, as_json: bool) -> None:
-    """Prompts from a terminal, one a line, until Ctrl-D. Each new text has the next seed."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  input() then has line editing and a history
-    print("Type a prompt. Ctrl-C ends a continuation, Ctrl-D the session.", file=sys.stderr)
-    seed = settings.seed
-    while True:
-        try:
-            prompt = input("> ")
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print()
-            continue
-        own = replace(settings, seed=seed)
-        seed += settings.num_samples
-        try:
-            if as_json:
-                show(generate_texts(model, [prompt], own), as_json)
-            else:
-                write_streaming(model, prompt, own)
-        except KeyboardInterrupt:
-            print()
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-
-
-def write_streaming(model: EvalModel, prompt: str, settings: GenerationSettings) -> None:
-    for sample in range(settings.num_samples):
-        own = replace(settings, seed=settings.seed + sample)
-        with closing(stream_text(model, prompt, own)) as pieces:
-            print(prompt, end="", flush=True)
-            for piece in pieces:
-                print(piece, end="", flush=True)
-        print()
-
-
 def main() -> None:
     args = parser().parse_args()
     settings = settings_of(args)
     prompts = given_prompts(args)
     if prompts is None and not sys.stdin.isatty():
         raise ValueError("give --prompt, --prompt_ids or --prompts, or call it in a terminal for a session")
+    from lit_eval.generation.session import run_session, show
+    from lit_eval.generation.text import encode_prompts, generate_texts
+    from lit_eval.model.eval_model import open_model
+
     model = open_model(args.model, tokenizer=args.tokenizer, device=args.device, precision=args.precision)
     for warning in model.warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -18,13 +18,16 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, given_fields,
 
 end_on_ctrl_c()
 
-from lit_data.packed.token_import import ImportSettings, import_tokens
+from lit_data.packed.import_settings import ImportSettings
 
 
 def main() -> None:
     parser = ScriptParser(description=__doc__, allow_abbrev=False)
     parser.add_fields(ImportSettings)
-    print(import_tokens(ImportSettings(**given_fields(ImportSettings, parser.parse_args()))).summary())
+    settings = ImportSettings(**given_fields(ImportSettings, parser.parse_args()))
+    from lit_data.packed.token_import import import_tokens
+
+    print(import_tokens(settings).summary())
 
 
 if __name__ == "__main__":

@@ -18,10 +18,6 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from lit_files.checkpoint_name import budget_name
-from lit_model.load import Checkpoint, is_hf_folder, resolve
-from pretrain.checkpoint.contents import contents_of, describe, faults_of, word_budgets_in
-
 
 def main() -> int:
     parser = ScriptParser(description=__doc__)
@@ -29,6 +25,10 @@ def main() -> int:
     parser.add_argument("--verify", action="store_true", help="compare all of it with its checksums, and only this")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
+    from lit_files.checkpoint_name import budget_name
+    from lit_model.load import Checkpoint, is_hf_folder, resolve
+    from pretrain.checkpoint.contents import contents_of, describe, faults_of, word_budgets_in
+
     path = resolve(args.path)
     if is_hf_folder(path):
         raise ValueError(f"{path} is a Hugging Face folder, not a checkpoint")

@@ -16,9 +16,6 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from lit_data.packed.reader import PackedDataset
-from lit_data.packed.summary import draw_lengths, faults_of, take_inventory
-
 
 def main() -> int:
     parser = ScriptParser(description=__doc__, allow_abbrev=False)
@@ -34,6 +31,9 @@ def main() -> int:
     add("--temporary", type=Path, metavar="DIR", help="where DuckDB puts data beyond 1 GB of memory")
     add("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
+    from lit_data.packed.reader import PackedDataset
+    from lit_data.packed.summary import draw_lengths, faults_of, take_inventory
+
     if args.verify:
         faults = faults_of(args.dataset)
         if args.json:

@@ -20,7 +20,6 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, given_fields,
 
 end_on_ctrl_c()
 
-from lit_data.prepare.command import carry_out
 from lit_data.prepare.settings import Execution, Settings
 
 GROUPS = {
@@ -37,7 +36,12 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # so that --workers 1 uses one core
     sys.path.append(os.getcwd())  # for the user's module:function
-    report = carry_out(Execution(**given_fields(Execution, args)), given_fields(Settings, args))
+    given = given_fields(Settings, args)
+    settings = Settings(**given)
+    execution = Execution(**given_fields(Execution, args), warn_of_large_text="split_documents" not in given)
+    from lit_data.prepare.command import carry_out
+
+    report = carry_out(settings, execution)
     print(report, end="\n" if report else "")
 
 

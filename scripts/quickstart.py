@@ -17,20 +17,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from pretrain.cli.command_line import end_on_ctrl_c
+from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from lit_data.record.trace import open_run
-from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
-from lit_eval.generation.copies import Copy, add_steps, find_copies
-from pretrain.cli.command_line import ScriptParser
 
 DEFAULT = Path("runs/quickstart")
 VOCAB_SIZE = 4096
@@ -145,10 +142,9 @@ def convert(python: str, paths: Paths) -> None:
     call(python, "scripts/verify_hf.py", "--run", paths.run, "--hf", paths.hf)
 
 
-def show_samples(python: str, paths: Paths) -> None:
+def show_samples(python: str, paths: Paths, copy_of: Callable[[list[int]], str]) -> None:
+    """`copy_of`: describes the longest copy from the training text in the ids of a sample."""
     begin(f"samples, written by {paths.hf}")
-    run = open_run(ROOT / paths.run, ROOT / paths.packed / "train")
-    tokenizer = open_tokenizer(ROOT / paths.tokenizer)
     context = json.loads((ROOT / paths.hf / "config.json").read_text())["max_position_embeddings"]
     for prompt, seed in PROMPTS:
         output = call(
@@ -156,21 +152,9 @@ def show_samples(python: str, paths: Paths) -> None:
             "--max_new_tokens", str(context - RESERVED_TOKENS), "--temperature", "0.8", "--json", capture=True,
         )  # fmt: skip
         sample = json.loads(output)
-        (copy,) = find_copies([sample["ids"]], run.datasets, min_tokens=SHORTEST_COPY)
-        add_steps([copy], run)
         end = "ended by itself (EOS)" if sample["stopped_on_eos"] else "cut at the end of the context"
         print(f"{prompt}{sample['text']}")
-        print(f"--- {len(sample['ids'])} tokens, {end}; {describe_copy(copy, sample['ids'], tokenizer)}\n")
-
-
-def describe_copy(copy: Copy, ids: list[int], tokenizer: Tokenizer) -> str:
-    """The longest copy in a sample, the document it is from, and how often the run saw that."""
-    if not copy.length:
-        return f"no copy of {SHORTEST_COPY} tokens or more from the training text"
-    text = tokenizer.decode(ids[copy.start : copy.start + copy.length])
-    place = copy.places[0]
-    seen = f"seen at steps {', '.join(map(str, place.steps[:5]))}" if place.steps else "not seen yet"
-    return f"longest copy from the training text: {copy.length} tokens, {text!r}, of document {place.id}, {seen}"
+        print(f"--- {len(sample['ids'])} tokens, {end}; {copy_of(sample['ids'])}\n")
 
 
 def report(python: str, paths: Paths) -> None:
@@ -229,7 +213,15 @@ def main() -> int:
         make_data(sys.executable, paths)
         train(sys.executable, paths, args.steps)
         convert(sys.executable, paths)
-        show_samples(sys.executable, paths)
+        from lit_data.record.trace import open_run
+        from lit_data.tokenizers.tokenizer import open_tokenizer
+        from lit_eval.generation.copies import describe_copy
+
+        run, tokenizer = (
+            open_run(ROOT / paths.run, ROOT / paths.packed / "train"),
+            open_tokenizer(ROOT / paths.tokenizer),
+        )
+        show_samples(sys.executable, paths, lambda ids: describe_copy(ids, run, tokenizer, SHORTEST_COPY))
         report(sys.executable, paths)
         summarise(paths)
     except StepFailed as failed:

@@ -16,13 +16,13 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from lit_data.corpus.shakespeare import HELD_OUT, write_corpus
-
 
 def main() -> None:
     parser = ScriptParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
     arguments = parser.parse_args()
+    from lit_data.corpus.shakespeare import HELD_OUT, write_corpus
+
     counts = write_corpus(arguments.output)
     print(f"{arguments.output}/train.jsonl: {counts['train']} documents")
     print(f"{arguments.output}/val.jsonl: {counts['val']} documents ({', '.join(HELD_OUT)})")

@@ -15,12 +15,7 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from lit_eval.compare.entries import read_entries
-from lit_eval.report.comparison_report import comparison_report
-from lit_eval.report.run_report import RECORD_S, run_report
-from lit_eval.run_facts import is_run
-from lit_files.publish import write_text
-from pretrain.logs.report import FILE, default_settings
+from lit_eval.report.defaults import FILE, RECORD_S
 
 
 def main() -> None:
@@ -39,6 +34,13 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 <= args.record_s < float("inf"):
         raise ValueError(f"--record_s {args.record_s} must not be negative")
+    from lit_eval.compare.entries import read_entries
+    from lit_eval.report.comparison_report import comparison_report
+    from lit_eval.report.run_report import run_report
+    from lit_eval.run_facts import is_run
+    from lit_files.publish import write_text
+    from pretrain.logs.report import default_settings
+
     if len(args.paths) == 1 and is_run(args.paths[0]):
         output = args.output or args.paths[0] / FILE
         html = run_report(args.paths[0], default_settings(), args.record_s)

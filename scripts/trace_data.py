@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
-
-
-from lit_data.record.answers import Answer, difference_answer, document_answer, exposures_answer, step_answer
-from lit_data.record.exposures import count_exposures, draw_exposures
-from lit_data.record.sql import SORTS, export
-from lit_data.record.trace import open_run
-from lit_data.record.verify import verify
 
 
 def parser() -> ScriptParser:
@@ -38,7 +33,9 @@ def parser() -> ScriptParser:
     between.add_argument("first", metavar="A", help="a checkpoint's name, or a number of steps done; 0: the beginning")
     between.add_argument("last", metavar="B", help="likewise, later")
     between.add_argument("--new", action="store_true", help="only documents of which nothing was seen before A")
-    between.add_argument("--sort", choices=list(SORTS), default="tokens", help="order of documents (default tokens)")
+    between.add_argument(
+        "--sort", choices=["document", "tokens", "loss"], default="tokens", help="order of documents (default tokens)"
+    )
     between.add_argument("--limit", type=int, default=20, help="documents shown, 0 for all (default 20)")
     command("verify", "re-read the tokens from the shards and compare with the record")
     out = command("export", "write the record for users of SQL or tables (needs duckdb)")
@@ -51,7 +48,7 @@ def parser() -> ScriptParser:
     return top
 
 
-def show(answer: Answer, as_json: bool) -> None:
+def show(answer: Iterable[tuple[dict[str, Any] | None, str | None]], as_json: bool) -> None:
     for record, text in answer:
         if as_json and record is not None:
             print(json.dumps(record, ensure_ascii=False))
@@ -61,6 +58,12 @@ def show(answer: Answer, as_json: bool) -> None:
 
 def main() -> int:
     args = parser().parse_args()
+    from lit_data.record.answers import difference_answer, document_answer, exposures_answer, step_answer
+    from lit_data.record.exposures import count_exposures, draw_exposures
+    from lit_data.record.sql import export
+    from lit_data.record.trace import open_run
+    from lit_data.record.verify import verify
+
     run = open_run(args.run, args.data)
     if args.command == "step":
         show(step_answer(run, args.step, args.max_chars), args.json)

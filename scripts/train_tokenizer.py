@@ -17,14 +17,16 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, given_fields,
 
 end_on_ctrl_c()
 
-from lit_data.corpus.files import ReadErrors
-from lit_data.tokenizers.training import TokenizerSettings, train_tokenizer
+from lit_data.tokenizers.settings import TokenizerSettings
 
 
 def main() -> None:
     parser = ScriptParser(description=__doc__, allow_abbrev=False)
     parser.add_fields(TokenizerSettings)
     settings = TokenizerSettings(**given_fields(TokenizerSettings, parser.parse_args()))
+    from lit_data.corpus.files import ReadErrors
+    from lit_data.tokenizers.training import train_tokenizer
+
     errors = ReadErrors()
     tokenizer = train_tokenizer(settings, errors)
     if tokenizer.vocab_size < settings.vocab_size:

@@ -11,14 +11,14 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from pretrain.convert.agreement import TOLERANCE, compare_with_transformers
-
 
 def main() -> int:
     parser = ScriptParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run folder")
     parser.add_argument("--hf", type=Path, required=True, help="its newest checkpoint as convert_to_hf.sh wrote it")
     args = parser.parse_args()
+    from pretrain.convert.agreement import TOLERANCE, compare_with_transformers
+
     agreements = compare_with_transformers(args.run, args.hf)
     for name, agreement in agreements.items():
         print(f"{name}: {agreement}" if name else agreement)

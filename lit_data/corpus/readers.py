@@ -12,20 +12,16 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lit_data.corpus.files import PARQUET, TEXT_SUFFIXES, ReadErrors, TextFile, list_files
+from lit_data.corpus.options import MAX_DOCUMENT_MB, SPLITS, OnError, SplitDocuments
 from lit_data.corpus.parquet_columns import column_of, first_group, has_column, no_column, rows_at_once, values_of
 from lit_data.corpus.streams import DamagedError, after_lines, bytes_within, chunks_of, lines_of
 
-OnError = Literal["stop", "skip"]
-SplitDocuments = Literal["file", "blank_line", "line"]
-SPLITS: tuple[SplitDocuments, ...] = ("file", "blank_line", "line")
-
-MAX_DOCUMENT_MB = 1024
 UTF8_BOM = b"\xef\xbb\xbf"
 
 

@@ -12,12 +12,13 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lit_data.corpus.files import ReadErrors
+from lit_data.packed.import_settings import FlatDtype
 from lit_data.packed.index import DTYPE_CODES, HEADER, MAGIC, MAX_DOCUMENT_TOKENS, IntArray
 from lit_data.packed.token_headers import HEAD_BYTES, LLMC_HEADER_BYTES, describe_other, llmc_tokens
 from lit_files.mapping import map_array
@@ -28,7 +29,6 @@ Tokens = npt.NDArray[Any]
 CHUNK_MAGIC = b"LITPKDS"
 CHUNK_HEADER = struct.Struct("<7sQBQ")  # magic, version, dtype code, tokens
 CHUNK_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # 6 and 7 are floats
-FlatDtype = Literal["uint16", "int32", "uint32", "int64"]
 SUFFIXES = (".idx", ".bin", ".ds", ".npy")
 BLOCK_TOKENS = 1 << 22
 BLOCK_DOCUMENTS = 1 << 16

@@ -4,20 +4,15 @@ executor.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 from lit_data.prepare.executors import run_on_executors
 from lit_data.prepare.run import prepare, run_stage
 from lit_data.prepare.settings import Execution, Settings
 
 
-def carry_out(execution: Execution, given: dict[str, Any]) -> str:
-    """Prepare data. `given`: the fields of `Settings` on the command line. Returns a human-readable report; empty when
-    the tasks of an executor print their own. Raises what `prepare` raises.
+def carry_out(settings: Settings, execution: Execution) -> str:
+    """Prepare data. Returns a human-readable report; empty when the tasks of an executor print their own. Raises what
+    `prepare` raises.
     """
-    settings = Settings(**given)
-    execution = dataclasses.replace(execution, warn_of_large_text="split_documents" not in given)
     if execution.executor is not None:
         run_on_executors(settings, execution)
         return ""

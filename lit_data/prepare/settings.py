@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_data.corpus.readers import MAX_DOCUMENT_MB, SPLITS, OnError, SplitDocuments
+from lit_data.corpus.options import MAX_DOCUMENT_MB, SPLITS, OnError, SplitDocuments
 from lit_files.cores import usable_cores
 
 Stage = Literal["hash", "join", "encode", "merge"]

@@ -11,18 +11,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lit_data.corpus.files import ReadErrors, TextFile, list_files, mixed_split_names, sizes_of, train_and_held_out
-from lit_data.corpus.readers import MAX_DOCUMENT_MB, OnError, SplitDocuments, read_documents
+from lit_data.corpus.readers import read_documents
 from lit_data.tokenizers.cutting import cut
 from lit_data.tokenizers.hf_export import config_for_transformers
+from lit_data.tokenizers.settings import Kind, TokenizerSettings
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_files.publish import build_folder
-
-Kind = Literal["byte_bpe", "sentencepiece"]
 
 EOS, BOS, PAD, UNK = "</s>", "<s>", "<pad>", "<unk>"
 BYTE_BPE_SPECIALS = (EOS, BOS, PAD)
@@ -47,34 +45,6 @@ WORDS = "|".join(
 TEXT_CHARACTERS = 1 << 16  # longer documents are split for the trainer; bounds its memory
 LINE_CHARACTERS = 1 << 12
 LINE_BYTES = 4 * (LINE_CHARACTERS + 1)
-
-
-@dataclass(frozen=True)
-class TokenizerSettings:
-    """A tokenizer to train. The fields are flags of scripts/train_tokenizer.py."""
-
-    input: tuple[str, ...]
-    """Files and folders of text."""
-    vocab_size: int
-    """Total ids, including bytes and special tokens; fewer if the text does not support as many."""
-    output: Path
-    """Folder to write; it must not exist."""
-    type: Kind = "byte_bpe"
-    """Byte-level BPE, or sentencepiece BPE with byte fallback."""
-    special_tokens: tuple[str, ...] = ()
-    """Additional ones, such as '<|im_start|>', after the built-in ones."""
-    max_sample_mb: int | None = None
-    """Maximum amount of text, in MB: the start of each file, in proportion to its size. Default: all of it."""
-    on_error: OnError = "stop"
-    """On invalid text: stop with an error, or skip and count the document."""
-    text_field: str = "text"
-    """JSON key or column of the text."""
-    split_documents: SplitDocuments = "file"
-    """How to split plain text into documents; bounds memory for large files."""
-    max_document_mb: int = MAX_DOCUMENT_MB
-    """Maximum size of a document, in MB; a longer one is an error."""
-    overwrite: bool = False
-    """Replace an OUTPUT that holds a tokenizer, once the new one is complete."""
 
 
 def train_tokenizer(settings: TokenizerSettings, errors: ReadErrors | None = None) -> Tokenizer:

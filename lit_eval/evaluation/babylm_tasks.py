@@ -6,8 +6,8 @@ import re
 from functools import partial
 from pathlib import Path
 
-from lit_eval.evaluation.jobs import Evaluation, Job, needs_tokenizer
-from lit_eval.evaluation.settings import EvaluationSettings, default_output
+from lit_eval.evaluation.jobs import Evaluation, Job, default_output, needs_tokenizer
+from lit_eval.evaluation.settings import EvaluationSettings
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.babylm import run_babylm, write_predictions
 from lit_eval.score.babylm_data import BabylmTask, Set, read_babylm

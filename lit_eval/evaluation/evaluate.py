@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from lit_eval.evaluation.jobs import Evaluation, Job
+from lit_eval.evaluation.jobs import Evaluation, Job, default_output
 from lit_eval.evaluation.named_tasks import check_given, find_jobs
 from lit_eval.evaluation.picture import draw
 from lit_eval.evaluation.progress import TaskProgress
-from lit_eval.evaluation.settings import EvaluationSettings, default_output
+from lit_eval.evaluation.settings import EvaluationSettings
 from lit_eval.evaluation.table import samples_of
 from lit_eval.model.eval_model import EvalModel, open_model, recorded_checksum
 from lit_eval.score.results import Results, read_results

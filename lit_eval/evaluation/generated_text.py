@@ -20,8 +20,9 @@ from lit_eval.generation.confidence import evaluate_confidence
 from lit_eval.generation.memorization import evaluate_memorization
 from lit_eval.generation.metrics import evaluate_generation
 from lit_eval.generation.prompts import read_prompts
+from lit_eval.generation.settings import GenerationSettings
 from lit_eval.generation.speed import evaluate_speed
-from lit_eval.generation.text import GenerationSettings, fitting_tokens
+from lit_eval.generation.text import fitting_tokens
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.results import Result
 from lit_files.checksum import file_sha256

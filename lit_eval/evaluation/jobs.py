@@ -6,16 +6,18 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from lit_eval.evaluation.progress import TaskProgress
-from lit_eval.evaluation.settings import EvaluationSettings
+from lit_eval.evaluation.settings import FOLDER, EvaluationSettings
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.model.likelihood import Scorer
 from lit_eval.model.text_encoder import TextEncoder
 from lit_eval.score.results import Result
 from lit_eval.score.task_files import Task
 from lit_eval.score.tasks import run_task
+from lit_model.load import is_hf_folder
 
 
 @dataclass
@@ -76,3 +78,10 @@ def needs_tokenizer(model: EvalModel, what: str) -> None:
     """Raises ValueError if the model has none; `what` needs it."""
     if model.tokenizer is None:
         raise ValueError(f"{model.path} has no tokenizer files, which {what} needs: give --tokenizer FOLDER")
+
+
+def default_output(model: Path) -> Path:
+    """RUN/evaluation/iter-00001000-ckpt.json for a checkpoint; evaluation/NAME.json for a Hugging Face folder."""
+    if is_hf_folder(model):
+        return Path(FOLDER) / f"{model.resolve().name}.json"
+    return model.parent / FOLDER / f"{model.name.removesuffix('.pth')}.json"

@@ -1,4 +1,4 @@
-"""The tasks of --tasks by name that need more than a file of items. A new one is a line in NAMED_JOBS."""
+"""The tasks of --tasks by name that need more than a file of items. A new one: a line in NAMED_JOBS and TASK_NAMES."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lit_eval.evaluation.babylm_tasks import PREFIX as BABYLM
 from lit_eval.evaluation.babylm_tasks import babylm_jobs
 from lit_eval.evaluation.generated_text import GENERATION_JOBS
 from lit_eval.evaluation.jobs import Evaluation, Job, job_of_task, needs_tokenizer
-from lit_eval.evaluation.settings import EvaluationSettings
+from lit_eval.evaluation.settings import TASK_NAMES, EvaluationSettings
 from lit_eval.evaluation.synthetic import model_and_generator, synthetic_text
 from lit_eval.evaluation.text_data import PERPLEXITY, jobs_of_data, validation_jobs
 from lit_eval.score.babylm_data import read_babylm
 from lit_eval.score.harness import ALIASES, PREFIX, data_files, run_harness
 from lit_eval.score.results import Result
-from lit_eval.score.tasks import NAMED, find_task
+from lit_eval.score.tasks import find_task
 from lit_files.checksum import file_sha256
 
 MakeJob = Callable[[str, Path, EvaluationSettings], Job]
@@ -62,11 +62,6 @@ PREFIXED_JOBS: dict[str, MakeJob] = {
 BABYLM_TASKS = f"{BABYLM}:FOLDER"
 
 
-def task_names() -> list[str]:
-    """What --tasks knows by name."""
-    return sorted({PERPLEXITY, *NAMED, *NAMED_JOBS, *(f"{prefix}:NAME" for prefix in PREFIXED_JOBS), BABYLM_TASKS})
-
-
 def check_given(settings: EvaluationSettings) -> None:
     """Check tasks and data as far as that needs no model. Raises as `find_jobs` does."""
     jobs_of_data(settings)
@@ -74,7 +69,7 @@ def check_given(settings: EvaluationSettings) -> None:
         if given.startswith(f"{BABYLM}:"):
             read_babylm(Path(given.removeprefix(f"{BABYLM}:")))
         elif not (given == PERPLEXITY or given in NAMED_JOBS or given.partition(":")[0] in PREFIXED_JOBS):
-            find_task(given, task_names())
+            find_task(given, TASK_NAMES)
 
 
 def find_jobs(model: Path, settings: EvaluationSettings) -> list[Job]:
@@ -97,7 +92,7 @@ def find_jobs(model: Path, settings: EvaluationSettings) -> list[Job]:
         elif colon and prefix == BABYLM:
             jobs += babylm_jobs(given, model, settings)
         else:
-            jobs.append(job_of_task(find_task(given, task_names())))
+            jobs.append(job_of_task(find_task(given, TASK_NAMES)))
     names = [job.name for job in jobs]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"--tasks has two tasks of the name {repeated}: rename one of the files")

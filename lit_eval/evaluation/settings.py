@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-from lit_eval.model.eval_model import Prefix
-from lit_model.load import is_hf_folder
+from lit_eval.model.choices import Precision, Prefix
 
 FOLDER = "evaluation"  # in a run folder
-
-
-def default_output(model: Path) -> Path:
-    """RUN/evaluation/iter-00001000-ckpt.json for a checkpoint; evaluation/NAME.json for a Hugging Face folder."""
-    if is_hf_folder(model):
-        return Path(FOLDER) / f"{model.resolve().name}.json"
-    return model.parent / FOLDER / f"{model.name.removesuffix('.pth')}.json"
+TASK_NAMES = (
+    "babyllama", "babylm:FOLDER", "confidence", "generation", "german_pairs", "lm_eval:NAME", "memorization",
+    "perplexity", "speed", "synthetic",
+)  # fmt: skip
+"""The names that --tasks knows, with placeholders; lit_eval/evaluation/named_tasks.py has the tasks."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,8 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f"--num_samples {self.num_samples} must be at least 1")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"--precision {self.precision}: choose one of {', '.join(get_args(Precision))}")
         if self.batch_tokens < 1:
             raise ValueError(f"--batch_tokens {self.batch_tokens} must be at least 1")
         if self.output is not None and self.output.suffix != ".json":

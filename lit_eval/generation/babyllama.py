@@ -25,11 +25,12 @@ from pathlib import Path
 from lit_eval.generation.completions import Completion, completions, open_prompts, paraphrases
 from lit_eval.generation.metrics import distinct, repetition, words_of
 from lit_eval.generation.prompts import read_prompts
+from lit_eval.generation.settings import GenerationSettings
 from lit_eval.generation.speed import SpeedSettings, evaluate_speed
-from lit_eval.generation.text import GenerationSettings, fitting_tokens, generate_texts
+from lit_eval.generation.text import fitting_tokens, generate_texts
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.results import Group, Result
-from lit_model.generate import GREEDY, Sampling
+from lit_model.sampling import GREEDY, Sampling
 
 ANSWER_TOKENS = 8  # enough for a word of rare characters
 CONTINUATION_TOKENS = 20

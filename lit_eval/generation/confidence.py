@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from lit_eval.model.eval_model import EvalModel, Prefix
+from lit_eval.model.choices import Prefix
+from lit_eval.model.eval_model import EvalModel
 from lit_eval.model.likelihood import numbers_of_targets, rolling_windows
 from lit_eval.score.results import Result
 

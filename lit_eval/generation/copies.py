@@ -17,6 +17,7 @@ import numpy.typing as npt
 from lit_data.packed.documents import Documents
 from lit_data.packed.reader import PackedDataset
 from lit_data.record.trace import TracedRun, spans_of_document
+from lit_data.tokenizers.tokenizer import Tokenizer
 
 Ids = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
@@ -291,3 +292,15 @@ def add_steps(copies: Sequence[Copy], run: TracedRun, before_step: int | None = 
             if before_step is not None:
                 seen &= step < before_step
             place.steps = np.unique(step[seen]).tolist()
+
+
+def describe_copy(ids: list[int], run: TracedRun, tokenizer: Tokenizer, min_tokens: int) -> str:
+    """The longest copy from a run's training data in a text, the document it is from, and how often the run saw it."""
+    (copy,) = find_copies([ids], run.datasets, min_tokens=min_tokens)
+    add_steps([copy], run)
+    if not copy.length:
+        return f"no copy of {min_tokens} tokens or more from the training text"
+    text = tokenizer.decode(ids[copy.start : copy.start + copy.length])
+    place = copy.places[0]
+    seen = f"seen at steps {', '.join(map(str, place.steps[:5]))}" if place.steps else "not seen yet"
+    return f"longest copy from the training text: {copy.length} tokens, {text!r}, of document {place.id}, {seen}"

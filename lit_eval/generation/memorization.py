@@ -12,7 +12,8 @@ from lit_data.packed.reader import PackedDataset
 from lit_data.record.trace import TracedRun, open_run
 from lit_eval.generation.copies import add_steps, find_copies
 from lit_eval.generation.metrics import plain_settings
-from lit_eval.generation.text import Generated, GenerationSettings, Prompt, generate_texts, text_of
+from lit_eval.generation.settings import GenerationSettings
+from lit_eval.generation.text import Generated, Prompt, generate_texts, text_of
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.results import Result
 from lit_files.checkpoint_name import checkpoint_step

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lit_eval.generation.text import Generated, GenerationSettings, Prompt, generate_texts
+from lit_eval.generation.settings import GenerationSettings
+from lit_eval.generation.text import Generated, Prompt, generate_texts
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.results import Result
 

@@ -11,7 +11,8 @@ import torch
 
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.results import Group, Result
-from lit_model.generate import GREEDY, stream
+from lit_model.generate import stream
+from lit_model.sampling import GREEDY
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
 

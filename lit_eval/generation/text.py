@@ -7,47 +7,20 @@ decoding drops at the beginning of a text. So tokens are decoded behind those be
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from lit_data.tokenizers.tokenizer import Tokenizer
+from lit_eval.generation.settings import GenerationSettings
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.model.text_encoding import encode_prompt
-from lit_model.generate import Sampling, check_prompts, generate_batch, stream
+from lit_model.generate import check_prompts, generate_batch, stream
 
 CONTEXT_TOKENS = 8  # tokens of the prompt that the first new ones are decoded behind
 INCOMPLETE = "\ufffd"  # how decoding shows bytes that are no whole character (yet)
 
 Prompt = str | Sequence[int]
 """Text, or token ids, which need no tokenizer."""
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How texts are written.
-
-    Attributes:
-        sampling: how a token is chosen.
-        max_new_tokens: at most so many tokens a text.
-        num_samples: texts for each prompt.
-        seed: of the first sample of each prompt; sample i has `seed + i`.
-        stop: a text ends before the first of these strings.
-        batch_size: texts written at a time. It does not change them, but for rounding.
-    """
-
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.8))
-    max_new_tokens: int = 100
-    num_samples: int = 1
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if "" in self.stop:
-            raise ValueError("a stop string is empty")
 
 
 @dataclass

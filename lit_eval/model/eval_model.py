@@ -8,13 +8,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_data.tokenizers.hf_export import names_bos
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
+from lit_eval.model.choices import Prefix
 from lit_eval.model.likelihood import Scorer, score_targets
 from lit_eval.model.model_tokenizer import check_own_tokenizer, find_tokenizer, ids_without_token
 from lit_eval.model.text_encoder import AlignedEncoder, TextEncoder
@@ -26,7 +27,6 @@ from lit_model.cost import count_parameters
 from lit_model.load import MODEL_PREFIX, Checkpoint, is_hf_folder, load_model, resolve
 from lit_model.model import GPT
 
-Prefix = Literal["auto", "bos", "eos", "none"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

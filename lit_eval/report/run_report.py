@@ -19,6 +19,7 @@ from lit_eval.compare.learning_curves import learning_curves
 from lit_eval.formats import duration, loss, number, percent, perplexity, short, whole
 from lit_eval.metrics_file import FloatArray, Metrics
 from lit_eval.report.charts import Chart, Line, Mark
+from lit_eval.report.defaults import RECORD_S
 from lit_eval.report.elements import (
     Cell,
     Column,
@@ -38,7 +39,6 @@ from lit_eval.run_facts import RunFacts, Sample, flatten, read_run
 from lit_eval.score.results import Results
 from lit_eval.spikes import LossSpike, find_spikes
 
-RECORD_S = 4.0  # for reading the record
 RESULTS_S = 2.0  # for reading results
 MOST_MARKS = 40  # resumes and rollbacks drawn in a chart
 MOST_SOURCES = 20

@@ -16,7 +16,8 @@ from lit_eval.model.eval_model import EvalModel
 from lit_eval.model.likelihood import Span
 from lit_eval.score.results import Group, Result
 from lit_files.checksum import file_sha256
-from lit_model.generate import Sampling, generate_batch
+from lit_model.generate import generate_batch
+from lit_model.sampling import Sampling
 
 PREFIX = "lm_eval:"
 ALIASES = {"belebele_deu": "belebele_deu_Latn", "multiblimp_de": "multiblimp_deu"}

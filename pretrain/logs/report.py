@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lit_eval.report.defaults import FILE
 from lit_eval.report.run_report import run_report
 from lit_files.publish import write_text
 from pretrain.args import RunArgs, plain
 from pretrain.cli.fields import REQUIRED, flags_of
 from pretrain.logs.messages import say, warn
-
-FILE = "report.html"  # in the run folder
 
 
 def default_settings() -> dict[str, Any]:

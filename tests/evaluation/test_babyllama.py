@@ -22,8 +22,8 @@ from lit_eval.generation.babyllama import (
 )
 from lit_eval.generation.completions import Completion, completions, open_prompts, paraphrases
 from lit_eval.generation.metrics import words_of
+from lit_eval.generation.settings import GenerationSettings
 from lit_eval.generation.speed import SpeedSettings
-from lit_eval.generation.text import GenerationSettings
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.results import read_results
 

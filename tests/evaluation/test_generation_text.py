@@ -23,9 +23,10 @@ from running import ROOT, script
 
 from lit_data.tokenizers.tokenizer import Tokenizer
 from lit_eval.generation.prompts import read_prompts
-from lit_eval.generation.text import GenerationSettings, TextStream, generate_texts, stream_text, text_of
+from lit_eval.generation.settings import GenerationSettings
+from lit_eval.generation.text import TextStream, generate_texts, stream_text, text_of
 from lit_eval.model.eval_model import EvalModel
-from lit_model.generate import Sampling
+from lit_model.sampling import Sampling
 
 TEXT = "Grüße aus Würzburg, 日本 und \N{GRINNING FACE}! Der Hund läuft schnell nach Hause."
 

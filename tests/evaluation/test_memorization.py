@@ -20,7 +20,8 @@ from lit_data.record.trace import open_run
 from lit_eval.generation import copies as search
 from lit_eval.generation.copies import add_steps, find_copies
 from lit_eval.generation.memorization import evaluate_memorization
-from lit_eval.generation.text import Generated, GenerationSettings
+from lit_eval.generation.settings import GenerationSettings
+from lit_eval.generation.text import Generated
 from lit_eval.model.eval_model import EvalModel
 
 

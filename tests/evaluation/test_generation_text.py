@@ -23,6 +23,7 @@ from running import ROOT, script
 
 from lit_data.tokenizers.tokenizer import Tokenizer
 from lit_eval.generation.prompts import read_prompts
+from lit_eval.generation.session import run_session
 from lit_eval.generation.settings import GenerationSettings
 from lit_eval.generation.text import TextStream, generate_texts, stream_text, text_of
 from lit_eval.model.eval_model import EvalModel
@@ -217,10 +218,6 @@ def test_a_session_in_a_terminal(run: Path, model: EvalModel) -> None:
 
 def test_ctrl_c_ends_a_continuation_only(model: EvalModel, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """The session of the script, with keys and interrupts played."""
-    import runpy
-
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    session = runpy.run_path(str(ROOT / "scripts" / "generate.py"))
     keys = iter(["Grüße", KeyboardInterrupt, "aus", EOFError])
 
     def typed(_: str) -> str:
@@ -241,7 +238,7 @@ def test_ctrl_c_ends_a_continuation_only(model: EvalModel, monkeypatch: pytest.M
 
     monkeypatch.setattr(model.model, "forward", interrupted)
     greedy = GenerationSettings(Sampling(temperature=0), 12)
-    session["run_session"](model, greedy, False)
+    run_session(model, greedy, False)
     monkeypatch.undo()
     out = capsys.readouterr().out
     first, second = (one.text for one in generate_texts(model, ["Grüße", "aus"], greedy))

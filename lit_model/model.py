@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lit_model.attention import Attention, KVCache, LayerCache, RowLayout, attention_variant, chunk_boundaries
@@ -283,7 +284,8 @@ class GPT(nn.Module):
             return head_logits(x, self.head_weight, V, bias=bias, softcap=softcap)
         if head is None:
             head = chunked_cross_entropy
-        out = head(x, self.head_weight, targets, V, bias=bias, softcap=softcap, z_loss=self.z_loss)
+        with record_function("llammlein::loss"):
+            out = head(x, self.head_weight, targets, V, bias=bias, softcap=softcap, z_loss=self.z_loss)
         return self._balanced(out, stack_statistics(routers)) if routers and isinstance(out, LossOutput) else out
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from lit_model.config import ModelConfig
 MAX_BATCH = 1 << 20  # rows; a step's rows are planned together
 MAX_PREFETCH = 1 << 12
 MAX_DEVICES = 1 << 10
+MAX_PROFILE = 100  # steps; a trace of one may take 10 MB
 MAX_SYNTHETIC = 10**10
 MAX_SECONDS = 10**9
 MAX_NUMBER = 1 << 52
@@ -523,6 +524,27 @@ class LogArgs:
 
 
 @dataclass(frozen=True)
+class ProfileArgs:
+    """A profile of steady steps: a trace, a table of where their time goes, and on CUDA a memory snapshot."""
+
+    steps: int = 0
+    """Steps to profile, on rank 0; these alone become slower. The table is printed, and everything written to
+    RUN/profile (docs/performance.md). 0: no profile."""
+    start: int = 5
+    """Steps of this process before the profile, for example to compile; one more step warms the profiler up."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "profile.", steps=0, start=1)
+        if self.steps > MAX_PROFILE:
+            raise ValueError(f"--profile.steps {self.steps}: at most {MAX_PROFILE} steps are supported")
+
+    @property
+    def needed_steps(self) -> int:
+        """Steps of the run by the end of the profile."""
+        return self.start + 1 + self.steps
+
+
+@dataclass(frozen=True)
 class GuardArgs:
     """Non-finite gradients, loss spikes and hangs."""
 
@@ -616,6 +638,7 @@ class RunArgs:
     save: SaveArgs = field(default_factory=SaveArgs)
     eval: EvalArgs = field(default_factory=EvalArgs)
     log: LogArgs = field(default_factory=LogArgs)
+    profile: ProfileArgs = field(default_factory=ProfileArgs)
     guard: GuardArgs = field(default_factory=GuardArgs)
     stop: StopArgs = field(default_factory=StopArgs)
 

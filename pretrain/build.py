@@ -115,6 +115,11 @@ def build(
     meta = read_meta(checkpoint) if checkpoint is not None else None
     progress = start_progress(meta, args, device)
     data = open_data(args, fabric, datasets, progress.segments)
+    if checkpoint is None and args.profile.steps and args.profile.needed_steps > data.max_steps:
+        raise ValueError(
+            f"--profile.steps {args.profile.steps} after --profile.start {args.profile.start} needs "
+            f"{args.profile.needed_steps} steps; the run has {data.max_steps}"
+        )
     teacher_paths, taught_by = on_rank_zero(fabric, lambda: resolve_teachers(args.distillation))
     args = args.resolved(folder, data.max_steps, teacher_paths)
     settings = plain(args)

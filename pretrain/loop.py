@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from lit_data.loading.batches import MicroBatch, StepData
 from lit_data.loading.loader import Loader
@@ -50,6 +51,7 @@ from pretrain.optim import clip_coefficient, gradient_norm
 from pretrain.resume import go_back
 from pretrain.run import Run
 from pretrain.schedule import learning_rate
+from pretrain.step_profile import StepProfiler
 from pretrain.word_budgets import words_seen
 
 SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
@@ -112,6 +114,7 @@ def run_steps(run: Run) -> str | None:
     slots = args.train.global_batch_samples * run.data.block_size
     progress = ProgressDisplay(run.step, max_steps, slots, show=rank_zero)
     stopped = None
+    profiler = open_profiler(run)
     steps = run.loader.steps(run.step, max_steps)
     try:
         if run.step == 0 or run.unfinished is not None:
@@ -169,6 +172,8 @@ def run_steps(run: Run) -> str | None:
                 progress.phase("saving")
                 save(run, throughput)
             progress.advance(run.step)
+            if profiler is not None:
+                add_to_profile(run, profiler, throughput, progress)
             if stopped:
                 break
         run.saver.wait()
@@ -185,6 +190,8 @@ def run_steps(run: Run) -> str | None:
     finally:
         steps.close()  # type: ignore[attr-defined]
         progress.close()
+        if profiler is not None:
+            profiler.close()
         for file in (metrics, layers):
             if file is not None:
                 file.close()
@@ -220,15 +227,20 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
     for m, batch in enumerate(data.micro_batches):
         last = m == len(data.micro_batches) - 1
         with sync_gradients(run, last):
-            tokens, targets, cu_seqlens = to_device(batch, run.device)
+            with record_function("llammlein::to_device"):
+                tokens, targets, cu_seqlens = to_device(batch, run.device)
             bounds = cu_seqlens if args.data.document_mask else None
-            head = None if head_of is None else head_of(batch, tokens, bounds)
+            head = None
+            if head_of is not None:
+                with record_function("llammlein::teachers"):
+                    head = head_of(batch, tokens, bounds)
             with run.placement.autocast():
                 out: LossOutput = run.model(tokens, targets, cu_seqlens=bounds, head=head)
             # A non-finite loss makes every gradient non-finite on every rank, so the step is skipped.
             run.fabric.backward(out.loss_sum * (factor + 0 * out.loss_sum.detach()))
         loss_sum += out.cross_entropy_sum
-        piece_losses.append(sum_over_pieces(out.token_losses, cu_seqlens))
+        with record_function("llammlein::loss"):
+            piece_losses.append(sum_over_pieces(out.token_losses, cu_seqlens))
         if out.router is not None:
             routers.append(out.router)
         if divergence_sum is not None and out.divergence_sum is not None:
@@ -238,12 +250,14 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
     if norms is not None:
         norms.gradients(scale)
         norms.before_update()
-    norm = gradient_norm(run.optimizer.parameters.values(), scale)
+    with record_function("llammlein::optimizer"):
+        norm = gradient_norm(run.optimizer.parameters.values(), scale)
     skip = skip_if_not_finite(norm)
     run.sound = False
     run.tokens += counts[1]
     lr = learning_rate(args.optim, data.step, run.data.max_steps)
-    run.optimizer.step(lr, skip, clip_coefficient(norm, args.train.clip_norm, scale))
+    with record_function("llammlein::optimizer"):
+        run.optimizer.step(lr, skip, clip_coefficient(norm, args.train.clip_norm, scale))
     if norms is not None:
         norms.after_update()
     run.optimizer.zero_grad()
@@ -253,6 +267,26 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
     run.skipped += skip
     run.skipped_in_row.add_(1.0).mul_(skip)
     return StepResult(loss_sum, n_targets, norm, read_later(piece_losses, skip), add_routers(routers), divergence_sum)
+
+
+def open_profiler(run: Run) -> StepProfiler | None:
+    """The profiler of --profile.steps, on rank 0; None if there is none, or too few steps are left for it."""
+    args = run.args.profile
+    if not args.steps or run.fabric.global_rank != 0:
+        return None
+    if run.step + args.needed_steps > run.data.max_steps:
+        run.say(f"warning: no profile: --profile.steps needs {args.needed_steps} more steps than the {run.step} done")
+        return None
+    return StepProfiler(args, run.folder, run.device)
+
+
+def add_to_profile(run: Run, profiler: StepProfiler, throughput: Throughput, progress: ProgressDisplay) -> None:
+    """End a step of the profiler, and print the table after the last one."""
+    paused = throughput.pause()
+    table = profiler.after_step(run.step)
+    throughput.resume(paused)
+    if table is not None:
+        progress.say(table)
 
 
 def compiled_blocks(run: Run) -> CompiledBlocks | None:

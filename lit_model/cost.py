@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lit_model.config import ModelConfig
 from lit_model.loss import CPU_CHUNK_BYTES, CPU_CHUNK_TOKENS, GPU_CHUNK_BYTES
 from lit_model.matrices import hidden_matrices
-from lit_model.model import parameter_shapes
+from lit_model.model import is_recomputed, parameter_shapes
 
 BLOCKS = "transformer.h."
 """Prefix of the names of the blocks' parameters."""
@@ -87,6 +87,8 @@ class TrainingSetting:
     recompute: str = "none"
     """Activation checkpointing: none, full, block (every `recompute_every`-th block) or op."""
     recompute_every: int = 2
+    recompute_blocks: int | None = None
+    """`block`: the first so many blocks instead of every n-th."""
     accumulates: bool = False
     """Whether a step has several micro-batches: gradients are then alive while activations are."""
     defer_gradient_sync: bool = False
@@ -256,19 +258,20 @@ def _kept_in_block(config: ModelConfig, layer: int, compute_bytes: int, residual
 
 
 def _kept_per_token(config: ModelConfig, setting: TrainingSetting, residual_bytes: int) -> tuple[int, int]:
-    """Bytes a token: (kept by the forward, all blocks; recomputed by the backward for one block)."""
+    """Bytes a token: (kept by the forward, all blocks; what recomputation adds to that at most)."""
     C, out = config.n_embd, config.n_head * config.head_size
-    kept = again = 0
-    for layer in range(config.n_layer):
+    kept = again = freed = 0  # freed: by the backward of the layers behind
+    for layer in reversed(range(config.n_layer)):
         whole = less = _kept_in_block(config, layer, setting.compute_bytes, residual_bytes)
         if setting.recompute == "op":  # its input, and the outputs of the matrix multiplies and of the attention
             elements = config.n_qkv + out + 2 * C + _mlp_elements(config, layer).multiplied
             less = C * residual_bytes + elements * setting.compute_bytes + 4 * config.n_head
         elif setting.recompute == "full" or (
-            setting.recompute == "block" and (layer + 1) % setting.recompute_every == 0
+            setting.recompute == "block" and is_recomputed(layer, setting.recompute_every, setting.recompute_blocks)
         ):
             less = C * residual_bytes  # its input
         kept += less
-        again = max(again, whole - less)
+        again = max(again, whole - less - freed)
+        freed += less
     # Beside the blocks: input and output of the last norm, cos and sin, tokens and targets.
     return kept + 2 * C * residual_bytes + 4 * config.rotary_size + 16, again

@@ -155,11 +155,19 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
-def _of_block(i: int, recompute: Recompute, every: int) -> Literal["none", "full", "op"]:
+def is_recomputed(i: int, every: int, first: int | None) -> bool:
+    """Whether `block` recomputes the i-th block: each of the `first`, or every n-th if that is None.
+
+    The first ones, since they are recomputed last, when the backward has freed the activations of those behind them.
+    """
+    return (i + 1) % every == 0 if first is None else i < first
+
+
+def _of_block(i: int, recompute: Recompute, every: int, first: int | None) -> Literal["none", "full", "op"]:
     """The `recompute` of the i-th block."""
     if recompute != "block":
         return recompute
-    return "full" if (i + 1) % every == 0 else "none"
+    return "full" if is_recomputed(i, every, first) else "none"
 
 
 class GPT(nn.Module):
@@ -170,6 +178,7 @@ class GPT(nn.Module):
         activation_checkpointing: the part recomputed in the backward, trading time for memory: each block ("full"),
             every n-th block ("block"), or each block but its matrix multiplies and attention ("op").
         activation_checkpointing_every: the n of "block".
+        activation_checkpointing_blocks: "block" recomputes the first so many instead of every n-th.
         z_loss: see lit_model.loss.
         load_balance_loss, router_z_loss: for models with experts, the weights of two losses of the routers (see
             lit_model.moe), each times the number of valid targets, so that they count like the mean cross-entropy.
@@ -189,6 +198,7 @@ class GPT(nn.Module):
         attention: str = "auto",
         activation_checkpointing: Recompute = "none",
         activation_checkpointing_every: int = 2,
+        activation_checkpointing_blocks: int | None = None,
         z_loss: float = 0.0,
         load_balance_loss: float = 0.0,
         router_z_loss: float = 0.0,
@@ -204,7 +214,11 @@ class GPT(nn.Module):
         if config.position_embedding == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         self.transformer["h"] = nn.ModuleList(
-            Block(config, i, _of_block(i, activation_checkpointing, activation_checkpointing_every))
+            Block(
+                config,
+                i,
+                _of_block(i, activation_checkpointing, activation_checkpointing_every, activation_checkpointing_blocks),
+            )
             for i in range(config.n_layer)
         )
         self.transformer["ln_f"] = build_norm(config, config.n_embd)

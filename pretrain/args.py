@@ -22,6 +22,8 @@ from lit_model.config import ModelConfig
 MAX_BATCH = 1 << 20  # rows; a step's rows are planned together
 MAX_PREFETCH = 1 << 12
 MAX_DEVICES = 1 << 10
+MAX_MICRO_BATCH_TOKENS = 1 << 24  # of one device, far beyond what fits in its memory
+AUTO: Literal["auto"] = "auto"
 MAX_PROFILE = 100  # steps; a trace of one may take 10 MB
 MAX_SYNTHETIC = 10**10
 MAX_SECONDS = 10**9
@@ -199,8 +201,9 @@ class TrainArgs:
     """Run length in passes over the data (empty rows fill up the last step)."""
     global_batch_samples: int = 32
     """Rows per optimizer step, over all devices."""
-    micro_batch_samples: int = 8
-    """Rows per forward and backward pass on one device."""
+    micro_batch_samples: int | Literal["auto"] = 8
+    """Rows per forward and backward pass on one device; auto: the largest number that divides the batch and fits in
+    memory, measured on CUDA, else estimated (docs/performance.md)."""
     block_size: int | None = None
     """Tokens per row. Default: the model's maximum context."""
     clip_norm: float = 1.0
@@ -213,11 +216,16 @@ class TrainArgs:
     micro-batch, so it depends on the micro-batch size. Default: 0.001 for a model with experts."""
     router_z_loss: float | None = None
     """Weight of the router's z-loss (ST-MoE: 1e-3), over the same tokens. Default: 0."""
-    activation_checkpointing: Literal["none", "full", "block", "op"] = "none"
+    activation_checkpointing: Literal["none", "full", "block", "op", "auto"] = "none"
     """Recomputation in the backward pass, to save memory. `full`: every block (about a third more compute). `block`:
-    every n-th block. `op`: every block, except for matrix products and attention."""
+    every n-th block. `op`: every block, except for matrix products and attention. `auto`: as few blocks as fit in
+    memory."""
     activation_checkpointing_every: int = 2
     """n of `activation_checkpointing: block`."""
+    activation_checkpointing_blocks: int | None = None
+    """With `activation_checkpointing: block`: recompute the first so many blocks instead of every n-th."""
+    memory_limit_gib: float | None = None
+    """Memory of a device that the `auto` settings may use, in GiB. Default: most of its free memory."""
     cpu_offload: bool = False
     """FSDP: keep parameters, gradients and optimizer state in host memory; slow."""
     prefetch_blocks: int = 0
@@ -242,14 +250,30 @@ class TrainArgs:
         for name, value in given.items():
             if value <= 0:
                 raise ValueError(f"--train.{name} {value} must be positive")
-        check_least(self, "train.", global_batch_samples=1, micro_batch_samples=1, block_size=1)
-        check_least(self, "train.", activation_checkpointing_every=1)
-        for name in ("global_batch_samples", "micro_batch_samples"):
+        automatic = self.micro_batch_samples == AUTO
+        check_least(self, "train.", global_batch_samples=1, block_size=1, activation_checkpointing_every=1)
+        check_least(
+            self, "train.", activation_checkpointing_blocks=0, **({} if automatic else {"micro_batch_samples": 1})
+        )
+        if self.activation_checkpointing_blocks is not None and self.activation_checkpointing != "block":
+            raise ValueError(
+                f"--train.activation_checkpointing_blocks {self.activation_checkpointing_blocks} needs "
+                "--train.activation_checkpointing block"
+            )
+        if self.memory_limit_gib is not None and not self.memory_limit_gib > 0:
+            raise ValueError(f"--train.memory_limit_gib {self.memory_limit_gib} must be positive")
+        for name in ("global_batch_samples",) if automatic else ("global_batch_samples", "micro_batch_samples"):
             if getattr(self, name) > MAX_BATCH:
                 raise ValueError(f"--train.{name} {getattr(self, name)}: at most {MAX_BATCH} rows are supported")
         for name in ("clip_norm", "z_loss", "load_balance_loss", "router_z_loss", "prefetch_blocks"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise ValueError(f"--train.{name} {getattr(self, name)} must not be negative; 0 turns it off")
+
+    @property
+    def micro_batch(self) -> int:
+        """micro_batch_samples, once `auto` has been replaced (pretrain/memory_fit.py)."""
+        assert isinstance(self.micro_batch_samples, int), "micro_batch_samples auto must be resolved first"
+        return self.micro_batch_samples
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from lit_data.loading.batches import bucket
 from lit_data.loading.words import DatasetWords
@@ -17,7 +20,7 @@ from lit_model.config import ModelConfig
 from lit_model.init import initialise
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
-from pretrain.args import OptimArgs, RunArgs, plain
+from pretrain.args import AUTO, OptimArgs, RunArgs, plain
 from pretrain.checkpoint.saver import Saver
 from pretrain.compiling import compile_blocks
 from pretrain.data import (
@@ -43,6 +46,7 @@ from pretrain.init_from import load_optimizer, load_weights, optimizer_of
 from pretrain.logs.environment import command_line, record_environment
 from pretrain.logs.metrics import FILE as METRICS
 from pretrain.logs.metrics import has_row
+from pretrain.memory_fit import Trial, fit_to_memory, is_automatic
 from pretrain.muon import Muon
 from pretrain.optim import AdamW, LossScale, Optimizer
 from pretrain.parallel import Placement, build_fabric, choose_placement
@@ -53,9 +57,17 @@ from pretrain.stop_signals import StopSignals
 from pretrain.synthetic import make_synthetic_data
 from pretrain.word_budgets import WordBudgets, count_words, plan_budgets
 
+TRIALS = ".memory_trials"
+"""Folder in the run folder, while `auto` settings are measured."""
+
 
 def set_up(
-    args: RunArgs, argv: Sequence[str] | None = None, signals: StopSignals | None = None, *, watched: bool = True
+    args: RunArgs,
+    argv: Sequence[str] | None = None,
+    signals: StopSignals | None = None,
+    *,
+    watched: bool = True,
+    trial: Trial | None = None,
 ) -> Run:
     """Put a run together, up to the state before its next step.
 
@@ -63,6 +75,7 @@ def set_up(
         argv: the command line to record. None: this process's.
         signals: what stops the run. None: no signal does.
         watched: an error of one of several ranks ends the others too.
+        trial: measures the memory of automatic settings. None: it is estimated.
 
     Raises ValueError or OSError for a user's mistake: Mistake once there are several ranks, on all of them alike.
     Raises RunFinished if there is nothing left to do. Any other error of one of several ranks ends its process.
@@ -74,7 +87,7 @@ def set_up(
     fabric = build_fabric(args, placement)
     peers = Peers(watched)
     try:
-        return build(args, placement, fabric, peers, opened, signals, argv)
+        return build(args, placement, fabric, peers, opened, signals, argv, trial)
     except RunFinished:
         peers.meet()
         raise
@@ -99,6 +112,7 @@ def build(
     opened: tuple[Datasets, ModelConfig] | None,
     signals: StopSignals | None,
     argv: Sequence[str] | None,
+    trial: Trial | None,
 ) -> Run:
     """Put the run together, once the ranks have met. `opened`: the data, if this process has opened it already."""
     device = fabric.device
@@ -113,6 +127,8 @@ def build(
         fabric.print(f"warning: {note}")
 
     meta = read_meta(checkpoint) if checkpoint is not None else None
+    if is_automatic(args):
+        args = with_fitting_memory(args, fabric, folder, config, datasets.block_size, checkpoint, meta, trial)
     progress = start_progress(meta, args, device)
     data = open_data(args, fabric, datasets, progress.segments)
     if checkpoint is None and args.profile.steps and args.profile.needed_steps > data.max_steps:
@@ -220,16 +236,56 @@ def with_synthetic_data(args: RunArgs, fabric: Fabric, folder: Path) -> RunArgs:
     return dataclasses.replace(args, data=dataclasses.replace(args.data, train=train, val=val, synthetic=made))
 
 
+def with_fitting_memory(
+    args: RunArgs,
+    fabric: Fabric,
+    folder: Path,
+    config: ModelConfig,
+    block_size: int,
+    checkpoint: Path | None,
+    meta: dict[str, Any] | None,
+    trial: Trial | None,
+) -> RunArgs:
+    """The settings with automatic ones replaced. Trials run in a folder of the run folder, which is removed."""
+    trials = folder / TRIALS
+    on_rank_zero(fabric, lambda: shutil.rmtree(trials, ignore_errors=True))
+
+    def gather(value: Any) -> list[Any]:
+        values = [value] * fabric.world_size
+        if fabric.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def attempt(tried: RunArgs) -> int:
+        assert trial is not None
+        t = tried.train
+        name = f"{t.micro_batch}-{t.activation_checkpointing}-{t.activation_checkpointing_blocks}"
+        if checkpoint is not None and tried.init_from is not None:  # the model that the run began with may be gone
+            tried = dataclasses.replace(tried, init_from=checkpoint, init_layers=None, init_optimizer=False)
+        return trial(dataclasses.replace(tried, out_dir=trials / name, resume=None))
+
+    kept = None if meta is None else meta["config"]["train"]
+    measured = attempt if trial is not None else None
+    args, line = fit_to_memory(args, config, block_size, fabric.device, gather, kept=kept, trial=measured)
+    on_rank_zero(fabric, lambda: shutil.rmtree(trials, ignore_errors=True))
+    if line is not None:
+        fabric.print(f"memory   {line}")
+    return args
+
+
 def build_model(
     args: RunArgs, placement: Placement, fabric: Fabric, config: ModelConfig
 ) -> tuple[GPT, torch.nn.Module]:
     """The initialised model, and the same as Fabric wraps it. FSDP initialises it after sharding."""
+    recompute = args.train.activation_checkpointing
+    assert recompute != AUTO, "activation_checkpointing auto must be resolved first"
     with torch.device("meta"):
         raw_model = GPT(
             config,
             attention=args.train.attention,
-            activation_checkpointing=args.train.activation_checkpointing,
+            activation_checkpointing=recompute,
             activation_checkpointing_every=args.train.activation_checkpointing_every,
+            activation_checkpointing_blocks=args.train.activation_checkpointing_blocks,
             z_loss=args.train.z_loss,
             **router_losses(args.train, config),
         )
@@ -266,7 +322,7 @@ def fix_ddp_buckets(
     bucket decides in which order more than two ranks add a gradient up: without this the first step after a resume
     would differ, by rounding, from the same step of an uninterrupted run.
     """
-    B, T = args.train.micro_batch_samples, block_size
+    B, T = args.train.micro_batch, block_size
     tokens = torch.zeros((B, T), dtype=torch.int64, device=fabric.device)
     cu_seqlens = None
     if args.data.document_mask:  # of a shape that steps have too, so that blocks are compiled once

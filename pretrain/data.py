@@ -17,7 +17,7 @@ from lit_data.packed.reader import PackedDataset
 from lit_eval.model.model_tokenizer import OVERRIDE, check_model_and_data, compare, of_data
 from lit_eval.model.text_encoding import check_bos, unlike_special_tokens, unlike_start
 from lit_model.config import ModelConfig
-from pretrain.args import RunArgs, TrainArgs
+from pretrain.args import AUTO, MAX_MICRO_BATCH_TOKENS, RunArgs, TrainArgs
 from pretrain.distillation.teacher_cache import CachedTeacher, check_cache
 from pretrain.distillation.teachers import Teachers, check_teachers
 from pretrain.fabric import Fabric
@@ -26,7 +26,6 @@ from pretrain.init_from import model_config
 from pretrain.launch import is_rank
 
 MAX_SAMPLES = 1 << 60  # of a run: their numbers are 64-bit integers
-MAX_MICRO_BATCH_TOKENS = 1 << 24  # of one device, far beyond what fits in its memory
 LOAD_BALANCE_LOSS = 0.001  # the default weight, that of Llama 4 in transformers (router_aux_loss_coef)
 
 
@@ -152,7 +151,8 @@ def check_counted(datasets: list[PackedDataset], flag: str) -> None:
 
 def check_memory(args: RunArgs, kind: str | None, config: ModelConfig, block_size: int) -> None:
     """Refuse sizes that no device has room for. Raises ValueError that names them."""
-    for rows in (args.train.micro_batch_samples, args.eval.micro_batch_samples or 1):
+    train_rows = 1 if args.train.micro_batch_samples == AUTO else args.train.micro_batch
+    for rows in (train_rows, args.eval.micro_batch_samples or 1):
         if rows * block_size > MAX_MICRO_BATCH_TOKENS:
             raise ValueError(
                 f"a micro-batch of {rows} rows of {block_size} tokens is more than the {MAX_MICRO_BATCH_TOKENS} that "
@@ -270,7 +270,7 @@ def training_loader(
     teachers: Teachers | CachedTeacher | None = None,
 ) -> Loader:
     """The loader of this rank's rows, and of the cached predictions of its teachers."""
-    micro_batch = args.train.micro_batch_samples
+    micro_batch = args.train.micro_batch
     return Loader(
         data.rows,
         data.mixture,
@@ -287,7 +287,7 @@ def training_loader(
 
 def validation_loader(args: RunArgs, fabric: Fabric, data: Data, rows: Rows) -> Loader:
     """The loader of a validation set in its order, dealt out to the ranks; the last rows may be empty."""
-    micro_batch = args.eval.micro_batch_samples or args.train.micro_batch_samples
+    micro_batch = args.eval.micro_batch_samples or args.train.micro_batch
     n_windows = rows.n_windows
     return Loader(
         [rows],

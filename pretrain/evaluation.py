@@ -87,7 +87,7 @@ def evaluate(
     """
     run.model.eval()
     ranks = _Ranks(run)
-    batch_rows = evaluation.args.micro_batch_samples or run.args.train.micro_batch_samples
+    batch_rows = evaluation.args.micro_batch_samples or run.args.train.micro_batch
     columns: dict[str, float] = {}
     lines: list[dict[str, Any]] = []
     with _without_compiling(run):

@@ -44,9 +44,10 @@ def main(argv: list[str] | None = None) -> int:
 
                 return preflight(args)
             from pretrain.build import set_up
+            from pretrain.memory_trial import peak_of_steps
             from pretrain.train import train
 
-            run = set_up(args, argv, signals)
+            run = set_up(args, argv, signals, trial=peak_of_steps)
             signals.kept = True
         except RunFinished as finished:
             if is_first_process():

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pretrain.args import RunArgs, TrainArgs
+from pretrain.args import AUTO, RunArgs, TrainArgs
 
 # SLURM job names of interactive shells, where `python` runs as a single process, whatever the job size.
 SHELLS = ("interactive", "bash", "sh", "zsh", "fish", "tcsh")
@@ -154,9 +154,9 @@ def _fitting(train: TrainArgs, world_size: int) -> int | None:
     """The largest smaller micro-batch that divides the global batch evenly over the devices; None if the current one
     does already, or none does."""
     per_device, left = divmod(train.global_batch_samples, world_size)
-    if left or per_device % train.micro_batch_samples == 0:
+    if left or train.micro_batch_samples == AUTO or per_device % train.micro_batch == 0:
         return None
-    return max(m for m in range(1, min(per_device, train.micro_batch_samples) + 1) if per_device % m == 0)
+    return max(m for m in range(1, min(per_device, train.micro_batch) + 1) if per_device % m == 0)
 
 
 def has_gpus(env: Mapping[str, str]) -> bool:

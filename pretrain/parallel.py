@@ -15,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from lit_files.cores import usable_cores
 from lit_model.init import initialise
 from lit_model.model import GPT
-from pretrain.args import RunArgs, TrainArgs
+from pretrain.args import AUTO, RunArgs, TrainArgs
 from pretrain.cluster_environment import environment_for_fabric
 from pretrain.compiling import compile_blocks
 from pretrain.fabric import DDPStrategy, Fabric, ModelParallelStrategy, Strategy
@@ -100,7 +100,8 @@ def choose_placement(args: RunArgs) -> Placement:
 
 def check_batch(args: TrainArgs, world_size: int) -> None:
     """Global batch = ranks x micro-batch x accumulation. Raises ValueError that names the nearest that fit."""
-    batch, micro_batch = args.global_batch_samples, args.micro_batch_samples
+    batch = args.global_batch_samples
+    micro_batch = 1 if args.micro_batch_samples == AUTO else args.micro_batch
     group = world_size * micro_batch
     if batch % group == 0:
         return

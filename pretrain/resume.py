@@ -40,6 +40,8 @@ MECHANICS = (
     "train.micro_batch_samples",
     "train.activation_checkpointing",
     "train.activation_checkpointing_every",
+    "train.activation_checkpointing_blocks",
+    "train.memory_limit_gib",
     "train.cpu_offload",
     "train.prefetch_blocks",
     "train.reduce_dtype",

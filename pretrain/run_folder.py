@@ -132,7 +132,7 @@ def begin_recording(
         trackers: those of a new run, which are open already.
     """
     recorded = args.data.datapoints and not args.data.mock
-    micro_batch_samples = args.train.micro_batch_samples
+    micro_batch_samples = args.train.micro_batch
 
     def prepare_folder() -> None:
         if max(logged_steps(folder / METRICS), default=0) > progress.step:

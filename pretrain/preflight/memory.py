@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import socket
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from lit_model.config import ModelConfig
 from lit_model.cost import TrainingMemory, TrainingSetting, training_memory
-from pretrain.distillation.teachers import teacher_bytes
+from lit_model.load import Checkpoint
+from pretrain.memory_fit import CUDA_RESERVE_BYTES, fit_to_memory, host_memory_bytes, training_setting
 from pretrain.parallel import uses_fsdp
 from pretrain.preflight.context import Finding, PreflightContext, faults, results, show_bytes
 from pretrain.preflight.machine import checkpoint_bytes
 
-CUDA_RESERVE_BYTES = 1536 << 20  # context, NCCL's buffers, kernels' workspaces, fragmentation
 TIGHT = 0.9  # of the available memory
 
 
@@ -25,14 +22,18 @@ def check_memory(s: PreflightContext) -> Finding:
     """Compare the estimate from the config with the memory of each rank. Nothing of the model is allocated."""
     if s.config is None:
         return Finding("skipped", "the model's size is unknown without the data: see data")
-    setting = training_setting(s, s.config)
+    try:
+        chosen = fit_settings(s, s.config)
+    except ValueError as error:
+        return Finding("failed", str(error))
+    setting = training_setting(s.args, s.config, s.kind or "cuda", s.world_size)
     s.memory = memory = training_memory(s.config, setting)
     host_need = host_bytes(s, memory)
     parts = f"state {show_bytes(memory.parameters + memory.gradients + memory.optimizer)}, activations "
     parts += f"{show_bytes(memory.activations)}, loss {show_bytes(memory.loss + memory.workspace)}"
     parts += f", weights gathered or cast {show_bytes(memory.gathered)}" if memory.gathered else ""
     parts += f", teachers {show_bytes(memory.frozen)}" if memory.frozen else ""
-    measured = f"estimate {show_bytes(memory.total)} a device ({parts})"
+    measured = f"{chosen}estimate {show_bytes(memory.total)} a device ({parts})"
     if s.kind is None:
         return Finding("skipped", f"{measured}; there is no device of this kind to compare with")
     neighbours = s.ranks.gather(socket.gethostname()).count(socket.gethostname())
@@ -56,30 +57,13 @@ def check_memory(s: PreflightContext) -> Finding:
     return Finding("ok", measured)
 
 
-def training_setting(s: PreflightContext, config: ModelConfig) -> TrainingSetting:
-    args, t, world = s.args, s.args.train, s.world_size
-    sharding, shards = ("none" if world == 1 and args.strategy != "ddp" else "ddp"), 1
-    if uses_fsdp(args):
-        sharding, shards = args.sharding_strategy, world
-        if sharding == "HYBRID_SHARD":
-            shards = max(1, world // args.num_nodes if args.num_nodes > 1 else world // 2)
-    return TrainingSetting(
-        micro_batch_samples=t.micro_batch_samples,
-        block_size=t.block_size or config.block_size,
-        compute_bytes=4 if args.precision == "fp32" else 2,
-        sharding=sharding,
-        shards=shards,
-        recompute=t.activation_checkpointing,
-        recompute_every=t.activation_checkpointing_every,
-        accumulates=t.global_batch_samples > world * t.micro_batch_samples,
-        defer_gradient_sync=t.defer_gradient_sync,
-        cpu_offload=t.cpu_offload,
-        prefetch_blocks=t.prefetch_blocks,
-        reduce_bytes=4 if t.reduce_dtype == "fp32" else 2,
-        on_cpu=s.kind == "cpu",
-        muon=args.optim.name == "muon",
-        frozen=teacher_bytes(args.distillation, args.precision, s.kind or "cuda", world),
-    )
+def fit_settings(s: PreflightContext, config: ModelConfig) -> str:
+    """Replace automatic settings in `s.args` by those that the estimate gives. Returns them for the finding."""
+    device = torch.device(s.kind or "cpu") if s.ranks.fabric is None else s.ranks.fabric.device
+    kept = None if s.checkpoint is None else Checkpoint(s.checkpoint).meta["config"]["train"]
+    block_size = s.args.train.block_size or config.block_size
+    s.args, line = fit_to_memory(s.args, config, block_size, device, s.ranks.gather, kept=kept)
+    return "" if line is None else f"{line.partition(':')[0]} (auto), "
 
 
 def host_bytes(s: PreflightContext, memory: TrainingMemory) -> int:
@@ -100,39 +84,6 @@ def available_bytes(s: PreflightContext, neighbours: int) -> tuple[int, int]:
         return host, host
     device = s.ranks.fabric.device if s.ranks.fabric is not None else torch.device("cuda", 0)
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), host
-
-
-def host_memory_bytes(root: Path = Path("/")) -> int:
-    """Memory that processes on this host can still allocate: available memory, capped by control-group limits."""
-    if hasattr(os, "sysconf") and not (root / "proc/meminfo").exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    facts = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
-    available = int(facts["MemAvailable"].split()[0]) * 1024
-    return min([available, *cgroup_rooms(root)])
-
-
-def cgroup_rooms(root: Path) -> Iterator[int]:
-    """Bytes left under each memory limit of this process's control groups, v2 and v1. The file cache counts as free."""
-    groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-    for _, controllers, path in groups:
-        if controllers == "":
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        folder = base / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            if not place.is_relative_to(base):
-                break
-            try:
-                limit, used = ((place / name).read_text().strip() for name in names[:2])
-                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-            except OSError:
-                continue
-            if limit != "max":
-                yield max(0, int(limit) - int(used) + int(stat.get(names[2], 0)))
 
 
 def memory_advice(s: PreflightContext, config: ModelConfig, setting: TrainingSetting, room: float) -> str:

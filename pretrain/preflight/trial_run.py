@@ -26,8 +26,10 @@ from pretrain.init_from import config_of, model_config
 from pretrain.logs.throughput import Throughput, peak_memory_gib
 from pretrain.logs.trackers import check_trackers
 from pretrain.loop import train_step
+from pretrain.memory_fit import candidates, is_automatic, training_setting
+from pretrain.memory_trial import without_traces
 from pretrain.preflight.context import Finding, PreflightContext, faults, results, show_bytes
-from pretrain.preflight.memory import memory_advice, training_setting
+from pretrain.preflight.memory import memory_advice
 from pretrain.preflight.outcomes import Ranks
 from pretrain.resume import check_resume
 from pretrain.run_folder import choose_folder
@@ -170,7 +172,11 @@ def load_some(s: PreflightContext) -> float:
         check_meta(meta, s.checkpoint)
         _, taught_by = resolve_teachers(s.args.distillation)
         check_resume(plain(s.args), meta, s.data, s.config, taught_by, s.checkpoint)
-    loader = training_loader(without_traces(s.args), s.ranks.fabric, s.data, segments)
+    args = without_traces(s.args)
+    if is_automatic(args):  # chosen later; the loader's speed hardly depends on it
+        first = candidates(args, s.config.n_layer, s.data.block_size, s.ranks.world_size, s.kind or "cpu")[0]
+        args = first.apply(args)
+    loader = training_loader(args, s.ranks.fabric, s.data, segments)
     try:
         began, tokens = time.perf_counter(), 0
         for step in range(min(LOADER_STEPS, s.data.max_steps)):
@@ -180,12 +186,6 @@ def load_some(s: PreflightContext) -> float:
         return tokens / (time.perf_counter() - began)
     finally:
         loader.close()
-
-
-def without_traces(args: RunArgs) -> RunArgs:
-    """The same settings without cache, record and trackers."""
-    data, log = replace(args.data, cache_dir=None, datapoints=False), replace(args.log, trackers=[])
-    return replace(args, data=data, log=log, preflight=False)
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------
@@ -314,6 +314,9 @@ def step_advice(s: PreflightContext, fault: str) -> str:
     if "OutOfMemory" in fault or "allocate memory" in fault or "MemoryError" in fault:
         assert s.config is not None
         return "out of memory: " + memory_advice(
-            s, s.config, training_setting(s, s.config), 0.9 * (s.memory.total if s.memory else 0)
+            s,
+            s.config,
+            training_setting(s.args, s.config, s.kind or "cuda", s.world_size),
+            0.9 * (s.memory.total if s.memory else 0),
         )
     return "see the message; a run would fail in the same way"

@@ -237,10 +237,10 @@ class PeakBytes(TorchDispatchMode):
 WIDE = {"n_layer": 6, "n_embd": 128, "intermediate_size": 384}
 
 
-def estimate_over_measured(config, recompute="none", micro_batches=1, low_precision=False):
+def estimate_over_measured(config, recompute="none", micro_batches=1, low_precision=False, blocks=None):
     """The memory estimate of a step, relative to the peak bytes of live tensors in a step on the CPU."""
     B, T = 4, 128
-    model = GPT(config, activation_checkpointing=recompute).train()
+    model = GPT(config, activation_checkpointing=recompute, activation_checkpointing_blocks=blocks).train()
     initialise(model, config, 0)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = torch.randint(0, config.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
@@ -261,9 +261,8 @@ def estimate_over_measured(config, recompute="none", micro_batches=1, low_precis
         measured.see(tensor)
     with measured:
         step()
-    setting = cost.TrainingSetting(
-        B, T, 2 if low_precision else 4, recompute=recompute, accumulates=micro_batches > 1, on_cpu=True
-    )
+    setting = cost.TrainingSetting(B, T, 2 if low_precision else 4, recompute=recompute, recompute_blocks=blocks)
+    setting = dataclasses.replace(setting, accumulates=micro_batches > 1, on_cpu=True)
     return cost.training_memory(config, setting).total / measured.peak
 
 
@@ -284,6 +283,14 @@ def test_memory_estimate_against_the_tensors_of_a_step(changes, recompute, micro
     """Within 5% of the peak bytes of live tensors; with recomputation up to 20% above for these small models."""
     ratio = estimate_over_measured(get_config("debug", **changes), recompute, micro_batches, low_precision)
     assert 0.95 < ratio < (1.05 if recompute == "none" else 1.2)
+
+
+@pytest.mark.parametrize(
+    "blocks", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+)
+def test_memory_estimate_with_the_first_blocks_recomputed(blocks):
+    ratio = estimate_over_measured(get_config("debug", **WIDE), "block", blocks=blocks)
+    assert 0.95 < ratio < 1.1
 
 
 def families_with_recomputation():

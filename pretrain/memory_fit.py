@@ -1,0 +1,248 @@
+"""Chooses settings by the memory of a device: the largest micro-batch that fits (`--train.micro_batch_samples auto`),
+and the fewest recomputed blocks (`--train.activation_checkpointing auto`).
+
+Both are a choice among candidates in order of memory. The estimate from the config (lit_model/cost.py) gives the first
+one; on CUDA, steps of the real run are then measured, until the largest candidate that fits is known.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lit_model.config import ModelConfig
+from lit_model.cost import TrainingSetting, training_memory
+from pretrain.args import AUTO, MAX_MICRO_BATCH_TOKENS, RunArgs
+from pretrain.distillation.teachers import teacher_bytes
+from pretrain.parallel import uses_fsdp
+
+Gather = Callable[[Any], list[Any]]
+"""The values of all ranks, on all ranks."""
+Trial = Callable[[RunArgs], int]
+"""Takes steps of a run with these settings: the peak bytes of this rank's device. Raises torch.OutOfMemoryError."""
+
+CUDA_RESERVE_BYTES = 1536 << 20  # context, NCCL's buffers, kernels' workspaces, fragmentation
+SHARE = {"cuda": 0.95, "cpu": 0.8}  # of the free memory; a measurement includes fragmentation, the host serves others
+CPU_TOKENS = 8192  # of an automatic micro-batch: longer ones make a CPU no faster
+KEPT = ("activation_checkpointing", "activation_checkpointing_every", "activation_checkpointing_blocks")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings to try. `blocks`: how many blocks are recomputed, from the first one; None: as the arguments say."""
+
+    rows: int
+    blocks: int | None
+
+    def apply(self, args: RunArgs) -> RunArgs:
+        train = replace(args.train, micro_batch_samples=self.rows)
+        if self.blocks is not None:
+            how: Literal["none", "block"] = "block" if self.blocks else "none"
+            first = self.blocks or None
+            train = replace(train, activation_checkpointing=how, activation_checkpointing_blocks=first)
+        return replace(args, train=train)
+
+    def __str__(self) -> str:
+        blocks = f", {self.blocks} blocks recomputed" if self.blocks else ""
+        return f"micro-batch of {self.rows} row{'s' * (self.rows > 1)}{blocks}"
+
+
+def is_automatic(args: RunArgs) -> bool:
+    return AUTO in (args.train.micro_batch_samples, args.train.activation_checkpointing)
+
+
+def candidates(args: RunArgs, n_layer: int, block_size: int, world_size: int, kind: str) -> list[Candidate]:
+    """From the least memory to the most. With both settings automatic, blocks are recomputed only if one row needs it:
+    it costs more time than a smaller micro-batch. Never the last block: it would be recomputed at the peak."""
+    t = args.train
+    per_device = t.global_batch_samples // world_size
+    tokens = CPU_TOKENS if kind == "cpu" else MAX_MICRO_BATCH_TOKENS
+    most = max(1, tokens // block_size)
+    rows = [m for m in range(1, min(per_device, most) + 1) if per_device % m == 0]
+    if t.micro_batch_samples != AUTO:
+        return [Candidate(t.micro_batch, blocks) for blocks in range(n_layer - 1, -1, -1)]
+    if t.activation_checkpointing != AUTO:
+        return [Candidate(m, None) for m in rows]
+    return [Candidate(1, blocks) for blocks in range(n_layer - 1, 0, -1)] + [Candidate(m, 0) for m in rows]
+
+
+def largest_fitting(
+    estimates: Sequence[int], limit: float, measure: Callable[[int], int | None] | None
+) -> tuple[int | None, int]:
+    """The last of some candidates, of increasing memory, that fits, and its bytes; None if not even the first does.
+
+    Args:
+        estimates: bytes of each.
+        measure: bytes of a candidate, None if it ran out of memory. Without it the estimates decide.
+    """
+    if measure is None:
+        fits = [i for i, n in enumerate(estimates) if n <= limit]
+        return (fits[-1], estimates[fits[-1]]) if fits else (None, estimates[0])
+    fits_at, fails_at = -1, len(estimates)
+    correction, peak, out_of_memory = 0, estimates[0], False  # correction of the estimates, by the last measurement
+    while fits_at + 1 < fails_at:
+        hopeful = [i for i in range(fits_at + 1, fails_at) if estimates[i] + correction <= limit]
+        if not hopeful and fits_at >= 0:
+            break
+        i = (fits_at + fails_at) // 2 if out_of_memory else hopeful[-1] if hopeful else 0
+        measured = measure(i)
+        out_of_memory = measured is None
+        if measured is not None:
+            correction = measured - estimates[i]
+        if measured is not None and measured <= limit:
+            fits_at, peak = i, measured
+        else:
+            fails_at = i
+    return (fits_at if fits_at >= 0 else None), peak
+
+
+def fit_to_memory(
+    args: RunArgs,
+    config: ModelConfig,
+    block_size: int,
+    device: torch.device,
+    gather: Gather,
+    *,
+    kept: dict[str, Any] | None = None,
+    trial: Trial | None = None,
+) -> tuple[RunArgs, str | None]:
+    """Replace the automatic settings by values that fit on every rank. Returns them and a line for the log.
+
+    Args:
+        kept: `train` of the checkpoint to resume: its values stay, if they still divide the global batch, since another
+            micro-batch rounds differently.
+        trial: used on CUDA; every rank takes part in it.
+
+    Raises ValueError if nothing fits.
+    """
+    if not is_automatic(args):
+        return args, None
+    world_size = len(gather(None))
+    if kept is not None and (same := as_before(args, kept, world_size)) is not None:
+        return same, None
+    tried = candidates(args, config.n_layer, block_size, world_size, device.type)
+    settings = [training_setting(c.apply(args), config, device.type, world_size) for c in tried]
+    estimates = [training_memory(config, s).total for s in settings]
+    hosts = gather(socket.gethostname())
+    limit = min(gather(memory_limit(args, device, hosts.count(socket.gethostname()))))
+
+    def measure(i: int) -> int | None:
+        assert trial is not None
+        release_memory(device)
+        try:
+            peak: int | None = trial(tried[i].apply(args))
+        except torch.OutOfMemoryError:
+            peak = None
+        peaks = gather(peak)
+        return None if None in peaks else max(peaks)
+
+    measured = trial is not None and device.type == "cuda"
+    chosen, peak = largest_fitting(estimates, limit, measure if measured else None)
+    if measured:
+        release_memory(device)
+    how = "measured" if measured else "estimated"
+    gib = f"{peak / 2**30:.2f} of {limit / 2**30:.2f} GiB {how}"
+    if chosen is None:
+        raise ValueError(
+            f"not even a {tried[0]} fits: {gib}. Give --train.activation_checkpointing full, --strategy fsdp with more "
+            "devices, a smaller --train.block_size, or a larger --train.memory_limit_gib"
+        )
+    return tried[chosen].apply(args), f"{tried[chosen]}: {gib}"
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what a trial left: its tensors, also those that an exception held, and its compiled blocks."""
+    gc.collect()
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def as_before(args: RunArgs, kept: dict[str, Any], world_size: int) -> RunArgs | None:
+    """The values of a checkpoint in place of the automatic settings; None if they don't divide the global batch."""
+    t = args.train
+    if t.micro_batch_samples == AUTO:
+        t = replace(t, micro_batch_samples=int(kept["micro_batch_samples"]))
+    if t.activation_checkpointing == AUTO:
+        t = replace(t, **{name: kept[name] for name in KEPT if name in kept})
+    if t.global_batch_samples % (world_size * t.micro_batch):
+        return None
+    return replace(args, train=t)
+
+
+def training_setting(args: RunArgs, config: ModelConfig, kind: str, world_size: int) -> TrainingSetting:
+    """What the memory estimate depends on. `kind`: cpu, cuda or mps."""
+    t, world = args.train, world_size
+    sharding, shards = ("none" if world == 1 and args.strategy != "ddp" else "ddp"), 1
+    if uses_fsdp(args):
+        sharding, shards = args.sharding_strategy, world
+        if sharding == "HYBRID_SHARD":
+            shards = max(1, world // args.num_nodes if args.num_nodes > 1 else world // 2)
+    return TrainingSetting(
+        micro_batch_samples=t.micro_batch,
+        block_size=t.block_size or config.block_size,
+        compute_bytes=4 if args.precision == "fp32" else 2,
+        sharding=sharding,
+        shards=shards,
+        recompute=t.activation_checkpointing,
+        recompute_every=t.activation_checkpointing_every,
+        recompute_blocks=t.activation_checkpointing_blocks,
+        accumulates=t.global_batch_samples > world * t.micro_batch,
+        defer_gradient_sync=t.defer_gradient_sync,
+        cpu_offload=t.cpu_offload,
+        prefetch_blocks=t.prefetch_blocks,
+        reduce_bytes=4 if t.reduce_dtype == "fp32" else 2,
+        on_cpu=kind == "cpu",
+        muon=args.optim.name == "muon",
+        frozen=teacher_bytes(args.distillation, args.precision, kind, world),
+    )
+
+
+def memory_limit(args: RunArgs, device: torch.device, neighbours: int) -> int:
+    """Bytes that automatic settings may use on this rank's device; `neighbours` ranks share the host's memory."""
+    if args.train.memory_limit_gib is not None:
+        return int(args.train.memory_limit_gib * 2**30)
+    if device.type != "cuda":
+        return int(SHARE["cpu"] * host_memory_bytes() / neighbours)
+    return int(SHARE["cuda"] * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)))
+
+
+def host_memory_bytes(root: Path = Path("/")) -> int:
+    """Memory that processes on this host can still allocate: available memory, capped by control-group limits."""
+    if hasattr(os, "sysconf") and not (root / "proc/meminfo").exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    facts = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+    available = int(facts["MemAvailable"].split()[0]) * 1024
+    return min([available, *cgroup_rooms(root)])
+
+
+def cgroup_rooms(root: Path) -> Iterator[int]:
+    """Bytes left under each memory limit of this process's control groups, v2 and v1. The file cache counts as free."""
+    groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    for _, controllers, path in groups:
+        if controllers == "":
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            if not place.is_relative_to(base):
+                break
+            try:
+                limit, used = ((place / name).read_text().strip() for name in names[:2])
+                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            except OSError:
+                continue
+            if limit != "max":
+                yield max(0, int(limit) - int(used) + int(stat.get(names[2], 0)))

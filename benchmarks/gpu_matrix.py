@@ -277,6 +277,23 @@ FAMILIES: dict[str, dict[str, object]] = {
     },
 }
 
+
+def profiled(place: Place) -> None:
+    train(place, "run", profile__steps=1, profile__start=1)
+    expect(place, f"Steps 3 to 3 on {place.device}, ")
+    files = sorted(path.name for path in (place.folder / "run" / "profile").iterdir())
+    if len(files) != (4 if place.device == "cuda" else 3):
+        raise RuntimeError(f"the profile has the files {files}")
+
+
+def fitted(place: Place) -> None:
+    automatic = {"train__micro_batch_samples": "auto", "train__activation_checkpointing": "auto"}
+    train(place, "run", **automatic)
+    expect(place, "memory   micro-batch of 4 rows: ")
+    train(place, "small", **automatic, compile="true", train__memory_limit_gib=0.02)
+    expect(place, "GiB measured" if place.device == "cuda" else "GiB estimated")
+
+
 ENTRIES: dict[str, Check] = {
     "bf16": plain(),
     "fp16": plain(precision="fp16"),
@@ -293,6 +310,8 @@ ENTRIES: dict[str, Check] = {
     "recompute-full": plain(train__activation_checkpointing="full"),
     "recompute-block": plain(train__activation_checkpointing="block"),
     "recompute-op": plain(train__activation_checkpointing="op"),
+    "profile": profiled,
+    "automatic-memory": fitted,
     "distillation": taught,
     "distillation-cached": taught_by_a_cache,
     "convert-generate-record": converted,

@@ -29,6 +29,7 @@ def describe(run: Run) -> str:
         f"data     {documents:,} documents, {tokens:,} tokens, {rows:,} rows of {data.block_size}, {args.data.packing}",
         f"steps    {data.max_steps:,} of {args.train.global_batch_samples * data.block_size:,} tokens",
         f"devices  {run.world_size} x {run.device.type} by {how}, {args.precision}, {torch.get_num_threads()} threads",
+        f"step     {describe_step(run)}",
         *describe_kernels(run),
     ]
     if run.taught_by:
@@ -46,6 +47,19 @@ def describe(run: Run) -> str:
     if args.data.mock:
         lines.append("mock     the first step's data again and again (--data.mock); nothing is recorded")
     return "\n".join(lines)
+
+
+def describe_step(run: Run) -> str:
+    """How a device computes its share of a step: micro-batches, compilation, recomputation."""
+    t, n_layer = run.args.train, run.config.n_layer
+    count = t.global_batch_samples // (run.world_size * t.micro_batch)
+    parts = [f"{count} micro-batch{'es' * (count > 1)} of {t.micro_batch} row{'s' * (t.micro_batch > 1)} a device"]
+    parts.append("blocks compiled" if run.args.compile else "not compiled (--compile)")
+    recomputed = sum(block.recompute != "none" for block in run.raw_model.blocks())
+    if recomputed:
+        kind = " but for matrix products and attention" if t.activation_checkpointing == "op" else ""
+        parts.append(f"{recomputed} of {n_layer} blocks recomputed{kind}")
+    return ", ".join(parts)
 
 
 def describe_kernels(run: Run) -> list[str]:

@@ -37,6 +37,7 @@ KEPT_OPERATORS = frozenset(
         "aten::bmm",
         "aten::baddbmm",
         "aten::_grouped_mm",
+        "aten::_scaled_mm",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_efficient_attention",
@@ -106,7 +107,7 @@ class Block(nn.Module):
     def kind(self) -> tuple[object, ...]:
         """The attributes that a compiled block is specialized to: blocks with equal ones share their graphs."""
         attn = self.attn
-        return (self.recompute, self.has_experts, attn.variant, attn.chunked, attn.rotates)
+        return (self.recompute, self.has_experts, attn.variant, attn.chunked, attn.rotates, type(attn.qkv))
 
     def forward(
         self,

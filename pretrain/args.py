@@ -236,6 +236,8 @@ class TrainArgs:
     """FSDP: reduce gradients once per step instead of once per micro-batch; needs memory for unsharded gradients."""
     deterministic: bool = False
     """Use only deterministic kernels, so that runs repeat bit for bit on CUDA too; somewhat slower."""
+    fp8_keep_ends: bool = False
+    """With --precision fp8: leave the first and the last block in bf16."""
     attention: str = "auto"
     """Attention kernel: auto, or one of lit_model/kernels/: fa4, fa3, fa2, varlen, sdpa, loop."""
 
@@ -632,8 +634,9 @@ class RunArgs:
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"] = "FULL_SHARD"
     """FSDP: FULL_SHARD shards parameters, gradients and optimizer state; SHARD_GRAD_OP keeps parameters gathered
     between forward and backward; HYBRID_SHARD shards within a node and replicates across nodes; NO_SHARD is ddp."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Compute precision; master weights are always fp32."""
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """Compute precision; master weights are always fp32. `fp8`: bf16, with the blocks' linear layers in float8 during
+    training, for wide models on Hopper, Ada or newer GPUs; needs --compile true there."""
     compile: bool = False
     """Compile each block with torch.compile."""
     resume: str | None = None
@@ -692,6 +695,8 @@ class RunArgs:
                 "--optim.name muon and --train.cpu_offload exclude each other: Muon's matrix products would run on the "
                 "host, which takes many times as long as the step"
             )
+        if self.train.fp8_keep_ends and self.precision != "fp8":
+            raise ValueError(f"--train.fp8_keep_ends true is for --precision fp8, not {self.precision}")
         check_least(self, "", num_nodes=1)
         if isinstance(self.devices, int):
             check_least(self, "", devices=1)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lit_data.loading.batches import bucket
 from lit_data.loading.words import DatasetWords
 from lit_model.config import ModelConfig
+from lit_model.float8 import ALIGNMENT, use_float8
 from lit_model.init import initialise
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
@@ -49,7 +50,7 @@ from pretrain.logs.metrics import has_row
 from pretrain.memory_fit import Trial, fit_to_memory, is_automatic
 from pretrain.muon import Muon
 from pretrain.optim import AdamW, LossScale, Optimizer
-from pretrain.parallel import Placement, build_fabric, choose_placement
+from pretrain.parallel import Placement, build_fabric, choose_placement, float8_fault
 from pretrain.resume import check_resume, is_finished, read_meta, restore, start_progress
 from pretrain.run import Progress, Run
 from pretrain.run_folder import begin_recording, metrics_columns, open_folder
@@ -116,6 +117,8 @@ def build(
 ) -> Run:
     """Put the run together, once the ranks have met. `opened`: the data, if this process has opened it already."""
     device = fabric.device
+    if (fault := float8_fault(args.precision, device)) is not None:
+        raise ValueError(f"{fault}; use --precision bf16")
     if not args.data.synthetic.tokens and args.resume is None:
         # Rank 0 alone looks at the shards, which may be thousands, before it makes the run folder.
         opened = on_rank_zero(fabric, lambda: opened or open_datasets(args, placement.kind))
@@ -289,6 +292,8 @@ def build_model(
             z_loss=args.train.z_loss,
             **router_losses(args.train, config),
         )
+    if args.precision == "fp8":
+        convert_to_float8(raw_model, args, config)
     if not placement.fsdp:
         raw_model.to_empty(device=fabric.device)
         initialise(raw_model, config, args.seed)
@@ -302,6 +307,21 @@ def build_optimizer(args: OptimArgs, model: GPT) -> Optimizer:
     if args.name == "muon":
         return Muon(model.named_parameters(), args, model.config)
     return AdamW(model.named_parameters(), args)
+
+
+def convert_to_float8(model: GPT, args: RunArgs, config: ModelConfig) -> None:
+    """Raises ValueError if no layer can be converted, or for a number of tokens that float8 products do not take."""
+    rows, tokens = args.train.micro_batch, args.train.block_size or config.block_size
+    if rows * tokens % ALIGNMENT:
+        raise ValueError(
+            f"--precision fp8: a micro-batch of {rows} rows of {tokens} tokens is not a multiple of {ALIGNMENT}; "
+            "change --train.micro_batch_samples or --train.block_size"
+        )
+    if not use_float8(list(model.blocks()), args.train.fp8_keep_ends):
+        ends = " between the first and the last block" if args.train.fp8_keep_ends else ""
+        raise ValueError(
+            f"--precision fp8: no linear layer{ends} has sizes that are multiples of {ALIGNMENT}; use --precision bf16"
+        )
 
 
 def open_watchdog(fabric: Fabric, folder: Path, timeout_s: float) -> Watchdog:

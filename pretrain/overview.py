@@ -8,6 +8,7 @@ import torch
 
 from lit_model.attention import attention_variant
 from lit_model.cost import count_active_parameters, count_parameters
+from lit_model.float8 import Float8Linear
 from lit_model.hf.families import family_of
 from lit_model.kernels.choose import AttentionChoice, choose_attention
 from pretrain.launch import has_gpus
@@ -32,6 +33,11 @@ def describe(run: Run) -> str:
         f"step     {describe_step(run)}",
         *describe_kernels(run),
     ]
+    if args.precision == "fp8":
+        layers = [layer for block in run.raw_model.blocks() for layer in block.modules()]
+        n = sum(isinstance(layer, Float8Linear) for layer in layers)
+        slow = "; on a CPU only to try it out, bf16 is faster" if run.device.type == "cpu" else ""
+        lines.append(f"float8   {n} of {sum(isinstance(x, torch.nn.Linear) for x in layers)} linear layers{slow}")
     if run.taught_by:
         d = args.distillation
         names = " + ".join(f"{t['name']} x {t['weight']:g}" for t in run.taught_by)

@@ -21,7 +21,8 @@ from pretrain.compiling import compile_blocks
 from pretrain.fabric import DDPStrategy, Fabric, ModelParallelStrategy, Strategy
 from pretrain.launch import WaitingNotice, find_launch, gpu_index
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of the computation; fp8 is the matter of lit_model/float8.py, everything else in such a run is bf16.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def uses_fsdp(args: RunArgs) -> bool:
@@ -81,6 +82,13 @@ def choose_placement(args: RunArgs) -> Placement:
         raise ValueError(f"--devices {devices}: this machine has {torch.cuda.device_count()} GPUs")
     if kind == "cpu" and args.precision == "fp16":
         raise ValueError("--precision fp16 is not supported on a CPU; use bf16 or fp32")
+    if args.precision == "fp8" and kind == "mps":
+        raise ValueError("--precision fp8 is not supported on mps; use bf16 or fp32")
+    if args.precision == "fp8" and kind == "cuda" and not args.compile:
+        raise ValueError(
+            "--precision fp8 without --compile true is several times slower than bf16, since every cast is a kernel of "
+            "its own; give --compile true, or --precision bf16"
+        )
     check_batch(args.train, devices * args.num_nodes)
     if (teacher := args.distillation.teacher_device) is not None and teacher != "cpu":
         number = int(teacher.partition(":")[2] or 0)
@@ -96,6 +104,13 @@ def choose_placement(args: RunArgs) -> Placement:
     if args.sharding_strategy == "HYBRID_SHARD" and uses_fsdp(args) and args.num_nodes < 2 and devices % 2:
         raise ValueError("--sharding_strategy HYBRID_SHARD needs several nodes, or an even number of devices on one")
     return Placement(kind, devices, uses_fsdp(args), DTYPES[args.precision])
+
+
+def float8_fault(precision: str, device: torch.device) -> str | None:
+    """Why --precision fp8 does not run on this device; None if it does, or with another precision."""
+    if precision == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return f"--precision fp8: {torch.cuda.get_device_name(device)} has no float8 arithmetic"
+    return None
 
 
 def check_batch(args: TrainArgs, world_size: int) -> None:

@@ -48,6 +48,7 @@ MECHANICS = (
     "train.defer_gradient_sync",
     "train.deterministic",
     "train.attention",
+    "train.fp8_keep_ends",
     "distillation.teachers",
     "distillation.cache",
     "distillation.teacher_device",

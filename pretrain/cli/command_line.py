@@ -73,6 +73,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "gradient_checkpointing": ("train.activation_checkpointing",),
     "bf16": ("precision",),
     "fp16": ("precision",),
+    "fp8": ("precision",),
     "mixed_precision": ("precision",),
     "torch_compile": ("compile",),
     "fsdp": ("strategy",),

@@ -24,6 +24,7 @@ from lit_model.config import ModelConfig
 from lit_model.cost import TrainingSetting, training_memory
 from pretrain.args import OptimArgs
 from pretrain.logs.environment import code_hash, driver_version
+from pretrain.parallel import float8_fault
 from pretrain.preflight.context import Finding, PreflightContext, odd_ones, results, show_bytes
 from pretrain.preflight.nccl_transport import has_verbs, infiniband_devices, read_log, slow_for, transports
 from pretrain.preflight.outcomes import Ranks
@@ -59,7 +60,8 @@ def check_devices(s: PreflightContext) -> Finding:
         )
     unfit = [f"{o.who}: {o.result['unfit']}" for o in outcomes if o.result and o.result["unfit"]]
     if unfit:
-        return Finding("failed", "; ".join(unfit[:3]), "use --precision fp16 or fp32")
+        fitting = "bf16" if s.args.precision == "fp8" else "fp16 or fp32"
+        return Finding("failed", "; ".join(unfit[:3]), f"use --precision {fitting}")
     shared = Counter(o.result["uuid"] for o in outcomes if o.result and o.result["uuid"]).most_common(1)
     if shared and shared[0][1] > 1:
         who = ", ".join(o.who for o in outcomes if o.result and o.result["uuid"] == shared[0][0])
@@ -85,6 +87,7 @@ def device_facts(s: PreflightContext) -> dict[str, str]:
         facts["driver"], facts["CUDA"] = driver_version() or "", torch.version.cuda or ""
         if s.args.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             facts["unfit"] = f"--precision bf16: {properties.name} does not support it"
+        facts["unfit"] = float8_fault(s.args.precision, device) or facts["unfit"]
     else:
         kind = "cpu" if fabric is None else fabric.device.type
         facts["device"] = f"{kind} ({platform.machine()}, {usable_cores()} cores)"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_model.kernels.cross_entropy import choose_loss, fused_cross_entropy
 from lit_model.moe import RouterStatistics
 
 IGNORE_INDEX = -100
@@ -87,6 +88,7 @@ def chunked_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     chunk_bytes: int | None = None,
+    kernel: str = "auto",
 ) -> LossOutput:
     """-log softmax(z)[target] of each token, and the sum over those not ignored; z = hidden weight^T + bias.
 
@@ -99,11 +101,14 @@ def chunked_cross_entropy(
     `chunk_bytes` bounds the float32 logits held at once (with a softcap, whose gradient needs the tanh, twice that).
     All gradients are computed in the forward, chunk by chunk, those of head and bias accumulated in float32; under
     autocast the logits are computed in its dtype and the softmax in float32. (Cut cross-entropy and Liger's fused
-    linear cross-entropy use the same idea.)
+    linear cross-entropy use the same idea.) `kernel`: see `choose_loss` in lit_model/kernels/cross_entropy.py, which
+    raises ValueError for one that can't run here.
     """
+    fused = choose_loss(kernel, hidden.device, head_dtype(hidden)).name == "fused"
+    of_chunk = _fused_cross_entropy_of_chunk if fused else _cross_entropy_of_chunk
     loss_sum, numbers = chunked_head_loss(
         *(hidden, weight, bias, targets),
-        partial(_cross_entropy_of_chunk, vocab_size=vocab_size, softcap=softcap, z_loss=z_loss),
+        partial(of_chunk, vocab_size=vocab_size, softcap=softcap, z_loss=z_loss),
         lambda numbers: numbers[0].sum() + z_loss * numbers[1].square().sum() if z_loss else numbers[0].sum(),
         n_numbers=2 if z_loss else 1,
         chunk_tokens=tokens_of_chunk(hidden.device.type, weight.shape[0], chunk_bytes, CPU_CHUNK_BYTES),
@@ -153,6 +158,19 @@ def _cross_entropy_of_chunk(
     return numbers, probabilities
 
 
+def _fused_cross_entropy_of_chunk(
+    chunk: Chunk, vocab_size: int, softcap: float | None, z_loss: float
+) -> tuple[Tensor, Tensor | None]:
+    logits = F.linear(chunk.hidden, chunk.weight, chunk.bias)
+    numbers = fused_cross_entropy(
+        *(logits, chunk.target, chunk.ignored, vocab_size),
+        softcap=softcap,
+        z_loss=z_loss,
+        needs_gradient=chunk.needs_gradient,
+    )
+    return numbers if z_loss else numbers[:1], logits if chunk.needs_gradient else None
+
+
 # --- The loop shared by all losses of a head -------------------------------------------------------------------------
 
 
@@ -197,7 +215,8 @@ def chunked_head_loss(
     Args:
         hidden, weight, bias, targets: as in `chunked_cross_entropy`.
         loss_of_chunk: a chunk -> numbers (n_numbers, n) of its tokens, and the gradient of the loss for the head's
-            output: (n, V), or without its padding (n, vocab_size), or None if it is not needed.
+            output: (n, V), or without its padding (n, vocab_size), or None if it is not needed. In float32 or wider,
+            with any values where ignored; or in the dtype of the product, 0 where ignored.
         total: numbers (n_numbers, N), 0 where ignored -> the loss, a scalar.
 
     Returns:
@@ -276,8 +295,11 @@ class _HeadGradients:
 
     def add(self, rows: slice, gradient: Tensor, h: Tensor, w: Tensor, ignored: Tensor) -> None:
         """The gradient (n, V) of the head's output, or without its padding; h (n, C), w (V, C), ignored (n, 1)."""
-        if self.bias is not None:  # ignored rows are zero only before the head, so they still have a gradient here
+        if self.bias is not None and gradient.dtype == self._wide:
+            # Ignored rows are zero only before the head, so they still have a gradient here.
             self.bias[: gradient.shape[1]].addmv_(gradient.t(), (~ignored).squeeze(-1).to(gradient.dtype))
+        elif self.bias is not None:
+            self.bias[: gradient.shape[1]] += gradient.sum(0, dtype=self._wide)
         low = gradient.to(self._dtype)
         if low.shape[1] < w.shape[0]:
             low = F.pad(low, (0, w.shape[0] - low.shape[1]))  # (n, V)
@@ -285,5 +307,8 @@ class _HeadGradients:
             self.hidden[rows] = (low @ w).masked_fill_(ignored, 0)
         if self.weight is not None and self._dtype == self._wide:
             self.weight.addmm_(low.t(), h)
+        elif self.weight is not None and low.is_cuda and torch.cuda.get_device_capability(low.device) >= (8, 0):
+            # cuBLAS adds in float32 as it writes: no pass of its own over (V, C), and no rounding of the product.
+            torch.addmm(self.weight, low.t(), h, out_dtype=self._wide, out=self.weight)
         elif self.weight is not None:
             self.weight += low.t() @ h

@@ -181,6 +181,7 @@ class GPT(nn.Module):
         activation_checkpointing_every: the n of "block".
         activation_checkpointing_blocks: "block" recomputes the first so many instead of every n-th.
         z_loss: see lit_model.loss.
+        loss_kernel: "auto" or an implementation of cross-entropy (lit_model.kernels.cross_entropy).
         load_balance_loss, router_z_loss: for models with experts, the weights of two losses of the routers (see
             lit_model.moe), each times the number of valid targets, so that they count like the mean cross-entropy.
 
@@ -201,6 +202,7 @@ class GPT(nn.Module):
         activation_checkpointing_every: int = 2,
         activation_checkpointing_blocks: int | None = None,
         z_loss: float = 0.0,
+        loss_kernel: str = "auto",
         load_balance_loss: float = 0.0,
         router_z_loss: float = 0.0,
     ) -> None:
@@ -209,6 +211,7 @@ class GPT(nn.Module):
         self.attention = attention
         self.observe = None
         self.z_loss = z_loss
+        self.loss_kernel = loss_kernel
         self.load_balance_loss = load_balance_loss
         self.router_z_loss = router_z_loss
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.padded_vocab_size, config.n_embd)})
@@ -298,7 +301,7 @@ class GPT(nn.Module):
         if head is None and targets is None:
             return head_logits(x, self.head_weight, V, bias=bias, softcap=softcap)
         if head is None:
-            head = chunked_cross_entropy
+            head = partial(chunked_cross_entropy, kernel=self.loss_kernel)
         with record_function("llammlein::loss"):
             out = head(x, self.head_weight, targets, V, bias=bias, softcap=softcap, z_loss=self.z_loss)
         return self._balanced(out, stack_statistics(routers)) if routers and isinstance(out, LossOutput) else out

@@ -240,6 +240,9 @@ class TrainArgs:
     """With --precision fp8: leave the first and the last block in bf16."""
     attention: str = "auto"
     """Attention kernel: auto, or one of lit_model/kernels/: fa4, fa3, fa2, varlen, sdpa, loop."""
+    loss_kernel: Literal["auto", "fused", "plain"] = "auto"
+    """Cross-entropy: `fused` in one Triton kernel (CUDA, bf16 or fp16), or `plain` operations of torch; auto: fused
+    where it runs."""
 
     def __post_init__(self) -> None:
         lengths = {k: getattr(self, k) for k in ("max_steps", "max_tokens", "max_epochs")}

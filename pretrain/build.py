@@ -290,6 +290,7 @@ def build_model(
             activation_checkpointing_every=args.train.activation_checkpointing_every,
             activation_checkpointing_blocks=args.train.activation_checkpointing_blocks,
             z_loss=args.train.z_loss,
+            loss_kernel=args.train.loss_kernel,
             **router_losses(args.train, config),
         )
     if args.precision == "fp8":

@@ -11,6 +11,7 @@ from lit_model.cost import count_active_parameters, count_parameters
 from lit_model.float8 import Float8Linear
 from lit_model.hf.families import family_of
 from lit_model.kernels.choose import AttentionChoice, choose_attention
+from lit_model.kernels.cross_entropy import choose_loss
 from pretrain.launch import has_gpus
 from pretrain.run import Run
 
@@ -83,8 +84,9 @@ def describe_kernels(run: Run) -> list[str]:
             variant=attention_variant(config, i),
         )
         layers.setdefault(choice, []).append(i)
+    loss = choose_loss(args.train.loss_kernel, run.device, run.placement.dtype)
     return [
         f"kernel   {choice.name}: {choice.reason}"
         + (f" (layers {', '.join(map(str, some))})" if len(layers) > 1 else "")
         for choice, some in layers.items()
-    ]
+    ] + ([f"loss     {loss.name}: {loss.reason}"] if run.device.type == "cuda" else [])

@@ -108,6 +108,12 @@ def loader_check(found: dict[str, Any]) -> None:
     assert positive(*(us for name in measured for us in found["rows"][name]["microseconds"]))
 
 
+def loss_check(found: dict[str, Any]) -> None:
+    assert {"plain", "full logits"} <= set(found["rows"]) and set(found["skipped"]) >= {"liger"}
+    for row in found["rows"].values():
+        assert positive(row["ms"], row["speed_to_plain"]) and row["error_head"] < 0.02
+
+
 def prepare_check(found: dict[str, Any]) -> None:
     rows = found["rows"]
     assert positive(*rows["llammlein json"]["mb_per_s"], *rows["encode_batch_fast"]["mb_per_s"])
@@ -174,6 +180,10 @@ SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
         ],
         loader_check,
     ),
+    "loss": (
+        lambda corpus, made: ["--tokens", 64, "--n_embd", 32, "--vocab_size", 96, "--rounds", 1],
+        loss_check,
+    ),
     "prepare": (
         lambda corpus, made: [
             *("--corpus", corpus / "text" / "train.jsonl", "--tokenizer", corpus / "tok"),
@@ -197,7 +207,7 @@ SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
         train_step_check,
     ),
 }
-QUICK = {"boundaries", "cache"}
+QUICK = {"boundaries", "cache", "loss"}
 OTHERS = {"gpu_matrix", "megatron_round_trip", "real_model"}  # tested below
 
 

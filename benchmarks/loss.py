@@ -76,7 +76,7 @@ def contenders(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Loss
 
 def gradients(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     hidden, weight = (x.detach().requires_grad_() for x in (hidden, weight))
-    loss(hidden, weight, targets).backward()  # type: ignore[no-untyped-call]
+    loss(hidden, weight, targets).backward()
     assert hidden.grad is not None and weight.grad is not None
     return hidden.grad, weight.grad
 

@@ -211,7 +211,7 @@ class GPT(nn.Module):
         self.attention = attention
         self.observe = None
         self.z_loss = z_loss
-        self.loss_kernel = loss_kernel
+        self.loss_head: Head = partial(chunked_cross_entropy, kernel=loss_kernel)
         self.load_balance_loss = load_balance_loss
         self.router_z_loss = router_z_loss
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.padded_vocab_size, config.n_embd)})
@@ -301,7 +301,7 @@ class GPT(nn.Module):
         if head is None and targets is None:
             return head_logits(x, self.head_weight, V, bias=bias, softcap=softcap)
         if head is None:
-            head = partial(chunked_cross_entropy, kernel=self.loss_kernel)
+            head = self.loss_head
         with record_function("llammlein::loss"):
             out = head(x, self.head_weight, targets, V, bias=bias, softcap=softcap, z_loss=self.z_loss)
         return self._balanced(out, stack_statistics(routers)) if routers and isinstance(out, LossOutput) else out

@@ -7,17 +7,14 @@ Both round the gradient once, to the dtype of the logits; they differ by the ord
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-try:  # part of torch's CUDA builds; absent from its CPU builds
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
-
+tl: Any = None  # triton.language, once the kernel is needed
 NAMES = ("auto", "fused", "plain")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 COLUMNS = 8192
@@ -39,7 +36,7 @@ def obstacle(device: torch.device | str, dtype: torch.dtype) -> str | None:
         return f"it needs CUDA, not {kind}"
     if dtype not in LOW_PRECISION:
         return f"it needs bfloat16 or float16 logits, not {str(dtype).removeprefix('torch.')}"
-    if triton is None:
+    if importlib.util.find_spec("triton") is None:  # part of torch's CUDA builds
         return "the package triton is missing"
     return None
 
@@ -81,10 +78,10 @@ def fused_cross_entropy(
         target: int64 (n, 1), a valid column also where ignored.
         ignored: bool (n, 1).
     """
-    assert logits.stride(1) == 1 and triton is not None
+    assert logits.stride(1) == 1
     n, columns = logits.shape
     numbers = torch.empty(2, n, dtype=torch.float32, device=logits.device)
-    _kernel[(n,)](
+    _kernel()[(n,)](
         *(logits, logits.stride(0), target, ignored.view(torch.uint8), numbers, n, vocab_size, columns),
         *(1.0 if softcap is None else softcap, z_loss),
         HAS_SOFTCAP=softcap is not None,
@@ -152,4 +149,10 @@ def _rows(  # type: ignore[no-untyped-def]
             tl.store(logits + at, gradient.to(logits.dtype.element_ty), mask=at < columns)
 
 
-_kernel: Any = triton.jit(_rows) if triton is not None else None
+@functools.cache
+def _kernel() -> Any:
+    global tl
+    import triton
+    import triton.language as tl
+
+    return triton.jit(_rows)

@@ -70,7 +70,7 @@ def describe_step(run: Run) -> str:
 
 
 def describe_kernels(run: Run) -> list[str]:
-    """One line for each attention kernel that will run: name, reason, and its layers if there are several."""
+    """A line for each attention kernel: name, reason, layers if there are several; on CUDA one for the loss."""
     args, config = run.args, run.config
     layers: dict[AttentionChoice, list[int]] = {}
     for i in range(config.n_layer):

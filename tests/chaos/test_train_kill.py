@@ -206,11 +206,14 @@ def test_every_call_is_seen(tmp_path: Path) -> None:
 def test_kill_at_each_call(bench: Bench, setting: Setting, pytestconfig: pytest.Config) -> None:
     every = pytestconfig.getoption("every")
     tally = Tally(f"{setting}: each call{some_of(every)}")
-    chosen = points(bench.whole(setting), writes=2, seed=SETTINGS.index(setting))[::every]
+    of_phase: dict[str, list[Point]] = defaultdict(list)
+    for point in points(bench.whole(setting), writes=2, seed=SETTINGS.index(setting)):
+        of_phase[point.call.phase].append(point)
+    chosen = [point for some in of_phase.values() for point in some[::every]]
     for point in chosen:
         tally.add(bench, setting, point, kill=point.request())
     tally.report()
-    assert tally.missed < len(chosen) // 10
+    assert tally.missed <= len(chosen) // 10
     assert min(tally.phases[p] for p in ("saving", "publishing", "retention", "record", "compaction")) > 5 // every
 
 

@@ -122,6 +122,20 @@ def test_a_student_and_three_teachers_are_compiled() -> None:
         assert counted.counts() == {"student": (4, 4), "teachers": (6, 6)}
 
 
+def test_nothing_is_compiled_after_the_first_step_and_validation() -> None:
+    """Steps differ in their number of documents, and in nothing else that blocks are compiled for."""
+    model = build(**{"n_layer": 2})
+    compile_blocks(model, backend="eager")
+    step(model, 16)
+    validate(model, 16)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for size in (20, 24, 40, 16, 28):
+        step(model, size)
+        validate(model, size)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
 def test_hitting_the_limit_is_one_warning_with_its_cause(capsys: pytest.CaptureFixture[str]) -> None:
     """A limit that is too small causes one warning, and the count shows how many blocks run eagerly."""
     model = build(n_layer=4, **{k: v for k, v in SLIDING.items() if k != "n_layer"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,25 @@ def group_rows(metadata: pq.FileMetaData) -> list[int]:
 def _damaged(path: Path, error: BaseException) -> ValueError:
     said: Any = f"{type(error).__name__}: {error}"
     return ValueError(f"{path} is damaged, or not a Parquet file of this kind: {said.splitlines()[0][:300]}")
+
+
+class _NoPandas:
+    """In sys.meta_path: importing pandas fails as if it were not installed."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError("pandas is hidden here", name=name)
+
+
+def leave_pandas_out() -> None:
+    """Keep pyarrow from importing pandas, where it is installed, at its first array: half a second of every start.
+
+    pyarrow looks for it once, to recognise its Series, of which a run has none; `to_pandas` still imports it.
+    """
+    if "pandas" not in sys.modules:
+        sys.meta_path.insert(0, _NoPandas)  # type: ignore[arg-type]
+        try:
+            pa.array([0])
+        finally:
+            sys.meta_path.remove(_NoPandas)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from lit_data.loading.batches import bucket
 from lit_data.loading.words import DatasetWords
+from lit_files.parquet import leave_pandas_out
 from lit_model.config import ModelConfig
 from lit_model.float8 import ALIGNMENT, use_float8
 from lit_model.init import initialise
@@ -81,6 +82,7 @@ def set_up(
     Raises ValueError or OSError for a user's mistake: Mistake once there are several ranks, on all of them alike.
     Raises RunFinished if there is nothing left to do. Any other error of one of several ranks ends its process.
     """
+    leave_pandas_out()
     placement = choose_placement(args)
     args = dataclasses.replace(args, devices=placement.devices)
     set_arithmetic(args.train.deterministic, placement)

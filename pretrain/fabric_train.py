@@ -66,7 +66,12 @@ def main(argv: list[str] | None = None) -> int:
             if is_first_process():
                 print("\n".join([str(error) or "interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
             return status_of(error)
-        return train(run)
+        status = train(run)
+        if run.args.log.report and run.fabric.global_rank == 0:
+            from pretrain.logs.report import write_report
+
+            write_report(run.folder)
+        return status
 
 
 def leave(status: int) -> NoReturn:

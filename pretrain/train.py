@@ -13,7 +13,6 @@ from pretrain.checkpoint.commit import SaveError
 from pretrain.endings import AgreedError, Mistake
 from pretrain.failure.first_failure import lost_connection
 from pretrain.launch import is_first_process
-from pretrain.logs.report import write_report
 from pretrain.loop import fit
 from pretrain.overview import describe
 from pretrain.run import Run
@@ -21,14 +20,6 @@ from pretrain.run_folder import STOPPED
 
 
 def train(run: Run) -> int:
-    """Train, print how it ended, and write the report. Returns the exit status."""
-    status = train_to_end(run)
-    if run.args.log.report and run.fabric.global_rank == 0:
-        write_report(run.folder)
-    return status
-
-
-def train_to_end(run: Run) -> int:
     """Train, and print how it ended. Returns the exit status."""
     try:
         run.say(describe(run))

@@ -28,6 +28,7 @@ import warm_python
 from planted_faults import plant
 from watched_calls import PHASES, Call, Watch
 
+import pretrain.logs.report
 import pretrain.loop
 import pretrain.preflight.preflight
 import pretrain.train

@@ -129,6 +129,11 @@ def record_check(found: dict[str, Any]) -> None:
     assert found["answers"] and positive(*(a["lines"] for a in found["answers"]))
 
 
+def startup_check(found: dict[str, Any]) -> None:
+    (row,) = found["results"]
+    assert positive(row["ours"]["cpu_s"], row["ours"]["wall_s"], row["ours"]["modules"]) and not row["ours"]["heavy"]
+
+
 def students_check(found: dict[str, Any]) -> None:
     assert positive(*(value for run in found["bits_per_byte"] for facts in run.values() for value in facts.values()))
 
@@ -192,6 +197,7 @@ SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
         prepare_check,
     ),
     "record": (lambda corpus, made: ["--rows", 20000, "--dir", made], record_check),
+    "startup": (lambda corpus, made: ["--rounds", 1, "--only", "generate"], startup_check),
     "students": (
         lambda corpus, made: [
             *("--input", corpus / "text" / "train.jsonl", "--documents", 40, "--val_documents", 4, "--seeds", 1),
@@ -207,7 +213,7 @@ SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
         train_step_check,
     ),
 }
-QUICK = {"boundaries", "cache", "loss"}
+QUICK = {"boundaries", "cache", "loss", "startup"}
 OTHERS = {"gpu_matrix", "megatron_round_trip", "real_model"}  # tested below
 
 

@@ -70,8 +70,8 @@ def leave_pandas_out() -> None:
     pyarrow looks for it once, to recognise its Series, of which a run has none; `to_pandas` still imports it.
     """
     if "pandas" not in sys.modules:
-        sys.meta_path.insert(0, _NoPandas)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _NoPandas)
         try:
             pa.array([0])
         finally:
-            sys.meta_path.remove(_NoPandas)  # type: ignore[arg-type]
+            sys.meta_path.remove(_NoPandas)

@@ -30,6 +30,7 @@ from watched_calls import PHASES, Call, Watch
 
 import pretrain.logs.report
 import pretrain.loop
+import pretrain.memory_trial
 import pretrain.preflight.preflight
 import pretrain.train
 from pretrain.cli.run_parser import build_parser

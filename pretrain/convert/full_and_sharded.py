@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +46,10 @@ def convert_checkpoint(source: Path, output: Path, to: Literal["full", "sharded"
     check_free_space(output.parent, sum(t.nbytes for t in layouts.values()))
     meta = {key: value for key, value in checkpoint.meta.items() if key != "checksums"}
     with (build_folder if to == "sharded" else replace_file)(output) as temporary:
-        (_write_folder if to == "sharded" else _write_file)(temporary, checkpoint, meta)
+        if to == "sharded":
+            _write_folder(temporary, checkpoint, meta)
+        else:
+            write_file(temporary, layouts, checkpoint.tensor, meta)
         faults = Checkpoint(temporary).verify()
         if faults:
             raise ValueError(f"the written output is damaged: {faults[0]}")
@@ -64,14 +67,15 @@ def _write_folder(folder: Path, checkpoint: Checkpoint, meta: dict[str, Any]) ->
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def _write_file(path: Path, checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
-    """Let torch.save write everything but the tensors' bytes, reserving their space; then fill them in one by one.
+def write_file(path: Path, layouts: Mapping[str, Tensor], read: Callable[[str], Tensor], meta: dict[str, Any]) -> None:
+    """Write a full checkpoint one tensor at a time. `layouts`: tensors of the shapes and dtypes that `read` returns.
 
-    torch.save is given placeholder memory that is never touched. The checksums are part of the meta, which is written
-    first, so each tensor is read twice.
+    torch.save writes everything but the tensors' bytes and reserves their space: it is given placeholder memory that is
+    never touched. Then they are filled in one by one. The checksums are part of the meta, which is written first, so
+    each tensor is read twice.
     """
-    meta["checksums"] = {name: tensor_checksum(checkpoint.tensor(name)) for name in checkpoint.names()}
-    untouched = {name: torch.empty_like(checkpoint.layout(name), device="cpu") for name in checkpoint.names()}
+    meta = meta | {"checksums": {name: tensor_checksum(read(name)) for name in layouts}}
+    untouched = {name: torch.empty_like(layout, device="cpu") for name, layout in layouts.items()}
     content = nested(untouched)
     name_of = {id(tensor): name for name, tensor in untouched.items()}
     with torch.serialization.skip_data(), open(path, "wb") as f:
@@ -84,7 +88,7 @@ def _write_file(path: Path, checkpoint: Checkpoint, meta: dict[str, Any]) -> Non
             file.seek(record.header_offset + 26)
             header = file.read(4)  # of a local header: the lengths of its name and of its extra field
             file.seek(int.from_bytes(header[:2], "little") + int.from_bytes(header[2:], "little"), os.SEEK_CUR)
-            view = byte_view(checkpoint.tensor(name_of[id(tensor)]))
+            view = byte_view(read(name_of[id(tensor)]))
             while view:
                 view = view[file.write(view[: 1 << 16]) :]
 

@@ -114,6 +114,12 @@ def loss_check(found: dict[str, Any]) -> None:
         assert positive(row["ms"], row["speed_to_plain"]) and row["error_head"] < 0.02
 
 
+def optimizers_check(found: dict[str, Any]) -> None:
+    assert set(found["summary"]) == {"adamw", "muon"}
+    assert all(positive(row["val_loss"], row["step_cpu_s"]) for row in found["summary"].values())
+    assert found["summary"]["adamw"]["steps_to_adamw"] is not None
+
+
 def prepare_check(found: dict[str, Any]) -> None:
     rows = found["rows"]
     assert positive(*rows["llammlein json"]["mb_per_s"], *rows["encode_batch_fast"]["mb_per_s"])
@@ -188,6 +194,13 @@ SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
     "loss": (
         lambda corpus, made: ["--tokens", 64, "--n_embd", 32, "--vocab_size", 96, "--rounds", 1],
         loss_check,
+    ),
+    "optimizers": (
+        lambda corpus, made: [
+            *("--input", corpus / "text" / "train.jsonl", "--steps", 4, "--seeds", 1, "--lr", 0.01),
+            *("--val_fraction", 0.1),
+        ],
+        optimizers_check,
     ),
     "prepare": (
         lambda corpus, made: [
@@ -268,6 +281,6 @@ def test_the_matrix_of_a_gpu_machine_runs_on_a_cpu(tmp_path: Path) -> None:
     status, printed = benchmark("gpu_matrix", "--output", tmp_path / "matrix", "--device", "cpu", *only)
     assert status == 0, printed
     lines = printed.splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("SKIP")] == ["fp16"]
+    assert [line.split()[1] for line in lines if line.startswith("SKIP")] == ["fp16", "muon-fsdp-fp16"]
     assert "fp16 is not supported on a CPU" in printed
     assert sum(line.startswith("PASS") for line in lines) >= 15

@@ -11,8 +11,9 @@ import torch
 from running import flags, script, train
 
 from lit_model.hf.families import config_to_hf
-from lit_model.load import Checkpoint
+from lit_model.load import Checkpoint, load_tensors
 from pretrain.checkpoint.commit import nested
+from pretrain.resume import read_meta
 
 FIRST, LAST = "iter-00000004-ckpt.pth", "iter-00000008-ckpt.pth"
 SETTINGS = {"save__every_steps": 4, "train__max_steps": 8, "eval__every_steps": 8}
@@ -119,3 +120,40 @@ def test_inspect_verifies(run: Path, tmp_path: Path, kind: str) -> None:
     assert done.returncode == 1 and str(file) in json.loads(done.stdout)["faults"][0], done.stdout + done.stderr
     done = script("inspect_checkpoint.py", tmp_path / "no", "--verify")
     assert done.returncode == 2 and "no model at" in done.stderr
+
+
+def test_average(run: Path, tmp_path: Path) -> None:
+    """Of a sharded and a full checkpoint; other programs open it, and nothing resumes from it."""
+    output, first = tmp_path / "average.pth", run.parent / "full" / FIRST
+    assert script("average_checkpoints.py", first, run / LAST, "--output", output).returncode == 0
+    done = script("average_checkpoints.py", run, "--last", 2, "--output", tmp_path / "again.pth")
+    assert done.stdout == f"{FIRST}, {LAST} -> {tmp_path / 'again.pth'}\n", done.stderr
+    averages = [Checkpoint(output), Checkpoint(tmp_path / "again.pth")]
+    one, two = Checkpoint(run / FIRST), Checkpoint(run / LAST)
+    assert averages[0].names() == [name for name in one.names() if name.startswith("model.")]
+    for average in averages:
+        assert average.verify() == [] and average.meta["averaged"] == [FIRST, LAST]
+        for name in average.names():
+            mean = ((one.tensor(name).double() + two.tensor(name).double()) / 2).float()
+            assert torch.equal(average.tensor(name), mean), name
+    assert script("generate.py", "--model", output, "--prompt_ids", "5,6", "--max_new_tokens", 2).returncode == 0
+    done = script("convert_to_hf.py", "--checkpoint", output, "--output", tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    for name, tensor in load_tensors(tmp_path / "hf")[1].items():
+        assert torch.equal(tensor, averages[0].tensor(f"model.{name}"))
+    with pytest.raises(ValueError, match=r"was imported: begin a run with --init_from"):
+        read_meta(output)
+
+
+def test_averages_that_make_no_sense_are_refused(run: Path, tmp_path: Path) -> None:
+    meta = {"model_config": Checkpoint(run / LAST).model_config.to_dict() | {"rope_base": 500000.0}}
+    torch.save({"model": {}, "optimizer": {}, "meta": json.dumps(meta)}, tmp_path / "other.pth")
+    for arguments, message in (
+        ((run / LAST, tmp_path / "other.pth"), "are different models: rope_base is 10000.0 and 500000.0"),
+        ((run / LAST,), "at least two checkpoints"),
+        ((run, "--last", 3), "holds 2 checkpoints"),
+        ((run, run, "--last", 2), "takes one run folder"),
+    ):
+        done = script("average_checkpoints.py", *arguments, "--output", tmp_path / "x.pth")
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert not (tmp_path / "x.pth").exists()

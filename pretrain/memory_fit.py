@@ -19,6 +19,7 @@ import torch
 
 from lit_model.config import ModelConfig
 from lit_model.cost import TrainingSetting, training_memory
+from lit_model.float8 import ALIGNMENT
 from pretrain.args import AUTO, MAX_MICRO_BATCH_TOKENS, RunArgs
 from pretrain.distillation.teachers import teacher_bytes
 from pretrain.parallel import uses_fsdp
@@ -66,6 +67,8 @@ def candidates(args: RunArgs, n_layer: int, block_size: int, world_size: int, ki
     tokens = CPU_TOKENS if kind == "cpu" else MAX_MICRO_BATCH_TOKENS
     most = max(1, tokens // block_size)
     rows = [m for m in range(1, min(per_device, most) + 1) if per_device % m == 0]
+    if args.precision == "fp8":
+        rows = [m for m in rows if m * block_size % ALIGNMENT == 0] or rows  # else build_model names the mistake
     if t.micro_batch_samples != AUTO:
         return [Candidate(t.micro_batch, blocks) for blocks in range(n_layer - 1, -1, -1)]
     if t.activation_checkpointing != AUTO:

@@ -20,12 +20,12 @@ from running import flags, train
 from lit_data.packed.reader import PackedDataset
 from lit_model.kernels.choose import AttentionChoice
 from lit_model.moe import Experts
-from pretrain.build import set_up
+from pretrain.build import build_optimizer, set_up
 from pretrain.cli.run_parser import parse
 from pretrain.distillation.teacher_cache import CachedTeacher, CacheFacts, begin_cache
 from pretrain.distillation.teachers import Teachers
 from pretrain.loop import train_step
-from pretrain.optim import AdamW, LossScale
+from pretrain.optim import LossScale
 from pretrain.run import Run
 
 EXPERTS = {"model__n_expert": 4, "model__n_expert_per_token": 2, "model__moe_intermediate_size": 16}
@@ -35,10 +35,12 @@ SETTINGS: dict[str, dict[str, object]] = {
     "whole rows": {"data__document_mask": "false"},
     "dropout and recomputation": {"model__dropout": 0.1, "train__activation_checkpointing": "full"},
     "experts": EXPERTS,
+    "muon": {"optim__name": "muon"},
+    "fp8": {"precision": "fp8"},
     "teachers": {**TAUGHT, "distillation__top_k": 8},
     "cached teachers": TAUGHT,
 }
-SLOW = ("documents", "whole rows", "dropout and recomputation")  # each is covered by another but for one operator
+SLOW = ("documents", "muon", "fp8", "whole rows", "dropout and recomputation")
 
 
 def write_cache(folder: Path, data: Path) -> Path:
@@ -81,7 +83,7 @@ def on_meta(run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(Experts, "looped", Experts.grouped)
         patch.setattr(Run, "device", meta)
         run.raw_model.to(meta, torch.bfloat16)
-        run.optimizer = AdamW(run.raw_model.named_parameters(), run.args.optim)
+        run.optimizer = build_optimizer(run.args.optim, run.raw_model)
         for name in ("tokens", "skipped", "skipped_in_row"):
             setattr(run, name, getattr(run, name).to(meta))
         run.stop.device = meta
@@ -150,7 +152,7 @@ def test_a_step_does_not_wait_for_the_gpu(data: Path, tmp_path: Path, name: str,
     if name == "experts" and (precision == "fp16" or torch.cuda.get_device_capability()[0] < 9):
         pytest.skip("experts read their sizes on the host, except in bf16 on Hopper and newer")
     changes = with_teachers(SETTINGS[name], name, data, tmp_path)
-    arguments = flags(data, tmp_path / "run", accelerator="cuda", precision=precision, **changes)
+    arguments = flags(data, tmp_path / "run", **{"accelerator": "cuda", "precision": precision, **changes})
     run = set_up(parse(arguments))
     try:
         steps = run.loader.steps(0, 4)

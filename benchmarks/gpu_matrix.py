@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import importlib.util
 import math
 import os
 import re
@@ -181,6 +182,19 @@ def compiled(changes: dict[str, object], n_layer: int = 2) -> Check:
     return check
 
 
+def in_float8(changes: dict[str, object]) -> Check:
+    """Compiled, as CUDA requires; on a CPU not, for the time that takes. Resumed and exported."""
+
+    def check(place: Place) -> None:
+        cuda = place.device == "cuda"
+        settings = {"precision": "fp8", "compile": "true" if cuda else "false", **changes}
+        same_after_resume(place, "run", not cuda or "train__deterministic" in changes, **settings)
+        expect(place, "float8   ")
+        script(place, "convert_to_hf.py", "--checkpoint", place.folder / "run", "--output", place.folder / "hf")
+
+    return check
+
+
 def sharded_asynchronous(place: Place) -> None:
     changes: dict[str, object] = {"strategy": "fsdp", "save__state_dict_type": "sharded", "save__asynchronous": "true"}
     same_after_resume(place, "run", place.device == "cpu", **changes, save__every_steps=1)
@@ -324,9 +338,28 @@ ENTRIES: dict[str, Check] = {
         for kind in ("block", "op")
     },
     "compile-fsdp": compiled({"strategy": "fsdp"}),
+    "loss-fused": plain(train__loss_kernel="fused"),
+    "loss-plain": plain(train__loss_kernel="plain"),
+    "fa4": plain(train__attention="fa4"),
+    "fa4-deterministic-resume": plain(equal_resume=True, train__attention="fa4", train__deterministic="true"),
+    "fp8-resume": in_float8({}),
+    "wsd": plain(optim__schedule="wsd", optim__decay_steps=2),
+    # Every fast part at once, and still bit-equal after a resume.
+    "all-deterministic-resume": in_float8(
+        {"train__deterministic": "true", "optim__name": "muon", "optim__schedule": "wsd", "optim__decay_steps": 2}
+    ),
+    "fp8-fsdp-keep-ends": in_float8({"strategy": "fsdp", "train__fp8_keep_ends": "true", "model__n_layer": 3}),
     "compile-distillation": taught_compiled,
 }
 NEEDS_CUDA = dict.fromkeys(("fp16", "muon-fsdp-fp16"), "fp16 is not supported on a CPU")
+NEEDS_CUDA["loss-fused"] = "the fused loss is a Triton kernel for CUDA"
+
+
+def reason_to_skip(name: str, device: str) -> str | None:
+    """Why an entry does not run here; without touching the device, which only forked processes may."""
+    if name.startswith("fa4") and (device == "cpu" or importlib.util.find_spec("cutlass") is None):
+        return 'needs FlashAttention 4 (the extra "hopper") and a GPU'
+    return NEEDS_CUDA.get(name) if device == "cpu" else None
 
 
 def run_entry(name: str, place: Place) -> str | None:
@@ -363,8 +396,9 @@ def main() -> int:
     while waiting or running:
         while waiting and len(running) < args.jobs:
             name = waiting.pop(0)
-            if args.device == "cpu" and name in NEEDS_CUDA:
-                print(f"SKIP  {name:32s}         {NEEDS_CUDA[name]}", flush=True)
+            reason = reason_to_skip(name, args.device)
+            if reason is not None:
+                print(f"SKIP  {name:32s}         {reason}", flush=True)
                 continue
             pid = os.fork()
             if pid == 0:

@@ -134,10 +134,11 @@ def skip_unless_it_runs(name, device, dtype, head_size, documents=True, variant=
 
 
 LONG = (2, 512, [0, 5, 6, 300, 512, 900, 1024, 1024, 1024])
+CUDA_HEADS = [(8, 2, 64), (8, 8, 64), (8, 2, 128), (8, 8, 128)]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [(8, 2, 64), (8, 8, 128)], ids=str)
+@pytest.mark.parametrize("heads", CUDA_HEADS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["fa4", "fa3", "fa2", "varlen", "loop"])
 def test_cuda_packed(cuda, name, dtype, heads):
@@ -155,12 +156,24 @@ VARIANTS = [
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(8, 2, 64), (8, 2, 128)], ids=str)
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("name", sorted(SERVES.keys() - {"dense"}))
-def test_cuda_variants(cuda, name, variant, documents):
-    skip_unless_it_runs(name, cuda, torch.bfloat16, 64, documents, variant)
-    check(name, torch.bfloat16, (8, 2, 64), LONG if documents else (2, 512, None), cuda, variant)
+def test_cuda_variants(cuda, name, variant, documents, heads):
+    skip_unless_it_runs(name, cuda, torch.bfloat16, heads[2], documents, variant)
+    check(name, torch.bfloat16, heads, LONG if documents else (2, 512, None), cuda, variant)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("name", ["fa4", "fa3", "fa2", "varlen"])
+def test_cuda_at_the_shape_of_a_run(cuda, name, window):
+    """Rows of 2048 tokens, documents of about 400, boundaries padded as the loader pads them, in bf16."""
+    variant = AttentionVariant(window=window)
+    skip_unless_it_runs(name, cuda, torch.bfloat16, 64, variant=variant)
+    bounds = [0, 380, 800, 1250, 1600, 2048, 2500, 2501, 3700, 4096] + [4096] * 6
+    check(name, torch.bfloat16, (8, 2, 64), (2, 2048, bounds), cuda, variant)
 
 
 @pytest.mark.gpu

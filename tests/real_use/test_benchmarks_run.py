@@ -101,6 +101,12 @@ def generation_check(found: dict[str, Any]) -> None:
     assert len(rows) >= 2 and positive(*(row[side] for row in rows for side in ("ours", "transformers", "ratio")))
 
 
+def loss_curves_check(found: dict[str, Any]) -> None:
+    assert set(found["summary"]) == {"float32", "bf16", "fp8"}
+    assert all(positive(row["train_loss"], row["val_loss"]) for row in found["summary"].values())
+    assert positive(*(found["summary"][name]["distance"] for name in ("bf16", "fp8")))
+
+
 def loader_check(found: dict[str, Any]) -> None:
     ours = [name for name in found["rows"] if name.startswith("llammlein")]
     measured = [name for name, row in found["rows"].items() if "microseconds" in row]
@@ -202,6 +208,7 @@ SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
         ],
         optimizers_check,
     ),
+    "loss_curves": (lambda corpus, made: ["--steps", 4, "--arms", "fp8"], loss_curves_check),
     "prepare": (
         lambda corpus, made: [
             *("--corpus", corpus / "text" / "train.jsonl", "--tokenizer", corpus / "tok"),
@@ -281,6 +288,7 @@ def test_the_matrix_of_a_gpu_machine_runs_on_a_cpu(tmp_path: Path) -> None:
     status, printed = benchmark("gpu_matrix", "--output", tmp_path / "matrix", "--device", "cpu", *only)
     assert status == 0, printed
     lines = printed.splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("SKIP")] == ["fp16", "muon-fsdp-fp16"]
+    skipped = [line.split()[1] for line in lines if line.startswith("SKIP")]
+    assert skipped == ["fp16", "muon-fsdp-fp16", "loss-fused", "fa4", "fa4-deterministic-resume"]
     assert "fp16 is not supported on a CPU" in printed
     assert sum(line.startswith("PASS") for line in lines) >= 15

@@ -38,7 +38,7 @@ def test_losses_resume_and_export(data: Path, tmp_path: Path) -> None:
     assert all(type(module).__name__ != "Float8Linear" for module in model.modules())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_two_ranks(data: Path, tmp_path: Path, strategy: str) -> None:
     """DDP and FSDP2, the first and last block in bf16: the losses of one process, up to rounding."""
     settings = {**FLOAT8, "train__fp8_keep_ends": "true", "train__max_steps": 6}

@@ -131,7 +131,7 @@ ablations() {
     begin_part ablations
     step 1B-kernels 120 LLaMmlein_1B 8 --only llammlein-documents \
         --ours "--train.attention varlen" --ours "--train.loss_kernel plain"
-    RESULT=last_line check trainer 80 "$python" - "$device" <<'PYTHON'
+    RESULT=last_line check trainer 110 "$python" - "$device" <<'PYTHON'
 # The whole trainer, with its loader, record and metrics, at the shape of 1B-kernels.
 import csv
 import statistics

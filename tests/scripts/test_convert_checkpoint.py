@@ -111,8 +111,8 @@ def test_inspect_verifies(run: Path, tmp_path: Path, kind: str) -> None:
     assert done.returncode == 0 and done.stdout.endswith("no fault\n"), done.stdout + done.stderr
     file = copy / "__0_0.distcp" if copy.is_dir() else copy
     content = file.read_bytes()
-    middle = len(content) // 2
-    file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    weight = content.index(Checkpoint(copy).tensor("model.lm_head.weight").clone().numpy().tobytes())
+    file.write_bytes(content[:weight] + bytes([content[weight] ^ 1]) + content[weight + 1 :])
     done = script("inspect_checkpoint.py", copy, "--verify")
     assert done.returncode == 1 and "changed after it was written" in done.stdout, done.stdout + done.stderr
     file.write_bytes(content[:-1000])

@@ -1,6 +1,6 @@
 """Runs a peer's model in a standard training loop, driven by lines on standard input; started by `train_step.py`.
 
-Needs only torch, numpy and the peer, so that it runs in the peer's own environment: python peer_step.py NAME PLAN.
+Needs only torch, numpy and the peer, so that it runs in the peer's own environment: python peer_step.py NAME PLAN ROWS.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -18,20 +19,54 @@ from typing import Any
 import numpy as np
 import torch
 
+PACKAGES = ("torch", "lightning-fabric", "transformers", "litgpt", "torchtitan", "torchao", "flash-attn-4", "triton")
 
-def serve(name: str, step: Callable[[], Any]) -> None:
-    """Answer each line `N` on standard input with the seconds of N steps, the last loss and the peak memory."""
-    print(json.dumps({"ready": name, "versions": versions()}), flush=True)
-    for line in sys.stdin:
-        n = int(line)
+
+def serve(name: str, build: Callable[[], Callable[[], Any]]) -> None:
+    """Build a step, then answer the lines of standard input with one line of JSON each.
+
+    `N` runs N steps: their seconds, the last loss and the peak memory. `matmul` measures the rate of a large matrix
+    multiply. Running out of memory is an answer too, and the last one.
+    """
+    try:
+        step = build()
+        print(json.dumps({"ready": name, "versions": versions()}), flush=True)
+        for line in sys.stdin:
+            answer = {"flops_per_s": matmul_rate()} if line.strip() == "matmul" else run_steps(step, int(line))
+            print(json.dumps(answer), flush=True)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(json.dumps({"failed": "out of memory"}), flush=True)
+
+
+def run_steps(step: Callable[[], Any], n: int) -> dict[str, float]:
+    synchronize()
+    start = time.perf_counter()
+    loss: Any = None
+    for _ in range(n):
+        loss = step()
+    synchronize()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "loss": float(loss), "memory_gib": peak_memory_gib()}
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a square matrix multiply: 8192 in bf16 on CUDA, 2048 in fp32 on a CPU; the median of three."""
+    cuda = torch.cuda.is_available()
+    n, device, dtype = (8192, "cuda", torch.bfloat16) if cuda else (2048, "cpu", torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    calls = 20 if cuda else 1
+    seconds = []
+    for timed in (False, True, True, True):
         synchronize()
         start = time.perf_counter()
-        loss: Any = None
-        for _ in range(n):
-            loss = step()
+        for _ in range(calls):
+            torch.mm(a, b)
         synchronize()
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "loss": float(loss), "memory_gib": peak_memory_gib()}), flush=True)
+        if timed:
+            seconds.append((time.perf_counter() - start) / calls)
+    return 2 * n**3 / statistics.median(seconds)
 
 
 def synchronize() -> None:
@@ -50,7 +85,7 @@ def peak_memory_gib() -> float:
 def versions() -> dict[str, str]:
     """Of what decides the speed."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "lightning-fabric", "transformers", "litgpt"):
+    for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -58,15 +93,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def peer(name: str, plan: dict[str, Any]) -> Any:
-    """A peer's model under the usual loop: autocast, full logits, cross-entropy, clip_grad_norm_, fused AdamW."""
-    c = plan["config"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    if name == "transformers":
-        from transformers import LlamaConfig, LlamaForCausalLM
+# --- the peers' models: a function of tokens int64 [B, T] -> logits [B, T, V] -----------------------------------------
 
-        config = LlamaConfig(
+
+def transformers_llama(c: dict[str, Any]) -> tuple[torch.nn.Module, Callable[..., Any]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(
             vocab_size=c["padded_vocab_size"],
             hidden_size=c["n_embd"],
             intermediate_size=c["intermediate_size"],
@@ -78,54 +112,66 @@ def peer(name: str, plan: dict[str, Any]) -> Any:
             tie_word_embeddings=c["tie_embeddings"],
             use_cache=False,
         )
-        model: Any = LlamaForCausalLM(config)
-        forward = lambda tokens: model(tokens).logits  # noqa: E731
-    else:
-        from litgpt import GPT, Config
+    )
+    return model, lambda tokens: model(tokens).logits
 
-        model = GPT(
-            Config(
-                block_size=c["block_size"],
-                vocab_size=c["vocab_size"],
-                padded_vocab_size=c["padded_vocab_size"],
-                n_layer=c["n_layer"],
-                n_head=c["n_head"],
-                n_query_groups=c["n_query_groups"],
-                n_embd=c["n_embd"],
-                intermediate_size=c["intermediate_size"],
-                rotary_percentage=1.0,
-                parallel_residual=False,
-                bias=False,
-                norm_class_name="RMSNorm",
-                mlp_class_name="LLaMAMLP",
-                norm_eps=c["norm_eps"],
-            )
+
+def litgpt(c: dict[str, Any]) -> tuple[torch.nn.Module, Callable[..., Any]]:
+    from litgpt import GPT, Config
+
+    model: Any = GPT(
+        Config(
+            block_size=c["block_size"],
+            vocab_size=c["vocab_size"],
+            padded_vocab_size=c["padded_vocab_size"],
+            n_layer=c["n_layer"],
+            n_head=c["n_head"],
+            n_query_groups=c["n_query_groups"],
+            n_embd=c["n_embd"],
+            intermediate_size=c["intermediate_size"],
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+            norm_eps=c["norm_eps"],
         )
-        forward = lambda tokens: model(tokens)  # noqa: E731
-    model.to(device)
+    )
+    return model, model
+
+
+PEERS = {"transformers": transformers_llama, "litgpt": litgpt}
+
+
+def peer(name: str, plan: dict[str, Any], rows: int, tokens_a_row: int) -> Callable[[], Any]:
+    """A peer's model in the usual loop: autocast, full logits, cross-entropy, clip_grad_norm_, fused AdamW."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    with torch.device(device):
+        model, forward = PEERS[name](plan["config"] | {"block_size": tokens_a_row})
     if plan["compile"]:
         model.compile()
-    if device == "cuda" and plan["precision"] != "fp32":
+    dtype = torch.float32 if plan["precision"] == "fp32" else torch.bfloat16
+    if device == "cuda" and dtype != torch.float32:
         torch.set_float32_matmul_precision("high")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    dtype = torch.bfloat16 if plan["precision"] == "bf16" else torch.float32
     stream = np.load(plan["folder"] + "/tokens.npy", mmap_mode="r")
-    B, T = plan["batch"], plan["block_size"]
+    B, T = rows, tokens_a_row
     state = {"at": 0}
 
     def step() -> Any:
         at = state["at"]
         if at + B * T + 1 > len(stream):
             at = 0
-        rows = torch.from_numpy(
+        batch = torch.from_numpy(
             np.stack([stream[at + i * T : at + (i + 1) * T + 1] for i in range(B)]).astype(np.int64)
         )
         state["at"] = at + B * T
-        rows = rows.to(device, non_blocking=True)
+        batch = batch.to(device, non_blocking=True)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            logits = forward(rows[:, :-1])  # type: ignore[no-untyped-call]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
-        loss.backward()
+            logits = forward(batch[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -136,9 +182,8 @@ def peer(name: str, plan: dict[str, Any]) -> Any:
 
 def main() -> int:
     name, plan = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-    if plan["threads"]:
-        torch.set_num_threads(plan["threads"])
-    serve(name, peer(name, plan))
+    rows, tokens_a_row = map(int, sys.argv[3:5])
+    serve(name, lambda: peer(name, plan, rows, tokens_a_row))
     return 0
 
 

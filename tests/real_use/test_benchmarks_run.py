@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from running import ROOT, script, warm_python
 
 FORKED = {"train_step"}  # the processes they start may be forked from one that has imported everything
@@ -151,9 +152,11 @@ def students_check(found: dict[str, Any]) -> None:
 
 
 def train_step_check(found: dict[str, Any]) -> None:
-    rows = {row["name"]: row for row in found["rows"]}
-    assert {"llammlein", "llammlein-documents"} <= set(rows) and set(rows) | set(found["skipped"]) >= {"transformers"}
-    assert all(positive(row["tokens_per_s"], row["loss"], row["rate_to_ours"]) for row in rows.values())
+    rows = [row for row in found["rows"] if "failed" not in row]
+    names = {"llammlein", "llammlein-documents", "ours --train.attention loop"}
+    assert names <= {row["name"] for row in rows} and {(row["rows"], row["tokens_a_row"]) for row in rows} == {(2, 64), (4, 32)}
+    assert "transformers" in {row["name"] for row in found["rows"]} and positive(*found["matmul_flops_per_s"])
+    assert all(positive(row["tokens_per_s"], row["loss"], row["rate_to_ours"], row["matmul_share"]) for row in rows)
 
 
 Arguments = Callable[[Path, Path], list[object]]  # of the corpus and a folder for outputs
@@ -227,8 +230,8 @@ SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
     ),
     "train_step": (
         lambda corpus, made: [
-            *("--model", "debug", "--batch", 2, "--block_size", 64, "--document_tokens", 40, "--threads", 1),
-            *("--steps", 1, "--rounds", 1, "--warmup_steps", 1),
+            *("--model", "debug", "--batches", 2, "4x32", "--block_size", 64, "--document_tokens", 40),
+            *("--threads", 1, "--steps", 1, "--rounds", 1, "--warmup_steps", 1, "--ours=--train.attention loop"),
         ],
         train_step_check,
     ),
@@ -263,22 +266,39 @@ def test_a_failing_trainer_is_an_error_of_the_benchmark(tmp_path: Path) -> None:
     """train_step used to exit with 0 and a table of its peers although our own side had failed."""
     with patch.object(sys, "path", list(sys.path)):
         module = runpy.run_path(str(ROOT / "benchmarks" / "train_step.py"), run_name="train_step")
-    for name in ("litgpt", "llammlein-documents"):
-        (tmp_path / f"{name}.log").write_text("Traceback\nValueError: no\n")
-    assert module["last_line"](tmp_path, "litgpt") == "ValueError: no"
-    with pytest.raises(SystemExit, match="(?s)ValueError: no.*llammlein-documents ended before its first round"):
-        module["last_line"](tmp_path, "llammlein-documents")
+    log = tmp_path / "log"
+    log.write_text("Traceback\nValueError: no\n")
+    assert module["last_line"](log, module["Entry"]("litgpt", None, 2, 64)) == "ValueError: no"
+    with pytest.raises(SystemExit, match="(?s)ValueError: no.*llammlein ended before its last round"):
+        module["last_line"](log, module["Entry"]("llammlein", "", 2, 64))
+
+
+def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The worker answers so, instead of a traceback; any other error still ends it."""
+    with patch.object(sys, "path", list(sys.path)):
+        serve = runpy.run_path(str(ROOT / "benchmarks" / "peer_step.py"), run_name="peer_step")["serve"]
+    errors = iter([torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no")])
+
+    def step() -> None:
+        raise next(errors)
+
+    monkeypatch.setattr(sys, "stdin", ["1"])
+    serve("litgpt", lambda: step)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"failed": "out of memory"}
+    with pytest.raises(RuntimeError, match="no"):
+        serve("litgpt", lambda: step)
 
 
 def test_our_step_runs_at_toy_size(tmp_path: Path) -> None:
     """Our side of train_step, which used to fail immediately because its documents lacked EOS."""
-    plan = ["--model", "debug", "--batch", 2, "--block_size", 64, "--document_tokens", 40, "--threads", 1]
-    plan += ["--steps", 1, "--rounds", 1, "--warmup_steps", 1, "--only", "llammlein-documents"]
+    plan = ["--model", "debug", "--layers", 1, "--batches", 2, "--block_size", 64, "--document_tokens", 40]
+    plan += ["--threads", 1, "--steps", 1, "--rounds", 1, "--warmup_steps", 1, "--only", "llammlein-documents"]
     status, printed = benchmark("train_step", *plan, "--json", tmp_path / "result.json")
     assert status == 0, printed
     found = json.loads((tmp_path / "result.json").read_text())
     assert [row["name"] for row in found["rows"]] == ["llammlein-documents"] and not found["skipped"]
     assert positive(found["rows"][0]["tokens_per_s"], found["rows"][0]["loss"])
+    assert "llammlein-documents | 2 x 64" in (tmp_path / "result.md").read_text()
 
 
 @pytest.mark.slow

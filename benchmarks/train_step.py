@@ -1,19 +1,20 @@
 """One training step: our trainer against other libraries' models, with equal shapes, data and precision.
 
-    python benchmarks/train_step.py --model LLaMmlein_1B --batches 4 8 12 --precision bf16 --compile --peer litgpt=PYTHON
+    python benchmarks/train_step.py --model LLaMmlein_1B --batches 4 8 12 --precision bf16 --compile
     python benchmarks/train_step.py --model llama-10M --only llammlein-documents --batches 16x2048 4x8192 1x32768
 
 A contender is a process: our trainer on whole rows (the work that the peers do) or with documents kept apart (its
 default), the same with other flags (--ours), or a peer in the usual loop. A step is forward, backward, clipping to norm
 1 and fused AdamW on fp32 weights. Contenders whose estimated memory fits the device together build and compile at the
-same time and are then timed in turns, a round of each (A B C A B C ...), so that changes in machine speed affect all of
-them; the others follow. Two calls on one machine compile at the same time and time their rounds in turns, by a lock.
-Running out of memory is a result.
+same time (on a CPU one after another) and are then timed in turns, a round of each (A B C A B C ...), so that changes
+in machine speed affect all of them; the others follow. Two calls on one machine compile at the same time and time their
+rounds in turns, by a lock. Running out of memory is a result.
 
 Prints, and writes as JSON and Markdown, for each contender and batch: tokens/s (median over the rounds), MFU with
 attention counted in full and as causal, the share of the matrix-multiply rate measured in the same call, peak memory,
-seconds of the first step (compilation included), and the median ratio to our whole rows of the same shape.
-Peers are imported in this Python, or in the one given by --peer NAME=PYTHON; a missing one is reported and skipped.
+seconds of the first step (compilation included), CPU time of a step (over all threads; on a machine with other load it
+varies less than the rate), and the median ratio of rates to our whole rows of the same shape. Peers are imported in
+this Python, or in the one given by --peer NAME=PYTHON; a missing one is reported and skipped.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ class Entry:
     rows: int
     tokens_a_row: int
     seconds: list[float] = dataclasses.field(default_factory=list)
-    """Of each round."""
+    """Of a step, in each round."""
+    cpu_seconds: list[float] = dataclasses.field(default_factory=list)
+    """The same, of CPU time over all threads."""
     first_step_s: float = 0.0
     last: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -224,9 +227,10 @@ def measure(entries: list[Entry], folder: Path, pythons: dict[str, str], args: a
             if answer is not None:
                 worker.entry.last = answer
                 worker.entry.seconds.append(answer["seconds"] / steps)
+                worker.entry.cpu_seconds.append(answer["cpu_seconds"] / steps)
     for worker in workers:
         worker.end()
-        worker.entry.seconds = worker.entry.seconds[1:]  # the first was to warm up
+        del worker.entry.seconds[:1], worker.entry.cpu_seconds[:1]  # the first was to warm up
     return rates
 
 
@@ -293,12 +297,25 @@ def table_row(entry: Entry, base: Entry | None, config: ModelConfig, peak: float
         "rate_to_ours": statistics.median(ratios) if ratios else None,
         "rate_to_ours_range": [min(ratios), max(ratios)] if ratios else None,
         "loss": entry.last["loss"],
+        "cpu_s": statistics.median(entry.cpu_seconds),
         "round_s": entry.seconds,
         "versions": entry.versions,
     }
 
 
-COLUMNS = ("", "batch", "tokens/s", "MFU", "causal", "of matmul", "causal", "memory", "first step", "/ ours (range)")
+COLUMNS = (
+    "",
+    "batch",
+    "tokens/s",
+    "MFU",
+    "causal",
+    "of matmul",
+    "causal",
+    "memory",
+    "first step",
+    "CPU time",
+    "/ ours (range)",
+)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -313,6 +330,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         *("-" if share is None else f"{share:.1%}" for share in shares),
         f"{row['memory_gib']:.2f} GiB",
         f"{row['first_step_s']:.1f} s",
+        f"{row['cpu_s']:.2f} s",
         f"{row['rate_to_ours']:.3f} ({low:.3f} .. {high:.3f})" if row["rate_to_ours"] else "-",
     ]
 
@@ -328,7 +346,9 @@ def best_batches(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for name, row in best.items():
         ratio = f", {row['tokens_per_s'] / ours['tokens_per_s']:.3f} of {BASE}'s best" if ours else ""
-        lines.append(f"best of {name}: {row['rows']} x {row['tokens_a_row']}, {row['tokens_per_s']:,.0f} tokens/s{ratio}")
+        lines.append(
+            f"best of {name}: {row['rows']} x {row['tokens_a_row']}, {row['tokens_per_s']:,.0f} tokens/s{ratio}"
+        )
     return lines if len({(row["rows"], row["tokens_a_row"]) for row in rows}) > 1 else []
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_model.kernels import cpu
 from lit_model.kernels.cross_entropy import choose_loss, fused_cross_entropy
 from lit_model.moe import RouterStatistics
 
@@ -180,8 +181,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def head_dtype(hidden: Tensor) -> torch.dtype:
-    """That of the product with the head: autocast's if it is on, but float64 stays."""
+    """That of the product with the head: autocast's if it is on, but float64 stays, and so does float32 on a CPU that
+    has no bf16."""
     device = hidden.device.type
+    if device == "cpu" and not cpu.HAS_BF16:
+        return wide(hidden.dtype)
     if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return hidden.dtype
     return torch.get_autocast_dtype(device)

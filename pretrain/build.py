@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lit_data.loading.batches import bucket
 from lit_data.loading.words import DatasetWords
 from lit_files.parquet import leave_pandas_out
+from lit_model.bf16 import use_float32_products
 from lit_model.config import ModelConfig
 from lit_model.float8 import ALIGNMENT, use_float8
 from lit_model.init import initialise
@@ -297,6 +298,8 @@ def build_model(
         )
     if args.precision == "fp8":
         convert_to_float8(raw_model, args, config)
+    if placement.kind == "cpu" and placement.dtype == torch.bfloat16:
+        use_float32_products(raw_model.blocks())
     if not placement.fsdp:
         raw_model.to_empty(device=fabric.device)
         initialise(raw_model, config, args.seed)

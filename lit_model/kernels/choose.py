@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_model.kernels import cuda
+from lit_model.kernels import cpu, cuda
 from lit_model.kernels.cpu import cpu_loop
 from lit_model.kernels.plain import dense_attention, plain_loop, plain_operator, sdpa
 from lit_model.kernels.variant import NAMES, PLAIN, AttentionVariant, describe, lacking
@@ -119,6 +119,9 @@ def attention(
     a variant that `name` never supports; `choose_attention` checks releases and devices.
     """
     B, T, H, D = q.shape
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and not cpu.HAS_BF16:
+        with torch.autocast("cpu", enabled=False):
+            return attention(q.float(), k.float(), v.float(), cu_seqlens, name, variant).to(q.dtype)
     if variant.window is not None and variant.window >= T:
         variant = variant._replace(window=None)  # no piece is longer than its row
     features = variant.features()

@@ -12,6 +12,15 @@ from lit_model.kernels.operators import attention_operator
 from lit_model.kernels.plain import runs_of_pieces
 
 
+def _has_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+HAS_BF16 = _has_bf16()
+"""Whether this CPU multiplies bf16 matrices by instructions of its own (AVX-512 or AMX), through oneDNN. Without them
+bf16 is stored, and products are computed in float32: see lit_model/bf16.py."""
+
+
 def _piece(x: Tensor, start: int, pieces: int, length: int) -> Tensor:
     """Rows of (N, H, D) as a view (pieces, H, length, D)."""
     rows = x[start : start + pieces * length]

@@ -154,7 +154,10 @@ def students_check(found: dict[str, Any]) -> None:
 def train_step_check(found: dict[str, Any]) -> None:
     rows = [row for row in found["rows"] if "failed" not in row]
     names = {"llammlein", "llammlein-documents", "ours --train.attention loop"}
-    assert names <= {row["name"] for row in rows} and {(row["rows"], row["tokens_a_row"]) for row in rows} == {(2, 64), (4, 32)}
+    assert names <= {row["name"] for row in rows} and {(row["rows"], row["tokens_a_row"]) for row in rows} == {
+        (2, 64),
+        (4, 32),
+    }
     assert "transformers" in {row["name"] for row in found["rows"]} and positive(*found["matmul_flops_per_s"])
     assert all(positive(row["tokens_per_s"], row["loss"], row["rate_to_ours"], row["matmul_share"]) for row in rows)
 

@@ -17,8 +17,6 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from pretrain.convert.averaging import average_checkpoints, last_checkpoints
-
 
 def main() -> None:
     parser = ScriptParser(description=__doc__)
@@ -26,6 +24,8 @@ def main() -> None:
     parser.add_argument("--last", type=int, metavar="K", help="average the newest K checkpoints of the run folder")
     parser.add_argument("--output", type=Path, required=True, help="file to write; must not exist")
     args = parser.parse_args()
+    from pretrain.convert.averaging import average_checkpoints, last_checkpoints
+
     paths = args.paths
     if args.last is not None:
         if len(paths) > 1:

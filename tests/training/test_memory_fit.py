@@ -13,8 +13,11 @@ from running import flags, same_checkpoints, train
 from lit_model.config import ModelConfig
 from lit_model.cost import training_memory
 from pretrain.args import RunArgs
+from pretrain.build import set_up
 from pretrain.cli.run_parser import parse
+from pretrain.fabric_train import main
 from pretrain.init_from import model_config
+from pretrain.loop import fit
 from pretrain.memory_fit import Candidate, candidates, fit_to_memory, largest_fitting, training_setting
 from pretrain.memory_trial import peak_of_steps
 
@@ -106,34 +109,52 @@ def test_ranks_agree_and_running_out_of_memory_is_no_end(data: Path) -> None:
             fit_to_memory(args, config, 32, Device(), short_of_memory, trial=trial)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_automatic_settings_equal_given_ones_and_are_kept(data: Path, tmp_path: Path, devices: int) -> None:
-    of = {**SHORT, "devices": devices, "strategy": "fsdp" if devices == 2 else "auto"}
-    most = limit(data, 2, 0, devices, **of)
-    done = train(*flags(data, tmp_path / "auto", **{**of, **AUTO, **most}))
-    assert "memory   micro-batch of 2 rows: " in done.stdout and "GiB estimated" in done.stdout
+def train_here(arguments: list[str]) -> None:
+    run = set_up(parse(arguments))
+    try:
+        fit(run)
+    finally:
+        run.close()
+
+
+def test_automatic_settings_equal_given_ones_and_are_kept(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    automatic = {**SHORT, **AUTO, **limit(data, 2, 0, **SHORT)}
+    train_here(flags(data, tmp_path / "auto", **automatic))
+    assert "memory   micro-batch of 2 rows: " in (output := capsys.readouterr().out) and "GiB estimated" in output
     assert settings_of(tmp_path / "auto")["micro_batch_samples"] == 2
-    train(*flags(data, tmp_path / "given", **of, train__micro_batch_samples=2))
+    train_here(flags(data, tmp_path / "given", **SHORT, train__micro_batch_samples=2))
     same_checkpoints(tmp_path / "auto" / "iter-00000004-ckpt.pth", tmp_path / "given" / "iter-00000004-ckpt.pth")
-    again = {**of, **AUTO, "train__memory_limit_gib": 1.0, "resume": "iter-00000002-ckpt.pth"}
-    train(*flags(data, tmp_path / "auto", **again))
+    train_here(
+        flags(data, tmp_path / "auto", **automatic | {"train__memory_limit_gib": 1}, resume="iter-00000002-ckpt.pth")
+    )
     assert settings_of(tmp_path / "auto")["micro_batch_samples"] == 2
     same_checkpoints(tmp_path / "auto" / "iter-00000004-ckpt.pth", tmp_path / "given" / "iter-00000004-ckpt.pth")
     assert not list((tmp_path / "auto").glob(".memory*"))
 
 
-def test_as_few_blocks_as_fit_are_recomputed(data: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_sharding_ranks_choose_for_their_shards(data: Path, tmp_path: Path) -> None:
+    of = {**SHORT, "devices": 2, "strategy": "fsdp"}
+    train(*flags(data, tmp_path / "auto", **of, **AUTO, **limit(data, 2, 0, 2, **of)))
+    train(*flags(data, tmp_path / "given", **of, train__micro_batch_samples=2))
+    same_checkpoints(tmp_path / "auto" / "iter-00000004-ckpt.pth", tmp_path / "given" / "iter-00000004-ckpt.pth")
+
+
+def test_as_few_blocks_as_fit_are_recomputed(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     most = limit(data, 2, 3, **SHORT)
-    train(*flags(data, tmp_path / "auto", **SHORT, **RECOMPUTE, **most))
+    train_here(flags(data, tmp_path / "auto", **SHORT, **RECOMPUTE, **most))
     found = settings_of(tmp_path / "auto")
     assert (found["activation_checkpointing"], found["activation_checkpointing_blocks"]) == ("block", 3)
-    train(*flags(data, tmp_path / "plain", **SHORT))
+    train_here(flags(data, tmp_path / "plain", **SHORT))
     same_checkpoints(tmp_path / "auto" / "iter-00000004-ckpt.pth", tmp_path / "plain" / "iter-00000004-ckpt.pth")
-    done = train(*flags(data, tmp_path / "pre", **SHORT, **RECOMPUTE, **most), "--preflight")
-    assert "micro-batch of 2 rows, 3 blocks recomputed (auto), estimate" in " ".join(done.stdout.split())
+    capsys.readouterr()
+    main([*flags(data, tmp_path / "pre", **SHORT, **RECOMPUTE, **most), "--preflight"])
+    assert "micro-batch of 2 rows, 3 blocks recomputed (auto), estimate" in " ".join(capsys.readouterr().out.split())
     for changes in (RECOMPUTE, {**RECOMPUTE, **AUTO}):
-        refused = train(*flags(data, tmp_path / "no", **SHORT, **changes, train__memory_limit_gib=1e-4), check=False)
-        assert refused.returncode == 2 and "3 blocks recomputed fits: " in refused.stdout, refused.stdout
+        with pytest.raises(ValueError, match="3 blocks recomputed fits: "):
+            set_up(parse(flags(data, tmp_path / "no", **SHORT, **changes, train__memory_limit_gib=1e-4)))
 
 
 def test_a_trial_takes_steps_of_the_real_run(data: Path, tmp_path: Path) -> None:

@@ -26,7 +26,11 @@ def train_here(arguments: list[str]) -> None:
 
 def test_kinds_add_up_and_nothing_else_changes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     profiled, plain = tmp_path / "profiled", tmp_path / "plain"
-    of = {"train__max_steps": 8, "save__every_steps": 2}
+    of = {
+        "train__max_steps": 8,
+        "save__every_steps": 2,
+        "train__global_batch_samples": 2,
+    }  # one micro-batch: short traces
     train_here(flags(data, profiled, **of, profile__steps=2, profile__start=1))
     output = capsys.readouterr().out
     train_here(flags(data, plain, **of))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_examples import examples
 from running import ROOT, warm_python
 from written_runs import Page, write_results, write_run
 
@@ -33,6 +34,7 @@ from lit_eval.report.comparison_report import comparison_report
 from lit_eval.report.run_report import run_report
 
 
+@examples(50)
 @given(st.integers(0, 6), st.integers(0, 6))
 def test_mcnemar_against_all_outcomes(wins: int, losses: int) -> None:
     """Of all 2^n equally likely outcomes, those at least as uneven."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_examples import examples
 from recorded_run import prepare, write
 from running import ROOT, flags, train
 from whole_record import read_record
@@ -146,6 +147,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "alert(1)" not in page.root.all("script")[-1].text
 
 
+@examples(50)
 @given(st.integers(0, 10_000), st.integers(4, 12), st.floats(1, 4), st.integers(1, 3))
 def test_spikes_are_those_of_the_guard(seed: int, window: int, sigmas: float, rows: int) -> None:
     rng = np.random.default_rng(seed)
@@ -217,6 +219,7 @@ def test_a_million_rows_keep_their_spike(tmp_path: Path) -> None:
     assert len(means) == 150 and means.mean() == pytest.approx(loss.mean(), rel=1e-12)
 
 
+@examples(50)
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=200), st.integers(1, 8))
 def test_extremes_of_each_bucket_are_kept(values: list[float], buckets: int) -> None:
     x, y = np.arange(len(values), dtype=np.float64), np.array(values)
@@ -342,6 +345,7 @@ def test_counts_and_durations() -> None:
     assert number(math.nan) == number(None) == duration(None) == "–"
 
 
+@examples(50)
 @given(st.floats(-1e5, 1e5), st.floats(1e-2, 1e6), st.integers(4, 8))
 def test_linear_ticks_are_round_and_inside(low: float, width: float, most: int) -> None:
     high = low + width
@@ -355,6 +359,7 @@ def test_linear_ticks_are_round_and_inside(low: float, width: float, most: int) 
     assert len(set(tick_labels(ticks))) == len(ticks)
 
 
+@examples(50)
 @given(st.floats(-8, 8), st.floats(0.3, 12))
 def test_log_ticks(power: float, decades: float) -> None:
     low, high = 10**power, 10 ** (power + decades)

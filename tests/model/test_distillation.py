@@ -322,7 +322,8 @@ def test_autocast_is_bounded_by_torchs_error(setting):
     got = numbers(chunked, *tensors, targets, low, setting, 0.3, tokens=64, **options)
     for value, own, want in zip(got[1:], torchs[1:], exact[1:], strict=True):
         assert value.dtype == torch.float32
-        assert (value - want).norm() <= 1.5 * (own - want).norm() + 1e-5 * want.norm()
+        # The last term: the error of a sum over tokens depends on which errors cancel.
+        assert (value - want).norm() <= 1.5 * (own - want).norm() + 1e-4 * want.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

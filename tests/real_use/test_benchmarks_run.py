@@ -292,6 +292,7 @@ def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, caps
         serve("litgpt", lambda: step)
 
 
+@pytest.mark.slow
 def test_our_step_runs_at_toy_size(tmp_path: Path) -> None:
     """Our side of train_step, which used to fail immediately because its documents lacked EOS."""
     plan = ["--model", "debug", "--layers", 1, "--batches", 2, "--block_size", 64, "--document_tokens", 40]

@@ -54,7 +54,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def test_a_switch_may_be_bare_or_have_a_value() -> None:
     """--preflight, --preflight true, --preflight=False, --compile yes, and so for each true-or-false flag."""
-    base = [*BASE, "--init_from=c", "--strategy=fsdp"]
+    base = [*BASE, "--init_from=c", "--strategy=fsdp", "--precision=fp8"]
     switches = sorted(SWITCHES)
 
     def values(*words: str) -> set[Any]:

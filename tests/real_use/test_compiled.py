@@ -77,7 +77,7 @@ def validate(model: GPT, size: int) -> None:
     ("recompute", "changes", "backend"),
     [
         ("block", GEMMA_2, "eager"),
-        ("full", LLAMA_4_OF_TWO_KINDS, "eager"),
+        pytest.param("full", LLAMA_4_OF_TWO_KINDS, "eager", marks=pytest.mark.slow),
         pytest.param("full", LLAMA_4, "eager", marks=pytest.mark.slow),
         pytest.param("block", GEMMA_2, "aot_eager", marks=pytest.mark.slow),
         pytest.param("op", LLAMA_4, "aot_eager", marks=pytest.mark.slow),

@@ -20,6 +20,7 @@ def losses(run: Path) -> list[float]:
     return [float(row["train_loss"]) for row in metrics(run) if row["train_loss"]]
 
 
+@pytest.mark.slow
 def test_losses_resume_and_export(data: Path, tmp_path: Path) -> None:
     """20 steps learn as in bf16; a resume is bit-equal; checkpoints hold float32 under the usual names."""
     steps = {"train__max_steps": 20, "save__every_steps": 10, "eval__every_steps": 20, "precision": "fp8"}

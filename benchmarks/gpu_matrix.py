@@ -68,6 +68,8 @@ def forked(work: Callable[[], int | None], log: Path) -> None:
             output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             for target in (1, 2):
                 os.dup2(output, target)
+            # The caller may have replaced them; what a command prints is in the log either way.
+            sys.stdout, sys.stderr = (os.fdopen(target, "w", buffering=1, closefd=False) for target in (1, 2))
             status = work() or 0
         except SystemExit as left:
             status = left.code if isinstance(left.code, int) else 1

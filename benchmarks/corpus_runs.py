@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,3 +47,11 @@ def train(folder: Path, data: Path, settings: Mapping[str, object]) -> dict[str,
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["val_loss"]]
     return {key: [float(row[key]) for row in rows] for key in ("step", "val_loss", "val_bits_per_byte")}
+
+
+def steps_to(loss: float, curve: Mapping[int, float]) -> float | None:
+    """Steps until a validation loss has fallen to `loss`, interpolated; None if it never has. `curve`: {step: loss}."""
+    for (step, before), (next_step, after) in pairwise(curve.items()):
+        if after <= loss <= before:
+            return step + (next_step - step) * (before - loss) / max(before - after, 1e-12)
+    return None

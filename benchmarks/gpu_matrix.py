@@ -18,6 +18,7 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -357,8 +358,21 @@ NEEDS_CUDA = dict.fromkeys(("fp16", "muon-fsdp-fp16"), "fp16 is not supported on
 NEEDS_CUDA["loss-fused"] = "the fused loss is a Triton kernel for CUDA"
 
 
-def reason_to_skip(name: str, device: str) -> str | None:
-    """Why an entry does not run here; without touching the device, which only forked processes may."""
+def capability_of(device: str) -> tuple[int, ...]:
+    """The GPU's compute capability, read in another process: this one must not touch the device. () on a CPU."""
+    if device == "cpu":
+        return ()
+    code = "import torch; print(*torch.cuda.get_device_capability())"
+    said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return tuple(int(part) for part in said.split())
+
+
+def reason_to_skip(name: str, device: str, capability: tuple[int, ...]) -> str | None:
+    """Why an entry does not run here. `capability`: see `capability_of`."""
+    if name.startswith("fa4") and capability and capability[0] not in (9, 10):
+        return "FlashAttention 4 needs a Hopper or Blackwell GPU"
+    if ("fp8" in name or name.startswith("all-")) and capability and capability < (8, 9):
+        return "float8 needs an Ada, Hopper or Blackwell GPU"
     if name.startswith("fa4") and (device == "cpu" or importlib.util.find_spec("cutlass") is None):
         return 'needs FlashAttention 4 (the extra "hopper") and a GPU'
     return NEEDS_CUDA.get(name) if device == "cpu" else None
@@ -395,10 +409,11 @@ def main() -> int:
     train(Place(args.device, output, base, output / "base.log"), "base", **flags)
 
     waiting, running, failed, began = list(names), dict[int, tuple[str, float]](), 0, time.monotonic()
+    capability = capability_of(args.device)
     while waiting or running:
         while waiting and len(running) < args.jobs:
             name = waiting.pop(0)
-            reason = reason_to_skip(name, args.device)
+            reason = reason_to_skip(name, args.device, capability)
             if reason is not None:
                 print(f"SKIP  {name:32s}         {reason}", flush=True)
                 continue

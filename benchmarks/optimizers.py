@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,21 +88,15 @@ def train(data: Path, folder: Path, optimizer: str, lr: float, steps: int, seed:
     }
 
 
-def steps_to(loss: float, run: dict[str, Any]) -> float | None:
-    """Steps until a run's validation loss has fallen to `loss`, interpolated; None if it never has."""
-    points = zip(run["step"], run["val_loss"], strict=True)
-    for (step, before), (next_step, after) in pairwise(points):
-        if after <= loss:
-            return float(step + (next_step - step) * (before - loss) / (before - after))
-    return None
-
-
 def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float | None]]:
     """Medians over the seeds, by optimizer: last loss, and steps and seconds to AdamW's last loss of the same seed."""
     found = {}
     for optimizer, of_optimizer in runs.items():
         second = statistics.median(run["step_cpu_s"] for run in of_optimizer)
-        steps = [steps_to(one["val_loss"][-1], run) for one, run in zip(runs["adamw"], of_optimizer, strict=True)]
+        curves = [dict(zip(run["step"], run["val_loss"], strict=True)) for run in of_optimizer]
+        steps = [
+            corpus_runs.steps_to(one["val_loss"][-1], curve) for one, curve in zip(runs["adamw"], curves, strict=True)
+        ]
         reached = [step for step in steps if step is not None]
         median = statistics.median(reached) if len(reached) == len(steps) else None
         found[optimizer] = {

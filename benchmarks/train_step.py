@@ -425,6 +425,7 @@ def main() -> int:
                 if entry.failure == "out of memory":
                     entry.failure = None
                     entry.seconds.clear()
+                    entry.cpu_seconds.clear()
                     rates += measure([entry], folder, pythons, args)
 
     rate = statistics.median(rates) if rates else 0.0

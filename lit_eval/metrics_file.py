@@ -59,7 +59,7 @@ class Metrics:
 
     def last(self, name: str) -> float | None:
         """The newest finite value of a column."""
-        return next(iter(self.finite(name)[-1:].tolist()), None)
+        return float(values[-1]) if len(values := self.finite(name)) else None
 
     def best(self, name: str) -> float | None:
         """The smallest finite value of a column."""

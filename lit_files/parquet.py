@@ -65,9 +65,9 @@ class _NoPandas:
 
 
 def leave_pandas_out() -> None:
-    """Keep pyarrow from importing pandas, where it is installed, at its first array: half a second of every start.
+    """Keep pyarrow from importing pandas, where it is installed, at its first array. It saves half a second.
 
-    pyarrow looks for it once, to recognise its Series, of which a run has none; `to_pandas` still imports it.
+    pyarrow looks for it once, to recognise its Series, which a run does not use; `to_pandas` still imports it.
     """
     if "pandas" not in sys.modules:
         sys.meta_path.insert(0, _NoPandas)

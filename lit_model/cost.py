@@ -88,7 +88,7 @@ class TrainingSetting:
     """Activation checkpointing: none, full, block (every `recompute_every`-th block) or op."""
     recompute_every: int = 2
     recompute_blocks: int | None = None
-    """`block`: the first so many blocks instead of every n-th."""
+    """`block`: this many blocks, the first ones, instead of every n-th."""
     accumulates: bool = False
     """Whether a step has several micro-batches: gradients are then alive while activations are."""
     defer_gradient_sync: bool = False
@@ -258,9 +258,9 @@ def _kept_in_block(config: ModelConfig, layer: int, compute_bytes: int, residual
 
 
 def _kept_per_token(config: ModelConfig, setting: TrainingSetting, residual_bytes: int) -> tuple[int, int]:
-    """Bytes a token: (kept by the forward, all blocks; what recomputation adds to that at most)."""
+    """Bytes a token: (kept by the forward, all blocks; the most that recomputation adds to it at once)."""
     C, out = config.n_embd, config.n_head * config.head_size
-    kept = again = freed = 0  # freed: by the backward of the layers behind
+    kept = again = freed = 0  # freed: by then, by the backward of the later layers
     for layer in reversed(range(config.n_layer)):
         whole = less = _kept_in_block(config, layer, setting.compute_bytes, residual_bytes)
         if setting.recompute == "op":  # its input, and the outputs of the matrix multiplies and of the attention

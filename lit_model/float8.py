@@ -15,27 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_model.attention import Attention
-from lit_model.mlp import MLP, GatedMLP
+from lit_model.linear import OwnLinear, replace_linears
 
 ALIGNMENT = 16  # the matrix multiplies read 16 bytes at a time
 _SMALLEST = 1e-12  # of the largest magnitudes: keeps the scale of an all-zero tensor finite
 
 
-class Float8Linear(nn.Linear):
+class Float8Linear(OwnLinear):
     """y = x W^T + b, with the three matrix multiplies of forward and backward in float8.
 
     Outside training (validation, generation) it is an ordinary linear layer: the scale of a whole batch would make a
     text's score depend on the other texts in it.
     """
-
-    @classmethod
-    def of(cls, linear: nn.Linear) -> Float8Linear:
-        """A layer with the parameters of `linear`, not copies."""
-        with torch.device("meta"):
-            made = cls(linear.in_features, linear.out_features, bias=False)
-        made.weight, made.bias = linear.weight, linear.bias
-        return made
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., M) in the precision of autocast, or that of x."""
@@ -43,11 +34,7 @@ class Float8Linear(nn.Linear):
             return super().forward(x)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        flat = x.to(dtype).reshape(-1, self.in_features)  # (N, K)
-        y: Tensor = _Float8Product.apply(flat, self.weight)  # type: ignore[no-untyped-call]  # (N, M)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        return self.multiply(x.to(dtype), _Float8Product.apply)
 
 
 class _Float8Product(torch.autograd.Function):
@@ -106,20 +93,11 @@ def _multiply(
 
 
 def use_float8(blocks: Sequence[nn.Module], keep_ends: bool = False) -> int:
-    """Turn the linear layers of attention and MLP into Float8Linear, in place; returns their number.
+    """Turn the blocks' linear layers whose sizes are multiples of 16 into Float8Linear, in place; returns their number.
 
-    Layers whose sizes are not multiples of 16 stay as they are, as do routers and routed experts. With `keep_ends` the
-    first and the last block do too. Parameters keep their names and order.
+    With `keep_ends` not those of the first and the last block.
     """
-    n = 0
-    for block in blocks[1:-1] if keep_ends else blocks:
-        for part in block.modules():
-            if isinstance(part, (Attention, GatedMLP, MLP)):
-                for name, layer in list(part.named_children()):
-                    if type(layer) is nn.Linear and _fits(layer):
-                        setattr(part, name, Float8Linear.of(layer))
-                        n += 1
-    return n
+    return replace_linears(blocks[1:-1] if keep_ends else blocks, Float8Linear, _fits)
 
 
 def _fits(layer: nn.Linear) -> bool:

@@ -151,7 +151,8 @@ def config_from_litgpt(fields: Mapping[str, Any]) -> ModelConfig:
 def _rope_scaling(adjustments: Mapping[str, Any] | None) -> RopeScaling | None:
     if not adjustments:
         return None
-    names = {theirs.replace("position_embeddings", "seq_len"): ours for theirs, ours in LLAMA3_ROPE.items()}
+    names = {**LLAMA3_ROPE, "original_max_seq_len": LLAMA3_ROPE["original_max_position_embeddings"]}
+    del names["original_max_position_embeddings"]
     if set(adjustments) != set(names):
         raise ValueError(f"rope_adjustments is {dict(adjustments)!r}; supported are those of Llama 3: {list(names)}")
     return RopeScaling(**{names[key]: value for key, value in adjustments.items()})

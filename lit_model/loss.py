@@ -181,8 +181,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def head_dtype(hidden: Tensor) -> torch.dtype:
-    """That of the product with the head: autocast's if it is on, but float64 stays, and so does float32 on a CPU that
-    has no bf16."""
+    """The dtype of the product with the head: autocast's if it is on, but float64 stays; on a CPU without bf16, float32
+    or wider."""
     device = hidden.device.type
     if device == "cpu" and not cpu.HAS_BF16:
         return wide(hidden.dtype)

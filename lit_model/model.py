@@ -179,7 +179,7 @@ class GPT(nn.Module):
         activation_checkpointing: the part recomputed in the backward, trading time for memory: each block ("full"),
             every n-th block ("block"), or each block but its matrix multiplies and attention ("op").
         activation_checkpointing_every: the n of "block".
-        activation_checkpointing_blocks: "block" recomputes the first so many instead of every n-th.
+        activation_checkpointing_blocks: "block" recomputes this many, the first ones, instead of every n-th.
         z_loss: see lit_model.loss.
         loss_kernel: "auto" or an implementation of cross-entropy (lit_model.kernels.cross_entropy).
         load_balance_loss, router_z_loss: for models with experts, the weights of two losses of the routers (see

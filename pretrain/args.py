@@ -223,7 +223,7 @@ class TrainArgs:
     activation_checkpointing_every: int = 2
     """n of `activation_checkpointing: block`."""
     activation_checkpointing_blocks: int | None = None
-    """With `activation_checkpointing: block`: recompute the first so many blocks instead of every n-th."""
+    """With `activation_checkpointing: block`: how many blocks to recompute, from the first, instead of every n-th."""
     memory_limit_gib: float | None = None
     """Memory of a device that the `auto` settings may use, in GiB. Default: most of its free memory."""
     cpu_offload: bool = False
@@ -242,7 +242,7 @@ class TrainArgs:
     """Attention kernel: auto, or one of lit_model/kernels/: fa4, fa3, fa2, varlen, sdpa, loop."""
     loss_kernel: Literal["auto", "fused", "plain"] = "auto"
     """Cross-entropy: `fused` in one Triton kernel (CUDA, bf16 or fp16), or `plain` operations of torch; auto: fused
-    where it runs."""
+    where it runs. The loss of a student beside its teachers is always plain."""
 
     def __post_init__(self) -> None:
         lengths = {k: getattr(self, k) for k in ("max_steps", "max_tokens", "max_epochs")}
@@ -265,8 +265,8 @@ class TrainArgs:
                 f"--train.activation_checkpointing_blocks {self.activation_checkpointing_blocks} needs "
                 "--train.activation_checkpointing block"
             )
-        if self.memory_limit_gib is not None and not self.memory_limit_gib > 0:
-            raise ValueError(f"--train.memory_limit_gib {self.memory_limit_gib} must be positive")
+        if self.memory_limit_gib is not None and not 0 < self.memory_limit_gib < float("inf"):
+            raise ValueError(f"--train.memory_limit_gib {self.memory_limit_gib} must be a positive number")
         for name in ("global_batch_samples",) if automatic else ("global_batch_samples", "micro_batch_samples"):
             if getattr(self, name) > MAX_BATCH:
                 raise ValueError(f"--train.{name} {getattr(self, name)}: at most {MAX_BATCH} rows are supported")

@@ -58,6 +58,7 @@ from pretrain.run import Progress, Run
 from pretrain.run_folder import begin_recording, metrics_columns, open_folder
 from pretrain.stop_signals import StopSignals
 from pretrain.synthetic import make_synthetic_data
+from pretrain.trial_args import as_new_run
 from pretrain.word_budgets import WordBudgets, count_words, plan_budgets
 
 TRIALS = ".memory_trials"
@@ -150,7 +151,9 @@ def build(
         if differences:
             progress.changes.append({"step": progress.step, "differences": differences})
         if progress.step > data.max_steps:
-            raise ValueError(f"{checkpoint} is {progress.step} steps old, beyond the run's {data.max_steps} steps")
+            raise ValueError(
+                f"{checkpoint} is at step {progress.step}, past the end of the run ({data.max_steps} steps)"
+            )
         if progress.unfinished is not None and on_rank_zero(fabric, lambda: has_row(folder / METRICS, progress.step)):
             progress.unfinished = None
         if is_finished(folder, progress, data.max_steps):
@@ -266,14 +269,15 @@ def with_fitting_memory(
         assert trial is not None
         t = tried.train
         name = f"{t.micro_batch}-{t.activation_checkpointing}-{t.activation_checkpointing_blocks}"
-        if checkpoint is not None and tried.init_from is not None:  # the model that the run began with may be gone
-            tried = dataclasses.replace(tried, init_from=checkpoint, init_layers=None, init_optimizer=False)
-        return trial(dataclasses.replace(tried, out_dir=trials / name, resume=None))
+        return trial(as_new_run(tried, trials / name, checkpoint))
 
     kept = None if meta is None else meta["config"]["train"]
     measured = attempt if trial is not None else None
-    args, line = fit_to_memory(args, config, block_size, fabric.device, gather, kept=kept, trial=measured)
-    on_rank_zero(fabric, lambda: shutil.rmtree(trials, ignore_errors=True))
+    try:
+        args, line = fit_to_memory(args, config, block_size, fabric.device, gather, kept=kept, trial=measured)
+    finally:
+        if fabric.global_rank == 0:
+            shutil.rmtree(trials, ignore_errors=True)
     if line is not None:
         fabric.print(f"memory   {line}")
     return args
@@ -298,8 +302,7 @@ def build_model(
         )
     if args.precision == "fp8":
         convert_to_float8(raw_model, args, config)
-    if placement.kind == "cpu" and placement.dtype == torch.bfloat16:
-        use_float32_products(raw_model.blocks())
+    use_float32_products(raw_model.blocks(), fabric.device, placement.dtype)
     if not placement.fsdp:
         raw_model.to_empty(device=fabric.device)
         initialise(raw_model, config, args.seed)

@@ -97,7 +97,7 @@ def fit(run: Run) -> str | None:
             try:
                 return run_steps(run)
             except RollBack as back:
-                run.say(f"{back.reason}: going back to {back.checkpoint.name}, leaving out the samples since")
+                run.say(f"{back.reason}: rolling back to {back.checkpoint.name} and skipping the samples since")
                 go_back(run, back.checkpoint, back.reason)
     finally:
         run.stop_writing()
@@ -275,7 +275,10 @@ def open_profiler(run: Run) -> StepProfiler | None:
     if not args.steps or run.fabric.global_rank != 0:
         return None
     if run.step + args.needed_steps > run.data.max_steps:
-        run.say(f"warning: no profile: --profile.steps needs {args.needed_steps} more steps than the {run.step} done")
+        left = run.data.max_steps - run.step
+        run.say(
+            f"warning: no profile: --profile.steps {args.steps} needs {args.needed_steps} steps, but {left} are left"
+        )
         return None
     return StepProfiler(args, run.folder, run.device)
 

@@ -8,11 +8,9 @@ one; on CUDA, steps of the real run are then measured, until the largest candida
 from __future__ import annotations
 
 import gc
-import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +20,7 @@ from lit_model.cost import TrainingSetting, training_memory
 from lit_model.float8 import ALIGNMENT
 from pretrain.args import AUTO, MAX_MICRO_BATCH_TOKENS, RunArgs
 from pretrain.distillation.teachers import teacher_bytes
+from pretrain.free_memory import CUDA_RESERVE_BYTES, TIGHT, free_device_bytes
 from pretrain.parallel import uses_fsdp
 
 Gather = Callable[[Any], list[Any]]
@@ -29,7 +28,6 @@ Gather = Callable[[Any], list[Any]]
 Trial = Callable[[RunArgs], int]
 """Takes steps of a run with these settings: the peak bytes of this rank's device. Raises torch.OutOfMemoryError."""
 
-CUDA_RESERVE_BYTES = 1536 << 20  # context, NCCL's buffers, kernels' workspaces, fragmentation
 SHARE = {"cuda": 0.95, "cpu": 0.8}  # of the free memory; a measurement includes fragmentation, the host serves others
 CPU_TOKENS = 8192  # of an automatic micro-batch: longer ones make a CPU no faster
 KEPT = ("activation_checkpointing", "activation_checkpointing_every", "activation_checkpointing_blocks")
@@ -37,7 +35,7 @@ KEPT = ("activation_checkpointing", "activation_checkpointing_every", "activatio
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings to try. `blocks`: how many blocks are recomputed, from the first one; None: as the arguments say."""
+    """Settings to try. `blocks`: how many blocks are recomputed, from the first one; None: as configured."""
 
     rows: int
     blocks: int | None
@@ -78,8 +76,10 @@ def candidates(args: RunArgs, n_layer: int, block_size: int, world_size: int, ki
 
 def largest_fitting(
     estimates: Sequence[int], limit: float, measure: Callable[[int], int | None] | None
-) -> tuple[int | None, int]:
-    """The last of some candidates, of increasing memory, that fits, and its bytes; None if not even the first does.
+) -> tuple[int | None, int | None]:
+    """The last of some candidates, of increasing memory, that fits, and its bytes.
+
+    If not even the first fits: None, and the bytes of the smallest, or None if it ran out of memory.
 
     Args:
         estimates: bytes of each.
@@ -89,7 +89,8 @@ def largest_fitting(
         fits = [i for i, n in enumerate(estimates) if n <= limit]
         return (fits[-1], estimates[fits[-1]]) if fits else (None, estimates[0])
     fits_at, fails_at = -1, len(estimates)
-    correction, peak, out_of_memory = 0, estimates[0], False  # correction of the estimates, by the last measurement
+    peak: int | None = None
+    correction, out_of_memory = 0, False  # correction of the estimates, by the last measurement
     while fits_at + 1 < fails_at:
         hopeful = [i for i in range(fits_at + 1, fails_at) if estimates[i] + correction <= limit]
         if not hopeful and fits_at >= 0:
@@ -103,6 +104,7 @@ def largest_fitting(
             fits_at, peak = i, measured
         else:
             fails_at = i
+            peak = measured if fits_at < 0 else peak
     return (fits_at if fits_at >= 0 else None), peak
 
 
@@ -134,7 +136,8 @@ def fit_to_memory(
     settings = [training_setting(c.apply(args), config, device.type, world_size) for c in tried]
     estimates = [training_memory(config, s).total for s in settings]
     hosts = gather(socket.gethostname())
-    limit = min(gather(memory_limit(args, device, hosts.count(socket.gethostname()))))
+    measured = trial is not None and device.type == "cuda"
+    limit = min(gather(memory_limit(args, device, hosts.count(socket.gethostname()), measured)))
 
     def measure(i: int) -> int | None:
         assert trial is not None
@@ -146,22 +149,26 @@ def fit_to_memory(
         peaks = gather(peak)
         return None if None in peaks else max(peaks)
 
-    measured = trial is not None and device.type == "cuda"
     chosen, peak = largest_fitting(estimates, limit, measure if measured else None)
     if measured:
         release_memory(device)
-    how = "measured" if measured else "estimated"
-    gib = f"{peak / 2**30:.2f} of {limit / 2**30:.2f} GiB {how}"
+    room = f"{limit / 2**30:.2f} GiB"
+    if peak is None:
+        gib = f"it ran out of memory; the limit is {room}"
+    else:
+        gib = f"{peak / 2**30:.2f} of {room} {'measured' if measured else 'estimated'}"
     if chosen is None:
-        raise ValueError(
-            f"not even a {tried[0]} fits: {gib}. Give --train.activation_checkpointing full, --strategy fsdp with more "
-            "devices, a smaller --train.block_size, or a larger --train.memory_limit_gib"
-        )
+        fixed = args.train.micro_batch_samples != AUTO
+        advice = "a smaller --train.micro_batch_samples, " if fixed else ""
+        advice += "--train.activation_checkpointing full, --strategy fsdp with more devices, "
+        advice += "a smaller --train.block_size"
+        advice += ", or a larger --train.memory_limit_gib" if args.train.memory_limit_gib is not None else ""
+        raise ValueError(f"not even a {tried[0]} fits: {gib}. Give {advice}")
     return tried[chosen].apply(args), f"{tried[chosen]}: {gib}"
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what a trial left: its tensors, also those that an exception held, and its compiled blocks."""
+    """Free what a trial left behind: its tensors, including those held by an exception, and its compiled blocks."""
     gc.collect()
     torch._dynamo.reset()
     if device.type == "cuda":
@@ -209,43 +216,14 @@ def training_setting(args: RunArgs, config: ModelConfig, kind: str, world_size: 
     )
 
 
-def memory_limit(args: RunArgs, device: torch.device, neighbours: int) -> int:
-    """Bytes that automatic settings may use on this rank's device; `neighbours` ranks share the host's memory."""
+def memory_limit(args: RunArgs, device: torch.device, neighbours: int, measured: bool) -> int:
+    """Bytes that automatic settings may use on this rank's device; `neighbours` ranks share the host's memory.
+
+    On CUDA an estimate leaves room for what it does not count; a measurement has counted it.
+    """
     if args.train.memory_limit_gib is not None:
         return int(args.train.memory_limit_gib * 2**30)
-    if device.type != "cuda":
-        return int(SHARE["cpu"] * host_memory_bytes() / neighbours)
-    return int(SHARE["cuda"] * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)))
-
-
-def host_memory_bytes(root: Path = Path("/")) -> int:
-    """Memory that processes on this host can still allocate: available memory, capped by control-group limits."""
-    if hasattr(os, "sysconf") and not (root / "proc/meminfo").exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    facts = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
-    available = int(facts["MemAvailable"].split()[0]) * 1024
-    return min([available, *cgroup_rooms(root)])
-
-
-def cgroup_rooms(root: Path) -> Iterator[int]:
-    """Bytes left under each memory limit of this process's control groups, v2 and v1. The file cache counts as free."""
-    groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-    for _, controllers, path in groups:
-        if controllers == "":
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        folder = base / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            if not place.is_relative_to(base):
-                break
-            try:
-                limit, used = ((place / name).read_text().strip() for name in names[:2])
-                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-            except OSError:
-                continue
-            if limit != "max":
-                yield max(0, int(limit) - int(used) + int(stat.get(names[2], 0)))
+    free = free_device_bytes(device, neighbours)
+    if device.type != "cuda" or measured:
+        return int(SHARE["cuda" if device.type == "cuda" else "cpu"] * free)
+    return int(TIGHT * free) - CUDA_RESERVE_BYTES

@@ -8,16 +8,16 @@ import torch
 
 from pretrain.args import ProfileArgs, RunArgs
 from pretrain.build import set_up
+from pretrain.logs.layer_norms import LayerNorms
 from pretrain.logs.throughput import peak_memory_gib
 from pretrain.loop import train_step
-
-STEPS = 2  # the first compiles and fills caches
+from pretrain.trial_args import STEPS, without_traces
 
 
 def peak_of_steps(args: RunArgs) -> int:
     """Peak bytes of this rank's device in steps of a run with these settings, in the new folder `out_dir`.
 
-    On CUDA all that the allocator reserved since its peak was reset, on a CPU all that this process has had. Raises
+    On CUDA the peak that the allocator reserved, on a CPU the peak resident memory of this process. Raises
     torch.OutOfMemoryError.
     """
     t = args.train
@@ -27,18 +27,15 @@ def peak_of_steps(args: RunArgs) -> int:
     args = replace(without_traces(args), train=replace(t, global_batch_samples=rows), profile=ProfileArgs())
     run = set_up(args, watched=False)
     try:
+        norms = LayerNorms(run.raw_model, run.optimizer.parameters, run.device) if args.log.layers else None
         for data in run.loader.steps(0, min(STEPS, run.data.max_steps)):
-            train_step(run, data)
+            train_step(run, data, norms)
             run.step += 1
+            if norms is not None:
+                norms.read()
         if run.device.type != "cuda":
             return int(peak_memory_gib(run.device) * 2**30)
         torch.cuda.synchronize(run.device)
         return torch.cuda.max_memory_reserved(run.device)
     finally:
         run.close()
-
-
-def without_traces(args: RunArgs) -> RunArgs:
-    """The same settings without cache, record and trackers."""
-    data, log = replace(args.data, cache_dir=None, datapoints=False), replace(args.log, trackers=[])
-    return replace(args, data=data, log=log, preflight=False)

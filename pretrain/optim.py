@@ -56,7 +56,7 @@ class Optimizer(ABC):
         """Update all parameters from their gradients, or none if `skip` (a float32 scalar on the device) is 1.
 
         Args:
-            coefficient: what to multiply the gradients by first (`clip_coefficient`), a float32 scalar on their device.
+            coefficient: factor applied to the gradients first (`clip_coefficient`), a float32 scalar on their device.
         """
 
     def zero_grad(self) -> None:
@@ -70,8 +70,8 @@ class AdamW(Optimizer):
 
     Attributes:
         scales_in_kernel: whether the fused kernel applies the clip coefficient, without a separate pass over all
-            gradients. So on CUDA; on a CPU the product comes first, so that runs of older versions resume bit for bit.
-            The kernel divides by the reciprocal: both agree to rounding.
+            gradients. True on CUDA. On a CPU the gradients are scaled first, so that runs of older versions resume bit
+            for bit. The kernel divides by the reciprocal; the results agree up to rounding.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], args: OptimArgs) -> None:

@@ -85,8 +85,9 @@ def describe_kernels(run: Run) -> list[str]:
         )
         layers.setdefault(choice, []).append(i)
     loss = choose_loss(args.train.loss_kernel, run.device, run.placement.dtype)
+    mixed = "; plain operations where teachers are mixed in" if run.taught_by and loss.name == "fused" else ""
     return [
         f"kernel   {choice.name}: {choice.reason}"
         + (f" (layers {', '.join(map(str, some))})" if len(layers) > 1 else "")
         for choice, some in layers.items()
-    ] + ([f"loss     {loss.name}: {loss.reason}"] if run.device.type == "cuda" else [])
+    ] + ([f"loss     {loss.name}: {loss.reason}{mixed}"] if run.device.type == "cuda" else [])

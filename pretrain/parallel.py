@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from lit_files.cores import usable_cores
 from lit_model.init import initialise
+from lit_model.kernels.cross_entropy import choose_loss
 from lit_model.model import GPT
 from pretrain.args import AUTO, RunArgs, TrainArgs
 from pretrain.cluster_environment import environment_for_fabric
@@ -89,6 +90,7 @@ def choose_placement(args: RunArgs) -> Placement:
             "--precision fp8 without --compile true is several times slower than bf16, since every cast is a kernel of "
             "its own; give --compile true, or --precision bf16"
         )
+    choose_loss(args.train.loss_kernel, kind, DTYPES[args.precision])
     check_batch(args.train, devices * args.num_nodes)
     if (teacher := args.distillation.teacher_device) is not None and teacher != "cpu":
         number = int(teacher.partition(":")[2] or 0)

@@ -11,7 +11,7 @@ from lit_data.loading.order import Segment, first_sample_of_step
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_model.config import ModelConfig
 from lit_model.load import Checkpoint
-from pretrain.args import DistillationArgs, OptimArgs, RunArgs, flat, plain
+from pretrain.args import DistillationArgs, OptimArgs, RunArgs, TrainArgs, flat, plain
 from pretrain.checkpoint.load import check_meta, load_state, training_state
 from pretrain.data import Data, in_order, training_loader
 from pretrain.failure.peers import on_rank_zero
@@ -48,6 +48,7 @@ MECHANICS = (
     "train.defer_gradient_sync",
     "train.deterministic",
     "train.attention",
+    "train.loss_kernel",
     "train.fp8_keep_ends",
     "distillation.teachers",
     "distillation.cache",
@@ -116,8 +117,9 @@ def check_resume(
 
     Raises ValueError that lists every other difference.
     """
-    # Settings that older checkpoints lack had these defaults.
-    later = flat({"objective": "cross_entropy", "distillation": plain(DistillationArgs()), "optim": plain(OptimArgs())})
+    # Settings that older checkpoints lack had these defaults (max_steps stands for the length that each of them has).
+    defaults = {"distillation": DistillationArgs(), "optim": OptimArgs(), "train": TrainArgs(max_steps=1)}
+    later = flat({"objective": "cross_entropy", **plain(defaults)})
     old, new = later | flat(meta["config"]), flat(settings)
     keys = [
         k

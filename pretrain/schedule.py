@@ -17,11 +17,11 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(args: OptimArgs, step: int, max_steps: int) -> float:
-    """The learning rate of `step` (0-based) in a run of `max_steps`, with `args.steps_before` before its first.
+    """The learning rate of `step` (0-based) in a run of `max_steps`, after `args.steps_before` earlier steps.
 
-    Linear from lr / warmup_steps to lr over the warm-up, then by `schedule`. `cosine` and `linear` decay from the first
-    step after the warm-up, which has lr, to the last, which has lr_min. `constant` stays at lr. `wsd` (Hu et al. 2024)
-    stays at lr until the last `decay_steps` steps; the last of them has lr_min. Before these it does not depend on
+    Linear from lr / warmup_steps to lr over the warmup, then by `schedule`. `cosine` and `linear` decay from the first
+    step after the warmup, which has lr, to the last, which has lr_min. `constant` stays at lr. `wsd` (Hu et al. 2024)
+    stays at lr until the last `decay_steps` steps; the last of them has lr_min. Before the decay it does not depend on
     max_steps, so a run can be extended from any checkpoint of its stable phase.
     """
     step, max_steps = step + args.steps_before, max_steps + args.steps_before

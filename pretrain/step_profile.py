@@ -1,7 +1,7 @@
 """Profiles a few steady steps: a Chrome trace, a table of where their time goes by kind of work, and a memory snapshot.
 
 Every instant of the steps is counted once. On a CPU it belongs to the innermost operator that runs on the main thread;
-on a GPU to the kernel that runs, and where several do (communication beside computation) to one that is not
+on a GPU to the kernel that runs, and where several do (communication overlapped with computation) to one that is not
 communication. The rest is idle. So the kinds add up to the steps' time.
 """
 
@@ -60,7 +60,7 @@ FUSED: tuple[tuple[str, str], ...] = (  # names of Inductor's kernels list the o
     ("copies and casts", r"^triton_poi_fused_(_?to_copy|copy_?|clone|view|cat|_)*\d*$"),
     ("elementwise", r"^triton_"),
 )
-# All that an operator of these kinds calls belongs to it, also matrix multiplies and copies.
+# Everything that an operator of these kinds calls counts as that kind, including matrix multiplies and copies.
 WHOLE = frozenset({"optimizer", "communication", "teachers", "attention"})
 # These keep whatever they call except matrix multiplies.
 SPECIFIC = frozenset({"loss", "norm"})
@@ -140,7 +140,7 @@ class Breakdown:
                 share = f"{ms / self.total_ms:.1%}"
                 lines.append(f"| {kind} | {ms:.2f} | {share} | {self.calls[kind]:.0f} | {largest} |")
         if self.hidden_ms:
-            lines += ["", f"Communication beside other work, not counted: {self.hidden_ms:.2f} ms a step."]
+            lines += ["", f"Communication overlapped with other work, not counted: {self.hidden_ms:.2f} ms a step."]
         return "\n".join(lines)
 
 

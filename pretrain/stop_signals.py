@@ -1,4 +1,4 @@
-"""The signals that stop a run, handled from before the imports of torch on."""
+"""Handles the signals that stop a run. Imports no torch, so that handlers are installed before torch is."""
 
 from __future__ import annotations
 

@@ -52,10 +52,11 @@ def mark_stopped(run: Run, by: str) -> None:
     except OSError as error:
         print(f"warning: {STOPPED} could not be written: {error}", file=sys.stderr)
     job = os.environ.get("SLURM_JOB_ID")
-    if not run.args.stop.requeue or run.step == run.data.max_steps or by == "SIGINT":
+    finished = run.step == run.data.max_steps and run.unfinished is None
+    if not run.args.stop.requeue or finished or by == "SIGINT":
         return
     if job is None:
-        print("warning: --stop.requeue: this is no SLURM job (SLURM_JOB_ID is not set)", file=sys.stderr)
+        print("warning: --stop.requeue: not running in a SLURM job (SLURM_JOB_ID is not set)", file=sys.stderr)
         return
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)

@@ -217,10 +217,8 @@ def main() -> int:
         from lit_data.tokenizers.tokenizer import open_tokenizer
         from lit_eval.generation.copies import describe_copy
 
-        run, tokenizer = (
-            open_run(ROOT / paths.run, ROOT / paths.packed / "train"),
-            open_tokenizer(ROOT / paths.tokenizer),
-        )
+        run = open_run(ROOT / paths.run, ROOT / paths.packed / "train")
+        tokenizer = open_tokenizer(ROOT / paths.tokenizer)
         show_samples(sys.executable, paths, lambda ids: describe_copy(ids, run, tokenizer, SHORTEST_COPY))
         report(sys.executable, paths)
         summarise(paths)

@@ -9,6 +9,9 @@ from typing import Literal
 FlatDtype = Literal["uint16", "int32", "uint32", "int64"]
 
 
+MAX_DOCUMENT_TOKENS = 2**31 - 1  # sequence lengths are int32 on disk
+
+
 @dataclass(frozen=True)
 class ImportSettings:
     """Token files to import. The fields are flags of scripts/import_tokens.py."""
@@ -48,7 +51,7 @@ class ImportSettings:
             raise ValueError("--split_at and --document_tokens exclude each other; give one of them")
         if self.split_at is not None and not 0 <= self.split_at < 2**32:
             raise ValueError(f"--split_at {self.split_at}: give an id, from 0 on")
-        if self.document_tokens is not None and not 1 <= self.document_tokens < 2**31 - 1:
+        if self.document_tokens is not None and not 1 <= self.document_tokens < MAX_DOCUMENT_TOKENS:
             raise ValueError(f"--document_tokens {self.document_tokens}: at least 1 and below 2^31 - 1 is needed")
         if self.across_files and self.split_at is None:
             raise ValueError("--across_files needs --split_at, the id that ends a document")

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lit_data.packed.import_settings import MAX_DOCUMENT_TOKENS as MAX_DOCUMENT_TOKENS
+
 IntArray = npt.NDArray[np.int64]
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -28,7 +30,6 @@ DTYPE_CODES = {
     8: np.uint16,
 }
 UINT16_LIMIT = 65500  # Megatron's limit: smaller vocabularies are stored as uint16
-MAX_DOCUMENT_TOKENS = 2**31 - 1  # sequence lengths are int32
 
 
 def dtype_of(vocab_size: int) -> np.dtype[Any]:

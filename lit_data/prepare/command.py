@@ -10,8 +10,8 @@ from lit_data.prepare.settings import Execution, Settings
 
 
 def carry_out(settings: Settings, execution: Execution) -> str:
-    """Prepare data. Returns a human-readable report; empty when the tasks of an executor print their own. Raises what
-    `prepare` raises.
+    """Prepare data, run one stage, or submit to an executor. Returns a human-readable report, empty with an executor,
+    whose tasks print theirs. Raises as `prepare`.
     """
     if execution.executor is not None:
         run_on_executors(settings, execution)

@@ -1,4 +1,7 @@
-"""The tasks of --tasks by name that need more than a file of items. A new one: a line in NAMED_JOBS and TASK_NAMES."""
+"""The tasks of --tasks by name that need more than a file of items.
+
+To add one, add it to NAMED_JOBS and to TASK_NAMES (lit_eval/evaluation/settings.py).
+"""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def show(texts: Sequence[Generated], as_json: bool) -> None:
 
 
 def run_session(model: EvalModel, settings: GenerationSettings, as_json: bool) -> None:
-    """Prompts from a terminal, one a line, until Ctrl-D. Each new text has the next seed."""
+    """Read prompts from a terminal, one per line, until Ctrl-D. Each text uses the next seed."""
     with suppress(ImportError):
         import readline  # noqa: F401  input() then has line editing and a history
     print("Type a prompt. Ctrl-C ends a continuation, Ctrl-D the session.", file=sys.stderr)

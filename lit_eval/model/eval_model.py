@@ -21,13 +21,14 @@ from lit_eval.model.model_tokenizer import check_own_tokenizer, find_tokenizer, 
 from lit_eval.model.text_encoder import AlignedEncoder, TextEncoder
 from lit_eval.model.text_encoding import Encoding, encode_texts, encoding_of, first_token
 from lit_files.checkpoint_name import checkpoint_step
+from lit_model.bf16 import use_float32_products
 from lit_model.checksum import tensor_checksum
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
 from lit_model.load import MODEL_PREFIX, Checkpoint, is_hf_folder, load_model, resolve
 from lit_model.model import GPT
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -187,6 +188,7 @@ def open_model(
     if precision not in PRECISIONS:
         raise ValueError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
     model, config = load_model(path)
+    use_float32_products(model.blocks(), place, PRECISIONS[precision])
     return EvalModel(
         path=path,
         model=model.to(place, torch.float32),

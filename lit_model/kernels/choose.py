@@ -16,7 +16,8 @@ from lit_model.kernels.cpu import cpu_loop
 from lit_model.kernels.plain import dense_attention, plain_loop, plain_operator, sdpa
 from lit_model.kernels.variant import NAMES, PLAIN, AttentionVariant, describe, lacking
 
-# FA4 first there too: on an H100, forward and backward of the 1B's layer in 1.44 ms, SDPA 1.62, varlen 2.55.
+# Without document boundaries. FA4 comes first here as well: on an H100, forward and backward of one layer of the 1B
+# take 1.44 ms, SDPA's 1.62, varlen's 2.55 (docs/models.md).
 _WITHOUT_DOCUMENTS = ("fa4", "sdpa", "fa3", "fa2", "varlen")
 _BEYOND_SDPA = ("window", "softcap", "dropout")  # "loop" runs these in blocks of queries, not by one call of SDPA
 
@@ -91,7 +92,7 @@ def _choose(
 
 
 def _remarks(chosen: str, ruled_out: dict[str, cuda.Obstacle]) -> str:
-    """The kernels passed over for `chosen` where that says something: a missing feature, a broken or a missing package.
+    """Why faster kernels were not chosen, where the user can act on it: a missing feature, a broken or missing package.
 
     varlen is FA2, so that FA2 is worth installing only where nothing but the loop runs.
     """

@@ -17,8 +17,8 @@ def _has_bf16() -> bool:
 
 
 HAS_BF16 = _has_bf16()
-"""Whether this CPU multiplies bf16 matrices by instructions of its own (AVX-512 or AMX), through oneDNN. Without them
-bf16 is stored, and products are computed in float32: see lit_model/bf16.py."""
+"""Whether oneDNN multiplies bf16 matrices on this CPU (AMX, AVX512-BF16; with plain AVX-512 it emulates the product).
+Elsewhere bf16 is only stored, and products are computed in float32: see lit_model/bf16.py."""
 
 
 def _piece(x: Tensor, start: int, pieces: int, length: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Softmax cross-entropy of low-precision logits as one Triton kernel: losses, and the gradient in place of the logits.
 
 Plain operations read and write float32 logits six times: the cast, the softmax, the exponential, the target and the
-cast back. The kernel reads the bfloat16 or float16 logits twice and writes them once, in float32 registers between.
-Both round the gradient once, to the dtype of the logits; they differ by the order in which a row is summed.
+cast back. The kernel reads the bfloat16 or float16 logits twice and writes them once, and computes in float32
+registers. Both round the gradient once, to the dtype of the logits. They differ by the order in which a row is summed,
+and the gradient of a head's bias is summed before that rounding (plain) or after it (fused).
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ def obstacle(device: torch.device | str, dtype: torch.dtype) -> str | None:
 def choose_loss(requested: str, device: torch.device | str, dtype: torch.dtype) -> LossChoice:
     """The implementation of cross-entropy for logits of this device and dtype; `requested` is one of NAMES.
 
-    Raises ValueError if "fused" is requested and can't run here, with the reason.
+    Raises ValueError for another name, and if "fused" is requested and can't run here, with the reason.
     """
+    if requested not in NAMES:
+        raise ValueError(f"loss kernel {requested!r} is unknown; choose one of {', '.join(NAMES)}")
     if requested == "plain":
         return LossChoice("plain", "requested")
     reason = obstacle(device, dtype)

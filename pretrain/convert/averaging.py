@@ -19,7 +19,9 @@ KEPT = ("format_version", "step", "max_steps", "tokens", "words", "config", "dat
 
 
 def last_checkpoints(run: Path, n: int) -> list[Path]:
-    """The newest `n` checkpoints of a run folder, oldest first. Raises ValueError if it has fewer."""
+    """The newest `n` checkpoints of a run folder, oldest first. Raises ValueError for n below 2, or if it has fewer."""
+    if n < 2:
+        raise ValueError(f"--last {n}: an average needs at least two checkpoints")
     found = list_checkpoints(run)
     if len(found) < n:
         raise ValueError(f"--last {n}: {run} holds {len(found)} checkpoints")
@@ -30,11 +32,14 @@ def average_checkpoints(paths: Sequence[Path], output: Path) -> None:
     """Write the mean of the weights, computed in float64, as a checkpoint file without optimizer state; atomic.
 
     Checkpoints may be full or sharded; one tensor of each is in memory at a time. The meta is that of the last path,
-    without its place in the data, and `averaged` lists the names. Raises ValueError naming the path for an existing
-    output, checkpoints of different models or tokenizers, and damage.
+    without its place in the data, and `averaged` lists the paths. Raises ValueError naming the path for an existing
+    output, a path given twice, checkpoints of different models or tokenizers, and damage.
     """
     if len(paths) < 2:
         raise ValueError(f"an average needs at least two checkpoints; got {', '.join(map(str, paths)) or 'none'}")
+    twice = [path for path in paths if sum(path.resolve() == other.resolve() for other in paths) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice")
     if output.exists():
         raise ValueError(f"output {output} exists already; give another name or remove it")
     checkpoints = [Checkpoint(path) for path in paths]
@@ -50,7 +55,7 @@ def average_checkpoints(paths: Sequence[Path], output: Path) -> None:
         return (total / len(checkpoints)).to(layouts[name].dtype)
 
     meta = {key: last.meta[key] for key in KEPT if key in last.meta}
-    meta |= {"model_config": last.model_config.to_dict(), "averaged": [path.name for path in paths]}
+    meta |= {"model_config": last.model_config.to_dict(), "averaged": [str(path) for path in paths]}
     output.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(output.parent, sum(layout.nbytes for layout in layouts.values()))
     with replace_file(output) as temporary:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from lit_data.packed.reader import PackedDataset
 from lit_eval.model.model_tokenizer import OVERRIDE, check_model_and_data
 from lit_files.checksum import file_sha256
+from lit_model.bf16 import use_float32_products
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters, largest_block, root_parameters
 from lit_model.distillation import Teacher, TeacherHead
@@ -115,6 +116,7 @@ class Teachers:
         config, tensors = load_tensors(path)
         with torch.device("meta"):
             model = GPT(config).to(DTYPES[self.precision])
+        use_float32_products(model.blocks(), self.device, DTYPES[self.precision])
         model.requires_grad_(False).eval()
         if compiled:
             compile_blocks(model)

@@ -124,6 +124,9 @@ class Peers:
             self.all_reach(error)  # rank 0 stays until all have it
         if isinstance(error, Mistake) or not self.several:
             self.close()
+            if self.watchdog is not None:  # the process may continue: a trial that ran out of memory is an answer
+                self.watchdog.close()
+                self.watchdog.log.close()
             raise error
         if isinstance(error, (ValueError, OSError, Interrupted, KeyboardInterrupt)) and self.all_reach(error):
             self.close()

@@ -10,12 +10,11 @@ import torch
 from lit_model.config import ModelConfig
 from lit_model.cost import TrainingMemory, TrainingSetting, training_memory
 from lit_model.load import Checkpoint
-from pretrain.memory_fit import CUDA_RESERVE_BYTES, fit_to_memory, host_memory_bytes, training_setting
+from pretrain.free_memory import CUDA_RESERVE_BYTES, TIGHT, free_device_bytes
+from pretrain.memory_fit import fit_to_memory, training_setting
 from pretrain.parallel import uses_fsdp
 from pretrain.preflight.context import Finding, PreflightContext, faults, results, show_bytes
 from pretrain.preflight.machine import checkpoint_bytes
-
-TIGHT = 0.9  # of the available memory
 
 
 def check_memory(s: PreflightContext) -> Finding:
@@ -79,11 +78,8 @@ def host_bytes(s: PreflightContext, memory: TrainingMemory) -> int:
 
 def available_bytes(s: PreflightContext, neighbours: int) -> tuple[int, int]:
     """(bytes for this rank on its device, on the host); `neighbours` ranks share the host's memory."""
-    host = host_memory_bytes() // neighbours
-    if s.kind != "cuda":
-        return host, host
-    device = s.ranks.fabric.device if s.ranks.fabric is not None else torch.device("cuda", 0)
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), host
+    device = s.ranks.fabric.device if s.ranks.fabric is not None else torch.device(s.kind or "cpu")
+    return free_device_bytes(device, neighbours), free_device_bytes(torch.device("cpu"), neighbours)
 
 
 def memory_advice(s: PreflightContext, config: ModelConfig, setting: TrainingSetting, room: float) -> str:

@@ -27,18 +27,17 @@ from pretrain.logs.throughput import Throughput, peak_memory_gib
 from pretrain.logs.trackers import check_trackers
 from pretrain.loop import train_step
 from pretrain.memory_fit import candidates, is_automatic, training_setting
-from pretrain.memory_trial import without_traces
 from pretrain.preflight.context import Finding, PreflightContext, faults, results, show_bytes
 from pretrain.preflight.memory import memory_advice
 from pretrain.preflight.outcomes import Ranks
 from pretrain.resume import check_resume
 from pretrain.run_folder import choose_folder
+from pretrain.trial_args import STEPS, as_new_run, without_traces
 
 CHECKSUM_BYTES = 256 << 20  # of shards that one rank reads again
 MANY_EPOCHS = 4.0  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
 LOADER_STEPS, LOADER_S = 20, 3.0  # at most
 
-STEPS = 2  # the first compiles and fills caches, the last is measured
 # A fresh model's loss above and below ln(vocabulary): logits of standard deviation s add about s^2 / 2.
 LOSS_ABOVE, LOSS_BELOW = 1.5, 0.5
 
@@ -227,12 +226,10 @@ def check_one_step(s: PreflightContext) -> Finding:
 
 def take_steps(s: PreflightContext, folder: Path) -> StepMeasure:
     """Set the run up as `main` does, and train."""
-    args = replace(without_traces(s.args), out_dir=folder, resume=None)
+    args = as_new_run(without_traces(s.args), folder, s.checkpoint)
     if args.data.synthetic.tokens:
         small = replace(args.data.synthetic, tokens=min(args.data.synthetic.tokens, 200_000))
         args = replace(args, data=replace(args.data, synthetic=small))
-    if args.init_from is not None and s.checkpoint is not None:  # the model that the run began with may be gone
-        args = replace(args, init_from=s.checkpoint, init_layers=None)
     fabric = s.ranks.fabric
     assert fabric is not None
     before = begin_peak(fabric.device)

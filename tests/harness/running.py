@@ -26,6 +26,9 @@ import torch
 
 from lit_data.packed.writer import PackedWriter
 from lit_model.load import Checkpoint
+from pretrain.build import set_up
+from pretrain.cli.run_parser import parse
+from pretrain.loop import fit
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, EOS = 96, 1
@@ -115,6 +118,15 @@ def train(
     status = next((status for status in answer.statuses if status), 0)
     assert not check or status == 0, answer.output
     return subprocess.CompletedProcess(arguments, status, answer.output, answer.output)
+
+
+def train_in_process(arguments: Sequence[str]) -> None:
+    """Train on one device in this process, by the flags of fabric_train.py."""
+    run = set_up(parse(list(arguments)))
+    try:
+        fit(run)
+    finally:
+        run.close()
 
 
 def train_killed(step: int, *arguments: str) -> None:

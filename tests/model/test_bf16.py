@@ -68,7 +68,10 @@ def test_a_model_trains_either_way(has_bf16: bool, monkeypatch: pytest.MonkeyPat
     names = [name for name, _ in model.named_parameters()]
     tokens = torch.randint(0, 64, (2, 17))
     plain = model(tokens[:, :-1], tokens[:, 1:]).loss_sum
-    use_float32_products(model.blocks())
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        use_float32_products(model.blocks(), torch.device(device), dtype)
+        assert type(next(model.blocks()).attn.qkv) is nn.Linear
+    use_float32_products(model.blocks(), torch.device("cpu"), torch.bfloat16)
     assert [name for name, _ in model.named_parameters()] == names
     assert isinstance(next(model.blocks()).attn.qkv, Float32ProductLinear) != has_bf16
     with torch.autocast("cpu", torch.bfloat16):

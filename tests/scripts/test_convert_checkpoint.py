@@ -131,8 +131,8 @@ def test_average(run: Path, tmp_path: Path) -> None:
     averages = [Checkpoint(output), Checkpoint(tmp_path / "again.pth")]
     one, two = Checkpoint(run / FIRST), Checkpoint(run / LAST)
     assert averages[0].names() == [name for name in one.names() if name.startswith("model.")]
-    for average in averages:
-        assert average.verify() == [] and average.meta["averaged"] == [FIRST, LAST]
+    for average, of in zip(averages, (first, run / FIRST), strict=True):
+        assert average.verify() == [] and average.meta["averaged"] == [str(of), str(run / LAST)]
         for name in average.names():
             mean = ((one.tensor(name).double() + two.tensor(name).double()) / 2).float()
             assert torch.equal(average.tensor(name), mean), name
@@ -151,7 +151,10 @@ def test_averages_that_make_no_sense_are_refused(run: Path, tmp_path: Path) -> N
     for arguments, message in (
         ((run / LAST, tmp_path / "other.pth"), "are different models: rope_base is 10000.0 and 500000.0"),
         ((run / LAST,), "at least two checkpoints"),
+        ((run / LAST, run / LAST), "is given twice"),
         ((run, "--last", 3), "holds 2 checkpoints"),
+        ((run, "--last", 0), "at least two checkpoints"),
+        ((run, "--last", -1), "at least two checkpoints"),
         ((run, run, "--last", 2), "takes one run folder"),
     ):
         done = script("average_checkpoints.py", *arguments, "--output", tmp_path / "x.pth")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from running import flags, same_checkpoints, train
+from running import flags, same_checkpoints, train, train_in_process
 
 from lit_model.config import ModelConfig
 from lit_model.cost import training_memory
@@ -17,7 +17,6 @@ from pretrain.build import set_up
 from pretrain.cli.run_parser import parse
 from pretrain.fabric_train import main
 from pretrain.init_from import model_config
-from pretrain.loop import fit
 from pretrain.memory_fit import Candidate, candidates, fit_to_memory, largest_fitting, training_setting
 from pretrain.memory_trial import peak_of_steps
 
@@ -26,7 +25,7 @@ RECOMPUTE = {"train__activation_checkpointing": "auto"}
 SHORT = {"train__max_steps": 4, "save__every_steps": 2, "model__n_layer": 4}
 
 
-def settings_of(run: Path) -> dict[str, object]:
+def train_section(run: Path) -> dict[str, object]:
     found: dict[str, object] = yaml.safe_load((run / "config.yaml").read_text())["train"]
     return found
 
@@ -109,27 +108,19 @@ def test_ranks_agree_and_running_out_of_memory_is_no_end(data: Path) -> None:
             fit_to_memory(args, config, 32, Device(), short_of_memory, trial=trial)  # type: ignore[arg-type]
 
 
-def train_here(arguments: list[str]) -> None:
-    run = set_up(parse(arguments))
-    try:
-        fit(run)
-    finally:
-        run.close()
-
-
 def test_automatic_settings_equal_given_ones_and_are_kept(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     automatic = {**SHORT, **AUTO, **limit(data, 2, 0, **SHORT)}
-    train_here(flags(data, tmp_path / "auto", **automatic))
+    train_in_process(flags(data, tmp_path / "auto", **automatic))
     assert "memory   micro-batch of 2 rows: " in (output := capsys.readouterr().out) and "GiB estimated" in output
-    assert settings_of(tmp_path / "auto")["micro_batch_samples"] == 2
-    train_here(flags(data, tmp_path / "given", **SHORT, train__micro_batch_samples=2))
+    assert train_section(tmp_path / "auto")["micro_batch_samples"] == 2
+    train_in_process(flags(data, tmp_path / "given", **SHORT, train__micro_batch_samples=2))
     same_checkpoints(tmp_path / "auto" / "iter-00000004-ckpt.pth", tmp_path / "given" / "iter-00000004-ckpt.pth")
-    train_here(
+    train_in_process(
         flags(data, tmp_path / "auto", **automatic | {"train__memory_limit_gib": 1}, resume="iter-00000002-ckpt.pth")
     )
-    assert settings_of(tmp_path / "auto")["micro_batch_samples"] == 2
+    assert train_section(tmp_path / "auto")["micro_batch_samples"] == 2
     same_checkpoints(tmp_path / "auto" / "iter-00000004-ckpt.pth", tmp_path / "given" / "iter-00000004-ckpt.pth")
     assert not list((tmp_path / "auto").glob(".memory*"))
 
@@ -144,10 +135,10 @@ def test_two_sharding_ranks_choose_for_their_shards(data: Path, tmp_path: Path) 
 
 def test_as_few_blocks_as_fit_are_recomputed(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     most = limit(data, 2, 3, **SHORT)
-    train_here(flags(data, tmp_path / "auto", **SHORT, **RECOMPUTE, **most))
-    found = settings_of(tmp_path / "auto")
+    train_in_process(flags(data, tmp_path / "auto", **SHORT, **RECOMPUTE, **most))
+    found = train_section(tmp_path / "auto")
     assert (found["activation_checkpointing"], found["activation_checkpointing_blocks"]) == ("block", 3)
-    train_here(flags(data, tmp_path / "plain", **SHORT))
+    train_in_process(flags(data, tmp_path / "plain", **SHORT))
     same_checkpoints(tmp_path / "auto" / "iter-00000004-ckpt.pth", tmp_path / "plain" / "iter-00000004-ckpt.pth")
     capsys.readouterr()
     main([*flags(data, tmp_path / "pre", **SHORT, **RECOMPUTE, **most), "--preflight"])
@@ -165,12 +156,12 @@ def test_a_trial_takes_steps_of_the_real_run(data: Path, tmp_path: Path) -> None
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_is_measured(data: Path, tmp_path: Path) -> None:
-    """Within a limit of 1 GiB, and the run stays within it."""
+    """Within a limit of 0.25 GiB: a micro-batch smaller than the batch, by measuring."""
     big = {"model__n_embd": 256, "train__global_batch_samples": 256, "train__max_steps": 3, "optim__warmup_steps": 1}
     of = flags(
         data, tmp_path / "run", **big, **AUTO, accelerator="cuda", precision="bf16", train__memory_limit_gib=0.25
     )
     done = train(*of)
     assert "GiB measured" in done.stdout
-    rows = settings_of(tmp_path / "run")["micro_batch_samples"]
+    rows = train_section(tmp_path / "run")["micro_batch_samples"]
     assert isinstance(rows, int) and 1 <= rows < 256

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import DEVICES
 from parallel_configurations import settings_of, shared_trainer
 from running import MODEL, flags, train
 from torch import Tensor
@@ -25,8 +26,6 @@ CONFIG = ModelConfig(
     n_layer=3, n_head=2, n_query_groups=1, n_embd=16, head_size=24, intermediate_size=10, n_expert=3,
     vocab_size=30, padding_multiple=1, moe_layers=(False, True, True), position_embedding="learned", block_size=8,
 )  # fmt: skip
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])]
 ARGS = OptimArgs(name="muon", lr=0.02, weight_decay=0.3)
 
 
@@ -125,7 +124,7 @@ def test_sharded_equals_one_process() -> None:
             torch.testing.assert_close(answer[layout][name], expected, rtol=0, atol=2e-5, msg=name)
 
 
-def test_any_configuration_resumes_and_another_optimizer_is_refused(data: Path, tmp_path: Path) -> None:
+def test_a_sharded_run_resumes_in_one_process_and_another_optimizer_is_refused(data: Path, tmp_path: Path) -> None:
     """A sharded checkpoint of 4 ranks in one process, and its steps' parameters equal one process's."""
     schedule = {
         "optim__name": "muon",

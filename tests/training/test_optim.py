@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import DEVICES
 
 from lit_model.model import GPT
 from lit_model.registry import get_config
@@ -131,10 +132,6 @@ def test_skipped_step_changes_nothing() -> None:
     assert all(torch.equal(ours[n], before[n]) for n in ours)
     assert optimizer.step_count == 0
     assert all(not state["exp_avg"].any() and not state["exp_avg_sq"].any() for state in optimizer.state.values())
-
-
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -20,13 +20,12 @@ from running import ROOT, flags, shared_rank_server, write_dataset
 
 from pretrain import fabric_train
 from pretrain.fabric_train import main
+from pretrain.free_memory import host_memory_bytes
 from pretrain.init_from import model_config
 from pretrain.preflight import machine as preflight_checks
-from pretrain.preflight import memory as preflight_memory
 from pretrain.preflight import trial_run as preflight_run
 from pretrain.preflight.context import PreflightContext
 from pretrain.preflight.machine import check_network
-from pretrain.preflight.memory import host_memory_bytes
 from pretrain.preflight.outcomes import Outcome, Ranks
 
 ITEMS = ("devices", "environment", "network", "run folder", "trackers", "data", "disk", "memory", "one step")
@@ -348,7 +347,7 @@ def test_model_too_large_is_refused_before_it_is_built(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight_run, "set_up", lambda args: pytest.fail("nothing may be allocated"))
-    monkeypatch.setattr(preflight_memory, "host_memory_bytes", lambda: 24 << 30)
+    monkeypatch.setattr("pretrain.free_memory.host_memory_bytes", lambda: 24 << 30)
     large: dict[str, Any] = dict.fromkeys(f for f in map(str, flags_of_model()))
     status, output = look(capsys, data, tmp_path / "run", **large, model__name="LLaMmlein_7B", train__block_size=2048)
     line = advice_on(output, "memory")

@@ -20,8 +20,11 @@ from lit_data.record.trace import open_run
 from lit_data.record.verify import verify
 from lit_files.checkpoint_name import list_checkpoints
 from lit_model.load import Checkpoint
+from pretrain.args import DistillationArgs, OptimArgs, TrainArgs, plain
+from pretrain.build import set_up
 from pretrain.cli.run_parser import parse
 from pretrain.data import length_of
+from pretrain.resume import read_meta
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +52,13 @@ def test_more_than_two_ranks_sum_in_the_same_order(data: Path, tmp_path: Path) -
     [
         {"model__attention_dropout": 0.1},
         {"model__dropout": 0.1, "devices": 2, "strategy": "ddp"},
-        {"devices": 2, "strategy": "fsdp", "save__state_dict_type": "sharded", "optim__name": "muon"},
+        {"model__dropout": 0.1, "devices": 2, "strategy": "fsdp", "save__state_dict_type": "sharded"},
+        pytest.param(
+            {"devices": 2, "strategy": "fsdp", "save__state_dict_type": "sharded", "optim__name": "muon"},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["one", "ddp", "fsdp-sharded-muon"],
+    ids=["one", "ddp", "fsdp-sharded", "fsdp-sharded-muon"],
 )
 def test_killed_run_resumes_bit_for_bit(data: Path, tmp_path: Path, changes: dict[str, object], steps: int) -> None:
     schedule = {"train__max_steps": steps, "save__every_steps": steps // 8, "eval__every_steps": steps // 3}
@@ -127,6 +134,26 @@ def test_sigterm_saves_and_the_run_resumes(data: Path, tmp_path: Path) -> None:
     train(*flags(data, run, resume="latest", **changes))
     last = f"iter-{steps:08d}-ckpt.pth"
     same_checkpoints(tmp_path / "whole" / last, run / last)
+
+
+def test_a_setting_that_an_older_checkpoint_lacks_counts_as_its_default(
+    data: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints from before a setting existed resume, also with another way of computing the same."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    meta = read_meta(run / "iter-00000004-ckpt.pth")
+    defaults = {"train": TrainArgs(max_steps=1), "optim": OptimArgs(), "distillation": DistillationArgs()}
+    lacking = 0
+    for section, fields in plain(defaults).items():
+        kept = {k: v for k, v in meta["config"][section].items() if v != fields[k] or k in ("max_steps", "max_epochs")}
+        lacking += len(meta["config"][section]) - len(kept)
+        meta["config"][section] = kept
+    assert lacking > 30
+    monkeypatch.setattr("pretrain.build.read_meta", lambda path: meta)
+    for changes in ({}, {"train__loss_kernel": "plain"}):
+        set_up(parse(flags(data, run, resume="iter-00000004-ckpt.pth", **changes))).close()
+    with pytest.raises(ValueError, match=r"train.z_loss: 0.0 there, 0.1 here"):
+        set_up(parse(flags(data, run, resume="iter-00000004-ckpt.pth", train__z_loss=0.1)))
 
 
 def test_resume_refuses_another_run(data: Path, tmp_path: Path, finished: Path) -> None:

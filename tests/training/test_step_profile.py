@@ -8,20 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import flags, same_checkpoints
+from running import flags, same_checkpoints, train_in_process
 
 from pretrain.build import set_up
 from pretrain.cli.run_parser import parse
-from pretrain.loop import fit
 from pretrain.step_profile import break_down
-
-
-def train_here(arguments: list[str]) -> None:
-    run = set_up(parse(arguments))
-    try:
-        fit(run)
-    finally:
-        run.close()
 
 
 def test_kinds_add_up_and_nothing_else_changes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,9 +22,9 @@ def test_kinds_add_up_and_nothing_else_changes(data: Path, tmp_path: Path, capsy
         "save__every_steps": 2,
         "train__global_batch_samples": 2,
     }  # one micro-batch: short traces
-    train_here(flags(data, profiled, **of, profile__steps=2, profile__start=1))
+    train_in_process(flags(data, profiled, **of, profile__steps=2, profile__start=1))
     output = capsys.readouterr().out
-    train_here(flags(data, plain, **of))
+    train_in_process(flags(data, plain, **of))
     same_checkpoints(profiled / "iter-00000008-ckpt.pth", plain / "iter-00000008-ckpt.pth")
     folder = profiled / "profile"
     assert {p.name for p in folder.iterdir()} == {f"steps-00000003{end}" for end in (".json", ".md", ".trace.json.gz")}
@@ -51,7 +42,7 @@ def test_kinds_add_up_and_nothing_else_changes(data: Path, tmp_path: Path, capsy
     products = sum(e["dur"] for e in events if e["name"] in ("aten::mm", "aten::addmm", "aten::addmm_")) / 2e3
     assert kinds["matmul"] == pytest.approx(products, rel=0.05)  # they call a few cheap operators
 
-    train_here(flags(data, profiled, **of, profile__steps=2, profile__start=1, resume="iter-00000002-ckpt.pth"))
+    train_in_process(flags(data, profiled, **of, profile__steps=2, profile__start=1, resume="iter-00000002-ckpt.pth"))
     assert "Steps 5 to 6 on cpu" in capsys.readouterr().out
     same_checkpoints(profiled / "iter-00000008-ckpt.pth", plain / "iter-00000008-ckpt.pth")
     with pytest.raises(ValueError, match=r"--profile\.steps 2 after --profile\.start 6 needs 9 steps"):

@@ -1,0 +1,52 @@
+"""Memory that is free: of a device, and of the host under the limits of control groups."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+CUDA_RESERVE_BYTES = 1536 << 20  # not in the estimate: context, NCCL's buffers, kernels' workspaces, fragmentation
+TIGHT = 0.9  # of the free memory: above it an estimate is too close
+
+
+def free_device_bytes(device: torch.device, neighbours: int) -> int:
+    """Bytes that this process may still use on its device; `neighbours` ranks share the host's memory."""
+    if device.type != "cuda":
+        return host_memory_bytes() // neighbours
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def host_memory_bytes(root: Path = Path("/")) -> int:
+    """Memory that processes on this host can still allocate: available memory, capped by control-group limits."""
+    if hasattr(os, "sysconf") and not (root / "proc/meminfo").exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    facts = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+    available = int(facts["MemAvailable"].split()[0]) * 1024
+    return min([available, *cgroup_rooms(root)])
+
+
+def cgroup_rooms(root: Path) -> Iterator[int]:
+    """Bytes left under each memory limit of this process's control groups, v2 and v1. The file cache counts as free."""
+    groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    for _, controllers, path in groups:
+        if controllers == "":
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            if not place.is_relative_to(base):
+                break
+            try:
+                limit, used = ((place / name).read_text().strip() for name in names[:2])
+                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            except OSError:
+                continue
+            if limit != "max":
+                yield max(0, int(limit) - int(used) + int(stat.get(names[2], 0)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,3 +21,9 @@ def byte_view(tensor: Tensor) -> memoryview:
 def tensor_checksum(tensor: Tensor) -> str:
     """SHA-256, in hexadecimal, of a tensor's bytes in row-major order. Shape and dtype do not enter."""
     return hashlib.sha256(byte_view(tensor.detach().cpu().contiguous())).hexdigest()
+
+
+def weights_checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256, in hexadecimal, of tensors by name: names, dtypes, shapes and bytes. The order given does not matter."""
+    facts = sorted((name, str(t.dtype), list(t.shape), tensor_checksum(t)) for name, t in tensors)
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

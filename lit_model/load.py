@@ -30,6 +30,8 @@ from lit_model.tensor_file import DAMAGED, fault, open_tensor_file
 
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
+WITHOUT_TENSORS = "without_tensors"
+"""In the meta of a published checkpoint file that has the facts of training, but neither weights nor optimizer."""
 
 
 class Checkpoint:
@@ -216,6 +218,8 @@ def load_tensors(path: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     if is_hf_folder(path):
         return read_folder(path)
     checkpoint = Checkpoint(path)
+    if checkpoint.meta.get(WITHOUT_TENSORS):
+        raise ValueError(f"{path} was published without its tensors; open the exported model beside its run folder")
     config, layouts = checkpoint.model_config, checkpoint.model_layout()
     if config.n_layer > len(layouts):  # before a model of so many layers is laid out
         raise ValueError(f"{path} holds {len(layouts)} tensors, too few for a model of {config.n_layer} layers")

@@ -78,8 +78,8 @@ class MergedFile:
 
     def _write(self, rows: int) -> None:
         table = pa.concat_tables(self._pending) if self._pending else SCHEMA.empty_table()
-        if rows:
-            self._writer.write_table(table.slice(0, rows), row_group_size=ROWS_PER_GROUP)
+        if rows:  # in one chunk: pages, and so the file's bytes, then depend on the rows alone
+            self._writer.write_table(table.slice(0, rows).combine_chunks(), row_group_size=ROWS_PER_GROUP)
         self._pending, self._pending_rows = [table.slice(rows)], self._pending_rows - rows
 
 

@@ -1,4 +1,4 @@
-"""Cuts a run's record at a step, for a resume from an earlier checkpoint; copies the rest to another folder."""
+"""Cuts a run's record at a step, for a resume from an earlier checkpoint; copies steps to another folder."""
 
 from __future__ import annotations
 
@@ -55,3 +55,23 @@ def copy_record(run: Path, first_step: int, folder: Path) -> None:
         elif group[0].end_step > first_step:
             merge([replace(part, first_step=max(part.first_step, first_step)) for part in group], folder)
     sync_file(folder)
+
+
+def merge_steps(run: Path, first_step: int, end_step: int, folder: Path) -> None:
+    """Write the committed rows of steps `first_step` to `end_step - 1` to a merged file in `folder` (several from
+    MAX_ROWS rows on). The same rows give the same bytes, whichever files hold them.
+
+    Raises ValueError naming the steps that the record lacks.
+    """
+    at, inside = first_step, []
+    for group in group_by_steps(committed_parts(run)):
+        first, end = max(first_step, group[0].first_step), min(end_step, group[0].end_step)
+        if first >= end:
+            continue
+        if first > at:
+            break
+        inside += [replace(part, first_step=first, end_step=end) for part in group]
+        at = end
+    if at < end_step:
+        raise ValueError(f"the datapoint record of {run} ends at step {at}; a checkpoint is at step {end_step}")
+    merge(inside, folder)

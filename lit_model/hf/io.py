@@ -119,6 +119,14 @@ def read_folder(directory: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor
     return config, tensors_from_hf(family, config, stored.tensors, str(where))
 
 
+def open_tensors(directory: str | Path) -> Mapping[str, Tensor]:
+    """A folder's tensors by their names in it, each read when it is asked for.
+
+    Raises ValueError for a folder without tensors, or with fewer than its index names.
+    """
+    return _stored_tensors(Path(directory))[1].tensors
+
+
 def _write_tensors(
     directory: Path, tensors: Iterable[tuple[str, Tensor]], layout: list[tuple[str, Tensor]], shard_bytes: float
 ) -> None:

@@ -15,7 +15,7 @@ from lit_data.loading.order import Segment, check_segments
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.reading import build
 from lit_model.init import copy_slice
-from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, Checkpoint
+from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, WITHOUT_TENSORS, Checkpoint
 from lit_model.sharded import load_into
 from pretrain.checkpoint.retention import ABANDONED
 from pretrain.optim import Optimizer
@@ -31,6 +31,8 @@ def load_state(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     fit, before anything is changed.
     """
     checkpoint = Checkpoint(path)
+    if checkpoint.meta.get(WITHOUT_TENSORS):
+        raise ValueError(f"{path} was published without its training state: nothing can be resumed from it")
     check_whole(checkpoint)
     have, want = set(checkpoint.names()), set(tensors)
     if have != want:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,29 @@ from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
 from pretrain.checkpoint.contents import word_budgets_in
 
 
-def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> Path:
+@dataclass(frozen=True)
+class CardAdditions:
+    """What a model card holds besides the checkpoint's facts.
+
+    Attributes:
+        metadata: for the front matter, such as `license`.
+        facts: rows of the first table.
+        sections: Markdown, each with its heading.
+    """
+
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    facts: Sequence[tuple[str, str]] = ()
+    sections: Sequence[str] = ()
+
+
+def export_to_hf(
+    source: Path, output: Path, tokenizer: Path | None = None, card: CardAdditions = CardAdditions()
+) -> Path:
     """Write a checkpoint (or a run folder's newest) as a Hugging Face folder, atomically.
 
     Args:
         tokenizer: default: the one in the run folder; without one, no tokenizer files are written.
+        card: additions to the model card.
 
     Returns the checkpoint that was read. Raises ValueError or FileNotFoundError naming the path.
     """
@@ -72,7 +92,7 @@ def export_to_hf(source: Path, output: Path, tokenizer: Path | None = None) -> P
         tensors_to_hf(config, checkpoint.passing_tensors()),
         layout=layout,
         generation_config=generation,
-        extra_files={**_tokenizer_files(opened, encoding), "README.md": model_card(checkpoint, opened, encoding)},
+        extra_files={**_tokenizer_files(opened, encoding), "README.md": model_card(checkpoint, opened, encoding, card)},
     )
     return path
 
@@ -186,12 +206,18 @@ def tokenizer_notes(tokenizer: Tokenizer, encoding: Encoding) -> list[str]:
     return notes
 
 
-def model_card(checkpoint: Checkpoint, tokenizer: Tokenizer | None = None, encoding: Encoding | None = None) -> str:
+def model_card(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None = None,
+    encoding: Encoding | None = None,
+    additions: CardAdditions = CardAdditions(),
+) -> str:
     """README.md of an exported model: architecture, training data, training settings."""
     meta, config = checkpoint.meta, checkpoint.model_config
     data = meta.get("data") or {}
     notes = tokenizer_notes(tokenizer, encoding) if tokenizer is not None and encoding is not None and data else []
     card = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["llammlein"]}
+    card |= additions.metadata
     facts = [
         ("Parameters", f"{count_parameters(config):,}"),
         ("Optimizer steps", f"{meta['step']:,}" + (f" of {meta['max_steps']:,}" if meta.get("max_steps") else "")),
@@ -200,6 +226,7 @@ def model_card(checkpoint: Checkpoint, tokenizer: Tokenizer | None = None, encod
         ("Data fingerprint", ", ".join(f"`{name}`" for name in data["train"]) if data else "unknown"),
         ("Tokenizer fingerprint", f"`{data['tokenizer']['fingerprint']}`" if data else "unknown"),
         ("Checkpoint", f"`{checkpoint.path.name}`"),
+        *additions.facts,
     ]
     lines = [
         "---",
@@ -214,6 +241,7 @@ def model_card(checkpoint: Checkpoint, tokenizer: Tokenizer | None = None, encod
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in facts),
         "",
+        *(line for section in additions.sections for line in (section, "")),
         *(["## Tokenizer", "", *notes, ""] if notes else []),
         "## Model",
         "",

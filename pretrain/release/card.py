@@ -1,0 +1,113 @@
+"""The facts of a revision's card: losses, results, hardware and hours, as the run folder has them and never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from lit_eval.metrics_file import Metrics
+from lit_eval.run_facts import RunFacts
+from lit_eval.score.results import Results
+from pretrain.convert.export import CardAdditions
+from pretrain.evaluation_plan import COLUMN
+from pretrain.release.manifest import MANIFEST, Previous
+
+SHOWN_METRICS = ("train_loss", "val_loss", "val_bits_per_byte")
+LABELS = {
+    "train_loss": "Training loss of the last step (nats per token)",
+    "val_loss": "Validation loss (nats per token)",
+    "val_bits_per_byte": "Validation bits per byte",
+}
+
+
+def card_additions(
+    cut: RunFacts,
+    results: Sequence[Results],
+    revision: str,
+    repo: str | None,
+    licence: Mapping[str, str],
+    previous: Previous | None,
+) -> CardAdditions:
+    """What the card of a revision adds.
+
+    Args:
+        cut: the revision's run/ folder, which ends at its step.
+        results: of its checkpoint.
+        licence: `license` and its like, for the card's front matter.
+    """
+    facts = [("Revision", f"`{revision}`")]
+    if (words := cut.meta.get("words")) is not None:
+        facts.append(("Words seen", f"{words:,}"))
+    for name in SHOWN_METRICS:
+        if (value := cut.metrics.last(name)) is not None:
+            facts.append((LABELS[name], f"{value:.4f}"))
+    facts += hardware(cut)
+    chain = f"The manifest before it is that of `{previous.revision}`, `{previous.sha256}`." if previous else ""
+    where = repo or "FOLDER"
+    check = (
+        "## Checking this revision\n\n"
+        f"`{MANIFEST}` lists the SHA-256 of every file, of the record of the training data up to this step, and of the "
+        f"manifest before it; `run/` holds the record, the settings and the metrics. {chain}\n\n"
+        f"```\npython scripts/publish.py --verify {where}\n```"
+    )
+    return CardAdditions({**licence}, facts, [check, *results_section(cut, results)])
+
+
+def hardware(cut: RunFacts) -> Iterator[tuple[str, str]]:
+    """Devices of the newest start, and device hours; nothing where a run does not say."""
+    if not cut.starts:
+        return
+    last = cut.starts[-1]
+    gpus, world_size, hosts = last.get("gpus"), last.get("world_size"), last.get("hosts")
+    if isinstance(world_size, int):
+        device = ", ".join(gpus) if gpus else f"CPU processes ({last.get('cpu') or 'unknown model'})"
+        on = f" on {len(hosts)} hosts" if isinstance(hosts, list) and len(hosts) > 1 else ""
+        yield "Hardware", f"{world_size} x {device}{on}"
+    if (hours := device_hours(cut.metrics, cut.starts)) is not None:
+        yield "Device hours of training steps", f"{hours:,.2f}"
+
+
+def device_hours(metrics: Metrics, starts: list[dict[str, Any]]) -> float | None:
+    """Seconds that ranks spent in steps that count, over all starts, in hours; None if that cannot be read.
+
+    The column `seconds` begins again at each start, whose line in environment.jsonl has the number of ranks.
+    """
+    written = metrics.written.get("seconds")
+    if written is None or not written.any():
+        return None
+    steps, seconds = metrics["step"][written].tolist(), metrics["seconds"][written].tolist()
+    begins: list[tuple[int, int]] = []
+    for start in starts:
+        step, ranks = start.get("step"), start.get("world_size")
+        if not isinstance(step, int) or not isinstance(ranks, int):
+            return None
+        begins.append((step, ranks))
+    if not begins:
+        return None
+
+    def ranks_at(done: float) -> int:
+        return next((ranks for begin, ranks in reversed(begins) if begin < done), begins[0][1])
+
+    total = seconds[0] * ranks_at(steps[0])
+    for (_, before), (done, now) in pairwise(zip(steps, seconds, strict=True)):
+        total += (now - before if now >= before else now) * ranks_at(done)
+    return float(total) / 3600
+
+
+def results_section(cut: RunFacts, results: Sequence[Results]) -> Iterator[str]:
+    """The results of this step's checkpoint: a row for each task and metric."""
+    rows = [
+        f"| {task} | {metric} | {value:.4f} | {result.n:,} |"
+        for some in results
+        for task, result in some.tasks.items()
+        for metric, value in result.metrics.items()
+    ]
+    steps = cut.metrics["step"]
+    for column, values in cut.metrics.columns.items():
+        if column.startswith(COLUMN) and len(steps) and np.isfinite(values[-1]):
+            rows.append(f"| {column.removeprefix(COLUMN)}, evaluated in training | | {values[-1]:.4f} | |")
+    if rows:
+        yield "\n".join(["## Evaluation", "", "| task | metric | value | items |", "|---|---|---|---|", *rows])

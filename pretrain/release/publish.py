@@ -1,0 +1,163 @@
+"""Publishes a run's checkpoints as the revisions of a release, oldest first, to a folder or a hub.
+
+A revision is written whole before it gets its name, and the next one names its manifest, so that an interrupted call
+can be repeated: it continues after the last published revision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from lit_data.record.content import scan_record
+from lit_data.record.parts import committed_parts, group_by_steps
+from lit_eval.run_facts import find_results, is_run
+from lit_files.checkpoint_name import list_checkpoints
+from lit_files.lock import LockBusy, lock_folder
+from lit_model.load import MODEL_PREFIX, Checkpoint
+from pretrain.release.revision import Card, Link, Planned, read_planned, write_revision
+
+TrainingState = Literal["all", "last", "none"]
+
+
+class Release(Protocol):
+    """Where revisions are published: a folder or a hub."""
+
+    def chain(self) -> list[Link]: ...
+
+    def earlier_record(self, before: Link | None) -> Path | None: ...
+
+    def place(self, name: str) -> AbstractContextManager[Path]: ...
+
+    def settle(self, chain: list[Link]) -> None: ...
+
+
+@dataclass(frozen=True)
+class PublishArgs:
+    """How a run is published.
+
+    Attributes:
+        repo: NAMESPACE/NAME on a hub, also named in the card.
+        licence: keys of the card's front matter.
+        training_state: the checkpoints published with the optimizer's state.
+    """
+
+    repo: str | None = None
+    licence: Mapping[str, str] = field(default_factory=dict)
+    training_state: TrainingState = "all"
+
+
+@contextmanager
+def hold_run(run: Path) -> Iterator[None]:
+    """Lock a run folder. Raises ValueError if it is none, or is training."""
+    if not run.is_dir() or not is_run(run):
+        raise ValueError(f"{run} is not a run folder: give the --out_dir of a training run")
+    try:
+        lock = lock_folder(run, "publish it when it has ended, or stop it first")
+    except LockBusy as error:
+        raise ValueError(f"the run is still training: {error}") from error
+    try:
+        yield
+    finally:
+        lock.close()
+
+
+def plan(run: Path, training_state: TrainingState) -> list[Planned]:
+    """A run's checkpoints as revisions, oldest first.
+
+    Raises ValueError for a run without checkpoints, a checkpoint that training did not write, and a record that does
+    not cover all steps.
+    """
+    paths = list_checkpoints(run)
+    if not paths:
+        raise ValueError(f"{run} holds no checkpoint to publish")
+    keep = {"all": set(paths), "last": {paths[-1]}, "none": set()}[training_state]
+    planned = [read_planned(path, path in keep) for path in paths]
+    names = [name for some in planned for name in (some.name, *some.aliases)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{run}: two checkpoints would be published as {twice[0]}")
+    if not (run / "datapoints").is_dir():
+        raise ValueError(
+            f"{run} has no datapoint record (it ran with --data.datapoints false, or on mock data), and without it no "
+            "revision can be checked or re-executed; convert_to_hf.py exports a single checkpoint"
+        )
+    at = 0
+    for parts in group_by_steps(committed_parts(run)):
+        if parts[0].first_step != at:
+            break
+        at = parts[0].end_step
+    if lacking := [some for some in planned if some.step > at]:
+        raise ValueError(
+            f"{lacking[0].checkpoint} has no record: {run / 'datapoints'} ends at step {at}; "
+            f"see trace_data.py verify {run}"
+        )
+    return planned
+
+
+def remaining(planned: list[Planned], chain: list[Link], run: Path, where: object) -> list[Planned]:
+    """The revisions still to publish. Raises ValueError if those published are of another run."""
+    if not chain:
+        return planned
+    last = chain[-1].manifest
+    new = [some for some in planned if some.step > last.step]
+    known = {link.manifest.step: link.manifest.revision for link in chain}
+    for some in planned:
+        if some.step in known and known[some.step] != some.name:
+            raise ValueError(
+                f"{where} holds step {some.step} as {known[some.step]}, not {some.name}: another run's release"
+            )
+    part = last.record[-1]
+    at = max(some.step for some in planned)
+    if at < part.end_step or scan_record(run, part.first_step, part.end_step).content != part:
+        raise ValueError(
+            f"{where} holds the release of another run than {run}: its record of steps {part.first_step} to "
+            f"{part.end_step - 1} differs"
+        )
+    return new
+
+
+def publish(run: Path, release: Release, args: PublishArgs, say: Callable[[str], None] = print) -> list[Link]:
+    """Publish a run's checkpoints that are not published yet. Returns the whole chain.
+
+    Raises ValueError, before anything is written, for bad input.
+    """
+    with hold_run(run):
+        planned = plan(run, args.training_state)
+        chain = release.chain()
+        new = remaining(planned, chain, run, release)
+        if missed := [s.name for s in planned if chain and s.step < chain[-1].manifest.step and s not in new]:
+            published = {link.manifest.revision for link in chain}
+            if left_out := [name for name in missed if name not in published]:
+                say(f"warning: not published, as later revisions are already: {', '.join(left_out)}")
+        release.settle(chain)
+        card = Card(args.repo, args.licence, find_results(run)[0])
+        for some in new:
+            before = chain[-1] if chain else None
+            with release.place(some.name) as folder:
+                link = write_revision(run, some, before, folder, card, earlier=release.earlier_record(before))
+            chain.append(link)
+            release.settle(chain)
+            say(f"{release}: {some.name}, manifest {link.sha256}")
+    return chain
+
+
+def describe_plan(run: Path, args: PublishArgs) -> Iterator[str]:
+    """What publishing would write, a line a revision: the dry run."""
+    with hold_run(run):
+        planned = plan(run, args.training_state)
+        total = 0
+        for some in planned:
+            checkpoint = Checkpoint(some.checkpoint)
+            layouts = {name: checkpoint.layout(name).nbytes for name in checkpoint.names()}
+            weights = sum(n for name, n in layouts.items() if name.startswith(MODEL_PREFIX))
+            state = sum(layouts.values()) if some.training_state else 0
+            total += weights + state
+            tokens = some.meta.get("tokens")
+            seen = f"{tokens:,} tokens" if tokens is not None else "tokens unknown"
+            with_state = f" and training state of {state / 1e6:,.1f} MB" if state else ""
+            names = ", ".join([some.name, *some.aliases])
+            yield f"{names}: step {some.step:,}, {seen}; weights of {weights / 1e6:,.1f} MB{with_state}"
+        yield f"{len(planned)} revisions, {total / 1e6:,.1f} MB of weights and training state, besides the record"

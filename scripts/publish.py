@@ -1,12 +1,11 @@
-"""Publish a run's checkpoints as revisions that anyone can check, or verify such a release.
+"""Publish a run's checkpoints as revisions that anyone can check, to a folder or a hub, or verify such a release.
 
-publish.py RUN                                            a dry run: what would be published
-publish.py RUN --to FOLDER                                one folder a revision
-publish.py --verify FOLDER
+Without --to it is a dry run. An interrupted publication continues when the command is repeated.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,16 +19,24 @@ end_on_ctrl_c()
 def parser() -> ScriptParser:
     made = ScriptParser(description=__doc__)
     made.add_argument("run", type=Path, nargs="?", help="run folder, whose training has ended")
-    made.add_argument("--to", metavar="FOLDER", help="where to publish; without it nothing is written")
-    made.add_argument("--repo", metavar="NAMESPACE/NAME", help="repository that the card names")
-    made.add_argument("--license", metavar="ID", help="licence of the weights, such as apache-2.0, for the card")
+    made.add_argument("--to", metavar="FOLDER|hub", help="where to publish; without it nothing is written")
+    made.add_argument("--repo", metavar="NAMESPACE/NAME", help="repository on the hub, which the card names")
+    made.add_argument(
+        "--license", metavar="ID", help="licence of the weights for the card, such as apache-2.0; required for a hub"
+    )
+    made.add_argument("--public", action="store_true", help="create a public repository (default: a private one)")
     made.add_argument(
         "--training_state",
         choices=["all", "last", "none"],
         default="all",
         help="checkpoints published with their optimizer state, which replay.py and --resume need (default all)",
     )
-    made.add_argument("--verify", metavar="FOLDER", help="check a release, or a single downloaded revision")
+    made.add_argument(
+        "--verify", metavar="FOLDER|NAMESPACE/NAME", help="check a release, or a single downloaded revision"
+    )
+    made.add_argument(
+        "--download", action="store_true", help="with --verify of a hub: download all files and check their content"
+    )
     made.add_argument("--head", metavar="SHA256", help="with --verify: the expected hash of the last manifest")
     return made
 
@@ -37,16 +44,27 @@ def parser() -> ScriptParser:
 def main() -> int:
     args = parser().parse_args()
     if (args.run is None) == (args.verify is None):
-        raise ValueError("give either a run folder to publish, or --verify FOLDER")
-    if args.head is not None and args.verify is None:
-        raise ValueError("--head belongs to --verify")
+        raise ValueError("give either a run folder to publish, or --verify with a release")
+    for flag in ("head", "download"):
+        if getattr(args, flag) and args.verify is None:
+            raise ValueError(f"--{flag} belongs to --verify")
+    if args.to == "hub" and args.repo is None:
+        raise ValueError("--to hub needs --repo NAMESPACE/NAME")
+    if args.to == "hub" and args.license is None:
+        raise ValueError(
+            "--to hub needs --license, such as apache-2.0 or other: the card states it, and nothing guesses it"
+        )
+    if args.public and args.to != "hub":
+        raise ValueError("--public belongs to --to hub")
     from pretrain.release.folder import FolderRelease
+    from pretrain.release.hub import Hub, HubRelease, open_hub
     from pretrain.release.publish import PublishArgs, describe_plan, publish
+    from pretrain.release.verify import open_folder, verify
 
     if args.verify is not None:
-        from pretrain.release.verify import open_folder, verify
-
-        report = verify(open_folder(Path(args.verify)), head=args.head)
+        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", args.verify) and not Path(args.verify).exists()
+        opened = open_hub(Hub(args.verify), download=args.download) if on_hub else open_folder(Path(args.verify))
+        report = verify(opened, head=args.head)
         print(*report.lines(), sep="\n")
         return 1 if report.faults else 0
     licence = {"license": args.license} if args.license else {}
@@ -54,7 +72,12 @@ def main() -> int:
     if args.to is None:
         print(*describe_plan(args.run, settings), "dry run: nothing was written; publish with --to", sep="\n")
         return 0
-    chain = publish(args.run, FolderRelease(Path(args.to)), settings)
+    if args.to == "hub":
+        hub_release = HubRelease(Hub(args.repo), args.run / ".publishing", public=args.public)
+        chain = publish(args.run, hub_release, settings)
+        hub_release.close()
+    else:
+        chain = publish(args.run, FolderRelease(Path(args.to)), settings)
     print(f"{args.to}: {len(chain)} revisions; publish the head elsewhere too, for --verify --head {chain[-1].sha256}")
     return 0
 

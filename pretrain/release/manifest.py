@@ -22,6 +22,7 @@ from pretrain.resume import MEANING, MECHANICS
 MANIFEST = "release.json"
 RUN = "run"  # the folder of a revision that is a run folder
 MAIN = "main"  # the name of the last revision
+ADDED = (".gitattributes", ".cache")  # by a hub, and by a download from it
 FORMAT = 1
 GIT_BYTES = 16 << 20
 """Files up to this size have their git blob id in the manifest. A hub keeps larger ones by their SHA-256."""
@@ -129,9 +130,9 @@ def settings_digest(config: dict[str, Any]) -> str:
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """The paths of a revision's files except its manifest, sorted. What a download adds (.cache) does not count."""
+    """The paths of a revision's files except its manifest, sorted, without what a hub and a download add."""
     found = [p.relative_to(folder) for p in folder.rglob("*") if not p.is_dir()]
-    yield from sorted(p.as_posix() for p in found if p.parts[0] != ".cache" and p.as_posix() != MANIFEST)
+    yield from sorted(p.as_posix() for p in found if p.parts[0] not in ADDED and p.as_posix() != MANIFEST)
 
 
 def describe_file(path: Path) -> File:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -33,19 +34,18 @@ from pretrain.resume import MEANING, MECHANICS
 
 
 class Revision(Protocol):
-    """A revision as it is found. `folder` is its content if that is at hand."""
+    """A revision as it is found. `content` gives a folder with its files, or None if they are not at hand."""
 
     @property
     def name(self) -> str: ...
-
-    @property
-    def folder(self) -> Path | None: ...
 
     def paths(self) -> set[str]: ...
 
     def difference(self, path: str, expected: File) -> str | None: ...
 
     def read(self, path: str) -> bytes: ...
+
+    def content(self) -> AbstractContextManager[Path | None]: ...
 
 
 @dataclass
@@ -55,12 +55,14 @@ class Opened:
     Attributes:
         aliases: further names, and the revision each stands for.
         whole: False for a single revision, whose chain cannot be checked.
+        clashes: names that are a tag and a branch of different commits.
     """
 
     where: str
     revisions: list[Revision]
     aliases: dict[str, str]
     whole: bool = True
+    clashes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,9 @@ class FolderRevision:
 
     def read(self, path: str) -> bytes:
         return read_bytes(self.folder / path)
+
+    def content(self) -> AbstractContextManager[Path | None]:
+        return nullcontext(self.folder)
 
 
 def open_folder(path: Path) -> Opened:
@@ -189,6 +194,8 @@ def check_names(opened: Opened, links: dict[str, Link], primary: list[Link], rep
     """Each revision stands under its own name, and each alias, `main` above all, for the right one."""
     if not opened.whole:
         return
+    for name in opened.clashes:
+        report.add(name, None, "a tag and a branch of this name hold different commits")
     own = {link.manifest.revision: link for link in primary}
     last = primary[-1] if primary else None
     expected = {alias: link for link in primary for alias in link.manifest.aliases}
@@ -294,8 +301,18 @@ def changed_settings(
 def check_contents(revisions: Iterable[Revision], links: dict[str, Link], report: Report) -> None:
     """The files of each revision at hand belong together. A revision whose files changed is checked too."""
     scanned: set[tuple[str, ...]] = set()
+    unseen = []
     for revision in revisions:
-        if revision.folder is None or revision.name not in links:
+        if revision.name not in links:
             continue
-        for path, text in content_faults(revision.folder, links[revision.name].manifest, scanned):
-            report.add(revision.name, path, text)
+        manifest = links[revision.name].manifest
+        with revision.content() as folder:
+            if folder is None:
+                unseen.append(revision.name)
+                continue
+            if not isinstance(revision, FolderRevision):
+                check_files(FolderRevision(revision.name, folder), manifest, report)
+            for path, text in content_faults(folder, manifest, scanned):
+                report.add(revision.name, path, text)
+    if unseen:
+        report.notes.append("checked by the hub's hashes only; --download also checks what the files contain")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lit_model.config import ModelConfig
+from lit_model.dtensor import is_dtensor
 
 
 def llammlein_std(config: ModelConfig, name: str) -> float:
@@ -49,6 +49,17 @@ SCHEMES: dict[str, Callable[[ModelConfig, str], float]] = {
 }
 
 
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Replace each parameter of a model on the meta device by uninitialised memory on `device`.
+
+    As model.to_empty, whose empty_like imports sympy for tensors on the meta device; not for DTensors.
+    """
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            data = torch.empty(p.shape, dtype=p.dtype, device=device)
+            setattr(module, name, nn.Parameter(data, requires_grad=p.requires_grad))
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter of `model` (a GPT, sharded or not, on its final device) by the scheme `config.init`.
@@ -61,7 +72,7 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
-                f"parameter {name} is on the meta device; call model.to_empty(device=...) before initialise"
+                f"parameter {name} is on the meta device; call allocate before initialise, or to_empty if sharded"
             )
         if parameter.dim() < 2:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0 - config.norm_offset)
@@ -82,9 +93,11 @@ def draw(shape: tuple[int, ...], std: float, seed: int, name: str) -> Tensor:
 @torch.no_grad()
 def copy_slice(parameter: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor, which every rank holds, into a plain tensor or this rank's shard of a DTensor."""
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         parameter.copy_(whole)
         return
+    from torch.distributed.tensor import distribute_tensor
+
     mine = parameter.to_local()
     # src_data_rank=None: every rank holds the whole already and takes its own slice, nothing is sent.
     whole = whole.to(mine.device)

@@ -214,9 +214,9 @@ class GPT(nn.Module):
         self.loss_head: Head = partial(chunked_cross_entropy, kernel=loss_kernel)
         self.load_balance_loss = load_balance_loss
         self.router_z_loss = router_z_loss
-        self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.padded_vocab_size, config.n_embd)})
+        self.transformer = nn.ModuleDict({"wte": embedding(config.padded_vocab_size, config.n_embd)})
         if config.position_embedding == "learned":
-            self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+            self.transformer["wpe"] = embedding(config.block_size, config.n_embd)
         self.transformer["h"] = nn.ModuleList(
             Block(
                 config,
@@ -363,8 +363,19 @@ class HeadParameters(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         V = config.padded_vocab_size
-        self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(V, config.n_embd).normal_(0, 0.02))
+        self.weight = None if config.tie_embeddings else nn.Parameter(_small_normal(V, config.n_embd))
         self.bias = nn.Parameter(torch.zeros(V)) if config.lm_head_bias else None
+
+
+def embedding(rows: int, columns: int) -> nn.Embedding:
+    made: nn.Embedding = nn.Embedding.from_pretrained(_small_normal(rows, columns), freeze=False)
+    return made
+
+
+def _small_normal(rows: int, columns: int) -> Tensor:
+    """N(0, 0.02), drawn anew by `initialise`. Not on the meta device, where torch's normal_ imports torch.compile."""
+    matrix = torch.empty(rows, columns)
+    return matrix if matrix.is_meta else matrix.normal_(0, 0.02)
 
 
 @functools.cache

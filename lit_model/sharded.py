@@ -19,18 +19,17 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint import load as dcp_load
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from lit_files.reading import open_regular, read_bytes
 from lit_model.checksum import byte_view
 from lit_model.tensor_file import fault
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a record in a zip archive: the lengths of its name and its extra field
 
@@ -84,6 +83,8 @@ class _Stored:
 
 def read_metadata(folder: Path) -> Metadata:
     """The content of `.metadata`. Raises ValueError if it is missing, damaged, or holds anything but tensors."""
+    from torch.distributed.checkpoint.metadata import Metadata
+
     file = folder / ".metadata"
     if not file.is_file():
         raise ValueError(f"{folder} is not a complete checkpoint: it has no .metadata")
@@ -104,6 +105,8 @@ def _stored(metadata: Metadata) -> dict[str, _Stored]:
 
     The unpickler lets through only harmless classes, but with any content: all of it is checked.
     """
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
     tensors: dict[str, _Stored] = {}
     for name, item in metadata.state_dict_metadata.items():
         if not isinstance(name, str) or not isinstance(item, TensorStorageMetadata):
@@ -139,24 +142,26 @@ def _whole_numbers(values: Any) -> tuple[int, ...]:
     return numbers
 
 
-class SafeReader(FileSystemReader):
-    """DCP's reader of a folder, with `.metadata` read by the allow-listing unpickler and byte items refused."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = read_metadata(Path(self.path))
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
-
-
 def load_into(folder: Path, tensors: Mapping[str, Tensor], *, no_dist: bool) -> None:
     """Fill tensors, DTensors among them, in place by DCP; every rank of the default group calls this.
 
     Raises ValueError on every rank if one of them finds a file damaged, or anything in it but a tensor's bytes.
     """
+    from torch.distributed.checkpoint import CheckpointException, FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    class SafeReader(FileSystemReader):
+        """DCP's reader of a folder, with `.metadata` read by the allow-listing unpickler and byte items refused."""
+
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            metadata = read_metadata(Path(self.path))
+            metadata.storage_meta = StorageMeta(load_id=self.load_id)
+            return metadata
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads, as meant
         try:
-            dcp_load(dict(tensors), storage_reader=SafeReader(folder), no_dist=no_dist)
+            load(dict(tensors), storage_reader=SafeReader(folder), no_dist=no_dist)
         except CheckpointException as error:  # no subclass of Exception: it would pass every handler above
             first = next(iter(error.failures.values()))[0]
             raise ValueError(f"{folder} is damaged, or was not written here: {fault(first)}") from error

@@ -20,7 +20,7 @@ from lit_files.parquet import leave_pandas_out
 from lit_model.bf16 import use_float32_products
 from lit_model.config import ModelConfig
 from lit_model.float8 import ALIGNMENT, use_float8
-from lit_model.init import initialise
+from lit_model.init import allocate, initialise
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from pretrain.args import AUTO, OptimArgs, RunArgs, plain
@@ -104,7 +104,8 @@ def set_arithmetic(deterministic: bool, placement: Placement) -> None:
     """Set torch's switches for deterministic algorithms and for TF32."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        # As torch.use_deterministic_algorithms, without importing torch.compile's machinery: see compile_blocks.
+        torch.set_deterministic_debug_mode("error")
     if placement.kind == "cuda" and placement.dtype != torch.float32:
         torch.set_float32_matmul_precision("high")
 
@@ -304,7 +305,7 @@ def build_model(
         convert_to_float8(raw_model, args, config)
     use_float32_products(raw_model.blocks(), fabric.device, placement.dtype)
     if not placement.fsdp:
-        raw_model.to_empty(device=fabric.device)
+        allocate(raw_model, fabric.device)
         initialise(raw_model, config, args.seed)
         if args.compile:
             compile_blocks(raw_model)

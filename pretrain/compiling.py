@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lit_model.kernels.choose import keep_the_loop_untraced
 from lit_model.model import GPT, Block
 
 COMPILATIONS_PER_KIND = 2 * 2 * 2
@@ -22,6 +23,8 @@ def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -
     All blocks of all models share one code object, for which dynamo allows 8 compilations; beyond that it falls back to
     eager. The limits are raised as the model requires.
     """
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # sets it for inductor too
+    keep_the_loop_untraced()
     allowed = COMPILATIONS_PER_KIND * len({block.kind() for block in model.blocks()})
     config = torch._dynamo.config
     config.recompile_limit += allowed

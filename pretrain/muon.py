@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lit_model.config import ModelConfig
+from lit_model.dtensor import is_dtensor, local
 from lit_model.matrices import hidden_matrices
 from pretrain.args import OptimArgs
-from pretrain.optim import AdamW, Optimizer, local, scale_gradients
+from pretrain.optim import AdamW, Optimizer, scale_gradients
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, steepest at 0
 ITERATIONS = 5
@@ -92,7 +92,7 @@ class Muon(Optimizer):
     def _shard_group(self, name: str) -> dist.ProcessGroup | None:
         """The ranks that hold a matrix's rows; None if this rank's part consists of whole matrices."""
         p = self.matrices[name]
-        if not isinstance(p, DTensor) or p.dim() > 2:  # FSDP2 shards the first dimension: experts, not their rows
+        if not is_dtensor(p) or p.dim() > 2:  # FSDP2 shards the first dimension: experts, not their rows
             return None
         groups = [p.device_mesh.get_group(dim) for dim, placement in enumerate(p.placements) if placement.is_shard()]
         assert len(groups) <= 1, f"{name} is sharded over several mesh dimensions"

@@ -10,20 +10,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
 from torch.optim.adamw import adamw
 
+from lit_model.dtensor import is_dtensor, local
 from pretrain.args import OptimArgs
 
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor (sharing its storage), or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Placement
 
 
 def decays(parameter: Tensor) -> bool:
@@ -161,7 +160,7 @@ def scale_gradients(parameters: Iterable[nn.Parameter], coefficient: Tensor) -> 
     torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], coefficient)
 
 
-Layout = tuple[DeviceMesh, tuple[Placement, ...]] | None
+Layout = tuple[DeviceMesh, "tuple[Placement, ...]"] | None
 """How a tensor is distributed over the ranks; None: a plain tensor."""
 
 
@@ -169,7 +168,7 @@ def by_layout(grads: list[Tensor]) -> dict[Layout, list[Tensor]]:
     """Group local shards by layout, in order of first appearance, which is the same on every rank."""
     groups: dict[Layout, list[Tensor]] = {}
     for g in grads:
-        layout = (g.device_mesh, g.placements) if isinstance(g, DTensor) else None
+        layout = (g.device_mesh, g.placements) if is_dtensor(g) else None
         groups.setdefault(layout, []).append(local(g))
     return groups
 

@@ -6,11 +6,10 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lit_files.cores import usable_cores
 from lit_model.init import initialise
@@ -21,6 +20,9 @@ from pretrain.cluster_environment import environment_for_fabric
 from pretrain.compiling import compile_blocks
 from pretrain.fabric import DDPStrategy, Fabric, ModelParallelStrategy, Strategy
 from pretrain.launch import WaitingNotice, find_launch, gpu_index
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 # Of the computation; fp8 is the matter of lit_model/float8.py, everything else in such a run is bf16.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -180,6 +182,8 @@ def build_fabric(args: RunArgs, placement: Placement) -> Fabric:
 
 def parallelize(model: GPT, mesh: DeviceMesh, args: RunArgs, devices: int) -> GPT:
     """FSDP2: shard each block, then the root (embedding, last norm and head), then materialise and initialise."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
     if args.compile:
         compile_blocks(model)
     dtype = DTYPES[args.precision]
@@ -219,7 +223,7 @@ def data_mesh(mesh: DeviceMesh, args: RunArgs, devices: int) -> DeviceMesh:
 
 def prefetch(model: GPT, n_blocks: int) -> None:
     """Gather `n_blocks` ahead of the block in work: the next ones in the forward, those before it in the backward."""
-    blocks, root = cast(list[FSDPModule], list(model.blocks())), cast(FSDPModule, model)
+    blocks, root = cast("list[FSDPModule]", list(model.blocks())), cast("FSDPModule", model)
     root.set_modules_to_forward_prefetch(blocks[:n_blocks])
     root.set_modules_to_backward_prefetch(blocks[-n_blocks:][::-1])
     for i, block in enumerate(blocks):

@@ -260,8 +260,9 @@ class Tokenizer(ABC):
             "drop": [without_first_spaces(pieces) for pieces in kept],
         }
         for way, pieces in ways.items():
-            encoded = iter(self.encode_plain([p for parts in pieces for p in parts]))
-            if [[id for _ in parts for id in next(encoded)] for parts in pieces] == wholes:
+            distinct = list({piece for parts in pieces for piece in parts})  # the samples share most of them
+            encoded = dict(zip(distinct, self.encode_plain(distinct), strict=True))
+            if [[id for piece in parts for id in encoded[piece]] for parts in pieces] == wholes:
                 return way
         return None
 

@@ -111,6 +111,15 @@ def _beyond_sdpa(features: tuple[str, ...]) -> list[str]:
     return [feature for feature in features if feature in _BEYOND_SDPA]
 
 
+_untraced_plain_loop = plain_loop
+
+
+def keep_the_loop_untraced() -> None:
+    """Call this before compiling a model. torch.compiler.disable imports torch.compile's machinery: not at import."""
+    global _untraced_plain_loop
+    _untraced_plain_loop = torch.compiler.disable(plain_loop)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, name: str, variant: AttentionVariant = PLAIN
 ) -> Tensor:
@@ -143,9 +152,11 @@ def attention(
         if q.device.type == "cpu":
             return cpu_loop(q, k, v, cu_seqlens, variant.scale)
     out: Tensor
-    if torch.compiler.is_compiling() and not variant.dropout:
+    if not torch.compiler.is_compiling():
+        out = plain_loop(q, k, v, cu_seqlens, *variant)
+    elif not variant.dropout:
         out = plain_operator(q, k, v, cu_seqlens, variant.scale, variant.window, variant.softcap)
     else:
         # As plain arguments: dynamo of torch 2.11 cannot rebuild a replaced NamedTuple where a graph ends.
-        out = plain_loop(q, k, v, cu_seqlens, *variant)
+        out = _untraced_plain_loop(q, k, v, cu_seqlens, *variant)
     return out

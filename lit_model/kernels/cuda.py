@@ -125,6 +125,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, variant
 
 
 def _varlen_arguments() -> frozenset[str]:
+    if not torch.backends.cuda.is_built():  # importing it would import torch.compile's machinery with it
+        return frozenset()
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -1,4 +1,8 @@
-"""Attention as an opaque operator: torch.compile does not trace into it, and autograd runs our own backward."""
+"""Operators that torch.compile does not trace into, and whose gradients are operators of ours.
+
+Registered with torch.library's functions and not with its `custom_op`, which imports torch.compile's machinery at the
+first call, whether or not anything is compiled.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,24 @@ from torch import Tensor
 Operator = Callable[..., Any]
 
 
+def register_operator(
+    name: str, schema: str, function: Operator, fake: Operator, device_types: str = "default"
+) -> Operator:
+    """Register `llammlein::NAME` and return it. The outputs must not alias the inputs.
+
+    Args:
+        schema: types and names of arguments and outputs, "(Tensor x, int n) -> Tensor".
+        fake: an uninitialised output for these inputs; it is traced instead of `function`.
+        device_types: where `function` runs, "cpu" or "cuda"; default: anywhere.
+    """
+    qualified = f"llammlein::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, device_types, function)
+    torch.library.register_fake(qualified, fake)
+    operator: Operator = getattr(torch.ops.llammlein, name).default
+    return operator
+
+
 def attention_operator(
     name: str,
     options: str,
@@ -18,7 +40,7 @@ def attention_operator(
     backward: Operator,
     *,
     empty_lse: Callable[[Tensor], Tensor] | None = None,
-    device_types: str | None = None,
+    device_types: str = "default",
 ) -> Operator:
     """Register `llammlein::NAME` and `llammlein::NAME_backward`, and return the former.
 
@@ -31,14 +53,6 @@ def attention_operator(
     """
     outputs, kept = ("Tensor", "") if empty_lse is None else ("(Tensor, Tensor)", "Tensor out, Tensor lse, ")
     q_k_v, gradients = "Tensor q, Tensor k, Tensor v, ", "(Tensor, Tensor, Tensor)"
-
-    def register(name: str, function: Operator, schema: str) -> Any:
-        return torch.library.custom_op(
-            f"llammlein::{name}", function, mutates_args=(), device_types=device_types, schema=schema
-        )
-
-    operator = register(name, forward, f"({q_k_v}{options}) -> {outputs}")
-    operator_backward = register(f"{name}_backward", backward, f"(Tensor grad, {q_k_v}{kept}{options}) -> {gradients}")
 
     def fake(q: Tensor, *_: Any) -> Tensor | tuple[Tensor, Tensor]:
         out = q.new_empty(q.shape)
@@ -55,7 +69,8 @@ def attention_operator(
         gradients = operator_backward(grad, *ctx.saved_tensors, *ctx.options)
         return (*gradients, None, *(None for _ in ctx.options))
 
-    operator.register_fake(fake)
-    operator_backward.register_fake(fake_backward)
-    operator.register_autograd(differentiate, setup_context=set_up)
-    return operator  # type: ignore[no-any-return]
+    operator = register_operator(name, f"({q_k_v}{options}) -> {outputs}", forward, fake, device_types)
+    backward_schema = f"(Tensor grad, {q_k_v}{kept}{options}) -> {gradients}"
+    operator_backward = register_operator(f"{name}_backward", backward_schema, backward, fake_backward, device_types)
+    torch.library.register_autograd(f"llammlein::{name}", differentiate, setup_context=set_up)
+    return operator

@@ -77,7 +77,6 @@ def runs_of_pieces(cu_seqlens: Tensor) -> Iterator[tuple[int, int, int]]:
         i = j
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def plain_loop(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *options: Any) -> Tensor:
     """Piece by piece; `options` are the fields of an AttentionVariant.
 

@@ -10,6 +10,7 @@ gloo group of the saver's own: training's collectives run at the same time.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -23,8 +24,6 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
-from torch.distributed.checkpoint import save as dcp_save
 
 from lit_files.checksum import file_sha256
 from lit_files.publish import publish, sync_file, write_json
@@ -50,6 +49,8 @@ class CheckpointWriter:
     def __init__(self, *, sharded: bool, timeout: timedelta) -> None:
         several = dist.is_initialized() and dist.get_world_size() > 1
         self.sharded = sharded
+        if sharded:  # here and not by the first save, which may run in a thread beside the training
+            importlib.import_module("torch.distributed.checkpoint")
         self.rank = dist.get_rank() if several else 0
         self.group = dist.new_group(backend="gloo", timeout=timeout) if several else None
 
@@ -67,16 +68,7 @@ class CheckpointWriter:
                     temporary.mkdir()
 
         def write_shards() -> dict[str, dict[str, Any]]:
-            try:
-                dcp_save(
-                    dict(tensors),
-                    storage_writer=_ShardWriter(temporary, sync_files=True),
-                    process_group=self.group,
-                    no_dist=self.group is None,
-                )
-            except CheckpointException as error:  # it holds the errors of all ranks
-                if self.rank in error.failures:
-                    raise error.failures[self.rank][0] from None
+            if not write_sharded(temporary, tensors, self.group, self.rank):
                 return {}
             mine = sorted(temporary.glob(f"__{self.rank}_*"))
             if self.rank == 0:
@@ -141,14 +133,27 @@ def clear(temporary: Path) -> None:
         os.rename(temporary, temporary.with_name(f".deleting-{temporary.name}-{time.time_ns()}"))
 
 
-class _ShardWriter(FileSystemWriter):
-    """DCP's writer that raises the cause of an error: torch.save hides a full disk behind its own error."""
+def write_sharded(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None, rank: int) -> bool:
+    """Write this rank's shards by DCP. Raises this rank's own error; returns whether all the others succeeded."""
+    from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
 
-    def write_data(self, *arguments: Any) -> Any:
-        try:
-            return super().write_data(*arguments)
-        except Exception as error:
-            raise system_error(error) from None
+    class ShardWriter(FileSystemWriter):
+        """Raises the cause of an error: torch.save hides a full disk behind its own error."""
+
+        def write_data(self, *arguments: Any) -> Any:
+            try:
+                return super().write_data(*arguments)
+            except Exception as error:
+                raise system_error(error) from None
+
+    writer = ShardWriter(folder, sync_files=True)
+    try:
+        save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+    except CheckpointException as error:  # it holds the errors of all ranks
+        if rank in error.failures:
+            raise error.failures[rank][0] from None
+        return False
+    return True
 
 
 def system_error(error: BaseException) -> BaseException:

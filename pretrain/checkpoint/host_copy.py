@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from lit_model.dtensor import is_dtensor, local
 
 
 def gather(tensors: dict[str, Tensor], rank: int, *, copy: bool) -> dict[str, Tensor]:
@@ -16,10 +17,10 @@ def gather(tensors: dict[str, Tensor], rank: int, *, copy: bool) -> dict[str, Te
     """
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = tensor.full_tensor() if is_dtensor(tensor) else tensor
         if rank == 0:
             host = full.detach().cpu()
-            whole[name] = host.clone() if copy and host.data_ptr() == local_tensor(tensor).data_ptr() else host
+            whole[name] = host.clone() if copy and host.data_ptr() == local(tensor).data_ptr() else host
     return whole
 
 
@@ -39,7 +40,7 @@ class HostBuffers:
         for name, tensor in tensors.items():
             if name not in self._buffers:
                 self._buffers[name] = host_buffer(tensor)
-            local_tensor(self._buffers[name]).copy_(local_tensor(tensor), non_blocking=tensor.is_cuda)
+            local(self._buffers[name].detach()).copy_(local(tensor.detach()), non_blocking=tensor.is_cuda)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return {name: self._buffers[name] for name in tensors}
@@ -50,16 +51,10 @@ def host_buffer(tensor: Tensor) -> Tensor:
     buffer = tensor.detach().to("cpu", copy=True)
     if not tensor.is_cuda:
         return buffer
-    if isinstance(buffer, DTensor):  # from_local would move it to the mesh's device; DCP's stagers set it likewise
+    if is_dtensor(buffer):  # from_local would move it to the mesh's device; DCP's stagers set it likewise
         buffer._local_tensor = buffer._local_tensor.pin_memory()
         return buffer
     return buffer.pin_memory()
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """A tensor's own data on this rank, without its history."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def copy_without_waiting(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:

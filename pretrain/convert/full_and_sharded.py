@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint import save as dcp_save
 
 from lit_files.checkpoint_name import checkpoint_step
 from lit_files.checksum import file_sha256
@@ -58,10 +56,12 @@ def convert_checkpoint(source: Path, output: Path, to: Literal["full", "sharded"
 
 def _write_folder(folder: Path, checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
     """Write with DCP's writer in one process. The tensors are memory-mapped, so the system can reclaim their pages."""
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
-        dcp_save(tensors, storage_writer=FileSystemWriter(folder, sync_files=False), no_dist=True)
+        save(tensors, storage_writer=FileSystemWriter(folder, sync_files=False), no_dist=True)
     files = sorted(folder.iterdir())
     meta["checksums"] = {f.name: {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from lit_data.packed.reader import PackedDataset
 from lit_eval.model.model_tokenizer import OVERRIDE, check_model_and_data
@@ -22,6 +20,7 @@ from lit_model.bf16 import use_float32_products
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters, largest_block, root_parameters
 from lit_model.distillation import Teacher, TeacherHead
+from lit_model.dtensor import is_dtensor
 from lit_model.init import copy_slice
 from lit_model.load import is_hf_folder, load_tensors
 from lit_model.model import GPT
@@ -120,11 +119,12 @@ class Teachers:
         model.requires_grad_(False).eval()
         if compiled:
             compile_blocks(model)
-        for block in model.blocks():
-            if self.sharded:
+        if self.sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            for block in model.blocks():
                 fully_shard(block)
-        if self.sharded:  # the root stays unsharded after its forward: the student's loss reads the head
-            fully_shard(model, reshard_after_forward=False)
+            fully_shard(model, reshard_after_forward=False)  # the student's loss reads the head after the forward
         model.to_empty(device=self.device)
         for name, parameter in model.named_parameters():
             copy_slice(parameter, tensors[name])
@@ -146,7 +146,7 @@ class Teachers:
         return said
 
     def _for_student(self, teacher: Teacher) -> Teacher:
-        assert not isinstance(teacher.weight, DTensor), "a head must be whole"
+        assert not is_dtensor(teacher.weight), "a head must be whole"
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(self.student_device, non_blocking=True)

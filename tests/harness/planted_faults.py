@@ -33,9 +33,9 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from lit_data.record.writer import DatapointRecorder  # noqa: E402
+from lit_model.dtensor import local  # noqa: E402
 from pretrain import build, loop  # noqa: E402
 from pretrain.checkpoint import commit, saver  # noqa: E402
-from pretrain.optim import local  # noqa: E402
 
 
 def plant(faults: list[dict[str, Any]]) -> None:

@@ -98,6 +98,24 @@ def test_the_trainer_parses_first(tmp_path: Path) -> None:
     assert [imported for _, _, imported in found] == [[]] * 4 and [status for status, _, _ in found] == [0, 2, 2, 2]
 
 
+def test_a_plain_run_imports_no_compiler(tmp_path: Path) -> None:
+    """On one CPU without --compile: neither torch.compile's machinery nor that of sharding, half of a run's start."""
+    heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.checkpoint", "sympy")
+    small = [
+        "--train.max_steps",
+        "2",
+        "--optim.warmup_steps",
+        "1",
+        "--data.synthetic.tokens",
+        "10000",
+        "--out_dir",
+        str(tmp_path / "run"),
+    ]
+    command = [str(ROOT / "pretrain" / "fabric_train.py"), "--config", str(ROOT / "configs" / "debug.yaml"), *small]
+    ((status, text, imported),) = outcomes([command], (*heavy, "pandas"), tmp_path / "found.json")
+    assert status == 0 and "step 2: saved" in text and imported == [], (text, imported)
+
+
 def test_choices_are_complete() -> None:
     """The names that a parser lists without importing what they stand for."""
     prefixed = [f"{prefix}:NAME" for prefix in PREFIXED_JOBS]

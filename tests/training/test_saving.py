@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lit_files.checkpoint_name import list_checkpoints
+from lit_model.dtensor import local
 from lit_model.load import Checkpoint
 from pretrain.args import SaveArgs
 from pretrain.checkpoint.commit import CheckpointWriter, SaveError
-from pretrain.checkpoint.host_copy import local_tensor
 from pretrain.checkpoint.load import load_state
 from pretrain.checkpoint.saver import Saver
 
@@ -104,11 +104,11 @@ def test_shards_reuse_the_same_staging_buffers(tmp_path: Path) -> None:
         for step in (1, 2, 3):
             expected = {k: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for k, v in tensors.items()}
             staged = writer._buffers.copy(tensors)
-            places.add(tuple(local_tensor(tensor).data_ptr() for tensor in staged.values()))
+            places.add(tuple(local(tensor).data_ptr() for tensor in staged.values()))
             assert all(isinstance(staged[k], DTensor) == isinstance(v, DTensor) for k, v in tensors.items())
             writer.save(step, tensors, {"step": step})
             for tensor in tensors.values():
-                local_tensor(tensor).add_(1)
+                local(tensor).add_(1)
             writer.wait()
             same(tmp_path / f"iter-{step:08d}-ckpt.pth", expected)
         assert len(places) == 1

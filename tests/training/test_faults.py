@@ -146,7 +146,7 @@ def test_a_spike_is_rolled_back_and_its_samples_skipped(
     fault = {"kind": "spike", "samples": [8 * 11, 8 * 11 + 1], "factor": 30.0}
     answer = ranks(2, run, flags(data, run, **changes), plants=[fault])
     assert answer.statuses == [0, 0], answer.output
-    assert "going back to iter-00000010-ckpt.pth" in answer.output
+    assert "rolling back to iter-00000010-ckpt.pth" in answer.output
     assert [int(r["step"]) for r in metrics(run)] == list(range(25))
     assert max(float(r["train_loss"]) for r in metrics(run)[1:]) < 8
     order = json.loads((run / "datapoints" / "order.json").read_text())

@@ -192,7 +192,7 @@ def test_a_rollback_counts_only_what_was_seen(counted: Path, tmp_path: Path) -> 
     }  # fmt: skip
     fault = {"kind": "spike", "samples": [8 * 11, 8 * 11 + 1], "factor": 30.0}
     done = shared_rank_server().run(1, run, short(counted, run, **changes), plants=[fault])
-    assert done.statuses == [0] and "going back to iter-00000010-ckpt.pth" in done.output, done.output
+    assert done.statuses == [0] and "rolling back to iter-00000010-ckpt.pth" in done.output, done.output
     check_words(run)
     words = {int(row["step"]): int(row["words"]) for row in metrics(run)}
     steps = [min(step for step, seen in words.items() if seen >= budget) for budget in (1000, 3500, 4500)]

@@ -224,6 +224,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: RowLayout, kernel: str, cache: LayerCache | None) -> Tensor:
         """(B, T, C) -> (B, T, C). With a cache, x continues the tokens in it (and there are no documents)."""
+        q, k, v = self.project(x, layout)
+        T = x.shape[1]
+        variant = self.variant if self.training else self.variant._replace(dropout=0.0)
+        if cache is None or layout.prompts is not None:
+            if cache is not None and layout.prompts is not None:
+                cache.place(k, v, layout.prompts)
+            y = attention(q, k, v, layout.chunks if self.chunked else layout.cu_seqlens, kernel, variant)
+        elif T == 1:
+            hidden = layout.hidden_chunk if self.chunked else layout.hidden
+            # With padding, the start of a row's chunk is in `hidden`.
+            chunk = self.chunk_size if hidden is None else None
+            y = next_token_attention(q, *cache.append(k, v), hidden, variant, chunk)
+        else:
+            y = cached_attention(q, *cache.append(k, v), variant, self.chunk_size)
+        out: Tensor = self.proj(y.flatten(2))
+        return out
+
+    def project(self, x: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, D), keys and values (B, T, G, D) of x (B, T, C), normed, rotated and scaled."""
         B, T, _ = x.shape
         H, G, D = self.n_head, self.n_query_groups, self.head_size
         qkv = self.qkv(x).view(B, T, H + 2 * G, D)  # (B, T, H + 2G, D)
@@ -238,20 +257,7 @@ class Attention(nn.Module):
                 q, k = self._rotate(q, layout, heads=H), self._rotate(k, layout, heads=G)
         if layout.temperature is not None and not self.rotates:
             q = (q * layout.temperature).to(q.dtype)
-        variant = self.variant if self.training else self.variant._replace(dropout=0.0)
-        if cache is None or layout.prompts is not None:
-            if cache is not None and layout.prompts is not None:
-                cache.place(k, v, layout.prompts)
-            y = attention(q, k, v, layout.chunks if self.chunked else layout.cu_seqlens, kernel, variant)
-        elif T == 1:
-            hidden = layout.hidden_chunk if self.chunked else layout.hidden
-            # With padding, the start of a row's chunk is in `hidden`.
-            chunk = self.chunk_size if hidden is None else None
-            y = next_token_attention(q, *cache.append(k, v), hidden, variant, chunk)
-        else:
-            y = cached_attention(q, *cache.append(k, v), variant, self.chunk_size)
-        out: Tensor = self.proj(y.reshape(B, T, H * D))
-        return out
+        return q, k, v
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Fresh tensors (B, T, H, D) and (B, T, G, D)."""

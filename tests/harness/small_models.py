@@ -41,6 +41,39 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+LAYER_NORM = {
+    "norm_class_name": "LayerNorm",
+    "mlp_gated": False,
+    "mlp_bias": True,
+    "parallel_residual": True,
+}
+EVERY_FAMILY: dict[str, dict[str, Any]] = {
+    **FAMILIES,
+    "mistral": {"attention_pattern": ("sliding",), "sliding_window_size": 8},
+    "qwen3": {"qk_norm": "head", "tie_embeddings": True, "head_size": 16},
+    "olmo2": {"qk_norm": "projection", "pre_norm": False, "post_norm": True},
+    "llama4_text": {
+        "n_query_groups": 2,
+        "qk_norm": "unit",
+        "rope_layers": (True, False),
+        "attention_pattern": ("chunked", "full"),
+        "attention_chunk_size": 8,
+        "attention_temperature_scale": 0.1,
+        "attention_temperature_floor": 4,
+        "n_expert": 4,
+        "n_expert_per_token": 2,
+        "moe_layers": (False, True),
+    },
+    "gptj": {
+        **LAYER_NORM,
+        "shared_attention_norm": True,
+        "activation": "gelu_tanh",
+        "rotary_size": 4,
+        "lm_head_bias": True,
+    },
+    "gpt_neox": {**LAYER_NORM, "attention_bias": True, "activation": "gelu", "rotary_size": 2},
+}
+
 
 def synthetic_texts(n: int, seed: int = 0) -> list[str]:
     """`n` short texts."""

@@ -1,0 +1,248 @@
+"""Writes a model as ONNX and checks the file in onnxruntime against the model here, on the CPU in float32."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lit_files.publish import build_folder
+from lit_model.attention import KVCache
+from lit_model.config import ModelConfig
+from lit_model.load import load_model, resolve
+from lit_model.model import GPT
+from lit_model.onnx_graph import OnnxGraph
+from pretrain.convert.side_by_side import Speed, as_hf_folder, compare_speed, copy_all_but_weights
+
+MODEL_FILE = "model.onnx"
+TOLERANCE = 1e-4
+"""Largest absolute difference of a logit."""
+SHAPES = ((1, 7), (3, 33), (2, 128))
+"""Rows and tokens a row of the checks; lengths are cut to the context."""
+LARGEST_FILE = 1 << 30
+"""Bytes of weights beyond which they get a file of their own: protobuf holds less than 2 GiB."""
+TIMED_TOKENS, DECODED_TOKENS = 256, 16
+
+Feed = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written and how it compares.
+
+    Attributes:
+        difference: the largest of a logit, absolute.
+        shapes: rows and tokens of the compared inputs.
+        prefill, decode: onnxruntime's speed beside ours; decode is None without a cache.
+        limits: what the file does not do, one sentence each.
+    """
+
+    model_bytes: int
+    onnx_bytes: int
+    difference: float
+    shapes: tuple[tuple[int, int], ...]
+    prefill: Speed
+    decode: Speed | None
+    limits: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{B} x {T}" for B, T in self.shapes)
+        speeds = [f"one row of {TIMED_TOKENS} tokens or the context: onnxruntime {self.prefill} PyTorch"]
+        if self.decode is not None:
+            speeds.append(f"token by token with the cache: onnxruntime {self.decode} PyTorch")
+        return "\n".join(
+            [
+                f"{self.onnx_bytes:,} bytes of ONNX for {self.model_bytes:,} bytes of weights",
+                f"largest difference of a logit in onnxruntime: {self.difference:.1e} (rows x tokens: {shapes}"
+                f"{'; in one call, in two parts, token by token' if self.decode is not None else ''}; left padding)",
+                *speeds,
+                *(f"limit: {limit}" for limit in self.limits),
+            ]
+        )
+
+
+def export_to_onnx(source: Path, output: Path, *, cache: bool = True, tokenizer: Path | None = None) -> OnnxReport:
+    """Write a checkpoint, a run folder's newest or a Hugging Face folder as a folder with model.onnx, config and
+    tokenizer. It appears complete, after it was checked, or not at all.
+
+    Args:
+        cache: with inputs and outputs for keys and values, so that a text is continued token by token.
+        tokenizer: for a checkpoint, as in `export_to_hf`.
+
+    Raises ValueError for a missing package, an output that exists, a file that onnxruntime computes differently, and
+    as `export_to_hf`.
+    """
+    runtime = _import_packages()
+    if output.exists():
+        raise ValueError(f"output {output} exists already; give another name or remove it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with as_hf_folder(resolve(source), tokenizer, output.parent) as folder, build_folder(output) as temporary:
+        model, config = load_model(folder)
+        model = model.float()
+        graph = OnnxGraph(model, cache=cache)
+        copy_all_but_weights(folder, temporary)
+        path = temporary / MODEL_FILE
+        _write(graph, path)
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        shapes = tuple((B, min(T, config.block_size)) for B, T in SHAPES)
+        difference = max(_difference(model, graph, session, B, T) for B, T in shapes)
+        if not difference <= TOLERANCE:  # also for NaN
+            raise ValueError(
+                f"{output} was not written: in onnxruntime a logit differs by {difference:.1e} from ours, more than "
+                f"{TOLERANCE:.0e}"
+            )
+        return OnnxReport(
+            model_bytes=sum(p.nbytes for p in graph.model.parameters()),
+            onnx_bytes=sum(file.stat().st_size for file in temporary.glob(f"{MODEL_FILE}*")),
+            difference=difference,
+            shapes=shapes,
+            prefill=_prefill_speed(model, graph, session),
+            decode=_decode_speed(model, graph, session) if cache else None,
+            limits=_limits(config, cache),
+        )
+
+
+def _import_packages() -> Any:
+    """onnxruntime. Raises ValueError if it or a package that torch.onnx needs is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"ONNX needs the package {error.name}: pip install onnx onnxscript onnxruntime") from error
+    return onnxruntime
+
+
+def _write(graph: OnnxGraph, path: Path) -> None:
+    config = graph.config
+    B, T, P = 2, 5, 3  # any sizes but 0 and 1, which torch.export takes as fixed
+    inputs: list[Any] = [torch.zeros(B, T, dtype=torch.long), torch.ones(B, T, dtype=torch.long)]
+    shapes: list[Any] = [{0: "batch", 1: "sequence"}, {0: "batch", 1: "sequence"}]
+    if graph.cache:
+        past = [torch.zeros(B, config.n_query_groups, P, config.head_size) for _ in range(2 * config.n_layer)]
+        inputs = [inputs[0], torch.ones(B, P + T, dtype=torch.long), past]
+        of_past = [{0: "batch", 2: "past_sequence"} for _ in past]
+        shapes = [shapes[0], {0: "batch", 1: "total_sequence"}, of_past]
+    with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # about names of dimensions that are equal, and torch's own deprecations
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # about torchvision, which is not needed
+        program = torch.onnx.export(
+            graph,
+            tuple(inputs),
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=tuple(shapes),
+            input_names=graph.input_names,
+            output_names=graph.output_names,
+        )
+    assert program is not None
+    n_bytes = sum(p.nbytes for p in graph.model.parameters())
+    program.save(path, external_data=n_bytes > LARGEST_FILE)
+
+
+class Decoder:
+    """An ONNX session called on the next tokens of rows."""
+
+    def __init__(self, graph: OnnxGraph, session: Any, batch: int) -> None:
+        shape = (batch, graph.config.n_query_groups, 0, graph.config.head_size)
+        self.session = session
+        self.past: Feed = {name: np.zeros(shape, np.float32) for name in graph.input_names[2:]}
+        self.mask: npt.NDArray[np.int64] = np.ones((batch, 0), np.int64)
+
+    def __call__(self, tokens: npt.NDArray[np.int64], mask: npt.NDArray[np.int64] | None = None) -> Any:
+        """Tokens int64 (B, T) -> logits float32 (B, T, V); mask int64 (B, T): 0 for padding."""
+        self.mask = np.concatenate((self.mask, np.ones_like(tokens) if mask is None else mask), axis=1)
+        feed = {"input_ids": tokens, "attention_mask": self.mask, **self.past}
+        logits, *present = self.session.run(None, feed)
+        if self.past:
+            self.past = dict(zip(self.past, present, strict=True))
+        return logits
+
+
+@torch.no_grad()
+def _difference(model: GPT, graph: OnnxGraph, session: Any, B: int, T: int) -> float:
+    """The largest difference of a logit: in one call, with padding, and with a cache in parts and token by token."""
+    tokens = torch.randint(0, model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(T))
+    ids, wanted = tokens.numpy(), model(tokens).numpy()
+    found = [Decoder(graph, session, B)(ids)]
+    if graph.cache:
+        for cuts in ((T // 2,), tuple(range(T // 2, T))):
+            decoder = Decoder(graph, session, B)
+            found.append(np.concatenate([decoder(part) for part in np.split(ids, cuts, axis=1)], axis=1))
+    differences = [float(np.abs(logits - wanted).max()) for logits in found]
+    # The last row alone begins later: what is before it is padding.
+    late = min(3, T - 1)
+    mask = np.ones_like(ids)
+    mask[-1, :late] = 0
+    padded = Decoder(graph, session, B)(ids, mask)[-1, late:]
+    differences.append(float(np.abs(padded - model(tokens[-1:, late:])[0].numpy()).max()))
+    return float(np.max(differences))  # NaN if any is
+
+
+@torch.no_grad()
+def _prefill_speed(model: GPT, graph: OnnxGraph, session: Any) -> Speed:
+    tokens = torch.zeros(1, min(TIMED_TOKENS, model.config.block_size), dtype=torch.long)
+    ids = tokens.numpy()
+
+    def ours() -> int:
+        model(tokens)
+        return ids.size
+
+    def theirs() -> int:
+        Decoder(graph, session, 1)(ids)
+        return ids.size
+
+    with torch.no_grad():
+        return compare_speed(ours, theirs)
+
+
+def _decode_speed(model: GPT, graph: OnnxGraph, session: Any) -> Speed:
+    config = model.config
+    new = min(DECODED_TOKENS, config.block_size - 1)
+    prompt = torch.zeros(1, min(TIMED_TOKENS, config.block_size - new), dtype=torch.long)
+    token = prompt[:, :1]
+
+    def ours() -> int:
+        cache = KVCache(config, 1, prompt.shape[1] + new, prompt.device, torch.float32)
+        _call_each(lambda ids: model(ids, cache=cache), [prompt, *[token] * new])
+        return prompt.shape[1] + new
+
+    def theirs() -> int:
+        decoder = Decoder(graph, session, 1)
+        _call_each(lambda ids: decoder(ids.numpy()), [prompt, *[token] * new])
+        return prompt.shape[1] + new
+
+    with torch.no_grad():
+        return compare_speed(ours, theirs)
+
+
+def _call_each(call: Any, parts: Sequence[Tensor]) -> None:
+    for part in parts:
+        call(part)
+
+
+def _limits(config: ModelConfig, cache: bool) -> tuple[str, ...]:
+    found = [
+        f"at most {config.block_size} tokens a row, the cache included: onnxruntime reports an index out of bounds",
+        "one document a row: documents packed into one row would see each other",
+        "scores of all tokens of a row are held at once: memory grows with the square of the length",
+    ]
+    if not cache:
+        found.append("no cache: each new token computes the whole row again")
+    if config.n_expert:
+        share = config.n_expert / config.n_expert_per_token
+        found.append(f"all {config.n_expert} experts are computed for every token: {share:g} times their arithmetic")
+    return tuple(found)

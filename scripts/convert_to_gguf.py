@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="file to write; must not exist")
     parser.add_argument(
         "--dtype",
-        choices=["float32", "float16", "bfloat16"],
+        choices=["float32", "float16", "bfloat16", "q8_0"],
         default="float16",
         help="of the matrices (default: float16)",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from lit_model.rope import rope_frequencies
 
 # model_type in transformers -> architecture in llama.cpp
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen3": "qwen3"}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# q8_0 is computed from float32: blocks of 32 numbers in a row share a scale.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "q8_0": torch.float32}
+Q8_0_BLOCK = 32
 
 _NAMES = {
     "transformer.wte": "token_embd",
@@ -90,11 +93,19 @@ def write_gguf(
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     architecture = architecture_of(config)
-    kinds = {
-        torch.float32: gguf.GGMLQuantizationType.F32,
-        torch.float16: gguf.GGMLQuantizationType.F16,
-        torch.bfloat16: gguf.GGMLQuantizationType.BF16,
-    }
+    kinds = {"float16": gguf.GGMLQuantizationType.F16, "bfloat16": gguf.GGMLQuantizationType.BF16}
+    kinds |= {"float32": gguf.GGMLQuantizationType.F32, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+
+    def kind_of(tensor: Tensor) -> Any:
+        return kinds[dtype if tensor.dim() > 1 else "float32"]
+
+    if dtype == "q8_0":
+        for name, like in _tensors(config, _layout(config), architecture, dtype):
+            if like.dim() > 1 and like.shape[-1] % Q8_0_BLOCK:
+                raise ValueError(
+                    f"dtype q8_0: {name} has rows of {like.shape[-1]} numbers, no multiple of {Q8_0_BLOCK}; choose "
+                    "another dtype"
+                )
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as temporary, contextlib.closing(gguf.GGUFWriter(temporary, architecture)) as writer:
         for key, value in {**_metadata(config, architecture, dtype), **(tokenizer or {})}.items():
@@ -102,13 +113,18 @@ def write_gguf(
         if tokenizer is None:
             writer.add_tokenizer_model("none")
         for name, like in _tensors(config, _layout(config), architecture, dtype):
-            bytes_shape = (*like.shape[:-1], like.shape[-1] * like.element_size())  # as the library wants raw types
-            writer.add_tensor_info(name, bytes_shape, _BYTE, like.nbytes, raw_dtype=kinds[like.dtype])
+            kind = kind_of(like)
+            shape = gguf.quant_shape_to_byte_shape(tuple(like.shape), kind)  # as the library wants raw types
+            writer.add_tensor_info(name, shape, _BYTE, math.prod(shape), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for _, tensor in _tensors(config, tensors, architecture, dtype):
-            writer.write_tensor_data(tensor.cpu().contiguous().view(torch.uint8).numpy())
+            tensor = tensor.cpu().contiguous()
+            if kind_of(tensor) == kinds["q8_0"]:
+                writer.write_tensor_data(gguf.quantize(tensor.numpy(), kinds["q8_0"]))
+            else:
+                writer.write_tensor_data(tensor.view(torch.uint8).numpy())
             del tensor  # before the next one is read
 
 
@@ -131,7 +147,7 @@ def _metadata(config: ModelConfig, architecture: str, dtype: str) -> dict[str, A
         "rope.dimension_count": config.head_size,
         "rope.freq_base": float(config.rope_base),
     }
-    file_type = {"float32": 0, "float16": 1, "bfloat16": 32}[dtype]  # llama.cpp's enum llama_ftype
+    file_type = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}[dtype]  # llama.cpp's enum llama_ftype
     general = {"general.name": config.name or "model", "general.file_type": file_type}
     return {**general, **{f"{architecture}.{key}": value for key, value in sizes.items()}}
 

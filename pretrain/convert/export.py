@@ -125,7 +125,7 @@ def export_to_gguf(
     """Write a checkpoint, a run folder's newest or a Hugging Face folder as one GGUF file, atomically.
 
     Args:
-        dtype: of the matrices: float32, float16 or bfloat16.
+        dtype: of the matrices: float32, float16, bfloat16 or q8_0.
         tokenizer: default: the one next to the model. Raises ValueError if there is none.
         pre_tokenizer: see `lit_data.tokenizers.gguf`.
 

@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from lit_model.config import ModelConfig
 from lit_model.load import load_model, resolve
 from lit_model.model import GPT
 from lit_model.onnx_graph import OnnxGraph
-from pretrain.convert.side_by_side import Speed, as_hf_folder, compare_speed, copy_all_but_weights
+from pretrain.convert.side_by_side import Speeds, as_hf_folder, compare_speed, copy_all_but_weights
 
 MODEL_FILE = "model.onnx"
 TOLERANCE = 1e-4
@@ -31,7 +30,6 @@ SHAPES = ((1, 7), (3, 33), (2, 128))
 """Rows and tokens a row of the checks; lengths are cut to the context."""
 LARGEST_FILE = 1 << 30
 """Bytes of weights beyond which they get a file of their own: protobuf holds less than 2 GiB."""
-TIMED_TOKENS, DECODED_TOKENS = 256, 16
 
 Feed = dict[str, npt.NDArray[Any]]
 
@@ -43,7 +41,7 @@ class OnnxReport:
     Attributes:
         difference: the largest of a logit, absolute.
         shapes: rows and tokens of the compared inputs.
-        prefill, decode: onnxruntime's speed beside ours; decode is None without a cache.
+        speeds: onnxruntime's beside ours.
         limits: what the file does not do, one sentence each.
     """
 
@@ -51,20 +49,20 @@ class OnnxReport:
     onnx_bytes: int
     difference: float
     shapes: tuple[tuple[int, int], ...]
-    prefill: Speed
-    decode: Speed | None
+    speeds: Speeds
     limits: tuple[str, ...]
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{B} x {T}" for B, T in self.shapes)
-        speeds = [f"one row of {TIMED_TOKENS} tokens or the context: onnxruntime {self.prefill} PyTorch"]
-        if self.decode is not None:
-            speeds.append(f"token by token with the cache: onnxruntime {self.decode} PyTorch")
+        prefill, decode = self.speeds
+        speeds = [f"one row: onnxruntime {prefill} PyTorch"]
+        if decode is not None:
+            speeds.append(f"token by token with the cache: onnxruntime {decode} PyTorch")
         return "\n".join(
             [
                 f"{self.onnx_bytes:,} bytes of ONNX for {self.model_bytes:,} bytes of weights",
                 f"largest difference of a logit in onnxruntime: {self.difference:.1e} (rows x tokens: {shapes}"
-                f"{'; in one call, in two parts, token by token' if self.decode is not None else ''}; left padding)",
+                f"{'; in one call, in two parts, token by token' if decode is not None else ''}; left padding)",
                 *speeds,
                 *(f"limit: {limit}" for limit in self.limits),
             ]
@@ -109,8 +107,7 @@ def export_to_onnx(source: Path, output: Path, *, cache: bool = True, tokenizer:
             onnx_bytes=sum(file.stat().st_size for file in temporary.glob(f"{MODEL_FILE}*")),
             difference=difference,
             shapes=shapes,
-            prefill=_prefill_speed(model, graph, session),
-            decode=_decode_speed(model, graph, session) if cache else None,
+            speeds=_speeds(model, graph, session),
             limits=_limits(config, cache),
         )
 
@@ -192,46 +189,22 @@ def _difference(model: GPT, graph: OnnxGraph, session: Any, B: int, T: int) -> f
     return float(np.max(differences))  # NaN if any is
 
 
-@torch.no_grad()
-def _prefill_speed(model: GPT, graph: OnnxGraph, session: Any) -> Speed:
-    tokens = torch.zeros(1, min(TIMED_TOKENS, model.config.block_size), dtype=torch.long)
-    ids = tokens.numpy()
-
-    def ours() -> int:
-        model(tokens)
-        return ids.size
-
-    def theirs() -> int:
-        Decoder(graph, session, 1)(ids)
-        return ids.size
-
-    with torch.no_grad():
-        return compare_speed(ours, theirs)
-
-
-def _decode_speed(model: GPT, graph: OnnxGraph, session: Any) -> Speed:
+def _speeds(model: GPT, graph: OnnxGraph, session: Any) -> Speeds:
     config = model.config
-    new = min(DECODED_TOKENS, config.block_size - 1)
-    prompt = torch.zeros(1, min(TIMED_TOKENS, config.block_size - new), dtype=torch.long)
-    token = prompt[:, :1]
 
-    def ours() -> int:
-        cache = KVCache(config, 1, prompt.shape[1] + new, prompt.device, torch.float32)
-        _call_each(lambda ids: model(ids, cache=cache), [prompt, *[token] * new])
-        return prompt.shape[1] + new
+    def ours(ids: Tensor, cache: KVCache | None) -> KVCache:
+        if cache is None:
+            cache = KVCache(config, 1, config.block_size, ids.device, torch.float32)
+        model(ids, cache=cache)
+        return cache
 
-    def theirs() -> int:
-        decoder = Decoder(graph, session, 1)
-        _call_each(lambda ids: decoder(ids.numpy()), [prompt, *[token] * new])
-        return prompt.shape[1] + new
+    def other(ids: Tensor, decoder: Decoder | None) -> Decoder:
+        if decoder is None:
+            decoder = Decoder(graph, session, 1)
+        decoder(ids.numpy())
+        return decoder
 
-    with torch.no_grad():
-        return compare_speed(ours, theirs)
-
-
-def _call_each(call: Any, parts: Sequence[Tensor]) -> None:
-    for part in parts:
-        call(part)
+    return compare_speed(ours, other, config.block_size, cache=graph.cache)
 
 
 def _limits(config: ModelConfig, cache: bool) -> tuple[str, ...]:

@@ -10,11 +10,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from lit_model.load import is_hf_folder, resolve
 from pretrain.convert.export import export_to_hf
 
 ROUNDS = 5
+PROMPT_TOKENS, DECODED_TOKENS = 240, 16
+"""Tokens of the timed row, cut to the context."""
 WEIGHTS = (".safetensors", ".bin", ".index.json", ".pth", ".pt", ".gguf", ".onnx", ".data", ".h5", ".msgpack")
 
 
@@ -34,16 +40,35 @@ class Speed:
         return f"{self.other:,.0f} tokens/s, {self.ratio:.2f} times the {self.ours:,.0f} of"
 
 
-def compare_speed(ours: Callable[[], int], other: Callable[[], int], rounds: int = ROUNDS) -> Speed:
-    """Call both in turn, once each before the clock starts. Each returns the number of tokens that it computed."""
-    rates: tuple[list[float], list[float]] = ([], [])
-    for i in range(rounds + 1):
-        for one, found in zip((ours, other), rates, strict=True):
+Forward = Callable[[Tensor, Any], Any]
+"""Tokens int64 (1, T), and what the call on the tokens before them returned or None -> what the next call needs."""
+
+
+class Speeds(NamedTuple):
+    """Of one row: read in one call, and continued token by token with the cache (None: there is no cache)."""
+
+    prefill: Speed
+    decode: Speed | None
+
+
+@torch.no_grad()
+def compare_speed(ours: Forward, other: Forward, block_size: int, *, cache: bool = True) -> Speeds:
+    """Both read the same row and continue it, in turn; the first round is not counted."""
+    new = min(DECODED_TOKENS, block_size - 1) if cache else 0
+    prompt = torch.zeros(1, min(PROMPT_TOKENS, block_size - new), dtype=torch.long)
+    read: tuple[list[float], list[float]] = ([], [])
+    written: tuple[list[float], list[float]] = ([], [])
+    for i in range(ROUNDS + 1):
+        for j, forward in enumerate((ours, other)):
             began = time.perf_counter()
-            tokens = one()
+            state = forward(prompt, None)
+            middle = time.perf_counter()
+            for _ in range(new):
+                state = forward(prompt[:, :1], state)
             if i:
-                found.append(tokens / (time.perf_counter() - began))
-    return Speed(statistics.median(rates[0]), statistics.median(rates[1]))
+                read[j].append(prompt.shape[1] / (middle - began))
+                written[j].append(new / (time.perf_counter() - middle))
+    return Speeds(*(Speed(*map(statistics.median, of)) if of[0][0] else None for of in (read, written)))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -72,6 +97,6 @@ def copy_all_but_weights(folder: Path, output: Path) -> None:
             shutil.copytree(file, output / file.name)
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+def weights_bytes(folder: Path) -> int:
+    """Size of a folder's files of weights."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.name.endswith(WEIGHTS))

@@ -65,6 +65,33 @@ def test_transformers_reads_the_same_model(name, dtype, tmp_path):
     assert hf.config.max_position_embeddings == 64 and hf.config.tie_word_embeddings == config.tie_embeddings
 
 
+def test_q8_0_is_within_half_a_step(tmp_path):
+    """Blocks of 32 numbers x are stored as d = max|x| / 127 in float16 and round(x / d) in 8 bits."""
+    config = ModelConfig(**{**SIZES, "n_embd": 64}, intermediate_size=96)
+    model = build(config)
+    for dtype in ("float32", "q8_0"):
+        write_gguf(tmp_path / f"{dtype}.gguf", config, model.state_dict(), dtype=dtype)
+    exact, stored = (
+        {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in gguf.GGUFReader(tmp_path / name).tensors}
+        for name in ("float32.gguf", "q8_0.gguf")
+    )
+    assert exact.keys() == stored.keys()
+    for name, x in exact.items():
+        if x.dim() == 1:
+            assert torch.equal(stored[name], x)
+            continue
+        blocks = x.double().unflatten(-1, (-1, 32))
+        step = blocks.abs().amax(-1, keepdim=True) / 127
+        error = (stored[name].double().unflatten(-1, (-1, 32)) - blocks).abs()
+        assert (error <= step * (0.5 + 127 * 2**-11) + 2**-24).all() and error.max() > 0, name  # d has 11 bits
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="q8_0.gguf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits, wanted = hf(draw_tokens(config)).logits, model(draw_tokens(config))
+    assert 0 < (logits - wanted).norm() / wanted.norm() < 0.03
+    with pytest.raises(ValueError, match="q8_0: token_embd.weight has rows of 48 numbers, no multiple of 32"):
+        write_gguf(tmp_path / "odd.gguf", CONFIGS["llama"], {}, dtype="q8_0")
+
+
 def test_scaled_rotation_becomes_divisors_of_the_frequencies(tmp_path):
     config = ModelConfig(**SIZES, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32))
     write_gguf(tmp_path / "model.gguf", config, build(config).state_dict())

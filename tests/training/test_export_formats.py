@@ -1,14 +1,19 @@
-"""Exports to ONNX and quantized formats: what is written equals the model or is close to it; mistakes are refused."""
+"""Exports to ONNX and quantized formats: what is written equals the model or is close to it; mistakes are refused.
+
+The slow tests need the extras `onnx` and `quantize`, and skip themselves without.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hf_checks import build
-from small_models import EVERY_FAMILY, SIZES
+from small_models import EVERY_FAMILY, SIZES, synthetic_texts, train_small_tokenizer, write_model_folder
 
 from lit_model.config import ModelConfig
 from lit_model.hf.families import config_to_hf, tensors_to_hf
@@ -16,6 +21,7 @@ from lit_model.hf.io import write_folder
 from lit_model.onnx_graph import OnnxGraph
 from pretrain.convert import onnx_export
 from pretrain.convert.onnx_export import Decoder, export_to_onnx
+from pretrain.convert.quantization import check_method, quantize
 
 
 def folder_of(config: ModelConfig, path: Path) -> Path:
@@ -59,3 +65,68 @@ def test_a_file_with_other_logits_is_not_kept(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match="was not written: in onnxruntime a logit differs by"):
         export_to_onnx(folder, tmp_path / "onnx", cache=False)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A Hugging Face folder, and a text."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = train_small_tokenizer(path / "tokenizer")
+    (path / "text.txt").write_text("\n".join(synthetic_texts(5)))
+    return write_model_folder(path / "hf", tokenizer), path / "text.txt"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["int8", "int4", "int8_dynamic", "q8_0", "q4_k_m"])
+def test_quantized_models_open_again(method: str, model: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("gguf" if method == "q8_0" else "llama_cpp" if method == "q4_k_m" else "torchao")
+    folder, text = model
+    output = tmp_path / ("out.gguf" if method.startswith("q") else "out")
+    options: dict[str, Any] = {"pre_tokenizer": "gpt-2"} if method.startswith("q") else {}
+    report = quantize(folder, output, method, [text], **options)
+    print(report)
+    assert report.bytes_after < 0.9 * report.bytes_before and report.bits_before != report.bits_after
+    assert abs(report.bits_after / report.bits_before - 1) < (0.1 if "4" in method else 0.02)
+    assert [p.name for p in tmp_path.iterdir()] == [output.name]
+    if output.is_dir():
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in output.iterdir()}
+
+
+def test_mistakes_are_refused(model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is written, with the flag or the package by name."""
+    folder, text = model
+    output = tmp_path / "out"
+
+    def refused(message: str, method: str = "int8", to: Path = output, **options: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            quantize(folder, to, method, [text], **options)
+
+    refused("--method int3 is unknown; choose one of int8, int4", "int3")
+    refused("exists already", to=folder)
+    refused("--max_documents 0", max_documents=0)
+    refused("--pre_tokenizer gpt-2 is for q8_0 and q4_k_m; --method is int8", pre_tokenizer="gpt-2")
+    for name, package, method in (("torchao", "torchao", "int8"), ("llama_cpp", "llama-cpp-python", "q4_k_m")):
+        monkeypatch.setitem(sys.modules, name, None)
+        refused(f"--method {method} needs the package {package}: pip install {package}", method)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ValueError, match="ONNX needs the package onnx: pip install onnx onnxscript onnxruntime"):
+        export_to_onnx(folder, output)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "message"),
+    [
+        ("gpt2", "int8", "a gpt2 in transformers has none"),
+        ("llama4_text", "int8", "leaves experts as they are"),
+        ("olmo2", "q8_0", "this model is of family olmo2"),
+    ],
+)
+def test_models_that_a_method_does_not_fit(family: str, method: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_method(ModelConfig(**SIZES, **EVERY_FAMILY[family], vocab_size=100), method)
+
+
+def test_int4_needs_rows_of_whole_groups() -> None:
+    with pytest.raises(ValueError, match="--method int4: intermediate_size is 80, no multiple of 32"):
+        check_method(ModelConfig(**{**SIZES, "intermediate_size": 80}, vocab_size=100), "int4")

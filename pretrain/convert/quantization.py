@@ -1,0 +1,351 @@
+"""Quantizes a model for transformers or llama.cpp, opens the result again, and measures what it gains and loses.
+
+Everything runs on the CPU; the model before is transformers' in float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import logging
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_eval.model.eval_model import EvalModel, open_model
+from lit_eval.model.likelihood import Scorer
+from lit_eval.score.perplexity import perplexity, texts_of_files
+from lit_files.publish import build_folder, publish, sync_file
+from lit_model.config import ModelConfig
+from lit_model.hf.families import family_of
+from lit_model.hf.gguf import architecture_of
+from lit_model.load import resolve
+from pretrain.convert.export import export_to_gguf
+from pretrain.convert.quantization_methods import GGUF, METHODS, TORCHAO
+from pretrain.convert.side_by_side import (
+    Forward,
+    Speeds,
+    as_hf_folder,
+    compare_speed,
+    copy_all_but_weights,
+    weights_bytes,
+)
+
+INT4_GROUP = 32
+"""Weights in a row that share a scale."""
+BATCH_TOKENS = 4096
+"""Of a batch that is scored: transformers holds the logits of all of them."""
+CHECKED_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What was written and what it costs.
+
+    Attributes:
+        bytes_before, bytes_after: of the files of weights.
+        stored: kinds of stored numbers, by the number of parameters that are stored so.
+        bits_before, bits_after: bits per byte of the text.
+        speeds: beside transformers in float32; None: `program` is not installed.
+        program: what computed at that speed.
+        limits: one sentence each.
+    """
+
+    bytes_before: int
+    bytes_after: int
+    stored: dict[str, int]
+    bits_before: float
+    bits_after: float
+    speeds: Speeds | None
+    program: str
+    limits: tuple[str, ...]
+
+    def __str__(self) -> str:
+        stored = ", ".join(f"{n:,} {kind}" for kind, n in self.stored.items())
+        change = self.bits_after - self.bits_before
+        lines = [
+            f"{self.bytes_after:,} bytes, {self.bytes_after / self.bytes_before:.3f} of {self.bytes_before:,}; "
+            f"parameters: {stored}",
+            f"bits per byte: {self.bits_after:.5f}, before {self.bits_before:.5f} ({change:+.5f}, "
+            f"{change / self.bits_before:+.2%})",
+        ]
+        if self.speeds is None:
+            lines.append(f"speed: not measured, {self.program} is not installed")
+        else:
+            lines.append(f"one row: {self.program} {self.speeds.prefill} transformers in float32")
+            lines.append(f"token by token with the cache: {self.program} {self.speeds.decode} transformers in float32")
+        return "\n".join([*lines, *(f"limit: {limit}" for limit in self.limits)])
+
+
+def quantize(
+    source: Path,
+    output: Path,
+    method: str,
+    texts: Sequence[Path],
+    *,
+    max_documents: int | None = None,
+    tokenizer: Path | None = None,
+    pre_tokenizer: str | None = None,
+) -> QuantizationReport:
+    """Write a checkpoint, a run folder's newest or a Hugging Face folder, quantized: for a method of torchao as a
+    folder that transformers opens, else as a GGUF file. It appears complete, after it was opened again, or not at all.
+
+    Args:
+        texts: files of text, .jsonl or Parquet, the first `max_documents` documents of which are scored.
+        tokenizer: for a checkpoint, as in `export_to_hf`.
+        pre_tokenizer: for GGUF, as in `export_to_gguf`.
+
+    Raises ValueError for a missing package, an output that exists, a model that the method does not fit, and as
+    `export_to_hf` and `export_to_gguf`.
+    """
+    path = resolve(source)
+    if method not in METHODS:
+        raise ValueError(f"--method {method} is unknown; choose one of {', '.join(METHODS)}")
+    if output.exists():
+        raise ValueError(f"output {output} exists already; give another name or remove it")
+    if max_documents is not None and max_documents < 1:
+        raise ValueError(f"--max_documents {max_documents}: give a whole number from 1")
+    if pre_tokenizer is not None and method in TORCHAO:
+        raise ValueError(f"--pre_tokenizer {pre_tokenizer} is for {' and '.join(GGUF)}; --method is {method}")
+    _import_packages(method)
+    model = open_model(path, tokenizer=tokenizer, device="cpu")
+    model.need_tokenizer()
+    check_method(model.config, method)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = _Text(model, texts, max_documents)
+    bits_before = text.bits_per_byte(model.scorer())  # first: a fault of the text is found before the long work
+    with as_hf_folder(path, tokenizer, output.parent) as folder:
+        before = _open(folder)
+        if method in TORCHAO:
+            return _with_torchao(folder, output, method, before, text, bits_before)
+        return _as_gguf(folder, output, method, before, text, bits_before, pre_tokenizer)
+
+
+def check_method(config: ModelConfig, method: str) -> None:
+    """Raise ValueError if the method does not fit the model."""
+    if method in GGUF:
+        architecture_of(config)
+        return
+    family = family_of(config).model_type
+    if family == "gpt2":
+        raise ValueError(
+            f"--method {method}: torchao quantizes linear layers, and a gpt2 in transformers has none (Conv1D)"
+        )
+    if config.n_expert:
+        raise ValueError(
+            f"--method {method}: torchao leaves experts as they are in transformers, the most of the model"
+        )
+    if method == "int4":
+        widths = {"n_embd": config.n_embd, "intermediate_size": config.intermediate_size}
+        widths["n_head * head_size"] = config.n_head * config.head_size
+        for name, width in widths.items():
+            if width % INT4_GROUP:
+                raise ValueError(f"--method int4: {name} is {width}, no multiple of {INT4_GROUP}")
+
+
+def _import_packages(method: str) -> None:
+    """Raise ValueError if a package that the method needs is missing."""
+    for name in ("torchao", "torch.utils._pytree"):  # about kernels for GPUs, and torchao's use of torch
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        import transformers
+
+        if method in TORCHAO:
+            import torchao  # noqa: F401
+
+            if int(transformers.__version__.split(".")[0]) < 5:
+                raise ValueError(
+                    f"--method {method} needs transformers 5 or newer; {transformers.__version__} is installed"
+                )
+        else:
+            import accelerate  # type: ignore[import-untyped]  # noqa: F401 (transformers reads GGUF with it)
+            import gguf  # noqa: F401
+        if method == "q4_k_m":
+            import llama_cpp  # noqa: F401
+    except ImportError as error:
+        name = "llama-cpp-python" if error.name == "llama_cpp" else error.name
+        more = " (a source package: it compiles llama.cpp for many minutes)" if name == "llama-cpp-python" else ""
+        raise ValueError(f"--method {method} needs the package {name}: pip install {name}{more}") from error
+
+
+def _with_torchao(
+    folder: Path, output: Path, method: str, before: Any, text: _Text, bits_before: float
+) -> QuantizationReport:
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        PerGroup,
+    )
+    from transformers import TorchAoConfig
+
+    configs = {
+        "int8": lambda: Int8WeightOnlyConfig(version=2),
+        "int4": lambda: IntxWeightOnlyConfig(
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
+            granularity=PerGroup(INT4_GROUP),
+        ),
+        "int8_dynamic": lambda: Int8DynamicActivationInt8WeightConfig(version=2),
+    }
+    with build_folder(output) as temporary:
+        quantized = _open(folder, quantization_config=TorchAoConfig(configs[method]()))
+        copy_all_but_weights(folder, temporary)
+        quantized.save_pretrained(temporary)
+        reopened = _open(temporary)
+        tokens = text.some_tokens()
+        with torch.no_grad():
+            if not torch.equal(reopened(tokens).logits, quantized(tokens).logits):
+                raise ValueError(f"{output} was not written: opened again, it gives other logits than before")
+        stored = Counter[str]()
+        for parameter in reopened.parameters():
+            plain = type(parameter) is torch.nn.Parameter and type(parameter.data) is Tensor
+            stored[str(parameter.dtype).removeprefix("torch.") if plain else method] += parameter.numel()
+        if not stored[method]:
+            raise ValueError(f"{output} was not written: torchao quantized none of the model's layers")
+        versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torchao"))
+        limits = [
+            f"read by AutoModelForCausalLM.from_pretrained of {versions}; the format belongs to torchao, and another "
+            "version may not read it",
+            "embedding, head and norms stay as they were; this project does not read the folder",
+        ]
+        if method == "int4":
+            limits.append(
+                "a number of 4 bits takes a byte on disk and in memory: torchao has no packed format that a CPU both "
+                "saves and computes"
+            )
+        return QuantizationReport(
+            bytes_before=weights_bytes(folder),
+            bytes_after=weights_bytes(temporary),
+            stored=dict(stored),
+            bits_before=bits_before,
+            bits_after=text.bits_per_byte(text.scorer_of(reopened)),
+            speeds=compare_speed(_forward(before), _forward(reopened), text.model.config.block_size),
+            program="torchao",
+            limits=tuple(limits),
+        )
+
+
+def _as_gguf(
+    folder: Path, output: Path, method: str, before: Any, text: _Text, bits_before: float, pre_tokenizer: str | None
+) -> QuantizationReport:
+    import gguf
+
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".gguf.") as name:
+        parts = Path(name)
+        file = parts / output.name
+        if method == "q8_0":
+            export_to_gguf(folder, file, dtype="q8_0", pre_tokenizer=pre_tokenizer)
+        else:
+            plain = parts / "float32.gguf"
+            export_to_gguf(folder, plain, dtype="float32", pre_tokenizer=pre_tokenizer)
+            _quantize_by_llama_cpp(plain, file)
+            plain.unlink()
+        stored = Counter[str]()
+        for tensor in gguf.GGUFReader(file).tensors:
+            stored[tensor.tensor_type.name] += int(tensor.n_elements)
+        speeds = None
+        limits = ["bits per byte are those of the weights, by transformers; llama.cpp rounds activations too"]
+        if (forward := _llama_cpp_forward(file, text.model.config.block_size)) is not None:
+            speeds = compare_speed(_forward(before), forward, text.model.config.block_size)
+        if method == "q4_k_m":
+            limits.append("rows that are no multiple of 256 get another type, by llama.cpp's rules")
+        report = QuantizationReport(
+            bytes_before=weights_bytes(folder),
+            bytes_after=file.stat().st_size,
+            stored=dict(stored),
+            bits_before=bits_before,
+            bits_after=text.bits_per_byte(text.scorer_of(_open(parts, gguf_file=file.name))),
+            speeds=speeds,
+            program="llama.cpp" if speeds is not None else "llama-cpp-python",
+            limits=tuple(limits),
+        )
+        sync_file(file)
+        publish(file, output)
+    return report
+
+
+def _quantize_by_llama_cpp(source: Path, output: Path) -> None:
+    import llama_cpp
+
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    settings.nthread = torch.get_num_threads()
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(settings)):
+        raise ValueError(f"llama.cpp could not quantize the model; its messages are above (written from {source.name})")
+
+
+def _llama_cpp_forward(file: Path, block_size: int) -> Forward | None:
+    """llama.cpp on the file; None if it is not installed."""
+    try:
+        import llama_cpp
+    except ImportError:
+        return None
+    model = llama_cpp.Llama(
+        str(file), n_ctx=block_size, n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(),
+        verbose=False,
+    )  # fmt: skip
+
+    def forward(ids: Tensor, state: Any) -> Any:
+        if state is None:
+            model.reset()
+        model.eval(ids[0].tolist())
+        return model
+
+    return forward
+
+
+def _open(folder: Path, **options: Any) -> Any:
+    """A model of transformers in float32."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # transformers 5.24 prefers `cache`, which older ones do not know.
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def _forward(model: Any) -> Forward:
+    """For `compare_speed`: the state is the cache."""
+
+    def forward(ids: Tensor, cache: Any) -> Any:
+        return model(ids, past_key_values=cache, use_cache=True).past_key_values
+
+    return forward
+
+
+class _Text:
+    """The text that is scored, by the tokenizer and the first token of the model before."""
+
+    def __init__(self, model: EvalModel, paths: Sequence[Path], max_documents: int | None) -> None:
+        self.model, self.paths, self.max_documents = model, paths, max_documents
+
+    def bits_per_byte(self, scorer: Scorer) -> float:
+        texts = texts_of_files(self.paths, self.model.encode, limit=self.max_documents)
+        return float(perplexity(scorer, texts, self.model.prefix_id()).metrics["bits_per_byte"])
+
+    def scorer_of(self, model: Any) -> Scorer:
+        """Scores by a model of transformers."""
+
+        def forward(tokens: Tensor, targets: Tensor) -> Tensor:
+            logits = model(tokens, use_cache=False).logits.float()  # (B, T, V)
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+            return torch.stack((-losses, (logits.argmax(-1) == targets).float()))
+
+        return Scorer(forward, self.model.config.block_size, BATCH_TOKENS)
+
+    def some_tokens(self) -> Tensor:
+        """The first tokens of the text, int64 (1, T)."""
+        ids: Iterator[int] = (
+            id for text in texts_of_files(self.paths, self.model.encode, limit=self.max_documents) for id in text.tokens
+        )
+        limit = min(CHECKED_TOKENS, self.model.config.block_size)
+        return torch.tensor([[id for id, _ in zip(ids, range(limit), strict=False)]])

@@ -171,9 +171,9 @@ def _import_packages(method: str) -> None:
         if method == "q4_k_m":
             import llama_cpp  # noqa: F401
     except ImportError as error:
-        name = "llama-cpp-python" if error.name == "llama_cpp" else error.name
-        more = " (a source package: it compiles llama.cpp for many minutes)" if name == "llama-cpp-python" else ""
-        raise ValueError(f"--method {method} needs the package {name}: pip install {name}{more}") from error
+        package = "llama-cpp-python" if error.name == "llama_cpp" else error.name
+        more = " (a source package: it compiles llama.cpp for many minutes)" if package == "llama-cpp-python" else ""
+        raise ValueError(f"--method {method} needs the package {package}: pip install {package}{more}") from error
 
 
 def _with_torchao(

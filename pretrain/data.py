@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lit_data.loading.order import Order, Segment, first_sample_of_step
 from lit_data.loading.rows import Rows, count_windows, open_rows
 from lit_data.loading.shard_cache import ShardCache
 from lit_data.packed.reader import PackedDataset
+from lit_data.record.recorded_loader import RecordedLoader
 from lit_eval.model.model_tokenizer import OVERRIDE, check_model_and_data, compare, of_data
 from lit_eval.model.text_encoding import check_bos, unlike_special_tokens, unlike_start
 from lit_model.config import ModelConfig
@@ -268,10 +270,16 @@ def training_loader(
     data: Data,
     segments: list[Segment],
     teachers: Teachers | CachedTeacher | None = None,
+    record: Path | None = None,
 ) -> Loader:
-    """The loader of this rank's rows, and of the cached predictions of its teachers."""
+    """The loader of this rank's rows, and of the cached predictions of its teachers.
+
+    Args:
+        record: the run folder whose record gives the rows of each step. None: the order of the data does.
+    """
     micro_batch = args.train.micro_batch
-    return Loader(
+    load = Loader if record is None else partial(RecordedLoader, record)
+    return load(
         data.rows,
         data.mixture,
         RankLayout(data.block_size, micro_batch, fabric.global_rank, fabric.world_size, args.data.document_mask),

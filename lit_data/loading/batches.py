@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lit_data.loading.rows import Pieces, Rows
+from lit_data.loading.rows import Pieces, RowPieces, Rows
 from lit_data.packed.index import IntArray
 
 IGNORE_TARGET = -100  # ignore_index of torch's and the model's cross-entropy
@@ -109,7 +109,7 @@ class RowNumbers:
 class BatchPlan:
     """The layout of micro-batches, everything except the tokens. See the module's legend."""
 
-    def __init__(self, rows: Sequence[Rows], numbers: RowNumbers, batch_rows: int, document_mask: bool) -> None:
+    def __init__(self, rows: Sequence[RowPieces], numbers: RowNumbers, batch_rows: int, document_mask: bool) -> None:
         self.numbers, self.batch_rows, self.block_size = numbers, batch_rows, rows[0].block_size
         n_rows = len(numbers.window)
         self.n_batches = n_rows // batch_rows
@@ -126,7 +126,7 @@ class BatchPlan:
         self._find_boundaries()
         self.simple = self._find_simple(rows)
 
-    def _find_pieces(self, rows: Sequence[Rows]) -> None:
+    def _find_pieces(self, rows: Sequence[RowPieces]) -> None:
         """Find the pieces of documents and padding, by row; arrays (P,)."""
         found: list[Pieces] = []
         row, dataset = [], []
@@ -157,7 +157,7 @@ class BatchPlan:
             self.ends = self.ends[order]
         self.first = np.cumsum(self.length) - self.length  # in the flattened rows
 
-    def _find_targets(self, rows: Sequence[Rows], real: npt.NDArray[np.bool_], document_mask: bool) -> None:
+    def _find_targets(self, rows: Sequence[RowPieces], real: npt.NDArray[np.bool_], document_mask: bool) -> None:
         """Find the pieces without a target at their last token, and the number of targets of each."""
         if document_mask:
             silent = self.ends
@@ -179,7 +179,7 @@ class BatchPlan:
             self.pad_row // self.batch_rows, range(self.n_batches + 1)
         ).tolist()
 
-    def _find_runs(self, rows: Sequence[Rows], real: npt.NDArray[np.bool_]) -> None:
+    def _find_runs(self, rows: Sequence[RowPieces], real: npt.NDArray[np.bool_]) -> None:
         """Find contiguous ranges of the stream within a row, plus the next token where it is a target."""
         row, position, length = self.row[real], self.position[real], self.length[real]
         begins = np.ones(len(row), dtype=np.bool_)
@@ -213,7 +213,7 @@ class BatchPlan:
             for b, boundaries in zip(batches.tolist(), torch.from_numpy(table).unbind(), strict=True):
                 self.cu_seqlens[b] = boundaries
 
-    def _find_simple(self, rows: Sequence[Rows]) -> list[tuple[int, int] | None]:
+    def _find_simple(self, rows: Sequence[RowPieces]) -> list[tuple[int, int] | None]:
         """For each micro-batch, the (dataset, shard) of which all its rows are complete windows, or None."""
         starts = [r.dataset.token_start for r in rows]
         whole = self.run_length == self.block_size

@@ -76,7 +76,7 @@ class Loader:
 
     def read_step(self, step: int) -> StepData:
         """Read one step synchronously; a pure function of its number."""
-        return self._read(self._plan(step, step + 1), step, 0, 1)
+        return self._read(self.plan(step, step + 1), step, 0, 1)
 
     def steps(self, first_step: int, last_step: int) -> Iterator[StepData]:
         """Iterate over steps `first_step` to `last_step - 1`, prefetched in a thread; its errors are raised here.
@@ -152,14 +152,14 @@ class Loader:
     def _plans(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, BatchPlan]]:
         """Iterate over the ranges of steps planned together: (first step, end, plan)."""
         for begin, end in self._stretches(first_step, last_step):
-            yield begin, end, self._plan(begin, end)
+            yield begin, end, self.plan(begin, end)
 
     def _plans_ahead(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, BatchPlan]]:
         """Like `_plans`, each plan made in a thread while the one before is read: slow with thousands of shards."""
         waiting: deque[tuple[int, int, Future[BatchPlan]]] = deque()
         with ThreadPoolExecutor(1, "llammlein-planning") as pool:
             for begin, end in self._stretches(first_step, last_step):
-                waiting.append((begin, end, pool.submit(self._plan, begin, end)))
+                waiting.append((begin, end, pool.submit(self.plan, begin, end)))
                 if len(waiting) > 1:
                     first, last, plan = waiting.popleft()
                     yield first, last, plan.result()
@@ -205,7 +205,8 @@ class Loader:
         dataset, _, window = self.mixture.locate(np.where(real, samples, 0))
         return RowNumbers(*(np.where(real, x, -1) for x in (dataset, window, samples)))
 
-    def _plan(self, begin: int, end: int) -> BatchPlan:
+    def plan(self, begin: int, end: int) -> BatchPlan:
+        """The layout of this rank's micro-batches of some steps with one global batch."""
         return BatchPlan(
             self.rows, self._numbers(begin, end), self.layout.micro_batch_samples, self.layout.document_mask
         )

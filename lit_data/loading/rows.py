@@ -47,17 +47,22 @@ class Pieces:
     ends: npt.NDArray[np.bool_]
 
 
-class Rows(Protocol):
-    """The rows of a dataset in one packing."""
+class RowPieces(Protocol):
+    """The pieces of a dataset's rows, by window."""
 
     dataset: PackedDataset
     packing: Packing
     block_size: int
-    n_windows: int
 
     def pieces(self, windows: IntArray) -> Pieces:
         """The pieces of some windows, int64 (W,)."""
         ...
+
+
+class Rows(RowPieces, Protocol):
+    """The rows of a dataset in one packing."""
+
+    n_windows: int
 
     def ranges(self, windows: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """The ranges of the stream that some windows need, in order: index of the window, first token, end."""
@@ -93,7 +98,7 @@ class ConcatRows:
         counts = last - first + 1
         row = np.repeat(np.arange(len(windows), dtype=np.int64), counts)
         document = np.repeat(first, counts) + ramps(counts)
-        doc_begin, doc_end = _bounds(self.dataset, document)
+        doc_begin, doc_end = document_bounds(self.dataset, document)
         position = np.maximum(doc_begin, begin[row])
         stop = np.minimum(doc_end, end[row])
         return Pieces(row, document, position - doc_begin, stop - position, position, doc_end == stop)
@@ -119,7 +124,7 @@ class PlannedRows:
         first, counts = self.plan.row_pieces(windows)
         row = np.repeat(np.arange(len(windows), dtype=np.int64), counts)
         document, start, length = self.plan.read(np.repeat(first, counts) + ramps(counts))
-        doc_begin, doc_end = _bounds(self.dataset, document)
+        doc_begin, doc_end = document_bounds(self.dataset, document)
         position = doc_begin + start
         if (position + length > doc_end).any():
             raise ValueError(
@@ -159,7 +164,7 @@ def ramps(counts: IntArray) -> IntArray:
     return np.arange(total, dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _bounds(dataset: PackedDataset, documents: IntArray) -> tuple[IntArray, IntArray]:
+def document_bounds(dataset: PackedDataset, documents: IntArray) -> tuple[IntArray, IntArray]:
     """Stream positions of the first tokens of documents, and of the tokens after their last."""
     both = dataset.document_start(np.concatenate([documents, documents + 1]))
     return both[: len(documents)], both[len(documents) :]

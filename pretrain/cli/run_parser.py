@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
@@ -137,11 +138,27 @@ def parse(argv: list[str] | None = None) -> RunArgs:
     lines += [*describe_replaced(gone), *sizes_over_name(layers, namespace["model.name"])]
     namespace.pop("config", None)
     with named_faults(given.configs):
-        instance = parser.instantiate(namespace)
-    args = RunArgs(**{k: v for k, v in vars(instance).items() if k != "config"})
+        args = instantiate(namespace)
     args, more = fit_to_launch(args, layers[-1].values, {key for layer in layers[:-1] for key in layer.values})
     lines += more
     if is_first_process():
         for line in lines:
             print(f"note: {line}", file=sys.stderr)
     return args
+
+
+def from_settings(settings: dict[str, Any], source: Path) -> RunArgs:
+    """RunArgs from the settings that a run recorded in `source`; settings added since have their defaults.
+
+    Raises ValueError naming `source` for settings that this version does not have.
+    """
+    try:
+        namespace = build_parser().parse_object(copy.deepcopy(settings))
+    except (SystemExit, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"{source} has settings that this version cannot read") from error
+    return instantiate(namespace)
+
+
+def instantiate(namespace: Namespace) -> RunArgs:
+    instance = build_parser().instantiate(namespace)
+    return RunArgs(**{k: v for k, v in vars(instance).items() if k != "config"})

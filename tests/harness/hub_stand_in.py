@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -78,6 +79,7 @@ class HubStandIn:
     Attributes:
         uploads: how often each large file arrived whole, by SHA-256.
         committed: how often each small file came in a commit, by repository, path and git's blob id.
+        agents: parts of the user agents seen, such as hf_hub/2.4.0.
         refuse: called with method and path of each request; a status to answer instead, with Retry-After: 0.
         slow_s: seconds that reading each 64 KiB of an upload takes.
     """
@@ -88,12 +90,12 @@ class HubStandIn:
         self.uploads: Counter[str] = Counter()
         self.committed: Counter[tuple[str, str, str]] = Counter()
         self.requests: list[str] = []
+        self.agents: set[str] = set()
         self.refuse: Callable[[str, str], int | None] = lambda method, path: None
         self.slow_s = 0.0
         self.closed = False
         self.lock = threading.RLock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -101,6 +103,14 @@ class HubStandIn:
         self.closed = True  # connections that are kept open get no answer any more
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client was killed
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -157,6 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         parts = urlsplit(self.path)
         self.hub.requests.append(f"{self.command} {parts.path}")
+        self.hub.agents |= set(self.headers.get("User-Agent", "").split("; "))
         status = self.hub.refuse(self.command, parts.path)
         if status is not None:
             self._error(status, "refused by the stand-in")

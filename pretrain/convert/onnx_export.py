@@ -209,7 +209,7 @@ def _speeds(model: GPT, graph: OnnxGraph, session: Any) -> Speeds:
 
 def _limits(config: ModelConfig, cache: bool) -> tuple[str, ...]:
     found = [
-        f"at most {config.block_size} tokens a row, the cache included: onnxruntime reports an index out of bounds",
+        f"at most {config.block_size} tokens a row, the cache included: onnxruntime reports an invalid index beyond",
         "one document a row: documents packed into one row would see each other",
         "scores of all tokens of a row are held at once: memory grows with the square of the length",
     ]

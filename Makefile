@@ -6,7 +6,7 @@ VENV_PYTHON = .venv/bin/python
 
 help:
 	@echo "make quickstart  install, then run every step from text to a Hugging Face model in runs/quickstart/"
-	@echo "make install     create .venv with the extras test, dev, hf, gguf, data, plots, quickstart"
+	@echo "make install     create .venv with the extras test, dev, hf, gguf, data, plots, quickstart, serve"
 	@echo "make test        run the tests (ARGS='-k loss' goes to pytest)"
 	@echo "make slow        run the tests that take minutes, including the kill tests"
 	@echo "make chaos       run only the kill tests and print their counts (docs/reliability.md); about an hour"

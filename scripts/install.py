@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MIN_PYTHON = (3, 11)
 # From this version on, `install --dry-run --report` reads the wheels' metadata without downloading the wheels.
 MIN_PIP = (26, 0)
-EXTRAS = "test,dev,hf,gguf,data,plots,quickstart"
+EXTRAS = "test,dev,hf,gguf,data,plots,quickstart,serve"
 STAMP = "llammlein-installed.json"  # in .venv, written last: the installed state
 MARKER = "llammlein-installing"  # in .venv during an install
 # Used if a server reports no size: CUDA 13 wheels of torch 2.13 for Linux, measured.

@@ -44,6 +44,14 @@ class Generated:
     finish: Literal["eos", "stop", "length"]
 
 
+@dataclass
+class Piece:
+    """The text that one more token made certain; "" where none is. The last piece of a continuation has a `finish`."""
+
+    text: str
+    finish: Literal["eos", "stop", "length"] | None = None
+
+
 class TextStream:
     """Turns tokens into text as they come. The pieces joined are the text of all tokens.
 
@@ -169,11 +177,16 @@ def text_of(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int], sto
 def stream_text(model: EvalModel, prompt: Prompt, settings: GenerationSettings) -> Generator[str]:
     """Yield the text of one continuation as it is written. Raises as `generate_texts` does, before the first piece."""
     (ids,) = encode_prompts(model, [prompt], settings.max_new_tokens)
+    model.need_tokenizer()
+    return (piece.text for piece in stream_pieces(model, ids, settings) if piece.text)
+
+
+def stream_pieces(model: EvalModel, ids: list[int], settings: GenerationSettings) -> Generator[Piece]:
+    """Yield a piece for each token of the continuation of `ids`. Close the generator to stop early.
+
+    Joined, their texts are what `generate_texts` gives for the prompt alone.
+    """
     tokenizer = model.need_tokenizer()
-    return _pieces(model, ids, tokenizer, settings)
-
-
-def _pieces(model: EvalModel, ids: list[int], tokenizer: Tokenizer, settings: GenerationSettings) -> Generator[str]:
     text = TextStream(tokenizer, ids, settings.stop)
     tokens = stream(
         model.model,
@@ -187,13 +200,13 @@ def _pieces(model: EvalModel, ids: list[int], tokenizer: Tokenizer, settings: Ge
     try:
         with model.autocast():
             for token in tokens:
-                if token.finish == "eos":
+                finish, new = token.finish, ""
+                if finish != "eos":
+                    new = text.add(token.id)
+                    finish = "stop" if text.stopped else finish
+                if finish is not None:
+                    yield Piece(new + text.finish(), finish)
                     break
-                if piece := text.add(token.id):
-                    yield piece
-                if text.stopped:
-                    break
-        if rest := text.finish():
-            yield rest
+                yield Piece(new)
     finally:
         tokens.close()  # type: ignore[attr-defined]

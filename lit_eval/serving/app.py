@@ -1,0 +1,284 @@
+"""The HTTP side: a FastAPI application that checks requests, queues them, and writes answers as OpenAI's API does."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lit_eval.generation.settings import GenerationSettings
+from lit_eval.generation.text import encode_prompts
+from lit_eval.model.eval_model import EvalModel
+from lit_eval.serving.chat import ChatTemplate
+from lit_eval.serving.protocol import ChatRequest, CompletionRequest, Reply, error_body
+from lit_eval.serving.settings import LOOPBACK, ServerSettings
+from lit_eval.serving.worker import Busy, GivenUp, Job, Worker
+
+HERE = Path(__file__).parent
+PAGE = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+POLICY = (
+    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Refused(Exception):
+    """A request that is answered by an error. `retry_s`: when to try again."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, retry_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.retry_s = status, param, retry_s
+
+    def body(self) -> dict[str, Any]:
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
+        return error_body(str(self), "server_error" if self.status >= 500 else kind, self.param)
+
+    def response(self) -> Response:
+        headers = {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers)
+
+
+class Guard:
+    """Refuses, before a body is parsed: a wrong key, a body that is too large or no JSON, and unknown paths of /v1."""
+
+    def __init__(self, app: ASGIApp, key: str | None, max_body_bytes: int) -> None:
+        self.app, self.key, self.limit = app, key, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        try:
+            self.check(request)
+            body = await self.body(request, receive) if request.method == "POST" else b""
+        except Refused as refused:
+            await refused.response()(scope, receive, send)
+            return
+        sent = False
+
+        async def replay() -> Message:
+            nonlocal sent
+            if sent:
+                return await receive()
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, replay, send)
+
+    def check(self, request: Request) -> None:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if self.key is not None and not (
+            scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self.key.encode())
+        ):
+            raise Refused(401, "give the API key in the header Authorization: Bearer KEY")
+        # A web page of another site can send a form or plain text without asking, but no JSON.
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if request.method == "POST" and kind != "application/json":
+            raise Refused(415, "send JSON, with the header Content-Type: application/json")
+
+    async def body(self, request: Request, receive: Receive) -> bytes:
+        """The body, never more than the limit of it. Raises Refused."""
+        too_large = Refused(413, f"the body is larger than {self.limit} bytes (--max_body_bytes)")
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > self.limit:
+            raise too_large
+        parts, size, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise Refused(400, "the body is incomplete")
+            parts.append(message.get("body", b""))
+            size, more = size + len(parts[-1]), message.get("more_body", False)
+            if size > self.limit:
+                raise too_large
+        return b"".join(parts)
+
+
+class Server:
+    """Turns requests into jobs of the worker, and their pieces into answers."""
+
+    def __init__(self, model: EvalModel, name: str, settings: ServerSettings) -> None:
+        self.model, self.name, self.settings = model, name, settings
+        self.worker = Worker(model, settings.max_waiting, settings.timeout_s)
+        self.created = int(time.time())
+        self.chat: ChatTemplate | ValueError
+        try:
+            self.chat = ChatTemplate(model.need_tokenizer())
+        except ValueError as error:
+            self.chat = error
+
+    def check(self, ids: list[int], wanted: int | None, param: str) -> int:
+        """The number of new tokens. Raises Refused for a prompt, or a number, that is too large."""
+        room = self.model.config.block_size - len(ids)
+        if room < 1:
+            block = self.model.config.block_size
+            raise Refused(400, f"the prompt has {len(ids)} tokens; the model's context is {block}", "prompt")
+        if wanted is None:
+            return min(room, self.settings.max_new_tokens)
+        if wanted > self.settings.max_new_tokens:
+            raise Refused(400, f"{param} {wanted}: this server allows {self.settings.max_new_tokens}", param)
+        if wanted > room:
+            raise Refused(
+                400, f"{param} {wanted}: after the prompt's {len(ids)} tokens there is room for {room}", param
+            )
+        return wanted
+
+    def submit(self, ids: list[int], settings: GenerationSettings) -> Job:
+        try:
+            return self.worker.submit(ids, settings)
+        except Busy as busy:
+            raise Refused(429, f"{busy} already; try again later", retry_s=5) from None
+        except GivenUp as error:
+            raise Refused(503, str(error), retry_s=30) from None
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        try:
+            (ids,) = await asyncio.to_thread(encode_prompts, self.model, [body.only_prompt()], 0)
+        except ValueError as error:
+            raise Refused(400, str(error), "prompt") from None
+        n = self.check(ids, body.max_tokens, "max_tokens")
+        return await self.respond(body, ids, body.settings(n), request)
+
+    async def converse(self, body: ChatRequest, request: Request) -> Response:
+        if isinstance(self.chat, ValueError):
+            raise Refused(404, str(self.chat))
+        try:
+            ids = await asyncio.to_thread(self.chat.encode, [message.to_dict() for message in body.messages])
+        except ValueError as error:
+            raise Refused(400, str(error), "messages") from None
+        if body.max_tokens is not None and body.max_completion_tokens is not None:
+            raise Refused(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
+        wanted = body.max_tokens or body.max_completion_tokens
+        n = self.check(ids, wanted, "max_tokens" if body.max_tokens else "max_completion_tokens")
+        return await self.respond(body, ids, body.settings(n), request)
+
+    async def respond(
+        self, body: CompletionRequest | ChatRequest, ids: list[int], settings: GenerationSettings, request: Request
+    ) -> Response:
+        if body.model not in (None, self.name):
+            raise Refused(404, f"the model {body.model!r} is not served here; {self.name!r} is", "model")
+        job = self.submit(ids, settings)
+        reply = Reply(isinstance(body, ChatRequest), self.name, len(ids))
+        if body.stream:
+            with_usage = bool(body.stream_options and body.stream_options.get("include_usage"))
+            return StreamingResponse(self.events(job, reply, with_usage), media_type="text/event-stream")
+        texts, finish = [], ""
+        try:
+            async with aclosing(self.worker.answer(job, request.is_disconnected)) as pieces:
+                async for piece in pieces:
+                    reply.tokens += 1
+                    texts.append(piece.text)
+                    finish = piece.finish or ""
+        except GivenUp as error:
+            raise Refused(503, str(error), retry_s=30) from None
+        if not finish:
+            return Response(status_code=499)  # the client has gone; nobody reads this
+        return JSONResponse(reply.whole("".join(texts), finish))
+
+    async def events(self, job: Job, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
+        """Server-sent events. An error after the first one is an event too: the status is sent already."""
+        try:
+            async with aclosing(self.worker.answer(job)) as pieces:
+                first = True
+                async for piece in pieces:
+                    reply.tokens += 1
+                    if piece.text or piece.finish or first:
+                        yield event(reply.chunk(piece.text, piece.finish, first))
+                    first = False
+        except Exception as error:
+            yield event(error_body(str(error), "server_error"))
+            return
+        if with_usage:
+            yield event(reply.last_chunk())
+        yield "data: [DONE]\n\n"
+
+
+def event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def build_app(model: EvalModel, name: str, settings: ServerSettings, key: str | None) -> FastAPI:
+    """The application; its worker ends with it."""
+    server = Server(model, name, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        server.worker.close()
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None, title="llammlein")
+    app.add_middleware(Guard, key=key, max_body_bytes=settings.max_body_bytes)
+    if settings.host in LOOPBACK:  # a page of another site whose name was made to resolve to this machine
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refused)
+        return error.response()
+
+    async def malformed(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        where = str(first["loc"][1]) if first["type"] != "json_invalid" and len(first["loc"]) > 1 else None
+        return JSONResponse(error_body(f"{where or 'the body'}: {first['msg']}", param=where), 400)
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return JSONResponse(error_body(str(error.detail)), error.status_code)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        return JSONResponse(error_body("the server failed; its log has the cause", "server_error"), 500)
+
+    app.add_exception_handler(Exception, failed)
+    app.add_exception_handler(Refused, refused)
+    app.add_exception_handler(RequestValidationError, malformed)
+    app.add_exception_handler(HTTPException, http_error)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await server.complete(body, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await server.converse(body, request)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        entry = {"id": name, "object": "model", "created": server.created, "owned_by": "llammlein"}
+        return {"object": "list", "data": [entry]}
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        running, waiting = server.worker.load()
+        return {"status": "ok", "running": running, "waiting": waiting}
+
+    def static(file: str, kind: str) -> Any:
+        content = (HERE / file).read_bytes()
+        headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
+        async def send() -> Response:
+            return Response(content, media_type=f"{kind}; charset=utf-8", headers=headers)
+
+        return send
+
+    for path, (file, kind) in PAGE.items():
+        app.get(path)(static(file, kind))
+    return app

@@ -14,7 +14,7 @@ settings.register_profile("many", max_examples=300)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every", type=int, default=1, help="of kills at calls only every N-th (tests/chaos)")
+    parser.addoption("--every", type=int, default=1, help="of the kills only every N-th (tests/chaos)")
     parser.addoption("--write_golden", metavar="FILE", help="write the golden numbers of this machine (tests/golden)")
 
 

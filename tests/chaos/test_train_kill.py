@@ -220,28 +220,32 @@ def test_kill_at_each_call(bench: Bench, setting: Setting, pytestconfig: pytest.
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[3]], ids=str)
-def test_kill_at_each_write_of_a_checkpoint(bench: Bench, setting: Setting) -> None:
-    tally = Tally(f"{setting}: each write of one checkpoint")
+def test_kill_at_each_write_of_a_checkpoint(bench: Bench, setting: Setting, pytestconfig: pytest.Config) -> None:
+    every = pytestconfig.getoption("every")
+    tally = Tally(f"{setting}: each write of one checkpoint{some_of(every)}")
     for rank, calls in enumerate(bench.whole(setting).answer.calls):
         writes = [c for c in calls if c.kind == "write" and c.name.startswith(".iter-00000006-")]
-        for call, half in itertools.product(writes, (False, True)):
+        points = list(itertools.product(writes, (False, True)))
+        for call, half in random.Random(rank).sample(points, len(points) // every):
             point = Point(rank, call, half, everyone=(call.number + half) % 2 == 0)
             tally.add(bench, setting, point, kill=point.request())
     tally.report()
-    assert tally.missed == 0 and tally.phases["saving"] > 40
+    assert tally.missed == 0 and tally.phases["saving"] > 40 // every
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[2], SETTINGS[5], SETTINGS[7]], ids=str)
-def test_kill_at_random_moments(bench: Bench, setting: Setting) -> None:
+def test_kill_at_random_moments(bench: Bench, setting: Setting, pytestconfig: pytest.Config) -> None:
     """Uniform over the time from the first step to the end; then in each phase that is below its minimum."""
+    every = pytestconfig.getoption("every")
+    moments, minimum = MOMENTS // every, {phase: -(-least // every) for phase, least in LEAST.items()}
     whole, tally, rng = bench.whole(setting), Tally(f"{setting}: random moments"), random.Random(str(setting))
-    for trial in range(6 * MOMENTS):
-        lacking = [p for p, least in LEAST.items() if tally.phases[p] < least]
-        if tally.phases.total() >= MOMENTS and not lacking:
+    for trial in range(6 * moments):
+        lacking = [p for p, least in minimum.items() if tally.phases[p] < least]
+        if tally.phases.total() >= moments and not lacking:
             break
-        if trial < MOMENTS // 2 or not lacking:
+        if trial < moments // 2 or not lacking:
             moment = {"phase": "step", "entry": 1, "delay_s": rng.uniform(0, whole.answer.train_s)}
             moment["rank"] = rng.randrange(setting.world_size)
         else:
@@ -253,8 +257,8 @@ def test_kill_at_random_moments(bench: Bench, setting: Setting) -> None:
         moment["everyone"] = rng.random() < 0.5
         tally.add(bench, setting, moment, moment=moment)
     tally.report()
-    assert tally.phases.total() >= MOMENTS
-    assert {p: n for p, n in LEAST.items() if tally.phases[p] < n} == {}
+    assert tally.phases.total() >= moments
+    assert {p: n for p, n in minimum.items() if tally.phases[p] < n} == {}
 
 
 @pytest.mark.chaos

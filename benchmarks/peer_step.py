@@ -89,10 +89,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-# --- the peers' models: a function of tokens int64 [B, T] -> logits [B, T, V] -----------------------------------------
+# --- the peers' models: a function of tokens int64 [B, T] -> logits [B, T, V], and the modules to compile -------------
+
+Built = tuple[torch.nn.Module, Callable[..., Any], list[torch.nn.Module]]
 
 
-def transformers_llama(c: dict[str, Any]) -> tuple[torch.nn.Module, Callable[..., Any]]:
+def transformers_llama(c: dict[str, Any]) -> Built:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model: Any = LlamaForCausalLM(
@@ -109,10 +111,10 @@ def transformers_llama(c: dict[str, Any]) -> tuple[torch.nn.Module, Callable[...
             use_cache=False,
         )
     )
-    return model, lambda tokens: model(tokens).logits
+    return model, lambda tokens: model(tokens).logits, [model]
 
 
-def litgpt(c: dict[str, Any]) -> tuple[torch.nn.Module, Callable[..., Any]]:
+def litgpt(c: dict[str, Any]) -> Built:
     from litgpt import GPT, Config
 
     model: Any = GPT(
@@ -133,10 +135,57 @@ def litgpt(c: dict[str, Any]) -> tuple[torch.nn.Module, Callable[..., Any]]:
             norm_eps=c["norm_eps"],
         )
     )
-    return model, model
+    return model, model, [model]
 
 
-PEERS = {"transformers": transformers_llama, "litgpt": litgpt}
+def torchtitan(c: dict[str, Any]) -> Built:
+    """Its Llama 3, compiled block by block as its trainer does, on whole rows: attention by SDPA.
+
+    Its trainer always keeps documents apart, with FlexAttention or varlen, which have no backward on a CPU. Rotation
+    frequencies follow its default theta; they change no time.
+    """
+    from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
+    from torchtitan.models.common.attention import ScaledDotProductAttention
+    from torchtitan.models.common.config_utils import make_ffn_config, make_gqa_config
+    from torchtitan.models.llama3 import Llama3Model, Llama3TransformerBlock
+
+    C, V = c["n_embd"], c["padded_vocab_size"]
+    drawn, ones = {"weight": lambda w: torch.nn.init.normal_(w, std=0.02)}, {"weight": torch.nn.init.ones_}
+    rope = ComplexRoPE.Config(dim=C // c["n_head"], max_seq_len=c["block_size"])
+
+    def norm() -> Any:
+        return RMSNorm.Config(normalized_shape=C, eps=c["norm_eps"], param_init=ones)
+
+    def block() -> Any:
+        attention = make_gqa_config(
+            dim=C,
+            n_heads=c["n_head"],
+            n_kv_heads=c["n_query_groups"],
+            wqkv_param_init=drawn,
+            wo_param_init=drawn,
+            inner_attention=ScaledDotProductAttention.Config(),
+            fuse_qkv=True,
+            rope=rope,
+        )
+        mlp = make_ffn_config(dim=C, hidden_dim=c["intermediate_size"], w1_param_init=drawn, w2w3_param_init=drawn)
+        return Llama3TransformerBlock.Config(
+            attention=attention, feed_forward=mlp, attention_norm=norm(), ffn_norm=norm()
+        )
+
+    config = Llama3Model.Config(
+        dim=C,
+        vocab_size=V,
+        tok_embeddings=Embedding.Config(num_embeddings=V, embedding_dim=C, param_init=drawn),
+        norm=norm(),
+        lm_head=Linear.Config(in_features=C, out_features=V, param_init=drawn),
+        layers=[block() for _ in range(c["n_layer"])],
+    )
+    model: Any = Llama3Model(config)
+    model.init_states()
+    return model, model, list(model.layers.values())
+
+
+PEERS = {"transformers": transformers_llama, "litgpt": litgpt, "torchtitan": torchtitan}
 
 
 def peer(name: str, plan: dict[str, Any], rows: int, tokens_a_row: int) -> Callable[[], Any]:
@@ -144,9 +193,10 @@ def peer(name: str, plan: dict[str, Any], rows: int, tokens_a_row: int) -> Calla
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     with torch.device(device):
-        model, forward = PEERS[name](plan["config"] | {"block_size": tokens_a_row})
+        model, forward, compiled = PEERS[name](plan["config"] | {"block_size": tokens_a_row})
     if plan["compile"]:
-        model.compile()
+        for module in compiled:
+            module.compile()
     dtype = torch.float32 if plan["precision"] == "fp32" else torch.bfloat16
     if device == "cuda" and dtype != torch.float32:
         torch.set_float32_matmul_precision("high")

@@ -7,6 +7,7 @@ from math import prod
 from typing import NamedTuple
 
 from lit_model.config import ModelConfig
+from lit_model.kernels import cpu
 from lit_model.loss import CPU_CHUNK_BYTES, CPU_CHUNK_TOKENS, GPU_CHUNK_BYTES
 from lit_model.matrices import hidden_matrices
 from lit_model.model import is_recomputed, parameter_shapes
@@ -186,7 +187,7 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
     before = gradients if s.accumulates or s.sharding == "ddp" else 0  # ddp holds its buckets all the time
     reducing = (s.compute_bytes + s.reduce_bytes) * max(2 * block, root) if s.sharded else 0
     at_loss = before + activations + loss + workspace
-    last = max(_kept_in_block(config, i, s.compute_bytes, residual_bytes) for i in layers)
+    last = max(_kept_in_block(config, i, s, residual_bytes) for i in layers)
     at_end = gradients + tokens * last + block_gradients + reducing
     if s.cpu_offload:
         at_loss, at_end = at_loss - before, at_end - gradients
@@ -238,8 +239,16 @@ def _router_bytes(config: ModelConfig, layer: int, compute_bytes: int) -> int:
     return copy + 8 * config.n_expert + 24 * config.n_expert_per_token
 
 
-def _kept_in_block(config: ModelConfig, layer: int, compute_bytes: int, residual_bytes: int) -> int:
+def _float32_copies(config: ModelConfig, setting: TrainingSetting) -> int:
+    """Bytes a token that attention keeps beside its bf16 tensors, on CPUs where it is computed in float32."""
+    if setting.compute_bytes == 4 or not setting.on_cpu or cpu.HAS_BF16:
+        return 0
+    return 2 * config.n_qkv + 4 * config.n_head * config.head_size
+
+
+def _kept_in_block(config: ModelConfig, layer: int, setting: TrainingSetting, residual_bytes: int) -> int:
     """Bytes a token that one block keeps for its backward."""
+    compute_bytes = setting.compute_bytes
     C, out = config.n_embd, config.n_head * config.head_size
     inputs = 1 if config.shared_attention_norm else 2  # of attention and MLP
     norms = (inputs if config.pre_norm else 0) + (2 if config.post_norm else 0)
@@ -254,7 +263,8 @@ def _kept_in_block(config: ModelConfig, layer: int, compute_bytes: int, residual
         elements += (config.n_head + config.n_query_groups) * config.head_size
     dropped = 2 * C * compute_bytes if config.dropout else 0
     router = _router_bytes(config, layer, compute_bytes)
-    return residual + elements * compute_bytes + 4 * config.n_head + dropped + router  # 4: the softmax's normalisers
+    rest = 4 * config.n_head + dropped + router + _float32_copies(config, setting)  # 4: the softmax's normalisers
+    return residual + elements * compute_bytes + rest
 
 
 def _kept_per_token(config: ModelConfig, setting: TrainingSetting, residual_bytes: int) -> tuple[int, int]:
@@ -262,7 +272,7 @@ def _kept_per_token(config: ModelConfig, setting: TrainingSetting, residual_byte
     C, out = config.n_embd, config.n_head * config.head_size
     kept = again = freed = 0  # freed: by then, by the backward of the later layers
     for layer in reversed(range(config.n_layer)):
-        whole = less = _kept_in_block(config, layer, setting.compute_bytes, residual_bytes)
+        whole = less = _kept_in_block(config, layer, setting, residual_bytes)
         if setting.recompute == "op":  # its input, and the outputs of the matrix multiplies and of the attention
             elements = config.n_qkv + out + 2 * C + _mlp_elements(config, layer).multiplied
             less = C * residual_bytes + elements * setting.compute_bytes + 4 * config.n_head

@@ -80,6 +80,15 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path} is damaged: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
+def check_unicode(text: str) -> str:
+    """The text. Raises ValueError if it holds half of a surrogate pair, which JSON can express but no text can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a surrogate pair, at character {error.start}, is no text") from None
+    return text
+
+
 def parse_json(text: str | bytes, source: str | Path) -> Any:
     """Parse a JSON text. Raises ValueError that names `source`."""
     try:

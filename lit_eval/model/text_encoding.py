@@ -14,7 +14,7 @@ from lit_data.packed.reader import PackedDataset
 from lit_data.tokenizers.hf_export import begins_with_bos, declared_bos, parses_special_tokens
 from lit_data.tokenizers.tokenizer import Tokenizer
 from lit_eval.model.model_tokenizer import of_model
-from lit_files.reading import as_object, build
+from lit_files.reading import as_object, build, check_unicode
 from lit_model.load import Checkpoint, is_hf_folder, resolve
 
 
@@ -133,7 +133,11 @@ def first_token(tokenizer: Tokenizer, encoding: Encoding) -> int:
 
 def encode_prompt(tokenizer: Tokenizer, text: str, encoding: Encoding) -> list[int]:
     """Token ids of a prompt, starting with BOS if the model expects it. Never empty: without BOS, an empty prompt
-    becomes EOS, which in training precedes each document."""
+    becomes EOS, which in training precedes each document. Raises ValueError for what is no Unicode text."""
+    try:
+        check_unicode(text)
+    except ValueError as error:
+        raise ValueError(f"the prompt {text!r:.80}: {error}") from None
     parse = encoding.special_tokens in ("parse", "mixed")
     encoded = tokenizer.encode_parsed([text])[0] if parse else tokenizer.encode(text)
     ids: list[int] = encoded.tolist()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_data.corpus.streams import DamagedError, chunks_of, lines_of
-from lit_files.reading import regular
+from lit_files.reading import check_unicode, regular
 
 Kind = Literal["pairs", "choice", "cloze", "last_word"]
 BLANK = "___"
@@ -256,10 +256,9 @@ def string_field(record: dict[str, Any], name: str, empty: bool = False) -> str:
     if not value.strip() and not empty:
         raise ValueError(f"{name!r} is empty")
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name!r} holds half of a surrogate pair, which is no text") from error
-    return value
+        return check_unicode(value)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from None
 
 
 def string_fields(record: dict[str, Any], name: str) -> tuple[str, ...]:

@@ -9,21 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lit_eval.generation.settings import GenerationSettings
+from lit_files.reading import check_unicode
 from lit_model.sampling import Sampling
 
 COMPLETION_TOKENS = 16  # the default of OpenAI's API
 
 
-def check_text(text: str) -> str:
-    """Raise ValueError for halves of surrogate pairs, which JSON can hold but UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the text is not Unicode: it holds half of a surrogate pair") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(check_text)]
+Text = Annotated[str, AfterValidator(check_unicode)]
 StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
 One = Annotated[int, Field(ge=1, le=1)] | None
 Zero = Annotated[float, Field(ge=0, le=0)] | None

@@ -188,6 +188,11 @@ def test_bad_requests(client: Client, status: int, message: str, body: dict[str,
     assert answer["error"]["type"] == "invalid_request_error"
 
 
+def test_half_a_surrogate_pair_is_no_prompt(model: EvalModel) -> None:
+    with pytest.raises(ValueError, match="at character 1, is no text"):
+        generate_texts(model, ["a\ud800"], GenerationSettings())
+
+
 @pytest.fixture(scope="module")
 def client(model: EvalModel) -> Iterator[Client]:
     with serving(model, KEY, max_new_tokens=64, max_body_bytes=2000) as one:

@@ -303,6 +303,16 @@ def profiled(place: Place) -> None:
         raise RuntimeError(f"the profile has the files {files}")
 
 
+def replayed(place: Place) -> None:
+    """The last steps of a deterministic run executed again from their record, bit for bit; and those of another beside
+    two honest runs."""
+    for run, deterministic in (("run", "true"), ("other", "false")):
+        train(place, run, train__deterministic=deterministic)
+        script(place, "replay.py", *list_checkpoints(place.folder / run)[-2:])
+        if deterministic == "true":
+            expect(place, "state: parameters and optimizer state are equal")
+
+
 def fitted(place: Place) -> None:
     automatic = {"train__micro_batch_samples": "auto", "train__activation_checkpointing": "auto"}
     train(place, "run", **automatic)
@@ -317,6 +327,7 @@ ENTRIES: dict[str, Check] = {
     "fp16": plain(precision="fp16"),
     "fp32": plain(precision="fp32"),
     "deterministic-resume": plain(equal_resume=True, train__deterministic="true"),
+    "replay": replayed,
     "muon-deterministic-resume": plain(equal_resume=True, train__deterministic="true", optim__name="muon"),
     "muon-fsdp-fp16": plain(strategy="fsdp", precision="fp16", optim__name="muon"),
     "no-documents": plain(data__document_mask="false"),

@@ -1,4 +1,5 @@
-"""Query a run's datapoint record: the data of a step, the steps of a document, the data between two checkpoints."""
+"""Query a run's datapoint record: the data of a step, the steps of a document and their effect, the data between two
+checkpoints."""
 
 from __future__ import annotations
 
@@ -42,6 +43,15 @@ def parser() -> ScriptParser:
     out.add_argument("file", type=Path, help=".duckdb (tables spans, documents, steps; view seen), .parquet or .csv")
     exposures = command("exposures", "how often the tokens were seen, over the steps")
     exposures.add_argument("--picture", type=Path, help="a .png, .pdf or .svg to draw it to (needs matplotlib)")
+    without = command("influence", "what a document did: the steps from its first exposure on, executed without it")
+    without.add_argument("--document", required=True, help="its id, or #N, #D:N; all documents with the id are ignored")
+    without.add_argument("--steps", type=int, help="steps executed from there on (default: to the newest checkpoint)")
+    without.add_argument(
+        "--random", type=int, default=3, help="runs that ignore random spans of the same steps instead (default 3)"
+    )
+    without.add_argument("--seed", type=int, default=0, help="of these random spans (default 0)")
+    without.add_argument("--devices", type=int, help="ranks on this machine (default: as many as in the run)")
+    without.add_argument("--work", type=Path, help="new folder for the executed runs (default: a temporary one)")
     for made in commands.choices.values():
         made.add_argument("--data", type=Path, help="where the packed training data is now, if it was moved")
         made.add_argument("--json", action="store_true", help="print one JSON object a line")
@@ -80,6 +90,21 @@ def main() -> int:
         if args.picture is not None:
             draw_exposures(counted, args.picture)
         show(exposures_answer(run, counted), args.json)
+    elif args.command == "influence":
+        from pretrain.fabric_train import leave
+        from pretrain.launch import is_first_process
+        from pretrain.release.influence import InfluenceArgs, influence
+
+        settings = InfluenceArgs(args.document, args.steps, args.random, args.seed, args.devices, args.work)
+        try:  # in as many processes as the run had; the first one prints
+            for record in influence(run, settings, [] if args.data is None else [args.data]):
+                if is_first_process():
+                    show([record], args.json)
+        except (ValueError, OSError):
+            if is_first_process():
+                raise
+            leave(2)
+        leave(0)
     else:
         faults = verify(run)
         verdict = f"{len(faults)} faults" if faults else "no fault"

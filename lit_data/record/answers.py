@@ -43,13 +43,13 @@ def step_answer(run: TracedRun, step: int, max_chars: int) -> Answer:
 
 def document_answer(run: TracedRun, name: str) -> Answer:
     """The steps that saw a document, given by its id (or all documents with that id), or as #N or #D:N."""
-    for number, document in _find(run, name):
+    for number, document in find_documents(run, name):
         dataset = Documents(run.datasets[number])
         about = dataset.facts([document], ["id", "source"])[document]
         rows = spans_of_document(run, document, number).to_pylist()
         length = dataset.start(document + 1) - dataset.start(document)
         steps = len({row["step"] for row in rows})
-        title = f"document {_name(run, number, document)} {about['id']} ({about['source']})"
+        title = f"document {document_name(run, number, document)} {about['id']} ({about['source']})"
         yield None, f"{title}: {length} tokens, seen in {steps} steps"
         for row in rows:
             line = f"step {row['step']:8d}  row {row['row']:4d}  tokens {_span(row)}"
@@ -71,7 +71,7 @@ def difference_answer(run: TracedRun, first: str, last: str, *, new: bool, sort:
     for row in found.rows:
         loss = "     -" if row["mean_loss"] is None else f"{row['mean_loss']:6.4f}"
         seen = f"{row['tokens']:8d} tokens  {row['exposures']:7.3f} times  mean loss {loss}"
-        yield row, f"  {seen}  {_name(run, row['dataset'], row['document'])} {row['id']}"
+        yield row, f"  {seen}  {document_name(run, row['dataset'], row['document'])} {row['id']}"
     if len(found.rows) < found.documents:
         yield None, f"  and {found.documents - len(found.rows)} more (--limit 0 shows all)"
 
@@ -85,7 +85,7 @@ def exposures_answer(run: TracedRun, counted: list[Exposures]) -> Answer:
         yield None, f"{seen.path} after {run.steps} steps, share of the tokens seen: {text}"
 
 
-def _find(run: TracedRun, name: str) -> list[tuple[int, int]]:
+def find_documents(run: TracedRun, name: str) -> list[tuple[int, int]]:
     """(dataset, document) of each document with a name. Raises ValueError if there is none."""
     if match := NUMBER.fullmatch(name):
         if match[1] is None and len(run.datasets) > 1:
@@ -115,7 +115,7 @@ def _steps_done(run: TracedRun, name: str) -> int:
     return steps
 
 
-def _name(run: TracedRun, dataset: int, document: int) -> str:
+def document_name(run: TracedRun, dataset: int, document: int) -> str:
     return f"#{dataset}:{document}" if len(run.datasets) > 1 else f"#{document}"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -176,29 +177,35 @@ def re_execute(
     args = replay_args(interval, work / name, devices)
     if is_first_process():
         args = lay_out(interval, args, work)
-    run = set_up(args, watched=watched)
-    try:
-        run.loader.close()
-        run.segments = interval.segments
-        run.loader = training_loader(run.args, run.fabric, run.data, run.segments, run.teachers, interval.run)
-        assert run.recorder is not None
-        if perturbed:
-            perturb(run.optimizer.parameters)
-        with contextlib.closing(run.loader.steps(run.step, end)) as steps:  # type: ignore[type-var]
-            for data in steps:
-                run.beat("step")
-                losses = change(run, data) if change is not None else None
-                result = train_step(run, data)
-                run.step += 1
-                run.recorder.add(data, losses or result.span_losses)
-        run.saver.save(run.step, run.tensors(), checkpoint_meta(run), run.recorder.publish_later())
-    except BaseException as error:
-        if run.peers.several:
-            run.peers.give_up(error, run.step)
+    with contextlib.redirect_stdout(sys.stderr):  # the trainer's messages are not the answer
+        run = set_up(args, watched=watched)
+        try:
+            execute_steps(run, interval, end, perturbed, change)
+        except BaseException as error:
+            if run.peers.several:
+                run.peers.give_up(error, run.step)
+            run.close()
+            raise
         run.close()
-        raise
-    run.close()
     return run
+
+
+def execute_steps(run: Run, interval: Interval, end: int, perturbed: bool, change: Change | None) -> None:
+    """Execute recorded steps up to `end` and save."""
+    run.loader.close()
+    run.segments = interval.segments
+    run.loader = training_loader(run.args, run.fabric, run.data, run.segments, run.teachers, interval.run)
+    assert run.recorder is not None
+    if perturbed:
+        perturb(run.optimizer.parameters)
+    with contextlib.closing(run.loader.steps(run.step, end)) as steps:  # type: ignore[type-var]
+        for data in steps:
+            run.beat("step")
+            losses = change(run, data) if change is not None else None
+            result = train_step(run, data)
+            run.step += 1
+            run.recorder.add(data, result.span_losses if losses is None else losses)
+    run.saver.save(run.step, run.tensors(), checkpoint_meta(run), run.recorder.publish_later())
 
 
 def use_threads_of(interval: Interval) -> None:

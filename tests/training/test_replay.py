@@ -205,3 +205,38 @@ def test_mistakes(run: Path, copy: Path, tmp_path: Path) -> None:
     assert "is not a checkpoint of the run of TO: seed 5 there" in error(copy / checkpoint_name(2), four)
     shutil.rmtree(copy / "datapoints")
     assert "has no datapoint record" in error(two, copy / checkpoint_name(4))
+
+
+def test_influence(run: Path, tmp_path: Path) -> None:
+    """Ignoring nothing changes nothing; ignoring a document changes later losses, not those of its first exposure."""
+    record = [row for path in (run / "datapoints").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    seen = {row["document"]: row for row in record if row["step"] == 3 and row["targets"] > 8}
+    first = {row["document"] for row in record if row["step"] < 3}
+    document = next(number for number in seen if number not in first)
+    done = script("trace_data.py", "influence", run, "--document", f"#{document}", "--random", 1, "--json")
+    nothing, own, random = (json.loads(line) for line in done.stdout.splitlines())
+    assert (nothing["mean_absolute"], nothing["largest"], nothing["own"]) == (0, 0, []) and nothing["spans"] > 0
+    assert own["mean_absolute"] > 0 and own["own"][0]["step"] == 3 and own["targets"] >= seen[document]["targets"]
+    assert own["own"][0]["loss"] == own["own"][0]["without"]
+    assert random["mean_absolute"] > 0 and random["targets"] > 0
+    unseen = next(n for n in range(90) if n not in {row["document"] for row in record})
+    assert "was not seen in the 6 steps" in trace_error(run, f"#{unseen}")
+
+
+@pytest.mark.slow
+def test_influence_needs_a_checkpoint_before_the_document(copy: Path) -> None:
+    (copy / checkpoint_name(2)).unlink()
+    record = [row for path in (copy / "datapoints").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    earlier = {row["document"] for row in record if row["step"] < 2}
+    document = next(row["document"] for row in record if row["step"] == 2 and row["document"] not in earlier)
+    assert "the checkpoints before it were deleted" in trace_error(copy, f"#{document}")
+    document = next(row["document"] for row in record if row["step"] == 0)  # executed from the beginning
+    done = script("trace_data.py", "influence", copy, "--document", f"#{document}", "--random", 0, "--steps", 3)
+    assert "replayed from the beginning to step 2" in done.stdout, (done.stdout, done.stderr)
+    assert "ignoring nothing, 0 targets: mean +0.00e+00, mean absolute 0.00e+00" in done.stdout
+
+
+def trace_error(run: Path, document: str) -> str:
+    done = script("trace_data.py", "influence", run, "--document", document)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, (done.stdout, done.stderr)
+    return done.stderr

@@ -124,9 +124,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, variant
     return y
 
 
-def _varlen_arguments() -> frozenset[str]:
-    if not torch.backends.cuda.is_built():  # importing it would import torch.compile's machinery with it
-        return frozenset()
+def varlen_arguments() -> frozenset[str]:
+    """The arguments of torch's kernel; none if this torch has no such kernel."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -134,7 +133,8 @@ def _varlen_arguments() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-VARLEN_ARGUMENTS = _varlen_arguments()
+# Importing the kernel imports torch.compile's machinery: not where it can't run.
+VARLEN_ARGUMENTS = varlen_arguments() if torch.backends.cuda.is_built() else frozenset()
 # In order of preference. FA4 is ahead of FA3 on Hopper too: on an H100 its gradients are right, the 1B step is 1.06
 # times as fast as with varlen, and its wheels install; FA3 has not been tested there.
 KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, AttentionVariant], Tensor]] = {

@@ -1,6 +1,5 @@
 """Attention with scale, sliding window, soft-cap, dropout and chunks, compared with an explicit formula in float64."""
 
-import inspect
 import itertools
 import sys
 import types
@@ -10,7 +9,6 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from torch.nn.attention.varlen import varlen_attn
 
 from lit_model.attention import chunk_boundaries
 from lit_model.kernels import choose as choosing
@@ -279,7 +277,7 @@ def pretend(monkeypatch):
     def make(capability, fa4=None, fa3=None, fa2=None):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         # A torch without CUDA does not look at it.
-        monkeypatch.setattr(cuda, "VARLEN_ARGUMENTS", frozenset(inspect.signature(varlen_attn).parameters))
+        monkeypatch.setattr(cuda, "VARLEN_ARGUMENTS", cuda.varlen_arguments())
         functions = {"flash_attn_interface": fa3, "flash_attn.flash_attn_interface": fa2}
         modules = {name: f and types.SimpleNamespace(flash_attn_varlen_func=f) for name, f in functions.items()}
         modules["flash_attn.cute.interface"] = fa4 and types.SimpleNamespace(

@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,22 @@ def build_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
+        os.close(holder)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield a new, empty folder beside `path` for intermediate files, removed at the end of the block.
+
+    What a killed process left is removed by the next one that calls this or `build_folder` for the same path.
+    """
+    _remove_leftovers(path)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    holder = _hold(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(holder)
 
 

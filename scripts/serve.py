@@ -68,7 +68,12 @@ def main() -> None:
     from lit_eval.model.eval_model import open_model
 
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.create_server((settings.host, settings.port), family=family, backlog=128) as listening:
+    try:
+        server = socket.create_server((settings.host, settings.port), family=family, backlog=128)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]
+        raise ValueError(f"--host {settings.host} --port {settings.port}: {reason}; give another") from None
+    with server as listening:
         model = open_model(args.model, tokenizer=args.tokenizer, device=args.device, precision=args.precision)
         model.need_tokenizer()
         for warning in model.warnings:

@@ -84,7 +84,7 @@ def export_to_onnx(source: Path, output: Path, *, cache: bool = True, tokenizer:
     if output.exists():
         raise ValueError(f"output {output} exists already; give another name or remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with as_hf_folder(resolve(source), tokenizer, output.parent) as folder, build_folder(output) as temporary:
+    with as_hf_folder(resolve(source), tokenizer, output) as folder, build_folder(output) as temporary:
         model, config = load_model(folder)
         model = model.float()
         graph = OnnxGraph(model, cache=cache)

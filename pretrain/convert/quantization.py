@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import logging
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor
 from lit_eval.model.eval_model import EvalModel, open_model
 from lit_eval.model.likelihood import Scorer
 from lit_eval.score.perplexity import perplexity, texts_of_files
-from lit_files.publish import build_folder, publish, sync_file
+from lit_files.publish import build_folder, publish, scratch_folder, sync_file
 from lit_model.config import ModelConfig
 from lit_model.hf.families import family_of
 from lit_model.hf.gguf import architecture_of
@@ -122,7 +121,7 @@ def quantize(
     output.parent.mkdir(parents=True, exist_ok=True)
     text = _Text(model, texts, max_documents)
     bits_before = text.bits_per_byte(model.scorer())  # first: a fault of the text is found before the long work
-    with as_hf_folder(path, tokenizer, output.parent) as folder:
+    with as_hf_folder(path, tokenizer, output) as folder:
         before = _open(folder)
         if method in TORCHAO:
             return _with_torchao(folder, output, method, before, text, bits_before)
@@ -238,8 +237,7 @@ def _as_gguf(
 ) -> QuantizationReport:
     import gguf
 
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".gguf.") as name:
-        parts = Path(name)
+    with scratch_folder(output) as parts:
         file = parts / output.name
         if method == "q8_0":
             export_to_gguf(folder, file, dtype="q8_0", pre_tokenizer=pre_tokenizer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_files.publish import scratch_folder
 from lit_model.load import is_hf_folder, resolve
 from pretrain.convert.export import export_to_hf
 
@@ -72,20 +72,19 @@ def compare_speed(ours: Forward, other: Forward, block_size: int, *, cache: bool
 
 
 @contextlib.contextmanager
-def as_hf_folder(source: Path, tokenizer: Path | None, near: Path) -> Iterator[Path]:
+def as_hf_folder(source: Path, tokenizer: Path | None, output: Path) -> Iterator[Path]:
     """A checkpoint, a run folder's newest or a Hugging Face folder as a Hugging Face folder: itself, or a temporary one
-    in the folder `near`. Raises as `export_to_hf`."""
+    beside `output`. Raises as `export_to_hf`."""
     path = resolve(source)
     if is_hf_folder(path):
         if tokenizer is not None:
             raise ValueError(f"--tokenizer {tokenizer}: {path} is a Hugging Face folder; put its tokenizer into it")
         yield path
         return
-    near.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=near, prefix=".export.") as name:
-        folder = Path(name, "hf")
-        export_to_hf(path, folder, tokenizer)
-        yield folder
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(output) as folder:
+        export_to_hf(path, folder / "hf", tokenizer)
+        yield folder / "hf"
 
 
 def copy_all_but_weights(folder: Path, output: Path) -> None:

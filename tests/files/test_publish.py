@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 
-from lit_files.publish import build_folder, create_json, publish, replace_file, replace_folder, write_json, write_text
+from lit_files.publish import (
+    build_folder,
+    create_json,
+    publish,
+    replace_file,
+    replace_folder,
+    scratch_folder,
+    write_json,
+    write_text,
+)
 
 OLD, NEW = "old" * 1000, "new" * 2000
 KILLED = 86
@@ -220,3 +229,18 @@ def test_leftovers_of_dead_processes_are_removed_and_those_of_live_ones_kept(tmp
         assert mine.exists() and content(path) == {"a": NEW, "inner/b": NEW}
         shutil.rmtree(path)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_intermediate_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+
+    def work_and_die() -> None:
+        with scratch_folder(path) as first, scratch_folder(path) as second:  # one does not take the other's
+            assert first.is_dir() and second.is_dir() and first != second
+            (first / "a").write_text(NEW)
+            os._exit(KILLED)
+
+    assert in_child(work_and_die) == KILLED and len(list(tmp_path.iterdir())) == 2
+    with scratch_folder(path) as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+    assert not list(tmp_path.iterdir())

@@ -136,6 +136,22 @@ def train_killed(step: int, *arguments: str) -> None:
     assert answer.killed and set(answer.statuses) == {-signal.SIGKILL}, answer.output
 
 
+# A run that goes back: samples of step 11 spoil the weights, which shows in the losses of the following steps.
+ROLLBACK = {
+    "train__max_steps": 24, "save__every_steps": 5, "guard__spike_action": "rollback", "guard__spike_window": 12,
+    "guard__spike_rows": 2, "optim__lr": 1e-3,
+}  # fmt: skip
+SPIKE = {"kind": "spike", "samples": [8 * 11, 8 * 11 + 1], "factor": 30.0}
+
+
+def train_rolled_back(data: Path, run: Path, strategy: str = "fsdp") -> str:
+    """Train on two ranks with a rollback to step 10. Returns the output."""
+    arguments = flags(data, run, **ROLLBACK, devices=2, strategy=strategy)
+    answer = shared_rank_server().run(2, run, arguments, plants=[SPIKE])
+    assert answer.statuses == [0, 0] and "rolling back to iter-00000010-ckpt.pth" in answer.output, answer.output
+    return str(answer.output)
+
+
 def ranks_and_folder(arguments: Sequence[str]) -> tuple[int, Path]:
     """The values of --devices and --out_dir."""
     devices = next((int(a.partition("=")[2]) for a in arguments if a.startswith("--devices=")), 1)

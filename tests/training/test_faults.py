@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from rank_server import Answer
-from running import flags, metrics, shared_rank_server
+from running import ROLLBACK, SPIKE, flags, metrics, shared_rank_server, train_rolled_back
 from whole_record import read_record
 
 from lit_data.record.trace import left_out_of_document, open_run
@@ -138,15 +138,8 @@ def test_a_spike_is_rolled_back_and_its_samples_skipped(
     data: Path, tmp_path: Path, ranks: Ranks, strategy: str
 ) -> None:
     run = tmp_path / "run"
-    changes = two(
-        strategy=strategy, train__max_steps=24, save__every_steps=5, guard__spike_action="rollback",
-        guard__spike_window=12, guard__spike_rows=2, optim__lr=1e-3,
-    )  # fmt: skip
-    # Samples of step 11, whose effect appears only in the losses of the following steps.
-    fault = {"kind": "spike", "samples": [8 * 11, 8 * 11 + 1], "factor": 30.0}
-    answer = ranks(2, run, flags(data, run, **changes), plants=[fault])
-    assert answer.statuses == [0, 0], answer.output
-    assert "rolling back to iter-00000010-ckpt.pth" in answer.output
+    changes = two(**ROLLBACK, strategy=strategy)
+    train_rolled_back(data, run, strategy)
     assert [int(r["step"]) for r in metrics(run)] == list(range(25))
     assert max(float(r["train_loss"]) for r in metrics(run)[1:]) < 8
     order = json.loads((run / "datapoints" / "order.json").read_text())
@@ -171,24 +164,20 @@ def test_a_spike_is_rolled_back_and_its_samples_skipped(
 
     # Killed after the rollback, the run resumes with the same samples and the same result.
     killed = tmp_path / "killed"
-    plants = [fault, {"kind": "kill", "rank": 1, "step": 19}]
+    plants = [SPIKE, {"kind": "kill", "rank": 1, "step": 19}]
     arguments = flags(data, killed, **changes)
     assert ranks(2, killed, arguments, plants=plants).statuses[1] == -9
-    assert ranks(2, killed, arguments, plants=[fault]).statuses == [0, 0]
+    assert ranks(2, killed, arguments, plants=[SPIKE]).statuses == [0, 0]
     same_end(run, killed)
 
 
 def test_a_spike_without_a_rollback_target_ends_the_run(data: Path, tmp_path: Path, ranks: Ranks) -> None:
     run = tmp_path / "run"
-    changes = two(
-        train__max_steps=20, save__every_steps=20, guard__spike_action="rollback", guard__spike_window=12,
-        guard__spike_rows=2, optim__lr=1e-3,
-    )  # fmt: skip
-    fault = {"kind": "spike", "samples": [8 * 11, 8 * 11 + 1], "factor": 30.0}
-    answer = ranks(2, run, flags(data, run, **changes), plants=[fault])
+    changes = two(**(ROLLBACK | {"save__every_steps": 25}))
+    answer = ranks(2, run, flags(data, run, **changes), plants=[SPIKE])
     assert answer.statuses == [1, 1] and "no earlier checkpoint to go back to" in answer.output
     run = tmp_path / "warned"
-    answer = ranks(2, run, flags(data, run, **(changes | {"guard__spike_action": "warn"})), plants=[fault])
+    answer = ranks(2, run, flags(data, run, **(changes | {"guard__spike_action": "warn"})), plants=[SPIKE])
     assert answer.statuses == [0, 0] and answer.output.count("warning: loss spike") == 1
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import EOS, ROOT, VOCAB, flags, script, shared_rank_server, train, train_killed, write_dataset
+from running import EOS, ROOT, VOCAB, flags, script, train, train_killed, train_rolled_back, write_dataset
 
 from lit_data.packed.writer import PackedWriter
 from lit_files.checkpoint_name import list_checkpoints
@@ -85,13 +85,7 @@ def test_distillation(cached: bool, data: Path, tmp_path: Path) -> None:
 
 def test_after_a_rollback(data: Path, tmp_path: Path) -> None:
     """From before the steps that were rolled back to after them."""
-    settings = {
-        "train__max_steps": 24, "save__every_steps": 5, "guard__spike_action": "rollback", "guard__spike_window": 12,
-        "guard__spike_rows": 2, "optim__lr": 1e-3, **FSDP,
-    }  # fmt: skip
-    fault = {"kind": "spike", "samples": [8 * 11, 8 * 11 + 1], "factor": 30.0}
-    answer = shared_rank_server().run(2, tmp_path / "run", flags(data, tmp_path / "run", **settings), plants=[fault])
-    assert answer.statuses == [0, 0] and "rolling back" in answer.output
+    train_rolled_back(data, tmp_path / "run")
     checkpoints = list_checkpoints(tmp_path / "run")
     done = replay(checkpoints[0], checkpoints[-1])
     assert done.returncode == 0 and "optimizer state are equal" in done.stdout, (done.stdout, done.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from family_runs import train_family
-from running import flags, shared_rank_server, train, train_killed, write_dataset
+from running import flags, train, train_killed, train_rolled_back, write_dataset
 
 from lit_data.record.trace import open_run
 from lit_data.record.verify import verify as verify_record
@@ -101,13 +101,7 @@ def test_word_budgets(tmp_path: Path) -> None:
 
 
 def test_a_rollback(data: Path, tmp_path: Path) -> None:
-    settings = {
-        "train__max_steps": 24, "save__every_steps": 5, "guard__spike_action": "rollback", "guard__spike_window": 12,
-        "guard__spike_rows": 2, "optim__lr": 1e-3, **FSDP,
-    }  # fmt: skip
-    fault = {"kind": "spike", "samples": [8 * 11, 8 * 11 + 1], "factor": 30.0}
-    answer = shared_rank_server().run(2, tmp_path / "run", flags(data, tmp_path / "run", **settings), plants=[fault])
-    assert answer.statuses == [0, 0] and "rolling back" in answer.output
+    train_rolled_back(data, tmp_path / "run")
     check(tmp_path / "run")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import flags, metrics, same_checkpoints, script, shared_rank_server, train, write_dataset
+from running import ROLLBACK, SPIKE, flags, metrics, same_checkpoints, script, shared_rank_server, train, write_dataset
 from whole_record import read_record
 
 from lit_data.loading import words as words_module
@@ -185,13 +185,8 @@ def test_a_finished_run_is_resumed_with_other_budgets(counted: Path, tmp_path: P
 def test_a_rollback_counts_only_what_was_seen(counted: Path, tmp_path: Path) -> None:
     """Steps 11 to 14 are discarded and their samples left out; budgets are found anew."""
     run = tmp_path / "run"
-    changes = {
-        "train__max_epochs": None, "train__max_steps": 24, "save__every_steps": 5, "guard__spike_action": "rollback",
-        "guard__spike_window": 12, "guard__spike_rows": 2, "optim__lr": 1e-3, "save__keep_last": 3,
-        "save__at_words": "1K,3500,4500",
-    }  # fmt: skip
-    fault = {"kind": "spike", "samples": [8 * 11, 8 * 11 + 1], "factor": 30.0}
-    done = shared_rank_server().run(1, run, short(counted, run, **changes), plants=[fault])
+    changes = {"train__max_epochs": None, "save__keep_last": 3, "save__at_words": "1K,3500,4500"}
+    done = shared_rank_server().run(1, run, short(counted, run, **ROLLBACK, **changes), plants=[SPIKE])
     assert done.statuses == [0] and "rolling back to iter-00000010-ckpt.pth" in done.output, done.output
     check_words(run)
     words = {int(row["step"]): int(row["words"]) for row in metrics(run)}

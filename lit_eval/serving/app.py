@@ -1,16 +1,19 @@
-"""The HTTP side: a FastAPI application that checks requests, queues them, and writes answers as OpenAI's API does."""
+"""The HTTP server: a FastAPI application that validates requests, queues them, and answers in OpenAI's format."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import json
+import logging
+import math
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -24,8 +27,12 @@ from lit_eval.model.eval_model import EvalModel
 from lit_eval.serving.chat import ChatTemplate
 from lit_eval.serving.protocol import ChatRequest, CompletionRequest, Reply, error_body
 from lit_eval.serving.settings import LOOPBACK, ServerSettings
-from lit_eval.serving.worker import Busy, GivenUp, Job, Worker
+from lit_eval.serving.worker import Busy, Job, Unavailable, Worker
 
+LOG = logging.getLogger(__name__)
+SERVER_FAILED = "internal server error; the server's log has the cause"
+SHUTDOWN_MARGIN_S = 5
+"""Beyond a request's timeout; then connections of clients that stopped reading are closed."""
 HERE = Path(__file__).parent
 PAGE = {
     "/": ("page.html", "text/html"),
@@ -39,7 +46,7 @@ POLICY = (
 
 
 class Refused(Exception):
-    """A request that is answered by an error. `retry_s`: when to try again."""
+    """Rejects a request with an HTTP error. `retry_s`: seconds until the client may retry."""
 
     def __init__(self, status: int, message: str, param: str | None = None, retry_s: int | None = None) -> None:
         super().__init__(message)
@@ -53,14 +60,26 @@ class Refused(Exception):
         headers = {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.status == 408:
+            headers["Connection"] = "close"
         return JSONResponse(self.body(), self.status, headers)
 
 
-class Guard:
-    """Refuses, before a body is parsed: a wrong key, a body that is too large or no JSON, and unknown paths of /v1."""
+@contextmanager
+def worker_errors_as_refusals() -> Iterator[None]:
+    try:
+        yield
+    except Busy as busy:
+        raise Refused(429, f"{busy}; try again later", retry_s=5) from None
+    except Unavailable as error:
+        raise Refused(503, str(error), retry_s=30) from None
 
-    def __init__(self, app: ASGIApp, key: str | None, max_body_bytes: int) -> None:
-        self.app, self.key, self.limit = app, key, max_body_bytes
+
+class Guard:
+    """Middleware for /v1: checks the API key and content type, and reads the body within its size and time limits."""
+
+    def __init__(self, app: ASGIApp, key: str | None, settings: ServerSettings) -> None:
+        self.app, self.key, self.limit, self.timeout_s = app, key, settings.max_body_bytes, settings.timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
@@ -69,7 +88,7 @@ class Guard:
         request = Request(scope)
         try:
             self.check(request)
-            body = await self.body(request, receive) if request.method == "POST" else b""
+            body = await self.body_in_time(request, receive) if request.method == "POST" else b""
         except Refused as refused:
             await refused.response()(scope, receive, send)
             return
@@ -89,14 +108,22 @@ class Guard:
         if self.key is not None and not (
             scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self.key.encode())
         ):
-            raise Refused(401, "give the API key in the header Authorization: Bearer KEY")
-        # A web page of another site can send a form or plain text without asking, but no JSON.
+            raise Refused(401, "send the API key in the header Authorization: Bearer KEY")
+        # A page of another site can post a form or plain text without a CORS preflight, but not JSON.
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.method == "POST" and kind != "application/json":
             raise Refused(415, "send JSON, with the header Content-Type: application/json")
 
+    async def body_in_time(self, request: Request, receive: Receive) -> bytes:
+        """See `body`."""
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await self.body(request, receive)
+        except TimeoutError:
+            raise Refused(408, f"the body did not arrive within {self.timeout_s:g} s (--timeout_s)") from None
+
     async def body(self, request: Request, receive: Receive) -> bytes:
-        """The body, never more than the limit of it. Raises Refused."""
+        """Read the body, never more of it than the limit. Raises Refused."""
         too_large = Refused(413, f"the body is larger than {self.limit} bytes (--max_body_bytes)")
         length = request.headers.get("content-length", "0")
         if not length.isdigit() or int(length) > self.limit:
@@ -114,7 +141,7 @@ class Guard:
 
 
 class Server:
-    """Turns requests into jobs of the worker, and their pieces into answers."""
+    """Turns requests into jobs for the worker, and their pieces into responses."""
 
     def __init__(self, model: EvalModel, name: str, settings: ServerSettings) -> None:
         self.model, self.name, self.settings = model, name, settings
@@ -126,8 +153,15 @@ class Server:
         except ValueError as error:
             self.chat = error
 
-    def check(self, ids: list[int], wanted: int | None, param: str) -> int:
-        """The number of new tokens. Raises Refused for a prompt, or a number, that is too large."""
+    def admit(self, body: CompletionRequest | ChatRequest) -> None:
+        """Raise Refused for another model's name and for a full queue. Called first: tokenizing a prompt costs time."""
+        if body.model not in (None, self.name):
+            raise Refused(404, f"model {body.model!r} not found; this server has {self.name!r}", "model")
+        with worker_errors_as_refusals():
+            self.worker.check_room()
+
+    def new_tokens(self, ids: list[int], wanted: int | None, param: str) -> int:
+        """The maximum number of new tokens. Raises Refused if the prompt or the requested number is too large."""
         room = self.model.config.block_size - len(ids)
         if room < 1:
             block = self.model.config.block_size
@@ -135,32 +169,26 @@ class Server:
         if wanted is None:
             return min(room, self.settings.max_new_tokens)
         if wanted > self.settings.max_new_tokens:
-            raise Refused(400, f"{param} {wanted}: this server allows {self.settings.max_new_tokens}", param)
+            raise Refused(400, f"{param} {wanted}: this server allows at most {self.settings.max_new_tokens}", param)
         if wanted > room:
             raise Refused(
-                400, f"{param} {wanted}: after the prompt's {len(ids)} tokens there is room for {room}", param
+                400, f"{param} {wanted}: the prompt's {len(ids)} tokens leave room for {room} in the context", param
             )
         return wanted
 
-    def submit(self, ids: list[int], settings: GenerationSettings) -> Job:
-        try:
-            return self.worker.submit(ids, settings)
-        except Busy as busy:
-            raise Refused(429, f"{busy} already; try again later", retry_s=5) from None
-        except GivenUp as error:
-            raise Refused(503, str(error), retry_s=30) from None
-
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        self.admit(body)
         try:
             (ids,) = await asyncio.to_thread(encode_prompts, self.model, [body.only_prompt()], 0)
         except ValueError as error:
             raise Refused(400, str(error), "prompt") from None
-        n = self.check(ids, body.max_tokens, "max_tokens")
+        n = self.new_tokens(ids, body.max_tokens, "max_tokens")
         return await self.respond(body, ids, body.settings(n), request)
 
     async def converse(self, body: ChatRequest, request: Request) -> Response:
         if isinstance(self.chat, ValueError):
             raise Refused(404, str(self.chat))
+        self.admit(body)
         try:
             ids = await asyncio.to_thread(self.chat.encode, [message.to_dict() for message in body.messages])
         except ValueError as error:
@@ -168,34 +196,31 @@ class Server:
         if body.max_tokens is not None and body.max_completion_tokens is not None:
             raise Refused(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
         wanted = body.max_tokens or body.max_completion_tokens
-        n = self.check(ids, wanted, "max_tokens" if body.max_tokens else "max_completion_tokens")
+        n = self.new_tokens(ids, wanted, "max_tokens" if body.max_tokens else "max_completion_tokens")
         return await self.respond(body, ids, body.settings(n), request)
 
     async def respond(
         self, body: CompletionRequest | ChatRequest, ids: list[int], settings: GenerationSettings, request: Request
     ) -> Response:
-        if body.model not in (None, self.name):
-            raise Refused(404, f"the model {body.model!r} is not served here; {self.name!r} is", "model")
-        job = self.submit(ids, settings)
+        with worker_errors_as_refusals():
+            job = self.worker.submit(ids, settings)
         reply = Reply(isinstance(body, ChatRequest), self.name, len(ids))
         if body.stream:
             with_usage = bool(body.stream_options and body.stream_options.get("include_usage"))
             return StreamingResponse(self.events(job, reply, with_usage), media_type="text/event-stream")
         texts, finish = [], ""
-        try:
+        with worker_errors_as_refusals():
             async with aclosing(self.worker.answer(job, request.is_disconnected)) as pieces:
                 async for piece in pieces:
                     reply.tokens += 1
                     texts.append(piece.text)
                     finish = piece.finish or ""
-        except GivenUp as error:
-            raise Refused(503, str(error), retry_s=30) from None
         if not finish:
-            return Response(status_code=499)  # the client has gone; nobody reads this
+            return Response(status_code=499)  # the client disconnected; nobody reads this
         return JSONResponse(reply.whole("".join(texts), finish))
 
     async def events(self, job: Job, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
-        """Server-sent events. An error after the first one is an event too: the status is sent already."""
+        """Server-sent events. An error is an event too, since the status was already sent."""
         try:
             async with aclosing(self.worker.answer(job)) as pieces:
                 first = True
@@ -204,8 +229,12 @@ class Server:
                     if piece.text or piece.finish or first:
                         yield event(reply.chunk(piece.text, piece.finish, first))
                     first = False
-        except Exception as error:
+        except Unavailable as error:
             yield event(error_body(str(error), "server_error"))
+            return
+        except Exception:
+            LOG.exception("a streamed request failed")
+            yield event(error_body(SERVER_FAILED, "server_error"))
             return
         if with_usage:
             yield event(reply.last_chunk())
@@ -217,17 +246,17 @@ def event(content: dict[str, Any]) -> str:
 
 
 def build_app(model: EvalModel, name: str, settings: ServerSettings, key: str | None) -> FastAPI:
-    """The application; its worker ends with it."""
+    """Build the application. Its worker thread ends with the application's lifespan."""
     server = Server(model, name, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        server.worker.close()
+        await asyncio.to_thread(server.worker.close)  # it waits for the thread, which needs this loop to send errors
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, title="llammlein")
-    app.add_middleware(Guard, key=key, max_body_bytes=settings.max_body_bytes)
-    if settings.host in LOOPBACK:  # a page of another site whose name was made to resolve to this machine
+    app.add_middleware(Guard, key=key, settings=settings)
+    if settings.host in LOOPBACK:  # against DNS rebinding
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
 
     async def refused(request: Request, error: Exception) -> Response:
@@ -245,7 +274,7 @@ def build_app(model: EvalModel, name: str, settings: ServerSettings, key: str | 
         return JSONResponse(error_body(str(error.detail)), error.status_code)
 
     async def failed(request: Request, error: Exception) -> Response:
-        return JSONResponse(error_body("the server failed; its log has the cause", "server_error"), 500)
+        return JSONResponse(error_body(SERVER_FAILED, "server_error"), 500)
 
     app.add_exception_handler(Exception, failed)
     app.add_exception_handler(Refused, refused)
@@ -282,3 +311,16 @@ def build_app(model: EvalModel, name: str, settings: ServerSettings, key: str | 
     for path, (file, kind) in PAGE.items():
         app.get(path)(static(file, kind))
     return app
+
+
+def http_server(app: FastAPI, settings: ServerSettings) -> uvicorn.Server:
+    """The server for an application. On SIGTERM and Ctrl-C it finishes running requests, within their timeout."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=math.ceil(settings.timeout_s) + SHUTDOWN_MARGIN_S,
+        )
+    )

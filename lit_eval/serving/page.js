@@ -67,10 +67,10 @@ async function run() {
       if (chunk.error) throw new Error(chunk.error.message);
       written.textContent += chunk.choices[0].text;
       finish = chunk.choices[0].finish_reason ?? finish;
-      say("Writing.");
+      say("Generating.");
     }
     const seconds = ((performance.now() - began) / 1000).toFixed(1);
-    say(finish === "stop" ? `The text ended after ${seconds} s.` : `Done in ${seconds} s.`);
+    say(finish === "stop" ? `The model ended the text after ${seconds} s.` : `Done in ${seconds} s.`);
   } catch (error) {
     if (error.name === "AbortError") say("Stopped.");
     else say(`Error: ${error.message}`, true);
@@ -90,14 +90,19 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run();
 });
 
-(async () => {
+async function showModel() {
   const response = await fetch("v1/models", { headers: headers() });
-  if (response.status === 401) {
-    get("key_field").hidden = false;
-    say("This server asks for an API key.");
-  } else if (response.ok) {
+  if (response.status === 401) get("key_field").hidden = false;
+  if (!running) {
+    const missing = get("key").value ? "The API key is wrong." : "This server requires an API key.";
+    say(response.status === 401 ? missing : "Ready.");
+  }
+  if (response.ok) {
     const name = (await response.json()).data[0].id;
     get("model").textContent = name;
     document.title = `Try ${name}`;
   }
-})();
+}
+
+get("key").addEventListener("change", showModel);
+showModel();

@@ -1,4 +1,4 @@
-"""The requests and answers of OpenAI's API that the server speaks. A parameter that it lacks is refused by name."""
+"""Requests and responses of OpenAI's API. Unsupported parameters are refused by name."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from lit_eval.generation.settings import GenerationSettings
 from lit_files.reading import check_unicode
 from lit_model.sampling import Sampling
 
-COMPLETION_TOKENS = 16  # the default of OpenAI's API
-
+COMPLETION_TOKENS = 16  # OpenAI's default
 
 Text = Annotated[str, AfterValidator(check_unicode)]
 StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
@@ -23,7 +22,7 @@ FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
 class Common(BaseModel):
-    """What both kinds of requests have. The last group is accepted at its neutral value alone."""
+    """Fields of both kinds of requests. Those of the last group are accepted only at their neutral value."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -44,7 +43,7 @@ class Common(BaseModel):
     frequency_penalty: Zero = None
 
     def settings(self, max_new_tokens: int) -> GenerationSettings:
-        """Without a seed in the request, one is drawn."""
+        """The request's generation settings. A request without a seed gets a random one."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         sampling = Sampling(self.repetition_penalty, self.temperature, self.top_k, self.top_p, self.min_p)
         seed = secrets.randbits(32) if self.seed is None else self.seed
@@ -62,7 +61,7 @@ class CompletionRequest(Common):
     best_of: One = None
 
     def only_prompt(self) -> str | list[int]:
-        """Text or ids."""
+        """The prompt as text or token ids."""
         if isinstance(self.prompt, str):
             return self.prompt
         texts = [part for part in self.prompt if isinstance(part, str)]
@@ -84,7 +83,7 @@ class Message(BaseModel):
     name: str | None = None
 
     def to_dict(self) -> dict[str, str]:
-        """As chat templates read it."""
+        """The message in the form that chat templates expect."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -98,16 +97,16 @@ class ChatRequest(Common):
 
 
 def error_body(message: str, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's API and its clients know it."""
+    """The body of an error response in OpenAI's format."""
     return {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
 
 class Reply:
-    """Formats one answer, whole or in chunks.
+    """Formats one response, whole or in chunks.
 
     Args:
-        chat: of /v1/chat/completions.
-        prompt_tokens: of the prompt, for the usage.
+        chat: whether it is for /v1/chat/completions.
+        prompt_tokens: length of the prompt, for the usage statistics.
     """
 
     def __init__(self, chat: bool, model: str, prompt_tokens: int) -> None:
@@ -134,5 +133,5 @@ class Reply:
         return {**self.frame, "object": kind, "choices": [choice]}
 
     def last_chunk(self) -> dict[str, Any]:
-        """Sent where the request asks for the usage."""
+        """The chunk with the usage statistics, for requests with stream_options.include_usage."""
         return {**self.chunk("", None, False), "choices": [], "usage": self.usage()}

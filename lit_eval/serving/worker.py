@@ -1,6 +1,6 @@
-"""Answers requests one after another on a thread of its own; the others wait in a bounded queue.
+"""Runs requests one at a time in a background thread; further requests wait in a bounded queue.
 
-One at a time, since an answer is then exactly that of scripts/generate.py: in a batch, products are rounded otherwise.
+One at a time, so that an answer is exactly that of scripts/generate.py: batched matrix products round differently.
 """
 
 from __future__ import annotations
@@ -17,77 +17,87 @@ from lit_eval.generation.settings import GenerationSettings
 from lit_eval.generation.text import Piece, stream_pieces
 from lit_eval.model.eval_model import EvalModel
 
-LOOK_S = 0.5  # between two looks whether a client that waits is still there
+SHUTTING_DOWN = "the server is shutting down"
+POLL_S = 0.5  # interval at which a waiting request checks that its client is still connected
 
 
 class Busy(Exception):
     """The queue is full."""
 
 
-class GivenUp(Exception):
-    """A request was not answered in time, or the server is shutting down."""
+class Unavailable(Exception):
+    """A request timed out, or the server is shutting down."""
 
 
 @dataclass(eq=False)
 class Job:
-    """A request that was accepted. Its event loop reads `pieces`; the worker's thread writes them."""
+    """An accepted request. The worker thread puts pieces into `pieces`; the request's event loop takes them out."""
 
     ids: list[int]
     settings: GenerationSettings
     deadline: float
-    """time.monotonic() at which it is given up."""
+    """time.monotonic() at which the request times out."""
     loop: asyncio.AbstractEventLoop
     pieces: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
     dropped: bool = False
 
     def send(self, item: Piece | Exception) -> None:
-        """Called in the worker's thread."""
+        """Called from the worker thread."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, item)
 
 
 class Worker:
-    """Owns the model. `submit` and `drop` are called by the event loop."""
+    """Owns the model and the thread that runs it. `submit` and `drop` are called from the event loop."""
 
     def __init__(self, model: EvalModel, max_waiting: int, timeout_s: float) -> None:
         self.model, self.max_waiting, self.timeout_s = model, max_waiting, timeout_s
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._closed = False
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # over an RLock: submit calls check_room while it holds it
         self._thread = threading.Thread(target=self._run, name="llammlein-generation", daemon=True)
         self._thread.start()
 
-    def submit(self, ids: list[int], settings: GenerationSettings) -> Job:
-        """Queue a request. Raises Busy, and GivenUp once the worker is closed."""
+    def check_room(self) -> None:
+        """Raise Busy if the queue is full, and Unavailable once the worker is closed."""
         with self._changed:
             if self._closed:
-                raise GivenUp("the server is shutting down")
+                raise Unavailable(SHUTTING_DOWN)
             if len(self._waiting) >= self.max_waiting + (self._running is None):
-                raise Busy(f"{self.max_waiting} requests are waiting")
+                raise Busy(f"the queue is full ({self.max_waiting} requests)")
+
+    def submit(self, ids: list[int], settings: GenerationSettings) -> Job:
+        """Queue a request. Raises as `check_room`."""
+        with self._changed:
+            self.check_room()
             job = Job(ids, settings, time.monotonic() + self.timeout_s, asyncio.get_running_loop())
             self._waiting.append(job)
             self._changed.notify()
         return job
 
     def drop(self, job: Job) -> None:
-        """Free a request's place; the one being answered ends with its current token. Harmless for a finished one."""
+        """Remove a request from the queue, or stop it after the current token if it is running. No effect on a finished
+        one."""
         with self._changed:
             job.dropped = True
             if job in self._waiting:
                 self._waiting.remove(job)
 
     async def answer(self, job: Job, gone: Callable[[], Awaitable[bool]] | None = None) -> AsyncGenerator[Piece, None]:
-        """Yield the pieces of a request as they come; none once `gone` says that nobody reads them. Raises GivenUp."""
+        """Yield the pieces of a request as they are generated; stop once `gone` returns True (the client disconnected).
+
+        Raises Unavailable, and any exception of the generation.
+        """
         try:
             while True:
                 left = job.deadline - time.monotonic()
                 item: Piece | Exception | None = None
                 try:
-                    item = await asyncio.wait_for(job.pieces.get(), max(0.0, min(left, LOOK_S)))
+                    item = await asyncio.wait_for(job.pieces.get(), max(0.0, min(left, POLL_S)))
                 except TimeoutError:
                     if left <= 0:
-                        raise GivenUp(f"not answered within {self.timeout_s:g} s") from None
+                        raise Unavailable(f"timed out after {self.timeout_s:g} s (--timeout_s)") from None
                 if isinstance(item, Exception):
                     raise item
                 if gone is not None and await gone():
@@ -100,21 +110,21 @@ class Worker:
             self.drop(job)
 
     def load(self) -> tuple[int, int]:
-        """(requests being answered, requests waiting)."""
+        """(running requests, waiting requests)."""
         with self._changed:
             return int(self._running is not None), len(self._waiting)
 
     def close(self) -> None:
-        """Give up what waits or is being answered, and end the thread."""
+        """Fail waiting and running requests with Unavailable, and join the thread: blocks for a token's time."""
         with self._changed:
             self._closed = True
-            given_up = [*self._waiting, *([self._running] if self._running is not None else [])]
-            for job in given_up:
+            unfinished = [*self._waiting, *([self._running] if self._running is not None else [])]
+            for job in unfinished:
                 job.dropped = True
             self._waiting.clear()
             self._changed.notify()
-        for job in given_up:
-            job.send(GivenUp("the server is shutting down"))
+        for job in unfinished:
+            job.send(Unavailable(SHUTTING_DOWN))
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
@@ -132,5 +142,5 @@ class Worker:
                         if job.dropped:
                             break
                         job.send(piece)
-            except Exception as error:  # of this request alone: the next one may well be answered
+            except Exception as error:  # fails this request only; the next one may well succeed
                 job.send(error)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +22,6 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import uvicorn
 from chat_tokenizers import CHAT, write_tokenizer
 from running import ROOT, script
 
@@ -31,6 +31,7 @@ from lit_eval.generation.text import Piece, generate_texts
 from lit_eval.model.eval_model import EvalModel, open_model
 from lit_eval.serving import app as app_module
 from lit_eval.serving import worker as worker_module
+from lit_eval.serving.chat import ChatTemplate
 from lit_eval.serving.settings import ServerSettings
 from lit_model.config import ModelConfig
 from lit_model.hf.families import config_to_hf, tensors_to_hf
@@ -101,18 +102,20 @@ class Client:
 @contextmanager
 def serving(model: EvalModel, key: str | None = None, **settings: Any) -> Iterator[Client]:
     """The application on a free port, in a thread."""
-    app = app_module.build_app(model, "tiny", ServerSettings(**settings), key)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield Client(server.servers[0].sockets[0].getsockname()[1], key)
-    finally:
-        server.should_exit = True
-        thread.join(timeout=30)
+    limits = ServerSettings(**settings)
+    server = app_module.http_server(app_module.build_app(model, "tiny", limits, key), limits)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            while not server.started:
+                assert thread.is_alive()
+                time.sleep(0.01)
+            yield Client(listening.getsockname()[1], key)
+        finally:
+            server.should_exit = True
+            thread.join(timeout=30)
+    assert not thread.is_alive()
 
 
 def until(condition: Any) -> None:
@@ -171,15 +174,15 @@ def test_chat(model: EvalModel, folder: Path) -> None:
         (400, "logprobs: Extra inputs are not permitted", {"logprobs": 5}),
         (400, "temperature: Input should be greater than or equal to 0", {"temperature": -1}),
         (400, "max_tokens: Input should be a valid integer", {"max_tokens": "9"}),
-        (400, "max_tokens 100: this server allows 64", {"max_tokens": 100}),
-        (400, "after the prompt's 100 tokens there is room for 28", {"prompt": [5] * 100, "max_tokens": 29}),
+        (400, "max_tokens 100: this server allows at most 64", {"max_tokens": 100}),
+        (400, "the prompt's 100 tokens leave room for 28 in the context", {"prompt": [5] * 100, "max_tokens": 29}),
         (400, "the prompt has 128 tokens; the model's context is 128", {"prompt": [5] * 128}),
         (400, "id 99999 is outside the model's vocabulary", {"prompt": [99999]}),
         (400, "the prompt is empty", {"prompt": []}),
         (400, "half of a surrogate pair", {"prompt": "\ud800"}),
         (400, "prompt: ", {"prompt": ["a", "b"]}),
         (400, "stop: ", {"stop": [""]}),
-        (404, "the model 'other' is not served here; 'tiny' is", {"model": "other"}),
+        (404, "model 'other' not found; this server has 'tiny'", {"model": "other"}),
     ],
 )
 def test_bad_requests(client: Client, status: int, message: str, body: dict[str, Any]) -> None:
@@ -221,8 +224,81 @@ def test_bodies_keys_and_paths(client: Client) -> None:
     assert [client.request("GET", f"/page.{kind}", None)[0] for kind in ("css", "js")] == [200, 200]
 
 
+def test_chat_templates_render_as_in_transformers(tmp_path: Path) -> None:
+    """Also a missing BOS, blocks to train on, and JSON; a template that fails is the client's error, by name."""
+    transformers = pytest.importorskip("transformers")
+    files = write_tokenizer(tmp_path / "tokenizer", "smollm2", bos_token=None, pad_token=None)
+
+    def ours_and_theirs(template: str) -> tuple[list[int], list[int]]:
+        (files / "chat_template.jinja").write_text(template)
+        theirs = transformers.AutoTokenizer.from_pretrained(files)
+        ids = theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+        return ChatTemplate(open_tokenizer(files)).encode(CHAT), list(ids)
+
+    each = "{% for m in messages %}{{ BODY }}{% endfor %}"
+    for template in (
+        "{{ bos_token }}{{ pad_token }}[{{ bos_token is defined }}{{ pad_token is defined }}]{{ eos_token }}",
+        each.replace("{{ BODY }}", "{% generation %}{{ m.content + eos_token }}{% endgeneration %}"),
+        "{% set n = 1 %}{% generation %}{% set n = 2 %}{{ n }}{% endgeneration %}{{ n }}",
+        each.replace("BODY", "{'z<': m.content, 'a': 'ä'} | tojson"),
+        each.replace("BODY", "m | tojson(ensure_ascii=true, indent=2)"),
+        each.replace("BODY", "m | tojson(separators=(',', ':'), sort_keys=true)"),
+        each.replace("{{ BODY }}", "{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content | upper }}"),
+        "{% if tools is none and documents is none and add_generation_prompt %}yes{% endif %}{{ strftime_now('%Y') }}",
+    ):
+        ours, theirs = ours_and_theirs(template)
+        assert ours == theirs and ours, template
+    for template, message in (
+        ("{{ messages[0].content + 1 }}", "the chat template rejects these messages: can only concatenate str"),
+        ("{{ messages | tojson(indent=-1, separators=1) }}", "the chat template rejects these messages: "),
+        ("{{ raise_exception('no system role') }}", "the chat template rejects these messages: no system role"),
+        ("{% if %}", "the chat template has a syntax error: "),
+    ):
+        (files / "chat_template.jinja").write_text(template)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            ChatTemplate(open_tokenizer(files)).encode(CHAT)
+
+
+def test_a_failed_generation(
+    model: EvalModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log has the cause; the client, whether it streams or not, a general text."""
+
+    def broken(*arguments: Any) -> Iterator[Piece]:
+        yield Piece("x")
+        raise RuntimeError("/a/secret/path")
+
+    monkeypatch.setattr(worker_module, "stream_pieces", broken)
+    with serving(model) as client:
+        body = json.dumps({"prompt": "a", "stream": True}).encode()
+        status, _, content = client.request("POST", "/v1/completions", body)
+        last = json.loads(content.decode().split("data: ")[-1])
+        assert status == 200 and last["error"]["message"] == "internal server error; the server's log has the cause"
+        status, answer = client.post("completions", prompt="a")
+        assert status == 500 and answer["error"] == last["error"]
+    assert "/a/secret/path" in caplog.text
+
+
+def test_clients_that_stop_reading_or_sending(model: EvalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that does not arrive gets 408; a client that no longer reads does not keep the server from ending."""
+    monkeypatch.setattr(worker_module, "stream_pieces", lambda *_: iter([Piece("x" * (1 << 21))] * 8))
+    monkeypatch.setattr(app_module, "SHUTDOWN_MARGIN_S", 0)
+    with serving(model, timeout_s=0.5) as client:
+        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as sending:
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            sending.sendall(head + b"Content-Length: 100\r\n\r\n{")
+            answer = b"".join(iter(lambda: sending.recv(4096), b""))  # until the server closes the connection
+        assert answer.startswith(b"HTTP/1.1 408") and b"the body did not arrive within 0.5 s" in answer
+        reading = client.begin(prompt="a", stream=True)
+        until(lambda: client.load() == (0, 0))
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
+    reading.close()
+
+
 def test_overload_drops_and_timeouts(model: EvalModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One is answered and one waits; the next is refused. Who hangs up frees a place; who waits too long is told."""
+    """One request runs and one waits; the next is refused before its prompt is tokenized. A client that disconnects
+    frees its place; a request that waits too long is refused."""
     gate = threading.Semaphore(0)
 
     def held(*arguments: Any) -> Iterator[Piece]:
@@ -235,7 +311,10 @@ def test_overload_drops_and_timeouts(model: EvalModel, monkeypatch: pytest.Monke
         until(lambda: client.load() == (1, 0))
         second = client.begin(prompt="a")
         until(lambda: client.load() == (1, 1))
-        status, headers, content = client.request("POST", "/v1/completions", b'{"prompt": "a"}')
+        with monkeypatch.context() as without_tokenizing:
+            without_tokenizing.setattr(app_module, "encode_prompts", None)
+            status, headers, content = client.request("POST", "/v1/completions", b'{"prompt": "a"}')
+            assert client.post("completions", prompt="a", model="other")[0] == 404
         assert status == 429 and int(headers["retry-after"]) > 0
         assert json.loads(content)["error"]["type"] == "rate_limit_error"
         second.close()
@@ -245,7 +324,7 @@ def test_overload_drops_and_timeouts(model: EvalModel, monkeypatch: pytest.Monke
         gate.release()  # the token being computed
         until(lambda: client.load() == (0, 0))
         status, answer = client.post("completions", prompt="a")
-        assert status == 503 and "not answered within 3 s" in answer["error"]["message"]
+        assert status == 503 and "timed out after 3 s" in answer["error"]["message"]
         gate.release()
         until(lambda: client.load() == (0, 0))
 
@@ -254,11 +333,11 @@ def test_mistakes_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     bad_key = tmp_path / "key"
     bad_key.write_text("two words\n")
     for arguments, message in (
-        (("--host", "0.0.0.0"), "lets other machines in: set LLAMMLEIN_API_KEY"),
+        (("--host", "0.0.0.0"), "which requires an API key: set LLAMMLEIN_API_KEY"),
         (("--api_key_file", bad_key), "printable ASCII characters without spaces"),
         (("--api_key_file", tmp_path / "no"), "no"),
-        (("--timeout_s", "0"), "--timeout_s 0.0: give seconds above 0"),
-        (("--port", "70000"), "at most 65535"),
+        (("--timeout_s", "0"), "--timeout_s 0.0 must be a positive number of seconds"),
+        (("--port", "70000"), "--port 70000 must be at most 65535"),
     ):
         done = script("serve.py", "--model", folder, *arguments)
         assert done.returncode == 2 and message in done.stderr, done.stderr
@@ -271,9 +350,9 @@ def command(folder: Path, *arguments: str, key: str | None = None) -> Iterator[t
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
-        said = process.stdout.readline()
-        port = re.search(r":(\d+) ", said)
-        assert port is not None, said + (process.stderr.read() if process.stderr is not None else "")
+        line_of_port = process.stdout.readline()
+        port = re.search(r":(\d+) ", line_of_port)
+        assert port is not None, line_of_port + (process.stderr.read() if process.stderr is not None else "")
         yield process, Client(int(port[1]), key)
     finally:
         process.kill()
@@ -283,7 +362,7 @@ def command(folder: Path, *arguments: str, key: str | None = None) -> Iterator[t
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals(folder: Path, number: signal.Signals, status: int) -> None:
-    """What has begun is finished; Ctrl-C ends with one line."""
+    """Running requests are finished; Ctrl-C ends with one line."""
     with command(folder) as (process, client), ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.post, "completions", prompt="a", max_tokens=100, temperature=0)
         until(lambda: client.load()[0] == 1 or answer.done())

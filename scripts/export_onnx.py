@@ -1,9 +1,9 @@
-"""Export a model to ONNX, for onnxruntime and programs built on it, and check the file against the model.
+"""Export a model to ONNX, for onnxruntime and programs built on it, and compare the file's logits with the model's.
 
     python scripts/export_onnx.py --checkpoint runs/mine --output onnx/
 
 Writes OUTPUT/model.onnx with config and tokenizer, and prints the largest difference of a logit, the size, the speed
-beside PyTorch's, and the limits of the file. A file whose logits differ by more than 1e-4 is not kept.
+relative to PyTorch, and the limits of the file. A file whose logits differ by more than 1e-4 is not kept.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or file (default: the model's)")
-    parser.add_argument(
-        "--no_cache", action="store_true", help="leave out the inputs and outputs for cached keys and values"
-    )
+    parser.add_argument("--no_cache", action="store_true", help="without inputs and outputs for cached keys and values")
     args = parser.parse_args()
     from pretrain.convert.onnx_export import export_to_onnx
 

@@ -1,10 +1,10 @@
-"""Quantize a model for transformers (by torchao) or llama.cpp (GGUF), and report what it gains and loses.
+"""Quantize a model for transformers (torchao) or llama.cpp (GGUF), and report size, speed and change in bits per byte.
 
     python scripts/quantize.py --checkpoint runs/mine --method int8 --output int8/ --text val.jsonl
     python scripts/quantize.py --checkpoint runs/mine --method q8_0 --output model.gguf --text val.jsonl
 
-Prints the size, the bits per byte of the text before and after, the speed beside float32, and limits. The output is
-opened again before it gets its name.
+Prints the size, the bits per byte of the text before and after, the speed relative to float32, and limits. The output
+is published only once it was reopened and measured.
 """
 
 from __future__ import annotations
@@ -31,13 +31,11 @@ def main() -> None:
         help="an iter-XXXXXXXX-ckpt.pth, a run folder (its newest), or a Hugging Face folder",
     )
     parser.add_argument("--method", choices=list(METHODS), required=True, help="see below")
-    parser.add_argument("--output", type=Path, required=True, help="folder, or file of GGUF, to write; must not exist")
-    parser.add_argument(
-        "--text", type=Path, nargs="+", required=True, help="text, .jsonl or Parquet files for the bits per byte"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder, or GGUF file, to write; must not exist")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="text, .jsonl or Parquet files to score")
     parser.add_argument("--max_documents", type=int, help="documents of --text to use (default: all)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or file (default: the model's)")
-    parser.add_argument("--pre_tokenizer", help="as for convert_to_gguf.py; for GGUF only")
+    parser.add_argument("--pre_tokenizer", help="GGUF only: as for convert_to_gguf.py")
     args = parser.parse_args()
     from pretrain.convert.quantization import quantize
 

@@ -17,12 +17,17 @@ def copy_tokenizer(source_folder: str | Path, target_folder: str | Path) -> None
     source = Path(source_folder)
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a tokenizer's folder")
-    main = [file for pattern in MAIN_FILES for file in sorted(source.glob(pattern)) if file.is_file()]
-    files = [*main, *companions_in(source)]
+    files = tokenizer_files(source)
     if not files:
         names = ", ".join((*MAIN_FILES, *COMPANIONS))
         raise ValueError(f"{source} contains no tokenizer: none of its files matches {names}")
     _copy_files(files, source, Path(target_folder))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files in a folder, without any others, such as weights."""
+    main = [file for pattern in MAIN_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
+    return [*main, *companions_in(folder)]
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

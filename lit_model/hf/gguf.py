@@ -2,7 +2,7 @@
 
 llama.cpp knows Llama and Mistral as `llama`, and rotates neighbouring dimensions there: rows of queries and keys are
 permuted. As `qwen3` it rotates halves, as here. It computes no window in either, so that a model with one is refused.
-The `gguf` package lays out the file (`pip install gguf`).
+The package gguf lays out the file.
 """
 
 from __future__ import annotations
@@ -65,6 +65,20 @@ def architecture_of(config: ModelConfig) -> str:
     return architecture
 
 
+def check_dtype(config: ModelConfig, dtype: str) -> None:
+    """Raise ValueError if llama.cpp does not compute the model, or not in this dtype (a key of DTYPES)."""
+    architecture = architecture_of(config)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    if dtype == "q8_0":
+        for name, like in _tensors(config, _layout(config), architecture, dtype):
+            if like.dim() > 1 and like.shape[-1] % Q8_0_BLOCK:
+                raise ValueError(
+                    f"dtype q8_0: {name} has rows of {like.shape[-1]} numbers, not a multiple of {Q8_0_BLOCK}; choose "
+                    "another dtype"
+                )
+
+
 def write_gguf(
     path: str | Path,
     config: ModelConfig,
@@ -86,12 +100,10 @@ def write_gguf(
     try:
         import gguf  # an optional dependency
     except ImportError as error:
-        raise ValueError("GGUF needs the gguf package: pip install gguf") from error
+        raise ValueError("GGUF needs the package gguf: pip install 'llammlein[gguf]'") from error
     path = Path(path)
     if path.exists():
         raise ValueError(f"output {path} exists already; give another name or remove it")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     architecture = architecture_of(config)
     kinds = {"float16": gguf.GGMLQuantizationType.F16, "bfloat16": gguf.GGMLQuantizationType.BF16}
     kinds |= {"float32": gguf.GGMLQuantizationType.F32, "q8_0": gguf.GGMLQuantizationType.Q8_0}
@@ -99,13 +111,7 @@ def write_gguf(
     def kind_of(tensor: Tensor) -> Any:
         return kinds[dtype if tensor.dim() > 1 else "float32"]
 
-    if dtype == "q8_0":
-        for name, like in _tensors(config, _layout(config), architecture, dtype):
-            if like.dim() > 1 and like.shape[-1] % Q8_0_BLOCK:
-                raise ValueError(
-                    f"dtype q8_0: {name} has rows of {like.shape[-1]} numbers, no multiple of {Q8_0_BLOCK}; choose "
-                    "another dtype"
-                )
+    check_dtype(config, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as temporary, contextlib.closing(gguf.GGUFWriter(temporary, architecture)) as writer:
         for key, value in {**_metadata(config, architecture, dtype), **(tokenizer or {})}.items():

@@ -30,9 +30,10 @@ from lit_eval.model.text_encoding import Encoding, encoding_of
 from lit_files.checkpoint_name import budget_name
 from lit_files.publish import replace_file
 from lit_files.reading import read_foreign_object
+from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
 from lit_model.hf.families import config_to_hf, tensors_to_hf
-from lit_model.hf.gguf import architecture_of, write_gguf
+from lit_model.hf.gguf import check_dtype, write_gguf
 from lit_model.hf.io import read_folder, write_folder
 from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
 from pretrain.checkpoint.contents import word_budgets_in
@@ -133,16 +134,23 @@ def export_to_gguf(
     """
     path = resolve(checkpoint)
     config, tensors = load_tensors(path)
-    architecture_of(config)  # raises for a family that GGUF does not support
+    keys = check_gguf(path, config, dtype, tokenizer, pre_tokenizer)
+    write_gguf(output, config, tensors, dtype=dtype, tokenizer=keys)
+    return path
+
+
+def check_gguf(
+    path: Path, config: ModelConfig, dtype: str, tokenizer: Path | None, pre_tokenizer: str | None
+) -> dict[str, Any]:
+    """Return the tokenizer's metadata for a GGUF file. Raises as `export_to_gguf`, but for the weights."""
+    check_dtype(config, dtype)
     found = tokenizer or find_tokenizer(path)
     if found is None:
         raise ValueError(f"{path} has no tokenizer beside it: give one by --tokenizer")
     check_own_tokenizer(path, found)
     opened = open_tokenizer(found)
     bos = encoding_of(path, opened).bos_id is not None
-    keys = gguf_tokenizer(opened, config.vocab_size, pre_tokenizer, bos=bos)
-    write_gguf(output, config, tensors, dtype=dtype, tokenizer=keys)
-    return path
+    return gguf_tokenizer(opened, config.vocab_size, pre_tokenizer, bos=bos)
 
 
 def _tokenizer_files(tokenizer: Tokenizer | None, encoding: Encoding) -> dict[str, str]:

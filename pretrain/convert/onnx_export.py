@@ -1,4 +1,4 @@
-"""Writes a model as ONNX and checks the file in onnxruntime against the model here, on the CPU in float32."""
+"""Exports a model to ONNX and compares the file's logits in onnxruntime with the model's, on the CPU in float32."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from lit_model.config import ModelConfig
 from lit_model.load import load_model, resolve
 from lit_model.model import GPT
 from lit_model.onnx_graph import OnnxGraph
-from pretrain.convert.side_by_side import Speeds, as_hf_folder, compare_speed, copy_all_but_weights
+from pretrain.convert.side_by_side import Speeds, as_hf_folder, compare_speed, copy_config_and_tokenizer
 
 MODEL_FILE = "model.onnx"
 TOLERANCE = 1e-4
 """Largest absolute difference of a logit."""
 SHAPES = ((1, 7), (3, 33), (2, 128))
-"""Rows and tokens a row of the checks; lengths are cut to the context."""
+"""Batch sizes and lengths of the checks; lengths are limited by the context."""
 LARGEST_FILE = 1 << 30
-"""Bytes of weights beyond which they get a file of their own: protobuf holds less than 2 GiB."""
+"""Larger weights, in bytes, go to a separate file: protobuf is limited to 2 GiB."""
 
 Feed = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What was written and how it compares.
+    """Size, accuracy and speed of an ONNX file.
 
     Attributes:
-        difference: the largest of a logit, absolute.
-        shapes: rows and tokens of the compared inputs.
-        speeds: onnxruntime's beside ours.
-        limits: what the file does not do, one sentence each.
+        difference: largest absolute difference of a logit.
+        shapes: batch sizes and lengths of the compared inputs.
+        speeds: of onnxruntime, relative to PyTorch.
+        limits: of the file, one sentence each.
     """
 
     model_bytes: int
@@ -55,14 +55,14 @@ class OnnxReport:
     def __str__(self) -> str:
         shapes = ", ".join(f"{B} x {T}" for B, T in self.shapes)
         prefill, decode = self.speeds
-        speeds = [f"one row: onnxruntime {prefill} PyTorch"]
+        speeds = [f"prompt: {prefill.describe('onnxruntime', 'PyTorch')}"]
         if decode is not None:
-            speeds.append(f"token by token with the cache: onnxruntime {decode} PyTorch")
+            speeds.append(f"decoding: {decode.describe('onnxruntime', 'PyTorch')}")
         return "\n".join(
             [
                 f"{self.onnx_bytes:,} bytes of ONNX for {self.model_bytes:,} bytes of weights",
-                f"largest difference of a logit in onnxruntime: {self.difference:.1e} (rows x tokens: {shapes}"
-                f"{'; in one call, in two parts, token by token' if decode is not None else ''}; left padding)",
+                f"largest difference of a logit in onnxruntime: {self.difference:.1e} (batch x length: {shapes}"
+                f"{'; in one call, in two parts, token by token' if decode is not None else ''}; with left padding)",
                 *speeds,
                 *(f"limit: {limit}" for limit in self.limits),
             ]
@@ -70,15 +70,15 @@ class OnnxReport:
 
 
 def export_to_onnx(source: Path, output: Path, *, cache: bool = True, tokenizer: Path | None = None) -> OnnxReport:
-    """Write a checkpoint, a run folder's newest or a Hugging Face folder as a folder with model.onnx, config and
-    tokenizer. It appears complete, after it was checked, or not at all.
+    """Export a run folder's newest checkpoint, a checkpoint or a Hugging Face folder to a folder with model.onnx,
+    config and tokenizer. The output is published once it was checked, or not at all.
 
     Args:
-        cache: with inputs and outputs for keys and values, so that a text is continued token by token.
+        cache: add inputs and outputs for cached keys and values, for decoding token by token.
         tokenizer: for a checkpoint, as in `export_to_hf`.
 
-    Raises ValueError for a missing package, an output that exists, a file that onnxruntime computes differently, and
-    as `export_to_hf`.
+    Raises ValueError for a missing package, an existing output, logits that differ in onnxruntime, and as
+    `export_to_hf`.
     """
     runtime = _import_packages()
     if output.exists():
@@ -88,7 +88,7 @@ def export_to_onnx(source: Path, output: Path, *, cache: bool = True, tokenizer:
         model, config = load_model(folder)
         model = model.float()
         graph = OnnxGraph(model, cache=cache)
-        copy_all_but_weights(folder, temporary)
+        copy_config_and_tokenizer(folder, temporary)
         path = temporary / MODEL_FILE
         _write(graph, path)
         options = runtime.SessionOptions()
@@ -99,8 +99,8 @@ def export_to_onnx(source: Path, output: Path, *, cache: bool = True, tokenizer:
         difference = max(_difference(model, graph, session, B, T) for B, T in shapes)
         if not difference <= TOLERANCE:  # also for NaN
             raise ValueError(
-                f"{output} was not written: in onnxruntime a logit differs by {difference:.1e} from ours, more than "
-                f"{TOLERANCE:.0e}"
+                f"{output} was not written: in onnxruntime a logit differs by {difference:.1e} from the model's, more "
+                f"than {TOLERANCE:.0e}"
             )
         return OnnxReport(
             model_bytes=sum(p.nbytes for p in graph.model.parameters()),
@@ -113,19 +113,19 @@ def export_to_onnx(source: Path, output: Path, *, cache: bool = True, tokenizer:
 
 
 def _import_packages() -> Any:
-    """onnxruntime. Raises ValueError if it or a package that torch.onnx needs is missing."""
+    """Import and return onnxruntime. Raises ValueError if it or a package that torch.onnx needs is missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"ONNX needs the package {error.name}: pip install onnx onnxscript onnxruntime") from error
+        raise ValueError(f"ONNX needs the package {error.name}: pip install 'llammlein[onnx]'") from error
     return onnxruntime
 
 
 def _write(graph: OnnxGraph, path: Path) -> None:
     config = graph.config
-    B, T, P = 2, 5, 3  # any sizes but 0 and 1, which torch.export takes as fixed
+    B, T, P = 2, 5, 3  # any sizes but 0 and 1, which torch.export specializes on
     inputs: list[Any] = [torch.zeros(B, T, dtype=torch.long), torch.ones(B, T, dtype=torch.long)]
     shapes: list[Any] = [{0: "batch", 1: "sequence"}, {0: "batch", 1: "sequence"}]
     if graph.cache:
@@ -134,8 +134,8 @@ def _write(graph: OnnxGraph, path: Path) -> None:
         of_past = [{0: "batch", 2: "past_sequence"} for _ in past]
         shapes = [shapes[0], {0: "batch", 1: "total_sequence"}, of_past]
     with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # about names of dimensions that are equal, and torch's own deprecations
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # about torchvision, which is not needed
+        warnings.simplefilter("ignore")  # equal dimensions under two names, and torch's own deprecations
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # a warning that torchvision is not installed
         program = torch.onnx.export(
             graph,
             tuple(inputs),
@@ -151,7 +151,7 @@ def _write(graph: OnnxGraph, path: Path) -> None:
 
 
 class Decoder:
-    """An ONNX session called on the next tokens of rows."""
+    """Decodes with an ONNX session: each call takes the next tokens of all rows."""
 
     def __init__(self, graph: OnnxGraph, session: Any, batch: int) -> None:
         shape = (batch, graph.config.n_query_groups, 0, graph.config.head_size)
@@ -171,7 +171,7 @@ class Decoder:
 
 @torch.no_grad()
 def _difference(model: GPT, graph: OnnxGraph, session: Any, B: int, T: int) -> float:
-    """The largest difference of a logit: in one call, with padding, and with a cache in parts and token by token."""
+    """Largest absolute difference of a logit: in one call, with padding, in two parts and token by token."""
     tokens = torch.randint(0, model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(T))
     ids, wanted = tokens.numpy(), model(tokens).numpy()
     found = [Decoder(graph, session, B)(ids)]
@@ -180,7 +180,7 @@ def _difference(model: GPT, graph: OnnxGraph, session: Any, B: int, T: int) -> f
             decoder = Decoder(graph, session, B)
             found.append(np.concatenate([decoder(part) for part in np.split(ids, cuts, axis=1)], axis=1))
     differences = [float(np.abs(logits - wanted).max()) for logits in found]
-    # The last row alone begins later: what is before it is padding.
+    # The last row starts later, after padding.
     late = min(3, T - 1)
     mask = np.ones_like(ids)
     mask[-1, :late] = 0
@@ -209,13 +209,13 @@ def _speeds(model: GPT, graph: OnnxGraph, session: Any) -> Speeds:
 
 def _limits(config: ModelConfig, cache: bool) -> tuple[str, ...]:
     found = [
-        f"at most {config.block_size} tokens a row, the cache included: onnxruntime reports an invalid index beyond",
-        "one document a row: documents packed into one row would see each other",
-        "scores of all tokens of a row are held at once: memory grows with the square of the length",
+        f"at most {config.block_size} tokens per row, cache included; beyond, onnxruntime reports an invalid index",
+        "one document per row: documents packed into one row would attend to each other",
+        "attention scores of a row are materialized: memory grows with the square of the length",
     ]
     if not cache:
-        found.append("no cache: each new token computes the whole row again")
+        found.append("no cache: each new token recomputes the whole row")
     if config.n_expert:
         share = config.n_expert / config.n_expert_per_token
-        found.append(f"all {config.n_expert} experts are computed for every token: {share:g} times their arithmetic")
+        found.append(f"all {config.n_expert} experts are computed for every token: {share:g} times their FLOPs")
     return tuple(found)

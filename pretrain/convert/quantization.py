@@ -1,6 +1,6 @@
-"""Quantizes a model for transformers or llama.cpp, opens the result again, and measures what it gains and loses.
+"""Quantizes a model for transformers or llama.cpp, reopens the result, and measures size, speed and bits per byte.
 
-Everything runs on the CPU; the model before is transformers' in float32.
+Everything runs on the CPU. The reference is the unquantized model in transformers, in float32.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import importlib.metadata
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +26,37 @@ from lit_eval.score.perplexity import perplexity, texts_of_files
 from lit_files.publish import build_folder, publish, scratch_folder, sync_file
 from lit_model.config import ModelConfig
 from lit_model.hf.families import family_of
-from lit_model.hf.gguf import architecture_of
-from lit_model.load import resolve
-from pretrain.convert.export import export_to_gguf
+from lit_model.hf.gguf import DTYPES, check_dtype
+from lit_model.load import load_tensors, resolve
+from pretrain.convert.export import check_gguf, export_to_gguf
 from pretrain.convert.quantization_methods import GGUF, METHODS, TORCHAO
 from pretrain.convert.side_by_side import (
     Forward,
     Speeds,
     as_hf_folder,
     compare_speed,
-    copy_all_but_weights,
+    copy_config_and_tokenizer,
     weights_bytes,
 )
 
 INT4_GROUP = 32
-"""Weights in a row that share a scale."""
+"""Consecutive weights of a row that share a scale."""
 BATCH_TOKENS = 4096
-"""Of a batch that is scored: transformers holds the logits of all of them."""
+"""Tokens per scored batch. transformers materializes the logits of all of them."""
 CHECKED_TOKENS = 64
+REFERENCE = "transformers in float32"
 
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What was written and what it costs.
+    """Size, quality and speed of a quantized model.
 
     Attributes:
-        bytes_before, bytes_after: of the files of weights.
-        stored: kinds of stored numbers, by the number of parameters that are stored so.
+        bytes_before, bytes_after: size of the weights.
+        stored: number of parameters by storage format.
         bits_before, bits_after: bits per byte of the text.
-        speeds: beside transformers in float32; None: `program` is not installed.
-        program: what computed at that speed.
+        speeds: relative to transformers in float32; None: `program` is not installed.
+        program: the program whose speed was measured.
         limits: one sentence each.
     """
 
@@ -79,8 +81,9 @@ class QuantizationReport:
         if self.speeds is None:
             lines.append(f"speed: not measured, {self.program} is not installed")
         else:
-            lines.append(f"one row: {self.program} {self.speeds.prefill} transformers in float32")
-            lines.append(f"token by token with the cache: {self.program} {self.speeds.decode} transformers in float32")
+            lines.append(f"prompt: {self.speeds.prefill.describe(self.program, REFERENCE)}")
+            if self.speeds.decode is not None:
+                lines.append(f"decoding: {self.speeds.decode.describe(self.program, REFERENCE)}")
         return "\n".join([*lines, *(f"limit: {limit}" for limit in self.limits)])
 
 
@@ -94,16 +97,16 @@ def quantize(
     tokenizer: Path | None = None,
     pre_tokenizer: str | None = None,
 ) -> QuantizationReport:
-    """Write a checkpoint, a run folder's newest or a Hugging Face folder, quantized: for a method of torchao as a
-    folder that transformers opens, else as a GGUF file. It appears complete, after it was opened again, or not at all.
+    """Quantize a run folder's newest checkpoint, a checkpoint or a Hugging Face folder: with torchao to a folder for
+    transformers, or to a GGUF file. The output is published once it was reopened and measured, or not at all.
 
     Args:
-        texts: files of text, .jsonl or Parquet, the first `max_documents` documents of which are scored.
+        texts: files of text, .jsonl or Parquet; their first `max_documents` documents are scored.
         tokenizer: for a checkpoint, as in `export_to_hf`.
         pre_tokenizer: for GGUF, as in `export_to_gguf`.
 
-    Raises ValueError for a missing package, an output that exists, a model that the method does not fit, and as
-    `export_to_hf` and `export_to_gguf`.
+    Raises ValueError for a missing package, an existing output, a model that the method does not support, and as
+    `export_to_hf` and `export_to_gguf`: all before the text is scored.
     """
     path = resolve(source)
     if method not in METHODS:
@@ -115,23 +118,28 @@ def quantize(
     if pre_tokenizer is not None and method in TORCHAO:
         raise ValueError(f"--pre_tokenizer {pre_tokenizer} is for {' and '.join(GGUF)}; --method is {method}")
     _import_packages(method)
-    model = open_model(path, tokenizer=tokenizer, device="cpu")
-    model.need_tokenizer()
-    check_method(model.config, method)
+    config, _ = load_tensors(path)
+    check_method(config, method)
+    if method in GGUF:
+        check_gguf(path, config, _gguf_dtype(method), tokenizer, pre_tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
-    text = _Text(model, texts, max_documents)
-    bits_before = text.bits_per_byte(model.scorer())  # first: a fault of the text is found before the long work
     with as_hf_folder(path, tokenizer, output) as folder:
+        model = open_model(path, tokenizer=tokenizer, device="cpu")
+        model.need_tokenizer()
+        text = _Text(model, texts, max_documents)
+        bits_before = text.bits_per_byte(model.scorer())
         before = _open(folder)
         if method in TORCHAO:
             return _with_torchao(folder, output, method, before, text, bits_before)
-        return _as_gguf(folder, output, method, before, text, bits_before, pre_tokenizer)
+        dtype = _gguf_dtype(method)
+        write = partial(export_to_gguf, path, dtype=dtype, tokenizer=tokenizer, pre_tokenizer=pre_tokenizer)
+        return _as_gguf(write, folder, output, method, before, text, bits_before)
 
 
 def check_method(config: ModelConfig, method: str) -> None:
-    """Raise ValueError if the method does not fit the model."""
+    """Raise ValueError if the method does not support the model."""
     if method in GGUF:
-        architecture_of(config)
+        check_dtype(config, _gguf_dtype(method))
         return
     family = family_of(config).model_type
     if family == "gpt2":
@@ -140,19 +148,24 @@ def check_method(config: ModelConfig, method: str) -> None:
         )
     if config.n_expert:
         raise ValueError(
-            f"--method {method}: torchao leaves experts as they are in transformers, the most of the model"
+            f"--method {method}: torchao does not quantize experts in transformers, which are most of the model"
         )
     if method == "int4":
         widths = {"n_embd": config.n_embd, "intermediate_size": config.intermediate_size}
         widths["n_head * head_size"] = config.n_head * config.head_size
         for name, width in widths.items():
             if width % INT4_GROUP:
-                raise ValueError(f"--method int4: {name} is {width}, no multiple of {INT4_GROUP}")
+                raise ValueError(f"--method int4: {name} is {width}, not a multiple of {INT4_GROUP}")
+
+
+def _gguf_dtype(method: str) -> str:
+    """The dtype of the GGUF file written here: the method's own, or what llama.cpp quantizes from."""
+    return method if method in DTYPES else "float32"
 
 
 def _import_packages(method: str) -> None:
     """Raise ValueError if a package that the method needs is missing."""
-    for name in ("torchao", "torch.utils._pytree"):  # about kernels for GPUs, and torchao's use of torch
+    for name in ("torchao", "torch.utils._pytree"):  # warnings about GPU kernels and deprecated functions
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         import transformers
@@ -170,9 +183,10 @@ def _import_packages(method: str) -> None:
         if method == "q4_k_m":
             import llama_cpp  # noqa: F401
     except ImportError as error:
-        package = "llama-cpp-python" if error.name == "llama_cpp" else error.name
-        more = " (a source package: it compiles llama.cpp for many minutes)" if package == "llama-cpp-python" else ""
-        raise ValueError(f"--method {method} needs the package {package}: pip install {package}{more}") from error
+        package, install = error.name, "'llammlein[quantize]'"
+        if package == "llama_cpp":
+            package, install = "llama-cpp-python", "llama-cpp-python (it compiles llama.cpp, which takes minutes)"
+        raise ValueError(f"--method {method} needs the package {package}: pip install {install}") from error
 
 
 def _with_torchao(
@@ -196,13 +210,13 @@ def _with_torchao(
     }
     with build_folder(output) as temporary:
         quantized = _open(folder, quantization_config=TorchAoConfig(configs[method]()))
-        copy_all_but_weights(folder, temporary)
+        copy_config_and_tokenizer(folder, temporary)
         quantized.save_pretrained(temporary)
         reopened = _open(temporary)
         tokens = text.some_tokens()
         with torch.no_grad():
             if not torch.equal(reopened(tokens).logits, quantized(tokens).logits):
-                raise ValueError(f"{output} was not written: opened again, it gives other logits than before")
+                raise ValueError(f"{output} was not written: reopened, the model gives different logits")
         stored = Counter[str]()
         for parameter in reopened.parameters():
             plain = type(parameter) is torch.nn.Parameter and type(parameter.data) is Tensor
@@ -211,14 +225,13 @@ def _with_torchao(
             raise ValueError(f"{output} was not written: torchao quantized none of the model's layers")
         versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torchao"))
         limits = [
-            f"read by AutoModelForCausalLM.from_pretrained of {versions}; the format belongs to torchao, and another "
-            "version may not read it",
-            "embedding, head and norms stay as they were; this project does not read the folder",
+            f"written by {versions}; other versions of torchao may not be able to read it",
+            "embedding, head and norms are not quantized; this project cannot read the folder",
         ]
         if method == "int4":
             limits.append(
-                "a number of 4 bits takes a byte on disk and in memory: torchao has no packed format that a CPU both "
-                "saves and computes"
+                "each 4-bit number takes a byte on disk and in memory: torchao has no packed format that can be both "
+                "saved and computed on a CPU"
             )
         return QuantizationReport(
             bytes_before=weights_bytes(folder),
@@ -233,28 +246,35 @@ def _with_torchao(
 
 
 def _as_gguf(
-    folder: Path, output: Path, method: str, before: Any, text: _Text, bits_before: float, pre_tokenizer: str | None
+    write: Callable[[Path], object],
+    folder: Path,
+    output: Path,
+    method: str,
+    before: Any,
+    text: _Text,
+    bits_before: float,
 ) -> QuantizationReport:
+    """`write` exports the model to a GGUF file of the dtype `_gguf_dtype`."""
     import gguf
 
     with scratch_folder(output) as parts:
         file = parts / output.name
-        if method == "q8_0":
-            export_to_gguf(folder, file, dtype="q8_0", pre_tokenizer=pre_tokenizer)
-        else:
-            plain = parts / "float32.gguf"
-            export_to_gguf(folder, plain, dtype="float32", pre_tokenizer=pre_tokenizer)
-            _quantize_by_llama_cpp(plain, file)
-            plain.unlink()
+        written = file if method in DTYPES else parts / "float32.gguf"
+        write(written)
+        if written != file:
+            _quantize_by_llama_cpp(written, file)
+            written.unlink()
         stored = Counter[str]()
         for tensor in gguf.GGUFReader(file).tensors:
             stored[tensor.tensor_type.name] += int(tensor.n_elements)
         speeds = None
-        limits = ["bits per byte are those of the weights, by transformers; llama.cpp rounds activations too"]
+        limits = [
+            "bits per byte are computed by transformers from the file's weights; llama.cpp also quantizes activations"
+        ]
         if (forward := _llama_cpp_forward(file, text.model.config.block_size)) is not None:
             speeds = compare_speed(_forward(before), forward, text.model.config.block_size)
         if method == "q4_k_m":
-            limits.append("rows that are no multiple of 256 get another type, by llama.cpp's rules")
+            limits.append("rows whose length is not a multiple of 256 get another type, chosen by llama.cpp")
         report = QuantizationReport(
             bytes_before=weights_bytes(folder),
             bytes_after=file.stat().st_size,
@@ -266,6 +286,8 @@ def _as_gguf(
             limits=tuple(limits),
         )
         sync_file(file)
+        if output.exists():  # publishing would replace it
+            raise ValueError(f"output {output} was created by another program in the meantime; it was left as it is")
         publish(file, output)
     return report
 
@@ -277,11 +299,11 @@ def _quantize_by_llama_cpp(source: Path, output: Path) -> None:
     settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
     settings.nthread = torch.get_num_threads()
     if llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(settings)):
-        raise ValueError(f"llama.cpp could not quantize the model; its messages are above (written from {source.name})")
+        raise ValueError(f"llama.cpp could not quantize {source.name}; see its messages above")
 
 
 def _llama_cpp_forward(file: Path, block_size: int) -> Forward | None:
-    """llama.cpp on the file; None if it is not installed."""
+    """A GGUF file in llama.cpp; None if llama-cpp-python is not installed."""
     try:
         import llama_cpp
     except ImportError:
@@ -301,12 +323,12 @@ def _llama_cpp_forward(file: Path, block_size: int) -> Forward | None:
 
 
 def _open(folder: Path, **options: Any) -> Any:
-    """A model of transformers in float32."""
+    """Open a folder with transformers, in float32."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    # transformers 5.24 prefers `cache`, which older ones do not know.
+    # transformers 5.24 prefers `cache`, which older versions do not know.
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
@@ -321,7 +343,7 @@ def _forward(model: Any) -> Forward:
 
 
 class _Text:
-    """The text that is scored, by the tokenizer and the first token of the model before."""
+    """The text to score, encoded with the original model's tokenizer and prefix token."""
 
     def __init__(self, model: EvalModel, paths: Sequence[Path], max_documents: int | None) -> None:
         self.model, self.paths, self.max_documents = model, paths, max_documents
@@ -331,7 +353,7 @@ class _Text:
         return float(perplexity(scorer, texts, self.model.prefix_id()).metrics["bits_per_byte"])
 
     def scorer_of(self, model: Any) -> Scorer:
-        """Scores by a model of transformers."""
+        """A scorer for a model of transformers."""
 
         def forward(tokens: Tensor, targets: Tensor) -> Tensor:
             logits = model(tokens, use_cache=False).logits.float()  # (B, T, V)

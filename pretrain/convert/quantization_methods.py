@@ -1,9 +1,9 @@
-"""The methods of quantization by name. No heavy imports: the command line's help lists them."""
+"""Quantization methods by name. No heavy imports, since --help lists them."""
 
 TORCHAO = {
-    "int8": "weights in 8 bits (torchao)",
-    "int4": "weights in 4 bits, 32 in a row share a scale (torchao)",
-    "int8_dynamic": "weights in 8 bits, activations too while computing (torchao)",
+    "int8": "8-bit weights (torchao)",
+    "int4": "4-bit weights, one scale per 32 of a row (torchao)",
+    "int8_dynamic": "8-bit weights, and activations quantized to 8 bits at run time (torchao)",
 }
 GGUF = {
     "q8_0": "GGUF's Q8_0",

@@ -88,7 +88,7 @@ def test_q8_0_is_within_half_a_step(tmp_path):
     with torch.no_grad():
         logits, wanted = hf(draw_tokens(config)).logits, model(draw_tokens(config))
     assert 0 < (logits - wanted).norm() / wanted.norm() < 0.03
-    with pytest.raises(ValueError, match="q8_0: token_embd.weight has rows of 48 numbers, no multiple of 32"):
+    with pytest.raises(ValueError, match="q8_0: token_embd.weight has rows of 48 numbers, not a multiple of 32"):
         write_gguf(tmp_path / "odd.gguf", CONFIGS["llama"], {}, dtype="q8_0")
 
 

@@ -5,6 +5,8 @@ The slow tests need the extras `onnx` and `quantize`, and skip themselves withou
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,17 @@ import numpy as np
 import pytest
 import torch
 from hf_checks import build
+from safetensors.torch import load_file
 from small_models import EVERY_FAMILY, SIZES, synthetic_texts, train_small_tokenizer, write_model_folder
 
 from lit_model.config import ModelConfig
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.io import write_folder
 from lit_model.onnx_graph import OnnxGraph
-from pretrain.convert import onnx_export
+from pretrain.convert import onnx_export, quantization
 from pretrain.convert.onnx_export import Decoder, export_to_onnx
 from pretrain.convert.quantization import check_method, quantize
+from pretrain.convert.side_by_side import copy_config_and_tokenizer, weights_bytes
 
 
 def folder_of(config: ModelConfig, path: Path) -> Path:
@@ -92,6 +96,65 @@ def test_quantized_models_open_again(method: str, model: tuple[Path, Path], tmp_
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in output.iterdir()}
 
 
+def test_weights_are_counted_and_not_copied(model: tuple[Path, Path], tmp_path: Path) -> None:
+    """Files that transformers does not read are neither counted nor copied."""
+    source, output = tmp_path / "source", tmp_path / "output"
+    shutil.copytree(model[0], source)
+    (source / "README.md").write_text("card")
+    tensors = load_file(source / "model.safetensors")
+    for name in ("pytorch_model.bin", "train.py", "notes.json"):
+        (source / name).write_text("x" * 10_000)
+    assert weights_bytes(source) == sum(tensor.nbytes for tensor in tensors.values())
+    output.mkdir()
+    copy_config_and_tokenizer(source, output)
+    assert {path.name for path in output.iterdir()} == {path.name for path in model[0].iterdir()} - {
+        "model.safetensors"
+    } | {"README.md"}
+
+
+def test_mistakes_are_refused_before_the_text_is_scored(
+    model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr(quantization, "perplexity", None)
+    folder, text = model
+    narrow = folder_of(ModelConfig(**{**SIZES, "intermediate_size": 80}, vocab_size=100), tmp_path / "narrow")
+    output = tmp_path / "out.gguf"
+
+    def refused(message: str, source: Path = folder, **options: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            quantize(source, output, "q8_0", [text], **options)
+
+    refused("is a Hugging Face folder and brings its own", tokenizer=folder, pre_tokenizer="gpt-2")
+    refused("splits words like none of the known pre-tokenizers of llama.cpp")
+    refused("ffn_down.weight has rows of 80 numbers, not a multiple of 32", source=narrow)
+    assert not output.exists()
+
+
+def test_a_gguf_file_that_appeared_meanwhile_is_kept(
+    model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    folder, text = model
+    output = tmp_path / "out.gguf"
+
+    class Other:
+        """A stand-in for the model; while it is scored, another program writes the output."""
+
+        def __init__(self, *_: Any, **options: Any) -> None:
+            if "gguf_file" in options:
+                output.write_text("another program's")
+
+    monkeypatch.setattr(quantization, "_open", Other)
+    monkeypatch.setattr(quantization._Text, "bits_per_byte", lambda *_: 1.0)
+    monkeypatch.setattr(quantization, "_llama_cpp_forward", lambda *_: None)
+    with pytest.raises(ValueError, match="was created by another program in the meantime"):
+        quantize(folder, output, "q8_0", [text], pre_tokenizer="gpt-2")
+    assert output.read_text() == "another program's" and [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
+
+
 def test_mistakes_are_refused(model: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is written, with the flag or the package by name."""
     folder, text = model
@@ -105,11 +168,14 @@ def test_mistakes_are_refused(model: tuple[Path, Path], tmp_path: Path, monkeypa
     refused("exists already", to=folder)
     refused("--max_documents 0", max_documents=0)
     refused("--pre_tokenizer gpt-2 is for q8_0 and q4_k_m; --method is int8", pre_tokenizer="gpt-2")
-    for name, package, method in (("torchao", "torchao", "int8"), ("llama_cpp", "llama-cpp-python", "q4_k_m")):
+    for name, method, install in (
+        ("torchao", "int8", "torchao: pip install 'llammlein[quantize]'"),
+        ("llama_cpp", "q4_k_m", "llama-cpp-python: pip install llama-cpp-python"),
+    ):
         monkeypatch.setitem(sys.modules, name, None)
-        refused(f"--method {method} needs the package {package}: pip install {package}", method)
+        refused(rf"--method {method} needs the package {re.escape(install)}", method)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ValueError, match="ONNX needs the package onnx: pip install onnx onnxscript onnxruntime"):
+    with pytest.raises(ValueError, match=re.escape("ONNX needs the package onnx: pip install 'llammlein[onnx]'")):
         export_to_onnx(folder, output)
     assert not list(tmp_path.iterdir())
 
@@ -118,7 +184,7 @@ def test_mistakes_are_refused(model: tuple[Path, Path], tmp_path: Path, monkeypa
     ("family", "method", "message"),
     [
         ("gpt2", "int8", "a gpt2 in transformers has none"),
-        ("llama4_text", "int8", "leaves experts as they are"),
+        ("llama4_text", "int8", "does not quantize experts in transformers"),
         ("olmo2", "q8_0", "this model is of family olmo2"),
     ],
 )
@@ -128,5 +194,5 @@ def test_models_that_a_method_does_not_fit(family: str, method: str, message: st
 
 
 def test_int4_needs_rows_of_whole_groups() -> None:
-    with pytest.raises(ValueError, match="--method int4: intermediate_size is 80, no multiple of 32"):
+    with pytest.raises(ValueError, match="--method int4: intermediate_size is 80, not a multiple of 32"):
         check_method(ModelConfig(**{**SIZES, "intermediate_size": 80}, vocab_size=100), "int4")

@@ -50,7 +50,12 @@ def train(folder: Path, data: Path, settings: Mapping[str, object]) -> dict[str,
 
 
 def steps_to(loss: float, curve: Mapping[int, float]) -> float | None:
-    """Steps until a validation loss has fallen to `loss`, interpolated; None if it never has. `curve`: {step: loss}."""
+    """Steps until a validation loss has fallen to `loss`, interpolated; None if it never has. `curve`: {step: loss}.
+
+    A curve that starts at or below `loss` gives its first step.
+    """
+    if curve and next(iter(curve.values())) <= loss:
+        return next(iter(curve))
     for (step, before), (next_step, after) in pairwise(curve.items()):
         if after <= loss <= before:
             return step + (next_step - step) * (before - loss) / max(before - after, 1e-12)

@@ -374,8 +374,8 @@ def capability_of(device: str) -> tuple[int, ...]:
     if device == "cpu":
         return ()
     code = "import torch; print(*torch.cuda.get_device_capability())"
-    said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
-    return tuple(int(part) for part in said.split())
+    output = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return tuple(int(part) for part in output.split())
 
 
 def reason_to_skip(name: str, device: str, capability: tuple[int, ...]) -> str | None:

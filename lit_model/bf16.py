@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_model.kernels import cpu
-from lit_model.linear import OwnLinear, replace_linears
+from lit_model.linear import CustomLinear, replace_linears
 
 
-class Float32ProductLinear(OwnLinear):
+class Float32ProductLinear(CustomLinear):
     """y = x W^T + b in bf16, with the three matrix multiplies of forward and backward in float32."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,12 +22,12 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def count_active_parameters(config: ModelConfig) -> int:
-    """Parameters used by one token: n_expert_per_token experts of each mixture, and all that are not in experts."""
+    """Parameters that one token uses: all outside experts, and n_expert_per_token experts per layer with experts."""
     return sum(_active(config, name, shape) for name, shape in parameter_shapes(config).items())
 
 
 def count_multiplying_parameters(config: ModelConfig) -> int:
-    """The matrices that each token is multiplied by: active ones of the blocks, and the head (tied or not).
+    """Parameters of the matrices that a token is multiplied by: active ones of the blocks, and the head (tied or not).
 
     Lookups (embedding and learned positions), norms and biases are not counted.
     """
@@ -64,7 +64,7 @@ def _active(config: ModelConfig, name: str, shape: tuple[int, ...]) -> int:
 
 
 def _matrices(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """What tokens are multiplied by, all experts included."""
+    """The matrices that tokens are multiplied by, including all experts."""
     lookups = ["transformer.wpe.weight"] + ([] if config.tie_embeddings else ["transformer.wte.weight"])
     shapes = parameter_shapes(config)
     return {name: shape for name, shape in shapes.items() if len(shape) >= 2 and name not in lookups}
@@ -72,14 +72,14 @@ def _matrices(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class TrainingSetting:
-    """How a model is trained, as far as memory goes."""
+    """The training settings that determine memory use."""
 
     micro_batch_samples: int
-    """Rows that one device puts through the model at once."""
+    """Rows per device in one forward."""
     block_size: int
     """Tokens in a row."""
     compute_bytes: int = 4
-    """Of an element in the matrix multiplies: 4 for fp32, 2 for bf16 and fp16."""
+    """Bytes per element in matrix multiplies: 4 for fp32, 2 for bf16 and fp16."""
     sharding: str = "none"
     """none (one device), ddp, FULL_SHARD, SHARD_GRAD_OP or HYBRID_SHARD."""
     shards: int = 1
@@ -89,9 +89,9 @@ class TrainingSetting:
     """Activation checkpointing: none, full, block (every `recompute_every`-th block) or op."""
     recompute_every: int = 2
     recompute_blocks: int | None = None
-    """`block`: this many blocks, the first ones, instead of every n-th."""
+    """`block`: the number of leading blocks to recompute, instead of every n-th."""
     accumulates: bool = False
-    """Whether a step has several micro-batches: gradients are then alive while activations are."""
+    """Whether a step has several micro-batches, so that gradients and activations coexist."""
     defer_gradient_sync: bool = False
     """Sharded: gradients stay whole until the last micro-batch."""
     cpu_offload: bool = False
@@ -99,13 +99,13 @@ class TrainingSetting:
     prefetch_blocks: int = 0
     """Sharded: blocks gathered ahead; 0: one."""
     reduce_bytes: int = 4
-    """Sharded: of an element of the gradients while they are reduced."""
+    """Sharded: bytes per gradient element during the reduction."""
     on_cpu: bool = False
-    """The loss takes smaller chunks of logits there."""
+    """On a CPU the loss uses smaller chunks of logits."""
     muon: bool = False
     """Muon keeps one moment of the blocks' matrices, AdamW two."""
     frozen: int = 0
-    """Bytes of other models' weights on the device: teachers'."""
+    """Bytes of other models' weights on the device, such as teachers."""
 
     @property
     def sharded(self) -> bool:
@@ -119,7 +119,7 @@ class TrainingSetting:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of training on one device. The parts are not all alive at once, so that `total` may be less than their sum.
+    """Bytes of training on one device. The parts do not all peak at once, so `total` may be less than their sum.
 
     With CPU offload the state (parameters, gradients, optimizer) is in host memory and not in `total`.
     """
@@ -128,17 +128,17 @@ class TrainingMemory:
     gradients: int
     optimizer: int
     gathered: int
-    """Copies of the weights in the precision of the arithmetic: those that autocast makes, or that FSDP gathers."""
+    """Copies of the weights in compute precision, made by autocast or gathered by FSDP."""
     activations: int
-    """What the forward keeps for the backward, up to the head."""
+    """Tensors that the forward keeps for the backward, up to the head."""
     loss: int
-    """Gradients of the hidden states and of the head, which the loss makes in the forward."""
+    """Gradients of the hidden states and of the head, which the loss computes in the forward."""
     workspace: int
     """The larger of a chunk of logits and, in the backward, a block's gradients and recomputed activations."""
     frozen: int
     """Weights of other models."""
     total: int
-    """The most at once."""
+    """Peak memory."""
 
 
 def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMemory:
@@ -196,7 +196,7 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
 
 
 def root_parameters(config: ModelConfig) -> int:
-    """Those outside of the blocks: embeddings, last norm and head."""
+    """Parameters outside the blocks: embeddings, last norm and head."""
     return sum(prod(shape) for name, shape in parameter_shapes(config).items() if not name.startswith(BLOCKS))
 
 
@@ -210,14 +210,14 @@ def largest_block(config: ModelConfig) -> int:
 
 
 class _MlpElements(NamedTuple):
-    """Elements a token in the MLP of a layer, its input and last output left out."""
+    """Elements per token in the MLP of a layer, without its input and output."""
 
     kept: int
-    """By all operators, for the backward."""
+    """Kept for the backward by all operators."""
     multiplied: int
     """Of these, outputs of matrix multiplies."""
     gradients: int
-    """In the backward, at once."""
+    """Gradients alive at once in the backward."""
 
 
 def _mlp_elements(config: ModelConfig, layer: int) -> _MlpElements:
@@ -232,7 +232,7 @@ def _mlp_elements(config: ModelConfig, layer: int) -> _MlpElements:
 
 
 def _router_bytes(config: ModelConfig, layer: int, compute_bytes: int) -> int:
-    """A token: the router's float32 input (where that is a copy), logits and probabilities, and where the slots go."""
+    """Bytes per token of the router's float32 input (if it is a copy), logits, probabilities and slot indices."""
     if not config.layer_has_experts(layer):
         return 0
     copy = 4 * config.n_embd if compute_bytes < 4 else 0
@@ -240,14 +240,14 @@ def _router_bytes(config: ModelConfig, layer: int, compute_bytes: int) -> int:
 
 
 def _float32_copies(config: ModelConfig, setting: TrainingSetting) -> int:
-    """Bytes a token that attention keeps beside its bf16 tensors, on CPUs where it is computed in float32."""
+    """Bytes per token of attention's float32 copies, on CPUs that compute bf16 attention in float32."""
     if setting.compute_bytes == 4 or not setting.on_cpu or cpu.HAS_BF16:
         return 0
     return 2 * config.n_qkv + 4 * config.n_head * config.head_size
 
 
 def _kept_in_block(config: ModelConfig, layer: int, setting: TrainingSetting, residual_bytes: int) -> int:
-    """Bytes a token that one block keeps for its backward."""
+    """Bytes per token that one block keeps for its backward."""
     compute_bytes = setting.compute_bytes
     C, out = config.n_embd, config.n_head * config.head_size
     inputs = 1 if config.shared_attention_norm else 2  # of attention and MLP
@@ -268,9 +268,9 @@ def _kept_in_block(config: ModelConfig, layer: int, setting: TrainingSetting, re
 
 
 def _kept_per_token(config: ModelConfig, setting: TrainingSetting, residual_bytes: int) -> tuple[int, int]:
-    """Bytes a token: (kept by the forward, all blocks; the most that recomputation adds to it at once)."""
+    """Bytes per token: (kept by the forward in all blocks; largest addition by recomputation)."""
     C, out = config.n_embd, config.n_head * config.head_size
-    kept = again = freed = 0  # freed: by then, by the backward of the later layers
+    kept = again = freed = 0  # freed: already, by the backward of later layers
     for layer in reversed(range(config.n_layer)):
         whole = less = _kept_in_block(config, layer, setting, residual_bytes)
         if setting.recompute == "op":  # its input, and the outputs of the matrix multiplies and of the attention

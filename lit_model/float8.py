@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_model.linear import OwnLinear, replace_linears
+from lit_model.linear import CustomLinear, replace_linears
 
 ALIGNMENT = 16  # the matrix multiplies read 16 bytes at a time
 _SMALLEST = 1e-12  # of the largest magnitudes: keeps the scale of an all-zero tensor finite
 
 
-class Float8Linear(OwnLinear):
+class Float8Linear(CustomLinear):
     """y = x W^T + b, with the three matrix multiplies of forward and backward in float8.
 
     Outside training (validation, generation) it is an ordinary linear layer: the scale of a whole batch would make a

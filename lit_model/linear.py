@@ -1,4 +1,4 @@
-"""Linear layers that multiply in their own way, in place of the blocks' nn.Linear.
+"""Replacements for the blocks' nn.Linear with another matrix product.
 
 Dimensions: N tokens, K input and M output features.
 """
@@ -15,7 +15,7 @@ from lit_model.attention import Attention
 from lit_model.mlp import MLP, GatedMLP
 
 
-class OwnLinear(nn.Linear):
+class CustomLinear(nn.Linear):
     """y = x W^T + b with the parameters and names of nn.Linear; subclasses define the product."""
 
     @classmethod
@@ -35,7 +35,7 @@ class OwnLinear(nn.Linear):
 
 
 def replace_linears(
-    blocks: Iterable[nn.Module], kind: type[OwnLinear], fits: Callable[[nn.Linear], bool] = lambda linear: True
+    blocks: Iterable[nn.Module], kind: type[CustomLinear], fits: Callable[[nn.Linear], bool] = lambda linear: True
 ) -> int:
     """Turn the linear layers of attention and MLP that `fits` accepts into `kind`, in place; returns their number.
 

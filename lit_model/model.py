@@ -91,7 +91,7 @@ class Block(nn.Module):
             return build_norm(config, config.n_embd) if wanted else nn.Identity()
 
         self.norm_1 = norm(config.pre_norm)
-        # Kept results must not be overwritten; PyTorch does not notice it where they are views.
+        # Saved results must not be overwritten; PyTorch does not detect it if they are views.
         self.attn = Attention(config, layer, rotate_in_place=recompute != "op")
         self.post_attention_norm = norm(config.post_norm)
         self.norm_2 = norm(config.pre_norm and not config.shared_attention_norm)
@@ -179,7 +179,7 @@ class GPT(nn.Module):
         activation_checkpointing: the part recomputed in the backward, trading time for memory: each block ("full"),
             every n-th block ("block"), or each block but its matrix multiplies and attention ("op").
         activation_checkpointing_every: the n of "block".
-        activation_checkpointing_blocks: "block" recomputes this many, the first ones, instead of every n-th.
+        activation_checkpointing_blocks: "block" recomputes this many leading blocks instead of every n-th.
         z_loss: see lit_model.loss.
         loss_kernel: "auto" or an implementation of cross-entropy (lit_model.kernels.cross_entropy).
         load_balance_loss, router_z_loss: for models with experts, the weights of two losses of the routers (see
@@ -358,7 +358,7 @@ class GPT(nn.Module):
 
 
 class HeadParameters(nn.Module):
-    """The head's parameters: a matrix unless it is the embedding's, and a bias if there is one."""
+    """The head's parameters: a matrix unless it is tied to the embedding, and optionally a bias."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -373,7 +373,7 @@ def embedding(rows: int, columns: int) -> nn.Embedding:
 
 
 def _small_normal(rows: int, columns: int) -> Tensor:
-    """N(0, 0.02), drawn anew by `initialise`. Not on the meta device, where torch's normal_ imports torch.compile."""
+    """N(0, 0.02); `initialise` draws it again. Skipped on the meta device, where normal_ would import torch.compile."""
     matrix = torch.empty(rows, columns)
     return matrix if matrix.is_meta else matrix.normal_(0, 0.02)
 

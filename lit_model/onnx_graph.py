@@ -1,9 +1,9 @@
-"""A model as a graph of plain operations with inputs of any batch and length, for torch.onnx.
+"""A traceable version of a model for torch.onnx, with dynamic batch size and length.
 
-The model's own modules compute everything but attention and experts, whose kernels depend on the data's shape. The
-inputs and outputs have the names and layouts that Optimum and onnxruntime-genai expect of a decoder.
+The model's own modules compute everything except attention and experts, whose kernels depend on the data's shape.
+Names and layouts of inputs and outputs are those that Optimum and onnxruntime-genai expect of a decoder.
 
-Dimensions: B batch, T new tokens in a row, P tokens in the cache, S = P + T, C n_embd, H query heads, G key/value
+Dimensions: B batch, T new tokens per row, P cached tokens per row, S = P + T, C n_embd, H query heads, G key/value
 heads, D head size, E experts, k experts of a token, V vocabulary.
 """
 
@@ -23,28 +23,28 @@ from lit_model.moe import MoE
 
 
 class _Past:
-    """Keys and values (B, G, P, D) of one layer; those of the new tokens are appended."""
+    """Cached keys and values (B, G, P, D) of one layer."""
 
     def __init__(self, k: Tensor | None, v: Tensor | None) -> None:
         self.k, self.v = k, v
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, G, T, D) twice -> (B, G, S, D) twice."""
+        """Append the new tokens' keys and values, (B, G, T, D) each -> (B, G, S, D) each."""
         self.k = k if self.k is None else torch.cat((self.k, k), dim=2)
         self.v = v if self.v is None else torch.cat((self.v, v), dim=2)
         return self.k, self.v
 
 
 class _Layout(NamedTuple):
-    """What the layers of one forward share."""
+    """Inputs that all layers of one forward share."""
 
     rows: RowLayout
     masks: Mapping[str, Tensor]
-    """Added to the scores, by the layer's kind of attention: float32 (B, 1, T, S)."""
+    """Additive attention masks by the layer's kind of attention: float32 (B, 1, T, S)."""
 
 
 class _PlainAttention(nn.Module):
-    """`Attention` with the scores as one matrix and a mask. Called with the same arguments, but for their types."""
+    """`Attention` with a materialized score matrix and an additive mask; called like `Attention`, with other types."""
 
     def __init__(self, attention: Attention, kind: str) -> None:
         super().__init__()
@@ -68,9 +68,9 @@ class _PlainAttention(nn.Module):
 
 
 class _AllExperts(nn.Module):
-    """`MoE` that runs every expert on every token: E / k times the arithmetic, but no shape depends on the routing.
+    """`MoE` that runs every expert on every token: E / k times the FLOPs, but shapes that do not depend on the routing.
 
-    An expert that is not chosen gets an input of 0, whose output is 0: experts have no bias.
+    An expert that was not selected gets zeros as input and, without a bias, returns zeros.
     """
 
     def __init__(self, moe: MoE) -> None:
@@ -91,10 +91,10 @@ class _AllExperts(nn.Module):
 
 
 class OnnxGraph(nn.Module):
-    """tokens, and with a cache the keys and values before them, -> logits, and all keys and values.
+    """Maps tokens, and cached keys and values, to logits and the updated keys and values.
 
     Args:
-        model: is left as it is; its weights are shared.
+        model: shares its weights with the graph and is not modified.
         cache: whether inputs and outputs include keys and values.
     """
 
@@ -109,7 +109,7 @@ class OnnxGraph(nn.Module):
             if isinstance(block.mlp, MoE):
                 block.mlp = _AllExperts(block.mlp)  # type: ignore[assignment]
         if self.model._rope is not None:
-            self.model._rope.table(torch.device("cpu"))  # made now, so that the graph holds it as a constant
+            self.model._rope.table(torch.device("cpu"))  # built here, so that it becomes a constant of the graph
 
     @property
     def input_names(self) -> list[str]:
@@ -125,11 +125,11 @@ class OnnxGraph(nn.Module):
         return [f"{prefix}.{i}.{part}" for i in range(self.config.n_layer) for part in ("key", "value")]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor] | None = None) -> list[Tensor]:
-        """Logits float32 (B, T, V), then keys and values (B, G, S, D) of each layer if there is a cache.
+        """Return logits float32 (B, T, V), then with a cache the keys and values (B, G, S, D) of each layer.
 
         Args:
             input_ids: int64 (B, T).
-            attention_mask: int64 (B, S): 0 where a row has padding, which is before its first token.
+            attention_mask: int64 (B, S): 0 for padding, which precedes a row's first token.
             past: keys and values (B, G, P, D) of each layer, in the order of `input_names`.
         """
         T = input_ids.shape[1]
@@ -155,7 +155,7 @@ class OnnxGraph(nn.Module):
         """See `_Layout.masks`."""
         S = attention_mask.shape[1]
         slots = torch.arange(S, device=attention_mask.device)
-        ahead = slots[-T:, None] - slots[None, :]  # (T, S): how far a key is before the query
+        ahead = slots[-T:, None] - slots[None, :]  # (T, S): distance from the query back to the key
         seen = (ahead >= 0) & (attention_mask[:, None, :] != 0)  # (B, T, S)
         visible = {"full": seen}
         if (window := self.config.sliding_window_size) is not None:
@@ -163,13 +163,13 @@ class OnnxGraph(nn.Module):
         if (chunk := self.config.attention_chunk_size) is not None:
             chunks = of_keys // chunk  # (B, S)
             visible["chunked"] = seen & (chunks[:, -T:, None] == chunks[:, None, :])
-        # Finite, so that rows of padding, which see nothing, give numbers.
+        # Finite, so that padding queries, which see no key, do not give NaN.
         hidden = torch.finfo(torch.float32).min
         return {kind: torch.where(one, 0.0, hidden).unsqueeze(1) for kind, one in visible.items()}
 
 
 def without_padding(model: GPT) -> GPT:
-    """A copy that shares the weights, but for the padding rows of embedding and head, which it lacks."""
+    """A copy without the padding rows of embedding and head. It shares the weights."""
     V = model.config.vocab_size
     config = dataclasses.replace(model.config, padded_vocab_size=V)
     with torch.device("meta"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lit_model.kernels.choose import keep_the_loop_untraced
+from lit_model.kernels.choose import disable_loop_tracing
 from lit_model.model import GPT, Block
 
 COMPILATIONS_PER_KIND = 2 * 2 * 2
@@ -24,7 +24,7 @@ def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -
     eager. The limits are raised as the model requires.
     """
     torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # sets it for inductor too
-    keep_the_loop_untraced()
+    disable_loop_tracing()
     allowed = COMPILATIONS_PER_KIND * len({block.kind() for block in model.blocks()})
     config = torch._dynamo.config
     config.recompile_limit += allowed

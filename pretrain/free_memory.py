@@ -1,4 +1,4 @@
-"""Memory that is free: of a device, and of the host under the limits of control groups."""
+"""Free memory of a device, and of the host within its control-group limits."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-CUDA_RESERVE_BYTES = 1536 << 20  # not in the estimate: context, NCCL's buffers, kernels' workspaces, fragmentation
-TIGHT = 0.9  # of the free memory: above it an estimate is too close
+CUDA_RESERVE_BYTES = 1536 << 20  # not estimated: CUDA context, NCCL buffers, kernel workspaces, fragmentation
+TIGHT = 0.9  # fraction of the free memory; estimates above it leave too little margin
 
 
 def free_device_bytes(device: torch.device, neighbours: int) -> int:
-    """Bytes that this process may still use on its device; `neighbours` ranks share the host's memory."""
+    """Bytes that this process can still use on its device. `neighbours`: ranks that share the host's memory."""
     if device.type != "cuda":
         return host_memory_bytes() // neighbours
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -29,7 +29,7 @@ def host_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def cgroup_rooms(root: Path) -> Iterator[int]:
-    """Bytes left under each memory limit of this process's control groups, v2 and v1. The file cache counts as free."""
+    """Bytes left within each memory limit of this process's control groups (v1, v2). The file cache counts as free."""
     groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     for _, controllers, path in groups:
         if controllers == "":

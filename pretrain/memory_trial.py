@@ -11,7 +11,7 @@ from pretrain.build import set_up
 from pretrain.logs.layer_norms import LayerNorms
 from pretrain.logs.throughput import peak_memory_gib
 from pretrain.loop import train_step
-from pretrain.trial_args import STEPS, without_traces
+from pretrain.trial_args import STEPS, without_side_outputs
 
 
 def peak_of_steps(args: RunArgs) -> int:
@@ -24,7 +24,7 @@ def peak_of_steps(args: RunArgs) -> int:
     world_size = args.num_nodes * int(args.devices)
     accumulates = t.global_batch_samples > world_size * t.micro_batch
     rows = world_size * t.micro_batch * (2 if accumulates else 1)
-    args = replace(without_traces(args), train=replace(t, global_batch_samples=rows), profile=ProfileArgs())
+    args = replace(without_side_outputs(args), train=replace(t, global_batch_samples=rows), profile=ProfileArgs())
     run = set_up(args, watched=False)
     try:
         norms = LayerNorms(run.raw_model, run.optimizer.parameters, run.device) if args.log.layers else None

@@ -1,4 +1,4 @@
-"""The settings of a trial: a few steps of a run, in a folder of their own."""
+"""Settings of a trial: a few steps of a run, in a separate folder."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def as_new_run(args: RunArgs, folder: Path, checkpoint: Path | None) -> RunArgs:
     return replace(args, out_dir=folder, resume=None)
 
 
-def without_traces(args: RunArgs) -> RunArgs:
-    """The same settings without cache, record, trackers, evaluation tasks and word budgets."""
+def without_side_outputs(args: RunArgs) -> RunArgs:
+    """The same settings without shard cache, record, trackers, evaluation tasks and word budgets."""
     data, log = replace(args.data, cache_dir=None, datapoints=False), replace(args.log, trackers=[])
     evaluation, save = EvalArgs(micro_batch_samples=args.eval.micro_batch_samples), replace(args.save, at_words=[])
     return replace(args, data=data, log=log, eval=evaluation, save=save, preflight=False)

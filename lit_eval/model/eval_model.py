@@ -147,7 +147,7 @@ class EvalModel:
             path=str(self.path.resolve()),
             name=name,
             parameters=count_parameters(self.config),
-            checksum=weights_checksum(self.model),
+            checksum=model_checksum(self.model),
             step=step if step is not None else meta.get("step"),
             tokens=tokens if isinstance(tokens, int) else None,
             words=float(words) if isinstance(words, (int, float)) else None,
@@ -202,7 +202,7 @@ def open_model(
     )
 
 
-def weights_checksum(model: GPT) -> str:
+def model_checksum(model: GPT) -> str:
     """SHA-256 (hex) over names and values of the weights, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -211,7 +211,7 @@ def weights_checksum(model: GPT) -> str:
 
 
 def recorded_checksum(path: Path) -> str | None:
-    """`weights_checksum` from the checksums that a checkpoint of one file carries, without reading its tensors; None
+    """`model_checksum` from the checksums that a checkpoint of one file carries, without reading its tensors; None
     where it cannot be known that way."""
     if is_hf_folder(path):
         return None

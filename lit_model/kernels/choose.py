@@ -114,8 +114,9 @@ def _beyond_sdpa(features: tuple[str, ...]) -> list[str]:
 _untraced_plain_loop = plain_loop
 
 
-def keep_the_loop_untraced() -> None:
-    """Call this before compiling a model. torch.compiler.disable imports torch.compile's machinery: not at import."""
+def disable_loop_tracing() -> None:
+    """Exclude `plain_loop` from tracing. Call this before compiling a model; not done at import, since
+    torch.compiler.disable imports all of torch.compile."""
     global _untraced_plain_loop
     _untraced_plain_loop = torch.compiler.disable(plain_loop)
 

@@ -32,7 +32,7 @@ from pretrain.preflight.memory import memory_advice
 from pretrain.preflight.outcomes import Ranks
 from pretrain.resume import check_resume
 from pretrain.run_folder import choose_folder
-from pretrain.trial_args import STEPS, as_new_run, without_traces
+from pretrain.trial_args import STEPS, as_new_run, without_side_outputs
 
 CHECKSUM_BYTES = 256 << 20  # of shards that one rank reads again
 MANY_EPOCHS = 4.0  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
@@ -171,7 +171,7 @@ def load_some(s: PreflightContext) -> float:
         check_meta(meta, s.checkpoint)
         _, taught_by = resolve_teachers(s.args.distillation)
         check_resume(plain(s.args), meta, s.data, s.config, taught_by, s.checkpoint)
-    args = without_traces(s.args)
+    args = without_side_outputs(s.args)
     if is_automatic(args):  # chosen later; the loader's speed hardly depends on it
         first = candidates(args, s.config.n_layer, s.data.block_size, s.ranks.world_size, s.kind or "cpu")[0]
         args = first.apply(args)
@@ -226,7 +226,7 @@ def check_one_step(s: PreflightContext) -> Finding:
 
 def take_steps(s: PreflightContext, folder: Path) -> StepMeasure:
     """Set the run up as `main` does, and train."""
-    args = as_new_run(without_traces(s.args), folder, s.checkpoint)
+    args = as_new_run(without_side_outputs(s.args), folder, s.checkpoint)
     if args.data.synthetic.tokens:
         small = replace(args.data.synthetic, tokens=min(args.data.synthetic.tokens, 200_000))
         args = replace(args, data=replace(args.data, synthetic=small))

@@ -24,7 +24,7 @@ from pretrain.cli.run_parser import from_settings
 from pretrain.launch import find_launch
 from pretrain.release.manifest import RUN
 from pretrain.resume import MEANING, MECHANICS, read_meta
-from pretrain.trial_args import without_traces
+from pretrain.trial_args import without_side_outputs
 
 PLACEMENT = ("precision", "compile", "strategy", "sharding_strategy")  # settings that change rounding, beside MEANING
 
@@ -207,7 +207,7 @@ def replay_args(interval: Interval, folder: Path, devices: int | None = None) ->
     Raises ValueError where that is not possible.
     """
     args = from_settings(interval.meta["config"], interval.target)
-    args, nodes, launch = without_traces(args), args.num_nodes, find_launch()
+    args, nodes, launch = without_side_outputs(args), args.num_nodes, find_launch()
     if launch is not None:
         devices, nodes = launch.devices, launch.num_nodes
     elif devices is not None:

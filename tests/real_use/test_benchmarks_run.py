@@ -121,6 +121,12 @@ def loss_check(found: dict[str, Any]) -> None:
         assert positive(row["ms"], row["speed_to_plain"]) and row["error_head"] < 0.02
 
 
+def test_steps_to_a_loss() -> None:
+    steps_to = runpy.run_path(str(ROOT / "benchmarks" / "corpus_runs.py"))["steps_to"]
+    curve = {10: 3.0, 20: 2.0, 30: 1.0}
+    assert [steps_to(loss, curve) for loss in (4.0, 3.0, 2.5, 1.0, 0.9)] == [10, 10, 15, 30, None]
+
+
 def optimizers_check(found: dict[str, Any]) -> None:
     assert set(found["summary"]) == {"adamw", "muon"}
     assert all(positive(row["val_loss"], row["step_cpu_s"]) for row in found["summary"].values())

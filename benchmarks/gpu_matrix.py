@@ -304,8 +304,7 @@ def profiled(place: Place) -> None:
 
 
 def replayed(place: Place) -> None:
-    """The last steps of a deterministic run executed again from their record, bit for bit; and those of another beside
-    two honest runs."""
+    """Re-executes the last steps of a deterministic run, bit for bit, and those of another beside its noise floor."""
     for run, deterministic in (("run", "true"), ("other", "false")):
         train(place, run, train__deterministic=deterministic)
         script(place, "replay.py", *list_checkpoints(place.folder / run)[-2:])

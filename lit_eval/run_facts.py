@@ -20,7 +20,7 @@ import yaml
 from lit_eval.metrics_file import Metrics, read_metrics
 from lit_eval.score.results import Results, read_results
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
-from lit_files.reading import read_bytes, read_object, read_text
+from lit_files.reading import first_line, read_bytes, read_object
 from lit_model.config import ModelConfig
 from lit_model.cost import count_active_parameters, count_parameters
 from lit_model.load import Checkpoint
@@ -193,14 +193,28 @@ def read_run(folder: Path, results_s: float = float("inf")) -> RunFacts:
     return run
 
 
+class _SettingsLoader(yaml.SafeLoader):
+    """Refuses aliases, which training never writes: nested ones expand a small file to any size."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias")
+        return super().compose_node(parent, index)
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a run's config.yaml. Raises ValueError that names the file."""
+    return parse_settings(read_bytes(path), path)
+
+
+def parse_settings(content: bytes, source: str | Path) -> dict[str, Any]:
+    """Settings from the bytes of a config.yaml. Raises ValueError that names `source`."""
     try:
-        settings = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: it is not YAML ({str(error).splitlines()[0]})") from error
+        settings = yaml.load(content, _SettingsLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as a date that does not exist
+        raise ValueError(f"{source} is damaged: it is not YAML of settings ({first_line(error)})") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} is damaged: it is no mapping of settings")
+        raise ValueError(f"{source} is damaged: it must be a mapping of settings")
     return settings
 
 
@@ -226,8 +240,7 @@ class _Faults:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
         if isinstance(error, (OSError, ValueError, TypeError, RecursionError)):
-            message = f"{error}".splitlines()[0] if f"{error}" else type(error).__name__
-            self.run.faults.append(message.replace(f"{self.run.folder}{os.sep}", ""))
+            self.run.faults.append(first_line(error).replace(f"{self.run.folder}{os.sep}", ""))
             return True
         return False
 
@@ -293,7 +306,7 @@ def find_results(top: Path, deadline_s: float = float("inf")) -> tuple[list[Resu
                 if path.stat().st_size <= MOST_RESULT_BYTES and looks_like_results(path):
                     found.append(read_results(path))
             except (OSError, ValueError) as error:
-                faults.append(str(error).splitlines()[0])
+                faults.append(first_line(error))
     return sorted(found, key=lambda results: (results.model.step or 0, results.model.name)), faults
 
 

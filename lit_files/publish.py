@@ -66,6 +66,17 @@ def replace_folder(temporary: Path, path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Create the file `target` as a hard link to `source`, or as a copy where that is not possible.
+
+    Symbolic links are followed. The new name is not yet durable.
+    """
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; if the block ends well, sync the file it wrote there and publish it.

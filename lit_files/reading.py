@@ -89,6 +89,11 @@ def check_unicode(text: str) -> str:
     return text
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type if it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def parse_json(text: str | bytes, source: str | Path) -> Any:
     """Parse a JSON text. Raises ValueError that names `source`."""
     try:

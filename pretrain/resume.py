@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from lit_data.loading.order import Segment, first_sample_of_step
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
+from lit_files.reading import build
 from lit_model.config import ModelConfig
 from lit_model.load import Checkpoint
 from pretrain.args import DistillationArgs, OptimArgs, RunArgs, TrainArgs, flat, plain
@@ -56,6 +58,29 @@ MECHANICS = (
     "distillation.shard_teachers",
     "distillation.compile_teachers",
 )
+
+
+@dataclass(frozen=True)
+class SettingsChange:
+    """A resume that changed settings.
+
+    Attributes:
+        step: the step resumed from.
+        differences: setting -> [value before, value after].
+    """
+
+    step: int
+    differences: dict[str, Any]
+
+
+def changes_of(meta: dict[str, Any], source: object) -> list[SettingsChange]:
+    """The changes of settings listed in a checkpoint's meta. Raises ValueError naming `source` if they are damaged."""
+    return build(list[SettingsChange], meta.get("changes") or [], f"{source}: meta.changes")
+
+
+def changes_meaning(key: str) -> bool:
+    """Whether another value of a setting (such as optim.lr) makes it another run."""
+    return any(key == name or key.startswith(f"{name}.") for name in MEANING) and key not in MECHANICS
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -121,11 +146,7 @@ def check_resume(
     defaults = {"distillation": DistillationArgs(), "optim": OptimArgs(), "train": TrainArgs(max_steps=1)}
     later = flat({"objective": "cross_entropy", **plain(defaults)})
     old, new = later | flat(meta["config"]), flat(settings)
-    keys = [
-        k
-        for k in sorted(set(old) | set(new))
-        if any(k == m or k.startswith(m + ".") for m in MEANING) and k not in MECHANICS
-    ]
+    keys = [key for key in sorted(old.keys() | new.keys()) if changes_meaning(key)]
     differs = {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
     flag = "data.train" if settings["data"]["train"] is not None else "data.mixture"
     there, here = meta["data"]["train"], [dataset.fingerprint for dataset in data.train]

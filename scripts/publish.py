@@ -1,6 +1,6 @@
-"""Publish a run's checkpoints as revisions that anyone can check, to a folder or a hub, or verify such a release.
+"""Publish a run's checkpoints as revisions that anyone can check, to a folder or a hub, or verify a release.
 
-Without --to it is a dry run. An interrupted publication continues when the command is repeated.
+Without --to it is a dry run. To continue an interrupted publication, repeat the command.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ end_on_ctrl_c()
 
 def parser() -> ScriptParser:
     made = ScriptParser(description=__doc__)
-    made.add_argument("run", type=Path, nargs="?", help="run folder, whose training has ended")
-    made.add_argument("--to", metavar="FOLDER|hub", help="where to publish; without it nothing is written")
-    made.add_argument("--repo", metavar="NAMESPACE/NAME", help="repository on the hub, which the card names")
+    made.add_argument("run", type=Path, nargs="?", help="run folder of a finished or stopped training run")
+    made.add_argument("--to", metavar="FOLDER|hub", help="where to publish (default: dry run, nothing is written)")
+    made.add_argument("--repo", metavar="NAMESPACE/NAME", help="repository on the hub, also named in the card")
     made.add_argument(
-        "--license", metavar="ID", help="licence of the weights for the card, such as apache-2.0; required for a hub"
+        "--license", metavar="ID", help="licence of the weights, stated in the card, such as apache-2.0; a hub needs it"
     )
     made.add_argument("--public", action="store_true", help="create a public repository (default: a private one)")
     made.add_argument(
@@ -52,18 +52,22 @@ def main() -> int:
         raise ValueError("--to hub needs --repo NAMESPACE/NAME")
     if args.to == "hub" and args.license is None:
         raise ValueError(
-            "--to hub needs --license, such as apache-2.0 or other: the card states it, and nothing guesses it"
+            "--to hub needs --license, such as apache-2.0 or other: the card states it, and it cannot be guessed"
         )
     if args.public and args.to != "hub":
         raise ValueError("--public belongs to --to hub")
     from pretrain.release.folder import FolderRelease
     from pretrain.release.hub import Hub, HubRelease, open_hub
-    from pretrain.release.publish import PublishArgs, describe_plan, publish
+    from pretrain.release.manifest import counted
+    from pretrain.release.publish import PublishArgs, Release, describe_plan, publish
     from pretrain.release.verify import open_folder, verify
 
     if args.verify is not None:
         on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", args.verify) and not Path(args.verify).exists()
-        opened = open_hub(Hub(args.verify), download=args.download) if on_hub else open_folder(Path(args.verify))
+        if on_hub:
+            opened = open_hub(Hub(args.verify, "--verify"), download=args.download)
+        else:
+            opened = open_folder(Path(args.verify))
         report = verify(opened, head=args.head)
         print(*report.lines(), sep="\n")
         return 1 if report.faults else 0
@@ -73,12 +77,12 @@ def main() -> int:
         print(*describe_plan(args.run, settings), "dry run: nothing was written; publish with --to", sep="\n")
         return 0
     if args.to == "hub":
-        hub_release = HubRelease(Hub(args.repo), args.run / ".publishing", public=args.public)
-        chain = publish(args.run, hub_release, settings)
-        hub_release.close()
+        release: Release = HubRelease(Hub(args.repo), args.run / ".publishing", public=args.public)
     else:
-        chain = publish(args.run, FolderRelease(Path(args.to)), settings)
-    print(f"{args.to}: {len(chain)} revisions; publish the head elsewhere too, for --verify --head {chain[-1].sha256}")
+        release = FolderRelease(Path(args.to))
+    chain = publish(args.run, release, settings)
+    count, head = counted(len(chain), "revision"), chain[-1].sha256
+    print(f"{args.to}: {count}; also record the head where nobody can change it, for --verify --head {head}")
     return 0
 
 

@@ -28,18 +28,18 @@ def parser() -> ScriptParser:
         nargs="+",
         default=[],
         metavar="DIR",
-        help="the packed training data, one folder a dataset (default: where the run found it); of parts that are not "
-        "available, manifest.json and the .idx files are enough",
+        help="packed training data, one folder per dataset (default: the run's paths); where shards are missing, "
+        "manifest.json and the .idx files are enough",
     )
     made.add_argument(
-        "--devices", type=int, help="ranks on this machine (default: as many as in the run, which can be bit-equal)"
+        "--devices", type=int, help="ranks on this machine (default: as many as in the run, needed for bit equality)"
     )
     made.add_argument(
         "--work",
         type=Path,
         metavar="DIR",
-        help="new folder for the replayed run, with room for one checkpoint; it is kept, and ranks on several nodes "
-        "need one that they share (default: a temporary folder)",
+        help="new folder for the replayed run, kept afterwards, with room for one checkpoint, or two in another "
+        "environment than the run's; ranks on several nodes must share it (default: a temporary folder)",
     )
     return made
 

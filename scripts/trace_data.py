@@ -43,15 +43,26 @@ def parser() -> ScriptParser:
     out.add_argument("file", type=Path, help=".duckdb (tables spans, documents, steps; view seen), .parquet or .csv")
     exposures = command("exposures", "how often the tokens were seen, over the steps")
     exposures.add_argument("--picture", type=Path, help="a .png, .pdf or .svg to draw it to (needs matplotlib)")
-    without = command("influence", "what a document did: the steps from its first exposure on, executed without it")
-    without.add_argument("--document", required=True, help="its id, or #N, #D:N; all documents with the id are ignored")
-    without.add_argument("--steps", type=int, help="steps executed from there on (default: to the newest checkpoint)")
+    without = command(
+        "influence", "a document's effect on later losses: its steps re-executed with its targets ignored"
+    )
     without.add_argument(
-        "--random", type=int, default=3, help="runs that ignore random spans of the same steps instead (default 3)"
+        "--document", required=True, help="its id, or #N, #D:N; all documents with the id are ignored together"
+    )
+    without.add_argument(
+        "--steps", type=int, help="steps to execute from its first exposure on (default: up to the newest checkpoint)"
+    )
+    without.add_argument(
+        "--random", type=int, default=3, help="control runs that ignore random spans of the same steps (default 3)"
     )
     without.add_argument("--seed", type=int, default=0, help="of these random spans (default 0)")
     without.add_argument("--devices", type=int, help="ranks on this machine (default: as many as in the run)")
-    without.add_argument("--work", type=Path, help="new folder for the executed runs (default: a temporary one)")
+    without.add_argument(
+        "--work",
+        type=Path,
+        help="new folder for the executed runs, kept without their tensors, with room for one checkpoint (default: a "
+        "temporary folder)",
+    )
     for made in commands.choices.values():
         made.add_argument("--data", type=Path, help="where the packed training data is now, if it was moved")
         made.add_argument("--json", action="store_true", help="print one JSON object a line")

@@ -37,7 +37,7 @@ class RecordContent:
 
 @dataclass
 class RecordScan:
-    """The content of some steps, the mean loss of each (nats per target), and faults, a sentence each."""
+    """The content of some steps, the mean loss of each (nats per target, float64), and faults, a sentence each."""
 
     content: RecordContent
     losses: npt.NDArray[np.float64]
@@ -45,7 +45,7 @@ class RecordScan:
 
 
 class _Digest:
-    """One SHA-256 per column: a table's division into batches does not enter."""
+    """One SHA-256 per column, so that the division of the rows into tables does not matter."""
 
     def __init__(self) -> None:
         self._columns = {name: hashlib.sha256() for name in SCHEMA.names}
@@ -71,7 +71,7 @@ def scan_record(run: Path, first_step: int, end_step: int, segments: Sequence[Se
     Raises ValueError naming a damaged file, or a step without rows.
     """
     digest, rows, tokens, applied, expected = _Digest(), 0, 0, 0, first_step
-    losses = np.full(end_step - first_step, np.nan)
+    losses: list[npt.NDArray[np.float64]] = [np.empty(0)]
     faults: list[str] = []
     for table in stream_record(run, first_step, end_step):
         digest.add(table)
@@ -87,7 +87,7 @@ def scan_record(run: Path, first_step: int, end_step: int, segments: Sequence[Se
         applied += int(table["applied"].to_numpy()[begins].sum())
         sums = np.add.reduceat(table["loss"].to_numpy(), begins)
         targets = np.add.reduceat(table["targets"].to_numpy().astype(np.int64), begins)
-        losses[present - first_step] = sums / np.maximum(targets, 1)
+        losses.append(sums / np.maximum(targets, 1))
         if segments is not None:
             first = np.asarray([first_sample_of_step(segments, int(s))[0] for s in present])
             wrong = table["sample"].to_numpy() - table["row"].to_numpy() != np.repeat(
@@ -99,4 +99,4 @@ def scan_record(run: Path, first_step: int, end_step: int, segments: Sequence[Se
     if expected != end_step:
         raise ValueError(f"{run}: the record has no rows of step {expected}")
     content = RecordContent(first_step, end_step, rows, tokens, applied, digest.hexdigest())
-    return RecordScan(content, losses, faults)
+    return RecordScan(content, np.concatenate(losses), faults)

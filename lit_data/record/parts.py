@@ -91,6 +91,15 @@ def committed_parts(run: Path) -> list[Part]:
     return select_files(list_parts(run / "datapoints"), steps)
 
 
+def covered_until(run: Path, first_step: int) -> int:
+    """The first step from `first_step` on that a run's committed record lacks."""
+    at = first_step
+    for part in committed_parts(run):
+        if part.first_step <= at:
+            at = max(at, part.end_step)
+    return at
+
+
 def group_by_steps(parts: Iterable[Part]) -> list[list[Part]]:
     """Group parts from `select_files` by the steps to read from them."""
     return [list(group) for _, group in groupby(parts, key=lambda p: (p.first_step, p.end_step))]

@@ -17,6 +17,7 @@ from lit_data.record.schema import SCHEMA, sort_rows
 from lit_files.parquet import open_table, read_footer
 
 STEP = SCHEMA.get_field_index("step")
+BLOCK_STEPS = 64
 
 
 class _RowGroups:
@@ -139,6 +140,12 @@ def read_steps(run: Path, steps: Iterable[int], keep: Callable[[pa.Table], Any] 
             return _read_steps(committed_parts(run), wanted, keep)
         except FileNotFoundError:  # merged in the meantime
             continue
+
+
+def blocks_of_steps(first_step: int, end_step: int) -> Iterator[range]:
+    """Steps `first_step` to `end_step - 1` in ranges to read together, which bounds memory."""
+    for begin in range(first_step, end_step, BLOCK_STEPS):
+        yield range(begin, min(begin + BLOCK_STEPS, end_step))
 
 
 def _read_steps(parts: Iterable[Part], wanted: list[int], keep: Callable[[pa.Table], Any] | None) -> pa.Table:

@@ -14,7 +14,7 @@ from lit_data.loading.loader import Loader
 from lit_data.loading.rows import Packing, Pieces, Rows, document_bounds, ramps
 from lit_data.packed.index import IntArray
 from lit_data.packed.reader import PackedDataset
-from lit_data.record.reader import read_steps
+from lit_data.record.reader import blocks_of_steps, read_steps
 
 
 class RecordedLoader(Loader):
@@ -107,8 +107,8 @@ def missing_shards(dataset: PackedDataset) -> list[int]:
 def first_unreadable_step(run: Path, datasets: Sequence[PackedDataset], first: int, end: int) -> int | None:
     """The first recorded step in [first, end) that used tokens of a missing shard; None if all can be read."""
     missing = {number: found for number, dataset in enumerate(datasets) if (found := missing_shards(dataset))}
-    for begin in range(first, end, 64) if missing else ():
-        record = read_steps(run, range(begin, min(begin + 64, end)))
+    for block in blocks_of_steps(first, end) if missing else ():
+        record = read_steps(run, block)
         steps: list[int] = []
         for number, shards in missing.items():
             here = record.filter(record["dataset"].to_numpy() == number)

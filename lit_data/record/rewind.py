@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 
 from lit_data.record.merge import merge
-from lit_data.record.parts import committed_parts, group_by_steps, list_parts, select_files
-from lit_files.publish import sync_file
+from lit_data.record.parts import committed_parts, covered_until, group_by_steps, list_parts, select_files
+from lit_files.publish import link_or_copy, sync_file
 
 
 def cut_record(folder: Path, steps: int) -> list[str]:
@@ -48,10 +47,7 @@ def copy_record(run: Path, first_step: int, folder: Path) -> None:
     for group in group_by_steps(committed_parts(run)):
         if group[0].first_step >= first_step and all(part in whole for part in group):
             for part in group:
-                try:
-                    os.link(part.path, folder / part.path.name)
-                except OSError:
-                    shutil.copy2(part.path, folder / part.path.name)
+                link_or_copy(part.path, folder / part.path.name)
         elif group[0].end_step > first_step:
             merge([replace(part, first_step=max(part.first_step, first_step)) for part in group], folder)
     sync_file(folder)
@@ -63,15 +59,8 @@ def merge_steps(run: Path, first_step: int, end_step: int, folder: Path) -> None
 
     Raises ValueError naming the steps that the record lacks.
     """
-    at, inside = first_step, []
-    for group in group_by_steps(committed_parts(run)):
-        first, end = max(first_step, group[0].first_step), min(end_step, group[0].end_step)
-        if first >= end:
-            continue
-        if first > at:
-            break
-        inside += [replace(part, first_step=first, end_step=end) for part in group]
-        at = end
-    if at < end_step:
+    if (at := covered_until(run, first_step)) < end_step:
         raise ValueError(f"the datapoint record of {run} ends at step {at}; a checkpoint is at step {end_step}")
-    merge(inside, folder)
+    inside = [part for part in committed_parts(run) if part.first_step < end_step and part.end_step > first_step]
+    bounds = [(max(part.first_step, first_step), min(part.end_step, end_step)) for part in inside]
+    merge([replace(p, first_step=a, end_step=b) for p, (a, b) in zip(inside, bounds, strict=True)], folder)

@@ -1,6 +1,6 @@
 """Checks that the files of one revision belong together: weights, checkpoint, settings, tokenizer, record and metrics.
 
-The manifest says what the files were; these checks find a revision whose manifest was written anew to fit other files.
+These checks find a revision whose manifest was rewritten to match other files.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from lit_data.loading.order import Segment
-from lit_data.record.content import scan_record
+from lit_data.record.content import RecordScan, scan_record
 from lit_data.record.order_file import ORDER_FILE, OrderFacts
 from lit_data.record.parts import list_parts
-from lit_eval.metrics_file import read_metrics
+from lit_eval.metrics_file import Metrics, read_metrics
 from lit_eval.model.model_tokenizer import (
     KnownTokenizer,
     compare,
@@ -27,27 +27,27 @@ from lit_eval.model.model_tokenizer import (
 )
 from lit_eval.run_facts import SETTINGS, read_settings
 from lit_files.checkpoint_name import checkpoint_name, list_checkpoints
-from lit_files.reading import read_dataclass, read_foreign_object
+from lit_files.reading import first_line, read_dataclass, read_foreign_object
 from lit_model.checksum import weights_checksum
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.io import open_tensors
 from lit_model.load import WITHOUT_TENSORS, Checkpoint
+from lit_model.tensor_file import DAMAGED
 from pretrain.logs.metrics import FILE as METRICS
 from pretrain.release.manifest import RUN, Manifest, digest, settings_digest
 from pretrain.release.revision import names_of
+from pretrain.resume import changes_of
 
 LOSS_TOLERANCE = 1e-3  # relative; metrics.csv and the record sum the same token losses in other orders
 
 Found = tuple[str, str]
 """A fault: the file's path in the revision, and a sentence."""
+Scanned = dict[tuple[str, ...], RecordScan]
+"""Intervals of the record already read, by the checksums of their content and files: revisions share them."""
 
 
-def content_faults(folder: Path, manifest: Manifest, scanned: set[tuple[str, ...]]) -> Iterator[Found]:
-    """The faults of a revision in a folder, whose files are those of its manifest.
-
-    Args:
-        scanned: files of the record already checked, by steps and checksums; extended.
-    """
+def content_faults(folder: Path, manifest: Manifest, scanned: Scanned) -> Iterator[Found]:
+    """The faults of a revision in a folder. What is read of the record is added to `scanned`."""
     meta: dict[str, Any] = {}
     name = f"{RUN}/{checkpoint_name(manifest.step)}"
 
@@ -73,7 +73,7 @@ def content_faults(folder: Path, manifest: Manifest, scanned: set[tuple[str, ...
     def weights_faults() -> Iterator[Found]:
         tensors = open_tensors(folder)
         if weights_checksum(tensors.items()) != manifest.weights.sha256:
-            yield "model.safetensors", "the weights are not those that the manifest names"
+            yield "model.safetensors", "the weights' checksum differs from the manifest's"
 
     checks: list[tuple[str, Callable[[], Iterator[Found]]]] = [
         (name, checkpoint_faults),
@@ -85,12 +85,12 @@ def content_faults(folder: Path, manifest: Manifest, scanned: set[tuple[str, ...
     for path, check in checks:
         try:
             yield from check()
-        except (ValueError, OSError, LookupError, TypeError) as error:
-            yield path, str(error).replace(f"{folder}/", "").splitlines()[0]
+        except (*DAMAGED, OSError, ArithmeticError) as error:
+            yield path, first_line(error).replace(f"{folder}/", "")
 
 
 def meta_faults(meta: dict[str, Any], manifest: Manifest) -> Iterator[str]:
-    """Where a checkpoint's facts are not those of the manifest."""
+    """Differences between a checkpoint's facts and the manifest."""
     data = meta.get("data") or {}
     pairs = {
         "step": (meta.get("step"), manifest.step),
@@ -99,43 +99,42 @@ def meta_faults(meta: dict[str, Any], manifest: Manifest) -> Iterator[str]:
         "names": (names_of(meta), [manifest.revision, *manifest.aliases]),
         "data fingerprints": (data.get("train"), manifest.data),
         "tokenizer fingerprint": (facts_of(meta).get("fingerprint"), manifest.tokenizer),
-        "changes of settings": (meta.get("changes") or [], manifest.changes),
+        "changes of settings": (changes_of(meta, "its meta"), manifest.changes),
         "training state": (not meta.get(WITHOUT_TENSORS, False), manifest.training_state),
     }
     for what, (found, expected) in pairs.items():
         if found != expected:
             yield f"its {what}: {found!r:.100}; the manifest says {expected!r:.100}"
     if digest(meta.get("model_config")) != manifest.model:
-        yield "its model config is not the one that the manifest names"
+        yield "its model config differs from the manifest's"
     if settings_digest(meta.get("config") or {}) != manifest.settings:
-        yield "its settings are not those that the manifest names"
+        yield "its settings differ from the manifest's"
 
 
 def config_faults(folder: Path, checkpoint: Checkpoint) -> Iterator[Found]:
-    """Where config.json describes another model than the checkpoint's."""
+    """Where config.json is not the export of the checkpoint's model."""
     hf = read_foreign_object(folder / "config.json")
     ids = {"bos_id": hf.get("bos_token_id"), "eos_id": hf.get("eos_token_id")}
-    expected = config_to_hf(checkpoint.model_config, **ids, dtype=hf.get("dtype", "float32"))
-    for key, value in json.loads(json.dumps(expected)).items():
-        if key in hf and hf[key] != value:
-            yield "config.json", f"{key} is {hf[key]!r:.60}; the checkpoint's model has {value!r:.60}"
+    dtype = hf.get("dtype", "float32")
+    expected = json.loads(json.dumps(config_to_hf(checkpoint.model_config, **ids, dtype=dtype)))
+    for key in sorted(hf.keys() | expected.keys()):
+        if key not in hf or key not in expected or hf[key] != expected[key]:
+            found, wanted = (f"{values[key]!r:.60}" if key in values else "missing" for values in (hf, expected))
+            yield "config.json", f"{key} is {found}; in an export of the checkpoint's model it is {wanted}"
 
 
 def settings_faults(folder: Path, meta: dict[str, Any], manifest: Manifest) -> Iterator[Found]:
-    """Where run/config.yaml is not the checkpoint's config."""
+    """Differences between run/config.yaml, the checkpoint's config and the manifest."""
     settings = read_settings(folder / RUN / SETTINGS)
     if settings_digest(settings) != manifest.settings:
-        yield f"{RUN}/{SETTINGS}", "its settings are not those that the manifest names"
-    elif meta and settings != meta["config"] | {"resume": None}:
-        differing = [k for k, v in settings.items() if k != "resume" and v != meta["config"].get(k)]
-        yield (
-            f"{RUN}/{SETTINGS}",
-            f"it is not the checkpoint's config: {', '.join(differing) or 'settings are missing'}",
-        )
+        yield f"{RUN}/{SETTINGS}", "its settings differ from the manifest's"
+    elif meta and settings != (expected := meta["config"] | {"resume": None}):
+        keys = sorted(key for key in settings.keys() | expected.keys() if settings.get(key) != expected.get(key))
+        yield f"{RUN}/{SETTINGS}", f"it differs from the checkpoint's config in {', '.join(keys) or 'missing settings'}"
 
 
 def tokenizer_faults(folder: Path, meta: dict[str, Any]) -> Iterator[Found]:
-    """Where a tokenizer is not the one that the model was trained with."""
+    """Tokenizers that are not the one the model was trained with."""
     trained = KnownTokenizer(facts_of(meta))
     for place in ("", f"{RUN}/"):
         files = find_tokenizer(folder) if not place else folder / RUN / "tokenizer"
@@ -152,40 +151,42 @@ def tokenizer_faults(folder: Path, meta: dict[str, Any]) -> Iterator[Found]:
             )
 
 
-def record_faults(
-    folder: Path, meta: dict[str, Any], manifest: Manifest, scanned: set[tuple[str, ...]]
-) -> Iterator[Found]:
-    """Where the record is not that of the manifest's steps, or contradicts order, checkpoint or metrics."""
+def record_faults(folder: Path, meta: dict[str, Any], manifest: Manifest, scanned: Scanned) -> Iterator[Found]:
+    """Where the record contradicts the manifest, the order, the checkpoint or the metrics."""
     run, base = folder / RUN, f"{RUN}/datapoints"
     order = read_dataclass(OrderFacts, run / "datapoints" / ORDER_FILE)
     segments = [Segment(**s) for s in meta["segments"]] if meta else order.segments
     if order.segments != segments:
         yield f"{base}/{ORDER_FILE}", "its segments are not those of the checkpoint"
     if [dataset.fingerprint for dataset in order.datasets] != manifest.data:
-        yield f"{base}/{ORDER_FILE}", "its datasets are not those that the manifest names"
+        yield f"{base}/{ORDER_FILE}", "its datasets differ from the manifest's"
     files = list_parts(run / "datapoints")
     for file in files:
         if file.end_step > manifest.step or file.rank is not None:
             yield f"{base}/{file.path.name}", f"it is not a merged file of steps before {manifest.step}"
     logged = read_metrics(run / METRICS) if (run / METRICS).is_file() else None
     if logged is not None and (logged.last("step") or 0) > manifest.step:
-        yield f"{RUN}/{METRICS}", f"it goes on to step {logged.last('step'):.0f}, beyond the revision"
+        yield f"{RUN}/{METRICS}", f"it continues to step {logged.last('step'):.0f}, beyond the revision"
     for part in manifest.record:
         names = [p.path.name for p in files if part.first_step <= p.first_step < part.end_step]
-        key = (part.sha256, *(manifest.files[f"{base}/{n}"].sha256 for n in names if f"{base}/{n}" in manifest.files))
-        if key in scanned:
-            continue
-        where = f"{base}/{names[0]}" if names else base
-        scan = scan_record(run, part.first_step, part.end_step, segments)
-        if scan.content != part:
-            differing = [k for k, v in vars(part).items() if getattr(scan.content, k) != v]
-            yield where, f"it is not the record that the manifest names: {', '.join(differing)} differ"
-        yield from ((where, text) for text in scan.faults)
+        hashes = [manifest.files[f"{base}/{n}"].sha256 for n in names if f"{base}/{n}" in manifest.files]
+        key = (f"{part.first_step}-{part.end_step}", part.sha256, *hashes)
+        if key not in scanned:
+            where = f"{base}/{names[0]}" if names else base
+            scanned[key] = scan = scan_record(run, part.first_step, part.end_step, segments)
+            if scan.content != part:
+                differing = [k for k, v in vars(part).items() if getattr(scan.content, k) != v]
+                yield where, f"its content differs from the manifest's record in {', '.join(differing)}"
+            yield from ((where, text) for text in scan.faults)
         if logged is not None:
-            steps = logged["step"]
-            inside = (steps > part.first_step) & (steps <= part.end_step)
-            mine = scan.losses[steps[inside].astype(np.int64) - 1 - part.first_step]
-            off = np.abs(mine - logged["train_loss"][inside]) > LOSS_TOLERANCE * np.abs(mine)
-            if off.any():
-                yield f"{RUN}/{METRICS}", f"the loss of step {steps[inside][off][0]:.0f} is not that of the record"
-        scanned.add(key)
+            yield from ((f"{RUN}/{METRICS}", text) for text in loss_faults(logged, scanned[key]))
+
+
+def loss_faults(logged: Metrics, scan: RecordScan) -> Iterator[str]:
+    """The first step of an interval whose loss in metrics.csv is not that of the record. NaN equals NaN."""
+    first, steps = scan.content.first_step, logged["step"]
+    inside = (steps > first) & (steps <= scan.content.end_step) & logged.written.get("train_loss", False)
+    recorded, found = scan.losses[steps[inside].astype(np.int64) - 1 - first], logged["train_loss"][inside]
+    off = ~np.isclose(found, recorded, rtol=LOSS_TOLERANCE, atol=0.0, equal_nan=True)
+    if off.any():
+        yield f"the loss of step {steps[inside][off][0]:.0f} is not that of the record"

@@ -8,29 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lit_files.publish import build_folder, sync_file
-from lit_files.reading import read_bytes
-from pretrain.release.manifest import MAIN, MANIFEST, read_manifest, sha256_of
-from pretrain.release.revision import Link
-
-
-def read_link(folder: Path) -> Link:
-    """The manifest in a revision's folder. Raises FileNotFoundError or ValueError that names it."""
-    content = read_bytes(folder / MANIFEST)
-    return Link(read_manifest(content, folder / MANIFEST), sha256_of(content))
-
-
-def in_chain(links: list[Link], where: object) -> list[Link]:
-    """Links in the order of their steps. Raises ValueError where a manifest does not name the one before it."""
-    links = sorted(links, key=lambda link: link.manifest.step)
-    before = None
-    for link in links:
-        if link.manifest.previous != (before.previous if before else None):
-            raise ValueError(
-                f"{where}: the manifest of {link.manifest.revision} does not follow that of "
-                f"{before.manifest.revision if before else 'no revision'}; see publish.py --verify {where}"
-            )
-        before = link
-    return links
+from pretrain.release.manifest import MAIN, MANIFEST, RUN, Link, in_chain, read_link
 
 
 class FolderRelease:
@@ -58,28 +36,31 @@ class FolderRelease:
         if not self.folder.exists():
             return []
         names = [p for p in self.folder.iterdir() if not p.name.startswith(".") and not p.is_symlink()]
-        return in_chain([read_link(path) for path in names], self.folder)
+        return in_chain(map(read_link, names), self.folder)
 
     def earlier_record(self, before: Link | None) -> Path | None:
-        """Where the record of a published revision is."""
-        return self.folder / before.manifest.revision / "run" / "datapoints" if before else None
+        """The record's folder in a published revision."""
+        return self.folder / before.manifest.revision / RUN / "datapoints" if before else None
 
     @contextmanager
-    def place(self, name: str) -> Iterator[Path]:
-        """An empty folder to write a revision to; published whole if the block ends well."""
+    def new_revision(self, name: str) -> Iterator[Path]:
+        """Yield an empty folder for a revision's files; publish it if the block ends without an exception."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with build_folder(self.folder / name) as temporary:
             yield temporary
 
-    def settle(self, chain: list[Link]) -> None:
-        """Let `main` and the aliases name their revisions."""
+    def update_names(self, chain: list[Link]) -> None:
+        """Link `main` and the aliases to their revisions."""
         for link in chain:
             for alias in link.manifest.aliases:
-                self._point(alias, link.manifest.revision)
+                self._link(alias, link.manifest.revision)
         if chain:
-            self._point(MAIN, chain[-1].manifest.revision)
+            self._link(MAIN, chain[-1].manifest.revision)
 
-    def _point(self, alias: str, revision: str) -> None:
+    def close(self) -> None:
+        """A folder leaves nothing to clean up."""
+
+    def _link(self, alias: str, revision: str) -> None:
         link, temporary = self.folder / alias, self.folder / f".{alias}.tmp"
         if link.is_symlink() and os.readlink(link) == revision:
             return

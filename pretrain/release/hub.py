@@ -1,8 +1,8 @@
-"""A release on a hub of Hugging Face's protocol: the commits of `main`, a tag for each name of a revision.
+"""A release on a hub that speaks Hugging Face's protocol: a commit of `main` for each revision, and tags for its names.
 
-The files of a revision are uploaded first and then become visible in one commit; then the commit is tagged. A hub
-keeps uploaded large files by their SHA-256, also without a commit: after a kill only the files that had not arrived are
-sent again. Credentials come from huggingface_hub's own login or its environment variables.
+A revision's files are uploaded first and become visible in one commit, which is then tagged. The hub keeps uploaded
+large files by their SHA-256 even without a commit, so that only files whose upload was interrupted are sent again.
+Credentials come from huggingface_hub's own login or its environment variables.
 """
 
 from __future__ import annotations
@@ -20,46 +20,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from lit_files.publish import build_folder
-from pretrain.release.folder import in_chain, read_link
-from pretrain.release.manifest import ADDED, MAIN, MANIFEST, RUN, File, read_manifest, sha256_of
-from pretrain.release.revision import Link, link_or_copy
-from pretrain.release.verify import Opened, Revision
+from lit_files.publish import build_folder, link_or_copy
+from lit_files.reading import MAX_TEXT_BYTES, first_line, read_bytes
+from pretrain.release.manifest import ADDED, MAIN, MANIFEST, RUN, File, Link, in_chain, parse_link, read_link, sha256_of
+from pretrain.release.verify import Opened, Revision, size_difference
 
 T = TypeVar("T")
 
-TRIES = 8  # of a request that fails by the network, a rate limit or the server
+TRIES = 8  # of a request that fails because of the network, a rate limit or the server
 MOST_WAIT_S = 300.0
 
 
 class Hub:
-    """One repository on a hub, with readable errors and repeated requests.
+    """One repository on a hub, with readable errors and retries.
 
     Args:
+        flag: the flag that named the repository, for errors.
         say: called with a line for each wait.
     """
 
-    def __init__(self, repo: str, say: Callable[[str], None] = print) -> None:
+    def __init__(self, repo: str, flag: str = "--repo", say: Callable[[str], None] = print) -> None:
         try:
             from huggingface_hub import HfApi, constants
             from huggingface_hub.utils import validate_repo_id
         except ImportError as error:
             raise ValueError("this needs the package huggingface-hub: pip install 'llammlein[hub]'") from error
-        self.repo, self.say = repo, say
+        self.repo, self.flag, self.say = repo, flag, say
         self.endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
         self.api = HfApi(endpoint=self.endpoint, library_name="llammlein")
         self._reached = False
         try:
             validate_repo_id(repo)
         except ValueError as error:
-            raise ValueError(f"--repo {repo}: {error}") from error
+            raise ValueError(f"{flag} {repo}: {error}") from error
         if repo.count("/") != 1:
-            raise ValueError(f"--repo {repo}: give NAMESPACE/NAME")
+            raise ValueError(f"{flag} {repo}: give NAMESPACE/NAME")
 
     def call(self, work: Callable[[], T]) -> T:
-        """Do a request; repeat it after network errors, rate limits and server errors.
+        """Send a request; retry it after network errors, rate limits and server errors.
 
-        Raises ValueError with advice for other errors, FileNotFoundError for a repository that is missing.
+        Raises ValueError with advice for other errors, FileNotFoundError for a repository that does not exist.
         """
         for attempt in range(TRIES):
             try:
@@ -68,7 +68,7 @@ class Hub:
                 wait_s = self._wait_s(error, attempt)
                 if wait_s is None or attempt == TRIES - 1:
                     self._refuse(error)
-                self.say(f"{self.endpoint}: {_first_line(_cause(error))}; waiting {wait_s:.0f} s")
+                self.say(f"{self.endpoint}: {first_line(_cause(error))}; waiting {wait_s:.0f} s")
                 time.sleep(wait_s)
             else:
                 self._reached = True
@@ -76,11 +76,11 @@ class Hub:
         raise AssertionError
 
     def _wait_s(self, error: Exception, attempt: int) -> float | None:
-        """Seconds to wait before another try; None if that is pointless."""
+        """Seconds to wait before the next try; None if a retry is pointless."""
         cause = _cause(error)
         wait_s = min(2.0**attempt, 60.0) * (0.5 + random.random() / 2)
         response = getattr(cause, "response", None)
-        if response is None:  # no answer: at the first request, a wrong address or no network
+        if response is None:  # no answer; to the first request, because of a wrong address or no network
             return wait_s if self._reached and _is_network(cause) else None
         if response.status_code == 429:
             return min(MOST_WAIT_S, max(wait_s, _seconds_to_reset(response.headers)))
@@ -91,18 +91,20 @@ class Hub:
 
         cause = _cause(error)
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        advice = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write to it"
+        access = "write" if self.flag == "--repo" else "read"
+        advice = f"log in with `hf auth login`, or set HF_TOKEN to a token with {access} access to the repository"
+        named = f"{self.flag} {self.repo}"
         if isinstance(cause, OfflineModeIsEnabled):
-            raise ValueError("HF_HUB_OFFLINE is set: a hub cannot be reached in offline mode") from error
+            raise ValueError(f"{named}: HF_HUB_OFFLINE is set; unset it to reach a hub") from error
         if isinstance(cause, RepositoryNotFoundError):
-            raise FileNotFoundError(f"{self.repo} is not on {self.endpoint}, or is private: {advice}") from error
+            raise FileNotFoundError(f"{named} is not on {self.endpoint}, or is private: {advice}") from error
         if status in (401, 403):
-            raise ValueError(f"{self.endpoint} refuses access to {self.repo} (HTTP {status}): {advice}") from error
+            raise ValueError(f"{named}: {self.endpoint} denies access (HTTP {status}): {advice}") from error
         if status is not None:
-            raise ValueError(f"{self.endpoint}: {_first_line(cause)}; call publish.py again to continue") from error
+            raise ValueError(f"{named}: {self.endpoint}: {first_line(cause)}; run the command again") from error
         if _is_network(cause):
             raise ValueError(
-                f"{self.endpoint} cannot be reached ({_first_line(cause)}); nothing is lost: call again"
+                f"{named}: {self.endpoint} cannot be reached ({first_line(cause)}); run the command again"
             ) from error
         raise error
 
@@ -117,12 +119,21 @@ class Hub:
         return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
 
     def read(self, commit: str, path: str) -> bytes:
-        """A small file's content, not from a cache. Raises FileNotFoundError if the commit has none."""
-        from huggingface_hub.errors import EntryNotFoundError
+        """A small file's content, not from a cache.
+
+        Raises FileNotFoundError if the commit does not have it, ValueError if it has more than MAX_TEXT_BYTES.
+        """
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         def download(folder: str) -> bytes | None:
+            place: dict[str, Any] = {"revision": commit, "cache_dir": folder}
             try:
-                return Path(self.api.hf_hub_download(self.repo, path, revision=commit, cache_dir=folder)).read_bytes()
+                size = self.api.hf_hub_download(self.repo, path, dry_run=True, **place).file_size or 0
+                if size > MAX_TEXT_BYTES:
+                    raise ValueError(f"{self.repo}: {path} has {size} bytes; at most {MAX_TEXT_BYTES} are read")
+                return read_bytes(self.api.hf_hub_download(self.repo, path, **place))
+            except LocalEntryNotFoundError as error:  # an outage, although it is an EntryNotFoundError too
+                raise (error.__cause__ or error) from None
             except EntryNotFoundError:
                 return None
 
@@ -138,7 +149,7 @@ class Hub:
             content = self.read(commit, MANIFEST)
         except FileNotFoundError:
             return None
-        return Link(read_manifest(content, f"{self.repo}: {MANIFEST}"), sha256_of(content))
+        return parse_link(content, f"{self.repo}: {MANIFEST}")
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -163,11 +174,6 @@ def _is_network(error: BaseException) -> bool:
     return isinstance(error, (client_error, ConnectionError)) and not isinstance(error, HfHubHTTPError)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 def _seconds_to_reset(headers: Any) -> float:
     """Seconds until a rate limit ends, by Retry-After or the draft header RateLimit; 0 if neither says."""
     from huggingface_hub.utils import parse_ratelimit_headers
@@ -178,7 +184,7 @@ def _seconds_to_reset(headers: Any) -> float:
 
 
 def is_same(entry: Any, expected: File) -> bool | None:
-    """Whether a hub's file has the content of a manifest's, by size and hash; None if its hash does not tell."""
+    """Whether a hub's file is the one in a manifest, by size and hash; None if the hub has no hash that tells."""
     if entry.size != expected.bytes:
         return False
     if entry.lfs is not None:
@@ -190,7 +196,7 @@ class HubRelease:
     """Publishes revisions to a repository, which is created if it is missing.
 
     Args:
-        staging: folder for the revision being uploaded, on the run's file system; removed in the end.
+        staging: folder for the revision being uploaded, on the run's file system; removed before and after.
         public: create a public repository; the visibility of an existing one stays.
     """
 
@@ -204,6 +210,8 @@ class HubRelease:
 
     def chain(self) -> list[Link]:
         """The published revisions, oldest first. Raises ValueError for a broken chain, and for other content."""
+        if self.staging.exists():  # of a killed call: the run may have been rewound and trained again since
+            shutil.rmtree(self.staging)
         try:
             branches, self._tags = self.hub.refs()
         except FileNotFoundError:
@@ -215,24 +223,36 @@ class HubRelease:
             link = self.hub.link(commit)
             if link is not None:
                 links[link.sha256] = link
-                self._commits[link.sha256] = commit
+                if self._tags.get(link.manifest.revision) == commit or link.sha256 not in self._commits:
+                    self._commits[link.sha256] = commit
                 continue
             other = sorted(self.hub.files(commit).keys() - set(ADDED))
             if name != MAIN or other:
                 what = f"{other[0]} at {name}" if other else f"the tag {name}"
                 raise ValueError(f"--repo {self} exists with other content ({what}): give a new name")
-        return in_chain(list(links.values()), self)
+        return in_chain(links.values(), self)
 
-    def settle(self, chain: list[Link]) -> None:
-        """Create the repository if it is missing, and the tags of the revisions in the chain."""
+    def update_names(self, chain: list[Link]) -> None:
+        """Create the repository if it does not exist, and the tags of the revisions in the chain.
+
+        Raises ValueError for a tag at another commit.
+        """
         if not chain:
             self.hub.call(self._create)
-        for link in chain:
-            for name in (link.manifest.revision, *link.manifest.aliases):
-                if name not in self._tags:
-                    commit = self._commits[link.sha256]
-                    self.hub.call(functools.partial(self._tag, name, commit))
-                    self._tags[name] = commit
+        names = {
+            name: self._commits[link.sha256]
+            for link in chain
+            for name in (link.manifest.revision, *link.manifest.aliases)
+        }
+        if missing := names.keys() - self._tags.keys():
+            for name in sorted(missing):
+                self.hub.call(functools.partial(self._tag, name, names[name]))
+            self._tags = self.hub.refs()[1]  # an answer may be lost, and a tag of that name created meanwhile
+        for name, commit in names.items():
+            if (found := self._tags.get(name, commit)) != commit:
+                raise ValueError(
+                    f"--repo {self}: the tag {name} is at commit {found}, its revision at {commit}: delete the tag"
+                )
 
     def _create(self) -> None:
         self.hub.api.create_repo(self.hub.repo, private=not self.public, exist_ok=True)
@@ -241,13 +261,13 @@ class HubRelease:
         self.hub.api.create_tag(self.hub.repo, tag=name, revision=commit, exist_ok=True)
 
     def earlier_record(self, before: Link | None) -> Path | None:
-        """Files of the record of the revisions uploaded by this call."""
+        """Files of the record from revisions that this call uploaded."""
         folder = self.staging / "datapoints"
         return folder if folder.is_dir() else None
 
     @contextmanager
-    def place(self, name: str) -> Iterator[Path]:
-        """An empty folder to write a revision to; uploaded, then removed, if the block ends well."""
+    def new_revision(self, name: str) -> Iterator[Path]:
+        """Yield an empty folder for a revision's files; upload and remove it if the block ends without an exception."""
         self.staging.mkdir(exist_ok=True)
         folder = self.staging / name
         with build_folder(folder, replace=True) as temporary:
@@ -265,10 +285,17 @@ class HubRelease:
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def _upload(self, folder: Path) -> None:
+        """Upload a revision's files and commit them onto `main`.
+
+        Raises ValueError if `main` is no longer at the revision before it.
+        """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         link = read_link(folder)
         head = self.hub.refs()[0][MAIN]
+        before = self.hub.link(head)
+        if (before and before.previous) != link.manifest.previous:
+            raise self._changed(link)
         present = self.hub.files(head)
         changed = [p for p, file in link.manifest.files.items() if p not in present or not is_same(present[p], file)]
         added = [CommitOperationAdd(path, str(folder / path)) for path in [*changed, MANIFEST]]
@@ -286,7 +313,7 @@ class HubRelease:
         if now != head:
             there = self.hub.link(now)
             if there is None or there.sha256 != link.sha256:
-                raise ValueError(f"{self}: {MAIN} changed while {link.manifest.revision} was uploaded; call again")
+                raise self._changed(link)
             return now
         message = f"{link.manifest.revision}: step {link.manifest.step}"
         done = self.hub.api.create_commit(
@@ -294,10 +321,16 @@ class HubRelease:
         )
         return str(done.oid)
 
+    def _changed(self, link: Link) -> ValueError:
+        name = link.manifest.revision
+        return ValueError(
+            f"--repo {self}: somebody else changed {MAIN} before {name} was committed; run publish.py again"
+        )
+
 
 @dataclass(frozen=True)
 class HubRevision:
-    """A commit. With `download` its files are downloaded for the checks of their content."""
+    """A commit. With `download` its files are downloaded so that their content can be checked."""
 
     name: str
     hub: Hub
@@ -312,14 +345,12 @@ class HubRevision:
         return self._files.keys() - set(ADDED) - {MANIFEST}
 
     def difference(self, path: str, expected: File) -> str | None:
+        if (text := size_difference(self._files[path].size, expected)) is not None:
+            return text
         same = is_same(self._files[path], expected)
         if same is None:
-            content = self.hub.read(self.commit, path)
-            same = sha256_of(content) == expected.sha256
-        size = self._files[path].size
-        if size != expected.bytes:
-            return f"it has {size} bytes; the manifest says {expected.bytes}"
-        return None if same else "its hash is not that of the manifest"
+            same = sha256_of(self.hub.read(self.commit, path)) == expected.sha256
+        return None if same else "its hash differs from the manifest's"
 
     def read(self, path: str) -> bytes:
         return self.hub.read(self.commit, path)
@@ -335,14 +366,14 @@ class HubRevision:
 
 
 def open_hub(hub: Hub, *, download: bool = False) -> Opened:
-    """Open a release on a hub: tags and branches. Raises FileNotFoundError or ValueError if there is none."""
+    """Open a release on a hub, its tags and branches. Raises FileNotFoundError or ValueError if there is none."""
     branches, tags = hub.refs()
     names: dict[str, list[str]] = {}
     for name, commit in [*tags.items(), *branches.items()]:
         names.setdefault(commit, []).append(name)
     links = {commit: _manifest_or_none(hub, commit) for commit in names}
     if not any(links.values()):
-        raise ValueError(f"{hub.repo} on {hub.endpoint} is no release: no revision holds a {MANIFEST}")
+        raise ValueError(f"{hub.flag} {hub.repo} on {hub.endpoint} is not a release: no revision has a {MANIFEST}")
     revisions: list[Revision] = []
     aliases: dict[str, str] = {}
     for commit, some in names.items():
@@ -359,6 +390,10 @@ def open_hub(hub: Hub, *, download: bool = False) -> Opened:
 
 def _manifest_or_none(hub: Hub, commit: str) -> Link | None:
     try:
-        return hub.link(commit)
+        content = hub.read(commit, MANIFEST)
+    except FileNotFoundError:
+        return None
+    try:
+        return parse_link(content, MANIFEST)
     except ValueError:  # reported when the revision is verified
         return None

@@ -1,12 +1,13 @@
-"""The effect of a document on a run: recorded steps re-executed without its targets, beside the run as it was.
+"""The effect of a document on a run: its steps re-executed with the document's targets ignored, beside the original.
 
-The inputs stay and each step divides by its recorded number of targets, so that no other token changes its weight.
-The loss of the ignored spans is measured, by a forward before the step, without being trained on.
+The inputs stay, and each step divides by its recorded number of targets, so that no other token changes its weight.
+The loss of the ignored spans is measured by a forward pass before the step, without training on it.
 """
 
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,12 +20,15 @@ import torch
 
 from lit_data.loading.batches import IGNORE_TARGET, MicroBatch, StepData
 from lit_data.record.answers import Answer, document_name, find_documents
-from lit_data.record.reader import read_steps
+from lit_data.record.reader import blocks_of_steps, read_steps
 from lit_data.record.trace import TracedRun, steps_of_document
-from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
+from lit_files.checkpoint_name import checkpoint_name, checkpoint_step, list_checkpoints
+from lit_model.load import Checkpoint
+from pretrain.failure.peers import on_rank_zero
 from pretrain.loop import SpanLosses, read_later, seed_step, sum_over_pieces, to_device
 from pretrain.release.interval import Interval, recorded_interval
-from pretrain.release.replay import AT_A_TIME, open_work, re_execute
+from pretrain.release.replay import open_work, re_execute
+from pretrain.release.revision import write_facts
 from pretrain.run import Run
 
 Key = tuple[int, int, int]  # dataset, document and first token of a span
@@ -32,12 +36,13 @@ Key = tuple[int, int, int]  # dataset, document and first token of a span
 
 @dataclass(frozen=True)
 class InfluenceArgs:
-    """What is ignored, and for how long.
+    """The document whose targets are ignored, and the runs to execute.
 
     Attributes:
         document: an id, or #N or #D:N as in `trace_data.py document`. All documents with the id are ignored.
         steps: steps executed from the first exposure on; None: up to the newest checkpoint.
-        controls: number of runs that ignore random spans of the same steps instead.
+        controls: number of control runs, which ignore random spans of the same steps instead.
+        seed: of the random spans.
         devices, work: as in `replay`.
     """
 
@@ -51,15 +56,15 @@ class InfluenceArgs:
 
 @dataclass(frozen=True)
 class Effect:
-    """Losses without some targets minus those of the run as it was, over the spans of the steps after the first.
+    """Loss differences, with some targets ignored minus with all, over the spans of the steps after the first.
 
     Attributes:
-        ignored: name of the targets.
-        targets: number of them.
-        spans: number of spans compared, except those ignored.
+        ignored: description of the ignored targets.
+        targets: number of ignored targets.
+        spans: number of spans compared; the ignored ones are not among them.
         mean, mean_absolute: nats per token, weighted by targets.
-        largest: of one span; it is `span` of `step`. None without later spans.
-        own: of the ignored spans, each exposure: step, targets, mean loss in the run and without.
+        largest: the largest difference, nats per token, at `span` of `step`; None without later spans.
+        own: for each exposure of the ignored spans: step, targets, mean loss with (`loss`) and without (`without`).
     """
 
     ignored: str
@@ -74,14 +79,14 @@ class Effect:
 
     @property
     def own_mean(self) -> float | None:
-        """The mean difference of the ignored spans in the steps after the first, nats per token; None without any."""
+        """The ignored spans' mean difference in the steps after the first, nats per token; None without any."""
         later = self.own[1:]
         targets = sum(e["targets"] for e in later)
         return sum((e["without"] - e["loss"]) * e["targets"] for e in later) / targets if targets else None
 
 
 class Ignored:
-    """Takes spans out of the loss of their steps. On every rank: a step with such a span anywhere is measured first."""
+    """Removes spans from the loss of their steps. Every rank first measures the losses of a step that has any."""
 
     def __init__(self, record: pa.Table) -> None:
         self.spans: dict[int, set[Key]] = {}
@@ -100,7 +105,7 @@ class Ignored:
 
 
 def ignore(batch: MicroBatch, chosen: set[Key]) -> None:
-    """Remove the targets of some spans. `n_targets` stays: the other targets keep their weight."""
+    """Remove the targets of some spans. `n_targets` stays, so that the other targets keep their weight."""
     spans, targets, at = batch.spans, batch.targets.view(-1), 0
     keys = zip(spans.dataset.tolist(), spans.document.tolist(), spans.start.tolist(), strict=True)
     for key, length in zip(keys, spans.length.tolist(), strict=True):
@@ -111,7 +116,7 @@ def ignore(batch: MicroBatch, chosen: set[Key]) -> None:
 
 @torch.no_grad()
 def measure_losses(run: Run, data: StepData) -> SpanLosses:
-    """The losses of a step's spans before its update, as `train_step` computes them."""
+    """The losses of a step's spans before its update, computed as in `train_step`."""
     run.model.train()
     if run.config.dropout or run.config.attention_dropout:
         seed_step(run.args.seed, data.step, run.fabric.global_rank)
@@ -125,9 +130,9 @@ def measure_losses(run: Run, data: StepData) -> SpanLosses:
 
 
 def influence(traced: TracedRun, args: InfluenceArgs, data: Sequence[Path] = ()) -> Answer:
-    """Execute the steps from a document's first exposure on with nothing, the document, and random spans ignored.
+    """Execute the steps from a document's first exposure on, ignoring nothing, then the document, then random spans.
 
-    Every rank calls this. Raises ValueError if no step saw the document, or where its steps cannot be replayed.
+    Every rank calls this. Raises ValueError if no step saw the document, or its steps cannot be replayed.
     """
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps} must be at least 1")
@@ -147,18 +152,36 @@ def influence(traced: TracedRun, args: InfluenceArgs, data: Sequence[Path] = ())
         chosen[f"random spans {number + 1}"] = random_spans(record, own, random.Random(f"{args.seed}:{number}"))
     yield None, heading(traced, documents, interval, steps, own, end)
     with open_work(args.work) as work:
-        base = execute(interval, end, work, "nothing", None, args.devices)
-        yield row(effect("nothing", traced.folder, base.folder, first, end, own.slice(0, 0)))
+        base = re_execute(interval, end, work, "nothing", devices=args.devices)
+        yield row(effect_of(base, "nothing", traced.folder, first, end, own.slice(0, 0)))
         for number, (name, ignored) in enumerate(chosen.items()):
-            run = execute(interval, end, work, f"ignored-{number}", Ignored(ignored), args.devices)
-            found = effect(name, base.folder, run.folder, first, end, ignored)
+            change = Ignored(ignored)
+            run = re_execute(
+                interval, end, work, f"ignored-{number}", devices=args.devices, watched=False, change=change
+            )
+            found = effect_of(run, name, base.folder, first, end, ignored)
             yield row(found)
             if number == 0:
                 yield from exposures(found)
 
 
-def execute(interval: Interval, end: int, work: Path, name: str, change: Ignored | None, devices: int | None) -> Run:
-    return re_execute(interval, end, work, name, devices=devices, watched=name == "nothing", change=change)
+def effect_of(run: Run, ignored: str, beside: Path, first: int, end: int, spans: pa.Table) -> Effect:
+    """Compare an executed run with another one, on rank 0, and replace its checkpoint by one without tensors.
+
+    Only the record of a run is needed further, and a checkpoint must commit it.
+    """
+
+    def compare() -> Effect:
+        path = run.folder / checkpoint_name(end)
+        meta = Checkpoint(path).meta
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        write_facts(meta, path)
+        return effect(ignored, beside, run.folder, first, end, spans)
+
+    return on_rank_zero(run.fabric, compare)
 
 
 def interval_around(run: Path, first: int, end: int, data: Sequence[Path]) -> Interval:
@@ -204,13 +227,12 @@ def random_spans(record: pa.Table, own: pa.Table, draw: random.Random) -> pa.Tab
 
 
 def effect(ignored: str, one: Path, other: Path, first: int, end: int, spans: pa.Table) -> Effect:
-    """Compare two records of the same spans from a step on."""
+    """Compare the records of two runs over the same steps."""
     removed = Ignored(spans).spans
     sums = np.zeros(3)  # difference, absolute difference, targets
     count, largest, step, span = 0, 0.0, None, None
     own: dict[int, npt.NDArray[np.float64]] = {}
-    for begin in range(first, end, AT_A_TIME):
-        some = range(begin, min(begin + AT_A_TIME, end))
+    for some in blocks_of_steps(first, end):
         was, now = read_steps(one, some), read_steps(other, some)
         columns = ("step", "dataset", "document", "start", "targets")
         keys = list(zip(*(was[name].to_pylist() for name in columns), strict=True))

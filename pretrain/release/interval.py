@@ -12,7 +12,7 @@ from lit_data.loading.row_plans import plan_folder
 from lit_data.packed.manifest import MANIFEST
 from lit_data.packed.reader import PackedDataset
 from lit_data.record.order_file import ORDER_FILE, OrderFacts
-from lit_data.record.parts import committed_parts, group_by_steps
+from lit_data.record.parts import covered_until
 from lit_data.record.recorded_loader import first_unreadable_step, missing_shards
 from lit_data.record.trace import find_recorded
 from lit_eval.run_facts import read_run
@@ -23,10 +23,11 @@ from pretrain.args import RunArgs, StopArgs, flat
 from pretrain.cli.run_parser import from_settings
 from pretrain.launch import find_launch
 from pretrain.release.manifest import RUN
-from pretrain.resume import MEANING, MECHANICS, read_meta
+from pretrain.resume import MECHANICS, SettingsChange, changes_meaning, changes_of, read_meta
 from pretrain.trial_args import without_side_outputs
 
-PLACEMENT = ("precision", "compile", "strategy", "sharding_strategy")  # settings that change rounding, beside MEANING
+ROUNDING = ("precision", "compile", "strategy", "sharding_strategy", *MECHANICS)
+"""Settings that change rounding, but not the meaning of a run."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Interval:
         found = [Segment(**segment) for segment in self.meta["segments"]]
         begun = max(s.from_step for s in found if s.from_step <= self.first)
         return [s for s in found if begun <= s.from_step < self.end]
+
+    @property
+    def changes(self) -> list[SettingsChange]:
+        """The changes of settings in the run up to its target."""
+        return changes_of(self.meta, self.target)
 
     def open_datasets(self) -> list[PackedDataset]:
         """The datasets, of which shards may be missing."""
@@ -114,13 +120,13 @@ def recorded_interval(start: Path | None, target: Path, data: Sequence[Path] = (
     check_covered(run, first, end)
     starts = starts_of(run, before, meta, first, end)
     if before is not None and start is not None:
-        check_settings(start, before, meta, first, starts[-1].get("step") if starts else None)
+        check_settings(start, before, target, meta, first, starts[-1].get("step") if starts else None)
     begun = [layout for layout in facts.layouts if layout[0] <= first]
     if not begun:
         raise ValueError(f"{file} does not say how many ranks executed step {first}: it cannot be replayed")
     _, ranks, micro_batch = begun[-1]
     changed = [layout[0] for layout in facts.layouts if first < layout[0] < end and layout[1:] != begun[-1][1:]]
-    changed += [change["step"] for change in meta.get("changes") or [] if first < change["step"] < end]
+    changed += [change.step for change in changes_of(meta, target) if first < change.step < end]
     if changed:
         at = min(changed)
         raise ValueError(
@@ -133,11 +139,7 @@ def recorded_interval(start: Path | None, target: Path, data: Sequence[Path] = (
 
 def check_covered(run: Path, first: int, end: int) -> None:
     """Raise ValueError unless the committed record of a run has all steps from `first` to `end - 1`."""
-    at = first
-    for parts in group_by_steps(committed_parts(run)):
-        if parts[0].first_step <= at:
-            at = max(at, parts[0].end_step)
-    if at < end:
+    if (at := covered_until(run, first)) < end:
         raise ValueError(f"the record of {run} has no step {at}: steps {first} to {end - 1} cannot be replayed")
 
 
@@ -154,20 +156,22 @@ def starts_of(
     return [*earlier, *between, *last]
 
 
-def check_settings(start: Path, before: dict[str, Any], meta: dict[str, Any], first: int, started: int | None) -> None:
+def check_settings(
+    start: Path, before: dict[str, Any], target: Path, meta: dict[str, Any], first: int, started: int | None
+) -> None:
     """Raise ValueError if two checkpoints are not of one run, or if its settings changed within the interval.
 
     Args:
         started: the step at which the run was last started before the target; None if unknown.
     """
-    explained = {key for change in meta.get("changes") or [] for key in change["differences"]}
+    explained = {key for change in changes_of(meta, target) for key in change.differences}
     old, new = flat(before["config"]), flat(meta["config"])
     differing = {
         key: f"{key} {old[key]!r:.40} there, {new[key]!r:.40} here"
         for key in old.keys() & new.keys()
-        if old[key] != new[key] and (key in PLACEMENT or any(key == m or key.startswith(f"{m}.") for m in MEANING))
+        if old[key] != new[key] and (key in ROUNDING or changes_meaning(key))
     }
-    foreign = [text for key, text in differing.items() if key not in {*MECHANICS, *PLACEMENT, *explained}]
+    foreign = [text for key, text in differing.items() if key not in {*ROUNDING, *explained}]
     for key in ("model_config", "data"):
         one, other = (m[key]["train"] if key == "data" else m[key] for m in (before, meta))
         if one != other and not any(name.startswith(key.partition("_")[0]) for name in explained):
@@ -221,13 +225,13 @@ def replay_args(interval: Interval, folder: Path, devices: int | None = None) ->
     if devices * nodes != interval.ranks:
         check_other_ranks(interval, args, devices * nodes)
     was_on_gpu = any(start.get("gpus") for start in interval.starts)
-    changes = [change for change in interval.meta.get("changes") or [] if change["step"] == interval.first]
+    changed = [key for change in interval.changes if change.step == interval.first for key in change.differences]
     here = interval.start
     return replace(
         args,
         out_dir=folder,
         resume=None if here is None else here.name,
-        resume_allow=[key for change in changes for key in change["differences"]],
+        resume_allow=changed,
         devices=devices,
         num_nodes=nodes,
         accelerator="auto" if was_on_gpu else args.accelerator,

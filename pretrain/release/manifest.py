@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lit_data.record.content import RecordContent
 from lit_files.checksum import file_sha256, git_blob_id
-from lit_files.reading import build, parse_json, read_bytes
+from lit_files.reading import build, parse_json, read_bytes, regular
 from pretrain.args import flat
-from pretrain.resume import MEANING, MECHANICS
+from pretrain.resume import SettingsChange, changes_meaning
 
 MANIFEST = "release.json"
 RUN = "run"  # the folder of a revision that is a run folder
@@ -26,6 +27,7 @@ ADDED = (".gitattributes", ".cache")  # by a hub, and by a download from it
 FORMAT = 1
 GIT_BYTES = 16 << 20
 """Files up to this size have their git blob id in the manifest. A hub keeps larger ones by their SHA-256."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # of a revision: also a folder's name and a tag
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Manifest:
     training_state: bool
     weights: Weights
     settings: str
-    changes: list[dict[str, Any]]
+    changes: list[SettingsChange]
     model: str
     data: list[str]
     tokenizer: str | None
@@ -100,8 +102,22 @@ class Manifest:
         return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
 
 
+@dataclass(frozen=True)
+class Link:
+    """A revision in the chain: its manifest, and the SHA-256 of the manifest's bytes."""
+
+    manifest: Manifest
+    sha256: str
+
+    @property
+    def previous(self) -> Previous:
+        """The entry for it in the next manifest."""
+        return Previous(self.manifest.revision, self.manifest.step, self.sha256)
+
+
 def read_manifest(content: bytes, source: str | Path) -> Manifest:
-    """Read a manifest. Raises ValueError naming `source` for damage, another format, or a path out of the folder."""
+    """Read a manifest. Raises ValueError naming `source` for damage, another format, and names or paths that could
+    leave the release's folder."""
     value = parse_json(content, source)
     if isinstance(value, dict) and value.get("format") != FORMAT:
         raise ValueError(f"{source} has format {value.get('format')!r}; this version reads format {FORMAT}")
@@ -110,7 +126,40 @@ def read_manifest(content: bytes, source: str | Path) -> Manifest:
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or str(pure) != path or "\\" in path:
             raise ValueError(f"{source} is damaged: it names the file {path!r:.80}")
+    for name in (manifest.revision, *manifest.aliases):
+        if name == MAIN or not NAME.fullmatch(name):
+            raise ValueError(f"{source} is damaged: {name!r:.80} cannot be the name of a revision")
     return manifest
+
+
+def read_link(folder: Path) -> Link:
+    """The manifest in a revision's folder. Raises FileNotFoundError or ValueError that names it."""
+    return parse_link(read_bytes(folder / MANIFEST), folder / MANIFEST)
+
+
+def parse_link(content: bytes, source: str | Path) -> Link:
+    """A manifest from its bytes. Raises ValueError that names `source`."""
+    return Link(read_manifest(content, source), sha256_of(content))
+
+
+def in_chain(links: Iterable[Link], where: object) -> list[Link]:
+    """Links in the order of their steps. Raises ValueError where a manifest does not name the one before it."""
+    ordered = sorted(links, key=lambda link: link.manifest.step)
+    before = None
+    for link in ordered:
+        if link.manifest.previous != (before.previous if before else None):
+            expected = f"the manifest of {before.manifest.revision}" if before else "no manifest"
+            raise ValueError(
+                f"{where}: {link.manifest.revision} must name {expected} as the one before it; "
+                f"publish.py --verify {where} reports each fault"
+            )
+        before = link
+    return ordered
+
+
+def counted(number: int, noun: str) -> str:
+    """`3 revisions`, `1 revision`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def sha256_of(content: bytes) -> str:
@@ -124,18 +173,19 @@ def digest(value: Any) -> str:
 
 def settings_digest(config: dict[str, Any]) -> str:
     """SHA-256 of the settings that a resume must not change, of a checkpoint's config."""
-    settings = flat(config)
-    kept = [k for k in settings if any(k == m or k.startswith(f"{m}.") for m in MEANING) and k not in MECHANICS]
-    return digest({key: settings[key] for key in kept})
+    return digest({key: value for key, value in flat(config).items() if changes_meaning(key)})
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """The paths of a revision's files except its manifest, sorted, without what a hub and a download add."""
-    found = [p.relative_to(folder) for p in folder.rglob("*") if not p.is_dir()]
+    """The paths of a revision's files, sorted, except its manifest and the files that a hub or a download adds.
+
+    A symbolic link counts as a file, also one to a folder.
+    """
+    found = [p.relative_to(folder) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
     yield from sorted(p.as_posix() for p in found if p.parts[0] not in ADDED and p.as_posix() != MANIFEST)
 
 
 def describe_file(path: Path) -> File:
-    """Read a file once or twice. Raises ValueError for what is no regular file."""
-    size = path.stat().st_size
+    """Read a file's size and hashes. Raises ValueError if it is not a regular file."""
+    size = regular(path).stat().st_size
     return File(size, file_sha256(path), git_blob_id(read_bytes(path)) if size <= GIT_BYTES else None)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from lit_data.record.content import scan_record
-from lit_data.record.parts import committed_parts, group_by_steps
+from lit_data.record.parts import covered_until
 from lit_eval.run_facts import find_results, is_run
 from lit_files.checkpoint_name import list_checkpoints
 from lit_files.lock import LockBusy, lock_folder
 from lit_model.load import MODEL_PREFIX, Checkpoint
-from pretrain.release.revision import Card, Link, Planned, read_planned, write_revision
+from pretrain.release.manifest import Link, counted
+from pretrain.release.revision import Card, Planned, read_planned, write_revision
 
 TrainingState = Literal["all", "last", "none"]
 
@@ -30,9 +31,11 @@ class Release(Protocol):
 
     def earlier_record(self, before: Link | None) -> Path | None: ...
 
-    def place(self, name: str) -> AbstractContextManager[Path]: ...
+    def new_revision(self, name: str) -> AbstractContextManager[Path]: ...
 
-    def settle(self, chain: list[Link]) -> None: ...
+    def update_names(self, chain: list[Link]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class PublishArgs:
 
 @contextmanager
 def hold_run(run: Path) -> Iterator[None]:
-    """Lock a run folder. Raises ValueError if it is none, or is training."""
+    """Lock a run folder. Raises ValueError if it is not one, or the run is still training."""
     if not run.is_dir() or not is_run(run):
         raise ValueError(f"{run} is not a run folder: give the --out_dir of a training run")
     try:
@@ -84,11 +87,7 @@ def plan(run: Path, training_state: TrainingState) -> list[Planned]:
             f"{run} has no datapoint record (it ran with --data.datapoints false, or on mock data), and without it no "
             "revision can be checked or re-executed; convert_to_hf.py exports a single checkpoint"
         )
-    at = 0
-    for parts in group_by_steps(committed_parts(run)):
-        if parts[0].first_step != at:
-            break
-        at = parts[0].end_step
+    at = covered_until(run, 0)
     if lacking := [some for some in planned if some.step > at]:
         raise ValueError(
             f"{lacking[0].checkpoint} has no record: {run / 'datapoints'} ends at step {at}; "
@@ -126,22 +125,24 @@ def publish(run: Path, release: Release, args: PublishArgs, say: Callable[[str],
     """
     with hold_run(run):
         planned = plan(run, args.training_state)
-        chain = release.chain()
-        new = remaining(planned, chain, run, release)
-        if missed := [s.name for s in planned if chain and s.step < chain[-1].manifest.step and s not in new]:
-            published = {link.manifest.revision for link in chain}
-            if left_out := [name for name in missed if name not in published]:
-                say(f"warning: not published, as later revisions are already: {', '.join(left_out)}")
-        release.settle(chain)
-        card = Card(args.repo, args.licence, find_results(run)[0])
-        for some in new:
-            before = chain[-1] if chain else None
-            with release.place(some.name) as folder:
-                link = write_revision(run, some, before, folder, card, earlier=release.earlier_record(before))
-            chain.append(link)
-            release.settle(chain)
-            say(f"{release}: {some.name}, manifest {link.sha256}")
-    return chain
+        try:
+            chain = release.chain()
+            new = remaining(planned, chain, run, release)
+            known = {link.manifest.step for link in chain}
+            if left_out := [some.name for some in planned if some not in new and some.step not in known]:
+                say(f"warning: later revisions are published already; these are left out: {', '.join(left_out)}")
+            release.update_names(chain)
+            card = Card(args.repo, args.licence, find_results(run)[0])
+            for some in new:
+                before = chain[-1] if chain else None
+                with release.new_revision(some.name) as folder:
+                    link = write_revision(run, some, before, folder, card, earlier=release.earlier_record(before))
+                chain.append(link)
+                release.update_names(chain)
+                say(f"{release}: {some.name}, manifest {link.sha256}")
+            return chain
+        finally:
+            release.close()
 
 
 def describe_plan(run: Path, args: PublishArgs) -> Iterator[str]:
@@ -160,4 +161,5 @@ def describe_plan(run: Path, args: PublishArgs) -> Iterator[str]:
             with_state = f" and training state of {state / 1e6:,.1f} MB" if state else ""
             names = ", ".join([some.name, *some.aliases])
             yield f"{names}: step {some.step:,}, {seen}; weights of {weights / 1e6:,.1f} MB{with_state}"
-        yield f"{len(planned)} revisions, {total / 1e6:,.1f} MB of weights and training state, besides the record"
+        count = counted(len(planned), "revision")
+        yield f"{count}, {total / 1e6:,.1f} MB of weights and training state, besides the record"

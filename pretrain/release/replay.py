@@ -1,18 +1,19 @@
 """Re-executes the recorded steps between two checkpoints, and compares losses and state with those of the run.
 
-Where hardware, versions, threads and ranks are those of the run, every loss and every tensor must be equal. Elsewhere
-the difference is put beside a yardstick: a second replay whose starting weights are changed by one unit in the last
-place. By backward error analysis (Higham, Accuracy and Stability of Numerical Algorithms, 1.5) another order of
-summation acts like a change of this size to the operands, so this is how far two honest runs of the steps are apart.
+With the run's hardware, versions, threads and ranks, every loss and every tensor must be equal. In another environment
+the difference is compared with a noise floor: the difference that a second replay shows whose starting weights are
+perturbed by one unit in the last place. By backward error analysis (Higham, Accuracy and Stability of Numerical
+Algorithms, 1.5) another order of summation acts like a perturbation of this size to the operands.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor
 
 from lit_data.loading.batches import StepData
-from lit_data.record.reader import read_steps
+from lit_data.record.reader import blocks_of_steps, read_steps
 from lit_eval.run_facts import read_run
 from lit_files.checkpoint_name import checkpoint_name
 from lit_model.dtensor import local
-from lit_model.load import WITHOUT_TENSORS, Checkpoint, is_hf_folder, load_tensors
+from lit_model.hf.table import LazyTensors
+from lit_model.load import MODEL_PREFIX, WITHOUT_TENSORS, Checkpoint, is_hf_folder, load_tensors
 from pretrain.build import set_up
 from pretrain.data import training_loader
 from pretrain.failure.peers import on_rank_zero
@@ -35,11 +37,10 @@ from pretrain.loop import SpanLosses, checkpoint_meta, train_step
 from pretrain.release.interval import Interval, lay_out, open_interval, replay_args, unavailable
 from pretrain.run import Run
 
-AT_A_TIME = 64  # steps of the record compared together
-HONEST_FACTOR = 10.0
-"""A difference up to this many times the yardstick's passes for rounding."""
+NOISE_FACTOR = 10.0
+"""Rounding explains a difference up to this many times the noise floor."""
 LEAST = 1e-6
-"""Nats per token that pass for rounding without a yardstick, which is coarser in low precision."""
+"""Rounding explains this difference in any case: nats per token, or a share of the weights' change."""
 SHOWN = 3  # spans of a report
 MATHEMATICS = ("torch", "triton", "flash-attn", "nvidia-", "liger-", "quack-", "lightning")  # packages, by prefix
 
@@ -72,21 +73,35 @@ class StateDifference:
 
     Attributes:
         compared: number of tensors.
-        differing: names of those that are not bitwise equal, and facts such as the loss scale.
-        distance: Euclidean, between the parameters; `moved`: between those of the interval's end and beginning.
+        differing: names of those that are not bitwise equal.
+        facts: other differences, which no rounding explains: names and shapes of tensors, the loss scale.
+        distance: Euclidean, between the parameters.
+        moved: Euclidean distance of the parameters from those at the start of the interval.
         weights_only: the optimizer's state is not available.
     """
 
     compared: int
     differing: list[str]
+    facts: list[str]
     distance: float = 0.0
     moved: float = 0.0
     weights_only: bool = False
 
     @property
+    def equal(self) -> bool:
+        return not self.differing and not self.facts
+
+    @property
     def share(self) -> float:
         """The distance as a share of the change over the interval."""
-        return self.distance / self.moved if self.moved else self.distance and float("inf")
+        return self.distance / self.moved if self.moved else self.distance and math.inf
+
+    def beyond(self, noise: StateDifference) -> bool:
+        """Whether rounding does not explain the difference, beside that of a replay with perturbed weights.
+
+        The optimizer's state is not considered. A distance that is NaN is beyond any other.
+        """
+        return bool(self.facts) or not self.distance <= max(LEAST * noise.moved, NOISE_FACTOR * noise.distance)
 
 
 @dataclass(frozen=True)
@@ -98,7 +113,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        same_state = self.state is None or not self.state.differing
+        same_state = self.state is None or self.state.equal
         return same_state and not any(s.differing or s.content for s in self.steps)
 
 
@@ -133,15 +148,15 @@ def replay(
         )
         report = describe(interval, end, found, reasons)
         if not found.equal and reasons and not any(s.content for s in found.steps):
-            honest = re_execute(interval, end, folder, "honest", devices=devices, perturbed=True, watched=False)
-            yardstick = on_rank_zero(honest.fabric, lambda: compare_runs(interval, end, run.folder, honest.folder))
-            report = describe_beside(interval, end, found, reasons, yardstick)
+            perturbed = re_execute(interval, end, folder, "perturbed", devices=devices, perturbed=True, watched=False)
+            noise = on_rank_zero(perturbed.fabric, lambda: compare_runs(interval, end, run.folder, perturbed.folder))
+            report = describe_beside(interval, end, found, reasons, noise)
         return report
 
 
 @contextlib.contextmanager
 def open_work(work: Path | None) -> Iterator[Path]:
-    """The folder of the replayed runs. Only rank 0 uses it, and the others hear of the run folder from there."""
+    """The folder of the replayed runs. Only rank 0 uses it, and broadcasts the run folder to the others."""
     if work is not None:
         if is_first_process() and work.exists() and any(work.iterdir()):
             raise ValueError(f"--work {work} is not empty: give a new folder")
@@ -177,7 +192,7 @@ def re_execute(
     args = replay_args(interval, work / name, devices)
     if is_first_process():
         args = lay_out(interval, args, work)
-    with contextlib.redirect_stdout(sys.stderr):  # the trainer's messages are not the answer
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the report alone
         run = set_up(args, watched=watched)
         try:
             execute_steps(run, interval, end, perturbed, change)
@@ -244,8 +259,7 @@ def compare_runs(interval: Interval, end: int, one: Path, other: Path) -> Compar
 
 def compare_records(recorded: Path, replayed: Path, first: int, end: int) -> Iterator[StepDifference]:
     """Compare two records of some steps, span by span."""
-    for begin in range(first, end, AT_A_TIME):
-        some = range(begin, min(begin + AT_A_TIME, end))
+    for some in blocks_of_steps(first, end):
         one, other = (
             {k: t[k].to_numpy() for k in t.column_names} for t in (read_steps(f, some) for f in (recorded, replayed))
         )
@@ -260,7 +274,7 @@ def compare_step(step: int, one: dict[str, Any], other: dict[str, Any]) -> StepD
     names = ("row", "sample", "dataset", "document", "start", "length", "targets", "hash", "applied")
     n = len(one["row"])
     if n != len(other["row"]) or any((one[k] != other[k]).any() for k in names[:6]):
-        return StepDifference(step, n, 0, 0.0, "the record's rows are not those of a step", [])
+        return StepDifference(step, n, 0, 0.0, "its rows in the record cannot be those of one step", [])
     content = None
     for name, text in (
         ("hash", "the tokens in the data are not those that went into the model"),
@@ -298,34 +312,38 @@ def compare_with_target(interval: Interval, replayed: Checkpoint) -> StateDiffer
         return None
     _, weights = load_tensors(exported)
     mine = replayed.model_tensors()
-    pairs = ((name, weights[name], mine[name].to(weights[name].dtype)) for name in weights)
-    return measure(pairs, start_tensors(interval), weights_only=True)
+    as_exported = LazyTensors(list(mine), lambda name: mine[name].to(weights[name].dtype))
+    return replace(measure(weights, as_exported, start_tensors(interval)), weights_only=True)
 
 
 def compare_tensors(one: Checkpoint, other: Checkpoint, start: Mapping[str, Tensor]) -> StateDifference:
     """Compare two checkpoints of one model: every tensor of model and optimizer."""
-    names = sorted({*one.names(), *other.names()})
-    if len(names) != len(one.names()) or len(names) != len(other.names()):
-        return StateDifference(len(names), ["the names of the tensors"])
-    pairs = ((name.removeprefix("model."), one.tensor(name), other.tensor(name)) for name in names)
-    found = measure(pairs, start)
+    found = measure(all_tensors(one), all_tensors(other), start)
     facts = [key for key in ("loss_scale", "skipped", "tokens") if one.meta.get(key) != other.meta.get(key)]
-    return replace(found, differing=[*found.differing, *facts])
+    return replace(found, facts=[*found.facts, *facts])
 
 
-def measure(
-    pairs: Iterable[tuple[str, Tensor, Tensor]], start: Mapping[str, Tensor], weights_only: bool = False
-) -> StateDifference:
-    """Compare pairs of tensors by name; distances are those of the names in `start`."""
-    differing, compared, squares, moved = [], 0, 0.0, 0.0
-    for name, one, other in pairs:
-        compared += 1
-        if not torch.equal(one, other):
+def all_tensors(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+    """The tensors of model and optimizer; those of the model by parameter name."""
+    names = {name.removeprefix(MODEL_PREFIX): name for name in checkpoint.names()}
+    return LazyTensors(names, lambda name: checkpoint.tensor(names[name]))
+
+
+def measure(one: Mapping[str, Tensor], other: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> StateDifference:
+    """Compare tensors by name; the distances are over the names in `start`."""
+    differing, squares, moved = [], 0.0, 0.0
+    facts = [f"only one state has {name}" for name in sorted(one.keys() ^ other.keys())]
+    for name in sorted(one.keys() & other.keys()):
+        first, second = one[name], other[name]
+        if first.shape != second.shape or first.dtype != second.dtype:
+            facts.append(f"another shape or type of {name}")
+            continue
+        if not torch.equal(first, second):
             differing.append(name)
-        if name in start and one.shape == other.shape == start[name].shape:
-            squares += float((one.double() - other.double()).square().sum())
-            moved += float((one.double() - start[name].double()).square().sum())
-    return StateDifference(compared, differing, squares**0.5, moved**0.5, weights_only)
+        if name in start:
+            squares += float((first.double() - second.double()).square().sum())
+            moved += float((first.double() - start[name].double()).square().sum())
+    return StateDifference(len(one.keys() | other.keys()), differing, facts, squares**0.5, moved**0.5)
 
 
 def start_tensors(interval: Interval) -> Mapping[str, Tensor]:
@@ -334,10 +352,10 @@ def start_tensors(interval: Interval) -> Mapping[str, Tensor]:
 
 
 def environment_differences(interval: Interval, folder: Path) -> list[str]:
-    """Why the replay may round otherwise than the run did; empty where it must be bit-equal."""
+    """Why the replay's rounding may differ from the run's; empty where it must be bit-equal."""
     here = read_run(folder).starts[-1]
     known = interval.starts or [{k: interval.meta.get(k) for k in ("threads", "world_size")}]
-    found = [] if interval.starts else ["the run does not say on what hardware and with which versions it ran"]
+    found = [] if interval.starts else ["the run has no record of its hardware and versions"]
     for there in known:
         for key in ("world_size", "cpu", "gpus", "threads", "cuda", "code"):
             if key in there and there[key] != here.get(key):
@@ -351,7 +369,7 @@ def environment_differences(interval: Interval, folder: Path) -> list[str]:
             if one != other:
                 found.append(f"{name} {one} in the run, {other} here")
     if here.get("gpus") and not interval.meta["config"]["train"].get("deterministic"):
-        found.append("CUDA without --train.deterministic true: two runs on one card differ too")
+        found.append("CUDA without --train.deterministic true: two runs on the same card differ too")
     return list(dict.fromkeys(found))
 
 
@@ -367,43 +385,45 @@ def describe(interval: Interval, end: int, found: Comparison, reasons: list[str]
         report.lines += explain(interval, first)
     if found.state is not None:
         report.lines.append(describe_state(found.state))
-        if found.state.differing and first is None:
+        if not found.state.equal and first is None:
             report.lines.append(f"step {end - 1} is the first that differs: its update is not that of the run")
     report.lines += unchecked(interval, end, found)
     return report
 
 
-def describe_beside(
-    interval: Interval, end: int, found: Comparison, reasons: list[str], yardstick: Comparison
-) -> Report:
-    """The report of a replay in another environment, beside the yardstick."""
+def describe_beside(interval: Interval, end: int, found: Comparison, reasons: list[str], noise: Comparison) -> Report:
+    """The report of a replay in another environment, beside the noise floor."""
     bound, departed = LEAST, None
-    for mine, honest in zip(found.steps, yardstick.steps, strict=True):
-        bound = max(bound, HONEST_FACTOR * honest.largest)
+    for mine, perturbed in zip(found.steps, noise.steps, strict=True):
+        if math.isfinite(perturbed.largest):
+            bound = max(bound, NOISE_FACTOR * perturbed.largest)
         if mine.largest > bound and departed is None:
             departed = mine
-    state, other = found.state, yardstick.state
-    assert other is not None
-    drifted = state is not None and state.share > max(LEAST, HONEST_FACTOR * other.share)
+    state, floor = found.state, noise.state
+    assert floor is not None
+    drifted = state is not None and state.beyond(floor)
     report = Report(departed is None and not drifted, heading(interval, end))
     report.lines += [f"the environment is not the run's: {reason}" for reason in reasons]
-    largest = [max(s.largest for s in some.steps) for some in (found, yardstick)]
+    largest = [max(s.largest for s in some.steps) for some in (found, noise)]
     report.lines.append(
-        f"losses: largest difference of a span {largest[0]:.2e} nats per token; between two honest runs, whose weights "
-        f"differ in the last bit, {largest[1]:.2e}"
+        f"losses: largest difference of a span {largest[0]:.2e} nats per token; noise floor (a replay from weights "
+        f"perturbed in the last bit) {largest[1]:.2e}"
     )
     if state is not None:
         report.lines.append(
-            f"weights: the difference is {state.share:.2e} of their change over the interval; between two honest runs "
-            f"{other.share:.2e}"
+            f"weights: the difference is {state.share:.2e} of their change over the interval; noise floor "
+            f"{floor.share:.2e}"
         )
+        report.lines += [f"state: {fact}" for fact in shortened(state.facts)]
     if departed is not None:
         report.lines += explain(interval, departed)
     elif drifted:
-        report.lines.append("the weights differ by more than rounding explains")
+        report.lines.append("the state differs by more than rounding explains")
     else:
-        report.lines.append(f"within {HONEST_FACTOR:.0f} times that of two honest runs: rounding explains it")
+        report.lines.append(f"within {NOISE_FACTOR:.0f} times the noise floor: rounding explains it")
     report.lines += unchecked(interval, end, found)
+    if state is not None and not state.weights_only:
+        report.lines.append("not checked: the values of the optimizer's state, in another environment")
     return report
 
 
@@ -417,7 +437,7 @@ def explain(interval: Interval, first: StepDifference) -> list[str]:
     if first.content is not None:
         return [f"step {first.step} is the first that differs: {first.content}"]
     if first.differing < first.spans:
-        text = "other tokens or targets went into them than the record and the data have"
+        text = "they had other tokens or targets than the record and the data"
     elif first.step == interval.first:
         text = "the state before it is not that of FROM"
     else:
@@ -427,14 +447,18 @@ def explain(interval: Interval, first: StepDifference) -> list[str]:
 
 
 def describe_state(state: StateDifference) -> str:
-    what = "exported weights" if state.weights_only else "parameters and optimizer state"
-    if not state.differing:
-        return f"state: {what} are equal, {state.compared} tensors"
-    names = ", ".join(state.differing[:SHOWN])
+    compared = "exported weights" if state.weights_only else "parameters and optimizer state"
+    if state.equal:
+        return f"state: {compared} are equal, {state.compared} tensors"
+    names = ", ".join(shortened([*state.facts, *state.differing]))
     return (
-        f"state: {len(state.differing)} of {state.compared} tensors differ ({names}, ...); the distance of the weights "
+        f"state: {len(state.differing)} of {state.compared} tensors differ ({names}); the distance of the weights "
         f"is {state.share:.2e} of their change over the interval"
     )
+
+
+def shortened(names: list[str]) -> list[str]:
+    return names if len(names) <= SHOWN else [*names[:SHOWN], f"and {len(names) - SHOWN} more"]
 
 
 def unchecked(interval: Interval, end: int, found: Comparison) -> Iterator[str]:

@@ -20,13 +20,14 @@ import yaml
 
 from lit_data.record.content import RecordContent, scan_record
 from lit_data.record.order_file import ORDER_FILE, OrderFacts
+from lit_data.record.parts import list_parts
 from lit_data.record.rewind import merge_steps
 from lit_data.tokenizers.files import copy_tokenizer
 from lit_eval.model.model_tokenizer import facts_of
 from lit_eval.run_facts import ENVIRONMENT, EVALUATIONS, SETTINGS, read_run
 from lit_eval.score.results import Results
 from lit_files.checkpoint_name import budget_name, checkpoint_step
-from lit_files.publish import write_json, write_text
+from lit_files.publish import link_or_copy, write_json, write_text
 from lit_files.reading import read_dataclass, read_object
 from lit_model.checksum import weights_checksum
 from lit_model.hf.io import open_tensors
@@ -41,6 +42,7 @@ from pretrain.release.manifest import (
     FORMAT,
     MANIFEST,
     RUN,
+    Link,
     Manifest,
     Previous,
     Weights,
@@ -50,19 +52,7 @@ from pretrain.release.manifest import (
     settings_digest,
     sha256_of,
 )
-
-
-@dataclass(frozen=True)
-class Link:
-    """A revision in the chain: its manifest, and the SHA-256 of the manifest's bytes."""
-
-    manifest: Manifest
-    sha256: str
-
-    @property
-    def previous(self) -> Previous:
-        """As the next manifest names it."""
-        return Previous(self.manifest.revision, self.manifest.step, self.sha256)
+from pretrain.resume import changes_of
 
 
 @dataclass(frozen=True)
@@ -145,7 +135,7 @@ def manifest_of(folder: Path, planned: Planned, record: list[RecordContent], pre
         training_state=planned.training_state,
         weights=Weights(len(tensors), weights_checksum(tensors.items())),
         settings=settings_digest(meta["config"]),
-        changes=meta.get("changes") or [],
+        changes=changes_of(meta, planned.checkpoint),
         model=digest(meta["model_config"]),
         data=meta["data"]["train"],
         tokenizer=facts_of(meta).get("fingerprint"),
@@ -163,12 +153,11 @@ def same_files(one: Path, other: Path, first_step: int, end_step: int) -> bool:
 
 def steps_files(folder: Path, first_step: int, end_step: int) -> list[str]:
     """The merged files of a record folder within some steps, by name."""
-    found = []
-    for path in folder.glob("steps-*-*.parquet"):
-        first, end = (int(number) for number in path.stem.split("-")[1:])
-        if first_step <= first and end <= end_step:
-            found.append(path.name)
-    return sorted(found)
+    return [
+        part.path.name
+        for part in list_parts(folder)
+        if part.rank is None and first_step <= part.first_step and part.end_step <= end_step
+    ]
 
 
 def cut_run(run: Path, planned: Planned, bounds: Sequence[int], cut: Path, earlier: Path | None) -> None:
@@ -186,8 +175,7 @@ def cut_run(run: Path, planned: Planned, bounds: Sequence[int], cut: Path, earli
     if planned.training_state:
         copy_checkpoint(planned.checkpoint, cut / planned.checkpoint.name)
     else:
-        meta = {key: value for key, value in planned.meta.items() if key != "checksums"} | {WITHOUT_TENSORS: True}
-        torch.save({"model": {}, "optimizer": {}, "meta": json.dumps(meta)}, cut / planned.checkpoint.name)
+        write_facts(planned.meta, cut / planned.checkpoint.name)
     settings = planned.meta["config"] | {"resume": None}
     write_text(cut / SETTINGS, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     for name in (METRICS, LAYERS, EVALUATIONS):
@@ -233,11 +221,10 @@ def copy_checkpoint(source: Path, target: Path) -> None:
         link_or_copy(source, target)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def write_facts(meta: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint file with the facts of training, without weights and optimizer state."""
+    facts = {key: value for key, value in meta.items() if key != "checksums"} | {WITHOUT_TENSORS: True}
+    torch.save({"model": {}, "optimizer": {}, "meta": json.dumps(facts)}, path)
 
 
 def read_planned(path: Path, training_state: bool) -> Planned:

@@ -1,6 +1,6 @@
-"""Verifies a release: every revision against its manifest, the chain of manifests, and whether its files agree.
+"""Verifies a release: every revision against its manifest, the chain of manifests, and its files against each other.
 
-A folder is read entirely. A hub is verified by its own hashes of the files.
+All files of a release in a folder are read. A release on a hub is verified by the hub's own hashes of its files.
 """
 
 from __future__ import annotations
@@ -12,29 +12,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import yaml
-
-from lit_eval.run_facts import SETTINGS
-from lit_files.reading import read_bytes
+from lit_eval.run_facts import SETTINGS, parse_settings
+from lit_files.checksum import file_sha256
+from lit_files.reading import first_line, read_bytes, regular
 from pretrain.args import flat
-from pretrain.release.content import content_faults
+from pretrain.release.content import Scanned, content_faults
 from pretrain.release.manifest import (
     MAIN,
     MANIFEST,
     RUN,
     File,
+    Link,
     Manifest,
-    describe_file,
+    counted,
     files_in,
-    read_manifest,
-    sha256_of,
+    parse_link,
 )
-from pretrain.release.revision import Link
-from pretrain.resume import MEANING, MECHANICS
+from pretrain.resume import changes_meaning
 
 
 class Revision(Protocol):
-    """A revision as it is found. `content` gives a folder with its files, or None if they are not at hand."""
+    """A revision to verify. `content` yields a folder with its files, or None if they were not downloaded."""
 
     @property
     def name(self) -> str: ...
@@ -53,9 +51,9 @@ class Opened:
     """A release to verify.
 
     Attributes:
-        aliases: further names, and the revision each stands for.
+        aliases: further names, each with its revision.
         whole: False for a single revision, whose chain cannot be checked.
-        clashes: names that are a tag and a branch of different commits.
+        clashes: names of both a tag and a branch, at different commits.
     """
 
     where: str
@@ -91,9 +89,15 @@ class Report:
             self.faults.append(fault)
 
     def lines(self) -> list[str]:
-        verdict = f"{len(self.faults)} faults" if self.faults else "no fault"
+        verdict = counted(len(self.faults), "fault") if self.faults else "no fault"
         head = [] if self.head is None else [f"head: {self.head}"]
-        return [*map(str, self.faults), *self.notes, *head, f"{self.where}: {len(self.revisions)} revisions, {verdict}"]
+        summary = f"{self.where}: {counted(len(self.revisions), 'revision')}, {verdict}"
+        return [*map(str, self.faults), *self.notes, *head, summary]
+
+
+def size_difference(size: int, expected: File) -> str | None:
+    """How a file's size differs from the manifest's; None if it does not."""
+    return None if size == expected.bytes else f"it has {size} bytes; the manifest says {expected.bytes}"
 
 
 @dataclass(frozen=True)
@@ -107,10 +111,10 @@ class FolderRevision:
         return set(files_in(self.folder))
 
     def difference(self, path: str, expected: File) -> str | None:
-        found = describe_file(self.folder / path)
-        if found.bytes != expected.bytes:
-            return f"it has {found.bytes} bytes; the manifest says {expected.bytes}"
-        return None if found.sha256 == expected.sha256 else "its SHA-256 is not that of the manifest"
+        file = regular(self.folder / path)
+        if (text := size_difference(file.stat().st_size, expected)) is not None:
+            return text
+        return None if file_sha256(file) == expected.sha256 else "its SHA-256 differs from the manifest's"
 
     def read(self, path: str) -> bytes:
         return read_bytes(self.folder / path)
@@ -127,7 +131,7 @@ def open_folder(path: Path) -> Opened:
         return Opened(str(path), [FolderRevision(path.resolve().name, path)], {}, whole=False)
     entries = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
     if not any((p / MANIFEST).is_file() for p in entries):
-        raise ValueError(f"--verify {path} is no release: none of its folders holds a {MANIFEST}")
+        raise ValueError(f"--verify {path} is not a release: none of its folders has a {MANIFEST}")
     aliases = {p.name: os.readlink(p) for p in path.iterdir() if p.is_symlink()}
     return Opened(str(path), [FolderRevision(p.name, p) for p in entries if not p.is_symlink()], aliases)
 
@@ -149,6 +153,8 @@ def verify(opened: Opened, *, head: str | None = None) -> Report:
     check_names(opened, links, primary, report)
     if opened.whole:
         check_chain(primary, report)
+    for name, link in links.items():
+        check_record_steps(name, link.manifest, report)
     check_weights(primary, report)
     check_settings([(links[r.name].manifest, r) for r in opened.revisions if r.name in links], report)
     check_contents(opened.revisions, links, report)
@@ -157,24 +163,23 @@ def verify(opened: Opened, *, head: str | None = None) -> Report:
     if head is not None and head != report.head:
         report.add(primary[-1].manifest.revision if primary else MAIN, MANIFEST, f"the head is not {head}")
     if not opened.whole:
-        report.notes.append("a single revision: its place in the chain was not checked")
+        report.notes.append("a single revision: the chain was not checked")
     return report
 
 
 def read_revision(revision: Revision, report: Report) -> Link | None:
     """The manifest of a revision; None, and a fault, if it cannot be read."""
     try:
-        content = revision.read(MANIFEST)
-        return Link(read_manifest(content, MANIFEST), sha256_of(content))
+        return parse_link(revision.read(MANIFEST), MANIFEST)
     except FileNotFoundError:
         report.add(revision.name, MANIFEST, "it is missing")
-    except ValueError as error:
-        report.add(revision.name, MANIFEST, str(error).removeprefix(f"{MANIFEST} ").removeprefix("is damaged: "))
+    except (ValueError, OSError) as error:
+        report.add(revision.name, MANIFEST, first_line(error).removeprefix(f"{MANIFEST} ").removeprefix("is damaged: "))
     return None
 
 
 def check_files(revision: Revision, manifest: Manifest, report: Report) -> None:
-    """Every file of the manifest is there with its content, and no other."""
+    """The revision has every file of its manifest, with the same content, and no other file."""
     paths = revision.paths()
     for path, expected in manifest.files.items():
         if path not in paths:
@@ -183,7 +188,7 @@ def check_files(revision: Revision, manifest: Manifest, report: Report) -> None:
         try:
             difference = revision.difference(path, expected)
         except (ValueError, OSError) as error:
-            difference = str(error)
+            difference = first_line(error)
         if difference is not None:
             report.add(revision.name, path, difference)
     for path in sorted(paths - manifest.files.keys()):
@@ -191,11 +196,11 @@ def check_files(revision: Revision, manifest: Manifest, report: Report) -> None:
 
 
 def check_names(opened: Opened, links: dict[str, Link], primary: list[Link], report: Report) -> None:
-    """Each revision stands under its own name, and each alias, `main` above all, for the right one."""
+    """Each revision has its own name, and each alias, `main` above all, names the right revision."""
     if not opened.whole:
         return
     for name in opened.clashes:
-        report.add(name, None, "a tag and a branch of this name hold different commits")
+        report.add(name, None, "a tag and a branch of this name are at different commits")
     own = {link.manifest.revision: link for link in primary}
     last = primary[-1] if primary else None
     expected = {alias: link for link in primary for alias in link.manifest.aliases}
@@ -208,9 +213,9 @@ def check_names(opened: Opened, links: dict[str, Link], primary: list[Link], rep
     for alias, link in expected.items():
         target = opened.aliases.get(alias, link.manifest.revision if alias in links else None)
         if target is None:
-            report.add(alias, None, f"it is missing; it stands for {link.manifest.revision}")
+            report.add(alias, None, f"it is missing; it must be an alias of {link.manifest.revision}")
         elif target != link.manifest.revision:
-            report.add(alias, None, f"it stands for {target}, not for {link.manifest.revision}")
+            report.add(alias, None, f"it is an alias of {target}; it must be one of {link.manifest.revision}")
     for alias in sorted(opened.aliases.keys() - expected.keys()):
         report.add(alias, None, "no manifest names this alias")
 
@@ -225,35 +230,31 @@ def check_chain(primary: list[Link], report: Report) -> None:
             report.add(name, MANIFEST, chain_fault(manifest, before))
         record_before = before.manifest.record if before else []
         if manifest.record[: len(record_before)] != record_before:
-            report.add(
-                name, MANIFEST, f"its record is not a continuation of that of {before and before.manifest.revision}"
-            )
+            report.add(name, MANIFEST, f"its record does not continue that of {before and before.manifest.revision}")
         if len(manifest.record) != len(record_before) + 1:
-            report.add(name, MANIFEST, "its record does not add the steps since the revision before")
+            report.add(name, MANIFEST, "its record does not add exactly one interval to the revision before")
         before = link
-    for link in primary:
-        check_record_steps(link.manifest, report)
 
 
 def chain_fault(manifest: Manifest, before: Link | None) -> str:
-    """How a manifest fails to name the one before it."""
+    """How a manifest's entry for the revision before it differs from that revision."""
     named = manifest.previous
     if named is None:
-        return f"it begins a chain, but {before and before.manifest.revision} comes before it"
+        return f"it names no revision before it; {before and before.manifest.revision} precedes it"
     if before is None or named.revision != before.manifest.revision:
-        found = "none" if before is None else before.manifest.revision
-        return f"the revision before it is {named.revision}, which is missing; found {found}"
-    return f"it names {named.sha256} as the manifest of {named.revision}, which has {before.sha256}"
+        found = "no revision" if before is None else before.manifest.revision
+        return f"it names {named.revision} as the revision before it, which is missing; {found} precedes it"
+    return f"it names {named.sha256} as the manifest of {named.revision}, whose hash is {before.sha256}"
 
 
-def check_record_steps(manifest: Manifest, report: Report) -> None:
-    """The record runs from step 0 to the revision's, and has as many tokens as were seen."""
+def check_record_steps(name: str, manifest: Manifest, report: Report) -> None:
+    """The record covers every step from 0 to the revision's, and has as many tokens as were seen."""
     bounds = [0, *(part.end_step for part in manifest.record)]
     if [part.first_step for part in manifest.record] != bounds[:-1] or bounds[-1] != manifest.step:
-        report.add(manifest.revision, MANIFEST, f"its record does not cover steps 0 to {manifest.step - 1}: {bounds}")
+        report.add(name, MANIFEST, f"its record does not cover steps 0 to {manifest.step - 1}: {bounds}")
     tokens = sum(part.tokens for part in manifest.record)
     if manifest.tokens is not None and tokens != manifest.tokens:
-        report.add(manifest.revision, MANIFEST, f"its record has {tokens} tokens; {manifest.tokens} were seen")
+        report.add(name, MANIFEST, f"its record has {tokens} tokens; {manifest.tokens} were seen")
 
 
 def check_weights(primary: list[Link], report: Report) -> None:
@@ -263,19 +264,19 @@ def check_weights(primary: list[Link], report: Report) -> None:
         other = seen.setdefault(manifest.weights.sha256, manifest)
         trained = sum(part.applied_steps for part in manifest.record if part.first_step >= other.step)
         if other is not manifest and trained:
-            text = f"the same weights as {other.revision}, though {trained} steps were trained in between"
+            text = f"the same weights as {other.revision}, despite {counted(trained, 'training step')} in between"
             report.add(manifest.revision, "model.safetensors", text)
             report.add(other.revision, "model.safetensors", f"the same weights as {manifest.revision}")
 
 
 def check_settings(revisions: Iterable[tuple[Manifest, Revision]], report: Report) -> None:
-    """Settings, data, model and tokenizer stay the same, but for changes that a resume recorded."""
+    """Settings, data and model stay the same, except for changes that a resume recorded."""
     before: tuple[Manifest, dict[str, object]] | None = None
     for manifest, revision in sorted(revisions, key=lambda pair: pair[0].step):
         try:
-            settings = flat(yaml.safe_load(revision.read(f"{RUN}/{SETTINGS}")))
-        except (ValueError, OSError, yaml.YAMLError, AttributeError, RecursionError) as error:
-            report.add(revision.name, f"{RUN}/{SETTINGS}", f"it cannot be read: {str(error).splitlines()[0]}")
+            settings = flat(parse_settings(revision.read(f"{RUN}/{SETTINGS}"), SETTINGS))
+        except (ValueError, OSError, RecursionError) as error:
+            report.add(revision.name, f"{RUN}/{SETTINGS}", f"it cannot be read: {first_line(error)}")
             continue
         if before is not None:
             for text in changed_settings(before[0], before[1], manifest, settings):
@@ -287,20 +288,19 @@ def changed_settings(
     old: Manifest, old_settings: dict[str, object], new: Manifest, settings: dict[str, object]
 ) -> Iterator[str]:
     """The settings that changed between two revisions without a record of it."""
-    allowed = {key for change in new.changes for key in change.get("differences", {})}
+    allowed = {key for change in new.changes for key in change.differences}
     for key in sorted(settings.keys() & old_settings.keys()):
-        meant = any(key == m or key.startswith(f"{m}.") for m in MEANING) and key not in MECHANICS
-        if meant and settings[key] != old_settings[key] and key not in allowed:
+        if changes_meaning(key) and settings[key] != old_settings[key] and key not in allowed:
             there = f"{old_settings[key]!r:.60} in {old.revision}"
-            yield f"{key} is {settings[key]!r:.60}, but {there}; no resume changed it"
+            yield f"{key} is {settings[key]!r:.60}, but {there}; no resume recorded this change"
     for what, one, other in (("data", old.data, new.data), ("model", old.model, new.model)):
         if one != other and not any(key.startswith(what) for key in allowed):
-            yield f"the {what} is not that of {old.revision}; no resume changed it"
+            yield f"the {what} differs from that of {old.revision}; no resume recorded this change"
 
 
 def check_contents(revisions: Iterable[Revision], links: dict[str, Link], report: Report) -> None:
-    """The files of each revision at hand belong together. A revision whose files changed is checked too."""
-    scanned: set[tuple[str, ...]] = set()
+    """The files of each revision in a folder belong together, also where they differ from the manifest."""
+    scanned: Scanned = {}
     unseen = []
     for revision in revisions:
         if revision.name not in links:
@@ -315,4 +315,4 @@ def check_contents(revisions: Iterable[Revision], links: dict[str, Link], report
             for path, text in content_faults(folder, manifest, scanned):
                 report.add(revision.name, path, text)
     if unseen:
-        report.notes.append("checked by the hub's hashes only; --download also checks what the files contain")
+        report.notes.append("checked by the hub's hashes only; --download also checks the files' content")

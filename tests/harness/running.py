@@ -206,6 +206,14 @@ def metrics(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
+def script_error(name: str, *arguments: object) -> str:
+    """Run a script that must refuse its input. Returns the error, its only output: one line on standard error."""
+    done = script(name, *arguments)
+    assert (done.returncode, done.stdout) == (2, ""), (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
 def script(name: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a script by path in this process, restoring the environment and the SIGTERM handler afterwards."""
     out, errors, path = io.StringIO(), io.StringIO(), str(ROOT / "scripts" / name)

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hub_stand_in import TOKEN, HubStandIn
-from running import flags, script, train_in_process
+from hub_stand_in import BINARY, TOKEN, Blob, HubStandIn, Repository
+from running import flags, script, script_error, train_in_process
 
-from lit_model.load import load_tensors
+from lit_data.record.content import scan_record
+from lit_eval.metrics_file import Metrics
+from lit_eval.run_facts import parse_settings
+from lit_files.publish import link_or_copy
+from lit_files.reading import first_line
+from lit_model.load import Checkpoint, load_tensors
+from pretrain.release import hub as hub_module
+from pretrain.release.content import config_faults, loss_faults
+from pretrain.release.hub import Hub, HubRelease
+from pretrain.release.manifest import MANIFEST, read_manifest
 from pretrain.release.verify import open_folder, verify
 
 
@@ -64,11 +77,7 @@ def faults(folder: Path) -> list[str]:
 
 
 def error(*arguments: object) -> str:
-    """The error of a command that must fail, in one line."""
-    done = script("publish.py", *arguments)
-    assert done.returncode == 2 and done.stderr.startswith("error: "), (done.returncode, done.stdout, done.stderr)
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    return done.stderr
+    return script_error("publish.py", *arguments)
 
 
 TO_HUB = ("--to", "hub", "--repo", "me/model", "--license", "apache-2.0")
@@ -95,15 +104,105 @@ def test_release_is_whole_and_opens(run: Path, release: Path) -> None:
 def test_exchanged_weights_and_another_head_are_found(copy: Path) -> None:
     shutil.copy(copy / "step3" / "model.safetensors", copy / "step1" / "model.safetensors")
     assert faults(copy) == [
-        "step1: model.safetensors: its SHA-256 is not that of the manifest",
-        "step1: model.safetensors: the weights are not those that the manifest names",
+        "step1: model.safetensors: its SHA-256 differs from the manifest's",
+        "step1: model.safetensors: the weights' checksum differs from the manifest's",
     ]
     done = script("publish.py", "--verify", copy, "--head", "0" * 64)
     assert done.returncode == 1 and f"step3: release.json: the head is not {'0' * 64}" in done.stdout
 
 
+def test_files_that_are_not_regular_are_found(copy: Path) -> None:
+    (copy / "step1" / "README.md").unlink()
+    os.mkfifo(copy / "step1" / "README.md")
+    (copy / "step1" / "more").symlink_to(copy / "step2")
+    found = faults(copy)
+    assert found[0].startswith("step1: README.md: ") and found[0].endswith("is a named pipe, not a regular file")
+    assert found[1] == "step1: more: it is not in the manifest"
+
+
+def test_a_revision_without_a_record_is_found(copy: Path) -> None:
+    alter_manifest(copy / "step2" / MANIFEST, record=[])
+    (fault, *_) = faults(copy / "step2")
+    assert fault == "step2: release.json: its record does not cover steps 0 to 1: [0]"
+
+
+def alter_manifest(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"changes": [{"step": "2", "differences": {}}]}, "changes[0].step is"),
+        ({"changes": [{"step": 2, "differences": []}]}, "changes[0].differences is"),
+        ({"revision": "../step2"}, "'../step2' cannot be the name of a revision"),
+        ({"aliases": ["/tmp/x"]}, "'/tmp/x' cannot be"),
+        ({"aliases": ["main"]}, "'main' cannot be"),
+        ({"aliases": ["a\n"]}, "cannot be"),
+    ],
+)
+def test_damaged_manifest(fields: dict[str, Any], message: str, copy: Path) -> None:
+    path = copy / "step2" / MANIFEST
+    alter_manifest(path, **fields)
+    with pytest.raises(ValueError, match="is damaged") as raised:
+        read_manifest(path.read_bytes(), path)
+    assert message in str(raised.value)
+
+
+def test_config_of_another_model_is_found(copy: Path) -> None:
+    """Also keys that were added or removed."""
+    path, checkpoint = copy / "step2" / "config.json", Checkpoint(copy / "step2/run/iter-00000002-ckpt.pth")
+    assert list(config_faults(copy / "step2", checkpoint)) == []
+    content = json.loads(path.read_text())
+    del content["use_cache"]
+    path.write_text(json.dumps(content | {"rope_scaling": {"factor": 2.0}, "vocab_size": 9}))
+    found = [text.partition(";")[0] for _, text in config_faults(copy / "step2", checkpoint)]
+    assert found == ["rope_scaling is {'factor': 2.0}", "use_cache is missing", "vocab_size is 9"]
+
+
+def test_losses_of_every_interval_are_compared(run: Path) -> None:
+    """NaN equals NaN only, and a step without a logged loss is left out."""
+    scan = scan_record(run, 0, 3)
+    steps = np.arange(1.0, 4.0)
+
+    def found(losses: list[float], recorded: list[float]) -> list[str]:
+        scan.losses[:] = recorded
+        written = {"train_loss": np.asarray([True, True, losses[2] != 0.0])}
+        return list(loss_faults(Metrics({"step": steps, "train_loss": np.asarray(losses)}, written), scan))
+
+    nan = float("nan")
+    assert found([4.0, nan, 3.0], [4.0, nan, 3.0]) == found([4.0, 3.0, 0.0], [4.0, 3.0, 2.0]) == []
+    assert found([4.0, nan, 3.0], [4.0, 3.5, 3.0]) == ["the loss of step 2 is not that of the record"]
+    assert found([4.0, 3.5, 3.0], [4.0, nan, 3.0]) == ["the loss of step 2 is not that of the record"]
+    assert found([4.1, 3.5, 3.0], [4.0, 3.5, 3.0]) == ["the loss of step 1 is not that of the record"]
+
+
+def test_untrusted_values(run: Path, tmp_path: Path) -> None:
+    """A manifest's step costs no memory, settings cannot expand, every error has a text, a link is followed."""
+    with pytest.raises(ValueError, match="the record has no rows of step 3"):
+        scan_record(run, 0, 1 << 60)
+    with pytest.raises(ValueError, match="config.yaml is damaged: it is not YAML of settings .it has an alias"):
+        parse_settings(b"a: &a [1, 2]\nb: [*a, *a]\n", "config.yaml")
+    assert first_line(ValueError()) == "ValueError"
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "link").symlink_to("file")
+    link_or_copy(tmp_path / "link", tmp_path / "new")
+    assert not (tmp_path / "new").is_symlink() and (tmp_path / "new").samefile(tmp_path / "file")
+
+
+def published_without_change(hub: HubStandIn, run: Path) -> None:
+    """Publish again, and check that nothing is sent."""
+    sent = len(hub.requests)
+    done = script("publish.py", run, *TO_HUB)
+    assert done.returncode == 0, done.stderr
+    assert not [request for request in hub.requests[sent:] if request.startswith(("POST", "PUT"))]
+
+
 def test_hub(run: Path, hub: HubStandIn, release: Path) -> None:
-    """Published in spite of rate limits, each large file sent once; verified by hashes; a fault is named."""
+    """Published in spite of rate limits and what a killed call left, each large file sent once; verified by hashes."""
+    left = run / ".publishing" / "datapoints" / "steps-00000000-00000001.parquet"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"a record from before the run was rewound")
     limited = iter([429, None, 503] + [None] * 10**6)
     hub.refuse = lambda method, path: next(limited) if hub.large else None
     done = script("publish.py", run, *TO_HUB, "--training_state", "none")
@@ -112,21 +211,49 @@ def test_hub(run: Path, hub: HubStandIn, release: Path) -> None:
     repository = hub.repositories["me/model"]
     assert repository.private and set(repository.tags) == {"step1", "step2", "step3"}
     assert set(hub.uploads.values()) == set(hub.committed.values()) == {1}
-    sent = len(hub.requests)
-    assert script("publish.py", run, *TO_HUB).returncode == 0
-    assert not [request for request in hub.requests[sent:] if request.startswith(("POST", "PUT"))]
+    assert not (run / ".publishing").exists()
+    published_without_change(hub, run)
     done = script("publish.py", "--verify", "me/model")
     assert (done.returncode, "3 revisions, no fault" in done.stdout) == (0, True), done.stdout
     files = repository.commits[repository.tags["step1"]]
     files["model.safetensors"] = repository.commits[repository.branches["main"]]["model.safetensors"]
     done = script("publish.py", "--verify", "me/model")
-    assert (done.returncode, "step1: model.safetensors: its hash is not" in done.stdout) == (1, True), done.stdout
+    assert (done.returncode, "step1: model.safetensors: its hash differs" in done.stdout) == (1, True), done.stdout
+
+
+def test_changes_on_a_hub(
+    run: Path, release: Path, hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another card on main is kept; another revision there and a moved tag are refused; an outage is no fault."""
+    repository = hub.repositories["me/model"] = Repository(private=True)
+    for name in ("step1", "step2", "step3"):
+        paths = [path for path in (release / name).rglob("*") if path.is_file()]
+        contents = {path.relative_to(release / name).as_posix(): path.read_bytes() for path in paths}
+        files = {path: Blob(content, path.endswith(BINARY)) for path, content in contents.items()}
+        repository.tags[name] = repository.commit(files)
+    repository.commit(files | {"README.md": Blob(b"Edited.", False)})
+    published_without_change(hub, run)
+    published = HubRelease(Hub("me/model"), tmp_path / "staging")
+    assert len(published.chain()) == 3
+    with (
+        pytest.raises(ValueError, match="--repo me/model: somebody else changed main before step2 was committed"),
+        published.new_revision("step2") as folder,
+    ):
+        shutil.copytree(release / "step2", folder, dirs_exist_ok=True)
+    repository.tags["step3"] = repository.tags["step2"]
+    assert "--repo me/model: the tag step3 is at commit" in error(run, *TO_HUB)
+    hub.refuse = lambda method, path: 503 if "/resolve/" in path else None
+    done = script("publish.py", "--verify", "me/model")
+    assert (done.returncode, "run the command again" in done.stderr) == (2, True), (done.stdout, done.stderr)
+    hub.refuse = lambda method, path: None
+    monkeypatch.setattr(hub_module, "MAX_TEXT_BYTES", 100)
+    assert "release.json has" in (text := error("--verify", "me/model")) and "at most 100 are read" in text
 
 
 def test_bad_input(run: Path, release: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is not a run folder" in error(tmp_path, "--to", tmp_path / "out")
     assert f"--to {run} holds" in error(run, "--to", run)
-    assert "is no release" in error("--verify", run)
+    assert "is not a release" in error("--verify", run)
     assert "no such folder" in error("--verify", tmp_path / "nowhere")
     assert "needs --license" in error(run, *TO_HUB[:-2])
     assert "needs --repo" in error(run, "--to", "hub", "--license", "mit")
@@ -145,10 +272,15 @@ def test_bad_input(run: Path, release: Path, copy: Path, tmp_path: Path, monkeyp
 
 def test_bad_input_of_a_hub(run: Path, hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "refuses access to me/model (HTTP 401): log in with" in error(run, *TO_HUB)
-    assert "refuses access" in error("--verify", "me/model")
+    assert "--repo me/model: " in (text := error(run, *TO_HUB))
+    assert "denies access (HTTP 401): log in with" in text and "a token with write access" in text
+    assert "denies access" in (text := error("--verify", "me/model")) and "a token with read access" in text
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert "me/model is not on" in error("--verify", "me/model")
     assert not hub.repositories
+    other = hub.repositories["me/model"] = Repository(private=True)
+    other.commit({"config.json": Blob(b"{}", False)})
+    assert "exists with other content (config.json at main): give a new name" in error(run, *TO_HUB)
+    assert list(other.tags) == [] and len(other.commits) == 1
     hub.close()
     assert "cannot be reached" in error(run, *TO_HUB)

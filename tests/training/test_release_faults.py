@@ -22,8 +22,15 @@ from lit_data.record.content import RecordContent, scan_record
 from lit_files.checkpoint_name import checkpoint_name
 from lit_model.checksum import weights_checksum
 from lit_model.hf.io import open_tensors
-from pretrain.release.folder import read_link
-from pretrain.release.manifest import MANIFEST, Manifest, Weights, describe_file, files_in, settings_digest
+from pretrain.release.manifest import (
+    MANIFEST,
+    Manifest,
+    Weights,
+    describe_file,
+    files_in,
+    read_link,
+    settings_digest,
+)
 from pretrain.release.verify import open_folder, verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -186,6 +193,14 @@ def add_metrics(path: Path) -> None:
     path.write_text("\r\n".join([*lines, "9" + lines[-1][1:]]) + "\r\n")
 
 
+def another_loss(path: Path) -> None:
+    """Another training loss of the first step."""
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    first = next(line for line in lines if line[0] == "1")
+    first[lines[0].index("train_loss")] = "1.25"
+    path.write_text("\r\n".join(map(",".join, lines)) + "\r\n")
+
+
 def wrong_manifest_path(revision: Path) -> None:
     manifest = read_link(revision).manifest
     change(revision, files={**manifest.files, "../../etc/passwd": manifest.files["config.json"]})
@@ -335,7 +350,7 @@ FAULTS: dict[str, Plant] = {
     "other data in the manifests": (
         ALL,
         lambda r: change(r / "step6", **data_of(read_link(r / "step6").manifest)),
-        "step6: run/config.yaml: the data is not",
+        "step6: run/config.yaml: the data differs",
     ),
     "broken chain": (
         ALL,
@@ -346,12 +361,12 @@ FAULTS: dict[str, Plant] = {
     "beginning a chain anew": (
         ALL,
         lambda r: change(r / "step4", previous=None),
-        "step4: release.json: it begins a chain",
+        "step4: release.json: it names no revision before it; step2",
     ),
     "a missing revision": (
         ALL,
         lambda r: shutil.rmtree(r / "step4"),
-        "step6: release.json: the revision before it is step4",
+        "step6: release.json: it names step4 as the revision before it, which is missing; step2",
     ),
     "a missing manifest": (ALL, lambda r: (r / "step4" / MANIFEST).unlink(), "step4: release.json: it is missing"),
     "a damaged manifest": (ALL, lambda r: flip(r / "step4" / MANIFEST, 0.0), "step4: release.json: it is not JSON"),
@@ -376,12 +391,36 @@ FAULTS: dict[str, Plant] = {
         forged(lambda r: another_tokenizer(r / "step6/run/tokenizer")),
         "step6: run/tokenizer: another tokenizer",
     ),
-    "main is an early revision": (ALL, lambda r: relink(r, "step2"), "main: it stands for step2, not for step6"),
+    "main is an early revision": (
+        ALL,
+        lambda r: relink(r, "step2"),
+        "main: it is an alias of step2; it must be one of step6",
+    ),
     "no main": (ALL, lambda r: relink(r, None), "main: it is missing"),
     "metrics of later steps, chain forged": (
         ALL,
         forged(lambda r: add_metrics(r / "step4/run/metrics.csv")),
-        "step4: run/metrics.csv: it goes on to step 9",
+        "step4: run/metrics.csv: it continues to step 9",
+    ),
+    "another loss in metrics of an earlier interval, chain forged": (
+        ALL,
+        forged(lambda r: another_loss(r / "step6/run/metrics.csv")),
+        "step6: run/metrics.csv: the loss of step 1 is not that of the record",
+    ),
+    "a key added to the model config, chain forged": (
+        ALL,
+        forged(lambda r: set_in(r / "step6/config.json", "sliding_chunk", to=64)),
+        "step6: config.json: sliding_chunk is 64",
+    ),
+    "manifest without a record": (
+        ALL,
+        lambda r: change(r / "step6", record=[]),
+        "step6: release.json: its record does not cover steps 0 to 5",
+    ),
+    "a link to a folder": (
+        ALL,
+        lambda r: (r / "step6/more").symlink_to(r / "step2"),
+        "step6: more: it is not in the manifest",
     ),
     "another order, chain forged": (
         ALL,

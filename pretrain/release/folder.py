@@ -1,4 +1,4 @@
-"""A release in a folder: one folder a revision, and links `main` and other aliases to them."""
+"""A release in a folder: one folder per revision; `main` and other aliases are symbolic links."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FolderRelease:
         strange = [p.name for p in (folder.iterdir() if folder.exists() else ()) if not self._is_revision(p)]
         if strange:
             raise ValueError(
-                f"--to {folder} holds {min(strange)}, which is no revision of a release; give a new folder"
+                f"--to {folder} holds {min(strange)}, which is not a revision of a release; give a new folder"
             )
 
     @staticmethod

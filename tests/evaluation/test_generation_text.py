@@ -19,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_examples import examples
-from running import ROOT, script
+from running import ROOT, script, script_error
 
 from lit_data.tokenizers.tokenizer import Tokenizer
 from lit_eval.generation.prompts import read_prompts
@@ -156,9 +156,7 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
         ((tmp_path / "nothing", "--prompt_ids", "5"), "no model at"),
     ]
     for arguments, message in cases:
-        done = script("generate.py", "--max_new_tokens", 8, "--model", *arguments)
-        assert done.returncode == 2 and message in done.stderr, (arguments, done.stderr)
-        assert len(done.stderr.splitlines()) == 1 and not done.stdout, done.stderr
+        assert message in script_error("generate.py", "--max_new_tokens", 8, "--model", *arguments), arguments
 
 
 class Terminal:

@@ -23,7 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 from chat_tokenizers import CHAT, write_tokenizer
-from running import ROOT, script
+from running import ROOT, script_error
 
 from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_eval.generation.settings import GenerationSettings
@@ -339,8 +339,7 @@ def test_mistakes_on_the_command_line(folder: Path, tmp_path: Path) -> None:
         (("--timeout_s", "0"), "--timeout_s 0.0 must be a positive number of seconds"),
         (("--port", "70000"), "--port 70000 must be at most 65535"),
     ):
-        done = script("serve.py", "--model", folder, *arguments)
-        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert message in script_error("serve.py", "--model", folder, *arguments)
 
 
 @contextmanager

@@ -164,6 +164,20 @@ def same_after_resume(place: Place, run: str, equal: bool, **changes: object) ->
     forked(compare, place.log)
 
 
+def invariant(place: Place) -> None:
+    """On one device, with DDP and with FSDP, which have one rank here: the same bits."""
+    for run, strategy in (("none", "auto"), ("ddp", "ddp"), ("fsdp", "fsdp")):
+        train(place, run, strategy=strategy, train__topology_invariant="true", model__dropout=0.1)
+
+    def compare() -> None:
+        one, *others = (Checkpoint(list_checkpoints(place.folder / run)[-1]) for run in ("none", "ddp", "fsdp"))
+        for other in others:
+            for name in one.names():
+                assert torch.equal(one.tensor(name), other.tensor(name)), f"{name} depends on the strategy"
+
+    forked(compare, place.log)
+
+
 # --- the entries -----------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +341,7 @@ ENTRIES: dict[str, Check] = {
     "fp32": plain(precision="fp32"),
     "deterministic-resume": plain(equal_resume=True, train__deterministic="true"),
     "replay": replayed,
+    "topology-invariant": invariant,
     "muon-deterministic-resume": plain(equal_resume=True, train__deterministic="true", optim__name="muon"),
     "muon-fsdp-fp16": plain(strategy="fsdp", precision="fp16", optim__name="muon"),
     "no-documents": plain(data__document_mask="false"),

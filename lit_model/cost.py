@@ -104,6 +104,8 @@ class TrainingSetting:
     """On a CPU the loss uses smaller chunks of logits."""
     muon: bool = False
     """Muon keeps one moment of the blocks' matrices, AdamW two."""
+    exact_sums: bool = False
+    """Gradients are summed in float64, and weights gathered in float32."""
     frozen: int = 0
     """Bytes of other models' weights on the device, such as teachers."""
 
@@ -113,8 +115,9 @@ class TrainingSetting:
 
     @property
     def autocast(self) -> bool:
-        """Whether fp32 weights are cast for each forward; sharded ones are gathered in low precision instead."""
-        return self.compute_bytes < 4 and not self.sharded
+        """Whether fp32 weights are cast for each forward; sharded ones are gathered in low precision instead, unless
+        sums are exact."""
+        return self.compute_bytes < 4 and (not self.sharded or self.exact_sums)
 
 
 @dataclass(frozen=True)
@@ -161,15 +164,15 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
     parameters = sum(shard_bytes.values())
     optimizer = 2 * parameters - (sum(shard_bytes[name] for name in hidden_matrices(config)) if s.muon else 0)
     gradients = 4 * n_parameters if s.defer_gradient_sync and s.accumulates else parameters
+    float64_sums = 2 * parameters if s.exact_sums else 0
 
+    gathered, gathered_bytes = 0, 4 if s.exact_sums else s.compute_bytes
     if s.autocast:
         gathered = s.compute_bytes * sum(prod(shape) for shape in _matrices(config).values())
-    elif s.sharding == "SHARD_GRAD_OP":
-        gathered = s.compute_bytes * n_parameters
+    if s.sharding == "SHARD_GRAD_OP":
+        gathered += gathered_bytes * n_parameters
     elif s.sharded:  # the block in work, those gathered ahead, and the buffer of the gathering
-        gathered = s.compute_bytes * (root + (2 + max(1, s.prefetch_blocks)) * block)
-    else:
-        gathered = 0
+        gathered += gathered_bytes * (root + (2 + max(1, s.prefetch_blocks)) * block)
 
     residual_bytes = 4 if s.autocast else s.compute_bytes
     layers = range(config.n_layer)
@@ -185,6 +188,8 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
     workspace = max(chunk, tokens * again + block_gradients)
 
     before = gradients if s.accumulates or s.sharding == "ddp" else 0  # ddp holds its buckets all the time
+    if s.exact_sums:
+        before, gradients = float64_sums, gradients + float64_sums
     reducing = (s.compute_bytes + s.reduce_bytes) * max(2 * block, root) if s.sharded else 0
     at_loss = before + activations + loss + workspace
     last = max(_kept_in_block(config, i, s, residual_bytes) for i in layers)

@@ -236,6 +236,9 @@ class TrainArgs:
     """FSDP: reduce gradients once per step instead of once per micro-batch; needs memory for unsharded gradients."""
     deterministic: bool = False
     """Use only deterministic kernels, so that runs repeat bit for bit on CUDA too; somewhat slower."""
+    topology_invariant: bool = False
+    """Compute the same bits on any number of devices, under DDP and FSDP, by exact sums of gradients. Implies
+    `deterministic`; costs memory, bandwidth and time (docs/reproducibility.md)."""
     fp8_keep_ends: bool = False
     """With --precision fp8: leave the first and the last block in bf16."""
     attention: str = "auto"
@@ -273,6 +276,11 @@ class TrainArgs:
         for name in ("clip_norm", "z_loss", "load_balance_loss", "router_z_loss", "prefetch_blocks"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise ValueError(f"--train.{name} {getattr(self, name)} must not be negative; 0 turns it off")
+
+    @property
+    def only_deterministic(self) -> bool:
+        """Whether only deterministic kernels are used."""
+        return self.deterministic or self.topology_invariant
 
     @property
     def micro_batch(self) -> int:
@@ -619,6 +627,18 @@ class StopArgs:
             raise ValueError(f"--stop.after_minutes {self.after_minutes} must be greater than 0")
 
 
+# Settings that --train.topology_invariant excludes, and what to give instead.
+VARIANT: tuple[tuple[str, str | bool, str], ...] = (
+    ("precision", "fp16", "use bf16 or fp32"),
+    ("precision", "fp8", "use bf16"),
+    ("optim.name", "muon", "use adamw"),
+    ("train.micro_batch_samples", AUTO, "give the number of rows, the same on every number of devices"),
+    ("train.defer_gradient_sync", True, "each micro-batch's gradients are reduced by themselves"),
+    ("train.reduce_dtype", "bf16", "gradients are reduced in float64"),
+    ("distillation.shard_teachers", True, "sharded teachers compute in another precision"),
+)
+
+
 @dataclass(frozen=True)
 class RunArgs:
     """One pretraining run. The sections are documented by the docstrings of their classes."""
@@ -698,6 +718,8 @@ class RunArgs:
                 "--optim.name muon and --train.cpu_offload exclude each other: Muon's matrix products would run on the "
                 "host, which takes many times as long as the step"
             )
+        if self.train.topology_invariant:
+            self._check_topology_invariant()
         if self.train.fp8_keep_ends and self.precision != "fp8":
             raise ValueError(f"--train.fp8_keep_ends true is for --precision fp8, not {self.precision}")
         check_least(self, "", num_nodes=1)
@@ -740,6 +762,14 @@ class RunArgs:
                 raise ValueError(f"--{flag} {value}: at most 2^52 are supported")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed {self.seed} must be in [0, 2^63)")
+
+    def _check_topology_invariant(self) -> None:
+        """Raise ValueError for a setting whose results depend on the number of devices."""
+        given = flat(plain(self))
+        for flag, value, instead in VARIANT:
+            if given[flag] == value:
+                shown = str(value).lower()
+                raise ValueError(f"--train.topology_invariant true and --{flag} {shown} exclude each other: {instead}")
 
     def resolved(self, out_dir: Path, max_steps: int, teachers: list[Path]) -> "RunArgs":
         """A copy with the values that the run folder, the data and the checkpoints of its teachers determine."""

@@ -39,6 +39,7 @@ from pretrain.data import (
 from pretrain.distillation.teacher_cache import open_teachers, resolve_teachers
 from pretrain.endings import RunFinished
 from pretrain.evaluation_plan import open_evaluation
+from pretrain.exact_sums import ExactSums
 from pretrain.fabric import Fabric
 from pretrain.failure.first_failure import begin_attempt
 from pretrain.failure.peers import Peers, on_rank_zero
@@ -87,7 +88,7 @@ def set_up(
     leave_pandas_out()
     placement = choose_placement(args)
     args = dataclasses.replace(args, devices=placement.devices)
-    set_arithmetic(args.train.deterministic, placement)
+    set_arithmetic(args.train.only_deterministic, placement)
     opened = open_before_launch(args, placement.kind)
     fabric = build_fabric(args, placement)
     peers = Peers(watched)
@@ -148,6 +149,11 @@ def build(
     args = args.resolved(folder, data.max_steps, teacher_paths)
     settings = plain(args)
     if checkpoint is not None and meta is not None:
+        if args.train.topology_invariant and placement.kind == "cpu" and meta["threads"] != torch.get_num_threads():
+            raise ValueError(
+                f"{checkpoint} was computed with {meta['threads']} threads, this process has "
+                f"{torch.get_num_threads()}, which changes the bits: set OMP_NUM_THREADS={meta['threads']}"
+            )
         differences = check_resume(settings, meta, data, config, taught_by, checkpoint)
         if differences:
             progress.changes.append({"step": progress.step, "differences": differences})
@@ -168,7 +174,7 @@ def build(
     raw_model, model = build_model(args, placement, fabric, config)
     if args.init_from is not None and checkpoint is None:
         load_weights(raw_model, args.init_from, args.init_layers)
-    optimizer = build_optimizer(args.optim, raw_model)
+    optimizer = build_optimizer(args.optim, raw_model, whole_vectors=args.train.topology_invariant)
     if args.init_optimizer and checkpoint is None:
         load_optimizer(optimizer, optimizer_of(args, config))
     loss_scale = LossScale.create(device) if args.precision == "fp16" else None
@@ -177,10 +183,11 @@ def build(
     teachers = open_teachers(args.distillation, args.precision, device)
     loader = training_loader(args, fabric, data, progress.segments, teachers)
     watchdog = peers.watchdog = open_watchdog(fabric, folder, args.guard.hang_timeout_s)
-    if fabric.world_size > 2 and not placement.fsdp:
+    if fabric.world_size > 2 and not placement.fsdp and not args.train.topology_invariant:
         fix_ddp_buckets(args, placement, fabric, model, optimizer, data.block_size)
+    sums = ExactSums(raw_model, optimizer.parameters.values(), device) if args.train.topology_invariant else None
     if checkpoint is not None:
-        restore(checkpoint, optimizer, loss_scale)
+        restore(checkpoint, optimizer, loss_scale, sums)
     words, plan = open_words(args, fabric, data, progress, folder, saver)
     columns = metrics_columns(args, config, data, evaluation)
     recorder, compactor, trackers = begin_recording(args, settings, fabric, folder, data, progress, columns, trackers)
@@ -200,6 +207,7 @@ def build(
         model=model,
         optimizer=optimizer,
         loss_scale=loss_scale,
+        sums=sums,
         teachers=teachers,
         taught_by=taught_by,
         loader=loader,
@@ -312,11 +320,11 @@ def build_model(
     return raw_model, fabric.setup_module(raw_model, move_to_device=False)
 
 
-def build_optimizer(args: OptimArgs, model: GPT) -> Optimizer:
-    """The optimizer that --optim.name selects, of a model on its final device."""
+def build_optimizer(args: OptimArgs, model: GPT, *, whole_vectors: bool = False) -> Optimizer:
+    """The optimizer that --optim.name selects, of a model on its final device. `whole_vectors`: see AdamW."""
     if args.name == "muon":
         return Muon(model.named_parameters(), args, model.config)
-    return AdamW(model.named_parameters(), args)
+    return AdamW(model.named_parameters(), args, whole_vectors=whole_vectors)
 
 
 def convert_to_float8(model: GPT, args: RunArgs, config: ModelConfig) -> None:

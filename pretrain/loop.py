@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from lit_data.loading.order import first_sample_of_step
 from lit_data.loading.rows import Rows
 from lit_eval.model.text_encoding import encoding_facts
 from lit_files.checkpoint_name import checkpoint_name, checkpoint_step, list_checkpoints
+from lit_model.distillation import DistillationHead
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
 from lit_model.moe import RouterStatistics
@@ -39,6 +40,7 @@ from pretrain.distillation.teachers import Teachers
 from pretrain.endings import AgreedError, Mistake
 from pretrain.evaluation import Stopped, evaluate
 from pretrain.evaluation_plan import is_due
+from pretrain.exact_sums import norm_by_rows, summand, summands
 from pretrain.failure.peers import on_rank_zero
 from pretrain.guards import check_progress, skip_if_not_finite
 from pretrain.logs.layer_norms import FILE as LAYERS
@@ -54,6 +56,7 @@ from pretrain.schedule import learning_rate
 from pretrain.step_profile import StepProfiler
 from pretrain.word_budgets import words_seen
 
+HeadOfBatch = Callable[[MicroBatch, Tensor, Tensor | None], DistillationHead]
 SpanLosses = Callable[[], tuple[list[npt.NDArray[np.float64]], bool]]
 
 
@@ -206,52 +209,27 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
     """
     args = run.args
     run.model.train()
-    if run.config.dropout or run.config.attention_dropout:
-        seed_step(args.seed, data.step, run.fabric.global_rank)
     numbers = (float(data.n_targets), float(data.n_inputs), *run.stop.flags(failed=run.fault() is not None))
     counts = torch.stack([torch.full((), n, dtype=torch.float64, device=run.device) for n in numbers])
     sum_over_ranks(run, counts)
     run.stop.summed(counts[2:])
     n_targets = counts[0]
-    factor = (run.world_size / n_targets.clamp(min=1)).float()
+    factor = ((1 if run.sums is not None else run.world_size) / n_targets.clamp(min=1)).float()
     if run.loss_scale is not None:
         factor = factor * run.loss_scale.scale
 
     head_of = student_head(run, data.step, n_targets)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
-    divergence_sum = None if head_of is None else torch.zeros_like(loss_sum)
-    piece_losses: list[Tensor] = []
-    routers: list[RouterStatistics] = []
-    if norms is not None:
-        norms.begin()
-    for m, batch in enumerate(data.micro_batches):
-        last = m == len(data.micro_batches) - 1
-        with sync_gradients(run, last):
-            with record_function("llammlein::to_device"):
-                tokens, targets, cu_seqlens = to_device(batch, run.device)
-            bounds = cu_seqlens if args.data.document_mask else None
-            head = None
-            if head_of is not None:
-                with record_function("llammlein::teachers"):
-                    head = head_of(batch, tokens, bounds)
-            with run.placement.autocast():
-                out: LossOutput = run.model(tokens, targets, cu_seqlens=bounds, head=head)
-            # A non-finite loss makes every gradient non-finite on every rank, so the step is skipped.
-            run.fabric.backward(out.loss_sum * (factor + 0 * out.loss_sum.detach()))
-        loss_sum += out.cross_entropy_sum
-        with record_function("llammlein::loss"):
-            piece_losses.append(sum_over_pieces(out.token_losses, cu_seqlens))
-        if out.router is not None:
-            routers.append(out.router)
-        if divergence_sum is not None and out.divergence_sum is not None:
-            divergence_sum += out.divergence_sum
+    passes = forward_and_backward(run, data, factor, head_of, norms)
+    while run.sums is not None and not run.sums.finish():
+        passes = forward_and_backward(run, data, factor, head_of, norms)
 
     scale = None if run.loss_scale is None else run.loss_scale.scale
     if norms is not None:
         norms.gradients(scale)
         norms.before_update()
     with record_function("llammlein::optimizer"):
-        norm = gradient_norm(run.optimizer.parameters.values(), scale)
+        gradients = run.optimizer.parameters.values()
+        norm = gradient_norm(gradients, scale) if run.sums is None else norm_by_rows(gradients)
     skip = skip_if_not_finite(norm)
     run.sound = False
     run.tokens += counts[1]
@@ -266,7 +244,61 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
         run.loss_scale.update(skip)
     run.skipped += skip
     run.skipped_in_row.add_(1.0).mul_(skip)
-    return StepResult(loss_sum, n_targets, norm, read_later(piece_losses, skip), add_routers(routers), divergence_sum)
+    span_losses = read_later(passes.piece_losses, skip)
+    return StepResult(passes.loss_sum, n_targets, norm, span_losses, add_routers(passes.routers), passes.divergence_sum)
+
+
+class Passes(NamedTuple):
+    """Results of the forward and backward passes of a step on this rank; see StepResult."""
+
+    loss_sum: Tensor
+    divergence_sum: Tensor | None
+    piece_losses: list[Tensor]
+    routers: list[RouterStatistics]
+
+
+def forward_and_backward(
+    run: Run, data: StepData, factor: Tensor, head_of: HeadOfBatch | None, norms: LayerNorms | None
+) -> Passes:
+    """Forward and backward of each micro-batch of a step, whose losses are multiplied by `factor`, float32 scalar."""
+    args, sums = run.args, run.sums
+    has_dropout = bool(run.config.dropout or run.config.attention_dropout)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
+    divergence_sum = None if head_of is None else torch.zeros_like(loss_sum)
+    piece_losses: list[Tensor] = []
+    routers: list[RouterStatistics] = []
+    if norms is not None:
+        norms.begin()
+    if sums is not None:
+        sums.begin(len(data.micro_batches) * run.world_size)
+    elif has_dropout:
+        seed_step(args.seed, data.step, run.fabric.global_rank)
+    for m, batch in enumerate(data.micro_batches):
+        if sums is not None:
+            sums.begin_leaf()
+            if has_dropout:  # of the leaf, whichever rank computes it
+                seed_step(args.seed, data.step, m * run.world_size + run.fabric.global_rank)
+        last = m == len(data.micro_batches) - 1
+        with sync_gradients(run, last):
+            with record_function("llammlein::to_device"):
+                tokens, targets, cu_seqlens = to_device(batch, run.device)
+            bounds = cu_seqlens if args.data.document_mask else None
+            head = None
+            if head_of is not None:
+                with record_function("llammlein::teachers"):
+                    head = head_of(batch, tokens, bounds)
+            with run.placement.autocast():
+                out: LossOutput = run.model(tokens, targets, cu_seqlens=bounds, head=head)
+            # A non-finite loss makes every gradient non-finite on every rank, so the step is skipped.
+            run.fabric.backward(out.loss_sum * (factor + 0 * out.loss_sum.detach()))
+        loss_sum += summand(out.cross_entropy_sum, sums)
+        with record_function("llammlein::loss"):
+            piece_losses.append(sum_over_pieces(out.token_losses, cu_seqlens))
+        if out.router is not None:
+            routers.append(summands(out.router, sums))
+        if divergence_sum is not None and out.divergence_sum is not None:
+            divergence_sum += summand(out.divergence_sum, sums)
+    return Passes(loss_sum, divergence_sum, piece_losses, routers)
 
 
 def open_profiler(run: Run) -> StepProfiler | None:
@@ -308,7 +340,7 @@ def sync_gradients(run: Run, last: bool) -> AbstractContextManager[Any]:
         run.raw_model.set_requires_gradient_sync(last or not run.args.train.defer_gradient_sync)  # type: ignore[operator]
         return nullcontext()
     if run.world_size > 1:
-        return run.fabric.no_backward_sync(run.model, enabled=not last)
+        return run.fabric.no_backward_sync(run.model, enabled=not last or run.sums is not None)
     return nullcontext()
 
 
@@ -495,7 +527,7 @@ def add_losses(run: Run, loader: Loader, total: Tensor, progress: ProgressDispla
                 out: LossOutput = run.model(
                     tokens, targets, cu_seqlens=cu_seqlens if run.args.data.document_mask else None
                 )
-            total[0] += out.token_losses.double().sum()
+            total[0] += summand(out.token_losses.double().sum(), run.sums)
             total[1] += batch.n_targets
 
 
@@ -606,6 +638,7 @@ def checkpoint_meta(run: Run) -> dict[str, object]:
         },
         "teachers": run.taught_by,
         "loss_scale": run.loss_scale.to_dict() if run.loss_scale is not None else None,
+        "gradient_peak": run.sums.peak if run.sums is not None else None,
         "world_size": run.world_size,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -209,9 +209,10 @@ def training_setting(args: RunArgs, config: ModelConfig, kind: str, world_size: 
         defer_gradient_sync=t.defer_gradient_sync,
         cpu_offload=t.cpu_offload,
         prefetch_blocks=t.prefetch_blocks,
-        reduce_bytes=4 if t.reduce_dtype == "fp32" else 2,
+        reduce_bytes=8 if t.topology_invariant else 4 if t.reduce_dtype == "fp32" else 2,
         on_cpu=kind == "cpu",
         muon=args.optim.name == "muon",
+        exact_sums=t.topology_invariant,
         frozen=teacher_bytes(args.distillation, args.precision, kind, world),
     )
 

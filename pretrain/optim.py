@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.adamw import adamw
@@ -23,6 +24,9 @@ from pretrain.args import OptimArgs
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
+
+
+VECTOR = 16  # float32 elements in the widest vector of a CPU (AVX-512)
 
 
 def decays(parameter: Tensor) -> bool:
@@ -71,9 +75,16 @@ class AdamW(Optimizer):
         scales_in_kernel: whether the fused kernel applies the clip coefficient, without a separate pass over all
             gradients. True on CUDA. On a CPU the gradients are scaled first, so that runs of older versions resume bit
             for bit. The kernel divides by the reciprocal; the results agree up to rounding.
+
+    Args:
+        whole_vectors: on a CPU, pad tensors to whole vectors of the processor for the update. The fused kernel updates
+            the elements left over with other instructions, which round differently, and sharding changes which those
+            are.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], args: OptimArgs) -> None:
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], args: OptimArgs, *, whole_vectors: bool = False
+    ) -> None:
         super().__init__(parameters, args)
         self.state = {
             name: {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -82,6 +93,7 @@ class AdamW(Optimizer):
         device = next(iter(self.parameters.values())).device
         self.step_count = torch.zeros((), dtype=torch.float32, device=device)
         self.scales_in_kernel = device.type == "cuda"
+        self.vector = VECTOR if whole_vectors and device.type == "cpu" else 1
 
     @torch.no_grad()
     def step(self, lr: float, skip: Tensor | None = None, coefficient: Tensor | None = None) -> None:
@@ -96,11 +108,19 @@ class AdamW(Optimizer):
             names = [n for n in names if local(self.parameters[n]).numel()]
             if not names:
                 continue
-            adamw(
+            columns = [
                 [local(self.parameters[n]) for n in names],
                 [local(self.parameters[n].grad) for n in names],  # type: ignore[arg-type]
                 [local(self.state[n]["exp_avg"]) for n in names],
                 [local(self.state[n]["exp_avg_sq"]) for n in names],
+            ]
+            padded = [[in_whole_vectors(t, self.vector) for t in tensors] for tensors in columns]
+            parameters, gradients, first_moments, second_moments = padded
+            adamw(
+                parameters,
+                gradients,
+                first_moments,
+                second_moments,
                 [],
                 [self.step_count.clone() for _ in names],
                 fused=True,
@@ -114,7 +134,17 @@ class AdamW(Optimizer):
                 eps=self.args.eps,
                 maximize=False,
             )
+            for tensors, others in zip(columns, padded, strict=True):
+                for tensor, other in zip(tensors, others, strict=True):
+                    if other is not tensor:
+                        tensor.copy_(other[: tensor.numel()].view(tensor.shape))
         self.step_count += 1.0 if skip is None else 1.0 - skip
+
+
+def in_whole_vectors(tensor: Tensor, size: int) -> Tensor:
+    """The tensor if its number of elements is a multiple of `size`, else a flat copy with zeros appended."""
+    left_over = tensor.numel() % size
+    return F.pad(tensor.flatten(), (0, size - left_over)) if left_over else tensor
 
 
 @torch.no_grad()

@@ -41,16 +41,18 @@ class Placement:
         devices: per node.
         fsdp: the ranks shard parameters, gradients and optimizer state.
         dtype: of the computation.
+        casts_shards: FSDP gathers the weights in `dtype`; else autocast casts them, as without FSDP.
     """
 
     kind: str
     devices: int
     fsdp: bool
     dtype: torch.dtype
+    casts_shards: bool
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of one forward. FSDP casts by its own policy."""
-        if self.dtype == torch.float32 or self.fsdp:
+        """The precision of one forward."""
+        if self.dtype == torch.float32 or self.casts_shards:
             return nullcontext()
         return torch.autocast(self.kind, self.dtype)
 
@@ -107,7 +109,8 @@ def choose_placement(args: RunArgs) -> Placement:
             )
     if args.sharding_strategy == "HYBRID_SHARD" and uses_fsdp(args) and args.num_nodes < 2 and devices % 2:
         raise ValueError("--sharding_strategy HYBRID_SHARD needs several nodes, or an even number of devices on one")
-    return Placement(kind, devices, uses_fsdp(args), DTYPES[args.precision])
+    fsdp = uses_fsdp(args)
+    return Placement(kind, devices, fsdp, DTYPES[args.precision], fsdp and not args.train.topology_invariant)
 
 
 def float8_fault(precision: str, device: torch.device) -> str | None:
@@ -174,7 +177,8 @@ def build_fabric(args: RunArgs, placement: Placement) -> Fabric:
         plugins=None if environment is None else [environment],
     )
     if "OMP_NUM_THREADS" not in os.environ and kind == "cpu":
-        torch.set_num_threads(max(1, usable_cores() // devices))
+        # A product's bits depend on the number of threads.
+        torch.set_num_threads(1 if args.train.topology_invariant else max(1, usable_cores() // devices))
     with WaitingNotice(devices * args.num_nodes):
         fabric.launch()
     return fabric
@@ -186,12 +190,12 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: RunArgs, devices: int) -> GP
 
     if args.compile:
         compile_blocks(model)
-    dtype = DTYPES[args.precision]
+    dtype, exact = DTYPES[args.precision], args.train.topology_invariant
     options: dict[str, Any] = {
         "mesh": data_mesh(mesh, args, devices),
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=None if dtype == torch.float32 else dtype,
-            reduce_dtype=DTYPES[args.train.reduce_dtype],
+            param_dtype=None if dtype == torch.float32 or exact else dtype,
+            reduce_dtype=torch.float64 if exact else DTYPES[args.train.reduce_dtype],
             cast_forward_inputs=False,  # the rotary tables stay float32; the embedding already gives param_dtype
         ),
         "reshard_after_forward": args.sharding_strategy != "SHARD_GRAD_OP",

@@ -16,6 +16,7 @@ from lit_model.load import Checkpoint
 from pretrain.args import DistillationArgs, OptimArgs, RunArgs, TrainArgs, flat, plain
 from pretrain.checkpoint.load import check_meta, load_state, training_state
 from pretrain.data import Data, in_order, training_loader
+from pretrain.exact_sums import FIRST_PEAK, ExactSums
 from pretrain.failure.peers import on_rank_zero
 from pretrain.guards import SpikeDetector
 from pretrain.optim import LossScale, Optimizer
@@ -37,6 +38,8 @@ MEANING = (
     "objective",
     "distillation",
 )
+# Settings that change the bits of a run with --train.topology_invariant.
+BITS = ("precision", "compile", "train.micro_batch_samples", "train.attention", "train.loss_kernel")
 # Exceptions: these only change how it is computed, or are compared by content.
 MECHANICS = (
     "train.micro_batch_samples",
@@ -146,7 +149,8 @@ def check_resume(
     defaults = {"distillation": DistillationArgs(), "optim": OptimArgs(), "train": TrainArgs(max_steps=1)}
     later = flat({"objective": "cross_entropy", **plain(defaults)})
     old, new = later | flat(meta["config"]), flat(settings)
-    keys = [key for key in sorted(old.keys() | new.keys()) if changes_meaning(key)]
+    exact = settings["train"]["topology_invariant"]
+    keys = [key for key in sorted(old.keys() | new.keys()) if changes_meaning(key) or (exact and key in BITS)]
     differs = {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
     flag = "data.train" if settings["data"]["train"] is not None else "data.mixture"
     there, here = meta["data"]["train"], [dataset.fingerprint for dataset in data.train]
@@ -202,7 +206,7 @@ def check_history(meta: dict[str, Any], data: Data, path: Path) -> None:
         )
 
 
-def restore(path: Path, optimizer: Optimizer, loss_scale: LossScale | None) -> dict[str, Any]:
+def restore(path: Path, optimizer: Optimizer, loss_scale: LossScale | None, sums: ExactSums | None) -> dict[str, Any]:
     """Load a checkpoint's model and optimizer. Returns its meta.
 
     Raises ValueError, on every rank, if it is damaged or does not fit.
@@ -210,6 +214,8 @@ def restore(path: Path, optimizer: Optimizer, loss_scale: LossScale | None) -> d
     meta = load_state(path, training_state(optimizer))
     if loss_scale is not None and meta["loss_scale"] is not None:
         loss_scale.load(meta["loss_scale"])
+    if sums is not None:
+        sums.peak = meta.get("gradient_peak") or FIRST_PEAK
     return meta
 
 
@@ -217,7 +223,7 @@ def go_back(run: Run, path: Path, reason: str) -> None:
     """Return to a checkpoint, and leave out the samples used since then. Every rank calls this."""
     run.stop_writing()
     end_sample, global_batch = first_sample_of_step(run.segments, run.step)
-    meta = restore(path, run.optimizer, run.loss_scale)
+    meta = restore(path, run.optimizer, run.loss_scale, run.sums)
     old = progress_at(meta, run.args, run.device)
     first_sample, _ = first_sample_of_step(run.segments, old.step)
     skip = {"step": old.step, "first_sample": first_sample, "end_sample": end_sample, "reason": reason}

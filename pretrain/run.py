@@ -26,6 +26,7 @@ from pretrain.data import Data
 from pretrain.distillation.teacher_cache import CachedTeacher
 from pretrain.distillation.teachers import Teachers
 from pretrain.evaluation_plan import Evaluation
+from pretrain.exact_sums import ExactSums
 from pretrain.fabric import Fabric
 from pretrain.failure.peers import Peers
 from pretrain.failure.watchdog import Watchdog
@@ -85,6 +86,7 @@ class Run(Progress):
     Attributes:
         settings: `args` as nested dictionaries, as config.yaml and each checkpoint hold them.
         model: `raw_model` as Fabric wraps it.
+        sums: with --train.topology_invariant; else None.
         taught_by: name, sha256 and weight of each teacher.
         val_loaders: of each validation set by its name; that of a single unnamed one is "".
         words: of each dataset, on rank 0; empty if they are not known.
@@ -106,6 +108,7 @@ class Run(Progress):
     model: Any
     optimizer: Optimizer
     loss_scale: LossScale | None
+    sums: ExactSums | None
     teachers: Teachers | CachedTeacher | None
     taught_by: list[dict[str, Any]]
     loader: Loader

@@ -32,7 +32,10 @@ def parser() -> ScriptParser:
         "manifest.json and the .idx files are enough",
     )
     made.add_argument(
-        "--devices", type=int, help="ranks on this machine (default: as many as in the run, needed for bit equality)"
+        "--devices",
+        type=int,
+        help="ranks on this machine (default: as many as in the run, needed for bit equality unless it was trained "
+        "with --train.topology_invariant true)",
     )
     made.add_argument(
         "--work",

@@ -81,7 +81,7 @@ def start(args: RunArgs) -> PreflightContext:
     except ValueError as error:
         s.shape_fault = str(error)
         return s
-    if args.train.deterministic:
+    if args.train.only_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         if s.kind == "cuda":

@@ -23,7 +23,7 @@ from pretrain.args import RunArgs, StopArgs, flat
 from pretrain.cli.run_parser import from_settings
 from pretrain.launch import find_launch
 from pretrain.release.manifest import RUN
-from pretrain.resume import MECHANICS, SettingsChange, changes_meaning, changes_of, read_meta
+from pretrain.resume import BITS, MECHANICS, SettingsChange, changes_meaning, changes_of, read_meta
 from pretrain.trial_args import without_side_outputs
 
 ROUNDING = ("precision", "compile", "strategy", "sharding_strategy", *MECHANICS)
@@ -125,7 +125,12 @@ def recorded_interval(start: Path | None, target: Path, data: Sequence[Path] = (
     if not begun:
         raise ValueError(f"{file} does not say how many ranks executed step {first}: it cannot be replayed")
     _, ranks, micro_batch = begun[-1]
-    changed = [layout[0] for layout in facts.layouts if first < layout[0] < end and layout[1:] != begun[-1][1:]]
+    one_layout = not is_topology_invariant(meta)
+    changed = [
+        at
+        for at, some_ranks, rows in facts.layouts
+        if first < at < end and (rows != micro_batch or (one_layout and some_ranks != ranks))
+    ]
     changed += [change.step for change in changes_of(meta, target) if first < change.step < end]
     if changed:
         at = min(changed)
@@ -166,10 +171,11 @@ def check_settings(
     """
     explained = {key for change in changes_of(meta, target) for key in change.differences}
     old, new = flat(before["config"]), flat(meta["config"])
+    rounding = BITS if is_topology_invariant(meta) else ROUNDING
     differing = {
         key: f"{key} {old[key]!r:.40} there, {new[key]!r:.40} here"
         for key in old.keys() & new.keys()
-        if old[key] != new[key] and (key in ROUNDING or changes_meaning(key))
+        if old[key] != new[key] and (key in rounding or changes_meaning(key))
     }
     foreign = [text for key, text in differing.items() if key not in {*ROUNDING, *explained}]
     for key in ("model_config", "data"):
@@ -219,7 +225,8 @@ def replay_args(interval: Interval, folder: Path, devices: int | None = None) ->
     elif nodes > 1:
         raise ValueError(
             f"the steps were executed by {interval.ranks} ranks on {nodes} nodes: start replay.py with srun or "
-            f"torchrun in {interval.ranks} processes, or give --devices for another number, which agrees up to rounding"
+            f"torchrun in {interval.ranks} processes, or give --devices for another number, which agrees up to "
+            "rounding (bit for bit with --train.topology_invariant true)"
         )
     devices = interval.ranks // nodes if devices is None else devices
     if devices * nodes != interval.ranks:
@@ -234,6 +241,7 @@ def replay_args(interval: Interval, folder: Path, devices: int | None = None) ->
         resume_allow=changed,
         devices=devices,
         num_nodes=nodes,
+        strategy="auto" if devices * nodes == 1 and args.train.topology_invariant else args.strategy,
         accelerator="auto" if was_on_gpu else args.accelerator,
         init_from=None if args.init_from is None else find_recorded(interval.run, args.init_from),
         train=replace(args.train, micro_batch_samples=interval.micro_batch),
@@ -252,6 +260,8 @@ def replay_args(interval: Interval, folder: Path, devices: int | None = None) ->
 
 def check_other_ranks(interval: Interval, args: RunArgs, ranks: int) -> None:
     """Raise ValueError for a run whose steps depend on the number of ranks."""
+    if is_topology_invariant(interval.meta):
+        return
     config = interval.meta["model_config"]
     for key, reason in (("dropout", "dropout"), ("attention_dropout", "dropout"), ("n_expert", "experts")):
         if config.get(key):
@@ -259,6 +269,11 @@ def check_other_ranks(interval: Interval, args: RunArgs, ranks: int) -> None:
                 f"the steps were executed by {interval.ranks} ranks, and those of a model with {reason} depend on it: "
                 f"they cannot be replayed by {ranks}"
             )
+
+
+def is_topology_invariant(meta: dict[str, Any]) -> bool:
+    """Whether the steps have the same bits on any number of ranks."""
+    return bool(meta["config"]["train"].get("topology_invariant"))
 
 
 def data_settings(interval: Interval, args: RunArgs) -> dict[str, Any]:

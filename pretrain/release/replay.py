@@ -34,7 +34,7 @@ from pretrain.data import training_loader
 from pretrain.failure.peers import on_rank_zero
 from pretrain.launch import is_first_process
 from pretrain.loop import SpanLosses, checkpoint_meta, train_step
-from pretrain.release.interval import Interval, lay_out, open_interval, replay_args, unavailable
+from pretrain.release.interval import Interval, is_topology_invariant, lay_out, open_interval, replay_args, unavailable
 from pretrain.run import Run
 
 NOISE_FACTOR = 10.0
@@ -356,8 +356,9 @@ def environment_differences(interval: Interval, folder: Path) -> list[str]:
     here = read_run(folder).starts[-1]
     known = interval.starts or [{k: interval.meta.get(k) for k in ("threads", "world_size")}]
     found = [] if interval.starts else ["the run has no record of its hardware and versions"]
+    invariant = is_topology_invariant(interval.meta)
     for there in known:
-        for key in ("world_size", "cpu", "gpus", "threads", "cuda", "code"):
+        for key in (*(() if invariant else ("world_size",)), "cpu", "gpus", "threads", "cuda", "code"):
             if key in there and there[key] != here.get(key):
                 found.append(f"{key} {there[key]} in the run, {here.get(key)} here")
         packages = [
@@ -368,7 +369,7 @@ def environment_differences(interval: Interval, folder: Path) -> list[str]:
             one, other = (p.get(name) for p in packages)
             if one != other:
                 found.append(f"{name} {one} in the run, {other} here")
-    if here.get("gpus") and not interval.meta["config"]["train"].get("deterministic"):
+    if here.get("gpus") and not (invariant or interval.meta["config"]["train"].get("deterministic")):
         found.append("CUDA without --train.deterministic true: two runs on the same card differ too")
     return list(dict.fromkeys(found))
 

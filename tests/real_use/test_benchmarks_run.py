@@ -157,6 +157,12 @@ def students_check(found: dict[str, Any]) -> None:
     assert positive(*(value for run in found["bits_per_byte"] for facts in run.values() for value in facts.values()))
 
 
+def topology_invariant_check(found: dict[str, Any]) -> None:
+    assert len(found["contenders"]) == 4
+    for row in found["contenders"].values():
+        assert positive(row["tokens_per_s"], row["ratio"], row["memory_gib"])
+
+
 def train_step_check(found: dict[str, Any]) -> None:
     rows = [row for row in found["rows"] if "failed" not in row]
     names = {"llammlein", "llammlein-documents", "ours --train.attention loop"}
@@ -236,6 +242,10 @@ SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
             *("--epochs", 1, "--k", 4),
         ],
         students_check,
+    ),
+    "topology_invariant": (
+        lambda corpus, made: ["--model", "debug", "--block_size", 32, "--steps", 1, "--rounds", 1],
+        topology_invariant_check,
     ),
     "train_step": (
         lambda corpus, made: [

@@ -109,6 +109,23 @@ def test_resumes(data: Path, tmp_path: Path) -> None:
     assert "rounding explains it" in done.stdout, done.stdout
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_topology_invariant_run_on_one_device(precision: str, data: Path, tmp_path: Path) -> None:
+    """Trained on four ranks with FSDP, then on two with DDP; replayed on one, also across the resume."""
+    run = tmp_path / "run"
+    settings = {
+        "train__topology_invariant": "true", "train__micro_batch_samples": 1, "model__dropout": 0.1,
+        "model__n_expert": 4, "model__n_expert_per_token": 2, "save__every_steps": 3, "precision": precision,
+    }  # fmt: skip
+    train_killed(8, *flags(data, run, **settings, **FSDP | {"devices": 4}))
+    train(*flags(data, run, **settings, **DDP, resume="latest"))
+    named = {int(path.name[5:13]): path for path in list_checkpoints(run)}
+    for first, end in ((3, 6), (3, 12)):
+        done = replay(named[first], named[end], "--devices", "1")
+        assert done.returncode == 0 and "optimizer state are equal" in done.stdout, (done.stdout, done.stderr)
+        assert "environment" not in done.stdout
+
+
 def test_a_published_release(data: Path, tmp_path: Path) -> None:
     """Of a run with relative paths, replayed by what was published and the data elsewhere."""
     train(*flags(data, tmp_path / "run", **FSDP, save__every_steps=3))

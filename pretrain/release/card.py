@@ -1,4 +1,4 @@
-"""The facts of a revision's card: losses, results, hardware and hours, as the run folder has them and never guessed."""
+"""The facts of a revision's card: losses, results, hardware and device hours, as the run recorded them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def card_additions(
     licence: Mapping[str, str],
     previous: Previous | None,
 ) -> CardAdditions:
-    """What the card of a revision adds.
+    """The additions to a revision's model card.
 
     Args:
         cut: the revision's run/ folder, which ends at its step.
         results: of its checkpoint.
-        licence: `license` and its like, for the card's front matter.
+        licence: keys of the card's front matter, such as `license`.
     """
     facts = [("Revision", f"`{revision}`")]
     if (words := cut.meta.get("words")) is not None:
@@ -57,7 +57,7 @@ def card_additions(
 
 
 def hardware(cut: RunFacts) -> Iterator[tuple[str, str]]:
-    """Devices of the newest start, and device hours; nothing where a run does not say."""
+    """Devices of the newest start, and device hours, as far as the run recorded them."""
     if not cut.starts:
         return
     last = cut.starts[-1]
@@ -71,9 +71,9 @@ def hardware(cut: RunFacts) -> Iterator[tuple[str, str]]:
 
 
 def device_hours(metrics: Metrics, starts: list[dict[str, Any]]) -> float | None:
-    """Seconds that ranks spent in steps that count, over all starts, in hours; None if that cannot be read.
+    """Hours that all ranks together spent in training steps, over all starts; None if the run did not record them.
 
-    The column `seconds` begins again at each start, whose line in environment.jsonl has the number of ranks.
+    The column `seconds` restarts from 0 at each start, whose line in environment.jsonl has the number of ranks.
     """
     written = metrics.written.get("seconds")
     if written is None or not written.any():
@@ -98,7 +98,7 @@ def device_hours(metrics: Metrics, starts: list[dict[str, Any]]) -> float | None
 
 
 def results_section(cut: RunFacts, results: Sequence[Results]) -> Iterator[str]:
-    """The results of this step's checkpoint: a row for each task and metric."""
+    """The results of this step's checkpoint, one row per task and metric."""
     rows = [
         f"| {task} | {metric} | {value:.4f} | {result.n:,} |"
         for some in results

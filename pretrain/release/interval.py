@@ -109,7 +109,7 @@ def open_interval(start: Path, target: Path, data: Sequence[Path] = ()) -> Inter
 
 
 def recorded_interval(start: Path | None, target: Path, data: Sequence[Path] = ()) -> Interval:
-    """As `open_interval`, of checkpoints. `start` None: from the beginning of the run."""
+    """As `open_interval`, for checkpoints. `start` None: from the beginning of the run."""
     run, meta = target.parent, read_meta(target)
     before = read_meta(start) if start is not None else None
     first, end = before["step"] if before is not None else 0, meta["step"]
@@ -192,7 +192,7 @@ def check_settings(
 
 
 def find_data(run: Path, recorded: Sequence[str], fingerprints: Sequence[str], given: Sequence[Path]) -> list[Path]:
-    """The folders of a run's datasets. Raises FileNotFoundError or ValueError for one that is missing or another."""
+    """The folders of a run's datasets. Raises FileNotFoundError or ValueError for a missing or a different dataset."""
     if given and len(given) != len(recorded):
         raise ValueError(f"{run} was trained on {len(recorded)} datasets; --data names {len(given)}")
     paths = list(given) or [find_recorded(run, path, MANIFEST) for path in recorded]
@@ -336,7 +336,7 @@ def stand_in(dataset: PackedDataset, folder: Path) -> Path:
 
 
 def unavailable(interval: Interval) -> str:
-    """The shards that are missing, for a message."""
+    """The missing shards, for a message."""
     names = [
         str(dataset.path / f"{dataset.manifest.shards[shard].name}.bin")
         for dataset in interval.open_datasets()

@@ -1,7 +1,7 @@
 """Publishes a run's checkpoints as the revisions of a release, oldest first, to a folder or a hub.
 
-A revision is written whole before it gets its name, and the next one names its manifest, so that an interrupted call
-can be repeated: it continues after the last published revision.
+A revision is complete before it gets its name, and each manifest names the one before it. An interrupted call can
+therefore be repeated: it continues after the last published revision.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TrainingState = Literal["all", "last", "none"]
 
 
 class Release(Protocol):
-    """Where revisions are published: a folder or a hub."""
+    """Destination of published revisions: a folder or a hub."""
 
     def chain(self) -> list[Link]: ...
 
@@ -97,7 +97,7 @@ def plan(run: Path, training_state: TrainingState) -> list[Planned]:
 
 
 def remaining(planned: list[Planned], chain: list[Link], run: Path, where: object) -> list[Planned]:
-    """The revisions still to publish. Raises ValueError if those published are of another run."""
+    """The revisions still to publish. Raises ValueError if the published ones are from another run."""
     if not chain:
         return planned
     last = chain[-1].manifest
@@ -146,7 +146,7 @@ def publish(run: Path, release: Release, args: PublishArgs, say: Callable[[str],
 
 
 def describe_plan(run: Path, args: PublishArgs) -> Iterator[str]:
-    """What publishing would write, a line a revision: the dry run."""
+    """The dry run: one line per revision that publishing would write, and the total size."""
     with hold_run(run):
         planned = plan(run, args.training_state)
         total = 0

@@ -1,7 +1,7 @@
 """Writes one revision of a release: the exported model, and the run folder cut at its checkpoint.
 
-Everything written follows from the run's files up to the checkpoint, without dates or temporary names: written again,
-after a kill, a revision has the same bytes.
+Everything written is a function of the run's files up to the checkpoint, without dates or temporary names: a revision
+rewritten after a kill has the same bytes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Card:
-    """Facts of the card that the run does not have: the repository, the licence, results by step."""
+    """Facts for the card that are not in the run: repository, licence, results by step."""
 
     repo: str | None
     licence: Mapping[str, str]
@@ -89,7 +89,7 @@ def write_revision(
 
     Args:
         before: the revision before it; None for the first.
-        earlier: folder that may hold files of the record already written for earlier revisions.
+        earlier: folder with files of the record written for earlier revisions, if there is one.
 
     Raises ValueError if the record does not cover the steps up to the checkpoint, or is not that of `before`.
     """

@@ -103,6 +103,7 @@ def local_facts() -> dict[str, Any]:
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "driver": driver_version(),
+        "gpu_power_limit_w": power_limit_w() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
         "nccl": nccl_version(),
         "image": next((os.environ[name] for name in IMAGE if os.environ.get(name)), None),
@@ -207,6 +208,17 @@ def driver_version() -> str | None:
         return None
     found = re.search(r"\d+\.\d+(\.\d+)?", first)
     return found[0] if found else first
+
+
+def power_limit_w() -> float | None:
+    """The largest power limit of this machine's NVIDIA GPUs, in watts; None if nvidia-smi does not report one."""
+    query = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
+        limits = [float(line) for line in done.stdout.split("\n") if line.strip() not in ("", "[N/A]")]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return max(limits, default=None)
 
 
 def nccl_version() -> str | None:

@@ -68,6 +68,9 @@ def hardware(cut: RunFacts) -> Iterator[tuple[str, str]]:
         yield "Hardware", f"{world_size} x {device}{on}"
     if (hours := device_hours(cut.metrics, cut.starts)) is not None:
         yield "Device hours of training steps", f"{hours:,.2f}"
+        if gpus and isinstance(watts := last.get("gpu_power_limit_w"), float):
+            energy = f"at most {hours * watts / 1000:,.1f} kWh at the GPUs' power limit of {watts:.0f} W"
+            yield "Energy of training steps", f"{energy}, without hosts and cooling"
 
 
 def device_hours(metrics: Metrics, starts: list[dict[str, Any]]) -> float | None:

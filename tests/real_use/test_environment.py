@@ -9,12 +9,23 @@ import socket
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from running import flags, train
 
+from lit_eval.metrics_file import Metrics
+from lit_eval.run_facts import RunFacts
 from lit_model.load import Checkpoint
-from pretrain.logs.environment import append_line, clean_command, code_hash, commit_of_files, git_facts
+from pretrain.logs.environment import (
+    append_line,
+    clean_command,
+    code_hash,
+    commit_of_files,
+    git_facts,
+    power_limit_w,
+)
+from pretrain.release.card import hardware
 
 
 def entries(run: Path) -> list[dict[str, object]]:
@@ -102,3 +113,26 @@ def test_record_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
     (run / "environment.jsonl").mkdir(parents=True)
     done = train(*flags(data, run, train__max_steps=2))
     assert done.stdout.count("environment.jsonl cannot be written") == 1
+
+
+@pytest.mark.parametrize(
+    ("printed", "limit"), [("700.00\\n450.00\\n", 700.0), ("[N/A]\\n", None), ("no devices", None)]
+)
+def test_power_limit(printed: str, limit: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for nvidia-smi; None without one."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert power_limit_w() is None
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\nprintf '{printed}'\n")
+    command.chmod(0o755)
+    assert power_limit_w() == limit
+
+
+def test_card_bounds_the_energy_of_gpus() -> None:
+    rows = np.asarray([0.0, 1.0, 2.0])
+    metrics = Metrics(columns={"step": rows, "seconds": 1800 * rows}, written={"seconds": np.ones(3, dtype=bool)})
+    start = {"step": 0, "world_size": 8, "gpus": ["NVIDIA H100"], "gpu_power_limit_w": 700.0}
+    cut = RunFacts(Path("run"), metrics, starts=[start])
+    facts = dict(hardware(cut))
+    assert facts["Device hours of training steps"] == "8.00"
+    assert "at most 5.6 kWh at the GPUs' power limit of 700 W" in facts["Energy of training steps"]

@@ -17,7 +17,7 @@ from devices import DEVICES
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_examples import examples
-from running import flags, metrics, train, train_in_process, train_killed
+from running import flags, metrics, shared_rank_server, train, train_in_process, train_killed
 from torch import nn
 from whole_record import read_record
 
@@ -157,6 +157,22 @@ def test_distillation(data: Path, tmp_path: Path) -> None:
     for topology in ("single", "ddp-2", "full-3"):
         run = tmp_path / topology
         train(*flags(data, run, **settings, **TOPOLOGIES[topology]))
+        found.append(facts(run))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.slow
+def test_a_step_is_skipped_on_every_rank(data: Path, tmp_path: Path) -> None:
+    """Gradients that are not finite on one rank only."""
+    settings = COMMON | {"train__max_steps": 6}
+    found = []
+    for topology in ("single", "ddp-2", "full-3"):
+        run, ranks = tmp_path / topology, TOPOLOGIES[topology]["devices"]
+        spoiled = {"kind": "nan", "rank": ranks - 1, "steps": [2, 4]}
+        arguments = flags(data, run, **settings, **TOPOLOGIES[topology])
+        answer = shared_rank_server().run(ranks, run, arguments, plants=[spoiled])
+        assert not any(answer.statuses), answer.output
+        assert metrics(run)[-1]["skipped"] == "2"
         found.append(facts(run))
     assert found[0] == found[1] == found[2]
 

@@ -238,7 +238,7 @@ class GPT(nn.Module):
         return weight
 
     def blocks(self) -> Iterator[Block]:
-        """The blocks, first to last: what `compile` and `fully_shard` are applied to."""
+        """The blocks, first to last; `compile` and `fully_shard` are applied to them one by one."""
         layers = self.transformer["h"]
         assert isinstance(layers, nn.ModuleList)
         return iter(layers)  # type: ignore[arg-type]
@@ -254,7 +254,7 @@ class GPT(nn.Module):
     ) -> Any:
         """tokens int64 (B, T) -> logits (B, T, vocab_size); with targets int64 (B, T) a LossOutput.
 
-        `head` replaces what comes after the last norm (lit_model.loss.Head) and its result is returned. It is called
+        `head` (lit_model.loss.Head) replaces the part after the last norm, and its result is returned. It is called
         inside this forward, since a sharded head's weight is whole only here; router losses are added to the LossOutput
         of any head.
 

@@ -67,6 +67,7 @@ class Refused(Exception):
 
 @contextmanager
 def worker_errors_as_refusals() -> Iterator[None]:
+    """Turn the worker's Busy and Unavailable into HTTP errors."""
     try:
         yield
     except Busy as busy:

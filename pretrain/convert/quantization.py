@@ -159,7 +159,7 @@ def check_method(config: ModelConfig, method: str) -> None:
 
 
 def _gguf_dtype(method: str) -> str:
-    """The dtype of the GGUF file written here: the method's own, or what llama.cpp quantizes from."""
+    """The dtype of the GGUF file written here: the method's own, or float32 as input for llama.cpp's quantization."""
     return method if method in DTYPES else "float32"
 
 

@@ -13,6 +13,7 @@ from lit_model.cost import flops_per_token
 
 # Dense bf16 peak FLOP/s of one device, by substring of its name (vendor data sheets).
 PEAK_FLOPS = {
+    "B200": 2250e12,
     "H200": 989.5e12,
     "H100 PCIe": 756e12,
     "H100": 989.5e12,

@@ -1,0 +1,33 @@
+"""From the flags of a run to the lines of its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pretrain.cli.choices import read_words
+from pretrain.cli.run_parser import build_parser, parse
+from pretrain.free_memory import host_memory_bytes
+from pretrain.planning.describe import describe
+from pretrain.planning.devices import GPUS, this_cpu
+from pretrain.planning.plan import plan
+
+DATA = ("data.train", "data.mixture", "data.synthetic.tokens")
+GPUS_OF_A_NODE = 8
+NO_DATA = ("--data.train", "data/train")
+"""Stands for data that is not prepared yet."""
+
+
+def plan_for(gpu: str, gpus: int, flags: Sequence[str]) -> list[str]:
+    """The plan of a run on `gpus` devices of a kind, eight a node, from the trainer's flags.
+
+    Raises ValueError for flags that do not fit together or to this number of devices.
+    """
+    known = [flag for action in build_parser()._actions for flag in action.option_strings]
+    given = {key for layer in read_words(list(flags), known).layers() for key in layer.values}
+    args = parse([*flags, *(() if any(key.startswith(DATA) for key in given) else NO_DATA)])
+    if gpus < 1 or (gpus > GPUS_OF_A_NODE and gpus % GPUS_OF_A_NODE):
+        raise ValueError(f"--gpus {gpus} must be 1 to {GPUS_OF_A_NODE}, or a multiple of {GPUS_OF_A_NODE}, a node's")
+    args = replace(args, devices=min(gpus, GPUS_OF_A_NODE), num_nodes=max(1, gpus // GPUS_OF_A_NODE))
+    device = this_cpu(host_memory_bytes() // gpus) if gpu == "cpu" else GPUS[gpu]
+    return list(describe(plan(args, gpu, device, gpus)))

@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 
-.PHONY: help install test slow chaos check quickstart clean
+.PHONY: help install doctor test slow chaos check quickstart clean
 
 help:
 	@echo "make quickstart  install, then run every step from text to a Hugging Face model in runs/quickstart/"
 	@echo "make install     create .venv with the extras test, dev, hf, gguf, data, plots, quickstart, serve"
+	@echo "make doctor      examine this machine: torch, devices, kernels, compiler, memory, disk, each with its remedy"
 	@echo "make test        run the tests (ARGS='-k loss' goes to pytest)"
 	@echo "make slow        run the tests that take minutes, including the kill tests"
 	@echo "make chaos       run only the kill tests and print their counts (docs/reliability.md); about an hour"
@@ -15,6 +16,9 @@ help:
 
 install:
 	$(PYTHON) scripts/install.py
+
+doctor: install
+	$(VENV_PYTHON) scripts/doctor.py
 
 test: install
 	$(VENV_PYTHON) scripts/run_tests.py $(ARGS)

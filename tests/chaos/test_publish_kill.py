@@ -20,6 +20,7 @@ from family_runs import train_family
 from hub_stand_in import TOKEN, HubStandIn
 from running import ROOT
 
+from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_model.load import load_tensors
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
@@ -86,7 +87,8 @@ def test_upload_killed_at_random_moments(run: Path, tmp_path: Path) -> None:
     print(f"{kills} kills, {len(hub.requests)} requests, {len(hub.uploads)} large files; {versions}")
 
     assert set(hub.uploads.values()) == {1} and set(hub.committed.values()) == {1}
-    revisions = [f"step{step}" for step in range(2, 25, 2)]
+    checkpoints = list_checkpoints(run)
+    revisions = [f"step{checkpoint_step(path)}" for path in checkpoints]
     assert set(hub.repositories["me/model"].tags) == set(revisions) and not (run / ".publishing").exists()
     for extra in ((), ("--download",)):
         verified = start(("--verify", "me/model", *extra), environment)
@@ -103,8 +105,8 @@ def test_upload_killed_at_random_moments(run: Path, tmp_path: Path) -> None:
     assert len(lines) == 13
     for line in lines:
         revision, n_tokens, total = line.split()
-        step = 24 if revision == "main" else int(revision.removeprefix("step"))
-        _, tensors = load_tensors(run / f"iter-{step:08d}-ckpt.pth")
+        path = checkpoints[-1] if revision == "main" else checkpoints[revisions.index(revision)]
+        _, tensors = load_tensors(path)
         assert abs(float(total) - sum(t.to(torch.float64).sum().item() for t in tensors.values())) < 1e-6
         assert int(n_tokens) > 100
     hub.close()

@@ -8,11 +8,9 @@ any order (the idea of Demmel and Nguyen 2013, "Fast reproducible floating-point
   whichever rank computes it, and one leaf's gradient has the same bits on each;
 - each leaf's gradient is rounded to the grid, and summed in float64 over micro-batches and ranks;
 - the grid follows from the largest element of the previous step's leaf gradients, which all ranks know and checkpoints
-  keep. A step whose elements exceed HEADROOM times that is computed once more, with a grid that fits.
+  keep. A step with an element of more than 2^HEADROOM_BITS times that is computed once more, with a grid that fits.
 
 What follows the sum is elementwise, but for the gradient norm (`norm_by_rows`). docs/reproducibility.md has the rest.
-
-Dimensions: L leaves of a step, N parameters.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
+from running import ROOT, script
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "install.py"
 Package = dict[str, str]
@@ -375,3 +377,15 @@ def test_old_pythons_can_parse_it() -> None:
 
 def test_no_registry_is_named() -> None:
     assert not [word for word in ("pypi", "pytorch.org", "http") if word in SCRIPT.read_text().lower()]
+
+
+def test_requirements_are_current() -> None:
+    """requirements.txt lists the dependencies of pyproject.toml, and each entry has a tested version."""
+    assert script("write_requirements.py", "--check").returncode == 0
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    listed = [Requirement(line) for line in lines if not line.startswith(("#", "-c"))]
+    assert "-c constraints.txt" in lines and len(listed) >= 10
+    tested = [
+        Requirement(line).name for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1].isalpha()
+    ]
+    assert {one.name.lower().replace("_", "-") for one in listed} <= {name.lower().replace("_", "-") for name in tested}

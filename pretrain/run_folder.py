@@ -22,6 +22,7 @@ from pretrain.args import RunArgs
 from pretrain.checkpoint.load import find_checkpoint
 from pretrain.checkpoint.retention import remove, remove_if_possible, rewind
 from pretrain.data import Data
+from pretrain.endings import STOPPED
 from pretrain.evaluation_plan import Evaluation, cut_evaluations
 from pretrain.fabric import Fabric
 from pretrain.failure.peers import on_rank_zero
@@ -30,8 +31,6 @@ from pretrain.logs.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS,
 from pretrain.logs.metrics import FILE as METRICS
 from pretrain.logs.trackers import Trackers, abandon, check_trackers
 from pretrain.run import Progress
-
-STOPPED = "stopped.json"  # in the folder of a run that a signal ended
 
 
 def named_folder(args: RunArgs) -> Path | None:

@@ -10,13 +10,12 @@ import time
 from lit_files.checkpoint_name import checkpoint_name
 from lit_files.publish import write_json
 from pretrain.checkpoint.commit import SaveError
-from pretrain.endings import AgreedError, Mistake
+from pretrain.endings import STOPPED, AgreedError, Mistake
 from pretrain.failure.first_failure import lost_connection
 from pretrain.launch import is_first_process
 from pretrain.loop import fit
 from pretrain.overview import describe
 from pretrain.run import Run
-from pretrain.run_folder import STOPPED
 
 
 def train(run: Run) -> int:

@@ -1,4 +1,7 @@
-"""From text to a Hugging Face model in runs/quickstart/: each step runs and prints one of the project's commands.
+"""From text to a Hugging Face model: each step runs and prints one of the project's commands.
+
+    python scripts/quickstart.py                                          # Shakespeare, in runs/quickstart/
+    python scripts/quickstart.py --input corpus/ --output runs/german     # your text, in any language
 
 Finished steps are skipped, so that a killed quickstart resumes; `--fresh` starts over. `make quickstart` calls this
 with the Python of `.venv`.
@@ -9,28 +12,29 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c
+from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
+from lit_data.corpus.options import SPLITS
+from pretrain.endings import STOPPED
+from pretrain.pipeline.steps import ROOT, STATE, Pipeline, Step, begin, call, from_root, python, run_work
 
 DEFAULT = Path("runs/quickstart")
 VOCAB_SIZE = 4096
+VAL_FRACTION = 0.02
+FEW_FILES = 10  # too few to hold some out
 # (prompt, seed), like the start of a document. With the document mask no first token is trained, so none is empty.
 PROMPTS = (
     ("SCENE I.", 1),
@@ -73,96 +77,95 @@ class Paths:
         return self.top / "hf"
 
 
-class StepFailed(Exception):
-    """A command failed and has printed its error."""
+def plan(paths: Paths, args: argparse.Namespace) -> list[Step]:
+    """From text to the Hugging Face folder. Results are those of Paths, so that each command can be typed alone."""
+    if args.input is None:
+        make_text = [
+            Step(
+                f"corpus -> {paths.text}",
+                (python("scripts/quickstart_corpus.py", "--output", paths.text),),
+                output=paths.text / "val.jsonl",
+            )
+        ]
+        text: list[str | Path] = [paths.text / "train.jsonl"]
+        split: list[str | Path] = ["--val_input", paths.text / "val.jsonl"]
+    else:
+        make_text, text = [], list(args.input)
+        split = ["--val_fraction", str(args.val_fraction)]
+    reading = ["--split_documents", args.split_documents] if args.split_documents is not None else []
+    length = f"{args.steps} steps" if args.steps else "three to five minutes on two cores"
+    override = (
+        ["--train.max_steps", str(args.steps), "--optim.warmup_steps", str(args.steps // 10)] if args.steps else []
+    )
+    return [
+        *make_text,
+        Step(
+            f"tokenizer -> {paths.tokenizer}",
+            (
+                python(
+                    "scripts/train_tokenizer.py", "--input", *text, *reading, "--vocab_size", str(args.vocab_size),
+                    "--output", paths.tokenizer,
+                ),
+            ),
+            output=paths.tokenizer / "tokenizer.json",
+        ),
+        Step(
+            f"packed data -> {paths.packed}",
+            (
+                python(
+                    "scripts/prepare_data.py", "--input", *text, *split, *reading, "--tokenizer", paths.tokenizer,
+                    "--output", paths.packed,
+                ),
+            ),
+            output=paths.packed / "val" / "manifest.json",
+        ),
+        Step(
+            f"training -> {paths.run} ({length}; you may interrupt it, the next call resumes)",
+            (
+                python(
+                    "pretrain/fabric_train.py", "--config", "configs/quickstart.yaml", "--out_dir", paths.run,
+                    "--data.train", paths.packed / "train", "--data.val", paths.packed / "val", "--resume", "auto",
+                    *map(str, override),
+                ),
+            ),
+            stopped=paths.run / STOPPED,
+        ),
+        Step(
+            f"Hugging Face folder, with the validation loss of every document compared with transformers -> {paths.hf}",
+            (
+                ("scripts/convert_to_hf.sh", str(paths.run), str(paths.hf)),
+                python("scripts/verify_hf.py", "--run", paths.run, "--hf", paths.hf),
+            ),
+            replaces=paths.hf,
+        ),
+        Step(f"report -> {paths.report}", (python("scripts/report.py", paths.run),)),
+    ]  # fmt: skip
 
 
-def shown(command: list[str]) -> str:
-    """A command as a user would type it with the environment active."""
-    return shlex.join(["python" if part == sys.executable else part for part in command])
+def first_words(texts: Iterable[str], count: int = 3) -> list[tuple[str, int]]:
+    """(prompt, seed) from the first words of the first few documents that have more."""
+    starts = (re.match(rf"\s*(?:\S+\s+){{{count}}}", text[:1000]) for text in texts)
+    found = (start[0].strip() for start in starts if start is not None)
+    return list(zip(dict.fromkeys(found), range(1, len(PROMPTS) + 1), strict=False))
 
 
-def call(*command: str | Path, capture: bool = False) -> str:
-    words = [str(c) for c in command]
-    print(f"$ {shown(words)}", flush=True)
-    # PYTHON is for the shell scripts. Waiting threads sleep instead of spinning: on two cores shared with other
-    # programs, spinning cost five sixths of the speed.
-    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHON": sys.executable}
-    result = subprocess.run(words, cwd=ROOT, env=env, stdout=subprocess.PIPE if capture else None, text=True)
-    if result.returncode:
-        raise StepFailed(f"exit code {result.returncode}: {shown(words)}")
-    return result.stdout or ""
-
-
-def begin(title: str, done: bool = False) -> bool:
-    """Print a step's title; False if there is nothing to do."""
-    print(f"\n=== {title}{': done before' if done else ''}", flush=True)
-    return not done
-
-
-def make_data(python: str, paths: Paths) -> None:
-    if begin(f"corpus -> {paths.text}", (ROOT / paths.text / "val.jsonl").exists()):
-        call(python, "scripts/quickstart_corpus.py", "--output", paths.text)
-    if begin(f"tokenizer -> {paths.tokenizer}", (ROOT / paths.tokenizer / "tokenizer.json").exists()):
-        text = paths.text / "train.jsonl"
-        call(
-            python, "scripts/train_tokenizer.py", "--input", text, "--vocab_size", str(VOCAB_SIZE),
-            "--output", paths.tokenizer,
-        )  # fmt: skip
-    if begin(f"packed data -> {paths.packed}", (ROOT / paths.packed / "val" / "manifest.json").exists()):
-        call(
-            python, "scripts/prepare_data.py", "--input", paths.text / "train.jsonl",
-            "--val_input", paths.text / "val.jsonl", "--tokenizer", paths.tokenizer, "--output", paths.packed,
-        )  # fmt: skip
-
-
-def train(python: str, paths: Paths, steps: int | None) -> None:
-    length = f"{steps} steps" if steps else "three to five minutes on two cores"
-    begin(f"training -> {paths.run} ({length}; you may interrupt it, the next call resumes)")
-    override = ["--train.max_steps", str(steps), "--optim.warmup_steps", str(steps // 10)] if steps else []
-    call(
-        python, "pretrain/fabric_train.py", "--config", "configs/quickstart.yaml", "--out_dir", paths.run,
-        "--data.train", paths.packed / "train", "--data.val", paths.packed / "val", "--resume", "auto",
-        *override,
-    )  # fmt: skip
-    # After a signal it saves and exits without an error.
-    wanted = re.search(r"^  max_steps: (\d+)$", (ROOT / paths.run / "config.yaml").read_text(), re.MULTILINE)
-    newest = max((ROOT / paths.run).glob("iter-*-ckpt.pth")).name
-    if wanted is not None and int(newest.split("-")[1]) < int(wanted[1]):
-        raise StepFailed(f"training was stopped at {newest}, before its {wanted[1]} steps")
-
-
-def convert(python: str, paths: Paths) -> None:
-    config = ROOT / paths.hf / "config.json"
-    newest = max((p.stat().st_mtime for p in (ROOT / paths.run).glob("iter-*-ckpt.pth")), default=math.inf)
-    if begin(f"Hugging Face folder -> {paths.hf}", config.exists() and config.stat().st_mtime >= newest):
-        shutil.rmtree(ROOT / paths.hf, ignore_errors=True)
-        call("scripts/convert_to_hf.sh", paths.run, paths.hf)
-    begin("the validation loss of every document, here and in transformers")
-    call(python, "scripts/verify_hf.py", "--run", paths.run, "--hf", paths.hf)
-
-
-def show_samples(python: str, paths: Paths, copy_of: Callable[[list[int]], str]) -> None:
+def show_samples(paths: Paths, prompts: Sequence[tuple[str, int]], copy_of: Callable[[list[int]], str]) -> None:
     """`copy_of`: describes the longest copy from the training text in the ids of a sample."""
     begin(f"samples, written by {paths.hf}")
     context = json.loads((ROOT / paths.hf / "config.json").read_text())["max_position_embeddings"]
-    for prompt, seed in PROMPTS:
-        output = call(
-            python, "scripts/generate.py", "--model", paths.hf, "--prompt", prompt, "--seed", str(seed),
-            "--max_new_tokens", str(context - RESERVED_TOKENS), "--temperature", "0.8", "--json", capture=True,
+    for prompt, seed in prompts:
+        command = python(
+            "scripts/generate.py", "--model", paths.hf, "--prompt", prompt, "--seed", str(seed),
+            "--max_new_tokens", str(context - RESERVED_TOKENS), "--temperature", "0.8", "--json",
         )  # fmt: skip
+        output = call(command, capture=True)
         sample = json.loads(output)
         end = "ended by itself (EOS)" if sample["stopped_on_eos"] else "cut at the end of the context"
         print(f"{prompt}{sample['text']}")
         print(f"--- {len(sample['ids'])} tokens, {end}; {copy_of(sample['ids'])}\n")
 
 
-def report(python: str, paths: Paths) -> None:
-    begin(f"report -> {paths.report}")
-    call(python, "scripts/report.py", paths.run)
-
-
-def summarise(paths: Paths) -> None:
+def summarise(paths: Paths, prompt: str) -> None:
     with (ROOT / paths.run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     measured = [row for row in rows if row["val_bits_per_byte"]]
@@ -170,10 +173,9 @@ def summarise(paths: Paths) -> None:
     for row in (measured[0], measured[-1]):
         print(
             f"validation after {row['step']} steps: {float(row['val_loss']):.3f} nats a token, "
-            f"{float(row['val_bits_per_byte']):.3f} bits a byte (two plays that were never trained on)"
+            f"{float(row['val_bits_per_byte']):.3f} bits a byte (documents that were never trained on)"
         )
-    python = ".venv/bin/python" if Path(sys.prefix) == ROOT / ".venv" else sys.executable
-    generate = f"{python} scripts/generate.py --model {paths.hf} --prompt 'HAMLET' --max_new_tokens 200"
+    runs = ".venv/bin/python" if Path(sys.prefix) == ROOT / ".venv" else sys.executable
     contents = {
         paths.text: "the corpus, one document a line",
         paths.tokenizer: "the tokenizer",
@@ -182,56 +184,83 @@ def summarise(paths: Paths) -> None:
         paths.report: "curves, data seen, events and settings of the run: open it in a browser",
         paths.hf: f'the model for transformers: AutoModelForCausalLM.from_pretrained("{paths.hf}")',
     }
+    contents = {path: text for path, text in contents.items() if (ROOT / path).exists()}
     width = max(len(str(path)) for path in contents)
     print("", *(f"{path!s:{width}}  {text}" for path, text in contents.items()), sep="\n")
     print(f"""
 Try next:
-  {generate}
-  {python} scripts/trace_data.py step {paths.run} {int(rows[-1]["step"]) - 1}
-  {python} scripts/trace_data.py verify {paths.run}
-  {python} scripts/quickstart.py --fresh
-Your own text: the commands above marked $, with other paths. More in README.md.""")
+  {runs} scripts/generate.py --model {paths.hf} --prompt {shlex.quote(prompt)} --max_new_tokens 200
+  {runs} scripts/trace_data.py step {paths.run} {int(rows[-1]["step"]) - 1}
+  {runs} scripts/trace_data.py verify {paths.run}
+  {runs} scripts/quickstart.py --input YOUR_TEXT/ --output runs/mine
+A larger model: the commands above marked $, with another --config. More in README.md.""")
 
 
 def main() -> int:
-    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier call wrote, and begin again")
     parser.add_argument(
         "--steps", type=int, metavar="N", help="train N steps instead of those of configs/quickstart.yaml"
     )
     parser.add_argument(
-        "--output", type=Path, default=ROOT / DEFAULT, metavar="DIR", help=f"folder to work in (default: {DEFAULT})"
+        "--output", type=Path, metavar="DIR", help=f"folder to work in (default: {DEFAULT}; --input needs one)"
     )
+    own = parser.add_argument_group("your own text, in any language")
+    own.add_argument(
+        "--input", nargs="+", metavar="PATH", help="files, folders, patterns or hf:NAME, as for prepare_data.py"
+    )
+    own.add_argument("--split_documents", choices=SPLITS, help="documents in plain text (default: one per file)")
+    own.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, metavar="N", help=f"default: {VOCAB_SIZE}")
+    own.add_argument(
+        "--val_fraction", type=float, default=VAL_FRACTION, metavar="F",
+        help=f"fraction of the documents held out for validation (default: {VAL_FRACTION})",
+    )  # fmt: skip
     args = parser.parse_args()
-    top = Path(os.path.abspath(args.output))
-    paths = Paths(top.relative_to(ROOT) if top.is_relative_to(ROOT) else top)
+    if args.input is None and (extra := parser.given.keys() & {"split_documents", "vocab_size", "val_fraction"}):
+        raise ValueError(f"--{min(extra)} is for text of your own: give it by --input")
+    if args.input is not None and args.output is None:
+        raise ValueError(f"--input {' '.join(args.input)} needs --output DIR, a folder for its model")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps {args.steps}: at least 1 is needed")
+    if args.input is not None:
+        from lit_data.corpus.files import TEXT_SUFFIXES, list_files
+
+        local = [name for name in args.input if not name.startswith("hf:")]
+        files = list_files(local)
+        whole = args.split_documents in (None, "file") and all(file.kind in TEXT_SUFFIXES for file in files)
+        if whole and 0 < len(files) < FEW_FILES and len(local) == len(args.input):
+            raise ValueError(
+                f"--input {' '.join(args.input)} holds {len(files)} plain-text files, each one document: too few to "
+                "hold some out for validation. Give --split_documents blank_line or line, or more files"
+            )
+        args.input = [str(from_root(Path(name))) if name in local else name for name in args.input]
+    paths = Paths(from_root(args.output or ROOT / DEFAULT))
     if args.fresh:
         for folder in ("data", "tokenizer", "run", "hf"):  # by name: DIR may hold other things
-            shutil.rmtree(top / folder, ignore_errors=True)
-    start = time.monotonic()
-    try:
-        make_data(sys.executable, paths)
-        train(sys.executable, paths, args.steps)
-        convert(sys.executable, paths)
+            shutil.rmtree(ROOT / paths.top / folder, ignore_errors=True)
+        (ROOT / paths.top / STATE).unlink(missing_ok=True)
+    flags = ("input", "split_documents", "vocab_size", "val_fraction")
+    shakespeare = {flag: parser.get_default(flag) for flag in flags}
+    before = shakespeare if (ROOT / paths.tokenizer).exists() else None  # of a version without a state file
+    pipeline = Pipeline(ROOT / paths.top, {flag: getattr(args, flag) for flag in flags}, before)
+
+    def work() -> None:
+        (ROOT / paths.top).mkdir(parents=True, exist_ok=True)
+        pipeline.run(plan(paths, args))
+        from lit_data.packed.open_dataset import open_dataset
         from lit_data.record.trace import open_run
         from lit_data.tokenizers.tokenizer import open_tokenizer
         from lit_eval.generation.copies import describe_copy
 
         run = open_run(ROOT / paths.run, ROOT / paths.packed / "train")
         tokenizer = open_tokenizer(ROOT / paths.tokenizer)
-        show_samples(sys.executable, paths, lambda ids: describe_copy(ids, run, tokenizer, SHORTEST_COPY))
-        report(sys.executable, paths)
-        summarise(paths)
-    except StepFailed as failed:
-        print(f"error: this step failed, see its message above:\n  {failed}", file=sys.stderr)
-        print("The next call resumes here; `make quickstart ARGS=--fresh` starts over.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the next call resumes here", file=sys.stderr)
-        return 130
-    print(f"\n{time.monotonic() - start:.0f} s")
-    return 0
+        held_out = open_dataset(ROOT / paths.packed / "val")
+        prompts = PROMPTS if args.input is None else first_words(document.text for document in islice(held_out, 50))
+        show_samples(paths, prompts, lambda ids: describe_copy(ids, run, tokenizer, SHORTEST_COPY))
+        summarise(paths, prompts[0][0] if prompts else "")
+
+    return run_work(work, hint=", or start over with --fresh")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -8,6 +8,7 @@ Reads the same formats as scripts/prepare_data.py. Writes OUTPUT/tokenizer.json 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def main() -> None:
     from lit_data.corpus.files import ReadErrors
     from lit_data.tokenizers.training import train_tokenizer
 
+    sys.path.append(os.getcwd())  # for the user's module:function
     errors = ReadErrors()
     tokenizer = train_tokenizer(settings, errors)
     if tokenizer.vocab_size < settings.vocab_size:

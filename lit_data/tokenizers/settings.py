@@ -33,6 +33,8 @@ class TokenizerSettings:
     """JSON key or column of the text."""
     split_documents: SplitDocuments = "file"
     """How to split plain text into documents; bounds memory for large files."""
+    cleaner: str | None = None
+    """Clean the text first, as --cleaner of scripts/prepare_data.py does. Default: the text is unchanged."""
     max_document_mb: int = MAX_DOCUMENT_MB
     """Maximum size of a document, in MB; a longer one is an error."""
     overwrite: bool = False

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_data.corpus.cleaners import Cleaner, open_cleaner
 from lit_data.corpus.files import ReadErrors, TextFile, list_files, mixed_split_names, sizes_of, train_and_held_out
 from lit_data.corpus.readers import read_documents
 from lit_data.tokenizers.cutting import cut
@@ -55,12 +56,13 @@ def train_tokenizer(settings: TokenizerSettings, errors: ReadErrors | None = Non
 
     Raises:
         FileNotFoundError: an input does not exist.
-        ValueError: no text, the vocabulary is too small, or the output exists.
+        ValueError: no text, the vocabulary is too small, an unknown cleaner, or the output exists.
     """
     s = settings
     check_arguments(s.vocab_size, s.type, s.output, s.overwrite, s.special_tokens)
     if s.max_sample_mb is not None and s.max_sample_mb < 1:
         raise ValueError(f"--max_sample_mb {s.max_sample_mb}: at least 1 is needed")
+    cleaner = open_cleaner(s.cleaner) if s.cleaner is not None else None
     errors = errors if errors is not None else ReadErrors()
     files = list_files(s.input, errors)
     mixed = train_and_held_out(files)
@@ -74,9 +76,9 @@ def train_tokenizer(settings: TokenizerSettings, errors: ReadErrors | None = Non
         "max_document_mb": s.max_document_mb,
         "errors": errors,
     }
-    texts = (d.text for d in read_documents(files, **options))
+    texts = _texts(files, cleaner, options)
     if s.max_sample_mb is not None:
-        texts = _beginnings(files, s.max_sample_mb << 20, options)
+        texts = _beginnings(files, s.max_sample_mb << 20, cleaner, options)
     source = f"--input {', '.join(s.input)}"
     return train_on_texts(
         texts,
@@ -89,14 +91,24 @@ def train_tokenizer(settings: TokenizerSettings, errors: ReadErrors | None = Non
     )
 
 
-def _beginnings(files: Sequence[TextFile], sample_bytes: int, options: dict[str, Any]) -> Generator[str, None, None]:
+def _texts(files: Sequence[TextFile], cleaner: Cleaner | None, options: dict[str, Any]) -> Generator[str, None, None]:
+    """The texts of the documents, cleaned; those that the cleaner drops are left out."""
+    for document in read_documents(files, **options):
+        text = document.text if cleaner is None else cleaner(document)
+        if text is not None:
+            yield text
+
+
+def _beginnings(
+    files: Sequence[TextFile], sample_bytes: int, cleaner: Cleaner | None, options: dict[str, Any]
+) -> Generator[str, None, None]:
     """Text from the start of each file, in proportion to its size."""
     sizes = sizes_of(files)
     for file, size in zip(files, sizes, strict=True):
         left = sample_bytes * size // max(1, sum(sizes))
-        for document in read_documents([file], **options):
-            data = document.text.encode()
-            yield document.text if len(data) <= left else data[:left].decode("utf-8", "ignore")
+        for text in _texts([file], cleaner, options):
+            data = text.encode()
+            yield text if len(data) <= left else data[:left].decode("utf-8", "ignore")
             left -= len(data)
             if left <= 0:
                 break

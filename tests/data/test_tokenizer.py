@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from lit_data.tokenizers import tokenizer as module
 from lit_data.tokenizers.cutting import cut
 from lit_data.tokenizers.sentencepiece_file import ModelType, PieceType, read_sentencepiece_file
+from lit_data.tokenizers.settings import TokenizerSettings
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
-from lit_data.tokenizers.training import train_on_texts
+from lit_data.tokenizers.training import train_on_texts, train_tokenizer
 
 TEXT = (
     "Der Hund läuft über die Straße, und die Katze (sie heißt Mia) schläft 24 Stunden am Tag.\n  Ende  gut, alles gut! "
@@ -251,3 +253,25 @@ def test_the_sentencepiece_file_is_read_like_the_library_does(tmp_path):
     (tmp_path / "cut.model").write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"cut\.model is not a sentencepiece model"):
         open_tokenizer(tmp_path / "cut.model")
+
+
+def test_text_is_cleaned_before_training(tmp_path):
+    """--cleaner gives the tokenizer of the cleaned text, also with --max_sample_mb; empty documents are dropped."""
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "clean").mkdir()
+    (tmp_path / "raw" / "childes.train").write_text("".join(f"A1: {text} [laughs]\n\n" for text in TEXTS))
+    (tmp_path / "raw" / "switchboard.train").write_text("[x]")
+    cleaned = re.sub(r"\s+", " ", re.sub(r"\(.*?\)", "", " ".join(TEXTS))).strip()
+    (tmp_path / "clean" / "childes.train").write_text(cleaned)
+    for sample in (None, 1):
+        raw, clean = (
+            train_tokenizer(
+                TokenizerSettings(
+                    (str(tmp_path / name),), 340, tmp_path / f"{name}-{sample}", cleaner=cleaner, max_sample_mb=sample
+                )
+            )
+            for name, cleaner in (("raw", "babylm"), ("clean", None))
+        )
+        assert raw.fingerprint == clean.fingerprint
+    with pytest.raises(ValueError, match="--cleaner babylon: choose one of"):
+        train_tokenizer(TokenizerSettings((str(tmp_path / "raw"),), 340, tmp_path / "x", cleaner="babylon"))

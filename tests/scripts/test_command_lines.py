@@ -115,7 +115,7 @@ def test_all_commands_are_found() -> None:
     """The search works: it finds a command for each config and for each script described in the guides."""
     words = {word for (_, words), _ in COMMANDS for word in words}
     assert words >= {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
-    unnamed = {"convert_to_hf", "doctor", "make_synthetic", "quickstart", "install", "run_checks", "run_tests"}
+    unnamed = {"convert_to_hf", "doctor", "make_synthetic", "install", "run_checks", "run_tests"}
     scripts = {f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py") if path.stem not in unnamed}
     assert {script for (script, _), _ in COMMANDS} >= scripts | {"pretrain/fabric_train.py", "scripts/convert_to_hf.sh"}
 

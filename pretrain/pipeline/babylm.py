@@ -1,0 +1,313 @@
+"""The BabyLM challenge as a pipeline: its text files -> tokenizer, data, model, scores, report and submission."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import glob
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_data.corpus.cleaners import BABYLM_FILES, open_cleaner
+from lit_data.corpus.files import COMPRESSED, TextFile, list_files
+from lit_data.corpus.readers import read_documents
+from lit_eval.evaluation.named_tasks import check_given
+from lit_eval.evaluation.settings import FOLDER, EvaluationSettings
+from lit_files.lock import lock_folder
+from lit_model.registry import get_config
+from pretrain.args import RunArgs
+from pretrain.cli.run_parser import parse
+from pretrain.endings import STOPPED
+from pretrain.pipeline.babylm_settings import NO_CLEANER, BabylmSettings, Track
+from pretrain.pipeline.steps import ROOT, STATE, Pipeline, Step, begin, from_root, python, run_work, shown
+
+LIMITS: dict[Track, int] = {"strict-small": 10_000_000, "strict": 100_000_000}  # words of training text
+AT_WORDS: dict[Track, str] = {"strict-small": "babylm", "strict": "babylm_strict"}  # of --save.at_words
+TOLERANCE = 1.05  # a text of 10.2M words is meant for strict-small
+CONFIGS = ("configs/babyllama", "configs/babylm2025")
+# Flags of fabric_train.py that the pipeline sets.
+OWN_FLAGS = {"config", "out_dir", "data.train", "data.val", "resume"}
+DEFAULT_VOCABULARY = 16_000
+
+
+@dataclass(frozen=True)
+class Text:
+    """The challenge's text for training or validation.
+
+    Attributes:
+        flag: its folder's.
+        patterns: of the files.
+    """
+
+    flag: str
+    folder: Path
+    patterns: tuple[str, ...]
+    files: tuple[TextFile, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name of each file -> bytes."""
+        return {file.path.name: file.path.stat().st_size for file in self.files}
+
+    def count_words(self) -> int:
+        """Words separated by whitespace. Raises ValueError naming an unreadable file, or a folder without text."""
+        total = 0
+        for document in read_documents(self.files):
+            words = len(document.text.split())
+            print(f"{document.source}: {words:,} words", flush=True)
+            total += words
+        if not total:
+            raise ValueError(f"--{self.flag} {self.folder}: its files hold no text")
+        return total
+
+
+def find_text(flag: str, folder: Path) -> Text:
+    """The files *.FLAG and *.FLAG.txt (2026) of a folder, also compressed.
+
+    Raises ValueError or FileNotFoundError naming the folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--{flag} {folder}: there is no such folder")
+    suffixes = [f".{flag}{kind}{end}" for kind in ("", ".txt") for end in ("", *COMPRESSED)]
+    found = [suffix for suffix in suffixes if any(folder.glob(f"*{suffix}"))]
+    if not found:
+        inside = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        below = [path.name for path in folder.iterdir() if any(path.glob(f"*.{flag}*"))]
+        hint = (
+            f"its folder {below[0]} does" if below else f"it holds {', '.join(inside[:3])}" if inside else "it is empty"
+        )
+        raise ValueError(f"--{flag} {folder} holds no *.{flag} file; {hint}")
+    patterns = tuple(f"{glob.escape(str(from_root(folder)))}/*{suffix}" for suffix in found)
+    files = list_files([f"{glob.escape(str(folder))}/*{suffix}" for suffix in found])
+    return Text(flag, folder, patterns, tuple(files))
+
+
+def check_cleaner(name: str, files: Sequence[TextFile]) -> None:
+    """Raises ValueError for an unknown cleaner, or a file that the cleaner does not know."""
+    if name == NO_CLEANER:
+        return
+    open_cleaner(name)
+    unknown = [f.path for f in files if f.path.name.partition(".")[0] not in BABYLM_FILES]
+    if name.startswith("babylm") and unknown:
+        raise ValueError(
+            f"--cleaner {name} has no rule for {unknown[0]}: it knows the challenge's files "
+            f"({', '.join(BABYLM_FILES)}). Rename the file, or leave all text unchanged with --cleaner {NO_CLEANER}"
+        )
+
+
+def find_config(model: str) -> Path:
+    """The config of a model, relative to ROOT if it is there. Raises ValueError with the nearest names."""
+    if model.endswith((".yaml", ".yml")):
+        if not Path(model).is_file():
+            raise ValueError(f"--model {model}: there is no such file")
+        return from_root(Path(model))
+    known = {path.stem: path for folder in CONFIGS for path in sorted((ROOT / folder).glob("*.yaml"))}
+    if model not in known:
+        near = difflib.get_close_matches(model, known, n=2, cutoff=0.6)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
+        raise ValueError(f"--model {model}: there is no such config; {hint}")
+    return from_root(known[model])
+
+
+def choose_track(track: Track | None, words: int) -> Track:
+    """The track, by the number of words if it is not given; prints a warning if the text exceeds its limit."""
+    chosen: Track = track or ("strict-small" if words <= TOLERANCE * LIMITS["strict-small"] else "strict")
+    print(f"track {chosen}: {words:,} of {LIMITS[chosen]:,} words of training text", flush=True)
+    if words > LIMITS[chosen]:
+        print(
+            f"warning: the training text has {words - LIMITS[chosen]:,} words more than the track {chosen} allows "
+            f"({LIMITS[chosen]:,}); a model trained on it is outside of the rules",
+            file=sys.stderr,
+        )
+    return chosen
+
+
+def parse_quietly(command: tuple[str, ...]) -> RunArgs:
+    """The settings of a training command, whose notes it will print itself. Exits with a message on a mistake."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return parse(list(command[2:]))
+
+
+def training_command(
+    settings: BabylmSettings, flags: Sequence[str], config: Path, run: Path, data: Path, track: Track
+) -> tuple[tuple[str, ...], int]:
+    """The command of fabric_train.py, where `flags`, the user's, come last; and the ids of the model's vocabulary."""
+    given = {flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
+    if own := sorted(given & OWN_FLAGS):
+        raise ValueError(f"--{own[0]} after -- is a flag that babylm.py sets itself: remove it")
+    command = python(
+        "pretrain/fabric_train.py", "--config", config, "--data.train", data / "train", "--data.val", data / "val",
+        "--out_dir", run, "--save.at_words", AT_WORDS[track], "--save.keep_last", "2", "--resume", "auto",
+    )  # fmt: skip
+    args = parse_quietly((*command, *flags))
+    more: list[str] = []
+    if settings.vocab_size is not None:
+        more += ["--model.vocab_size", str(settings.vocab_size)]
+    if settings.max_steps is not None:
+        more += ["--train.max_steps", str(settings.max_steps)]
+        if args.optim.warmup_steps > settings.max_steps // 10 and "optim.warmup_steps" not in given:
+            more += ["--optim.warmup_steps", str(settings.max_steps // 10)]
+    if not torch.cuda.is_available():
+        if args.compile and "compile" not in given:
+            more += ["--compile", "false"]
+        if args.precision != "fp32" and "precision" not in given:
+            more += ["--precision", "fp32"]
+    if settings.vocab_size is not None:
+        vocabulary = settings.vocab_size
+    elif args.model.vocab_size is not None:
+        vocabulary = args.model.vocab_size
+    else:
+        vocabulary = get_config(args.model.name).vocab_size if args.model.name else DEFAULT_VOCABULARY
+    return (*command, *more, *flags), vocabulary
+
+
+def plan(settings: BabylmSettings, flags: Sequence[str], texts: tuple[Text, Text], track: Track) -> list[Step]:
+    """All steps, in order. Raises ValueError for mistakes in the settings; exits on one in the training flags."""
+    s, (train, dev), config = settings, texts, find_config(settings.model)
+    out = from_root(s.out_dir)
+    tokenizer, data, run = out / "tokenizer", out / "data", out / config.stem
+    results, release, report = out / "results", out / "release", out / "report.html"
+    cleaner = [] if s.cleaner == NO_CLEANER else ["--cleaner", s.cleaner]
+    training, vocabulary = training_command(s, flags, config, run, data, track)
+    newest, every = evaluated_tasks(s)
+    evaluations = [python("scripts/evaluate.py", run, "--tasks", "perplexity", *newest)]
+    if every:
+        evaluations.append(python("scripts/evaluate.py", "--all_checkpoints", run, "--tasks", *every))
+    if s.evaluation_data is not None:
+        evaluations = [(*command, "--babylm_results", str(results)) for command in evaluations]
+    return [
+        Step(
+            f"tokenizer of {vocabulary:,} ids -> {tokenizer}",
+            (
+                python(
+                    "scripts/train_tokenizer.py", "--input", *train.patterns, *cleaner, "--split_documents", "file",
+                    "--vocab_size", str(vocabulary), "--output", tokenizer,
+                ),
+            ),
+            output=tokenizer,
+        ),
+        Step(
+            f"cleaned and tokenized text -> {data}",
+            (
+                python(
+                    "scripts/prepare_data.py", "--input", *train.patterns, "--val_input", *dev.patterns, *cleaner,
+                    "--split_documents", "file", "--tokenizer", tokenizer, "--output", data,
+                ),
+            ),
+            output=data,
+        ),
+        Step(
+            f"training -> {run} (you may interrupt it, the next call resumes)", (training,), stopped=run / STOPPED
+        ),
+        Step(f"evaluation on {', '.join(['perplexity', *newest])} -> {run / FOLDER}", tuple(evaluations)),
+        Step(f"report -> {report}", (python("scripts/report.py", run, "--output", report),)),
+        Step(
+            f"submission: a revision for each checkpoint -> {release}",
+            (
+                python("scripts/publish.py", run, "--to", release, "--training_state", "none"),
+                python("scripts/publish.py", "--verify", release),
+            ),
+        ),
+    ]  # fmt: skip
+
+
+def evaluated_tasks(settings: BabylmSettings) -> tuple[list[str], list[str]]:
+    """Tasks of the newest checkpoint, and of all of them. Raises as `check_given`, before anything is computed."""
+    newest, every = [*map(absolute_task, settings.tasks)], [*map(absolute_task, settings.tasks)]
+    if settings.evaluation_data is not None:
+        folder = from_root(settings.evaluation_data)
+        newest.append(f"babylm:{folder}")
+        if (ROOT / folder / "fast_eval").is_dir():
+            every.append(f"babylm:{folder / 'fast_eval'}")
+    with contextlib.chdir(ROOT):
+        check_given(EvaluationSettings(tasks=tuple(newest)))
+    return newest, every
+
+
+def absolute_task(task: str) -> str:
+    """A task as a command in ROOT names it: files and folders of tasks by their path from there."""
+    name, colon, rest = task.rpartition(":")
+    return f"{name}{colon}{from_root(Path(rest))}" if Path(rest).exists() else task
+
+
+def open_pipeline(settings: BabylmSettings, texts: tuple[Text, Text]) -> Pipeline:
+    """The pipeline of --out_dir, with the words of the texts in its facts.
+
+    Raises ValueError for a folder of something else, other settings than those of its first call, other text, and for
+    unreadable text.
+    """
+    s = settings
+    inside = [path for path in s.out_dir.iterdir() if path.name[0] != "."] if s.out_dir.is_dir() else []
+    if inside and not (s.out_dir / STATE).exists():
+        raise ValueError(f"--out_dir {s.out_dir} holds other files: choose a new or empty folder")
+    kept: dict[str, Any] = {
+        "train": str(s.train.resolve()), "dev": str(s.dev.resolve()), "model": s.model, "track": s.track,
+        "max_steps": s.max_steps, "vocab_size": s.vocab_size, "cleaner": s.cleaner,
+    }  # fmt: skip
+    pipeline = Pipeline(s.out_dir, kept)
+    for text in texts:
+        known = pipeline.facts.setdefault(text.flag, {})
+        if known and known["bytes"] != text.sizes:
+            raise ValueError(
+                f"--{text.flag} {text.folder}: its files have changed since {s.out_dir} was started; choose another "
+                "--out_dir"
+            )
+        if not known:
+            known.update(bytes=text.sizes, words=text.count_words())
+    return pipeline
+
+
+def babylm(settings: BabylmSettings, flags: Sequence[str] = ()) -> int:
+    """Run what is not done yet. Returns the exit status.
+
+    Args:
+        flags: more flags of fabric_train.py.
+
+    Raises ValueError or FileNotFoundError for a mistake, before anything is written.
+    """
+    s = settings
+    find_config(s.model)
+    texts = find_text("train", s.train), find_text("dev", s.dev)
+    check_cleaner(s.cleaner, [*texts[0].files, *texts[1].files])
+    pipeline = open_pipeline(s, texts)
+    steps = plan(s, flags, texts, choose_track(s.track, pipeline.facts["train"]["words"]))
+    if s.dry_run:
+        for step in steps:
+            begin(step.title, pipeline.is_done(step))
+            print(*(f"$ {shown(command)}" for command in step.commands), sep="\n")
+        return 0
+    if all(map(pipeline.is_done, steps)):
+        print(f"{s.out_dir} is finished: every step is done")
+        print_contents(s)
+        return 0
+
+    def work() -> None:
+        lock = lock_folder(s.out_dir, "wait for it, or choose another --out_dir")
+        try:
+            pipeline.save()
+            pipeline.run(steps)
+        finally:
+            lock.close()
+        print_contents(s)
+
+    return run_work(work)
+
+
+def print_contents(settings: BabylmSettings) -> None:
+    """List what is in --out_dir."""
+    out = settings.out_dir
+    contents = {
+        out / "report.html": "curves, scores, data seen, settings: open it in a browser",
+        out / find_config(settings.model).stem: "checkpoints, metrics.csv, datapoints/, evaluation/",
+        out / "release": "a folder for each revision: main, chck_1M, ..., for AutoModelForCausalLM.from_pretrained",
+    }
+    if settings.evaluation_data is not None:
+        contents[out / "results"] = "predictions, laid out as the results folder of the challenge's pipeline"
+    width = max(len(str(path)) for path in contents)
+    print("", *(f"{path!s:{width}}  {text}" for path, text in contents.items()), sep="\n")

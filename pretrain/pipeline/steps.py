@@ -1,0 +1,168 @@
+"""Pipelines of the project's own commands: each is printed and run, and a step whose result exists is skipped."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_files.publish import write_json
+from lit_files.reading import read_object
+
+ROOT = Path(__file__).resolve().parents[2]
+STATE = "pipeline.json"  # in the folder of a pipeline: its settings and the steps that are done
+
+
+class StepFailed(Exception):
+    """A command failed and has printed its error, or was stopped before its end."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Commands, run one after another in ROOT.
+
+    Attributes:
+        title: names the step, in the output and in the state file.
+        commands: each of which can be repeated, unless `output` exists.
+        output: exists once the step is done. For a result that appears complete under this name or not at all; without
+            it, the step is done once its commands have ended and it is noted in the state file.
+        stopped: exists if the command was stopped early by a signal; its exit status may be 0.
+        replaces: a folder that is removed before the commands run.
+    """
+
+    title: str
+    commands: tuple[tuple[str, ...], ...]
+    output: Path | None = None
+    stopped: Path | None = None
+    replaces: Path | None = None
+
+
+def python(script: str, *words: str | Path) -> tuple[str, ...]:
+    """A command that runs a Python script of this project."""
+    return (sys.executable, script, *map(str, words))
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as a user would type it in ROOT with the environment active."""
+    return shlex.join(["python" if part == sys.executable else part for part in command])
+
+
+def from_root(path: Path) -> Path:
+    """The path as commands name it: relative to ROOT if it is below it, else absolute."""
+    absolute = Path(os.path.abspath(path))
+    return absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else absolute
+
+
+def call(command: Sequence[str], capture: bool = False) -> str:
+    """Print a command and run it in ROOT. Returns its standard output, if captured.
+
+    After Ctrl-C the command, which has received it too, is waited for: training saves a checkpoint first. SIGTERM is
+    passed on. Raises StepFailed if the exit status is not 0.
+    """
+    print(f"$ {shown(command)}", flush=True)
+    # PYTHON is for the shell scripts. Waiting threads sleep instead of spinning: on two cores shared with other
+    # programs, spinning cost five sixths of the speed.
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHON": sys.executable}
+    process = subprocess.Popen(list(command), cwd=ROOT, env=env, stdout=subprocess.PIPE if capture else None, text=True)
+    try:
+        output, _ = process.communicate()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if process.returncode:
+        raise StepFailed(f"exit code {process.returncode}: {shown(command)}")
+    return output or ""
+
+
+def begin(title: str, done: bool = False) -> None:
+    """Print a step's title."""
+    print(f"\n=== {title}{': done before' if done else ''}", flush=True)
+
+
+class Pipeline:
+    """The steps of a folder, and its settings, those of the first call, which later calls must repeat.
+
+    Attributes:
+        facts: what the first call found out, as JSON has it.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> None:
+        """Open the state file, or start without one.
+
+        Args:
+            settings: flag -> value, as JSON has it.
+            before: settings of a folder that has results but no state file.
+
+        Raises ValueError if a setting differs, or for a damaged state file.
+        """
+        self.file = folder / STATE
+        state = read_object(self.file) if self.file.exists() else {}
+        self.settings: dict[str, Any] = state.get("settings", dict(before or settings))
+        self.done: list[str] = state.get("done", [])
+        self.facts: dict[str, Any] = state.get("facts", {})
+        for flag, value in settings.items():
+            old = self.settings.get(flag)
+            if old != value:
+                now, was = (f"--{flag} {v}" if v is not None else f"no --{flag}" for v in (value, old))
+                raise ValueError(f"{now}: {folder} was started with {was}; repeat that, or choose another folder")
+
+    def save(self) -> None:
+        """Write the state file."""
+        write_json(self.file, {"settings": self.settings, "facts": self.facts, "done": self.done})
+
+    def is_done(self, step: Step) -> bool:
+        """Whether the step's result exists."""
+        return (ROOT / step.output).exists() if step.output is not None else step.title in self.done
+
+    def run(self, steps: Sequence[Step]) -> int:
+        """Run the steps that are not done. After one that runs, all without an `output` run too.
+
+        Returns the number of steps that ran. Raises StepFailed.
+        """
+        ran = 0
+        for number, step in enumerate(steps):
+            done = self.is_done(step)
+            begin(step.title, done)
+            if done:
+                continue
+            ran += 1
+            earlier = {other.title for other in steps[:number]}
+            self.done = [title for title in self.done if title in earlier]
+            self.save()
+            if step.replaces is not None:
+                shutil.rmtree(ROOT / step.replaces, ignore_errors=True)
+            for command in step.commands:
+                call(command)
+            if step.stopped is not None and (ROOT / step.stopped).exists():
+                raise StepFailed(f"stopped by a signal before its end ({step.stopped}): {step.title}")
+            if step.output is None:
+                self.done.append(step.title)
+                self.save()
+        return ran
+
+
+def run_work(work: Callable[[], object], hint: str = "") -> int:
+    """Run a pipeline's work. Returns the exit status: 1 after a failed step, 130 after Ctrl-C, each with a message."""
+    start = time.monotonic()
+    try:
+        work()
+    except StepFailed as failed:
+        print(f"error: this step failed, see its message above:\n  {failed}", file=sys.stderr)
+        print(f"Repeat the command to resume here{hint}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; repeat the command to resume here", file=sys.stderr)
+        return 130
+    print(f"\n{time.monotonic() - start:.0f} s")
+    return 0

@@ -1,0 +1,95 @@
+"""scripts/quickstart.py: the plan of its commands, on its own text and on the user's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from running import ROOT, script, script_error
+from small_models import synthetic_texts
+
+from pretrain.pipeline import steps
+from pretrain.pipeline.steps import StepFailed, shown
+
+
+def commands_of(monkeypatch: pytest.MonkeyPatch, *arguments: object, finish: int = 0) -> list[str]:
+    """The commands that a call runs until the one after `finish` of them, which fails, as a user would type them."""
+    ran: list[str] = []
+
+    def call(command: Sequence[str], capture: bool = False) -> str:
+        ran.append(shown(command))
+        if len(ran) > finish:
+            raise StepFailed("stop")
+        return ""
+
+    monkeypatch.setattr(steps, "call", call)
+    done = script("quickstart.py", *arguments)
+    assert done.returncode == 1 and "--fresh" in done.stderr, done.stderr
+    return ran
+
+
+def write_texts(folder: Path, count: int = 12) -> Path:
+    folder.mkdir()
+    for number, text in enumerate(synthetic_texts(count, 1)):
+        (folder / f"{number}.txt").write_text(text)
+    return folder
+
+
+def test_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, out = write_texts(tmp_path / "text"), tmp_path / "out"
+    given = ["--input", text, "--output", out, "--vocab_size", 500, "--val_fraction", 0.2]
+    (command,) = commands_of(monkeypatch, *given)
+    assert command == f"python scripts/train_tokenizer.py --input {text} --vocab_size 500 --output {out}/tokenizer"
+    (out / "tokenizer").mkdir()
+    (out / "tokenizer" / "tokenizer.json").touch()
+    prepared, training = commands_of(monkeypatch, *given, finish=1)
+    assert f"--input {text} --val_fraction 0.2 --tokenizer {out}/tokenizer" in prepared
+    assert "--config configs/quickstart.yaml" in training and f"--data.val {out}/data/packed/val" in training
+    (out / "data" / "packed" / "val").mkdir(parents=True)
+    (out / "data" / "packed" / "val" / "manifest.json").touch()
+    assert len(commands_of(monkeypatch, *given, finish=1)) == 2  # training is noted as done
+    assert commands_of(monkeypatch, *given)[0].startswith("scripts/convert_to_hf.sh")
+    # With --steps it is another training, which continues it.
+    assert "--train.max_steps 50 --optim.warmup_steps 5" in commands_of(monkeypatch, *given, "--steps", 50)[0]
+    other = write_texts(tmp_path / "other")
+    error = script_error("quickstart.py", "--input", other, *given[2:])
+    assert f"--input ['{other}']" in error and "was started with" in error
+    assert "train_tokenizer.py" in commands_of(monkeypatch, "--input", other, *given[2:], "--fresh")[0]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    text = write_texts(tmp_path / "text", 3)
+    out = ["--output", tmp_path / "out"]
+    assert "too few to hold some out" in script_error("quickstart.py", "--input", text, *out)
+    assert "--input" in script_error("quickstart.py", "--vocab_size", 500)
+    assert "needs --output" in script_error("quickstart.py", "--input", text)
+    assert "does not exist" in script_error("quickstart.py", "--input", tmp_path / "none", *out)
+    assert "--steps 0" in script_error("quickstart.py", "--steps", 0)
+    (tmp_path / "empty").mkdir()
+    assert "holds no text" in script_error("quickstart.py", "--input", tmp_path / "empty", *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_of_an_earlier_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of Shakespeare without a state file is resumed, and not mixed with other text."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").touch()
+    error = script_error("quickstart.py", "--input", write_texts(tmp_path / "text"), "--output", tmp_path)
+    assert "was started with no --input" in error
+    assert "quickstart_corpus.py" in commands_of(monkeypatch, "--output", tmp_path)[0]
+
+
+@pytest.mark.slow
+def test_own_text_from_end_to_end(tmp_path: Path) -> None:
+    texts = synthetic_texts(400, 1)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    line = [sys.executable, str(ROOT / "scripts" / "quickstart.py"), "--input", str(tmp_path / "text.jsonl")]
+    line += ["--output", str(tmp_path / "out"), "--vocab_size", "400", "--steps", "10"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("--- ") == 4 and "bits a byte" in done.stdout
+    assert (tmp_path / "out" / "hf" / "config.json").is_file() and (tmp_path / "out" / "run" / "report.html").is_file()

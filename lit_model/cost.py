@@ -189,13 +189,14 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
 
     before = gradients if s.accumulates or s.sharding == "ddp" else 0  # ddp holds its buckets all the time
     if s.exact_sums:
-        before, gradients = float64_sums, gradients + float64_sums
+        buckets = parameters if s.sharding == "ddp" else 0  # allocated by DDP, and not used
+        before, gradients = float64_sums + buckets, gradients + float64_sums + buckets
     reducing = (s.compute_bytes + s.reduce_bytes) * max(2 * block, root) if s.sharded else 0
     at_loss = before + activations + loss + workspace
     last = max(_kept_in_block(config, i, s, residual_bytes) for i in layers)
     at_end = gradients + tokens * last + block_gradients + reducing
     if s.cpu_offload:
-        at_loss, at_end = at_loss - before, at_end - gradients
+        at_loss, at_end = at_loss - (before - float64_sums), at_end - (gradients - float64_sums)
     total = s.frozen + gathered + max(at_loss, at_end) + (0 if s.cpu_offload else parameters + optimizer)
     return TrainingMemory(parameters, gradients, optimizer, gathered, activations, loss, workspace, s.frozen, total)
 

@@ -627,13 +627,14 @@ class StopArgs:
             raise ValueError(f"--stop.after_minutes {self.after_minutes} must be greater than 0")
 
 
+Sharding = Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"]
 # Settings that --train.topology_invariant excludes, and what to give instead.
-VARIANT: tuple[tuple[str, str | bool, str], ...] = (
+NOT_INVARIANT: tuple[tuple[str, str | bool, str], ...] = (
     ("precision", "fp16", "use bf16 or fp32"),
     ("precision", "fp8", "use bf16"),
     ("optim.name", "muon", "use adamw"),
     ("train.micro_batch_samples", AUTO, "give the number of rows, the same on every number of devices"),
-    ("train.defer_gradient_sync", True, "each micro-batch's gradients are reduced by themselves"),
+    ("train.defer_gradient_sync", True, "every micro-batch's gradients are reduced separately"),
     ("train.reduce_dtype", "bf16", "gradients are reduced in float64"),
     ("distillation.shard_teachers", True, "sharded teachers compute in another precision"),
 )
@@ -654,7 +655,7 @@ class RunArgs:
     """Device type."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """Parallelism; auto: ddp with several devices, none with one."""
-    sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"] = "FULL_SHARD"
+    sharding_strategy: Sharding = "FULL_SHARD"
     """FSDP: FULL_SHARD shards parameters, gradients and optimizer state; SHARD_GRAD_OP keeps parameters gathered
     between forward and backward; HYBRID_SHARD shards within a node and replicates across nodes; NO_SHARD is ddp."""
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
@@ -766,7 +767,7 @@ class RunArgs:
     def _check_topology_invariant(self) -> None:
         """Raise ValueError for a setting whose results depend on the number of devices."""
         given = flat(plain(self))
-        for flag, value, instead in VARIANT:
+        for flag, value, instead in NOT_INVARIANT:
             if given[flag] == value:
                 shown = str(value).lower()
                 raise ValueError(f"--train.topology_invariant true and --{flag} {shown} exclude each other: {instead}")

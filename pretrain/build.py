@@ -149,12 +149,13 @@ def build(
     args = args.resolved(folder, data.max_steps, teacher_paths)
     settings = plain(args)
     if checkpoint is not None and meta is not None:
-        if args.train.topology_invariant and placement.kind == "cpu" and meta["threads"] != torch.get_num_threads():
-            raise ValueError(
-                f"{checkpoint} was computed with {meta['threads']} threads, this process has "
-                f"{torch.get_num_threads()}, which changes the bits: set OMP_NUM_THREADS={meta['threads']}"
-            )
         differences = check_resume(settings, meta, data, config, taught_by, checkpoint)
+        threads = meta.get("threads")
+        if args.train.topology_invariant and placement.kind == "cpu" and threads != torch.get_num_threads():
+            raise ValueError(
+                f"{checkpoint} was computed with {threads} threads, this process has {torch.get_num_threads()}, which "
+                f"changes the bits: set OMP_NUM_THREADS={threads}"
+            )
         if differences:
             progress.changes.append({"step": progress.step, "differences": differences})
         if progress.step > data.max_steps:

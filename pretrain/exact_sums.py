@@ -8,9 +8,10 @@ any order (the idea of Demmel and Nguyen 2013, "Fast reproducible floating-point
   whichever rank computes it, and one leaf's gradient has the same bits on each;
 - each leaf's gradient is rounded to the grid, and summed in float64 over micro-batches and ranks;
 - the grid follows from the largest element of the previous step's leaf gradients, which all ranks know and checkpoints
-  keep. A step with an element of more than 2^HEADROOM_BITS times that is computed once more, with a grid that fits.
+  keep. A step whose largest element is more than 2^HEADROOM_BITS times that, or less than 2^-FALL_BITS of it, is
+  computed once more, with a grid that fits.
 
-What follows the sum is elementwise, but for the gradient norm (`norm_by_rows`). docs/reproducibility.md has the rest.
+Everything after the sum is elementwise, except the gradient norm (`norm_by_rows`). More: docs/reproducibility.md.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 MANTISSA_BITS = 52
 HEADROOM_BITS = 6
 """An element of a leaf's gradient may be 2^6 times the largest of the step before, else the step is repeated."""
+FALL_BITS = 12
+"""The largest element of a step may be 2^-12 of that of the step before, else the grid would be too coarse for it."""
 FIRST_PEAK = 1.0
 """Stands for the largest element before the first step."""
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 126  # of the grid: it and its reciprocal are normal float32 numbers
@@ -64,7 +67,7 @@ class ExactSums:
     """Sums the gradients of a step's leaves exactly.
 
     For each step: `begin`, then for each micro-batch `begin_leaf` and a backward, then `finish`; if that returns False,
-    all of it again. Gradients are then in `grad` of the parameters, as float32.
+    all of it again. Gradients are then in `grad` of the parameters, as float32. `keep_peak` ends the step.
 
     Args:
         model: whose parameters have their final form; sharded by FSDP2 or not.
@@ -73,12 +76,13 @@ class ExactSums:
 
     Attributes:
         peak: the largest element of the previous step's leaf gradients; a checkpoint keeps it.
-        repeats: how many steps were computed twice, by this process.
     """
 
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
         self.parameters, self.device = list(parameters), device
-        self.peak, self.repeats = FIRST_PEAK, 0
+        self.peak = FIRST_PEAK
+        self._assumed: float | None = None  # the peak of this step, if `peak` did not fit it
+        self._found = FIRST_PEAK
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.sharded = is_dtensor(self.parameters[0])
         self._exponent, self._limit = 0, 0.0
@@ -91,8 +95,9 @@ class ExactSums:
 
     def begin(self, n_leaves: int) -> None:
         """Begin a step of `n_leaves` leaves over all ranks, or repeat it."""
-        self._exponent = grid_exponent(self.peak, n_leaves)
-        self._limit = 2.0 ** (math.frexp(self.peak)[1] + HEADROOM_BITS)
+        peak = self.peak if self._assumed is None else self._assumed
+        self._exponent = grid_exponent(peak, n_leaves)
+        self._limit = 2.0 ** (math.frexp(peak)[1] + HEADROOM_BITS)
         self._seen.zero_()
         for total in self._totals:
             total.zero_()
@@ -103,19 +108,20 @@ class ExactSums:
             p.grad = None
 
     def finish(self) -> bool:
-        """Add up over the ranks. False if an element was too large for the grid: the step must be computed again, with
-        the grid that the next `begin` chooses. Waits for the device. Gradients that are not finite stay so.
+        """Add up over the ranks. False if the grid did not fit: the step must be computed again, with the grid that
+        the next `begin` chooses. Waits for the device. Gradients that are not finite stay so.
         """
         seen = torch.nan_to_num(self._seen, nan=math.inf, posinf=math.inf)
         if self.world_size > 1:
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         peak = seen.item()
-        finite = math.isfinite(peak)
-        if finite and peak > 0:
-            self.peak = peak
-        if finite and peak > self._limit:
-            self.repeats += 1
-            return False
+        if 0 < peak < math.inf:
+            if not self._limit * 2.0 ** -(HEADROOM_BITS + FALL_BITS) <= peak <= self._limit:
+                self._assumed = peak
+                return False
+            self._found = peak
+        else:
+            self._found = self.peak
         if not self.sharded:
             if self.world_size > 1:
                 for part in self._flat.split(SLICE):
@@ -123,6 +129,10 @@ class ExactSums:
             for p, total in zip(self.parameters, self._totals, strict=True):
                 p.grad = total.to(p.dtype)
         return True
+
+    def keep_peak(self) -> None:
+        """Call once the state is no longer that of the step before: until then a checkpoint keeps that step's peak."""
+        self.peak, self._assumed = self._found, None
 
     def _hook_into_parameters(self) -> None:
         """One device, or DDP, whose own reduction is left out: leaves are added to one float64 tensor."""
@@ -140,7 +150,7 @@ class ExactSums:
 
     def _hook_into_fsdp(self, model: nn.Module) -> None:
         """FSDP2: rounding on the whole parameters, which autograd sees; it then reduces in float64 without dividing
-        (`parallelize`); a hook on the reduced shards adds up the leaves, and hands the sum so far back."""
+        (`parallelize`); a hook on the reduced shards adds up the leaves and returns the running sum."""
         from torch.distributed.fsdp import FSDPModule
 
         for module in (cast("FSDPModule", m) for m in model.modules() if isinstance(m, FSDPModule)):
@@ -152,6 +162,8 @@ class ExactSums:
             total: list[Tensor] = []
 
             def add(reduced: Tensor, total: list[Tensor] = total) -> None:
+                if reduced.is_cuda:  # FSDP frees it on the stream that allocated it, this hook runs on another
+                    reduced.record_stream(torch.cuda.current_stream())
                 if not total:
                     total.append(torch.zeros_like(reduced))
                     self._totals.append(total[0])

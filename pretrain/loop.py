@@ -202,10 +202,11 @@ def run_steps(run: Run) -> str | None:
 
 
 def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> StepResult:
-    """One optimizer step: forward and backward of each micro-batch, clipping, update. No host sync.
+    """One optimizer step: forward and backward of each micro-batch, clipping, update. No host sync, except with exact
+    sums (`ExactSums.finish`).
 
     The loss is the mean over the targets of the global batch: each micro-batch backpropagates
-    loss_sum * world_size / n_targets, since DDP and FSDP2 average gradients over the ranks.
+    loss_sum * world_size / n_targets, since DDP and FSDP2 average gradients over the ranks; exact sums do not.
     """
     args = run.args
     run.model.train()
@@ -221,6 +222,7 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
     head_of = student_head(run, data.step, n_targets)
     passes = forward_and_backward(run, data, factor, head_of, norms)
     while run.sums is not None and not run.sums.finish():
+        run.say(f"step {run.step + 1}: its gradients did not fit the grid of the exact sums; it is computed again")
         passes = forward_and_backward(run, data, factor, head_of, norms)
 
     scale = None if run.loss_scale is None else run.loss_scale.scale
@@ -232,6 +234,8 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
         norm = gradient_norm(gradients, scale) if run.sums is None else norm_by_rows(gradients)
     skip = skip_if_not_finite(norm)
     run.sound = False
+    if run.sums is not None:
+        run.sums.keep_peak()
     run.tokens += counts[1]
     lr = learning_rate(args.optim, data.step, run.data.max_steps)
     with record_function("llammlein::optimizer"):

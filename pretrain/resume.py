@@ -39,7 +39,17 @@ MEANING = (
     "distillation",
 )
 # Settings that change the bits of a run with --train.topology_invariant.
-BITS = ("precision", "compile", "train.micro_batch_samples", "train.attention", "train.loss_kernel")
+BITS = (
+    "precision",
+    "compile",
+    "train.micro_batch_samples",
+    "train.attention",
+    "train.loss_kernel",
+    "train.cpu_offload",
+    "eval.micro_batch_samples",
+    "distillation.teacher_device",
+    "distillation.compile_teachers",
+)
 # Exceptions: these only change how it is computed, or are compared by content.
 MECHANICS = (
     "train.micro_batch_samples",

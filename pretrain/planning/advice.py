@@ -1,4 +1,4 @@
-"""Warnings about a plan that experience teaches, each with the source of its rule."""
+"""Warnings about a plan, by rules of thumb with their sources."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from pretrain.planning.plan import plan
 
 DATA = ("data.train", "data.mixture", "data.synthetic.tokens")
 GPUS_OF_A_NODE = 8
-NO_DATA = ("--data.train", "data/train")
-"""Stands for data that is not prepared yet."""
+NO_DATA = ("--data.train", "/dev/null/no data yet")
+"""Stands for data that is not prepared yet: a path that cannot exist."""
 
 
 def plan_for(gpu: str, gpus: int, flags: Sequence[str]) -> list[str]:
@@ -29,5 +29,5 @@ def plan_for(gpu: str, gpus: int, flags: Sequence[str]) -> list[str]:
     if gpus < 1 or (gpus > GPUS_OF_A_NODE and gpus % GPUS_OF_A_NODE):
         raise ValueError(f"--gpus {gpus} must be 1 to {GPUS_OF_A_NODE}, or a multiple of {GPUS_OF_A_NODE}, a node's")
     args = replace(args, devices=min(gpus, GPUS_OF_A_NODE), num_nodes=max(1, gpus // GPUS_OF_A_NODE))
-    device = this_cpu(host_memory_bytes() // gpus) if gpu == "cpu" else GPUS[gpu]
+    device = this_cpu(host_memory_bytes() // gpus, gpus) if gpu == "cpu" else GPUS[gpu]
     return list(describe(plan(args, gpu, device, gpus)))

@@ -53,15 +53,15 @@ GPUS = {
 }
 
 
-def this_cpu(memory: int) -> Device:
-    """This machine's CPU; times a 1024 x 1024 product for a fraction of a second. `memory`: bytes for one process."""
+def this_cpu(memory: int, processes: int) -> Device:
+    """One of some processes that share this machine's CPU, each with `memory` bytes; times a 1024 x 1024 product."""
     n, seconds = 1024, []
     a = torch.randn(n, n)
     for _ in range(4):
         begin = time.perf_counter()
         a @ a
         seconds.append(time.perf_counter() - begin)
-    flops = 2 * n**3 / min(seconds)
+    flops = 2 * n**3 / min(seconds) / processes
     return Device(f"this CPU, {torch.get_num_threads()} threads", "cpu", flops, flops, memory, None)
 
 

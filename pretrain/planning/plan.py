@@ -28,8 +28,9 @@ from pretrain.preflight.machine import checkpoint_bytes
 
 RECORD_BYTES_PER_SPAN = 23.2  # 1.0e9 spans took 23.3 GB (benchmarks/results/2026-11-21-record-1e9.json)
 VOCABULARY = 32_000  # assumed where neither the model's name nor the data gives it
-TOKENS_PER_SPAN = 300  # assumed where the data is not available
+TOKENS_PER_SPAN = 300  # a document's, assumed where the data is not available
 MOST_DEVICES = 4096
+EXACT_SUMS_SPEED = (0.55, 0.8, 1.0)  # of a step with --train.topology_invariant (docs/reproducibility.md)
 RECOMPUTE: tuple[Literal["none", "full"], ...] = ("none", "full")
 DISK_BYTES_PER_S = 1e9  # assumed; --preflight measures it
 
@@ -108,12 +109,15 @@ def plan(args: RunArgs, gpu: str, device: Device, devices: int) -> Plan:
         devices=devices,
         nodes=args.num_nodes,
     )
+    if args.train.topology_invariant:
+        rate = rate.times(*EXACT_SUMS_SPEED)
     per_token = flops_per_token(config, block_size)
     speed = rate.times(*[devices / per_token] * 3)
     checkpoint = checkpoint_bytes(config, args.optim)
     n_documents = sum(dataset.n_documents for dataset in data)
     mean_document = n_tokens / n_documents if n_tokens and n_documents else None
-    spans = tokens / min(block_size, mean_document or TOKENS_PER_SPAN)
+    # A document begins a span, and so does a row.
+    spans = tokens * (1 / (mean_document or TOKENS_PER_SPAN) + 1 / block_size) if args.data.datapoints else 0.0
     data_bytes = (
         sum(d.n_tokens * d.dtype.itemsize for d in data) if data else tokens * (2 if config.vocab_size <= 65536 else 4)
     )
@@ -146,7 +150,7 @@ def vocabulary(args: ModelArgs) -> int:
 
 def open_data(args: RunArgs) -> list[PackedDataset]:
     """The training data; empty unless all of it is there."""
-    paths = [Path(entry.path) for entry in args.data.mixture] or [args.data.train or Path()]
+    paths = [Path(entry.path) for entry in args.data.mixture] + ([args.data.train] if args.data.train else [])
     return [PackedDataset(path) for path in paths] if all((path / MANIFEST).is_file() for path in paths) else []
 
 
@@ -173,9 +177,9 @@ def checkpoints(args: RunArgs, steps: int) -> int:
     save = args.save
     written = -(-steps // save.every_steps)
     if not save.keep_last:
-        return written
+        return written + len(save.word_budgets)
     more = steps // math.lcm(save.keep_every, save.every_steps) if save.keep_every else 0
-    return min(written, save.keep_last + more)
+    return min(written, save.keep_last + more) + len(save.word_budgets)
 
 
 def sharded_only(args: RunArgs) -> bool:
@@ -189,11 +193,13 @@ def memory_limit(device: Device) -> int:
 
 
 def least_devices(plan: Plan) -> int | None:
-    """The smallest power of two of devices that fits with sharding and recomputation; None up to MOST_DEVICES."""
-    args, n = plan.args, plan.devices
+    """The least number of devices, in whole nodes, that fits with sharding and recomputation and divides the batch;
+    None if there is none up to MOST_DEVICES."""
+    args, rows = plan.args, plan.args.train.global_batch_samples
     train = replace(args.train, micro_batch_samples=1, activation_checkpointing="full")
     args = replace(args, train=train, strategy="fsdp", sharding_strategy="FULL_SHARD")
-    while (n := 2 * n) <= MOST_DEVICES:
+    sizes: Iterator[int] = (n for n in (2, 4, *range(8, MOST_DEVICES + 1, 8)) if n > plan.devices and rows % n == 0)
+    for n in sizes:
         setting = training_setting(args, plan.config, plan.device.kind, n)
         if training_memory(plan.config, setting).total <= memory_limit(plan.device):
             return n

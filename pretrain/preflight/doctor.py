@@ -68,9 +68,7 @@ def compiler() -> Finding:
     """What torch.compile needs."""
     command = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "cl") if shutil.which(c)), None)
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
-        return Finding(
-            "warning", "no triton: --compile true fails on CUDA", "pip install triton, or install torch anew"
-        )
+        return Finding("warning", "no triton: --compile true fails on CUDA", "pip install triton, or reinstall torch")
     if command is None or shutil.which(command) is None:
         return Finding("warning", "no C++ compiler: --compile true fails", "install g++, or train without --compile")
     return Finding("ok", f"{command} for --compile true")
@@ -104,7 +102,8 @@ def open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f"{soft} open files allowed (at most {hard})"
     if 0 <= soft < LEAST_OPEN_FILES:
-        return Finding("warning", found, f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}")
+        more = f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}" if hard != soft else "ask for a higher hard limit"
+        return Finding("warning", found, more)
     return Finding("ok", found)
 
 
@@ -127,7 +126,7 @@ def disk() -> Finding:
     found = f"{free / 1e9:,.1f} GB free, {rate:.2f} GB/s written with fsync, in {here}"
     if rate < SLOW_DISK_GBS:
         return Finding(
-            "warning", found, "checkpoints will take long: put --out_dir elsewhere, or --save.asynchronous true"
+            "warning", found, "checkpoints will take long: use a faster disk for --out_dir, or --save.asynchronous true"
         )
     return Finding("ok", found)
 

@@ -19,7 +19,7 @@ from lit_eval.run_facts import read_run
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.reading import read_dataclass
 from lit_model.load import WITHOUT_TENSORS
-from pretrain.args import RunArgs, StopArgs, flat
+from pretrain.args import RunArgs, Sharding, StopArgs, flat
 from pretrain.cli.run_parser import from_settings
 from pretrain.launch import find_launch
 from pretrain.release.manifest import RUN
@@ -241,7 +241,7 @@ def replay_args(interval: Interval, folder: Path, devices: int | None = None) ->
         resume_allow=changed,
         devices=devices,
         num_nodes=nodes,
-        strategy="auto" if devices * nodes == 1 and args.train.topology_invariant else args.strategy,
+        sharding_strategy=sharding_for(args, interval.ranks, devices * nodes),
         accelerator="auto" if was_on_gpu else args.accelerator,
         init_from=None if args.init_from is None else find_recorded(interval.run, args.init_from),
         train=replace(args.train, micro_batch_samples=interval.micro_batch),
@@ -269,6 +269,12 @@ def check_other_ranks(interval: Interval, args: RunArgs, ranks: int) -> None:
                 f"the steps were executed by {interval.ranks} ranks, and those of a model with {reason} depend on it: "
                 f"they cannot be replayed by {ranks}"
             )
+
+
+def sharding_for(args: RunArgs, ranks: int, here: int) -> Sharding:
+    """The run's, or one that takes any number of ranks where theirs is another and the bits are the same."""
+    hybrid = args.sharding_strategy == "HYBRID_SHARD"
+    return "FULL_SHARD" if hybrid and here != ranks and args.train.topology_invariant else args.sharding_strategy
 
 
 def is_topology_invariant(meta: dict[str, Any]) -> bool:

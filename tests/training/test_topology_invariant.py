@@ -86,7 +86,7 @@ def facts(run: Path) -> dict[str, str]:
 
 
 def test_a_run_moves_between_topologies(data: Path, tmp_path: Path) -> None:
-    """Two ranks begin it, one goes on, two with sharded state end it."""
+    """Two ranks begin it, one resumes it, two with sharded state end it."""
     once, moved = tmp_path / "once", tmp_path / "moved"
     settings = COMMON | {"train__max_steps": 6, "save__every_steps": 2, "eval__every_steps": 3}
     train_in_process(flags(data, once, **settings))
@@ -212,14 +212,25 @@ def test_other_leaves_and_threads_are_refused(data: Path, tmp_path: Path, micro_
 
 @pytest.mark.parametrize(
     "flag",
-    ["precision=fp16", "optim.name=muon", "train.micro_batch_samples=auto", "train.reduce_dtype=bf16"],
+    [
+        "precision=fp16",
+        "precision=fp8",
+        "optim.name=muon",
+        "train.micro_batch_samples=auto",
+        "train.reduce_dtype=bf16",
+        "train.defer_gradient_sync=true",
+        "distillation.shard_teachers=true",
+    ],
 )
 def test_settings_that_depend_on_the_devices_are_refused(data: Path, tmp_path: Path, flag: str) -> None:
     with pytest.raises((ValueError, SystemExit), match=f"--{flag.replace('=', ' ')} exclude each other"):
         set_up(parse([*flags(data, tmp_path, train__topology_invariant="true"), "--strategy=fsdp", f"--{flag}"]))
 
 
-def test_gradients_too_large_for_the_grid_are_computed_again(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("peak", [1e-20, 1e20])
+def test_gradients_that_do_not_fit_the_grid_are_computed_again(
+    peak: float, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The step then has the bits of one whose grid fitted from the start."""
     settings = COMMON | {"train__max_steps": 1, "optim__warmup_steps": 1}
 
@@ -233,10 +244,10 @@ def test_gradients_too_large_for_the_grid_are_computed_again(data: Path, tmp_pat
             run.close()
         return tmp_path / name, run.sums
 
-    repeated, sums = trained("repeated", 1e-20)
-    assert sums.repeats == 1
+    repeated, sums = trained("repeated", peak)
+    assert "step 1: its gradients did not fit" in capsys.readouterr().out
     fitting, others = trained("fitting", sums.peak)
-    assert others.repeats == 0 and others.peak == sums.peak
+    assert "did not fit" not in capsys.readouterr().out and others.peak == sums.peak
     assert facts(repeated) == facts(fitting)
 
 
@@ -375,6 +386,23 @@ def test_a_leaf_that_is_not_finite_makes_the_sum_so(value: float, place: int) ->
         (parameter * (value if leaf == place else 1e30)).sum().backward()  # 1e30 alone would be repeated
     assert sums.finish() and sums.peak == 1.0
     assert not torch.isfinite(norm_by_rows([parameter]))
+
+
+def test_a_fall_of_the_gradients_is_noticed() -> None:
+    """A grid that fitted 1e25 would round 1e-3 away."""
+    parameter = nn.Parameter(torch.ones(3))
+    sums = ExactSums(nn.Module(), [parameter], torch.device("cpu"))
+    for scale in (1e-3, 1e25, 1e-3):
+        for attempt in range(2):
+            sums.begin(1)
+            sums.begin_leaf()
+            (parameter * scale).sum().backward()
+            if sums.finish():
+                break
+            assert attempt == 0
+        sums.keep_peak()
+        assert parameter.grad is not None and torch.equal(parameter.grad, torch.full((3,), scale))
+        assert sums.peak == pytest.approx(scale)
 
 
 def test_subnormal_gradients_and_zeros() -> None:

@@ -163,12 +163,11 @@ def test_forked_ranks_equal_the_command(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_a_few_kills(bench: Bench) -> None:
+    """Two of the moments that the chaos suite goes through."""
     setting = SETTINGS[1]
     whole, tally = bench.whole(setting), Tally(f"{setting}: a few")
     for phase, kind, rank, everyone, which in (
         ("saving", "write", 1, True, 0),  # there is no checkpoint yet: the run starts over
-        ("publishing", "rename", 0, True, -2),
-        ("retention", "delete", 0, True, -2),
         ("record", "sync", 1, False, -2),
     ):
         call = [c for c in whole.answer.calls[rank] if (c.kind, c.phase) == (kind, phase)][which]

@@ -136,7 +136,7 @@ def test_a_sample_is_the_beginning_of_each_file(tmp_path):
     for name, letter, megabytes in (("a", "k", 3), ("b", "q", 1)):
         words = " ".join(letter * (1 + i % 7) for i in range(1000)) + "\n"
         (tmp_path / "in" / f"{name}.txt").write_text(words * (megabytes * (1 << 20) // len(words)) + "zzzz " * 999)
-    texts = list(_beginnings(list_files([tmp_path / "in"]), 1 << 20, {"split_documents": "line"}))
+    texts = list(_beginnings(list_files([tmp_path / "in"]), 1 << 20, None, {"split_documents": "line"}))
     sizes = {letter: sum(len(t) for t in texts if letter in t) for letter in "kqz"}
     assert sum(map(len, texts)) <= 1 << 20 and sizes["z"] == 0 and 2.9 < sizes["k"] / sizes["q"] < 3.1
     done = train(tmp_path / "in", tmp_path / "tok", "--max_sample_mb", 1)

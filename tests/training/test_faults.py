@@ -66,7 +66,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) ->
         pytest.param("step", 6, "true", marks=pytest.mark.slow),
         pytest.param("validation", 2, "false", marks=pytest.mark.slow),
         ("validation", 2, "true"),
-        ("saving", 2, "false"),
+        pytest.param("saving", 2, "false", marks=pytest.mark.slow),
         ("saving", 2, "true"),
     ],
 )

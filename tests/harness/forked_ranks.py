@@ -10,8 +10,10 @@ exists before it: no process group and no library thread, which is asserted.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import gc
+import importlib
 import json
 import mmap
 import os
@@ -35,6 +37,15 @@ import pretrain.preflight.preflight
 import pretrain.train
 from pretrain.cli.run_parser import build_parser
 from pretrain.fabric_train import leave, main
+
+# What runs and scripts import only when they need it, since each fork would import it again.
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("lit_files", "lit_model", "lit_data", "lit_eval", "pretrain")
+OURS = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+LATE = [f"torch.{name}" for name in ("_dynamo", "distributed.checkpoint", "distributed.fsdp", "distributed.tensor")]
+for module in (*LATE, *(".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in OURS)):
+    with contextlib.suppress(ModuleNotFoundError):  # of an extra that is not installed
+        importlib.import_module(module)
 
 SLOTS = 3 + len(PHASES)  # int64 in shared memory, per rank:
 STEP, KILLED_NS, PHASE, ENTERED = 0, 1, 2, 3  # steps completed, time of its kill, current phase; entries per phase

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
 
 
-VECTOR = 16  # float32 elements in the widest vector of a CPU (AVX-512)
+VECTOR = 16  # float32 elements in the widest SIMD vector of a CPU (AVX-512)
 
 
 def decays(parameter: Tensor) -> bool:
@@ -77,9 +77,8 @@ class AdamW(Optimizer):
             for bit. The kernel divides by the reciprocal; the results agree up to rounding.
 
     Args:
-        whole_vectors: on a CPU, pad tensors to whole vectors of the processor for the update. The fused kernel updates
-            the elements left over with other instructions, which round differently, and sharding changes which those
-            are.
+        whole_vectors: on a CPU, pad tensors to whole SIMD vectors for the update. The fused kernel updates the
+            remaining elements with scalar instructions, which round differently, and sharding changes which remain.
     """
 
     def __init__(

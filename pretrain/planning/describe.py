@@ -48,11 +48,11 @@ def describe(plan: Plan) -> Iterator[str]:
 
 def memory_table(plan: Plan) -> Iterator[str]:
     """A line for each strategy, in GiB, or MiB for a small model."""
-    unit, name = (2**30, "GiB") if max(s.need for s in plan.strategies) >= 2**30 else (2**20, "MiB")
+    unit, name = (2**30, "GiB") if max(s.memory.total for s in plan.strategies) >= 2**30 else (2**20, "MiB")
     title = f"memory of one device, {name}"
     yield f"{title:34}{'rows':>5}{'state':>8}{'activ.':>8}{'other':>8}{'total':>8}   largest micro-batch"
     for s in plan.strategies:
-        numbers = "".join(f"{n / unit:8.2f}" for n in (*parts(s.memory), s.need))
+        numbers = "".join(f"{n / unit:8.2f}" for n in (*parts(s.memory), s.memory.total))
         verdict = f"{s.largest} rows" if s.largest else "none"
         yield f"  {s.name:32}{s.rows:5}{numbers}   {verdict}{'' if s.fits else ', does not fit as given'}"
     if plan.device.kind == "cuda":

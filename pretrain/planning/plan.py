@@ -48,7 +48,6 @@ class Strategy:
     flags: str
     rows: int
     memory: TrainingMemory
-    need: int
     fits: bool
     largest: int
 
@@ -243,4 +242,4 @@ def strategies_of(args: RunArgs, config: ModelConfig, device: Device, devices: i
             flags = " ".join(f"--{key} {value}" for key, value in changes.items() if value != "auto")
             flags += " --train.activation_checkpointing full" if recompute == "full" else ""
             label = f"{name}, recomputing" if recompute == "full" else name
-            yield Strategy(label, flags.strip(), rows, memory, memory.total, memory.total <= limit, largest)
+            yield Strategy(label, flags.strip(), rows, memory, memory.total <= limit, largest)

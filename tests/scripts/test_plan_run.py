@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import replace
 from itertools import product
@@ -52,6 +53,12 @@ def test_ranges_contain_their_likely_value() -> None:
     assert seconds.low <= seconds.likely < seconds.high
 
 
+def test_every_device_can_be_chosen() -> None:
+    """The script names them itself, since it parses its arguments before it imports torch."""
+    names = re.search(r"^NAMES = (\(.*\))$", (ROOT / "scripts" / "plan_run.py").read_text(), flags=re.MULTILINE)
+    assert names is not None and set(ast.literal_eval(names[1])) == {*GPUS, "cpu"}
+
+
 def test_length_and_compute() -> None:
     found = planned()
     assert found.steps == -(-100_000_000_000 // (96 * 2048)) and found.tokens == found.steps * 96 * 2048
@@ -67,7 +74,7 @@ def test_memory_is_the_trainers_estimate_and_the_largest_micro_batch_fits() -> N
     ]
     args = replace(found.args, strategy="fsdp")
     setting = training_setting(args, found.config, "cuda", 8)
-    assert found.strategies[2].need == training_memory(found.config, setting).total
+    assert found.strategies[2].memory.total == training_memory(found.config, setting).total
     full = found.strategies[2]
     assert full.name == "FULL_SHARD" and full.largest == 12  # all rows of a device
     ddp = planned("--train.global_batch_samples=512", devices=8).strategies[0]

@@ -17,7 +17,7 @@ from devices import DEVICES
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_examples import examples
-from running import flags, metrics, shared_rank_server, train, train_in_process, train_killed
+from running import ROLLBACK, SPIKE, flags, metrics, shared_rank_server, train, train_in_process, train_killed
 from torch import nn
 from whole_record import read_record
 
@@ -55,7 +55,7 @@ COMMON: dict[str, Any] = {
     "train__global_batch_samples": ROWS,
     "train__micro_batch_samples": 1,
     "train__clip_norm": 0.4,
-    "model__n_embd": 24,  # so that shards end within vectors of the processor
+    "model__n_embd": 24,  # so that shard boundaries are inside a SIMD vector
     "model__intermediate_size": 44,
     "model__dropout": 0.1,
     "model__tie_embeddings": "true",
@@ -173,6 +173,19 @@ def test_a_step_is_skipped_on_every_rank(data: Path, tmp_path: Path) -> None:
         answer = shared_rank_server().run(ranks, run, arguments, plants=[spoiled])
         assert not any(answer.statuses), answer.output
         assert metrics(run)[-1]["skipped"] == "2"
+        found.append(facts(run))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.slow
+def test_a_rollback(data: Path, tmp_path: Path) -> None:
+    """After a loss spike, to a checkpoint whose grid is that of its step."""
+    found = []
+    for topology in ("single", "ddp-2", "full-3"):
+        run = tmp_path / topology
+        arguments = flags(data, run, **COMMON | ROLLBACK, **TOPOLOGIES[topology])
+        answer = shared_rank_server().run(TOPOLOGIES[topology]["devices"], run, arguments, plants=[SPIKE])
+        assert not any(answer.statuses) and "rolling back to" in answer.output, answer.output
         found.append(facts(run))
     assert found[0] == found[1] == found[2]
 

@@ -165,7 +165,7 @@ class ModelConfig:
     dropout: float = 0.0
     """Dropout probability of the embedding output and of each residual branch."""
     attention_dropout: float = 0.0
-    """Dropout probability of attention weights; most kernels do not support it (docs/models.md)."""
+    """Dropout probability of attention weights; most kernels do not support it (docs/attention.md)."""
     init: Literal["llammlein", "normal", "gpt2"] = "llammlein"
     """Initialization scheme, see lit_model/init.py."""
     init_std: float = 0.02

@@ -5,7 +5,7 @@
     python scripts/evaluate.py --all_checkpoints runs/a runs/b --tasks blimp/   # learning curves
 
 Writes the results as JSON, a picture beside them, and a table to the terminal. Tasks done before are not done again, so
-that an interrupted call is repeated to finish it. Task files and all results are described in docs/evaluation.md.
+that an interrupted call is repeated to finish it. Tasks: docs/evaluation.md; task files: docs/evaluation_tasks.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/architecture.md matches the code: the diagram, and every file and name on the page."""
+"""docs/architecture.md and docs/code_walks.md match the code: the diagram, and every file and name on the pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "architecture.md"
+PAGES = [ROOT / "docs" / "architecture.md", ROOT / "docs" / "code_walks.md"]
 
 
 def names_in(path: Path) -> set[str]:
@@ -39,8 +39,8 @@ def test_diagram_matches_the_code() -> None:
     assert done.returncode == 0
 
 
-def test_files_and_names_on_the_page_exist() -> None:
-    assert faults(PAGE.read_text(encoding="utf-8")) == []
+def test_files_and_names_on_the_pages_exist() -> None:
+    assert [fault for page in PAGES for fault in faults(page.read_text(encoding="utf-8"))] == []
 
 
 def test_a_removed_name_is_found() -> None:

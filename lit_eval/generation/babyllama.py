@@ -1,6 +1,6 @@
 """BabyLlama's own evaluation (completion accuracy, consistency, repetition, speed), with its flaws repaired.
 
-What its benchmark.py does, and what is done here instead (docs/evaluation.md has the whole table):
+What its benchmark.py does, and what is done here instead (docs/generation.md has the whole table):
 
 - Ten English prompts, so that one is ten points, and wrong answers count as right. Here 144, German and English, in six
   categories, with a standard error.

@@ -17,7 +17,7 @@ from lit_model.kernels.plain import dense_attention, plain_loop, plain_operator,
 from lit_model.kernels.variant import NAMES, PLAIN, AttentionVariant, describe, lacking
 
 # Without document boundaries. FA4 comes first here as well: on an H100, forward and backward of one layer of the 1B
-# take 1.44 ms, SDPA's 1.62, varlen's 2.55 (docs/models.md).
+# take 1.44 ms, SDPA's 1.62, varlen's 2.55 (docs/attention.md).
 _WITHOUT_DOCUMENTS = ("fa4", "sdpa", "fa3", "fa2", "varlen")
 _BEYOND_SDPA = ("window", "softcap", "dropout")  # "loop" runs these in blocks of queries, not by one call of SDPA
 

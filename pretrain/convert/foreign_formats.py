@@ -282,7 +282,7 @@ def _babyllama_model(source: Source, out: Converted, part: str, block_size: int)
         config = dataclasses.replace(config, dropout=residual, attention_dropout=attention)
     out.set_model(config, block_size)
     if config.attention_dropout:
-        note = "theirs; it rules out most attention kernels (docs/models.md): consider 0"
+        note = "theirs; it rules out most attention kernels (docs/attention.md): consider 0"
         out.notes["model.attention_dropout"] = [note]
 
 

@@ -120,7 +120,9 @@ def test_all_commands_are_found() -> None:
     assert {script for (script, _), _ in COMMANDS} >= scripts | {"pretrain/fabric_train.py", "scripts/convert_to_hf.sh"}
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_settings_exist(path: Path) -> None:
     known = {flag for action in build_parser()._actions for flag in action.option_strings}
     named = re.findall(r"(?<![\w-])--[a-z_]+\.[a-z_.]*[a-z_]", path.read_text(encoding="utf-8"))

@@ -29,7 +29,7 @@ PASSED_ON = {
     "cluster/convert.sbatch": "scripts/convert_to_hf.sh",
 }
 # Placeholders for values and omitted flags in the guides.
-VALUES = {"configs/X.yaml": "configs/debug.yaml", "N": "1"}
+VALUES = dict.fromkeys(("configs/X.yaml", "runs/mine/config.yaml"), "configs/debug.yaml") | {"N": "1"}
 FLAGS = {
     "pretrain/fabric_train.py": "--config configs/debug.yaml",
     "scripts/prepare_data.py": "--input corpus/ --tokenizer tokenizer/ --output data/",

@@ -45,6 +45,7 @@ from pretrain.failure.first_failure import begin_attempt
 from pretrain.failure.peers import Peers, on_rank_zero
 from pretrain.failure.rank_log import RankLog
 from pretrain.failure.watchdog import Watchdog, control_store
+from pretrain.free_memory import resident_bytes
 from pretrain.guards import StopRequest
 from pretrain.init_from import load_optimizer, load_weights, optimizer_of
 from pretrain.logs.environment import command_line, record_environment
@@ -54,6 +55,7 @@ from pretrain.memory_fit import Trial, fit_to_memory, is_automatic
 from pretrain.muon import Muon
 from pretrain.optim import AdamW, LossScale, Optimizer
 from pretrain.parallel import Placement, build_fabric, choose_placement, float8_fault
+from pretrain.planning.expectation import expectation
 from pretrain.resume import check_resume, is_finished, read_meta, restore, start_progress
 from pretrain.run import Progress, Run
 from pretrain.run_folder import begin_recording, metrics_columns, open_folder
@@ -122,7 +124,7 @@ def build(
     trial: Trial | None,
 ) -> Run:
     """Put the run together, once the ranks have met. `opened`: the data, if this process has opened it already."""
-    device = fabric.device
+    device, resident = fabric.device, resident_bytes()
     if (fault := float8_fault(args.precision, device)) is not None:
         raise ValueError(f"{fault}; use --precision bf16")
     if not args.data.synthetic.tokens and args.resume is None:
@@ -194,7 +196,9 @@ def build(
     recorder, compactor, trackers = begin_recording(args, settings, fabric, folder, data, progress, columns, trackers)
     if compactor is not None:
         saver.published = compactor.start
-    record_environment(folder, watchdog.log.attempt, progress.step, command_line(argv), device)
+    expected = expectation(args, config, data.train, data.block_size, data.max_steps, device, fabric.world_size)
+    expected["resident_bytes"] = resident
+    record_environment(folder, watchdog.log.attempt, progress.step, command_line(argv), device, expected)
     return Run(
         **vars(progress),
         args=args,

@@ -28,6 +28,14 @@ def host_memory_bytes(root: Path = Path("/")) -> int:
     return min([available, *cgroup_rooms(root)])
 
 
+def resident_bytes() -> int | None:
+    """Memory of this process that is resident now; None where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
 def cgroup_rooms(root: Path) -> Iterator[int]:
     """Bytes left within each memory limit of this process's control groups (v1, v2). The file cache counts as free."""
     groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 
 from lit_model.config import ModelConfig
-from lit_model.cost import TrainingSetting, training_memory
+from lit_model.cost import TrainingMemory, TrainingSetting, training_memory
 from lit_model.float8 import ALIGNMENT
-from pretrain.args import AUTO, MAX_MICRO_BATCH_TOKENS, RunArgs
+from pretrain.args import AUTO, MAX_MICRO_BATCH_TOKENS, OptimArgs, RunArgs
 from pretrain.distillation.teachers import teacher_bytes
 from pretrain.free_memory import CUDA_RESERVE_BYTES, TIGHT, free_device_bytes
 from pretrain.parallel import uses_fsdp
@@ -215,6 +215,22 @@ def training_setting(args: RunArgs, config: ModelConfig, kind: str, world_size: 
         exact_sums=t.topology_invariant,
         frozen=teacher_bytes(args.distillation, args.precision, kind, world),
     )
+
+
+def checkpoint_bytes(config: ModelConfig, args: OptimArgs) -> int:
+    """Parameters and the optimizer's moments, fp32."""
+    memory = training_memory(config, TrainingSetting(1, 1, muon=args.name == "muon"))
+    return memory.parameters + memory.optimizer
+
+
+def host_bytes(args: RunArgs, config: ModelConfig, memory: TrainingMemory, kind: str, rank: int = 0) -> int:
+    """Host memory that one rank needs beyond the process itself: offloaded state, and the checkpoint being written."""
+    state = memory.parameters + memory.optimizer
+    need = state + memory.gradients if args.train.cpu_offload else 0
+    if args.save.state_dict_type == "full":  # rank 0 holds the whole
+        copies = kind == "cuda" or uses_fsdp(args) or args.save.asynchronous
+        return need + (checkpoint_bytes(config, args.optim) if copies and rank == 0 else 0)
+    return need + (state if args.save.asynchronous else 0)
 
 
 def memory_limit(args: RunArgs, device: torch.device, neighbours: int, measured: bool) -> int:

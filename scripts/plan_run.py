@@ -2,8 +2,9 @@
 
     python scripts/plan_run.py --gpu h100 --gpus 8 --config configs/llammlein_1B.yaml
     python scripts/plan_run.py --gpu cpu --config configs/debug.yaml --train.max_steps 2000
+    python scripts/plan_run.py --gpu h100 --config my.yaml --predict_loss runs/a runs/b runs/c
 
-All flags but --gpu and --gpus are those of pretrain/fabric_train.py. Nothing is started, and the data need not exist;
+All other flags are those of pretrain/fabric_train.py. Nothing is started, and the data need not exist;
 where it does, passes over it and document lengths are taken from there. docs/planning.md says what the figures rest on.
 """
 
@@ -25,10 +26,13 @@ def main() -> None:
     parser = ScriptParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--gpu", required=True, choices=NAMES, help="kind of device; cpu: this machine's")
     parser.add_argument("--gpus", type=int, default=1, help="devices, eight a node (1)")
+    parser.add_argument(
+        "--predict_loss", type=Path, nargs="+", metavar="RUN", help="predict the final loss from three or more runs"
+    )
     args, flags = parser.parse_known_args()
     from pretrain.planning.command import plan_for
 
-    print(*plan_for(args.gpu, args.gpus, flags), sep="\n")
+    print(*plan_for(args.gpu, args.gpus, flags, args.predict_loss or []), sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
     python scripts/quickstart.py                                          # Shakespeare, in runs/quickstart/
     python scripts/quickstart.py --input corpus/ --output runs/german     # your text, in any language
+    python scripts/quickstart.py --input TinyStories-train.txt --val_input TinyStories-valid.txt \
+        --split_documents '<|endoftext|>' --vocab_size 10000 --config configs/nano-llama.yaml --output runs/nano-llama
 
 Finished steps are skipped, so that a killed quickstart resumes; `--fresh` starts over. `make quickstart` calls this
 with the Python of `.venv`.
@@ -27,11 +29,12 @@ from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from lit_data.corpus.options import SPLITS
+from lit_data.corpus.options import check_split
 from pretrain.endings import STOPPED
 from pretrain.pipeline.steps import ROOT, STATE, Pipeline, Step, begin, call, from_root, python, run_work
 
 DEFAULT = Path("runs/quickstart")
+CONFIG = "configs/quickstart.yaml"
 VOCAB_SIZE = 4096
 VAL_FRACTION = 0.02
 FEW_FILES = 10  # too few to hold some out
@@ -42,6 +45,7 @@ PROMPTS = (
     ("[Enter HAMLET and a Ghost]\n\nHAMLET\n", 3),
     ("ROMEO\nWhat light", 4),
 )
+OWN = ("val_input", "config", "split_documents", "vocab_size", "val_fraction")  # flags for a text of your own
 RESERVED_TOKENS = 24  # of the context, for the prompt
 SHORTEST_COPY = 4  # tokens of a copy from the training text that is shown
 
@@ -91,9 +95,11 @@ def plan(paths: Paths, args: argparse.Namespace) -> list[Step]:
         split: list[str | Path] = ["--val_input", paths.text / "val.jsonl"]
     else:
         make_text, text = [], list(args.input)
-        split = ["--val_fraction", str(args.val_fraction)]
+        split = ["--val_input", *args.val_input] if args.val_input else ["--val_fraction", str(args.val_fraction)]
     reading = ["--split_documents", args.split_documents] if args.split_documents is not None else []
     length = f"{args.steps} steps" if args.steps else "three to five minutes on two cores"
+    if args.config is not None and not args.steps:
+        length = f"as long as {args.config} says"
     override = (
         ["--train.max_steps", str(args.steps), "--optim.warmup_steps", str(args.steps // 10)] if args.steps else []
     )
@@ -123,7 +129,7 @@ def plan(paths: Paths, args: argparse.Namespace) -> list[Step]:
             f"training -> {paths.run} ({length}; you may interrupt it, the next call resumes)",
             (
                 python(
-                    "pretrain/fabric_train.py", "--config", "configs/quickstart.yaml", "--out_dir", paths.run,
+                    "pretrain/fabric_train.py", "--config", args.config or CONFIG, "--out_dir", paths.run,
                     "--data.train", paths.packed / "train", "--data.val", paths.packed / "val", "--resume", "auto",
                     *map(str, override),
                 ),
@@ -199,9 +205,7 @@ A larger model: the commands above marked $, with another --config. More in READ
 def main() -> int:
     parser = ScriptParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier call wrote, and begin again")
-    parser.add_argument(
-        "--steps", type=int, metavar="N", help="train N steps instead of those of configs/quickstart.yaml"
-    )
+    parser.add_argument("--steps", type=int, metavar="N", help="train N steps instead of those of the config")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help=f"folder to work in (default: {DEFAULT}; --input needs one)"
     )
@@ -209,37 +213,60 @@ def main() -> int:
     own.add_argument(
         "--input", nargs="+", metavar="PATH", help="files, folders, patterns or hf:NAME, as for prepare_data.py"
     )
-    own.add_argument("--split_documents", choices=SPLITS, help="documents in plain text (default: one per file)")
+    own.add_argument(
+        "--val_input", nargs="+", metavar="PATH", help="validation text (default: --val_fraction of the documents)"
+    )
+    own.add_argument("--config", type=Path, metavar="FILE", help=f"model and training (default: {CONFIG})")
+    own.add_argument(
+        "--split_documents",
+        metavar="UNIT",
+        help="documents in plain text: file (default), blank_line, line, or the line between them",
+    )
     own.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, metavar="N", help=f"default: {VOCAB_SIZE}")
     own.add_argument(
         "--val_fraction", type=float, default=VAL_FRACTION, metavar="F",
         help=f"fraction of the documents held out for validation (default: {VAL_FRACTION})",
     )  # fmt: skip
     args = parser.parse_args()
-    if args.input is None and (extra := parser.given.keys() & {"split_documents", "vocab_size", "val_fraction"}):
+    if args.input is None and (extra := parser.given.keys() & set(OWN)):
         raise ValueError(f"--{min(extra)} is for text of your own: give it by --input")
     if args.input is not None and args.output is None:
         raise ValueError(f"--input {' '.join(args.input)} needs --output DIR, a folder for its model")
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: at least 1 is needed")
+    if {"val_input", "val_fraction"} <= parser.given.keys():
+        raise ValueError("give --val_input or --val_fraction, not both")
+    if args.split_documents is not None:
+        check_split(args.split_documents)
+    if args.config is not None:
+        if not args.config.is_file():
+            raise ValueError(f"--config {args.config}: there is no such file")
+        args.config = str(from_root(args.config))
     if args.input is not None:
         from lit_data.corpus.files import TEXT_SUFFIXES, list_files
 
         local = [name for name in args.input if not name.startswith("hf:")]
         files = list_files(local)
-        whole = args.split_documents in (None, "file") and all(file.kind in TEXT_SUFFIXES for file in files)
+        whole = (
+            args.val_input is None
+            and args.split_documents in (None, "file")
+            and all(file.kind in TEXT_SUFFIXES for file in files)
+        )
         if whole and 0 < len(files) < FEW_FILES and len(local) == len(args.input):
             raise ValueError(
                 f"--input {' '.join(args.input)} holds {len(files)} plain-text files, each one document: too few to "
-                "hold some out for validation. Give --split_documents blank_line or line, or more files"
+                "hold some out for validation. Give --split_documents blank_line or line, --val_input, or more files"
             )
-        args.input = [str(from_root(Path(name))) if name in local else name for name in args.input]
+        for flag in ("input", "val_input"):
+            named = getattr(args, flag)
+            if named is not None:
+                setattr(args, flag, [name if name.startswith("hf:") else str(from_root(Path(name))) for name in named])
     paths = Paths(from_root(args.output or ROOT / DEFAULT))
     if args.fresh:
         for folder in ("data", "tokenizer", "run", "hf"):  # by name: DIR may hold other things
             shutil.rmtree(ROOT / paths.top / folder, ignore_errors=True)
         (ROOT / paths.top / STATE).unlink(missing_ok=True)
-    flags = ("input", "split_documents", "vocab_size", "val_fraction")
+    flags = ("input", *OWN)
     shakespeare = {flag: parser.get_default(flag) for flag in flags}
     before = shakespeare if (ROOT / paths.tokenizer).exists() else None  # of a version without a state file
     pipeline = Pipeline(ROOT / paths.top, {flag: getattr(args, flag) for flag in flags}, before)

@@ -184,8 +184,8 @@ def large_plain_text(files: Sequence[TextFile]) -> list[str]:
         return []
     more = f", and so are {len(large) - 1} more plain-text files over 1 MB" if len(large) > 1 else ""
     return [
-        f"{large[0][0]} ({large[0][1] / 1e6:.1f} MB) is read as one document{more}; --split_documents line or "
-        "blank_line cuts it, --split_documents file says that it is one"
+        f"{large[0][0]} ({large[0][1] / 1e6:.1f} MB) is read as one document{more}; --split_documents line, "
+        "blank_line or a separator cuts it, --split_documents file says that it is one"
     ]
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lit_data.corpus.files import PARQUET, TEXT_SUFFIXES, ReadErrors, TextFile, list_files
-from lit_data.corpus.options import MAX_DOCUMENT_MB, SPLITS, OnError, SplitDocuments
+from lit_data.corpus.options import MAX_DOCUMENT_MB, OnError, check_split
 from lit_data.corpus.parquet_columns import column_of, first_group, has_column, no_column, rows_at_once, values_of
 from lit_data.corpus.streams import DamagedError, after_lines, bytes_within, chunks_of, lines_of
 
@@ -65,7 +65,7 @@ def read_documents(
     id_field: str = "id",
     require_id: bool = False,
     metadata: Sequence[str] = (),
-    split_documents: SplitDocuments = "file",
+    split_documents: str = "file",
     max_document_mb: int = MAX_DOCUMENT_MB,
     errors: ReadErrors | None = None,
     start: Place | None = None,
@@ -82,7 +82,7 @@ def read_documents(
         require_id: treat a document without one as a fault (except with one document per file).
         metadata: extra keys or columns to keep; non-text values are written as JSON.
         split_documents: unit of a document in plain text: `file`; `blank_line` for the lines between two of them;
-            `line` for each non-blank line.
+            `line` for each non-blank line; any other text for what is between lines equal to it.
         max_document_mb: a longer document (of 2^20 bytes each) is a fault.
         errors: collects skipped input.
         start: continue right after the document at this place, `Place(document.file, document.place)`. Nothing before
@@ -94,8 +94,7 @@ def read_documents(
     """
     if on_error not in ("stop", "skip"):
         raise ValueError(f"--on_error {on_error}: choose stop or skip")
-    if split_documents not in SPLITS:
-        raise ValueError(f"--split_documents {split_documents}: choose one of {', '.join(SPLITS)}")
+    check_split(split_documents)
     if max_document_mb < 1:
         raise ValueError(f"--max_document_mb {max_document_mb}: at least 1 is needed")
     errors = errors if errors is not None else ReadErrors()
@@ -142,7 +141,7 @@ class _FileReader:
     number: int
     on_error: OnError
     fields: _Fields
-    split_documents: SplitDocuments
+    split_documents: str
     max_document_mb: int
     errors: ReadErrors
 
@@ -157,8 +156,8 @@ class _FileReader:
                 yield from self._json_lines(after or 0)
             elif self.split_documents == "line":
                 yield from self._lines(after or 0)
-            elif self.split_documents == "blank_line":
-                yield from self._paragraphs(after or 0)
+            elif self.split_documents != "file":
+                yield from self._sections(after or 0)
             elif after is None:
                 yield from self._whole_file()
         except OSError as error:  # a disk or permission error: can't be skipped
@@ -187,7 +186,7 @@ class _FileReader:
             self._fault(f"{error}", error)
             return
         if data is None:
-            self._too_long("one document", "; --split_documents line or blank_line cuts the file")
+            self._too_long("one document", "; --split_documents line, blank_line or a separator cuts the file")
             return
         try:
             text = data.decode("utf-8")
@@ -219,21 +218,22 @@ class _FileReader:
             elif (text := self._decoded(line.removesuffix(b"\r"), place)) and not text.isspace():
                 yield self._piece(place, text)
 
-    def _paragraphs(self, after: int) -> Iterator[Document]:
-        """Read the text between blank lines as documents, with inner line ends unchanged."""
-        # `after` is the first line of a paragraph already read: it is read again and skipped.
-        for place, text in self._between_blank_lines(max(0, after - 1)):
+    def _sections(self, after: int) -> Iterator[Document]:
+        """Read the text between blank lines, or between separators, as documents, with inner line ends unchanged."""
+        # `after` is the first line of a section already read: it is read again and skipped.
+        for place, text in self._between_separators(max(0, after - 1)):
             if place != after:
                 yield self._piece(place, text)
 
-    def _between_blank_lines(self, after: int) -> Iterator[tuple[int, str]]:
-        """Iterate over paragraphs without faults: (number of the first line, text)."""
+    def _between_separators(self, after: int) -> Iterator[tuple[int, str]]:
+        """Iterate over sections without faults: (number of the first line, text)."""
+        separator = "" if self.split_documents == "blank_line" else self.split_documents
         begin, size = 0, 0
         parts: list[str] | None = []  # None after a fault, until the paragraph ends
         for place, line in self._numbered_lines(after):
-            if line is not None and not line.decode("utf-8", "replace").strip():
-                if parts:
-                    yield begin, "\n".join(parts).removesuffix("\r")
+            if line is not None and line.decode("utf-8", "replace").strip() == separator:
+                if parts and any(map(str.strip, parts)):
+                    yield begin, "\n".join(parts).strip("\r\n")
                 begin, size, parts = 0, 0, []
                 continue
             begin = begin or place
@@ -241,14 +241,14 @@ class _FileReader:
                 continue
             size += len(line) + 1 if line is not None else 0
             if line is None or size > self._limit:
-                self._too_long(f"line {begin}: a paragraph")
+                self._too_long(f"line {begin}: {'a paragraph' if separator == '' else 'the text between separators'}")
                 parts = None
             elif (text := self._decoded(line, place)) is None:
                 parts = None
             else:
                 parts.append(text)
-        if parts:
-            yield begin, "\n".join(parts).removesuffix("\r")
+        if parts and any(map(str.strip, parts)):
+            yield begin, "\n".join(parts).strip("\r\n")
 
     def _decoded(self, line: bytes, place: int) -> str | None:
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_data.corpus.options import MAX_DOCUMENT_MB, SPLITS, OnError, SplitDocuments
+from lit_data.corpus.options import MAX_DOCUMENT_MB, OnError, check_split
 from lit_files.cores import usable_cores
 
 Stage = Literal["hash", "join", "encode", "merge"]
@@ -55,8 +55,8 @@ class Settings:
     """Treat a document without an id as an error."""
     metadata: tuple[str, ...] = ()
     """Further keys or columns to keep with each document (docs.parquet)."""
-    split_documents: SplitDocuments = "file"
-    """Documents in plain text: one per file, per block between blank lines, or per line."""
+    split_documents: str = "file"
+    """Documents in plain text: file, blank_line, line, or the line that separates them, such as '<|endoftext|>'."""
     max_document_mb: int = MAX_DOCUMENT_MB
     """Maximum size of a document, in MB; a longer one is an error."""
 
@@ -121,8 +121,7 @@ def _check(s: Settings) -> None:
             raise ValueError(f"--metadata {column}: the name is reserved, as are all of {', '.join(RESERVED_COLUMNS)}")
     if len(set(s.metadata)) != len(s.metadata):
         raise ValueError(f"--metadata {' '.join(s.metadata)}: a name is given twice")
-    if s.split_documents not in SPLITS:
-        raise ValueError(f"--split_documents {s.split_documents}: choose one of {', '.join(SPLITS)}")
+    check_split(s.split_documents)
     if not 0 <= s.min_language_probability <= 1:
         raise ValueError(f"--min_language_probability {s.min_language_probability}: give one between 0 and 1")
     if s.special_tokens not in ("text", "parse"):

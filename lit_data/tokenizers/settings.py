@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lit_data.corpus.options import MAX_DOCUMENT_MB, OnError, SplitDocuments
+from lit_data.corpus.options import MAX_DOCUMENT_MB, OnError
 
 Kind = Literal["byte_bpe", "sentencepiece"]
 
@@ -31,8 +31,8 @@ class TokenizerSettings:
     """On invalid text: stop with an error, or skip and count the document."""
     text_field: str = "text"
     """JSON key or column of the text."""
-    split_documents: SplitDocuments = "file"
-    """How to split plain text into documents; bounds memory for large files."""
+    split_documents: str = "file"
+    """Documents in plain text: file, blank_line, line, or the line between them. Short ones bound memory."""
     cleaner: str | None = None
     """Clean the text first, as --cleaner of scripts/prepare_data.py does. Default: the text is unchanged."""
     max_document_mb: int = MAX_DOCUMENT_MB

@@ -35,6 +35,7 @@ from lit_eval.report.elements import (
     tiles,
 )
 from lit_eval.report.page import fit, page
+from lit_eval.report.plan_table import plan_table
 from lit_eval.run_facts import RunFacts, Sample, flatten, read_run
 from lit_eval.score.results import Results
 from lit_eval.spikes import LossSpike, find_spikes
@@ -428,7 +429,7 @@ def _speed(run: RunFacts, points: int) -> str:
         double(m, mfu, "Model FLOPs utilisation", "Share of the peak", zero=True),
         single(m, "memory_gib", "Peak memory", "GiB", zero=True),
     ]
-    return grid(_rendered(charts, m, points))
+    return grid(_rendered(charts, m, points)) + plan_table(run)
 
 
 def grid(charts: Sequence[str]) -> str:

@@ -51,12 +51,15 @@ SECRET_VALUE = re.compile(
 MASK = "***"
 
 
-def record_environment(run: Path, attempt: str, step: int, argv: Sequence[str], device: torch.device) -> None:
+def record_environment(
+    run: Path, attempt: str, step: int, argv: Sequence[str], device: torch.device, plan: dict[str, Any]
+) -> None:
     """Append this start's line. Every rank calls this; rank 0 writes. Disk errors never raise.
 
     Args:
         attempt: the id of this start, stored in its checkpoints.
         step: optimizer steps completed at this start.
+        plan: see `pretrain.planning.expectation`.
     """
     mine = {"host": socket.gethostname(), "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
     ranks: list[Any] = [mine]
@@ -75,6 +78,7 @@ def record_environment(run: Path, attempt: str, step: int, argv: Sequence[str], 
         "gpus": sorted({f"{rank['gpu']}" for rank in ranks if rank["gpu"]}),
         **local_facts(),
         "command": clean_command(argv),
+        "plan": plan,
     }
     try:
         append_line(run / FILE, json.dumps(facts, ensure_ascii=False))

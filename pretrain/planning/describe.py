@@ -8,13 +8,14 @@ from lit_model.cost import TrainingMemory
 from pretrain.free_memory import CUDA_RESERVE_BYTES
 from pretrain.planning.advice import warnings
 from pretrain.planning.devices import Range
+from pretrain.planning.loss import COVERAGE, PredictedLoss
 from pretrain.planning.plan import DISK_BYTES_PER_S, Plan, least_devices
 
 YEAR_S = 365.25 * 86400
 
 
-def describe(plan: Plan) -> Iterator[str]:
-    """The lines of a plan."""
+def describe(plan: Plan, loss: PredictedLoss | None = None, runs: int = 0) -> Iterator[str]:
+    """The lines of a plan. `loss`: predicted from so many runs."""
     args, config, device = plan.args, plan.config, plan.device
     active = f", {plan.active / 1e6:,.1f}M of them for each token" if plan.active != plan.parameters else ""
     shape = f"{config.n_layer} layers of width {config.n_embd}"
@@ -40,6 +41,9 @@ def describe(plan: Plan) -> Iterator[str]:
     yield f"saving    {size(plan.checkpoint)} a checkpoint, {save_s:.1f} s at 1 GB/s (--preflight measures the disk)"
     kept, data, record = map(size, plan.disk)
     yield f"disk      {kept} for checkpoints, {data} for packed data, {record} for the record"
+    if loss is not None:
+        interval = f"{loss.low:.3f} to {loss.high:.3f} at {COVERAGE:.0%}"
+        yield f"loss      {loss.median:.3f} nats a token ({interval}), predicted from {runs} runs"
     if not any(s.fits for s in plan.strategies):
         yield from changes(plan)
     for warning in warnings(plan):

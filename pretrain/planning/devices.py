@@ -14,8 +14,6 @@ MEASURED = ((124_766_976, 0.390), (1_100_310_528, 0.529))
 """(parameters, MFU with attention in full) of compiled bf16 steps on one H100 (docs/performance.md)."""
 MEASURED_ON = ("h100", "h200")
 NOT_COMPILED = 1 / 1.2
-RECOMPUTED = {"none": 1.0, "op": 0.9, "block": 0.87, "full": 0.75}
-"""Speed by activation checkpointing: `full` computes each forward twice, a third more (docs/parallelism.md)."""
 CPU_SHARE = (0.5, 0.7, 0.77)
 """Of the rate of a matrix multiply, low, likely and high: what steps reached on two cores (docs/performance.md)."""
 
@@ -40,24 +38,24 @@ class Device:
     watts: float | None
 
 
-def _gpu(name: str, flops: float, fp32: float, gib: float, watts: float) -> Device:
-    return Device(name, "cuda", flops, fp32, int(gib * 2**30), watts)
+def _gpu(name: str, peak: str, fp32: float, gib: float, watts: float) -> Device:
+    return Device(name, "cuda", PEAK_FLOPS[peak], fp32, int(gib * 2**30), watts)
 
 
 GPUS = {
-    "h100": _gpu("NVIDIA H100 SXM 80GB", PEAK_FLOPS["H100"], 67e12, 79.1, 700),
-    "h200": _gpu("NVIDIA H200", PEAK_FLOPS["H200"], 67e12, 139.8, 700),
-    "a100": _gpu("NVIDIA A100 SXM 80GB", PEAK_FLOPS["A100"], 19.5e12, 79.1, 400),
-    "b200": _gpu("NVIDIA B200", PEAK_FLOPS["B200"], 75e12, 178.0, 1000),
-    "rtx4090": _gpu("NVIDIA RTX 4090", PEAK_FLOPS["RTX 4090"], 82.6e12, 23.5, 450),
+    "h100": _gpu("NVIDIA H100 SXM 80GB", "H100", 67e12, 79.1, 700),
+    "h200": _gpu("NVIDIA H200", "H200", 67e12, 139.8, 700),
+    "a100": _gpu("NVIDIA A100 SXM 80GB", "A100", 19.5e12, 79.1, 400),
+    "b200": _gpu("NVIDIA B200", "B200", 75e12, 178.0, 1000),
+    "rtx4090": _gpu("NVIDIA RTX 4090", "RTX 4090", 82.6e12, 23.5, 450),
 }
 
 
 def this_cpu(memory: int, processes: int) -> Device:
-    """One of some processes that share this machine's CPU, each with `memory` bytes; times a 1024 x 1024 product."""
-    n, seconds = 1024, []
-    a = torch.randn(n, n)
-    for _ in range(4):
+    """One of some processes that share this machine's CPU, each with `memory` bytes; times products of 512 x 512."""
+    n, seconds = 512, []
+    a = torch.full((n, n), 0.5)  # not random: the run's generator stays as it is
+    for _ in range(12):
         begin = time.perf_counter()
         a @ a
         seconds.append(time.perf_counter() - begin)
@@ -84,7 +82,7 @@ def flops_per_second(
     precision: str,
     *,
     compiled: bool,
-    recompute: str,
+    recompute: float,
     devices: int,
     nodes: int,
 ) -> Range:
@@ -92,17 +90,18 @@ def flops_per_second(
 
     On GPUs: the MFU of the measured steps, interpolated over the logarithm of the model's size and not extrapolated,
     times the device's peak. The bounds are 10 % on the kind of card that was measured, 30 % on others, and wider for
-    what was not measured: several devices, fp32, no compilation.
+    what was not measured: several devices, fp32, no compilation. `recompute`: speed with activation checkpointing over
+    that without.
     """
     if device.kind == "cpu":
         low, likely, high = (share * device.flops for share in CPU_SHARE)
-        return Range(low, likely, high).times(*[RECOMPUTED[recompute]] * 3)
+        return Range(low, likely, high).times(*[recompute] * 3)
     (small, slow), (large, fast) = MEASURED
     position = (math.log(parameters) - math.log(small)) / (math.log(large) - math.log(small))
     mfu = slow + (fast - slow) * min(max(position, 0.0), 1.0)
     peak = device.flops_fp32 if precision == "fp32" else device.flops
     spread = 0.1 if name in MEASURED_ON else 0.3
-    found = Range(1 - spread, 1.0, 1 + spread).times(*[mfu * peak * RECOMPUTED[recompute]] * 3)
+    found = Range(1 - spread, 1.0, 1 + spread).times(*[mfu * peak * recompute] * 3)
     if not compiled:
         found = found.times(0.8 * NOT_COMPILED, NOT_COMPILED, 1.0)
     if precision == "fp32":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,23 +15,26 @@ from lit_model.config import ModelConfig
 from lit_model.cost import (
     TrainingMemory,
     count_active_parameters,
+    count_multiplying_parameters,
     count_parameters,
     flops_per_token,
     training_memory,
 )
+from lit_model.load import load_tensors
+from lit_model.model import is_recomputed
 from lit_model.registry import get_config
-from pretrain.args import AUTO, SHARDED_ONLY, ModelArgs, RunArgs
+from pretrain.args import AUTO, SHARDED_ONLY, ModelArgs, RunArgs, TrainArgs
 from pretrain.free_memory import CUDA_RESERVE_BYTES, TIGHT
 from pretrain.init_from import model_config
-from pretrain.memory_fit import training_setting
+from pretrain.memory_fit import checkpoint_bytes, host_bytes, training_setting
 from pretrain.planning.devices import Device, Range, flops_per_second
-from pretrain.preflight.machine import checkpoint_bytes
 
 RECORD_BYTES_PER_SPAN = 23.2  # 1.0e9 spans took 23.3 GB (benchmarks/results/2026-11-21-record-1e9.json)
 VOCABULARY = 32_000  # assumed where neither the model's name nor the data gives it
 TOKENS_PER_SPAN = 300  # a document's, assumed where the data is not available
 MOST_DEVICES = 4096
 EXACT_SUMS_SPEED = (0.55, 0.8, 1.0)  # of a step with --train.topology_invariant (docs/reproducibility.md)
+CPU_PROCESS_BYTES = 0
 RECOMPUTE: tuple[Literal["none", "full"], ...] = ("none", "full")
 DISK_BYTES_PER_S = 1e9  # assumed; --preflight measures it
 
@@ -98,25 +102,10 @@ def plan(args: RunArgs, gpu: str, device: Device, devices: int) -> Plan:
     block_size = args.train.block_size or config.block_size
     tokens, steps = length(args, block_size, n_tokens)
     strategies = list(strategies_of(args, config, device, devices))
-    rate = flops_per_second(
-        gpu,
-        device,
-        count_active_parameters(config),
-        args.precision,
-        compiled=args.compile,
-        recompute="none" if args.train.activation_checkpointing == AUTO else args.train.activation_checkpointing,
-        devices=devices,
-        nodes=args.num_nodes,
-    )
-    if args.train.topology_invariant:
-        rate = rate.times(*EXACT_SUMS_SPEED)
-    per_token = flops_per_token(config, block_size)
-    speed = rate.times(*[devices / per_token] * 3)
     checkpoint = checkpoint_bytes(config, args.optim)
     n_documents = sum(dataset.n_documents for dataset in data)
     mean_document = n_tokens / n_documents if n_tokens and n_documents else None
-    # A document begins a span, and so does a row.
-    spans = tokens * (1 / (mean_document or TOKENS_PER_SPAN) + 1 / block_size) if args.data.datapoints else 0.0
+    speed = expected_speed(args, config, gpu, device, devices, block_size, mean_document)
     data_bytes = (
         sum(d.n_tokens * d.dtype.itemsize for d in data) if data else tokens * (2 if config.vocab_size <= 65536 else 4)
     )
@@ -132,12 +121,74 @@ def plan(args: RunArgs, gpu: str, device: Device, devices: int) -> Plan:
         steps=steps,
         epochs=tokens / n_tokens if n_tokens else None,
         mean_document=mean_document,
-        flops=tokens * per_token,
+        flops=tokens * flops_per_token(config, block_size),
         strategies=strategies,
         speed=speed,
         checkpoint=checkpoint,
-        disk=(checkpoint * (checkpoints(args, steps) + 1), data_bytes, int(RECORD_BYTES_PER_SPAN * spans)),
+        disk=(
+            checkpoint * (checkpoints(args, steps) + 1),
+            data_bytes,
+            record_bytes(args, tokens, block_size, mean_document),
+        ),
     )
+
+
+def expected_speed(
+    args: RunArgs,
+    config: ModelConfig,
+    gpu: str,
+    device: Device,
+    devices: int,
+    block_size: int,
+    mean_document: float | None,
+) -> Range:
+    """Tokens/s of all devices. Teachers that compute beside the student are counted."""
+    flops = partial(flops_per_token, block_size=block_size)
+    if device.kind == "cpu":  # the attention that is computed; GPUs were measured by the convention
+        flops = partial(flops_per_token, block_size=int(min(block_size, mean_document or block_size)), causal=True)
+    rate = flops_per_second(
+        gpu,
+        device,
+        count_active_parameters(config),
+        args.precision,
+        compiled=args.compile,
+        recompute=recomputed_speed(args.train, config),
+        devices=devices,
+        nodes=args.num_nodes,
+    )
+    if args.train.topology_invariant:
+        rate = rate.times(*EXACT_SUMS_SPEED)
+    per_token = flops(config)
+    teachers = [load_tensors(entry.path)[0] for entry in args.distillation.teachers]
+    per_token += sum(map(flops, teachers)) / 3  # forward only
+    return rate.times(*[devices / per_token] * 3)
+
+
+def cpu_overhead_bytes(args: RunArgs, config: ModelConfig, memory: TrainingMemory) -> int:
+    """Memory of a process that trains on a CPU beside the tensors that are estimated."""
+    return host_bytes(args, config, memory, "cpu") + CPU_PROCESS_BYTES
+
+
+def recomputed_speed(train: TrainArgs, config: ModelConfig) -> float:
+    """Speed with activation checkpointing over that without it: a recomputed block computes its forward, a third of
+    its work, twice."""
+    if train.activation_checkpointing == "op":
+        return 0.9  # docs/parallelism.md
+    if train.activation_checkpointing in ("none", AUTO):
+        return 1.0
+    every, first = train.activation_checkpointing_every, train.activation_checkpointing_blocks
+    layers = range(config.n_layer)
+    whole = train.activation_checkpointing == "full"
+    share = sum(whole or is_recomputed(layer, every, first) for layer in layers) / config.n_layer
+    head = config.padded_vocab_size * config.n_embd / count_multiplying_parameters(config)
+    return 1 / (1 + share * (1 - head) / 3)
+
+
+def record_bytes(args: RunArgs, tokens: int, block_size: int, mean_document: float | None) -> int:
+    """Bytes of the record of so many tokens. A document begins a span, and so does a row."""
+    if not args.data.datapoints:
+        return 0
+    return int(RECORD_BYTES_PER_SPAN * tokens * (1 / (mean_document or TOKENS_PER_SPAN) + 1 / block_size))
 
 
 def vocabulary(args: ModelArgs) -> int:

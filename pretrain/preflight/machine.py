@@ -20,10 +20,8 @@ import torch.distributed as dist
 from lit_files.checkpoint_name import list_checkpoints
 from lit_files.cores import usable_cores
 from lit_files.publish import sync_file, write_text
-from lit_model.config import ModelConfig
-from lit_model.cost import TrainingSetting, training_memory
-from pretrain.args import OptimArgs
 from pretrain.logs.environment import code_hash, driver_version
+from pretrain.memory_fit import checkpoint_bytes
 from pretrain.parallel import float8_fault
 from pretrain.preflight.context import Finding, PreflightContext, odd_ones, results, show_bytes
 from pretrain.preflight.nccl_transport import has_verbs, infiniband_devices, read_log, slow_for, transports
@@ -294,12 +292,6 @@ def measure_disk(scratch: Path | None, ranks: Ranks) -> tuple[float, float]:
 
 def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
-
-
-def checkpoint_bytes(config: ModelConfig, args: OptimArgs) -> int:
-    """Parameters and the optimizer's moments, fp32."""
-    memory = training_memory(config, TrainingSetting(1, 1, muon=args.name == "muon"))
-    return memory.parameters + memory.optimizer
 
 
 def room_for_checkpoints(s: PreflightContext, free: int) -> tuple[bool, str]:

@@ -8,13 +8,11 @@ from dataclasses import replace
 import torch
 
 from lit_model.config import ModelConfig
-from lit_model.cost import TrainingMemory, TrainingSetting, training_memory
+from lit_model.cost import TrainingSetting, training_memory
 from lit_model.load import Checkpoint
 from pretrain.free_memory import CUDA_RESERVE_BYTES, TIGHT, free_device_bytes
-from pretrain.memory_fit import fit_to_memory, training_setting
-from pretrain.parallel import uses_fsdp
+from pretrain.memory_fit import fit_to_memory, host_bytes, training_setting
 from pretrain.preflight.context import Finding, PreflightContext, faults, results, show_bytes
-from pretrain.preflight.machine import checkpoint_bytes
 
 
 def check_memory(s: PreflightContext) -> Finding:
@@ -27,7 +25,7 @@ def check_memory(s: PreflightContext) -> Finding:
         return Finding("failed", str(error))
     setting = training_setting(s.args, s.config, s.kind or "cuda", s.world_size)
     s.memory = memory = training_memory(s.config, setting)
-    host_need = host_bytes(s, memory)
+    host_need = host_bytes(s.args, s.config, memory, s.kind or "cuda", s.ranks.rank)
     parts = f"state {show_bytes(memory.parameters + memory.gradients + memory.optimizer)}, activations "
     parts += f"{show_bytes(memory.activations)}, loss {show_bytes(memory.loss + memory.workspace)}"
     parts += f", weights gathered or cast {show_bytes(memory.gathered)}" if memory.gathered else ""
@@ -63,17 +61,6 @@ def fit_settings(s: PreflightContext, config: ModelConfig) -> str:
     block_size = s.args.train.block_size or config.block_size
     s.args, line = fit_to_memory(s.args, config, block_size, device, s.ranks.gather, kept=kept)
     return "" if line is None else f"{line.partition(':')[0]} (auto), "
-
-
-def host_bytes(s: PreflightContext, memory: TrainingMemory) -> int:
-    """Host memory that one rank needs beyond the process itself: offloaded state, and the checkpoint being written."""
-    state = memory.parameters + memory.optimizer
-    need = state + memory.gradients if s.args.train.cpu_offload else 0
-    if s.args.save.state_dict_type == "full":  # rank 0 holds the whole
-        assert s.config is not None
-        copies = s.kind == "cuda" or uses_fsdp(s.args) or s.args.save.asynchronous
-        return need + (checkpoint_bytes(s.config, s.args.optim) if copies and s.ranks.rank == 0 else 0)
-    return need + (state if s.args.save.asynchronous else 0)
 
 
 def available_bytes(s: PreflightContext, neighbours: int) -> tuple[int, int]:

@@ -325,6 +325,21 @@ def test_reading_resumes_after_any_document(tmp_path):
         assert before + rest_errors.count == errors.count
 
 
+def test_documents_between_separators(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text(
+        "One.\n\nStill one.\n<|endoftext|>\n\nTwo.\r\n <|endoftext|> \n\n \n<|endoftext|>\nThree <|endoftext|>\n"
+    )
+    found = list(read_documents([path], split_documents="<|endoftext|>"))
+    assert [document.text for document in found] == ["One.\n\nStill one.", "Two.", "Three <|endoftext|>"]
+    for i, document in enumerate(found):
+        rest = read_documents([path], split_documents="<|endoftext|>", start=Place(document.file, document.place))
+        assert [other.text for other in rest] == [other.text for other in found[i + 1 :]]
+    for wrong in ("blanklines", " ###", ""):
+        with pytest.raises(ValueError, match="--split_documents"):
+            read_documents([path], split_documents=wrong)
+
+
 def test_documents_before_a_position_are_not_parsed(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"no JSON\n" * 70_000 + json_lines({"text": "one"}, {"text": "two"}))
     (tmp_path / "b.txt.gz").write_bytes(b"no gzip file")

@@ -44,7 +44,7 @@ def test_ranges_contain_their_likely_value() -> None:
         found = flops_per_second(
             *(gpu, GPUS[gpu], 10**9, precision),
             compiled=compiled,
-            recompute="none",
+            recompute=1.0,
             devices=devices,
             nodes=devices // 8,
         )

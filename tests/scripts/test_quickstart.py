@@ -61,6 +61,22 @@ def test_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "train_tokenizer.py" in commands_of(monkeypatch, "--input", other, *given[2:], "--fresh")[0]
 
 
+def test_the_recipe_of_tinystories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train.txt", "valid.txt"):
+        (tmp_path / name).write_text("One day.\n\nThe end.\n<|endoftext|>\nA dog ran.\n")
+    given = ["--input", tmp_path / "train.txt", "--val_input", tmp_path / "valid.txt", "--vocab_size", 10000]
+    given += ["--split_documents", "<|endoftext|>", "--config", ROOT / "configs" / "nano-llama.yaml"]
+    out = tmp_path / "out"
+    tokenizer = out / "tokenizer" / "tokenizer.json"
+    (made,) = commands_of(monkeypatch, *given, "--output", out)
+    assert "--split_documents '<|endoftext|>' --vocab_size 10000" in made
+    tokenizer.parent.mkdir()
+    tokenizer.touch()
+    prepared, training = commands_of(monkeypatch, *given, "--output", out, finish=1)
+    assert f"--val_input {tmp_path / 'valid.txt'} --split_documents '<|endoftext|>'" in prepared
+    assert "--config configs/nano-llama.yaml" in training
+
+
 def test_refusals(tmp_path: Path) -> None:
     text = write_texts(tmp_path / "text", 3)
     out = ["--output", tmp_path / "out"]
@@ -68,6 +84,11 @@ def test_refusals(tmp_path: Path) -> None:
     assert "--input" in script_error("quickstart.py", "--vocab_size", 500)
     assert "needs --output" in script_error("quickstart.py", "--input", text)
     assert "does not exist" in script_error("quickstart.py", "--input", tmp_path / "none", *out)
+    both = ["--val_input", text, "--val_fraction", 0.1]
+    assert "not both" in script_error("quickstart.py", "--input", text, *both, *out)
+    typing_error = script_error("quickstart.py", "--input", text, "--split_documents", "blankline", *out)
+    assert "did you mean blank_line?" in typing_error
+    assert "there is no such file" in script_error("quickstart.py", "--input", text, "--config", "none.yaml", *out)
     assert "--steps 0" in script_error("quickstart.py", "--steps", 0)
     (tmp_path / "empty").mkdir()
     assert "holds no text" in script_error("quickstart.py", "--input", tmp_path / "empty", *out)
@@ -81,6 +102,28 @@ def test_folder_of_an_earlier_version(tmp_path: Path, monkeypatch: pytest.Monkey
     error = script_error("quickstart.py", "--input", write_texts(tmp_path / "text"), "--output", tmp_path)
     assert "was started with no --input" in error
     assert "quickstart_corpus.py" in commands_of(monkeypatch, "--output", tmp_path)[0]
+
+
+@pytest.mark.slow
+def test_stories_from_end_to_end(tmp_path: Path) -> None:
+    """A small TinyStories with a config of one's own: two epochs, their table of perplexities in the report."""
+    texts = synthetic_texts(300, 1)
+    for name, part in (("train.txt", texts[:280]), ("valid.txt", texts[280:])):
+        (tmp_path / name).write_text("\n<|endoftext|>\n".join(part))
+    config = {
+        "model": {"n_layer": 1, "n_head": 2, "n_embd": 32, "intermediate_size": 64},
+        "train": {"max_epochs": 2, "global_batch_samples": 8, "micro_batch_samples": 8, "block_size": 64},
+        "optim": {"warmup_steps": 2},
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(config))
+    line = [sys.executable, str(ROOT / "scripts" / "quickstart.py"), "--input", "train.txt", "--val_input", "valid.txt"]
+    line += ["--split_documents", "<|endoftext|>", "--config", "mine.yaml", "--vocab_size", "400", "--output", "out"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (
+        json.loads((tmp_path / "out" / "data" / "packed" / "train" / "manifest.json").read_text())["n_documents"] == 280
+    )
+    assert "Loss and perplexity by epoch" in (tmp_path / "out" / "run" / "report.html").read_text()
 
 
 @pytest.mark.slow

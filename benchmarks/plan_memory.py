@@ -81,7 +81,7 @@ def run_once(name: str, folder: Path, data: Path) -> tuple[dict[str, Any], float
     run = read_run(folder)
     plan, m = run.starts[-1]["plan"], run.metrics
     cuda = bool(run.starts[-1]["gpus"])
-    memory = max(m.finite("memory_gib")) * 2**30 - (0 if cuda else plan["resident_bytes"])
+    memory = float(m.finite("memory_gib").max()) * 2**30 - (0 if cuda else plan["resident_bytes"])
     speed = statistics.median(m["tokens_per_s"][m["step"] > WARMUP_STEPS].tolist())
     return plan, memory, speed
 

@@ -2,7 +2,7 @@
 
     python scripts/plan_run.py --gpu h100 --gpus 8 --config configs/llammlein_1B.yaml
     python scripts/plan_run.py --gpu cpu --config configs/debug.yaml --train.max_steps 2000
-    python scripts/plan_run.py --gpu h100 --config my.yaml --predict_loss runs/a runs/b runs/c
+    python scripts/plan_run.py --gpu h100 --config configs/llammlein_120M.yaml --predict_loss runs/a runs/b runs/c
 
 All other flags are those of pretrain/fabric_train.py. Nothing is started, and the data need not exist;
 where it does, passes over it and document lengths are taken from there. docs/planning.md says what the figures rest on.

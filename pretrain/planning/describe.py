@@ -62,7 +62,7 @@ def memory_table(plan: Plan) -> Iterator[str]:
     if plan.device.kind == "cuda":
         yield f"  not counted: about {CUDA_RESERVE_BYTES / 2**30:.1f} GiB for CUDA and its libraries"
     else:
-        yield "  not counted: the process itself, with torch imported"
+        yield "  not counted: the process with its imports, freed memory that the allocator keeps (docs/planning.md)"
 
 
 def parts(memory: TrainingMemory) -> tuple[int, int, int]:

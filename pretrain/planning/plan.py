@@ -34,7 +34,9 @@ VOCABULARY = 32_000  # assumed where neither the model's name nor the data gives
 TOKENS_PER_SPAN = 300  # a document's, assumed where the data is not available
 MOST_DEVICES = 4096
 EXACT_SUMS_SPEED = (0.55, 0.8, 1.0)  # of a step with --train.topology_invariant (docs/reproducibility.md)
-CPU_PROCESS_BYTES = 0
+CPU_PROCESS_BYTES = (
+    32 << 20
+)  # beside the tensors: loader, scratch of the kernels, pages of libraries (benchmarks/plan_memory.py)
 RECOMPUTE: tuple[Literal["none", "full"], ...] = ("none", "full")
 DISK_BYTES_PER_S = 1e9  # assumed; --preflight measures it
 
@@ -280,7 +282,10 @@ def strategies_of(args: RunArgs, config: ModelConfig, device: Device, devices: i
                     activation_checkpointing_blocks=None,
                 )
                 tried = replace(args, train=train, **changes)  # type: ignore[arg-type]
-                return training_memory(config, training_setting(tried, config, device.kind, devices))
+                memory = training_memory(config, training_setting(tried, config, device.kind, devices))
+                if device.kind == "cpu":
+                    memory = replace(memory, total=memory.total + cpu_overhead_bytes(tried, config, memory))
+                return memory
 
             largest = 0
             for m in divisors:  # memory grows with the rows

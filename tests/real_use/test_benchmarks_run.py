@@ -133,6 +133,26 @@ def optimizers_check(found: dict[str, Any]) -> None:
     assert found["summary"]["adamw"]["steps_to_adamw"] is not None
 
 
+def packed(corpus: Path, folder: Path) -> Path:
+    """The corpus as packed train and val."""
+    text = ("--input", corpus / "text" / "train.jsonl", "--tokenizer", corpus / "tok", "--val_fraction", 0.1)
+    assert script("prepare_data.py", *text, "--output", folder / "data").returncode == 0
+    return folder / "data"
+
+
+def plan_loss_check(found: dict[str, Any]) -> None:
+    assert set(found["from"]) == {"3", "4", "6", "8"}
+    for row in found["from"].values():
+        assert len(row["runs"]) == 20 and positive(row["median_width"], row["median_error"]) and row["covered"] <= 20
+        assert all(run["low"] < run["median"] < run["high"] for run in row["runs"].values())
+
+
+def plan_memory_check(found: dict[str, Any]) -> None:
+    (row,) = found["trials"].values()
+    assert positive(row["planned_mib"], row["measured_mib"], row["default_allocator_ratio"], row["speed_ratio"])
+    assert row["memory_ratio"] == row["measured_mib"] / row["planned_mib"]
+
+
 def prepare_check(found: dict[str, Any]) -> None:
     rows = found["rows"]
     assert positive(*rows["llammlein json"]["mb_per_s"], *rows["encode_batch_fast"]["mb_per_s"])
@@ -227,6 +247,8 @@ SCRIPTS: dict[str, tuple[Arguments, Callable[[dict[str, Any]], None]]] = {
         optimizers_check,
     ),
     "loss_curves": (lambda corpus, made: ["--steps", 4, "--arms", "fp8"], loss_curves_check),
+    "plan_loss": (lambda corpus, made: ["--data", packed(corpus, made), "--scale", 0.005], plan_loss_check),
+    "plan_memory": (lambda corpus, made: ["--only", "2M 8x256"], plan_memory_check),
     "prepare": (
         lambda corpus, made: [
             *("--corpus", corpus / "text" / "train.jsonl", "--tokenizer", corpus / "tok"),

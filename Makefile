@@ -2,15 +2,17 @@
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 
-.PHONY: help install doctor test slow chaos check quickstart clean
+.PHONY: help install doctor smoke test slow chaos coverage check quickstart clean
 
 help:
 	@echo "make quickstart  install, then run every step from text to a Hugging Face model in runs/quickstart/"
 	@echo "make install     create .venv with the extras test, dev, hf, gguf, data, plots, quickstart, serve"
 	@echo "make doctor      examine this machine: torch, devices, kernels, compiler, memory, disk, each with its remedy"
+	@echo "make smoke       run a few quick tests, and every step from text to a generated text; less than a minute"
 	@echo "make test        run the tests (ARGS='-k loss' goes to pytest)"
 	@echo "make slow        run the tests that take minutes, including the kill tests"
 	@echo "make chaos       run only the kill tests and print their counts (docs/reliability.md); about an hour"
+	@echo "make coverage    run the tests with coverage.py and print the lines they miss; twice the time of make test"
 	@echo "make check       check lint, format and types"
 	@echo "make clean       remove .venv and caches, but not runs/"
 
@@ -19,6 +21,9 @@ install:
 
 doctor: install
 	$(VENV_PYTHON) scripts/doctor.py
+
+smoke: install
+	$(VENV_PYTHON) scripts/run_tests.py -m smoke $(ARGS)
 
 test: install
 	$(VENV_PYTHON) scripts/run_tests.py $(ARGS)
@@ -29,6 +34,9 @@ slow: install
 # -rP: print the tests' counts.
 chaos: install
 	$(VENV_PYTHON) scripts/run_tests.py -m chaos --timeout 5400 -rP $(ARGS)
+
+coverage: install
+	$(VENV_PYTHON) scripts/run_tests.py --coverage $(ARGS)
 
 check: install
 	$(VENV_PYTHON) scripts/run_checks.py

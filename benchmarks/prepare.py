@@ -32,7 +32,7 @@ from benchmarks.peer_prepare import PEERS
 from benchmarks.provenance import provenance
 from lit_data.corpus.readers import read_documents
 from lit_data.tokenizers.tokenizer import open_tokenizer
-from lit_files.cores import usable_cores
+from lit_files.platform import usable_cores
 
 JSON_ROWS = ("encode_batch_fast", "datatrove", "megatron", "litdata")
 MODEL_ROWS = ("sentencepiece", "megatron-sentencepiece")

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import resource
 import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import ClassVar
 
+from lit_files.platform import read_at
 from lit_files.reading import open_regular
 
 MAX_OPEN = 64  # files kept open for the next read; the lowest usual limit is 256 for the entire process
-
-
-def raise_open_file_limit() -> None:
-    """Raise the open file limit of this process and its children to the hard limit (`ulimit -Hn`)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 1 << 16 if hard == resource.RLIM_INFINITY else hard
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):  # macOS has another, lower limit
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class OpenFiles:
@@ -52,9 +42,9 @@ class OpenFiles:
             for other in list(self._kept)[: max(0, len(self._kept) - MAX_OPEN)]:
                 self._close(other)
         try:
-            data = os.pread(file[0], size, offset)
+            data = read_at(file[0], size, offset)
             while len(data) < size:
-                more = os.pread(file[0], size - len(data), offset + len(data))
+                more = read_at(file[0], size - len(data), offset + len(data))
                 if not more:
                     raise ValueError(f"{path} ends before byte {offset + size}: it is truncated")
                 data += more

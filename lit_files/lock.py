@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -20,6 +20,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from lit_files.platform import REMOVES_OPEN_FILES, lock
 
 LOCK = ".lock"
 HEARTBEAT = ".heartbeat"
@@ -94,7 +96,7 @@ class FileLock:
         while True:
             file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held until close
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file.fileno(), wait=False)
                 with contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
                         return file
@@ -116,10 +118,19 @@ class FileLock:
         """Release the lock."""
         if self._heartbeat is not None:
             self._heartbeat.close()
-        if self.remove:
+        if self.remove and REMOVES_OPEN_FILES:
             self.path.unlink(missing_ok=True)
         if self._file is not None:
             self._file.close()
+        if self.remove and not REMOVES_OPEN_FILES:
+            with contextlib.suppress(OSError):  # another process has it open
+                self.path.unlink()
+
+    def remove_folder(self, *, ignore_errors: bool = False) -> None:
+        """Remove the folder of the lock file. The lock is held until it is gone, where open files can be removed."""
+        if not REMOVES_OPEN_FILES:
+            self.close()
+        shutil.rmtree(self.path.parent, ignore_errors=ignore_errors)
 
 
 def lock_folder(folder: Path, advice: str) -> FileLock:

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lit_files.platform import map_file
 from lit_files.reading import open_regular
 
 MAX_MAPS = 1 << 15  # per process; Linux allows 65530 by default (vm.max_map_count), libraries need some too
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong,
-]  # fmt: skip
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_FAILED = ctypes.c_void_p(-1).value
 
 
 class _Map:
@@ -31,20 +22,14 @@ class _Map:
     live = 0  # in this process
 
     def __init__(self, path: Path, descriptor: int, size: int, random: bool) -> None:
-        self._size = 0
-        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-        if address == _FAILED:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), str(path))
-        self._address, self._size = address, size
+        self._unmap: Callable[[], object] | None = None
+        address, self._unmap = map_file(path, descriptor, size, random)
         _Map.live += 1
-        if random and hasattr(mmap, "MADV_RANDOM"):
-            _libc.madvise(address, size, mmap.MADV_RANDOM)
         self.__array_interface__ = {"version": 3, "shape": (size,), "typestr": "|u1", "data": (address, True)}
 
     def __del__(self) -> None:
-        if self._size:
-            _libc.munmap(self._address, self._size)
+        if self._unmap is not None:
+            self._unmap()
             _Map.live -= 1
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import json
 import os
@@ -15,18 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from lit_files.platform import FOLDER_LOCKS, lock, open_folder, rename, sync
+
 
 def sync_file(file: Path | IO[Any]) -> None:
     """Make a file's content, or a folder's entries, durable. An open file is flushed first."""
-    if not isinstance(file, Path):
+    if isinstance(file, Path):
+        sync(file)
+    else:
         file.flush()
         os.fsync(file.fileno())
-        return
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
@@ -42,7 +39,7 @@ def publish(temporary: Path, path: Path) -> None:
 
     An existing file is replaced. A folder can only replace an empty one (OSError otherwise); see `replace_folder`.
     """
-    os.rename(temporary, path)
+    rename(temporary, path)
     sync_file(path.parent)
 
 
@@ -116,7 +113,7 @@ def build_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
-        os.close(holder)
+        _release(holder)
 
 
 @contextlib.contextmanager
@@ -132,28 +129,38 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(holder)
+        _release(holder)
 
 
-def _hold(folder: Path) -> int:
-    """Create a folder and lock it as long as the returned descriptor is open, so that it is no leftover."""
+def _hold(folder: Path) -> int | None:
+    """Create a folder and lock it as long as the returned descriptor is open, so that it is no leftover.
+
+    None where folders cannot be locked: leftovers are not removed there.
+    """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        if not FOLDER_LOCKS:
+            return None
+        descriptor = open_folder(folder)
         with contextlib.suppress(OSError):  # a file system without flock: nothing is removed there either
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor)
         if folder.exists():  # else it was taken for a leftover before it was locked
             return descriptor
         os.close(descriptor)
+
+
+def _release(holder: int | None) -> None:
+    if holder is not None:
+        os.close(holder)
 
 
 def _remove_leftovers(path: Path) -> None:
     """Remove temporary folders for `path` whose process no longer lives."""
     for folder in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError):  # in use, on a file system without flock, or gone by now
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            descriptor = open_folder(folder)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(descriptor, wait=False)
                 shutil.rmtree(folder)
             finally:
                 os.close(descriptor)

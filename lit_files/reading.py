@@ -16,6 +16,8 @@ import typing
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
+from lit_files.platform import READ_FLAGS
+
 T = TypeVar("T")
 
 MAX_TEXT_BYTES = 256 << 20  # limit of a file parsed at once; the largest tokenizers have 40 MB
@@ -43,7 +45,7 @@ def regular(path: str | Path) -> Path:
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a file for reading bytes; raises as `regular` does, and never waits for a writer of a pipe."""
     _check_kind(path, os.stat(path))  # opening some devices has side effects
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    descriptor = os.open(path, READ_FLAGS)
     try:
         _check_kind(path, os.fstat(descriptor))
     except ValueError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pathlib
 import pickle
 import struct
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
+from lit_files.platform import drop_from_cache
 from lit_files.reading import open_regular, read_bytes
 from lit_model.checksum import byte_view
 from lit_model.tensor_file import fault
@@ -222,8 +222,8 @@ class ShardedTensors:
             try:
                 with open_regular(path) as file:
                     _read_chunk(file, chunk.offset, chunk.length, target)
-                    if buffer is not None and hasattr(os, "posix_fadvise"):
-                        os.posix_fadvise(file.fileno(), chunk.offset, chunk.length, os.POSIX_FADV_DONTNEED)
+                    if buffer is not None:
+                        drop_from_cache(file.fileno(), chunk.offset, chunk.length)
             except Exception as error:  # a damaged archive can raise anything
                 raise ValueError(f"{path} is damaged, or was not written here: {name}: {fault(error)}") from error
         return whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -18,6 +17,7 @@ from lit_data.packed.reader import PackedDataset
 from lit_data.record.recorded_loader import RecordedLoader
 from lit_eval.model.model_tokenizer import OVERRIDE, check_model_and_data, compare, of_data
 from lit_eval.model.text_encoding import check_bos, unlike_special_tokens, unlike_start
+from lit_files.platform import memory_bytes
 from lit_model.config import ModelConfig
 from pretrain.args import AUTO, MAX_MICRO_BATCH_TOKENS, RunArgs, TrainArgs
 from pretrain.distillation.teacher_cache import CachedTeacher, check_cache
@@ -163,8 +163,7 @@ def check_memory(args: RunArgs, kind: str | None, config: ModelConfig, block_siz
             )
     if kind == "cpu":
         weights = 4 * config.least_parameters // args.num_nodes
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if weights > memory:
+        if weights > (memory := memory_bytes()):
             raise ValueError(
                 f"the model's weights alone take {weights / 1e9:,.0f} GB on a node, which has {memory / 1e9:,.0f} GB: "
                 "give a smaller model (--model.name, --model.n_layer, --model.n_embd)"

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
     end_on_ctrl_c()
 
-from lit_files.descriptors import raise_open_file_limit
+from lit_files.platform import raise_open_file_limit
 from pretrain.cli.command_line import make_printable, raised_by_import
 from pretrain.cli.run_parser import parse
 from pretrain.endings import Interrupted, Mistake, RunFinished, status_of

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from lit_files.platform import memory_bytes
 
 CUDA_RESERVE_BYTES = 1536 << 20  # not estimated: CUDA context, NCCL buffers, kernel workspaces, fragmentation
 TIGHT = 0.9  # fraction of the free memory; estimates above it leave too little margin
@@ -21,8 +22,8 @@ def free_device_bytes(device: torch.device, neighbours: int) -> int:
 
 def host_memory_bytes(root: Path = Path("/")) -> int:
     """Memory that processes on this host can still allocate: available memory, capped by control-group limits."""
-    if hasattr(os, "sysconf") and not (root / "proc/meminfo").exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not (root / "proc/meminfo").exists():
+        return memory_bytes()
     facts = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
     available = int(facts["MemAvailable"].split()[0]) * 1024
     return min([available, *cgroup_rooms(root)])

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_files.platform import STOP_SIGNALS, process_age_s
 from pretrain.args import GuardArgs
 from pretrain.checkpoint.host_copy import copy_without_waiting
 from pretrain.endings import AgreedError
-from pretrain.stop_signals import STOP_SIGNALS, StopSignals
+from pretrain.stop_signals import StopSignals
 
 AFTER_MINUTES = "stop.after_minutes"
 REASONS = (*(s.name for s in STOP_SIGNALS), AFTER_MINUTES)
-
-
-def process_age_s() -> float:
-    """Seconds since this process started; without /proc, since this module was imported."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):
-        return time.monotonic() - IMPORTED
-
-
-IMPORTED = time.monotonic()
 
 
 class StopRequest:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lit_files.cores import usable_cores
+from lit_files.platform import usable_cores
 from lit_model.init import initialise
 from lit_model.kernels.cross_entropy import choose_loss
 from lit_model.model import GPT

@@ -9,10 +9,10 @@ import time
 from types import FrameType
 from typing import Any
 
+from lit_files.platform import STOP_SIGNALS
 from pretrain.endings import Interrupted
 from pretrain.launch import is_first_process
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 RELAYED_S = 2.0
 """torchrun relays Ctrl-C to ranks that already got it from the terminal; a later one counts as a second Ctrl-C."""
 

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes, a shard each (default: the cores)")
     args = parser.parse_args()
     from lit_data.prepare.word_counts import add_word_counts
-    from lit_files.cores import usable_cores
+    from lit_files.platform import usable_cores
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     workers = args.workers if args.workers is not None else usable_cores()

@@ -53,7 +53,7 @@ def lock(path: Path) -> "Iterator[None]":
     except ImportError:  # not POSIX
         yield
         return
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

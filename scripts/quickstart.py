@@ -139,7 +139,7 @@ def plan(paths: Paths, args: argparse.Namespace) -> list[Step]:
         Step(
             f"Hugging Face folder, with the validation loss of every document compared with transformers -> {paths.hf}",
             (
-                ("scripts/convert_to_hf.sh", str(paths.run), str(paths.hf)),
+                python("scripts/convert_to_hf.py", "--checkpoint", paths.run, "--output", paths.hf),
                 python("scripts/verify_hf.py", "--run", paths.run, "--hf", paths.hf),
             ),
             replaces=paths.hf,

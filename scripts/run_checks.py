@@ -1,4 +1,4 @@
-"""Run lint, format check and type check, all three even if one fails. `make check` calls this."""
+"""Run lint, format check and type check, all even if one fails. `make check` calls this."""
 
 import subprocess
 import sys
@@ -11,8 +11,11 @@ from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
+PACKAGES = ("lit_files", "lit_model", "lit_data", "lit_eval", "pretrain", "scripts")
 CHECKS = (
     ("ruff", "check", "."),
+    # Text files are opened with an encoding: the default of Windows is not UTF-8.
+    ("ruff", "check", "--preview", "--select", "PLW1514", *PACKAGES),
     ("ruff", "format", "--check", "."),
     ("mypy",),
 )

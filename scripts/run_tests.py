@@ -1,6 +1,10 @@
-"""Run pytest on the CPUs available to this process. Arguments are passed to pytest; `make test` calls this."""
+"""Run pytest on the CPUs available to this process. Arguments are passed to pytest; `make test` calls this.
+
+With --coverage (`make coverage`) the lines that the tests run are counted, those of commands and forked ranks included.
+"""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +16,9 @@ from pretrain.cli.command_line import end_on_ctrl_c
 
 end_on_ctrl_c()
 
-from lit_files.cores import usable_cores
+from lit_files.platform import usable_cores
+
+COVERAGE = [sys.executable, "-m", "coverage"]
 
 
 def main() -> int:
@@ -24,9 +30,18 @@ def main() -> int:
     env["OMP_NUM_THREADS"] = "1"
     env.setdefault("HF_HUB_OFFLINE", "1")
     spread = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
-    command = [sys.executable, "-m", "pytest", *spread, *sys.argv[1:]]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--coverage"]
+    counted = len(arguments) < len(sys.argv[1:])
+    start = [*COVERAGE, "run"] if counted else [sys.executable]
+    if counted:
+        shutil.rmtree(ROOT / "build" / "coverage", ignore_errors=True)
+    command = [*start, "-m", "pytest", *spread, *arguments]
     print("OMP_NUM_THREADS=1", *command[1:], flush=True)
-    return subprocess.run(command, cwd=ROOT, env=env).returncode
+    status = subprocess.run(command, cwd=ROOT, env=env).returncode
+    if counted:
+        for step in (["combine", "--quiet"], ["report", "--skip-covered", "--show-missing", "--sort=miss"]):
+            status = subprocess.run([*COVERAGE, *step], cwd=ROOT).returncode or status
+    return status
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ ones. A chunk with n holders counts 1/n for each.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
 import re
@@ -35,6 +34,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lit_files.platform import FOLDER_LOCKS, lock, open_folder, unlock
 from lit_files.publish import sync_file
 
 HUNGRY_SECONDS = 2.0
@@ -76,29 +76,31 @@ class CacheFolder:
         self.own = self.folder / f"holder-{budget_bytes}-{self.id}"
         self.held: set[str] = set()
         self._descriptors: list[int] = []
+        if not FOLDER_LOCKS:
+            raise ValueError(f"--data.cache_dir {self.folder} is not supported on Windows: leave it out")
         try:
             self.shared.mkdir(parents=True, exist_ok=True)
-            facts = os.statvfs(self.folder)
+            most = shutil.disk_usage(self.folder).total
             self._folder_lock = self._open(self.folder)
             with self._locked():
                 self.own.mkdir()
-                fcntl.flock(self._open(self.own), fcntl.LOCK_EX)  # held until the process exits
+                lock(self._open(self.own))  # held until the process exits
         except OSError as error:
             self._close_descriptors()
             raise ValueError(
                 f"--data.cache_dir {self.folder}: {error.strerror} ({error.filename or self.folder}); name a folder in "
                 "the memory (/dev/shm) or on a disk of the node, that this user may write to"
             ) from error
-        if facts.f_blocks * facts.f_frsize < budget_bytes:
+        if most < budget_bytes:
             self.close()
             raise ValueError(
-                f"--data.cache_gb {budget_bytes / 1e9:g} exceeds the {facts.f_blocks * facts.f_frsize / 1e9:.3f} GB "
+                f"--data.cache_gb {budget_bytes / 1e9:g} exceeds the {most / 1e9:.3f} GB "
                 f"of the file system of --data.cache_dir {self.folder}; lower it"
             )
         self.hold(())
 
     def _open(self, folder: Path) -> int:
-        self._descriptors.append(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+        self._descriptors.append(open_folder(folder))
         return self._descriptors[-1]
 
     def _close_descriptors(self) -> None:
@@ -108,11 +110,11 @@ class CacheFolder:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        fcntl.flock(self._folder_lock, fcntl.LOCK_EX)
+        lock(self._folder_lock)
         try:
             yield
         finally:
-            fcntl.flock(self._folder_lock, fcntl.LOCK_UN)
+            unlock(self._folder_lock)
 
     def hold(self, wanted: Sequence[tuple[str, int]]) -> tuple[list[str], list[str]]:
         """Link the wanted files that are present, and claim room for some missing ones, most urgent first.
@@ -234,9 +236,10 @@ class CacheFolder:
     def write(self, name: str, offset: int, data: bytes) -> None:
         """Write bytes of a claimed file."""
         with open(self._part(name), "r+b", buffering=0) as f:
+            f.seek(offset)
             done = 0
             while done < len(data):
-                done += os.pwrite(f.fileno(), data[done:], offset + done)
+                done += f.write(data[done:])
 
     def publish(self, name: str) -> None:
         """Give a completed claimed file its name; it is then held."""
@@ -272,9 +275,9 @@ class CacheFolder:
 
 
 def _is_dead(holder: str) -> bool:
-    descriptor = os.open(holder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = open_folder(holder)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor, wait=False)
     except BlockingIOError:
         return False
     else:

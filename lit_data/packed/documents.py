@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 from lit_data.packed.index import HEADER
 from lit_data.packed.manifest import check_documents_table
 from lit_data.packed.reader import PackedDataset
-from lit_files.cores import usable_cores
 from lit_files.descriptors import OpenFiles
 from lit_files.parquet import group_rows, open_table, read_footer
+from lit_files.platform import usable_cores
 
 GROUPS_AT_A_TIME = 64  # row groups that one thread searches
 BATCH = 1 << 16  # documents in memory at a time, per thread

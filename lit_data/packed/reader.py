@@ -16,6 +16,7 @@ import numpy.typing as npt
 from lit_data.packed.index import DTYPE_CODES, HEADER, MAGIC, IntArray
 from lit_data.packed.manifest import MANIFEST, WORDS_WORK, Shard, read_manifest
 from lit_files.mapping import MAX_MAPS, live_maps, map_array
+from lit_files.platform import read_at
 from lit_files.reading import open_regular
 
 COARSE_BITS = 10  # index search: bits of the position found by one np.searchsorted
@@ -117,8 +118,8 @@ class PackedDataset:
             )
         with open_regular(f"{prefix}.idx") as f:
             head = f.read(HEADER.size)
-            last_length = os.pread(f.fileno(), 4, HEADER.size + 4 * (n - 1)) if n else b""
-            last_pointer = os.pread(f.fileno(), 8, HEADER.size + 12 * n - 8) if n else b""
+            last_length = read_at(f.fileno(), 4, HEADER.size + 4 * (n - 1)) if n else b""
+            last_pointer = read_at(f.fileno(), 8, HEADER.size + 12 * n - 8) if n else b""
         magic, version, code, sequences, _ = HEADER.unpack(head)
         if magic != MAGIC or version != 1 or np.dtype(DTYPE_CODES.get(code, np.float32)) != self.dtype:
             raise ValueError(

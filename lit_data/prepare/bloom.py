@@ -10,6 +10,7 @@ import math
 import os
 from pathlib import Path
 
+from lit_files.platform import memory_bytes
 from lit_files.publish import replace_file
 
 HEADER_BYTES = 8  # header of a saved filter: the number of hash functions
@@ -53,11 +54,10 @@ class BloomDedup:
         if not 0 < false_positive_rate < 0.5:
             raise ValueError(f"--bloom_false_positives {false_positive_rate}: give a rate above 0 and below 0.5")
         self.size_bytes = bloom_bytes(expected_paragraphs, false_positive_rate)
-        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if self.size_bytes > memory_bytes:  # the library aborts the process when asked for more
+        if self.size_bytes > (most := memory_bytes()):  # the library aborts the process when asked for more
             raise ValueError(
                 f"--bloom_paragraphs {expected_paragraphs} with --bloom_false_positives {false_positive_rate} takes "
-                f"{self.size_bytes / 2**30:,.0f} GB of memory, and this machine has {memory_bytes / 2**30:,.0f}"
+                f"{self.size_bytes / 2**30:,.0f} GB of memory, and this machine has {most / 2**30:,.0f}"
             )
         self.n_hashes = int(-math.log2(false_positive_rate))
         self._rbloom = rbloom

@@ -53,7 +53,7 @@ def prepare(settings: Settings, execution: Execution) -> PrepareReport:
     lock = lock or _lock(folder)
     try:
         if _was_published(folder, job, output):
-            _remove_work(folder)
+            _remove_work(folder, lock)
             return _read_report(output, began)
         resumed = open_work(folder, job, fresh)
         if resumed and fresh:
@@ -65,7 +65,7 @@ def prepare(settings: Settings, execution: Execution) -> PrepareReport:
             preparation.run()
             report = _report(preparation, output, began, resumed)
             replace_folder(_assemble(preparation, report), output)
-            _remove_work(folder)
+            _remove_work(folder, lock)
         except BaseException as error:
             keep = preparation.committed() and not isinstance(error, _EmptyError)
             if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # such as a full disk
@@ -75,7 +75,7 @@ def prepare(settings: Settings, execution: Execution) -> PrepareReport:
             raise
         finally:
             if not keep:
-                shutil.rmtree(folder, ignore_errors=True)
+                lock.remove_folder(ignore_errors=True)
     finally:
         lock.close()
     return report
@@ -94,7 +94,7 @@ def run_stage(settings: Settings, execution: Execution) -> PrepareReport | None:
     if part == 0:
         job.errors.print_warnings()
     if stage == "merge" and _was_published(folder, job, output):
-        _remove_work(folder)
+        _remove_work(folder, None)
         return _read_report(output, began)
     _check_output(output, execution.overwrite)
     preparation = Preparation(job, folder, execution)
@@ -112,7 +112,7 @@ def run_stage(settings: Settings, execution: Execution) -> PrepareReport | None:
             preparation.merge()
             report = _report(preparation, output, began, resumed=True)
             replace_folder(_assemble(preparation, report), output)
-            _remove_work(folder)
+            _remove_work(folder, lock)
             return report
     finally:
         lock.close()
@@ -179,10 +179,13 @@ def _was_published(folder: Path, job: Job, output: Path) -> bool:
     return not path.is_file() or not differences(read_job(path), job.to_dict())
 
 
-def _remove_work(folder: Path) -> None:
+def _remove_work(folder: Path, lock: FileLock | None) -> None:
     """Remove the working folder of a published output; the marker last, so that a kill in between is recognised."""
     _empty(folder, keep=[ASSEMBLED])
-    shutil.rmtree(folder)
+    if lock is not None:
+        lock.remove_folder()
+    else:
+        shutil.rmtree(folder)
 
 
 def _read_report(output: Path, began: float) -> PrepareReport:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_data.corpus.options import MAX_DOCUMENT_MB, OnError, check_split
-from lit_files.cores import usable_cores
+from lit_files.platform import usable_cores
 
 Stage = Literal["hash", "join", "encode", "merge"]
 

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from lit_data.packed.writer import add_words
 from lit_data.prepare.filters import count_words
 from lit_data.prepare.pool import Pool
 from lit_files.checksum import file_sha256
-from lit_files.lock import lock_folder
+from lit_files.lock import FileLock, lock_folder
 from lit_files.publish import publish, replace_file, write_json
 
 
@@ -48,16 +47,16 @@ def add_word_counts(folder: str | Path, tokenizer_path: str | Path | None = None
     lock = lock_folder(work, "wait for it or end it")
     try:
         if (work / MANIFEST).is_file():
-            return _replace(folder, work)
+            return _replace(folder, work, lock)
         if manifest.words is not None:  # everything was replaced; only the empty folder is left
-            shutil.rmtree(work)
+            lock.remove_folder()
             return manifest.words
         try:
             _work_out(folder, work, tokenizer_path, workers)
         except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
+            lock.remove_folder(ignore_errors=True)
             raise
-        return _replace(folder, work)
+        return _replace(folder, work, lock)
     finally:
         lock.close()
 
@@ -81,13 +80,13 @@ def _work_out(folder: Path, work: Path, tokenizer_path: str | Path | None, worke
     write_json(work / MANIFEST, counted.to_dict())
 
 
-def _replace(folder: Path, work: Path) -> int:
+def _replace(folder: Path, work: Path, lock: FileLock) -> int:
     """Replace the old files by the finished ones, the manifest last."""
     manifest = read_manifest(work)
     for path in sorted(work.glob("*.docs.parquet")):
         publish(path, folder / path.name)
     publish(work / MANIFEST, folder / MANIFEST)
-    shutil.rmtree(work)
+    lock.remove_folder()
     assert manifest.words is not None
     return manifest.words
 

@@ -12,7 +12,6 @@ dtypes and shapes are known.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lit_files.platform import drop_from_cache
 from lit_files.publish import build_folder
 from lit_files.reading import read_dataclass, read_object, regular
 from lit_model.checksum import byte_view
@@ -179,11 +179,11 @@ def _write_shard(path: Path, layout: dict[str, Tensor], tensors: Iterator[tuple[
             _write_all(file, byte_view(tensor.detach().cpu().contiguous()))
             del tensor  # before the next one is read
             unflushed += like.nbytes
-            if unflushed >= _FLUSH_BYTES and hasattr(os, "posix_fadvise"):
+            if unflushed >= _FLUSH_BYTES:
                 # Linux: the disk begins to write, and the sync has little left to do. What is on it by now leaves the
                 # page cache, and the next tensors get these pages: new ones cost far more, above all in a virtual
                 # machine, whose host has to find them.
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                drop_from_cache(file.fileno())
                 unflushed = 0
 
 

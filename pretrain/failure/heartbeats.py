@@ -216,7 +216,7 @@ def stacks() -> str:
     """The stacks of all threads. faulthandler keeps the interpreter's lock while it writes, so this goes to a local
     file first: a log that cannot be written to then holds up one thread only."""
     names = ", ".join(f"{thread.name} 0x{thread.ident or 0:016x}" for thread in threading.enumerate())
-    with tempfile.TemporaryFile("w+") as f:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as f:
         faulthandler.dump_traceback(f, all_threads=True)
         f.seek(0)
         return f"threads: {names}\n{f.read().rstrip()}"

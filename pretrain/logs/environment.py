@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lit_files.cores import usable_cores
+from lit_files.platform import read_at, usable_cores
 from lit_files.publish import sync_file
 from pretrain.logs.messages import warn
 from pretrain.logs.metrics import append
@@ -90,7 +90,7 @@ def append_line(path: Path, line: str) -> None:
     """Append a line atomically. An earlier line truncated by a kill or a full disk is kept, and terminated first."""
     with open(path, "a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
-        torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        torn = size > 0 and read_at(file.fileno(), 1, size - 1) != b"\n"
         append(file, (b"\n" if torn else b"") + line.encode() + b"\n")
     sync_file(path)
 
@@ -197,7 +197,7 @@ def package_versions() -> dict[str, str]:
 
 def cpu_model() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
@@ -207,7 +207,7 @@ def cpu_model() -> str:
 def driver_version() -> str | None:
     """Version of the NVIDIA driver; None without one."""
     try:
-        first = Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
+        first = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").partition("\n")[0]
     except OSError:
         return None
     found = re.search(r"\d+\.\d+(\.\d+)?", first)

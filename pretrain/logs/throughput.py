@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 
 import torch
 
+from lit_files.platform import peak_resident_bytes
 from lit_model.config import ModelConfig
 from lit_model.cost import flops_per_token
 
@@ -67,5 +66,4 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of this process: allocated on CUDA, resident otherwise; GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return peak_resident_bytes() / 2**30

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_files.platform import end_with_parent
 from lit_files.publish import write_json
 from lit_files.reading import read_object
 
@@ -64,13 +65,17 @@ def call(command: Sequence[str], capture: bool = False) -> str:
     """Print a command and run it in ROOT. Returns its standard output, if captured.
 
     After Ctrl-C the command, which has received it too, is waited for: training saves a checkpoint first. SIGTERM is
-    passed on. Raises StepFailed if the exit status is not 0.
+    passed on. If this process is killed by SIGKILL, so is the command, on Linux: it would otherwise hold its locks, and
+    the next call would be refused. Raises StepFailed if the exit status is not 0.
     """
     print(f"$ {shown(command)}", flush=True)
     # PYTHON is for the shell scripts. Waiting threads sleep instead of spinning: on two cores shared with other
     # programs, spinning cost five sixths of the speed.
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHON": sys.executable}
-    process = subprocess.Popen(list(command), cwd=ROOT, env=env, stdout=subprocess.PIPE if capture else None, text=True)
+    process = subprocess.Popen(
+        list(command), cwd=ROOT, env=env, stdout=subprocess.PIPE if capture else None, text=True,
+        preexec_fn=end_with_parent(),
+    )  # fmt: skip
     try:
         output, _ = process.communicate()
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lit_files.cores import usable_cores
+from lit_files.platform import open_file_limits, usable_cores
 from lit_files.publish import sync_file
 from lit_model.kernels.choose import choose_attention
 from pretrain.free_memory import host_memory_bytes
@@ -95,11 +95,10 @@ def memory() -> Finding:
 
 
 def open_files() -> Finding:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return Finding("skipped", "no limit that can be read on this system")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limits = open_file_limits()
+    if limits is None:
+        return Finding("skipped", "no limit on this system")
+    soft, hard = limits
     found = f"{soft} open files allowed (at most {hard})"
     if 0 <= soft < LEAST_OPEN_FILES:
         more = f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}" if hard != soft else "ask for a higher hard limit"

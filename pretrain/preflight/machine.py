@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from lit_files.checkpoint_name import list_checkpoints
-from lit_files.cores import usable_cores
+from lit_files.platform import drop_from_cache, usable_core_numbers, usable_cores
 from lit_files.publish import sync_file, write_text
 from pretrain.logs.environment import code_hash, driver_version
 from pretrain.memory_fit import checkpoint_bytes
@@ -141,7 +141,7 @@ def environment_facts() -> dict[str, Any]:
         "numpy": np.__version__,
         "omp": os.environ.get("OMP_NUM_THREADS", "unset"),
         "threads": torch.get_num_threads(),
-        "cores": os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(usable_cores())),
+        "cores": usable_core_numbers(),
     }
 
 
@@ -279,8 +279,7 @@ def measure_disk(scratch: Path | None, ranks: Ranks) -> tuple[float, float]:
             f.write(block[: size - start])
         sync_file(f)
         written = time.perf_counter() - began
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else it is read from memory
+        drop_from_cache(f.fileno())  # else it is read from memory
     began = time.perf_counter()
     content = path.read_bytes()
     seconds = time.perf_counter() - began

@@ -262,14 +262,14 @@ def begin_peak(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return 0
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is resident now
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak becomes what is resident now
     return peak_bytes(device)
 
 
 def peak_bytes(device: torch.device) -> int:
     """Peak memory of this process: allocated on CUDA, else resident; since `begin_peak` where the system can tell."""
     try:
-        status = Path("/proc/self/status").read_text() if device.type != "cuda" else ""
+        status = Path("/proc/self/status").read_text(encoding="utf-8") if device.type != "cuda" else ""
     except OSError:
         status = ""
     resident = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]

@@ -22,8 +22,9 @@ from lit_data.loading.rows import ConcatRows
 from lit_data.packed.documents import Documents
 from lit_data.packed.reader import PackedDataset
 from lit_data.packed.writer import PackedWriter
-from lit_files.descriptors import MAX_OPEN, OpenFiles, raise_open_file_limit
+from lit_files.descriptors import MAX_OPEN, OpenFiles
 from lit_files.mapping import live_maps, map_array
+from lit_files.platform import raise_open_file_limit
 
 SHARDS = 300
 

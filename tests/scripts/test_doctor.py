@@ -12,7 +12,7 @@ import pytest
 import torch
 from running import ROOT
 
-from lit_files.cores import usable_cores
+from lit_files.platform import usable_cores
 from pretrain.preflight import doctor
 from pretrain.preflight.context import Finding
 

@@ -52,7 +52,7 @@ def test_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (out / "data" / "packed" / "val").mkdir(parents=True)
     (out / "data" / "packed" / "val" / "manifest.json").touch()
     assert len(commands_of(monkeypatch, *given, finish=1)) == 2  # training is noted as done
-    assert commands_of(monkeypatch, *given)[0].startswith("scripts/convert_to_hf.sh")
+    assert commands_of(monkeypatch, *given)[0].startswith("python scripts/convert_to_hf.py")
     # With --steps it is another training, which continues it.
     assert "--train.max_steps 50 --optim.warmup_steps 5" in commands_of(monkeypatch, *given, "--steps", 50)[0]
     other = write_texts(tmp_path / "other")

@@ -1,0 +1,88 @@
+"""Windows and macOS, by static means and stand-ins: no machine of theirs is needed, and none has run this.
+
+- Every module imports without the modules and names that Windows lacks; only lit_files/platform.py asks for the system.
+- The single-process way (tokenizer, preparation, training, resume, evaluation, conversion, generation) runs without
+  them, where open files cannot be removed or renamed.
+- mypy finds no name that a system lacks.
+- On Linux the command of a pipeline ends with the pipeline, however that ends.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from every_step import every_step
+from other_systems import PACKAGES, ROOT, all_modules
+
+OTHER = ROOT / "tests" / "harness" / "other_systems.py"
+ASKS = {"sys.platform", "os.name", "platform.system", "platform.win32_ver", "platform.mac_ver"}
+EXEMPT = {"lit_files/platform.py", "scripts/install.py"}  # install.py runs before anything is installed
+
+
+def run_as(system: str, *command: object, folder: Path = ROOT) -> str:
+    done = subprocess.run(
+        [sys.executable, OTHER, system, *map(str, command)], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_module_imports_as_on_windows() -> None:
+    assert len(list(all_modules())) > 200
+    run_as("win32", "--import")
+
+
+def test_platform_imports_as_on_macos() -> None:
+    """No other module depends on the system, as the next test shows."""
+    run_as("darwin", "--import", "lit_files.platform", "lit_files.lock", "lit_files.publish", "lit_files.mapping")
+
+
+def test_one_module_asks_for_the_system() -> None:
+    found = []
+    for file in sorted(f for package in PACKAGES for f in (ROOT / package).rglob("*.py")):
+        name = file.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in ASKS and name not in EXEMPT:
+                found.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
+    assert [line for line in found if not line.endswith("doctor.py:34: platform.system")] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_command_ends_with_its_pipeline(tmp_path: Path) -> None:
+    command = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"import sys; from pretrain.pipeline.steps import call; call([sys.executable, '-c', {command!r}])"
+    pipeline = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert pipeline.poll() is None
+        time.sleep(0.02)
+    child = int((tmp_path / "pid").read_text())
+    pipeline.send_signal(signal.SIGKILL)
+    pipeline.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{child}/stat").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "the command runs on without its pipeline"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_from_text_to_a_generated_text(system: str, tmp_path: Path) -> None:
+    every_step(functools.partial(run_as, system, folder=tmp_path), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_types_for_the_system(system: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--platform", system, "--cache-dir", f".mypy_cache/{system}"],
+        cwd=ROOT, env={**os.environ, "NO_COLOR": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_model.attention import KVCache
+from lit_model.device import sums_device, to_float64
 from lit_model.loss import head_logits
 from lit_model.model import GPT
 from lit_model.sampling import GREEDY, Sampling
@@ -230,7 +231,9 @@ class _Sampler:
         self.uniform: Tensor | None = None  # float64 (B, n)
         if sampling.temperature > 0:
             # On the CPU, so that a seed means the same on every device.
-            self.uniform = torch.stack([uniform_numbers(seed, max_new_tokens) for seed in seeds]).to(device)
+            self.uniform = torch.stack([uniform_numbers(seed, max_new_tokens) for seed in seeds]).to(
+                sums_device(device)
+            )
         self.seen: Tensor | None = None  # bool (B, V)
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool)
@@ -240,7 +243,7 @@ class _Sampler:
 
     def select(self, rows: Tensor) -> None:
         if self.uniform is not None:
-            self.uniform = self.uniform[rows]
+            self.uniform = self.uniform[rows.to(self.uniform.device)]
         if self.seen is not None:
             self.seen = self.seen[rows]
 
@@ -256,7 +259,7 @@ class _Sampler:
         if self.uniform is None:
             tokens = logits.argmax(-1)
         else:
-            tokens = draw(logits, self.sampling, self.uniform[:, step : step + 1])
+            tokens = draw(logits, self.sampling, self.uniform[:, step : step + 1]).to(logits.device)
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
         return tokens
@@ -272,7 +275,7 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 
     The token is the first whose cumulative probability exceeds the random number. Temperature must be above 0.
     """
-    cumulative = distribution(logits, sampling).cumsum(-1, dtype=torch.float64)  # (B, V)
+    cumulative = to_float64(distribution(logits, sampling)).cumsum(-1)  # (B, V)
     total = cumulative[:, -1:].contiguous()
     token = torch.searchsorted(cumulative, uniform * total, right=True)  # (B, 1)
     # The last one with any probability is the bound: the product may be rounded up to the total.

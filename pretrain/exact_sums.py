@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lit_model.device import to_float64
 from lit_model.dtensor import is_dtensor, local
 from lit_model.moe import RouterStatistics
 
@@ -179,7 +180,7 @@ class ExactSums:
 
 def summand(value: Tensor, sums: ExactSums | None) -> Tensor:
     """A leaf's share of a sum of losses or counts, as float64: rounded if sums must be exact."""
-    value = value.double()
+    value = to_float64(value)
     return value if sums is None else (value / LOSS_GRID).round() * LOSS_GRID
 
 

@@ -28,6 +28,7 @@ from lit_data.loading.order import first_sample_of_step
 from lit_data.loading.rows import Rows
 from lit_eval.model.text_encoding import encoding_facts
 from lit_files.checkpoint_name import checkpoint_name, checkpoint_step, list_checkpoints
+from lit_model.device import sums_device, to_float64
 from lit_model.distillation import DistillationHead
 from lit_model.loss import LossOutput
 from lit_model.model import GPT
@@ -211,11 +212,12 @@ def train_step(run: Run, data: StepData, norms: LayerNorms | None = None) -> Ste
     args = run.args
     run.model.train()
     numbers = (float(data.n_targets), float(data.n_inputs), *run.stop.flags(failed=run.fault() is not None))
-    counts = torch.stack([torch.full((), n, dtype=torch.float64, device=run.device) for n in numbers])
+    device = sums_device(run.device)
+    counts = torch.stack([torch.full((), n, dtype=torch.float64, device=device) for n in numbers])
     sum_over_ranks(run, counts)
     run.stop.summed(counts[2:])
     n_targets = counts[0]
-    factor = ((1 if run.sums is not None else run.world_size) / n_targets.clamp(min=1)).float()
+    factor = ((1 if run.sums is not None else run.world_size) / n_targets.clamp(min=1)).float().to(run.device)
     if run.loss_scale is not None:
         factor = factor * run.loss_scale.scale
 
@@ -267,7 +269,7 @@ def forward_and_backward(
     """Forward and backward of each micro-batch of a step, whose losses are multiplied by `factor`, float32 scalar."""
     args, sums = run.args, run.sums
     has_dropout = bool(run.config.dropout or run.config.attention_dropout)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=sums_device(run.device))
     divergence_sum = None if head_of is None else torch.zeros_like(loss_sum)
     piece_losses: list[Tensor] = []
     routers: list[RouterStatistics] = []
@@ -365,21 +367,22 @@ def to_device(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, 
 
 def sum_over_pieces(token_losses: Tensor, cu_seqlens: Tensor) -> Tensor:
     """float32 [B, T] and boundaries int32 [P + 1] -> float64 [P]: per-piece sums in a deterministic order."""
-    lengths = cu_seqlens.diff().to(torch.int64)
-    return torch.segment_reduce(token_losses.reshape(-1).double(), "sum", lengths=lengths, unsafe=True, initial=0.0)
+    losses = to_float64(token_losses.reshape(-1))
+    lengths = cu_seqlens.to(losses.device).diff().to(torch.int64)
+    return torch.segment_reduce(losses, "sum", lengths=lengths, unsafe=True, initial=0.0)
 
 
 def add_routers(routers: list[RouterStatistics]) -> RouterStatistics | None:
     """Router statistics summed over a step's micro-batches, float64; None without experts."""
     if not routers:
         return None
-    return RouterStatistics(*(torch.stack(values).sum(0, dtype=torch.float64) for values in zip(*routers, strict=True)))
+    return RouterStatistics(*(to_float64(torch.stack(values)).sum(0) for values in zip(*routers, strict=True)))
 
 
 def read_later(piece_losses: list[Tensor], skip: Tensor) -> SpanLosses:
     """Start copying to the host; the returned function waits for the copies (in the record's thread)."""
     sizes = [len(p) for p in piece_losses]
-    host, wait = copy_without_waiting(torch.cat([*piece_losses, skip.double().reshape(1)]))
+    host, wait = copy_without_waiting(torch.cat([*piece_losses, to_float64(skip).reshape(1)]))
 
     def read() -> tuple[list[npt.NDArray[np.float64]], bool]:
         wait()
@@ -407,7 +410,7 @@ def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, f
         divergence = result.divergence_sum.clone()
         sum_over_ranks(run, divergence)
         values += [divergence / result.n_targets.clamp(min=1), result.n_targets]
-    train_loss, grad_norm, skipped, in_row, tokens, *more = torch.stack([v.double() for v in values]).tolist()
+    train_loss, grad_norm, skipped, in_row, tokens, *more = torch.stack([to_float64(v) for v in values]).tolist()
     check_progress(int(in_row), run.args.guard.max_skipped_steps, run.step, last_checkpoint_name(run, int(in_row)))
     first, _ = first_sample_of_step(run.segments, run.step)
     row: dict[str, float] = {
@@ -502,7 +505,8 @@ def validate(run: Run, throughput: Throughput, progress: ProgressDisplay) -> dic
         return {}
     paused = throughput.pause()
     run.model.eval()
-    sums = torch.zeros(len(run.val_loaders), 2, dtype=torch.float64, device=run.device)  # summed loss, targets
+    # Summed loss, targets.
+    sums = torch.zeros(len(run.val_loaders), 2, dtype=torch.float64, device=sums_device(run.device))
     for total, (name, loader) in zip(sums, run.val_loaders.items(), strict=True):
         add_losses(run, loader, total, progress, f"validating {name}".rstrip())
         if run.stop.reason is not None:
@@ -531,13 +535,14 @@ def add_losses(run: Run, loader: Loader, total: Tensor, progress: ProgressDispla
                 out: LossOutput = run.model(
                     tokens, targets, cu_seqlens=cu_seqlens if run.args.data.document_mask else None
                 )
-            total[0] += summand(out.token_losses.double().sum(), run.sums)
+            total[0] += summand(to_float64(out.token_losses).sum(), run.sums)
             total[1] += batch.n_targets
 
 
 def stop_validation(run: Run) -> bool:
     """Whether the ranks have agreed to stop: a validation may take longer than the time left after a signal."""
-    flags = torch.tensor(run.stop.flags(failed=run.fault() is not None), dtype=torch.float64, device=run.device)
+    mine = run.stop.flags(failed=run.fault() is not None)
+    flags = torch.tensor(mine, dtype=torch.float64, device=sums_device(run.device))
     sum_over_ranks(run, flags)
     run.stop.summed(flags)
     return run.stop.agreed()[0] is not None

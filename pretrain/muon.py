@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_model.config import ModelConfig
+from lit_model.device import to_float64
 from lit_model.dtensor import is_dtensor, local
 from lit_model.matrices import hidden_matrices
 from pretrain.args import OptimArgs
@@ -57,7 +58,7 @@ class Muon(Optimizer):
         """As `AdamW.step`. The matrices' gradients are always multiplied by the coefficient first."""
         self.adamw.step(lr, skip, coefficient)
         keep = torch.ones_like(self.step_count) if skip is None else 1 - skip
-        decay = (1 - lr * self.args.weight_decay * keep.double()).float()
+        decay = (1 - lr * self.args.weight_decay * to_float64(keep)).float()
         if coefficient is not None:
             scale_gradients(self.matrices.values(), coefficient)
         for names in self._batches:

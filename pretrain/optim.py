@@ -96,6 +96,10 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, lr: float, skip: Tensor | None = None, coefficient: Tensor | None = None) -> None:
+        if skip is not None and skip.device.type == "mps":  # its fused kernel takes neither found_inf nor grad_scale
+            if skip.item():
+                return
+            skip = None
         grad_scale = None
         if coefficient is not None and self.scales_in_kernel:
             grad_scale = coefficient.reciprocal()

@@ -12,6 +12,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lit_files.platform import usable_cores
+from lit_model.device import best_kind
 from lit_model.init import initialise
 from lit_model.kernels.cross_entropy import choose_loss
 from lit_model.model import GPT
@@ -60,11 +61,13 @@ class Placement:
 def device_kind(args: RunArgs) -> str:
     """cpu, cuda or mps."""
     if args.accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return best_kind()
     if args.accelerator == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--accelerator cuda: torch finds no CUDA device here; use --accelerator cpu or check the driver"
         )
+    if args.accelerator == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--accelerator mps: torch finds no Apple GPU here; use --accelerator cpu")
     return args.accelerator
 
 
@@ -87,6 +90,10 @@ def choose_placement(args: RunArgs) -> Placement:
         raise ValueError(f"--devices {devices}: this machine has {torch.cuda.device_count()} GPUs")
     if kind == "cpu" and args.precision == "fp16":
         raise ValueError("--precision fp16 is not supported on a CPU; use bf16 or fp32")
+    if kind == "mps" and args.train.topology_invariant:
+        raise ValueError(
+            "--train.topology_invariant true sums in float64, which mps lacks; use --accelerator cpu, or leave it out"
+        )
     if args.precision == "fp8" and kind == "mps":
         raise ValueError("--precision fp8 is not supported on mps; use bf16 or fp32")
     if args.precision == "fp8" and kind == "cuda" and not args.compile:

@@ -12,6 +12,7 @@ from lit_data.loading.order import Segment, first_sample_of_step
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.reading import build
 from lit_model.config import ModelConfig
+from lit_model.device import sums_device
 from lit_model.load import Checkpoint
 from pretrain.args import DistillationArgs, OptimArgs, RunArgs, TrainArgs, flat, plain
 from pretrain.checkpoint.load import check_meta, load_state, training_state
@@ -117,7 +118,7 @@ def progress_at(meta: dict[str, Any] | None, args: RunArgs, device: torch.device
         step=int(meta["step"]),
         segments=[Segment(**segment) for segment in meta["segments"]],
         spikes=SpikeDetector(args.guard, meta.get("spikes")),
-        tokens=torch.tensor(meta["tokens"], dtype=torch.float64, device=device),
+        tokens=torch.tensor(meta["tokens"], dtype=torch.float64, device=sums_device(device)),
         skipped=torch.tensor(meta["skipped"], dtype=torch.float32, device=device),
         skipped_in_row=torch.tensor(meta.get("skipped_in_row", 0), dtype=torch.float32, device=device),
         words_at=(int(meta["step"]), meta["words"]) if meta.get("words") is not None else (0, 0),

@@ -25,6 +25,7 @@ from lit_model.bf16 import use_float32_products
 from lit_model.checksum import tensor_checksum
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
+from lit_model.device import best_kind
 from lit_model.load import MODEL_PREFIX, Checkpoint, is_hf_folder, load_model, resolve
 from lit_model.model import GPT
 
@@ -180,7 +181,7 @@ def open_model(
         except ValueError as error:
             warnings.append(str(error))
     try:
-        place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        place = torch.device(device if device is not None else best_kind())
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

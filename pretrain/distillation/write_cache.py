@@ -6,6 +6,7 @@ import torch
 
 from lit_data.loading.rows import open_rows
 from lit_data.packed.reader import PackedDataset
+from lit_model.device import best_kind
 from lit_model.load import load_tensors, resolve
 from pretrain.args import DistillationArgs, TeacherEntry
 from pretrain.distillation.cache_request import CacheRequest
@@ -20,7 +21,7 @@ def cache_teachers(request: CacheRequest) -> str:
         ValueError: the teachers don't match the data or each other, or the folder holds something else.
         OSError: a path does not exist or cannot be written.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(best_kind())
     precision = request.precision or ("bf16" if device.type == "cuda" else "fp32")
     weights = request.weights or [1.0] * len(request.teachers)
     entries = [TeacherEntry(resolve(path), weight) for path, weight in zip(request.teachers, weights, strict=True)]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lit_model.device import sums_device, to_float64
 from lit_model.model import GPT
 from pretrain.optim import by_layout, sum_of_squares
 
@@ -36,7 +37,7 @@ class LayerNorms:
     """
 
     def __init__(self, model: GPT, parameters: dict[str, nn.Parameter], device: torch.device) -> None:
-        self.model, self.device = model, device
+        self.model, self.device = model, sums_device(device)
         self.layers: dict[str, list[nn.Parameter]] = {}
         for name, parameter in parameters.items():
             self.layers.setdefault(layer_of(name), []).append(parameter)
@@ -53,7 +54,7 @@ class LayerNorms:
         self.model.observe = self._observe
 
     def _observe(self, block: int, x: Tensor) -> None:
-        self._squares[block] += torch.linalg.vector_norm(x.detach(), dtype=torch.float32).double().square()
+        self._squares[block] += to_float64(torch.linalg.vector_norm(x.detach(), dtype=torch.float32)).square()
         self._n_values += x.numel() if block == 0 else 0
 
     @torch.no_grad()
@@ -65,7 +66,7 @@ class LayerNorms:
             dist.all_reduce(self._squares)
         norms = self._norms([[p.grad for p in layer if p.grad is not None] for layer in self.layers.values()])
         rms = (self._squares / (self._n_values * world_size)).sqrt()
-        self._values = [norms if scale is None else norms / scale.double(), rms]
+        self._values = [norms if scale is None else norms / to_float64(scale), rms]
 
     @torch.no_grad()
     def before_update(self) -> None:
@@ -87,6 +88,6 @@ class LayerNorms:
         """float64 [layers]: 2-norms of the full (unsharded) tensors, on the device; the same on every rank."""
         sums = []
         for tensors in layers:
-            squares = [sum_of_squares(layout, shards).double() for layout, shards in by_layout(tensors).items()]
+            squares = [to_float64(sum_of_squares(layout, shards)) for layout, shards in by_layout(tensors).items()]
             sums.append(torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64))
         return torch.stack([s.to(self.device) for s in sums]).sqrt()

@@ -82,7 +82,7 @@ class ModuleOf(types.ModuleType):
         setattr(self._real, name, value)
 
 
-def modules_of(system: str) -> dict[str, types.ModuleType]:
+def modules_of(system: str) -> dict[str, ModuleOf]:
     """The modules of the standard library that differ on a system."""
 
     def without(names: str) -> Callable[[str], bool]:
@@ -99,8 +99,7 @@ def modules_of(system: str) -> dict[str, types.ModuleType]:
         }
     others = {name: ModuleOf(importlib.import_module(name), without(s), {}) for name, s in NOT_ON_WINDOWS.items()}
     flags = {"O_BINARY": 0, "O_NOINHERIT": 0, "open": open_on_windows}
-    msvcrt = types.ModuleType("msvcrt")
-    msvcrt.__dict__.update(LK_NBLCK=2, LK_UNLCK=0, locking=locking)
+    msvcrt = ModuleOf(types.ModuleType("msvcrt"), without(""), {"LK_NBLCK": 2, "LK_UNLCK": 0, "locking": locking})
     kernel = types.SimpleNamespace(GlobalMemoryStatusEx=memory_status, K32GetProcessMemoryInfo=process_memory)
     windows = {"windll": types.SimpleNamespace(kernel32=kernel), "WinError": OSError, "CDLL": refuse}
     return (

@@ -39,7 +39,7 @@ def every_step(run: Callable[..., str], folder: Path, more: bool = True) -> None
     assert "step 3" in run(*train, "--train.max_steps", 3)
     if more:
         script("prepare_data.py", *prepare, "--overwrite")
-        run(*train, "--train.max_steps", 5)  # resumes
+        run(*train, "--train.max_steps", 5, "--resume_allow", "train.max_steps")
         assert sorted(p.name for p in trained.glob("iter-*")) == ["iter-00000005-ckpt.pth"]
         script("trace_data.py", "verify", trained)
         script("evaluate.py", trained, "--tasks", "perplexity")

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from every_step import every_step
 from other_systems import PACKAGES, ROOT, all_modules, modules_of
 
@@ -58,6 +59,15 @@ def test_one_module_differs_by_system() -> None:
             if lacking or ast.unparse(node) in ASKS:
                 found.append(f"{name}: {ast.unparse(node)}")
     assert set(found) == {"pretrain/preflight/doctor.py: platform.system"}  # for its first line
+
+
+def test_the_workflow_calls_our_scripts_on_every_system() -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))["jobs"]
+    matrix = jobs["test"]["strategy"]["matrix"]
+    assert [name.partition("-")[0] for name in matrix["system"]] == ["ubuntu", "macos", "windows"]
+    assert matrix["python"] == ["3.11", "3.12", "3.13", "3.14"]
+    called = {word for s in jobs["test"]["steps"] for word in s.get("run", "").split() if word.startswith("scripts/")}
+    assert "scripts/run_tests.py" in called and all((ROOT / script).is_file() for script in called)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")

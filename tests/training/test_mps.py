@@ -12,10 +12,10 @@ from running import flags, train_in_process
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lit_model.device import to_float64
+from lit_model.device import best_kind, to_float64
 from lit_model.generate import draw
 from lit_model.sampling import Sampling
-from pretrain.args import RunArgs
+from pretrain.cli.run_parser import parse
 from pretrain.parallel import choose_placement
 
 
@@ -57,7 +57,11 @@ def test_float64_is_reached_by_one_function(data: Path, tmp_path: Path) -> None:
     assert conversions.allowed > 10
 
 
-def test_refusals() -> None:
-    args = RunArgs(accelerator="mps")
+def test_refusals(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parse(flags(data, tmp_path, accelerator="mps"))
     with pytest.raises(ValueError, match="--accelerator mps: torch finds no Apple GPU here"):
         choose_placement(args)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_placement(args).kind == best_kind() == "mps"
+    with pytest.raises(ValueError, match="sums in float64, which mps lacks"):
+        choose_placement(parse(flags(data, tmp_path, accelerator="mps", train__topology_invariant=True)))

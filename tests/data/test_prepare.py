@@ -377,7 +377,7 @@ def test_killed_after_the_output_was_published(corpus, tokenizer_folder, tmp_pat
     """Then only the working folder needs removing; the existing output must not be an error."""
     for removed in (0, 1, 2):
         with monkeypatch.context() as patch:
-            patch.setattr(prepare_module, "_remove_work", lambda folder: None)
+            patch.setattr(prepare_module, "_remove_work", lambda *_: None)
             patch.setattr(prepare_module.shutil, "rmtree", lambda *_, **__: None)
             prepare([corpus], tokenizer_folder, tmp_path / f"out{removed}", workers=1)
         work = tmp_path / f".out{removed}.preparing"
@@ -416,7 +416,7 @@ def test_parts_equal_a_single_machine(repetitive, tokenizer_folder, tmp_path, mo
     stage("encode", 0)
     stage("encode", 2)
     with monkeypatch.context() as patch:  # killed after it published
-        patch.setattr(prepare_module, "_remove_work", lambda folder: None)
+        patch.setattr(prepare_module, "_remove_work", lambda *_: None)
         assert stage("merge") is not None
     assert content(tmp_path / "staged") == expected
     assert stage("merge") is not None and not (tmp_path / ".staged.preparing").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def host_memory_bytes(root: Path = Path("/")) -> int:
 def resident_bytes() -> int | None:
     """Memory of this process that is resident now; None where the system does not tell."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
     except OSError:
         return None
 

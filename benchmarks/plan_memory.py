@@ -28,7 +28,7 @@ from benchmarks.corpus_runs import call, prepare
 from benchmarks.provenance import provenance
 from lit_eval.run_facts import read_run
 
-WARMUP_STEPS, STEPS = 1, 3
+WARMUP_STEPS, STEPS = 1, 2
 BOUND = 0.1  # the ratio's distance from 1 that counts as a hit
 SIZES = {
     "2M": ("n_layer=4", "n_head=4", "n_embd=192", "intermediate_size=512", "vocab_size=4096"),

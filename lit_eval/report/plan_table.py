@@ -37,12 +37,12 @@ def plan_table(run: RunFacts) -> str:
         cells = [
             text_cell(name),
             number_cell(shown(likely), likely),
-            text_cell(f"{shown(low)} to {shown(high)}" if low < high else ""),
+            number_cell(f"{shown(low)} to {shown(high)}" if low < high else "", likely),
             number_cell(shown(measured), measured),
             number_cell(f"{measured / likely:.2f}", measured / likely),
         ]
         rows.append(cells)
-    columns = [Column("Figure", numeric=False), Column("Plan"), Column("Range", numeric=False), Column("Run")]
+    columns = [Column("Figure", numeric=False), Column("Plan"), Column("Range"), Column("Run")]
     columns.append(Column("Run / plan", hint="1: as planned"))
     return "<h3>Plan and reality</h3>" + table("Plan and reality", columns, rows, sortable=False) if rows else ""
 

@@ -16,6 +16,8 @@ MEASURED_ON = ("h100", "h200")
 NOT_COMPILED = 1 / 1.2
 CPU_SHARE = (0.5, 0.7, 0.77)
 """Of the rate of a matrix multiply, low, likely and high: what steps reached on two cores (docs/performance.md)."""
+HALF_WIDTHS = (64, 32, 0)
+"""Widths at which a CPU reaches half of each share: in narrow models everything beside the products weighs more."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ class Range:
         return Range(self.low * low, self.likely * likely, self.high * high)
 
 
+def cpu_flops_per_second(device: Device, width: int, recompute: float) -> Range:
+    """FLOP/s that a step of a model of this width is expected to reach on a CPU; `recompute`: see below."""
+    shares = (share * width / (width + half) for share, half in zip(CPU_SHARE, HALF_WIDTHS, strict=True))
+    return Range(*(share * device.flops * recompute for share in shares))
+
+
 def flops_per_second(
     name: str,
     device: Device,
@@ -86,16 +94,13 @@ def flops_per_second(
     devices: int,
     nodes: int,
 ) -> Range:
-    """FLOP/s that a step is expected to reach on one device, in the convention of `flops_per_token`.
+    """FLOP/s that a step is expected to reach on one GPU, in the convention of `flops_per_token`.
 
-    On GPUs: the MFU of the measured steps, interpolated over the logarithm of the model's size and not extrapolated,
+    The MFU of the measured steps, interpolated over the logarithm of the model's size and not extrapolated,
     times the device's peak. The bounds are 10 % on the kind of card that was measured, 30 % on others, and wider for
     what was not measured: several devices, fp32, no compilation. `recompute`: speed with activation checkpointing over
     that without.
     """
-    if device.kind == "cpu":
-        low, likely, high = (share * device.flops for share in CPU_SHARE)
-        return Range(low, likely, high).times(*[recompute] * 3)
     (small, slow), (large, fast) = MEASURED
     position = (math.log(parameters) - math.log(small)) / (math.log(large) - math.log(small))
     mfu = slow + (fast - slow) * min(max(position, 0.0), 1.0)

@@ -27,7 +27,7 @@ from pretrain.args import AUTO, SHARDED_ONLY, ModelArgs, RunArgs, TrainArgs
 from pretrain.free_memory import CUDA_RESERVE_BYTES, TIGHT
 from pretrain.init_from import model_config
 from pretrain.memory_fit import checkpoint_bytes, host_bytes, training_setting
-from pretrain.planning.devices import Device, Range, flops_per_second
+from pretrain.planning.devices import Device, Range, cpu_flops_per_second, flops_per_second
 
 RECORD_BYTES_PER_SPAN = 23.2  # 1.0e9 spans took 23.3 GB (benchmarks/results/2026-11-21-record-1e9.json)
 VOCABULARY = 32_000  # assumed where neither the model's name nor the data gives it
@@ -145,19 +145,21 @@ def expected_speed(
     mean_document: float | None,
 ) -> Range:
     """Tokens/s of all devices. Teachers that compute beside the student are counted."""
-    flops = partial(flops_per_token, block_size=block_size)
+    flops, recompute = partial(flops_per_token, block_size=block_size), recomputed_speed(args.train, config)
     if device.kind == "cpu":  # the attention that is computed; GPUs were measured by the convention
         flops = partial(flops_per_token, block_size=int(min(block_size, mean_document or block_size)), causal=True)
-    rate = flops_per_second(
-        gpu,
-        device,
-        count_active_parameters(config),
-        args.precision,
-        compiled=args.compile,
-        recompute=recomputed_speed(args.train, config),
-        devices=devices,
-        nodes=args.num_nodes,
-    )
+        rate = cpu_flops_per_second(device, config.n_embd, recompute)
+    else:
+        rate = flops_per_second(
+            gpu,
+            device,
+            count_active_parameters(config),
+            args.precision,
+            compiled=args.compile,
+            recompute=recompute,
+            devices=devices,
+            nodes=args.num_nodes,
+        )
     if args.train.topology_invariant:
         rate = rate.times(*EXACT_SUMS_SPEED)
     per_token = flops(config)

@@ -19,7 +19,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "dependencies.md"
 BEGIN, END = "<!-- measured by docs/measure_dependencies.py -->\n", "<!-- end -->\n"
-REPEATS = 3
 
 # package -> (module, what it is for, what was there before, or what it saves)
 PURPOSES = {
@@ -131,12 +130,12 @@ def dependencies() -> dict[str, tuple[str, str]]:
     return {name: (", ".join(extras), ranges[name]) for name, extras in needed.items()}
 
 
-def measure(name: str, pythons: list[str]) -> dict[str, float | str | None] | None:
-    """Version, bytes and the least of REPEATS import times, in CPU seconds; None where it is not installed."""
+def measure(name: str, pythons: list[str], repeats: int) -> dict[str, float | str | None] | None:
+    """Version, bytes and the least of `repeats` import times, in CPU seconds; None where it is not installed."""
     module = PURPOSES[name][0] or ""
     for python in pythons:
         best: dict[str, float | str | None] | None = None
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             command = [python, "-c", MEASURE, name, module]
             done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT.parent)
             if done.returncode:
@@ -153,14 +152,14 @@ def megabytes(number: float) -> str:
     return f"{number / 1e6:,.1f}" if number < 1e7 else f"{number / 1e6:,.0f}"
 
 
-def table(pythons: list[str]) -> str:
+def table(pythons: list[str], repeats: int) -> str:
     lines = [
         "| package | for | needed by | range | version | import, s | MB | MB with all it needs | instead of |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (needed, versions) in dependencies().items():
         _, purpose, before = PURPOSES[name]
-        found = measure(name, pythons)
+        found = measure(name, pythons, repeats)
         cells = ["not measured", "", "", ""]
         if found is not None:
             seconds = found["seconds"]
@@ -174,6 +173,7 @@ def table(pythons: list[str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", nargs="+", default=[], metavar="PATH", help="other environments to measure in")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="imports of each; the fastest counts")
     parser.add_argument("--check", action="store_true", help="only check that each dependency has a row")
     args = parser.parse_args()
     text = PAGE.read_text(encoding="utf-8")
@@ -184,7 +184,9 @@ def main() -> int:
         if wrong:
             print(f"docs/dependencies.md: without a row, or no longer a dependency: {', '.join(wrong)}")
         return 1 if wrong else 0
-    PAGE.write_text(text[:begin] + "\n" + table([sys.executable, *args.python]) + "\n" + text[end:], encoding="utf-8")
+    PAGE.write_text(
+        text[:begin] + "\n" + table([sys.executable, *args.python], args.repeats) + "\n" + text[end:], encoding="utf-8"
+    )
     return 0
 
 

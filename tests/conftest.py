@@ -35,11 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.markexpr = f"({chosen}) and not slow and not chaos"
 
 
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """On Windows, leave out all but the quick tests: others fork, and lock and watch files as POSIX can."""
-    if sys.platform != "win32" or collection_path.suffix != ".py" or SMOKE.search(collection_path.name):
-        return None
-    return True
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Read only the files of `-m smoke`. On Windows always: the other tests fork, lock and watch files as POSIX can."""
+    smoke = config.option.markexpr == "smoke" or sys.platform == "win32"
+    return True if smoke and collection_path.suffix == ".py" and not SMOKE.search(collection_path.name) else None
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 
-.PHONY: help install doctor smoke test slow chaos coverage check quickstart clean
+.PHONY: help install doctor smoke test slow chaos coverage check docs quickstart clean
 
 help:
 	@echo "make quickstart  install, then run every step from text to a Hugging Face model in runs/quickstart/"
@@ -14,6 +14,7 @@ help:
 	@echo "make chaos       run only the kill tests and print their counts (docs/reliability.md); about an hour"
 	@echo "make coverage    run the tests with coverage.py and print the lines they miss; twice the time of make test"
 	@echo "make check       check lint, format and types"
+	@echo "make docs        write the documentation as a site to site/, with links and anchors checked"
 	@echo "make clean       remove .venv and caches, but not runs/"
 
 install:
@@ -41,8 +42,12 @@ coverage: install
 check: install
 	$(VENV_PYTHON) scripts/run_checks.py
 
+docs: install
+	$(VENV_PYTHON) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict
+
 quickstart: install
 	$(VENV_PYTHON) scripts/quickstart.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv.lock .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv.lock .mypy_cache .ruff_cache .pytest_cache .hypothesis build site *.egg-info

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.checksum import file_sha256
+from lit_files.progress import track
 from lit_files.reading import as_object, build, parse_json, read_bytes
 from lit_model.checksum import tensor_checksum
 from lit_model.config import ModelConfig
@@ -117,11 +118,12 @@ class Checkpoint:
         if not isinstance(known, dict):
             return [f"{self.path} carries no checksums: it was written by an older version and can't be verified"]
         names = sorted(known)[part::parts]
-        return self._file_faults(known, names) if self.sharded else self._tensor_faults(known, names)
+        find = self._file_faults if self.sharded else self._tensor_faults
+        return find(known, names, parts == 1)
 
-    def _file_faults(self, known: dict[str, Any], names: list[str]) -> list[str]:
+    def _file_faults(self, known: dict[str, Any], names: list[str], show: bool) -> list[str]:
         faults = []
-        for name in names:
+        for name in track(names, "checking", "files", show=show):
             file, facts = self.path / Path(name).name, known[name] if isinstance(known[name], dict) else {}
             if not file.is_file():
                 faults.append(f"{file} is missing")
@@ -132,9 +134,9 @@ class Checkpoint:
         unknown = sorted({p.name for p in self.path.iterdir()} - set(known) - {"meta.json"})
         return faults + [f"{self.path / name} does not belong to the checkpoint" for name in unknown]
 
-    def _tensor_faults(self, known: dict[str, Any], names: list[str]) -> list[str]:
+    def _tensor_faults(self, known: dict[str, Any], names: list[str], show: bool) -> list[str]:
         faults = [f"{self.path}: {name} does not belong to the checkpoint" for name in set(self._names) - set(known)]
-        for name in names:
+        for name in track(names, "checking", "tensors", show=show):
             if name not in self._names:
                 faults.append(f"{self.path}: {name} is missing")
             elif tensor_checksum(self._mapped(name)) != known[name]:

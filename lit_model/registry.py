@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
+from lit_files.near_names import did_you_mean
 from lit_model.config import ModelConfig
 
 _LLAMMLEIN: dict[str, Any] = {"vocab_size": 32064, "block_size": 2048, "norm_eps": 1e-5}
@@ -143,9 +143,8 @@ def get_config(name: str, **overrides: Any) -> ModelConfig:
     given too. Raises ValueError for an unknown name (with near ones) and for an unknown field.
     """
     if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(MODELS)}"
-        raise ValueError(f"unknown model name {name!r}; {hint}")
+        hint = did_you_mean(name, MODELS, cutoff=0.4) or f"; known are {', '.join(MODELS)}"
+        raise ValueError(f"unknown model name {name!r}{hint}")
     config = MODELS[name]
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     unknown = sorted(set(overrides) - known)

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from lit_files.near_names import did_you_mean
 from lit_model.config import ModelConfig
 
 # Far beyond any run, and small enough that the numbers derived from them fit in memory and in 64 bits.
@@ -241,8 +242,8 @@ class TrainArgs:
     `deterministic`; costs memory, bandwidth and time (docs/reproducibility.md)."""
     fp8_keep_ends: bool = False
     """With --precision fp8: leave the first and the last block in bf16."""
-    attention: str = "auto"
-    """Attention kernel: auto, or one of lit_model/kernels/: fa4, fa3, fa2, varlen, sdpa, loop."""
+    attention: Literal["auto", "fa4", "fa3", "fa2", "varlen", "sdpa", "loop", "dense"] = "auto"
+    """Attention kernel, one of lit_model/kernels/; auto: the fastest that runs here. `dense` is for tests."""
     loss_kernel: Literal["auto", "fused", "plain"] = "auto"
     """Cross-entropy: `fused` in one Triton kernel (CUDA, bf16 or fp16), or `plain` operations of torch; auto: fused
     where it runs. The loss of a student beside its teachers is always plain."""
@@ -557,7 +558,8 @@ class LogArgs:
         object.__setattr__(self, "trackers", list(dict.fromkeys(names)))
         for name in self.trackers:
             if name not in TRACKERS:
-                raise ValueError(f"--log.trackers {name}: unknown tracker; choose {' or '.join(TRACKERS)}")
+                hint = did_you_mean(name, TRACKERS)
+                raise ValueError(f"--log.trackers {name}: unknown tracker; choose {' or '.join(TRACKERS)}{hint}")
 
 
 @dataclass(frozen=True)

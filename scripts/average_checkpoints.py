@@ -1,7 +1,7 @@
 """Average the weights of several checkpoints, for example the last of a run with a constant learning rate.
 
-python scripts/average_checkpoints.py runs/mine --last 5 --output average.pth
-python scripts/average_checkpoints.py one/iter-00001000-ckpt.pth other/iter-00002000-ckpt.pth --output average.pth
+    python scripts/average_checkpoints.py runs/mine --last 5 --output average.pth
+    python scripts/average_checkpoints.py one/iter-00001000-ckpt.pth other/iter-00002000-ckpt.pth --output average.pth
 
 The output is a checkpoint without optimizer state: evaluate.py, generate.py, convert_to_hf.py and --init_from open it.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
+from pretrain.cli.command_line import NOTHING_WRITTEN, ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
@@ -36,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, NOTHING_WRITTEN)

@@ -1,4 +1,7 @@
-"""Convert a Hugging Face folder to a checkpoint, to continue training from it with --init_from."""
+"""Convert a Hugging Face folder to a checkpoint, to continue training from it with --init_from.
+
+python scripts/convert_from_hf.py --input hf/ --output start.pth
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
+from pretrain.cli.command_line import NOTHING_WRITTEN, ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
@@ -27,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, NOTHING_WRITTEN)

@@ -1,6 +1,6 @@
 """Convert a checkpoint of TinyLlama, LLäMmlein, lit-gpt or litgpt to this project's format, with the optimizer state.
 
-python scripts/convert_legacy.py out/LLaMmlein_1B/iter-00100000-ckpt.pth imported/llammlein-1B.pth
+    python scripts/convert_legacy.py out/LLaMmlein_1B/iter-00100000-ckpt.pth imported/llammlein-1B.pth
 
 The result works with evaluation, generation and scripts/convert_to_hf.py, and training can continue from it with
 --init_from (docs/legacy.md). The source is a .pth, or a litgpt folder with lit_model.pth and model_config.yaml.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
+from pretrain.cli.command_line import NOTHING_WRITTEN, ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
@@ -49,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, NOTHING_WRITTEN)

@@ -1,4 +1,7 @@
-"""Convert a Llama-like model and its tokenizer to one GGUF file, for llama.cpp and programs built on it."""
+"""Convert a Llama-like model and its tokenizer to one GGUF file, for llama.cpp and programs built on it.
+
+python scripts/convert_to_gguf.py --checkpoint runs/mine --output mine.gguf --dtype q8_0
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
+from pretrain.cli.command_line import NOTHING_WRITTEN, ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
@@ -37,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, NOTHING_WRITTEN)

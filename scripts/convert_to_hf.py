@@ -1,4 +1,7 @@
-"""Convert a checkpoint to a Hugging Face folder: safetensors, configs, tokenizer, model card."""
+"""Convert a checkpoint to a Hugging Face folder: safetensors, configs, tokenizer, model card.
+
+python scripts/convert_to_hf.py --checkpoint runs/mine --output hf/
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
+from pretrain.cli.command_line import RESUMES, ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
@@ -34,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, RESUMES)

@@ -15,13 +15,16 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, given_fields, run_script
+from pretrain.cli.command_line import RESUMES, ScriptParser, end_on_ctrl_c, given_fields, run_script
 
 end_on_ctrl_c()
 
 from lit_eval.evaluation.settings import FOLDER, TASK_NAMES, EvaluationSettings
 
-GROUPS = {"data": "what is evaluated", "prefix": "how"}
+GROUPS = {
+    "text_field": "reading: fields of the data, files of single tasks",
+    "prefix": "execution: batches, device, precision, output",
+}
 
 
 def main() -> None:
@@ -59,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, RESUMES)

@@ -1,8 +1,8 @@
 """Continue prompts with a run folder's newest checkpoint, a checkpoint, or a Hugging Face folder.
 
-  generate.py --model runs/small --prompt "Es war einmal" --num_samples 3
-  generate.py --model runs/small --prompts prompts.txt --json
-  generate.py --model runs/small                          a session: type a prompt, read what follows
+    python scripts/generate.py --model runs/small --prompt "Es war einmal" --num_samples 3
+    python scripts/generate.py --model runs/small --prompts prompts.txt --json
+    python scripts/generate.py --model runs/small                          # a session: type a prompt, read what follows
 
 In a session Ctrl-C ends a continuation and Ctrl-D the session.
 """
@@ -122,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "interrupted")

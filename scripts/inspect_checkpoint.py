@@ -2,8 +2,8 @@
 
 Of a run with --save.at_words also the checkpoint of each word budget.
 
-python scripts/inspect_checkpoint.py runs/mine              # newest checkpoint of a run
-python scripts/inspect_checkpoint.py runs/mine/iter-00001000-ckpt.pth --verify
+    python scripts/inspect_checkpoint.py runs/mine              # newest checkpoint of a run
+    python scripts/inspect_checkpoint.py runs/mine/iter-00001000-ckpt.pth --verify
 """
 
 from __future__ import annotations
@@ -49,4 +49,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "interrupted")

@@ -1,4 +1,7 @@
-"""Sample OUTPUT/train.jsonl and OUTPUT/val.jsonl from a grammar of known entropy."""
+"""Sample OUTPUT/train.jsonl and OUTPUT/val.jsonl from a grammar of known entropy.
+
+python scripts/make_synthetic.py --output corpus/ --tokens 1000000 --seed 1
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
+from pretrain.cli.command_line import NOTHING_WRITTEN, ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
@@ -28,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, NOTHING_WRITTEN)

@@ -16,23 +16,24 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, given_fields, run_script
+from pretrain.cli.command_line import RESUMES, ScriptParser, end_on_ctrl_c, given_fields, run_script
 
 end_on_ctrl_c()
 
 from lit_data.prepare.settings import Execution, Settings
 
+EXECUTION = "execution: processes, machines and interrupted calls"
 GROUPS = {
-    "text_field": "reading",
+    "text_field": "reading: fields and documents of the input",
     "cleaner": "cleaning, filters and deduplication; each stage reports what it removed and why",
-    "parts": "execution",
+    "parts": EXECUTION,
 }
 
 
 def main() -> None:
     parser = ScriptParser(description=__doc__, allow_abbrev=False)
     parser.add_fields(Settings, GROUPS, leave_out=["name"])
-    parser.add_fields(Execution, {"workers": "execution"}, leave_out=["warn_of_large_text"])
+    parser.add_fields(Execution, {"workers": EXECUTION}, leave_out=["warn_of_large_text"])
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # so that --workers 1 uses one core
     sys.path.append(os.getcwd())  # for the user's module:function
@@ -46,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, RESUMES)

@@ -1,5 +1,8 @@
 """Publish a run's checkpoints as revisions that anyone can check, to a folder or a hub, or verify a release.
 
+    python scripts/publish.py runs/mine --to release/
+    python scripts/publish.py --verify release/
+
 Without --to it is a dry run. To continue an interrupted publication, repeat the command.
 """
 
@@ -11,7 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
+from pretrain.cli.command_line import RESUMES, ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
@@ -87,4 +90,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, RESUMES)

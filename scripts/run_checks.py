@@ -1,4 +1,7 @@
-"""Run lint, format check and type check, all even if one fails. `make check` calls this."""
+"""Run lint, format check and type check, all even if one fails. `make check` calls this.
+
+python scripts/run_checks.py
+"""
 
 import subprocess
 import sys
@@ -22,6 +25,9 @@ CHECKS = (
 
 
 def main() -> int:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return 0
     failed = []
     for check in CHECKS:
         print("python -m", *check, flush=True)

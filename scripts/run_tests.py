@@ -1,5 +1,7 @@
 """Run pytest on the CPUs available to this process. Arguments are passed to pytest; `make test` calls this.
 
+    python scripts/run_tests.py -k loss
+
 With --coverage (`make coverage`) the lines that the tests run are counted, those of commands and forked ranks included.
 """
 
@@ -22,6 +24,9 @@ COVERAGE = [sys.executable, "-m", "coverage"]
 
 
 def main() -> int:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return 0
     cpus = usable_cores()
     # Tests start their own processes (two ranks); more workers than this would only compete for cores.
     workers = min(cpus, 8)

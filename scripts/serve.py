@@ -1,8 +1,8 @@
 """Serve a model through an OpenAI-compatible API (/v1/completions, /v1/chat/completions, /v1/models), with a web page
 to try it at /.
 
-  serve.py --model runs/small
-  LLAMMLEIN_API_KEY=... serve.py --model runs/small --host 0.0.0.0
+    python scripts/serve.py --model runs/small
+    LLAMMLEIN_API_KEY=... python scripts/serve.py --model runs/small --host 0.0.0.0
 
 For trying a model and for small tools: requests run one at a time. docs/serving.md describes how to serve an exported
 model to many users. On Ctrl-C and SIGTERM, running requests are finished first; a second Ctrl-C exits at once.
@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "interrupted")

@@ -1,5 +1,10 @@
 """Query a run's datapoint record: the data of a step, the steps of a document and their effect, the data between two
-checkpoints."""
+checkpoints.
+
+    python scripts/trace_data.py step runs/mine 100
+    python scripts/trace_data.py document runs/mine ID
+    python scripts/trace_data.py verify runs/mine
+"""
 
 from __future__ import annotations
 
@@ -22,7 +27,7 @@ def parser() -> ScriptParser:
 
     def command(name: str, help: str) -> ScriptParser:
         made = commands.add_parser(name, help=help)
-        made.add_argument("run", type=Path)
+        made.add_argument("run", type=Path, help="run folder")
         return made
 
     step = command("step", "the documents and token spans of a step (0-based), with their text")
@@ -126,4 +131,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "interrupted")

@@ -1,4 +1,7 @@
-"""Compare the loss of every validation span between a run's checkpoint and its converted folder in transformers."""
+"""Compare the loss of every validation span between a run's checkpoint and its converted folder in transformers.
+
+python scripts/verify_hf.py --run runs/mine --hf hf/
+"""
 
 from __future__ import annotations
 
@@ -26,4 +29,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "interrupted")

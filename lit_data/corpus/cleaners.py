@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lit_data.corpus.readers import Document
 from lit_data.corpus.user_code import describe, load_function
+from lit_files.near_names import did_you_mean
 
 Cleaner = Callable[[Document], str | None]
 """The document's new text, or None to drop it. Cleaners are picklable."""
@@ -184,7 +185,8 @@ def open_cleaner(spec: str) -> Cleaner:
     """
     if ":" not in spec:
         if spec not in PROFILES:
-            raise ValueError(f"--cleaner {spec}: choose one of {', '.join(PROFILES)}, or give module:function")
+            names = f"choose one of {', '.join(PROFILES)}, or give module:function"
+            raise ValueError(f"--cleaner {spec}: {names}{did_you_mean(spec, PROFILES)}")
         return PROFILES[spec]
     function = load_function(spec, "--cleaner")
     return _UserCleaner(spec, function, takes_document=_first_parameter(function) == "document")

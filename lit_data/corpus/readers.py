@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from lit_data.corpus.files import PARQUET, TEXT_SUFFIXES, ReadErrors, TextFile, list_files
 from lit_data.corpus.options import MAX_DOCUMENT_MB, OnError, check_split
 from lit_data.corpus.parquet_columns import column_of, first_group, has_column, no_column, rows_at_once, values_of
-from lit_data.corpus.streams import DamagedError, after_lines, bytes_within, chunks_of, lines_of
+from lit_data.corpus.streams import DamagedError, OnRead, after_lines, bytes_within, chunks_of, ignore, lines_of
 
 UTF8_BOM = b"\xef\xbb\xbf"
 
@@ -69,6 +69,7 @@ def read_documents(
     max_document_mb: int = MAX_DOCUMENT_MB,
     errors: ReadErrors | None = None,
     start: Place | None = None,
+    on_read: OnRead = ignore,
 ) -> Iterator[Document]:
     """Read the documents of files and folders in order.
 
@@ -87,6 +88,7 @@ def read_documents(
         errors: collects skipped input.
         start: continue right after the document at this place, `Place(document.file, document.place)`. Nothing before
             it is parsed: earlier files are not opened, lines are decompressed and counted, row groups skipped.
+        on_read: called with the number of bytes read, for a display of progress; not for datasets of Hugging Face.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -111,7 +113,8 @@ def read_documents(
     def read() -> Iterator[Document]:
         for number, file in enumerate(files[first:], first):
             after = start.place if start is not None and number == first else None
-            yield from _FileReader(file, number, on_error, fields, split_documents, max_document_mb, errors).read(after)
+            reader = _FileReader(file, number, on_error, fields, split_documents, max_document_mb, errors, on_read)
+            yield from reader.read(after)
 
     return read()
 
@@ -144,6 +147,7 @@ class _FileReader:
     split_documents: str
     max_document_mb: int
     errors: ReadErrors
+    on_read: OnRead
 
     def read(self, after: int | None) -> Iterator[Document]:
         """Read all documents, or those after a given place."""
@@ -172,6 +176,9 @@ class _FileReader:
     def _too_long(self, what: str, remedy: str = "") -> None:
         self._fault(f"{what} of more than {self.max_document_mb} MB (--max_document_mb{remedy})")
 
+    def _chunks(self) -> Iterator[bytes]:
+        return chunks_of(self.file.path, self.file.compression, self.on_read)
+
     @property
     def _limit(self) -> int:
         """Maximum bytes of a document."""
@@ -181,7 +188,7 @@ class _FileReader:
         data: bytes | None = None
         try:
             if self.file.compression or self.file.path.stat().st_size <= self._limit:
-                data = bytes_within(chunks_of(self.file.path, self.file.compression), self._limit)
+                data = bytes_within(self._chunks(), self._limit)
         except DamagedError as error:
             self._fault(f"{error}", error)
             return
@@ -200,7 +207,7 @@ class _FileReader:
 
     def _numbered_lines(self, after: int) -> Iterator[tuple[int, bytes | None]]:
         """Iterate over (1-based number, line without its end, or None if too long), from the line after `after`."""
-        chunks = chunks_of(self.file.path, self.file.compression)
+        chunks = self._chunks()
         lines = lines_of(after_lines(chunks, after, str(self.file.path)) if after else chunks, self._limit)
         place = after
         try:
@@ -314,6 +321,7 @@ class _FileReader:
             facts = table.metadata.row_group(group)
             rows = rows_at_once(self.file.path, facts, columns, self._limit)
             yield from table.iter_batches(rows, [group], columns=columns)
+            self.on_read(self.file.path.stat().st_size * facts.num_rows // max(1, table.metadata.num_rows))
 
     def _columns(self, schema: Any) -> list[str]:
         """The requested columns that a table has; metadata may be missing."""

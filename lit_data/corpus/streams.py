@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # A zstd block of 4 bytes can expand to 128 KiB, so one step yields up to 8 MiB. Larger saves at most 3% of reading.
@@ -23,15 +23,22 @@ class DamagedError(Exception):
     """A compressed stream that is truncated or invalid, or an endless line."""
 
 
-def chunks_of(path: Path, compression: str = "") -> Iterator[bytes]:
+OnRead = Callable[[int], object]  # called with the number of bytes read from a file, as they are there
+
+
+def ignore(_: int) -> None:
+    """Reading is not followed."""
+
+
+def chunks_of(path: Path, compression: str = "", on_read: OnRead = ignore) -> Iterator[bytes]:
     """Iterate over the decompressed content of a file (`compression`: "gz", "zst", "zstd", or "" for none).
 
     Raises:
         DamagedError: while iterating, after all readable data.
     """
     if compression == "":
-        return _raw_chunks(path, FILE_CHUNK_BYTES)
-    return _gunzipped(path) if compression == "gz" else _unzstded(path)
+        return _raw_chunks(path, FILE_CHUNK_BYTES, on_read)
+    return _gunzipped(path, on_read) if compression == "gz" else _unzstded(path, on_read)
 
 
 def lines_of(chunks: Iterator[bytes], limit_bytes: int | None = None) -> Iterator[bytes | None]:
@@ -107,13 +114,14 @@ def after_lines(chunks: Iterator[bytes], lines: int, name: str) -> Iterator[byte
         )
 
 
-def _raw_chunks(path: Path, chunk_bytes: int) -> Iterator[bytes]:
+def _raw_chunks(path: Path, chunk_bytes: int, on_read: OnRead) -> Iterator[bytes]:
     with open(path, "rb") as f:
         while chunk := f.read(chunk_bytes):
+            on_read(len(chunk))
             yield chunk
 
 
-def _unzstded(path: Path) -> Iterator[bytes]:
+def _unzstded(path: Path, on_read: OnRead) -> Iterator[bytes]:
     """Decompress a zstd file of one or more frames.
 
     zstandard's own stream reader does not detect truncation; here the end of each frame is checked.
@@ -123,7 +131,7 @@ def _unzstded(path: Path) -> Iterator[bytes]:
     make = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj
     frame = make()
     started, any_frame = False, False
-    for chunk in _raw_chunks(path, ZSTD_CHUNK_BYTES):
+    for chunk in _raw_chunks(path, ZSTD_CHUNK_BYTES, on_read):
         while chunk:
             started = any_frame = True
             try:
@@ -139,11 +147,11 @@ def _unzstded(path: Path) -> Iterator[bytes]:
         raise DamagedError("the zstd file is truncated; copy or download it again")
 
 
-def _gunzipped(path: Path) -> Iterator[bytes]:
+def _gunzipped(path: Path, on_read: OnRead) -> Iterator[bytes]:
     """Decompress a gzip file of one or more members; zeros after the last are padding, as for gzip."""
     member = zlib.decompressobj(GZIP_WINDOW_BITS)
     started, any_member = False, False
-    for chunk in _raw_chunks(path, GZIP_CHUNK_BYTES):
+    for chunk in _raw_chunks(path, GZIP_CHUNK_BYTES, on_read):
         while chunk:
             if any_member and not started:
                 chunk = chunk.lstrip(b"\0")

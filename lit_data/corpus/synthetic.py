@@ -28,6 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from lit_files.progress import track
 from lit_files.publish import build_folder
 
 Level = Literal["simple", "medium", "complex"]
@@ -337,7 +338,7 @@ def write_synthetic(
     with build_folder(output) as temporary:
         for name, documents in streams.items():
             with open(temporary / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as file:
-                for doc in documents:
+                for doc in track(documents, name, "words", splits[name], size=lambda doc: len(doc.text.split())):
                     file.write(json.dumps({"id": doc.id, "text": doc.text, "nll": doc.nll}) + "\n")
     return output / "train.jsonl", output / "val.jsonl"
 

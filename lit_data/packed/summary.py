@@ -21,6 +21,7 @@ from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_files.checksum import file_sha256
 from lit_files.database import open_database
 from lit_files.parquet import open_table
+from lit_files.progress import track
 
 BLOCK_DOCUMENTS = 1 << 16
 BAR_CHARACTERS = 40
@@ -309,15 +310,16 @@ def faults_of(folder: str | Path) -> list[str]:
     if (Path(folder) / WORDS_WORK / MANIFEST).is_file():
         return [f"{folder}: scripts/count_words.py was interrupted; run it again on this folder to finish"]
     found = []
-    for shard in read_manifest(Path(folder)).shards:
-        for kind, expected in shard.sha256.items():
-            file = Path(folder) / f"{shard.name}.{kind}"
-            if not file.is_file():
-                found.append(f"{file} is missing")
-            elif (size := file.stat().st_size) != shard.sizes[kind]:
-                found.append(f"{file} has {size} bytes instead of {shard.sizes[kind]}: truncated or replaced")
-            elif file_sha256(file) != expected:
-                found.append(f"{file} differs from what was written (SHA-256)")
+    shards = read_manifest(Path(folder)).shards
+    files = [(Path(folder) / f"{s.name}.{kind}", s.sizes[kind], s.sha256[kind]) for s in shards for kind in s.sha256]
+    total = sum(size for _, size, _ in files) / 1e6
+    for file, size, expected in track(files, "checking", "MB", total, size=lambda one: one[1] / 1e6):
+        if not file.is_file():
+            found.append(f"{file} is missing")
+        elif (actual := file.stat().st_size) != size:
+            found.append(f"{file} has {actual} bytes instead of {size}: truncated or replaced")
+        elif file_sha256(file) != expected:
+            found.append(f"{file} differs from what was written (SHA-256)")
     return found
 
 

@@ -37,6 +37,7 @@ from lit_data.packed.writer import DOCUMENTS_PER_GROUP, PackedWriter, remove_row
 from lit_data.tokenizers.files import save_tokenizer
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_files.checksum import file_sha256
+from lit_files.progress import track
 from lit_files.publish import build_folder, write_json
 
 MAX_VOCAB_SIZE = 2**31 - 1
@@ -190,7 +191,8 @@ class _Importer:
             bos_id=self.target.bos_id,
         )
         try:
-            for block in self.blocks():
+            total = sum(file.tokens for file in self.files)
+            for block in track(self.blocks(), "importing", "tokens", total, size=lambda block: len(block.tokens)):
                 tokens, lengths = self._ended(block)
                 writer.add_batch(tokens, lengths, _rows(block.file, block.numbers))
             manifest = writer.finish()
@@ -231,7 +233,9 @@ class _Importer:
 
     def link(self, temporary: Path, source: dict[str, Any]) -> Manifest:
         """Link or copy the tokens and write their companion files: one shard per file."""
-        shards = [self._link_shard(file, temporary, f"data-{n:05d}") for n, file in enumerate(self.files)]
+        total = sum(file.tokens for file in self.files)
+        files = track(self.files, "importing", "tokens", total, size=lambda file: file.tokens)
+        shards = [self._link_shard(file, temporary, f"data-{n:05d}") for n, file in enumerate(files)]
         manifest = Manifest(
             FORMAT_VERSION,
             self.target.facts,

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_data.corpus.files import ReadErrors
+from lit_data.corpus.files import ReadErrors, sizes_of
 from lit_data.corpus.readers import Document, Place, read_documents
 from lit_data.packed.manifest import check_documents_table, read_manifest
 from lit_data.packed.reader import PackedDataset
@@ -40,6 +40,7 @@ from lit_data.prepare.settings import Execution
 from lit_data.prepare.sinks import CountSink, EncodeSink, HashSink, Sink, chunk_file
 from lit_data.prepare.worker import Encoded, Item, Worker
 from lit_files.parquet import open_table
+from lit_files.progress import TaskProgress
 from lit_files.publish import write_json
 from lit_files.reading import read_dataclass, read_object
 
@@ -48,6 +49,7 @@ BATCH_DOCUMENTS = 512
 COMMIT_SHARE = 20  # maximum fraction of the time spent in commits
 JOIN_MEMORY_BYTES = 2 << 30
 MERGE_DOCUMENTS = 4096
+TITLES = {"hash": "looking for duplicates", "encode": "encoding"}  # of stages, while they run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,10 +205,13 @@ class Preparation:
         try:
             documents = _PartDocuments(self, part, progress)
             make = functools.partial(Worker, self.settings, with_tokenizer=stage == "encode")
-            with Pool(self.execution.processes, make) as pool:
+            of = f" part {part} of {self.settings.parts}" if self.settings.parts > 1 else ""
+            shown = TaskProgress()
+            with Pool(self.execution.processes, make) as pool, shown.task(f"{TITLES[stage]}{of}"):
                 while not progress.done:
                     for result in process(pool, _batches(documents.segment())):
                         sink.write(result)
+                        documents.show(shown)
                     began = time.monotonic()
                     state = sink.commit(documents.number, documents.ended)
                     progress = documents.progress(state)
@@ -345,6 +350,9 @@ class _PartDocuments:
         self.job, self.settings, self.execution = preparation.job, preparation.settings, preparation.execution
         files = self.job.part_files(part)
         self._first_file = files[0][0]
+        sizes = sizes_of([f for _, f in files])
+        self._bytes = None if any(f.hub for _, f in files) else sum(sizes)
+        self._read_bytes = sum(sizes[: progress.place[0]]) if progress.place is not None else 0
         self.errors = ReadErrors(progress.errors, list(progress.first_errors))
         self.number, self.ended = progress.number, False
         self.place = Place(*progress.place) if progress.place is not None else None
@@ -359,9 +367,20 @@ class _PartDocuments:
             max_document_mb=self.settings.max_document_mb,
             errors=self.errors,
             start=self.place,
+            on_read=self._count,
         )
         self._last_commit = time.monotonic()
         self._interval = self.execution.commit_seconds
+
+    def _count(self, n_bytes: int) -> None:
+        self._read_bytes += n_bytes
+
+    def show(self, progress: TaskProgress) -> None:
+        """Show the progress: in bytes of the files, or in documents of a dataset, whose bytes are unknown."""
+        if self._bytes is None:
+            progress(self.number, None, "documents")
+        else:
+            progress(self._read_bytes / 1e6, self._bytes / 1e6, "MB")
 
     def segment(self) -> Iterator[Item]:
         """Documents until a commit is due, or all remaining ones (then sets `ended`)."""

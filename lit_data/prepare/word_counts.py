@@ -24,6 +24,7 @@ from lit_data.prepare.filters import count_words
 from lit_data.prepare.pool import Pool
 from lit_files.checksum import file_sha256
 from lit_files.lock import FileLock, lock_folder
+from lit_files.progress import track
 from lit_files.publish import publish, replace_file, write_json
 
 
@@ -69,7 +70,8 @@ def _work_out(folder: Path, work: Path, tokenizer_path: str | Path | None, worke
     manifest = dataset.manifest
     make = functools.partial(_Counter, folder, work, str(tokenizer.path), tokenizer.eos_token)
     with Pool(min(workers, max(1, len(manifest.shards))), make) as pool:
-        shards = list(pool.map("count", range(len(manifest.shards))))
+        results = pool.map("count", range(len(manifest.shards)))
+        shards = list(track(results, "counting words", "shards", len(manifest.shards)))
     counted = dataclasses.replace(
         manifest,
         format_version=FORMAT_VERSION,

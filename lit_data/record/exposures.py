@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_data.packed.index import IntArray
-from lit_data.record.reader import stream_record
+from lit_data.record.reader import steps_in, stream_record
 from lit_data.record.trace import TracedRun
+from lit_files.progress import track
 
 POINTS = 200  # points along the steps
 MAX_TIMES = 8  # seen this often or more: one class
@@ -38,7 +39,7 @@ def count_exposures(run: TracedRun) -> list[Exposures]:
     points = -(-run.steps // width)
     steps = np.minimum(np.arange(points + 1) * width, run.steps)
     new = np.zeros((len(run.datasets), points + 1, MAX_TIMES + 2), dtype=np.int64)
-    for table in stream_record(run.folder, 0, run.steps):
+    for table in track(stream_record(run.folder, 0, run.steps), "counting", "steps", run.steps, size=steps_in):
         step, row, sample, length = (table[k].to_numpy() for k in ("step", "row", "sample", "length"))
         begins = np.flatnonzero(np.append(True, (step[1:] != step[:-1]) | (row[1:] != row[:-1])))
         tokens = np.add.reduceat(length.astype(np.int64), begins)

@@ -128,6 +128,11 @@ def stream_record(run: Path, first_step: int, end_step: int) -> Iterator[pa.Tabl
             continue
 
 
+def steps_in(table: pa.Table) -> int:
+    """The steps of a table of complete steps."""
+    return int(table["step"][-1].as_py() - table["step"][0].as_py()) + 1
+
+
 def read_steps(run: Path, steps: Iterable[int], keep: Callable[[pa.Table], Any] | None = None) -> pa.Table:
     """Read the committed rows of some steps, sorted; reads only their row groups.
 

@@ -17,9 +17,10 @@ from lit_data.loading.rows import PlannedRows
 from lit_data.packed.documents import Documents
 from lit_data.packed.index import IntArray
 from lit_data.record.parts import committed_parts, group_by_steps
-from lit_data.record.reader import stream_record
+from lit_data.record.reader import steps_in, stream_record
 from lit_data.record.schema import SCHEMA, sort_rows
 from lit_data.record.trace import TracedRun
+from lit_files.progress import track
 
 MAX_FAULTS = 20  # faults of one kind in a report
 TOKENS_AT_A_TIME = 1 << 20
@@ -46,7 +47,7 @@ def verify(run: TracedRun) -> list[str]:
             for fault in check_plan(rows.plan, rows.dataset, rows.block_size):
                 checks.faults.add("wrong plan", fault)
     expected = 0
-    for table in stream_record(run.folder, 0, run.steps):
+    for table in track(stream_record(run.folder, 0, run.steps), "verifying", "steps", run.steps, size=steps_in):
         end = int(table["step"].to_numpy().max()) + 1
         checks.steps(table, expected, end)
         expected = max(expected, end)

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lit_data.tokenizers.cutting import cut
 from lit_data.tokenizers.hf_export import config_for_transformers
 from lit_data.tokenizers.settings import Kind, TokenizerSettings
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
+from lit_files.progress import TaskProgress
 from lit_files.publish import build_folder
 
 EOS, BOS, PAD, UNK = "</s>", "<s>", "<pad>", "<unk>"
@@ -93,10 +95,19 @@ def train_tokenizer(settings: TokenizerSettings, errors: ReadErrors | None = Non
 
 def _texts(files: Sequence[TextFile], cleaner: Cleaner | None, options: dict[str, Any]) -> Generator[str, None, None]:
     """The texts of the documents, cleaned; those that the cleaner drops are left out."""
-    for document in read_documents(files, **options):
-        text = document.text if cleaner is None else cleaner(document)
-        if text is not None:
-            yield text
+    progress, read = TaskProgress(), 0
+    size = None if any(file.hub for file in files) else sum(sizes_of(files)) / 1e6
+
+    def count(n_bytes: int) -> None:
+        nonlocal read
+        read += n_bytes
+
+    with progress.task("reading text"):
+        for document in read_documents(files, **options, on_read=count):
+            progress(read / 1e6, size, "MB")
+            text = document.text if cleaner is None else cleaner(document)
+            if text is not None:
+                yield text
 
 
 def _beginnings(
@@ -221,7 +232,7 @@ def _train_byte_bpe(corpus: _Corpus, vocab_size: int, special_tokens: Sequence[s
         vocab_size=vocab_size,
         special_tokens=[*BYTE_BPE_SPECIALS, *special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     backend.train_from_iterator(corpus.pieces(), trainer)
     corpus.check(source)

@@ -16,12 +16,12 @@ import torch
 from lit_eval.evaluation.jobs import Evaluation, Job, default_output
 from lit_eval.evaluation.named_tasks import check_given, find_jobs
 from lit_eval.evaluation.picture import draw
-from lit_eval.evaluation.progress import TaskProgress
 from lit_eval.evaluation.settings import EvaluationSettings
 from lit_eval.evaluation.table import samples_of
 from lit_eval.model.eval_model import EvalModel, open_model, recorded_checksum
 from lit_eval.score.results import Results, read_results
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
+from lit_files.progress import TaskProgress
 from lit_files.publish import write_text
 from lit_model.load import Checkpoint, is_hf_folder, resolve
 

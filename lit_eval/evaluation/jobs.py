@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lit_eval.evaluation.progress import TaskProgress
 from lit_eval.evaluation.settings import FOLDER, EvaluationSettings
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.model.likelihood import Scorer
@@ -17,6 +16,7 @@ from lit_eval.model.text_encoder import TextEncoder
 from lit_eval.score.results import Result
 from lit_eval.score.task_files import Task
 from lit_eval.score.tasks import run_task
+from lit_files.progress import TaskProgress
 from lit_model.load import is_hf_folder
 
 

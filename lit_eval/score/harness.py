@@ -6,7 +6,6 @@ numbers are those of the harness' own Hugging Face backend on the exported folde
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from lit_eval.model.eval_model import EvalModel
 from lit_eval.model.likelihood import Span
 from lit_eval.score.results import Group, Result
 from lit_files.checksum import file_sha256
+from lit_files.near_names import did_you_mean
 from lit_model.generate import generate_batch
 from lit_model.sampling import Sampling
 
@@ -143,10 +143,7 @@ def run_harness(
     name = ALIASES.get(name, name)
     entry = manager.task_index.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, list(manager.task_index), n=3)
-        raise ValueError(
-            f"lm-evaluation-harness has no task {name}" + (f"; did you mean {', '.join(near)}?" if near else "")
-        )
+        raise ValueError(f"lm-evaluation-harness has no task {name}{did_you_mean(name, manager.task_index)}")
     source: dict[str, Any] = {"task": name, "lm_eval": lm_eval.__version__}
     overrides = None
     if data is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -15,6 +14,7 @@ from lit_eval.score.german_pairs import german_pairs
 from lit_eval.score.pairs import is_won, macro_average, metrics_of_pairs
 from lit_eval.score.results import Result
 from lit_eval.score.task_files import Kind, Task, is_task_file, read_task, task_of_records
+from lit_files.near_names import did_you_mean
 
 NAMED: dict[str, Callable[[], Task]] = {
     "german_pairs": lambda: task_of_records(german_pairs(), "german_pairs", "lit_eval/score/german_pairs.py"),
@@ -48,9 +48,8 @@ def find_task(given: str | Path, others: Collection[str] = ()) -> Task:
 
 def unknown_task(name: str, known: Collection[str]) -> str:
     """The message about a name that is neither a task nor a path."""
-    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
-    meant = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"there is no task or file {name!r}{meant} Tasks: {', '.join(sorted(known)) or 'none'}; or give a task file"
+    names = ", ".join(sorted(known)) or "none"
+    return f"there is no task or file {name!r}{did_you_mean(name, sorted(known))} Tasks: {names}; or give a task file"
 
 
 def run_task(task: Task, scorer: Scorer, encoder: TextEncoder) -> Result:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_files.progress import track
 from lit_files.publish import replace_file
 from lit_model.config import ModelConfig
 from lit_model.hf.families import family_of
@@ -125,7 +126,9 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, tensor in _tensors(config, tensors, architecture, dtype):
+        total = sum(like.nbytes for _, like in _tensors(config, _layout(config), architecture, dtype)) / 1e6
+        source = _tensors(config, tensors, architecture, dtype)
+        for _, tensor in track(source, "writing", "MB", total, size=lambda one: one[1].nbytes / 1e6):
             tensor = tensor.cpu().contiguous()
             if kind_of(tensor) == kinds["q8_0"]:
                 writer.write_tensor_data(gguf.quantize(tensor.numpy(), kinds["q8_0"]))

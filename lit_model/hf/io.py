@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lit_files.platform import drop_from_cache
+from lit_files.progress import track
 from lit_files.publish import build_folder
 from lit_files.reading import read_dataclass, read_object, regular
 from lit_model.checksum import byte_view
@@ -140,7 +141,8 @@ def _write_tensors(
         free -= like.nbytes
     if not shards:
         raise ValueError("there are no tensors to write")
-    source, weight_map = iter(tensors), {}
+    total = sum(like.nbytes for _, like in layout) / 1e6
+    source, weight_map = track(tensors, "writing", "MB", total, size=lambda one: one[1].nbytes / 1e6), {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else _SINGLE
         _write_shard(directory / file, shard, source)

@@ -1,5 +1,6 @@
-"""Shared by all command lines: short errors that suggest the intended flag, switches with or without a value, repeated
-flags as errors, and output that any terminal encoding can print. Standard library only.
+"""Shared by all command lines: a --help that fits a screen, short errors that suggest the intended flag or value,
+switches with or without a value, repeated flags as errors, and output that any terminal encoding can print. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+from lit_files.near_names import did_you_mean
 from pretrain.cli.fields import REQUIRED, Flag, flags_of, placeholder, without_none
 
 # Flag names of lit-gpt, TinyLlama, litgpt and transformers -> ours. Only flags the command line has are suggested.
@@ -143,6 +145,11 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 }
 SWITCH_WORDS = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
 FLAG = re.compile(r"--?[A-Za-z]")
+HELP_LINES = 50  # a longer --help is divided into topics
+ALL = "all"  # the topic that is all of it
+# The last line after Ctrl-C.
+RESUMES = "interrupted: repeat the command to resume"
+NOTHING_WRITTEN = "interrupted: nothing was written"
 
 
 def near_flags(flag: str, known: Collection[str]) -> list[str]:
@@ -176,11 +183,28 @@ def explain(message: str, known: Collection[str]) -> str:
         key = ".".join(filter(None, match.groups()))
         return f"there is no setting {key}{_meant(key, known, dashes='')}"
     if match := re.match(r'Parser key "([\w.]+)":\s+Expected an? (.*)\. Got value: (.*)', message, flags=re.DOTALL):
-        return f"--{match[1]} {match[3]}: expected {_type_name(match[2])}"
-    optional = r'Parser key "([\w.]+)":.*  Subtypes: \[(.*), <class \'NoneType\'>\]\n.*  Given value: (.*)'
-    if match := re.match(optional, message, flags=re.DOTALL):
-        return f"--{match[1]} {match[3]}: expected {_type_name(match[2])}"
+        return _expected(f"--{match[1]}", match[3], match[2])
+    union = r'Parser key "([\w.]+)":.*  Subtypes: \[(.*?)(?:, <class \'NoneType\'>)?\]\n.*  Given value: (.*)'
+    if match := re.match(union, message, flags=re.DOTALL):
+        return _expected(f"--{match[1]}", match[3], match[2])
+    if match := re.match(
+        r"argument ([\w-]+)[^:]*: invalid choice: (.*) \(choose from (.*)\)$", message, flags=re.DOTALL
+    ):
+        choices = [choice.strip("'") for choice in match[3].split(", ")]
+        value = match[2].strip("'")
+        return f"{match[1]} {value}: choose one of {', '.join(choices)}{did_you_mean(value, choices)}"
+    if match := re.match(r"argument ([\w-]+)[^:]*: invalid (\w+) value: '(.*)'$", message, flags=re.DOTALL):
+        return f"{match[1]} {match[3]}: expected {match[2]}"
     return message
+
+
+def _expected(flag: str, value: str, annotation: str) -> str:
+    """The message about a value of another type, with near names if the type names its values."""
+    if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", annotation):
+        choices = [choice.strip("'") for choice in literal[1].split(", ")]
+        return f"{flag} {value}: choose one of {', '.join(choices)}{did_you_mean(value, choices)}"
+    kinds = re.sub(r", one of \['(\w+)'\]", r" or \1", _type_name(annotation))
+    return f"{flag} {value}: expected {kinds}"
 
 
 def _type_name(annotation: str) -> str:
@@ -215,6 +239,24 @@ def spell_switches(argv: Sequence[str], switches: Collection[str]) -> list[str]:
     return out
 
 
+def help_topic(words: Sequence[str]) -> str | None:
+    """The word after --help, "" without one; None if the command line does not ask for help."""
+    for i, word in enumerate(words):
+        flag, _, value = word.partition("=")
+        if flag in ("-h", "--help"):
+            return value or next((word for word in words[i + 1 : i + 2] if not word.startswith("-")), "")
+        if word == "--":
+            break
+    return None
+
+
+def list_topics(topics: Mapping[str, str]) -> str:
+    """The lines at the end of a --help that was cut: topic -> its title."""
+    width = max(map(len, (*topics, ALL)))
+    lines = (f"  --help {name:{width}}  {title}" for name, title in {**topics, ALL: "all flags"}.items())
+    return "\n".join(["more flags:", *lines, ""])
+
+
 class Once(argparse.Action):
     """Stores a value. A repeated flag is an error, or extends the list if the flag takes several values."""
 
@@ -234,14 +276,27 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Names a flag's value by its type, as the trainer's --help does."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return placeholder(str if action.type is None else action.type)
+
+    def _get_default_metavar_for_positional(self, action: argparse.Action) -> str:
+        return action.dest.upper()
+
+
 class ScriptParser(argparse.ArgumentParser):
-    """Argument parser of the scripts: accepts `--switch true` for `--switch`, rejects repeated flags, and keeps usage
-    and errors short."""
+    """Argument parser of the scripts: accepts `--switch true` for `--switch`, rejects repeated flags, and keeps help,
+    usage and errors short. A --help of more than HELP_LINES shows the flags of groups with a title by `--help TOPIC`,
+    where the topic is the first word of the title."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        settings.setdefault("formatter_class", _Formatter)
         super().__init__(*arguments, **settings)
+        self._untitled = list(self._action_groups)
         self.given: dict[str, Any] = {}
+        self._words: list[str] = []
         for name in (None, "store"):
             self.register("action", name, Once)
 
@@ -262,9 +317,29 @@ class ScriptParser(argparse.ArgumentParser):
             if flag.name not in leave_out:
                 target.add_argument(f"--{flag.name}", **argparse_settings(flag))
 
-    def format_help(self) -> str:
+    def topics(self) -> dict[str, argparse._ArgumentGroup]:
+        groups = (group for group in self._action_groups if group not in self._untitled and group._group_actions)
+        return {re.split(r"\W", group.title or "")[0]: group for group in groups}
+
+    def format_help(self, topic: str = "") -> str:
         self.usage = self.usage or self.short_usage()
-        return super().format_help()
+        text, topics = super().format_help(), self.topics()
+        if topic == ALL or not topics or (topic == "" and text.count("\n") <= HELP_LINES):
+            return text
+        if topic == "":
+            shown, more = self._untitled, {name: group.title or "" for name, group in topics.items()}
+        elif topic in topics:
+            shown, more = [topics[topic]], {}
+        else:
+            self.error(f"--help {topic}: choose one of {', '.join((*topics, ALL))}{did_you_mean(topic, topics)}")
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description if topic == "" else None)
+        for group in shown:
+            formatter.start_section(group.title)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+        return formatter.format_help() + (f"\n{list_topics(more)}" if more else "")
 
     def short_usage(self) -> str:
         """Usage with only the required arguments."""
@@ -295,6 +370,11 @@ class ScriptParser(argparse.ArgumentParser):
                 words.append(word)
             elif value == "true":
                 words.append(flag)
+        self._words = words
+        topic = help_topic(words)
+        if topic and self.topics():
+            print(self.format_help(topic), end="")
+            self.exit()
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -304,6 +384,11 @@ class ScriptParser(argparse.ArgumentParser):
                 parsers += action.choices.values()
         flags = (flag for parser in parsers for action in parser._actions for flag in action.option_strings)
         known = list(dict.fromkeys(flag.lstrip("-") for flag in flags))
+        if message.startswith("the following arguments are required"):
+            # An unknown flag may be the required one, misspelled.
+            words = (word.partition("=")[0] for word in self._words if word.startswith("--") and word != "--")
+            unknown = [word for word in words if not any(flag.startswith(word[2:]) for flag in known)]
+            message = f"unrecognized arguments: {' '.join(unknown)}" if unknown else message
         self.exit(2, f"error: {explain(message, known)}\n{self.prog} --help lists the flags\n")
 
 
@@ -341,7 +426,7 @@ def end_on_ctrl_c() -> None:
     sys.excepthook = hook
 
 
-def run_script(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoReturn:
+def run_script(main: Callable[[], int | None], interrupted: str) -> NoReturn:
     """Run a script's `main` and exit with the status it returns (None: 0).
 
     Exits with 2 and one error line on a mistake (ValueError, OSError), with 130 and the line `interrupted` on Ctrl-C,
@@ -358,12 +443,14 @@ def run_script(main: Callable[[], int | None], interrupted: str = "interrupted")
     except (ValueError, OSError) as error:
         if raised_by_import(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # ends a progress bar before the message is printed
         status = 2
         number = f"[Errno {error.errno}] " if isinstance(error, OSError) else ""
         print(
             "\n".join([f"error: {str(error).removeprefix(number)}", *getattr(error, "__notes__", [])]), file=sys.stderr
         )
     except KeyboardInterrupt as error:
+        traceback.clear_frames(error.__traceback__)
         status = 130
         print("\n".join([f"\n{interrupted}", *getattr(error, "__notes__", [])]), file=sys.stderr)
     sys.exit(status)

@@ -7,54 +7,45 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from lit_files.near_names import did_you_mean
 from pretrain.args import RunArgs
 from pretrain.cli.choices import describe_replaced, read_config, read_words, replaced, sizes_over_name
-from pretrain.cli.command_line import explain
+from pretrain.cli.command_line import ALL, explain, help_topic, list_topics
 from pretrain.cli.fields import flags_of, is_section
 from pretrain.launch import fit_to_launch, is_first_process
 
 ABOUT = """\
 Pretrain a decoder-only language model on packed datasets, on one or many devices.
 Settings come from YAML files (--config) and from flags; flags win. The resolved
-settings are saved in the run folder. A run may be killed at any moment and
-resumed with --resume latest.
+settings are saved in the run folder, for --resume latest.
 
 examples:
   a trial on a CPU, in seconds, without data:
     python pretrain/fabric_train.py --config configs/debug.yaml
-  train a registered model on your data (scripts/prepare_data.py makes it):
+  train a model on your data; with --resume latest, resume it:
     python pretrain/fabric_train.py --config configs/llammlein_120M.yaml \\
         --data.train data/train --data.val data/val --out_dir runs/mine
-  resume it: the same command and --resume latest
-    python pretrain/fabric_train.py --config configs/llammlein_120M.yaml \\
-        --data.train data/train --data.val data/val --out_dir runs/mine \\
-        --resume latest
-  check devices, network, disk, data, memory and one step before a long run:
-    python pretrain/fabric_train.py --config configs/llammlein_120M.yaml \\
-        --data.train data/train --data.val data/val --devices 4 --preflight
-  continue the training of a Hugging Face model on other data:
-    python pretrain/fabric_train.py --init_from hf/ --data.train data/train \\
-        --train.max_epochs 1 --optim.lr 1e-4 --out_dir runs/continued
 """
 FIRST = (
-    "data.train", "data.val", "out_dir", "model.name", "init_from", "resume", "devices", "precision", "train.max_steps",
-    "train.max_tokens", "train.global_batch_samples", "train.micro_batch_samples", "train.block_size", "optim.lr",
+    "data.train", "data.val", "out_dir", "model.name", "resume", "devices", "precision", "train.max_steps",
+    "train.global_batch_samples", "train.micro_batch_samples", "train.block_size", "optim.lr",
     "save.every_steps", "preflight",
 )  # fmt: skip
+THE_RUN = "run"  # the topic of the settings that belong to no section
 USAGE = "python pretrain/fabric_train.py [--config FILE] [--SETTING VALUE ...]"
-BY_SECTION = "All settings, by section. In YAML a section is a key, its settings are indented."
-CONFIG_HELP = "YAML file of settings; may be repeated, later files override earlier ones."
+CONFIG_HELP = "YAML file of settings; may be repeated"
 
 
 class RunParser(ArgumentParser):
-    """Prints one-line errors, and a --help that starts with the settings most runs need."""
+    """Prints one-line errors, and a --help of the settings that most runs need."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
@@ -68,33 +59,46 @@ class RunParser(ArgumentParser):
         return run_help()
 
 
-def run_help() -> str:
-    """Help text: description, examples and the settings most runs need, then all settings by section."""
+def first_clause(text: str) -> str:
+    """The beginning of a help text, for the short --help."""
+    return re.split(r"[.;:] |\.$|, for example| \((?:over|scripts)", text)[0].replace("%", "%%")
+
+
+def run_help(topic: str = "") -> str:
+    """The help: description, examples and the settings that most runs need; of a section; or of all sections.
+
+    Raises ValueError for an unknown topic, with the nearest ones.
+    """
     flags = {flag.name: flag for flag in flags_of(RunArgs)}
     hints = get_type_hints(RunArgs)
     sections = [f.name for f in dataclasses.fields(RunArgs) if is_section(hints[f.name])]
 
     def page(usage: str, about: str = "") -> argparse.ArgumentParser:
-        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=38)
         return argparse.ArgumentParser(usage=usage, description=about, formatter_class=formatter, add_help=False)
 
-    def show(group: argparse._ArgumentGroup, names: Iterable[str]) -> None:
-        for name in names:
-            text = flags[name].help_with_default.replace("%", "%%")
-            group.add_argument(f"--{name}", metavar=flags[name].placeholder, help=text)
-
-    start, rest = page(USAGE, ABOUT), page("")
-    first = start.add_argument_group("the settings that most runs need")
-    first.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
-    show(first, FIRST)
-    first.add_argument("--print_config", action="store_true", help="Print the resolved settings as YAML and exit.")
-    show(rest.add_argument_group("the run"), (name for name in flags if name.partition(".")[0] not in sections))
-    for section in sections:
-        title = (hints[section].__doc__ or "").partition("\n")[0].replace("%", "%%")
-        group = rest.add_argument_group(section, title)
-        show(group, (name for name in flags if name.startswith(f"{section}.")))
-    by_section = rest.format_help().partition("\n\n")[2]  # without the usage
-    return f"{start.format_help()}\n{BY_SECTION}\n\n{by_section}"
+    titles = {THE_RUN: "Devices, precision, resuming, initialization."}
+    titles |= {section: (hints[section].__doc__ or "").partition("\n")[0] for section in sections}
+    if topic == "":
+        start = page(USAGE, ABOUT)
+        first = start.add_argument_group("the settings that most runs need")
+        first.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+        for name in FIRST:
+            value = flags[name].placeholder.rpartition("}|")[2]
+            first.add_argument(f"--{name}", metavar=value, help=first_clause(flags[name].help))
+        first.add_argument("--print_config", action="store_true", help="Print the settings as YAML")
+        return f"{start.format_help()}\n{list_topics({name: first_clause(title) for name, title in titles.items()})}"
+    if topic not in (*titles, ALL):
+        raise ValueError(f"--help {topic}: choose one of {', '.join((*titles, ALL))}{did_you_mean(topic, titles)}")
+    rest = page("")
+    for section in titles if topic == ALL else (topic,):
+        group = rest.add_argument_group(section, titles[section].replace("%", "%%"))
+        for name, flag in flags.items():
+            top = name.partition(".")[0]
+            if (top if top in sections else THE_RUN) == section:
+                text = flag.help_with_default.replace("%", "%%")
+                group.add_argument(f"--{name}", metavar=flag.placeholder, help=text)
+    return rest.format_help().partition("\n\n")[2]  # without the usage
 
 
 @functools.cache
@@ -120,9 +124,14 @@ def parse(argv: list[str] | None = None) -> RunArgs:
     """Parse the command line into RunArgs, with the launcher's number of processes. Exits with a message and status 2
     on an unknown flag or invalid value; raises ValueError for settings that conflict with each other or the launcher.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    topic = help_topic(argv)
+    if topic is not None:
+        print(run_help(topic), end="")
+        sys.exit(0)
     parser = build_parser()
     known = [flag for action in parser._actions for flag in action.option_strings]
-    given = read_words(sys.argv[1:] if argv is None else argv, known)
+    given = read_words(argv, known)
     for config in given.configs:
         if Path(config).exists():
             read_config(config)  # before the parser reads it

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_files.checkpoint_name import checkpoint_step
 from lit_files.checksum import file_sha256
+from lit_files.progress import track
 from lit_files.publish import build_folder, replace_file
 from lit_model.checksum import byte_view, tensor_checksum
 from lit_model.load import Checkpoint, is_hf_folder, resolve
@@ -74,7 +75,12 @@ def write_file(path: Path, layouts: Mapping[str, Tensor], read: Callable[[str], 
     never touched. Then they are filled in one by one. The checksums are part of the meta, which is written first, so
     each tensor is read twice.
     """
-    meta = meta | {"checksums": {name: tensor_checksum(read(name)) for name in layouts}}
+    total = sum(layout.nbytes for layout in layouts.values()) / 1e6
+
+    def shown(title: str) -> Iterator[str]:
+        return track(layouts, title, "MB", total, size=lambda name: layouts[name].nbytes / 1e6)
+
+    meta = meta | {"checksums": {name: tensor_checksum(read(name)) for name in shown("reading")}}
     untouched = {name: torch.empty_like(layout, device="cpu") for name, layout in layouts.items()}
     content = nested(untouched)
     name_of = {id(tensor): name for name, tensor in untouched.items()}
@@ -82,7 +88,8 @@ def write_file(path: Path, layouts: Mapping[str, Tensor], read: Callable[[str], 
         torch.save({**content, "meta": json.dumps(meta)}, f)
     with zipfile.ZipFile(path) as archive, open(path, "rb+", buffering=0) as file:
         records = {r.filename.partition("/")[2]: r for r in archive.infolist()}
-        for number, tensor in enumerate(_in_order(content)):  # data/N is the N-th tensor in the pickle
+        tensors = track(_in_order(content), "writing", "MB", total, size=lambda tensor: tensor.nbytes / 1e6)
+        for number, tensor in enumerate(tensors):  # data/N is the N-th tensor in the pickle
             record = records[f"data/{number}"]
             assert record.file_size == tensor.nbytes, "torch.save numbers the tensors in another order"
             file.seek(record.header_offset + 26)

@@ -30,6 +30,7 @@ from lit_data.packed.reader import PackedDataset
 from lit_files.checksum import file_sha256
 from lit_files.lock import FileLock, LockBusy
 from lit_files.mapping import MAX_MAPS, live_maps, map_array
+from lit_files.progress import TaskProgress
 from lit_files.publish import create_json, publish, sync_file
 from lit_files.reading import build, open_regular, read_object
 from lit_model.distillation import Distillation, Ensemble, TopK, ensemble_top_k
@@ -123,6 +124,7 @@ def write_cache(
     Returns how many were written, and how many were left to another call on this machine that is writing them.
     """
     written = left = 0
+    progress = TaskProgress()
     for file in range(part, facts.n_files, parts):
         final = {name: facts.path(folder, name, file) for name in NAMES}
         temporary = {name: folder / f".{path.name}.tmp" for name, path in final.items()}
@@ -139,7 +141,8 @@ def write_cache(
                 continue
             with contextlib.ExitStack() as stack:
                 files = {name: stack.enter_context(open(path, "wb")) for name, path in temporary.items()}
-                _write_rows(files, facts, teachers, rows, file, batch)
+                with progress.task(f"file {file + 1} of {facts.n_files}"):
+                    _write_rows(files, facts, teachers, rows, file, batch, progress)
             for name in NAMES:
                 publish(temporary[name], final[name])
             written += 1
@@ -151,7 +154,13 @@ def write_cache(
 
 
 def _write_rows(
-    files: Mapping[str, BinaryIO], facts: CacheFacts, teachers: Teachers, rows: Rows, number: int, batch: int
+    files: Mapping[str, BinaryIO],
+    facts: CacheFacts,
+    teachers: Teachers,
+    rows: Rows,
+    number: int,
+    batch: int,
+    progress: TaskProgress,
 ) -> None:
     """Write one file of each name from the start, and sync it to disk."""
     setting = Distillation("topk_kl", facts.temperature, facts.ensemble, facts.k)
@@ -160,6 +169,7 @@ def _write_rows(
         header = {"descr": facts.dtype_of(name).str, "fortran_order": False, "shape": facts.shape(number)}
         np.lib.format.write_array_header_1_0(file, header)
     for first in range(0, len(windows), batch):
+        progress(first, len(windows), "rows")
         some = np.asarray(windows[first : first + batch], dtype=np.int64)
         read = read_rows(rows, some, some, facts.document_mask)
         bounds = read.cu_seqlens.to(device) if facts.document_mask else None

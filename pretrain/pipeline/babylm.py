@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import glob
 import io
 import sys
@@ -20,6 +19,7 @@ from lit_data.corpus.readers import read_documents
 from lit_eval.evaluation.named_tasks import check_given
 from lit_eval.evaluation.settings import FOLDER, EvaluationSettings
 from lit_files.lock import lock_folder
+from lit_files.near_names import did_you_mean
 from lit_model.registry import get_config
 from pretrain.args import RunArgs
 from pretrain.cli.run_parser import parse
@@ -109,9 +109,8 @@ def find_config(model: str) -> Path:
         return from_root(Path(model))
     known = {path.stem: path for folder in CONFIGS for path in sorted((ROOT / folder).glob("*.yaml"))}
     if model not in known:
-        near = difflib.get_close_matches(model, known, n=2, cutoff=0.6)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}"
-        raise ValueError(f"--model {model}: there is no such config; {hint}")
+        hint = did_you_mean(model, known) or f"; choose one of {', '.join(known)}"
+        raise ValueError(f"--model {model}: there is no such config{hint}")
     return from_root(known[model])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from running import flags, metrics, train
 
+from lit_files.progress import TaskProgress, track
 from pretrain.logs.progress import ProgressDisplay
 
 
@@ -129,3 +131,43 @@ def test_bar_shows_the_current_phase(monkeypatch: pytest.MonkeyPatch, width: int
     assert all(len(frame) <= width for frame in frames)
     for wanted in ("compiling", "validating 3/56", "saving", "training", "loss 2.500", "0:08:10 left", "2/100"):
         assert any(wanted in frame for frame in frames), wanted
+
+
+def test_long_work_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line every half minute with the time left, which earlier work does not shorten; nothing for short work."""
+    clock = Clock()
+    progress = TaskProgress(clock=clock)
+    with progress.task("copying"):
+        for done in range(50, 101):
+            progress(done, 100, "files")
+            clock.now += 2.0
+    assert capsys.readouterr().err.splitlines() == [
+        "copying: 66/100 files, 0:01:08 left",
+        "copying: 82/100 files, 0:00:36 left",
+        "copying: 98/100 files, 0:00:04 left",
+    ]
+    assert list(track(iter([1, 2]), "short", "files")) == [1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_a_bar_without_colors(no_color: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NO_COLOR leaves no color in a bar, which is removed at its end and shows the cursor again."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1") if no_color else monkeypatch.delenv("NO_COLOR", raising=False)
+    progress = TaskProgress(clock=(clock := Clock()))
+    with pytest.raises(ValueError), progress.task("copying"):
+        for done in (10, 20, 30):
+            progress(done, 100, "files")
+            clock.now += 2.0
+        raise ValueError
+    shown = terminal.getvalue()
+    assert "copying" in shown and "0:00:14 left" in re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert no_color != bool(re.search(r"\x1b\[([0-9;]*;)?(3|4|9)\d(;|m)", shown))
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1

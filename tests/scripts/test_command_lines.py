@@ -16,7 +16,7 @@ from running import ROOT
 
 from pretrain.args import RunArgs
 from pretrain.cli.fields import flags_of
-from pretrain.cli.run_parser import build_parser, parse
+from pretrain.cli.run_parser import build_parser, parse, run_help
 
 SCRIPT = r"(?:pretrain|scripts|cluster)/\w+\.(?:py|sh|sbatch)"
 LAUNCHERS = r"(?:[\w./-]*python3? |torchrun .*?|srun .*?|sbatch .*?|bash )?"
@@ -137,13 +137,28 @@ def test_settings_exist(path: Path) -> None:
     assert {name for name in named if name not in known and not name.startswith(sets)} <= {"--any.field"}
 
 
-def test_help_starts_with_the_main_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Usage, examples and the main settings come first, in 80 columns, followed by a line for every setting."""
+def test_help_is_a_screen_and_a_topic_for_each_section(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--help: usage, examples, the main settings and the topics. --help all: a line for every setting."""
     monkeypatch.setenv("COLUMNS", "80")
-    start, _, rest = build_parser().format_help().partition("All settings")
-    assert start.startswith("usage: ") and start.index("examples:") < start.index("--data.train PATH") < 2500
-    assert max(map(len, start.splitlines())) <= 82
-    listed = re.findall(r"^  --([\w.]+)", rest, flags=re.MULTILINE)
+
+    def shown(*words: str) -> str:
+        with pytest.raises(SystemExit) as left:
+            parse([*words])
+        assert not left.value.code
+        return capsys.readouterr().out
+
+    start = shown("--help")
+    assert start.startswith("usage: ") and start.index("examples:") < start.index("--data.train PATH")
+    assert len(start.splitlines()) <= 50 and max(map(len, start.splitlines())) <= 90
+    topics = re.findall(r"^  --help (\w+)", start, flags=re.MULTILINE)
+    assert topics[0] == "run" and topics[-1] == "all" and len(topics) == 13
+    listed = [re.findall(r"^  --([\w.]+)", shown("--help", topic), flags=re.MULTILINE) for topic in topics]
+    assert [name for names in listed[:-1] for name in names] == listed[-1]
+    with pytest.raises(ValueError, match="--help optm: choose one of .*; did you mean optim?"):
+        run_help("optm")
+    listed = listed[-1]
     assert sorted(listed) == sorted(flag.name for flag in flags_of(RunArgs))
     known = {flag.removeprefix("--") for action in build_parser()._actions for flag in action.option_strings}
     sections = {name.rpartition(".")[0] for name in listed}  # --train FILE.yaml

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ with open(output, "w") as file:
 def outcomes(commands: list[list[str]], heavy: tuple[str, ...], output: Path) -> list[tuple[int, str, list[str]]]:
     """(exit status, output, heavy modules imported) of each command."""
     words = json.dumps([commands, heavy, str(output)])
-    environment = {**os.environ, "COLUMNS": "120"}
+    environment = {**os.environ, "COLUMNS": "80"}
     subprocess.run([sys.executable, "-c", PROGRAM, words], check=True, cwd=ROOT, env=environment, timeout=300)
     found: list[Any] = json.loads(output.read_text())
     assert len(found) == len(commands)
@@ -63,7 +64,8 @@ def outcomes(commands: list[list[str]], heavy: tuple[str, ...], output: Path) ->
 
 def test_scripts_parse_first(tmp_path: Path) -> None:
     without = {"install", "run_checks", "run_tests"}  # no arguments, or the standard library alone
-    scripts = [str(path) for path in sorted((ROOT / "scripts").glob("*.py")) if path.stem not in without]
+    everything = [str(path) for path in sorted((ROOT / "scripts").glob("*.py"))]
+    scripts = [path for path in everything if Path(path).stem not in without]
     wrong = {
         "prepare_data": ["--input", "a", "--tokenizer", "b", "--output", "c", "--val_fraction", "3"],
         "generate": ["--model", "a", "--prompt", "b", "--temperature", "-1"],
@@ -77,17 +79,40 @@ def test_scripts_parse_first(tmp_path: Path) -> None:
     }  # fmt: skip
     mistakes = [[path, *wrong.get(Path(path).stem, ["--no_such_flag"])] for path in scripts]
     sorts = [str(ROOT / "scripts" / "trace_data.py"), "diff", "--help"]
-    commands = [*([path, "--help"] for path in scripts), sorts, *mistakes]
+    commands = [*([path, "--help"] for path in everything), sorts, *mistakes]
     found = outcomes(commands, HEAVY + ONLY_TRAINER, tmp_path / "found.json")
     texts = {}
     for words, (status, text, imported) in zip(commands, found, strict=True):
         assert imported == [] and status == (0 if "--help" in words else 2), (words, status, imported, text)
-        texts[" ".join([Path(words[0]).stem, *words[1:]])] = text
-        assert text.startswith("usage: " if status == 0 else "error: "), text
+        name = Path(words[0]).stem
+        texts[" ".join([name, *words[1:]])] = text
+        if name not in without:
+            assert text.startswith("usage: " if status == 0 else "error: "), text
+        if words[1:] == ["--help"]:  # fits a screen of 80 columns, and has an example
+            assert len(text.splitlines()) <= 50 and f" scripts/{name}.py" in text, text
     # Choices that are written out, so that the parser needs no torch.
     assert f"{{{','.join(DTYPES)}}}" in texts["convert_to_gguf --help"]
     assert f"{{{','.join(SORTS)}}}" in texts["trace_data diff --help"]
     assert f"{{{','.join(PRECISIONS)}}}" in texts["generate --help"]
+
+    check_near_names(scripts, texts, tmp_path)
+
+
+def check_near_names(scripts: list[str], texts: dict[str, str], tmp_path: Path) -> None:
+    """A misspelled flag, or value of a flag with choices, gets the right one suggested, in every script."""
+    commands, meant = [], []
+    for path in scripts:
+        text = texts[f"{Path(path).stem} --help"]
+        for flag in re.findall(r"^  (--[a-z_]+)", text, re.MULTILINE)[:1]:
+            commands.append([path, f"{flag[:-1]}q{flag[-1]}"])
+            meant.append(flag)
+        for flag, choices in re.findall(r"^  (--[a-z_]+) \{([^}]+)\}", text, re.MULTILINE):
+            commands.append([path, flag, f"{choices.split(',')[0]}q"])
+            meant.append(choices.split(",")[0])
+    commands.append([str(ROOT / "scripts" / "trace_data.py"), "stpe", "runs/mine"])
+    found = outcomes(commands, (), tmp_path / "near.json")
+    for words, right, (status, text, _) in zip(commands, [*meant, "step"], found, strict=True):
+        assert status == 2 and re.search(rf"did you mean (.* or )?{right}( or .*)?\?", text), (words, text)
 
 
 def test_the_trainer_parses_first(tmp_path: Path) -> None:

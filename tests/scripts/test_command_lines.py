@@ -90,7 +90,7 @@ def test_parses(
     if script == "scripts/convert_to_hf.sh":
         script, words = "scripts/convert_to_hf.py", ("--checkpoint", words[0], "--output", *words[1:])
     if script == "pretrain/fabric_train.py":
-        if words != ("--help",):
+        if words[:1] != ("--help",):
             try:
                 parse(list(words))
             except ValueError as error:  # some commands omit the data

@@ -132,7 +132,7 @@ def test_all_commands_are_found() -> None:
 )
 def test_settings_exist(path: Path) -> None:
     known = {flag for action in build_parser()._actions for flag in action.option_strings}
-    named = re.findall(r"(?<![\w-])--[a-z_]+\.[a-z_.]*[a-z_]", path.read_text(encoding="utf-8"))
+    named = re.findall(r"(?<![\w-])--[a-z_]+\.[a-z_.]*[a-z_][0-9]*(?:_[a-z_]+)?", path.read_text(encoding="utf-8"))
     sets = "--data.val."  # followed by a name that the user chooses
     assert {name for name in named if name not in known and not name.startswith(sets)} <= {"--any.field"}
 

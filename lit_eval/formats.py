@@ -55,8 +55,8 @@ def short(value: float | None, digits: int = 3) -> str:
     raise AssertionError
 
 
-def percent(share: float | None, decimals: int = 1) -> str:
-    return MISSING if share is None or not math.isfinite(share) else f"{100 * share:.{decimals}f} %"
+def percent(share: float | None) -> str:
+    return MISSING if share is None or not math.isfinite(share) else f"{100 * share:.1f} %"
 
 
 def duration(seconds: float | None) -> str:

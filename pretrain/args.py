@@ -616,7 +616,7 @@ class StopArgs:
 
     after_minutes: float | None = None
     """Stop this many minutes after the start of the process, as on SIGTERM. For queues with a time limit: leave time
-    for one step, one validation and one save."""
+    for one step and one save."""
     exit_code: int = 0
     """Exit status of a run that was stopped and saved; 130 after Ctrl-C."""
     requeue: bool = False

@@ -97,9 +97,7 @@ def is_shell(env: Mapping[str, str]) -> bool:
     return env.get("SLURM_JOB_NAME") in SHELLS or "SLURM_PTY_PORT" in env
 
 
-def fit_to_launch(
-    args: RunArgs, typed: Collection[str], configured: Collection[str] = (), env: Mapping[str, str] | None = None
-) -> tuple[RunArgs, list[str]]:
+def fit_to_launch(args: RunArgs, typed: Collection[str], configured: Collection[str]) -> tuple[RunArgs, list[str]]:
     """Settings with the launcher's number of nodes and devices, and messages to print about it.
 
     `typed` and `configured` are the settings given on the command line and in configs.
@@ -107,10 +105,9 @@ def fit_to_launch(
     Raises ValueError if --devices or --num_nodes on the command line contradict the launcher, or if a job with several
     tasks started a single process without srun.
     """
-    env = os.environ if env is None else env
-    launch = find_launch(env)
+    launch = find_launch()
     if launch is None:
-        return args, _alone(args, typed, env)
+        return args, _alone(args, typed, os.environ)
     lines, started = [], f"{launch.by} started {launch.devices} processes on each of {launch.num_nodes} nodes"
     for name, here in (("num_nodes", launch.num_nodes), ("devices", launch.devices)):
         asked = getattr(args, name)
@@ -128,7 +125,7 @@ def fit_to_launch(
             f"devices share the {args.train.global_batch_samples} rows of a step"
         )
         args = dataclasses.replace(args, train=dataclasses.replace(args.train, micro_batch_samples=fitting))
-    if launch.by == "srun" and args.accelerator == "cpu" and "accelerator" not in typed and has_gpus(env):
+    if launch.by == "srun" and args.accelerator == "cpu" and "accelerator" not in typed and has_gpus(os.environ):
         lines.append("this SLURM job has GPUs: accelerator auto replaces the config's cpu (--accelerator cpu keeps it)")
         args = dataclasses.replace(args, accelerator="auto")
     return args, lines

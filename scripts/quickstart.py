@@ -148,9 +148,9 @@ def plan(paths: Paths, args: argparse.Namespace) -> list[Step]:
     ]  # fmt: skip
 
 
-def first_words(texts: Iterable[str], count: int = 3) -> list[tuple[str, int]]:
-    """(prompt, seed) from the first words of the first few documents that have more."""
-    starts = (re.match(rf"\s*(?:\S+\s+){{{count}}}", text[:1000]) for text in texts)
+def first_words(texts: Iterable[str]) -> list[tuple[str, int]]:
+    """(prompt, seed) from the first three words of the first few documents that have more."""
+    starts = (re.match(r"\s*(?:\S+\s+){3}", text[:1000]) for text in texts)
     found = (start[0].strip() for start in starts if start is not None)
     return list(zip(dict.fromkeys(found), range(1, len(PROMPTS) + 1), strict=False))
 

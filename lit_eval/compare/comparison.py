@@ -1,4 +1,4 @@
-"""Ranks what is compared, finds the settings that differ, and tests whether scores do."""
+"""Ranks the entries of a comparison, finds settings that differ, and tests score differences for significance."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from lit_eval.compare.entries import Entry
 from lit_eval.compare.statistics import Interval, PairedTest, bootstrap_interval, holm, paired_test
 from lit_eval.score.results import Result
 
-LOWER_IS_BETTER = ("loss", "perplexity", "bits", "nll")
-ALL_PAIRS = 6  # entries; of more, the best is tested against each other one
-PLACES = ("out_dir", "resume", "config", "log.run_name", "log.project", "log.trackers", "log.report")
+# Parts of the names of such metrics; every other metric is better the higher it is.
+LOWER_IS_BETTER = ("loss", "perplexity", "bits", "nll", "repetition", "longest", "over_generator")
+ALL_PAIRS = 6  # entries; above, only the best one is tested against each of the others
+NOT_COMPARED = ("out_dir", "resume", "config", "log.run_name", "log.project", "log.trackers", "log.report")
 
 
 @dataclass(frozen=True)
 class Score:
-    """A task's first metric for one entry; the interval is None where its items don't average to the metric."""
+    """A task's first metric for one entry. `interval`: None if the metric is not the mean of its items."""
 
     value: float
     n: int
@@ -61,12 +62,12 @@ class Test:
 
 @dataclass
 class Comparison:
-    """Everything compared.
+    """The result of a comparison.
 
     Attributes:
         entries: by validation loss, lowest first; those without one last.
         settings: flag -> its value in each entry, where they differ; MISSING for an entry without settings.
-        remarks: what a reader must know before comparing.
+        remarks: caveats about comparing these entries.
     """
 
     entries: list[Entry]
@@ -77,7 +78,7 @@ class Comparison:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether less of a metric is better, by its name."""
+    """Whether a metric is better the lower it is, by its name."""
     return any(word in metric for word in LOWER_IS_BETTER)
 
 
@@ -98,9 +99,9 @@ def compare(entries: Sequence[Entry], seed: int = 0) -> Comparison:
 
 
 def differing_settings(entries: Sequence[Entry]) -> dict[str, list[Any]]:
-    """Settings whose values differ between the runs, but not those that name places."""
+    """Settings whose values differ between the runs, except those of NOT_COMPARED: paths and logging."""
     known = [entry for entry in entries if entry.settings]
-    flags = dict.fromkeys(flag for entry in known for flag in entry.settings if flag not in PLACES)
+    flags = dict.fromkeys(flag for entry in known for flag in entry.settings if flag not in NOT_COMPARED)
     found: dict[str, list[Any]] = {}
     for flag in flags:
         values = [entry.settings.get(flag) for entry in known]
@@ -139,14 +140,14 @@ def score_of(result: Result | None, metric: str, seed: int = 0) -> Score | None:
 
 
 def same_items(first: Result, second: Result) -> bool:
-    """Whether two results are over the same items: as many, of the same file."""
+    """Whether two results are over the same items: of the same file, equally many, and by the same metric."""
     same_file = first.source.get("sha256") == second.source.get("sha256")
     same_metric = next(iter(first.metrics), None) == next(iter(second.metrics), None)
     return bool(first.items) and len(first.items) == len(second.items) and same_file and same_metric
 
 
 def tests_of(entries: Sequence[Entry], seed: int = 0) -> list[Test]:
-    """Paired tests of all pairs of entries (of the first with each other one, if they are many) on shared tasks."""
+    """Paired tests on shared tasks: of all pairs of entries, or of the first with each of more than ALL_PAIRS."""
     pairs = list(combinations(entries, 2)) if len(entries) <= ALL_PAIRS else [(entries[0], e) for e in entries[1:]]
     names = dict.fromkeys(task for entry in entries for results in entry.results for task in results.tasks)
     found: list[tuple[str, str, str, str, PairedTest]] = []
@@ -166,16 +167,14 @@ def tests_of(entries: Sequence[Entry], seed: int = 0) -> list[Test]:
 
 
 def remarks_of(entries: Sequence[Entry]) -> list[str]:
-    """What makes the numbers of the entries hard to compare."""
+    """Caveats: differences between the entries that make their numbers hard to compare."""
     remarks = []
     with_loss = [entry for entry in entries if entry.val_loss is not None]
     if len({entry.val_data for entry in with_loss if entry.val_data is not None}) > 1:
-        remarks.append(
-            "The validation losses are over different data, or other tokenizers; bits per byte compare better"
-        )
+        remarks.append("The validation losses are of different data or tokenizers; bits per byte compare better")
     tokens = [entry.tokens for entry in with_loss if entry.tokens]
     if tokens and max(tokens) > 1.05 * min(tokens):
-        remarks.append("They have seen different numbers of tokens")
+        remarks.append("The runs have seen different numbers of tokens")
     for entry in entries:
         run = entry.run if entry.step is None else None
         if run is not None and run.max_steps is not None and run.step < run.max_steps:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 
 RESAMPLES = 10_000
+CONFIDENCE = 0.95
 DISTINCT = 64  # values; with at most this many, a resample is one multinomial draw of their counts
 CHUNK = 1 << 22  # items drawn at a time otherwise: 32 MB
 
@@ -70,12 +71,9 @@ def bootstrap_means(values: FloatArray, resamples: int = RESAMPLES, seed: int = 
     return means
 
 
-def bootstrap_interval(
-    values: FloatArray, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
-    """Percentile bootstrap of the mean (Efron and Tibshirani 1993, chapter 13). Raises as `bootstrap_means`."""
-    means = bootstrap_means(values, resamples, seed)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+def bootstrap_interval(values: FloatArray, seed: int = 0) -> Interval:
+    """95 % percentile bootstrap of the mean (Efron and Tibshirani 1993, chapter 13). Raises as `bootstrap_means`."""
+    low, high = np.quantile(bootstrap_means(values, seed=seed), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(float(np.mean(values)), float(low), float(high))
 
 
@@ -93,15 +91,15 @@ def mcnemar_exact(wins: int, losses: int) -> float:
     return min(1.0, 2 * math.exp(log_sum - n * math.log(2)))
 
 
-def bootstrap_p(differences: FloatArray, resamples: int = RESAMPLES, seed: int = 0) -> float:
+def bootstrap_p(differences: FloatArray, seed: int = 0) -> float:
     """Two-sided p-value of "the mean difference is 0": the share of resamples of the centred differences whose mean is
     at least as far from 0 (Efron and Tibshirani 1993, section 16.4), with one added to both counts, so never 0."""
     differences = np.asarray(differences, dtype=np.float64)
     observed = float(np.mean(differences))
-    centred = bootstrap_means(differences - observed, resamples, seed)
+    centred = bootstrap_means(differences - observed, seed=seed)
     tolerance = 1e-12 * max(1.0, float(np.abs(differences).max()))
     as_far = int(np.count_nonzero(np.abs(centred) >= abs(observed) - tolerance))
-    return (1 + as_far) / (resamples + 1)
+    return (1 + as_far) / (RESAMPLES + 1)
 
 
 def paired_test(first: FloatArray, second: FloatArray, seed: int = 0, *, lower_is_better: bool = False) -> PairedTest:

@@ -62,7 +62,6 @@ PREFIXED_JOBS: dict[str, MakeJob] = {
     "lm_eval": _lm_eval,
 }
 """Tasks `PREFIX:NAME`."""
-BABYLM_TASKS = f"{BABYLM}:FOLDER"
 
 
 def check_given(settings: EvaluationSettings) -> None:

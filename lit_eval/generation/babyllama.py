@@ -5,7 +5,7 @@ What its benchmark.py does, and what is done here instead (docs/generation.md ha
 - Ten English prompts, so that one is ten points, and wrong answers count as right. Here 144, German and English, in six
   categories, with a standard error.
 - An answer counts anywhere in five tokens, also inside another word. Here the greedy text must begin with it; and,
-  for models too small for that, the answer must be the likeliest of four words of its kind.
+  for models too small for that, the answer must be the most probable of four words of its kind.
 - Consistency is the overlap of sampled continuations, also of prompts with different answers, and largest for a model
   that always writes the same. Here of paraphrases, greedy, minus the overlap between unrelated prompts.
 - Repetition is the share of words that occur twice, which any long text has. Here: of four words in a row.
@@ -40,14 +40,14 @@ SPEED = SpeedSettings(batch_sizes=(1, 4, 8, 16))
 
 @dataclass(frozen=True)
 class BabyLlamaSettings:
-    """What is evaluated.
+    """Settings of the evaluation.
 
     Attributes:
         custom_prompts: prompts to use instead of ours: a .txt with a prompt a line (continued only, without
             completions and consistency), or a .jsonl with `prompt`, and `answers` and `category` where completions are
             to be scored.
-        text: how the texts are written whose repetition is measured; BabyLlama's own settings by default.
-        speed: what is timed; None: nothing.
+        text: sampling of the texts whose repetition is measured; BabyLlama's own settings by default.
+        speed: the timed generations; None: no timing.
     """
 
     custom_prompts: Path | None = None
@@ -68,8 +68,8 @@ def is_answer(text: str, answers: Sequence[str]) -> bool:
     return first_word(text) in {answer.casefold() for answer in answers}
 
 
-def distractors(item: Completion, items: Sequence[Completion], n: int = CHOICES - 1) -> list[str]:
-    """The expected answers of the next items of the same category and language that are no answer to this one."""
+def distractors(item: Completion, items: Sequence[Completion]) -> list[str]:
+    """Up to CHOICES - 1 wrong answers: the expected ones of the next items of the same category and language."""
     own = {answer.casefold() for answer in item.answers}
     alike = [one for one in items if (one.category, one.language) == (item.category, item.language)]
     place = alike.index(item)
@@ -77,7 +77,7 @@ def distractors(item: Completion, items: Sequence[Completion], n: int = CHOICES 
     for one in [*alike[place + 1 :], *alike[:place]]:
         if one.answers[0].casefold() not in own:
             found.setdefault(one.answers[0])
-    return list(found)[:n]
+    return list(found)[: CHOICES - 1]
 
 
 def overlap(one: str, other: str) -> float:
@@ -118,8 +118,8 @@ def read_completions(path: Path) -> list[Completion]:
 
 
 def score_completions(model: EvalModel, items: Sequence[Completion]) -> tuple[list[bool], list[bool | None], list[str]]:
-    """For each item whether the greedy text begins with an answer; whether the expected answer is the likeliest of
-    CHOICES by log-probability per byte (None: there are no other answers to choose from); and the greedy text."""
+    """For each item: whether the greedy text begins with an answer; whether the expected answer is the most probable of
+    CHOICES by log-probability per byte (None: there are no other answers to choose from); the greedy text."""
     greedy = GenerationSettings(GREEDY, ANSWER_TOKENS)
     texts = [one.text or "" for one in generate_texts(model, [item.prompt for item in items], greedy)]
     candidates = [[item.answers[0], *distractors(item, items)] for item in items]

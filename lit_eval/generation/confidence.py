@@ -1,4 +1,4 @@
-"""How sure a model is of its next token, on given texts, and how often it is right when it is that sure."""
+"""A model's confidence in its next token on given texts, and how well it is calibrated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lit_eval.model.likelihood import numbers_of_targets, rolling_windows
 from lit_eval.score.results import Result
 
 Array = npt.NDArray[np.float64]
-LOW = 0.5  # a prediction whose most probable token has less is of low confidence
+LOW = 0.5  # predictions whose most probable token has less count as low confidence
 BINS = 10
 
 
@@ -81,20 +81,20 @@ predictions_of_targets = partial(numbers_of_targets, of_logits=_predict, n_numbe
 """A head for `GPT.forward`: the fields of `Predictions` in their order."""
 
 
-def calibration(predictions: Predictions, bins: int = BINS) -> list[Bin]:
-    """Predictions by top probability, in bins of one width: calibrated, accuracy is the confidence in each."""
-    places = np.minimum((predictions.top * bins).astype(np.int64), bins - 1)
-    n = np.bincount(places, minlength=bins)
-    confidence, accuracy = (np.bincount(places, v, bins) for v in (predictions.top, predictions.correct))
+def calibration(predictions: Predictions) -> list[Bin]:
+    """Predictions in BINS equal bins of top probability. If calibrated, accuracy equals confidence in each bin."""
+    places = np.minimum((predictions.top * BINS).astype(np.int64), BINS - 1)
+    n = np.bincount(places, minlength=BINS)
+    confidence, accuracy = (np.bincount(places, v, BINS) for v in (predictions.top, predictions.correct))
     return [
         Bin(
-            low=i / bins,
-            high=(i + 1) / bins,
+            low=i / BINS,
+            high=(i + 1) / BINS,
             n=int(n[i]),
             confidence=float(confidence[i] / n[i]) if n[i] else None,
             accuracy=float(accuracy[i] / n[i]) if n[i] else None,
         )
-        for i in range(bins)
+        for i in range(BINS)
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a model reproduces of its training data: the longest copies in the texts it writes, and where they came from."""
+"""Memorization: the longest copies of training data in the texts a model writes, and where they came from."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ def open_training_data(
     Args:
         data: their folders, in the order of training; by default those that the run's record names.
 
-    Raises ValueError or FileNotFoundError if neither says where the data is, or it is gone.
+    Raises ValueError or FileNotFoundError if the data is neither given nor recorded, or is missing.
     """
     folder = model.path.parent
     if (folder / "datapoints").is_dir() and checkpoint_step(model.path) is not None:
         run = open_run(folder, list(data) or None)
         return run.datasets, run
     if not data:
-        raise ValueError(f"{model.path} has no datapoint record beside it: give the packed training data with --data")
+        raise ValueError(
+            f"{model.path} has no datapoint record beside it: give the packed training data with --train_data"
+        )
     return [PackedDataset(path) for path in data], None
 
 

@@ -20,7 +20,8 @@ from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.results import Result
 
 WORD = re.compile(r"\w+|[^\w\s]")
-LOOP_TOKENS = 12  # a text whose last tokens, at least so many, are one sequence three times or more ends in a loop
+LOOP_TOKENS = 12  # a text ends in a loop if at least its last 12 tokens are one sequence, three times or more
+BLEU_ORDER = 4  # longest n-gram
 EPSILON = 0.1  # numerator of a precision of BLEU without a match, as nltk's SmoothingFunction.method1
 Words = Sequence[str]
 
@@ -61,13 +62,13 @@ def ends_in_loop(ids: Sequence[int]) -> bool:
     return False
 
 
-def self_bleu(texts: Sequence[Words], order: int = 4) -> list[float]:
+def self_bleu(texts: Sequence[Words]) -> list[float]:
     """BLEU of each text against all others as references (Zhu et al. 2018), in 0..1: high where texts are alike.
 
-    Sentence BLEU after Papineni et al. 2002: the geometric mean of the clipped precisions of 1 to `order` words, times
-    the brevity penalty for the closest length of a reference (the shorter of two). A precision without a match counts
-    as EPSILON matches; without a common word the score is 0. Needs time linear in the texts: of each n-gram only the
-    two largest counts are kept.
+    Sentence BLEU after Papineni et al. 2002: the geometric mean of the clipped precisions of 1 to BLEU_ORDER words,
+    times the brevity penalty for the closest length of a reference (the shorter of two). A precision without a match
+    counts as EPSILON matches; without a common word the score is 0. Needs time linear in the texts: of each n-gram only
+    the two largest counts are kept.
 
     Raises ValueError for fewer than two texts.
     """
@@ -75,7 +76,7 @@ def self_bleu(texts: Sequence[Words], order: int = 4) -> list[float]:
         raise ValueError("self-BLEU needs at least two texts")
     logs = [0.0] * len(texts)
     common = [True] * len(texts)
-    for n in range(1, order + 1):
+    for n in range(1, BLEU_ORDER + 1):
         counted = [ngrams(words, n) for words in texts]
         largest: dict[tuple[str, ...], tuple[int, int, int]] = {}  # count, its text, the largest of another text
         for number, counts in enumerate(counted):
@@ -87,7 +88,7 @@ def self_bleu(texts: Sequence[Words], order: int = 4) -> list[float]:
             for gram, count in counts.items():
                 first, owner, second = largest[gram]
                 matches += min(count, second if owner == number else first)
-            logs[number] += math.log((matches or EPSILON) / max(counts.total(), 1)) / order
+            logs[number] += math.log((matches or EPSILON) / max(counts.total(), 1)) / BLEU_ORDER
             if n == 1 and not matches:
                 common[number] = False
     lengths = sorted(map(len, texts))

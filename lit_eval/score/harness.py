@@ -26,12 +26,11 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 WITHOUT_PACKAGE = "the tasks of lm-evaluation-harness need the package lm-eval: pip install 'llammlein[eval]'"
 
 
-def harness_model(model: EvalModel, batch_tokens: int = 16384, batch_size: int = 8) -> Any:
+def harness_model(model: EvalModel, batch_tokens: int = 16384) -> Any:
     """An `lm_eval.api.model.LM` of a model: pass it to `lm_eval.simple_evaluate(model=...)`.
 
     Args:
         batch_tokens: most tokens of a batch when texts are scored.
-        batch_size: prompts generated at a time.
 
     Raises ValueError if lm-eval is not installed or the model has no tokenizer.
     """
@@ -99,7 +98,6 @@ def harness_model(model: EvalModel, batch_tokens: int = 16384, batch_size: int =
                     eos_id=tokenizer.eos_id,
                     excluded_ids=model.excluded_ids,
                     stop=ends if until else None,
-                    batch_size=batch_size,
                 )
             ids = found.ids[:-1] if found.ids[-1:] == [tokenizer.eos_id] else found.ids
             written = tokenizer.decode(ids)
@@ -127,7 +125,7 @@ def run_harness(
         data: folder with the items, read in place of the hub: NAME.jsonl (.parquet, .csv) for all splits, or a folder
             NAME with train, validation, test, dev of these endings; NAME is that of the task.
         tasks: folder with more task files (YAML).
-        limit: score only so many items of each task.
+        limit: score at most this many items of each task.
 
     Returns:
         Metrics under the harness' names; the first is that of the group, or the mean over tasks of a tag. Groups:
@@ -155,7 +153,7 @@ def run_harness(
         }
         source |= {split: file_sha256(path) for split, path in files.items()}
     try:
-        # The public face (TaskManager.load) takes no overrides for tasks it knows.
+        # The public method (TaskManager.load) takes no overrides for tasks it knows.
         built = manager._factory.build(entry, overrides=overrides, registry=manager._index)
         found = lm_eval.simple_evaluate(
             model=harness_model(model, batch_tokens),

@@ -84,14 +84,11 @@ class _Sums:
         return found
 
 
-def perplexity(
-    scorer: Scorer, texts: Iterable[Text], prefix_id: int | None, on_texts: Callable[[int], None] = lambda n: None
-) -> Result:
+def perplexity(scorer: Scorer, texts: Iterable[Text], prefix_id: int | None) -> Result:
     """Score texts.
 
     Args:
         prefix_id: precedes each text; None: a text's first token is context only, and not scored.
-        on_texts: called with the number of texts after each part of about a million tokens.
 
     Returns:
         Metrics: `bits_per_byte` and `byte_perplexity` (all scored tokens over all bytes), `loss` in nats a token and
@@ -123,7 +120,6 @@ def perplexity(
                 sums.add(text, nats, len(scores), first, end)
             if text.bytes:
                 items.append(nats / math.log(2) / text.bytes)
-        on_texts(total.n)
     if not total.tokens:
         raise ValueError("the texts hold no token to score")
     return Result(

@@ -1,7 +1,7 @@
 """The results of an evaluation: one JSON file per model, written after every task, so that a repeated call runs only
 the missing tasks.
 
-A file holds `format`, `model`, `settings`, `environment`, and `tasks` by name. Fields of `Result` say what a task has.
+A file holds `format`, `model`, `environment`, and `tasks` by name, each with the fields of `Result`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Group:
 
 @dataclass
 class Result:
-    """What a task gave.
+    """The result of one task.
 
     Attributes:
         kind: how it is scored: `perplexity`, `pairs`, `choice`, `cloze`, `last_word`, `generation`, ...
@@ -41,8 +41,8 @@ class Result:
         metrics: numbers by name. Shares are in 0..1; the first is the one to show where there is room for one.
         groups: by the field items are grouped by (`phenomenon`, `source`), then by its value.
         items: one value an item, of the first metric: what a paired test compares. Empty if the task has none.
-        source: `file` and `sha256` of the items' file, `n_items` in it, `n_skipped` and why (`skipped`), or what else
-            says what was scored.
+        source: `file` and `sha256` of the items' file, `n_items` in it, `n_skipped` and the reasons (`skipped`), or
+            other facts that identify the scored data.
         settings: those that change the numbers. A stored result with other settings, or of another source, is replaced.
         seconds: how long it took.
         details: anything else worth keeping: samples, curves.

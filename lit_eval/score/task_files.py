@@ -83,13 +83,10 @@ def is_task_file(path: Path) -> bool:
     return name.endswith(SUFFIXES) and not name.startswith(".")
 
 
-def read_task(path: str | Path, name: str | None = None) -> Task:
-    """Read a task file, or the files of a folder as one task, grouped by `file` then.
+def read_task(path: str | Path) -> Task:
+    """Read a task file, or all task files of a folder as one task, whose items are then grouped by `file`.
 
     Every line is checked. Raises ValueError naming the file, the line and the fault, FileNotFoundError.
-
-    Args:
-        name: of the task; by default the file's or folder's.
     """
     path = Path(path)
     if not path.exists():
@@ -111,7 +108,7 @@ def read_task(path: str | Path, name: str | None = None) -> Task:
         raise ValueError(
             f"{path} holds items of several kinds, {one} in {first} and {other} in {second}: name its files one by one"
         )
-    return Task(name or _stem(path), next(iter(kinds)), items, str(path.resolve()), digest.hexdigest())
+    return Task(_stem(path), next(iter(kinds)), items, str(path.resolve()), digest.hexdigest())
 
 
 def task_of_records(records: Sequence[dict[str, Any]], name: str, origin: str) -> Task:

@@ -40,9 +40,9 @@ class Saver:
 
     Args:
         run: the run folder.
-        published: called on rank 0 after each publication and the retention that follows.
 
     Attributes:
+        published: called on rank 0 after each publication and the retention that follows.
         times: of the newest save.
         kept: steps whose checkpoints are never deleted.
         skipped: saves given up under `on_error: skip`.
@@ -55,9 +55,9 @@ class Saver:
         device: torch.device,
         *,
         timeout: timedelta,
-        published: Callable[[], None] = lambda: None,
     ) -> None:
-        self.run, self.args, self.published = run, args, published
+        self.run, self.args = run, args
+        self.published: Callable[[], None] = lambda: None
         self.writer = CheckpointWriter(sharded=args.state_dict_type == "sharded", timeout=timeout)
         self.rank = self.writer.rank
         self.times, self.skipped = SaveTimes(), 0

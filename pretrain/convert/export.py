@@ -37,6 +37,7 @@ from lit_model.hf.gguf import check_dtype, write_gguf
 from lit_model.hf.io import read_folder, write_folder
 from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
 from pretrain.checkpoint.contents import word_budgets_in
+from pretrain.checkpoint.load import FORMAT_VERSION
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ def import_from_hf(source: Path, output: Path) -> KnownTokenizer:
         raise FileNotFoundError(f"{source} is no Hugging Face folder: it has no config.json")
     config, tensors = read_folder(source)
     tokenizer = of_files(find_tokenizer(source))
-    meta: dict[str, Any] = {"format_version": 1, "step": 0, "model_config": config.to_dict()}
+    meta: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": 0, "model_config": config.to_dict()}
     meta |= {"source": source.resolve().name, "tokenizer": tokenizer.facts_to_keep()}
     if (bos_id := encoding_of(source, tokenizer.opened).bos_id) is not None:
         meta["encoding"] = {"bos_id": bos_id}

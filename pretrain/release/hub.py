@@ -36,16 +36,15 @@ class Hub:
 
     Args:
         flag: the flag that named the repository, for errors.
-        say: called with a line for each wait.
     """
 
-    def __init__(self, repo: str, flag: str = "--repo", say: Callable[[str], None] = print) -> None:
+    def __init__(self, repo: str, flag: str = "--repo") -> None:
         try:
             from huggingface_hub import HfApi, constants
             from huggingface_hub.utils import validate_repo_id
         except ImportError as error:
             raise ValueError("this needs the package huggingface-hub: pip install 'llammlein[hub]'") from error
-        self.repo, self.flag, self.say = repo, flag, say
+        self.repo, self.flag = repo, flag
         self.endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
         self.api = HfApi(endpoint=self.endpoint, library_name="llammlein")
         self._reached = False
@@ -68,7 +67,7 @@ class Hub:
                 wait_s = self._wait_s(error, attempt)
                 if wait_s is None or attempt == TRIES - 1:
                     self._refuse(error)
-                self.say(f"{self.endpoint}: {first_line(_cause(error))}; waiting {wait_s:.0f} s")
+                print(f"{self.endpoint}: {first_line(_cause(error))}; waiting {wait_s:.0f} s")
                 time.sleep(wait_s)
             else:
                 self._reached = True

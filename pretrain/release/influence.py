@@ -7,7 +7,6 @@ The loss of the ignored spans is measured by a forward pass before the step, wit
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from lit_data.record.reader import blocks_of_steps, read_steps
 from lit_data.record.trace import TracedRun, steps_of_document
 from lit_files.checkpoint_name import checkpoint_name, checkpoint_step, list_checkpoints
 from lit_model.load import Checkpoint
+from pretrain.checkpoint.retention import remove
 from pretrain.failure.peers import on_rank_zero
 from pretrain.loop import SpanLosses, read_later, seed_step, sum_over_pieces, to_device
 from pretrain.release.interval import Interval, recorded_interval
@@ -174,10 +174,7 @@ def effect_of(run: Run, ignored: str, beside: Path, first: int, end: int, spans:
     def compare() -> Effect:
         path = run.folder / checkpoint_name(end)
         meta = Checkpoint(path).meta
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)
         write_facts(meta, path)
         return effect(ignored, beside, run.folder, first, end, spans)
 

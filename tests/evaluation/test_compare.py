@@ -17,7 +17,7 @@ from hypothesis_examples import examples
 from running import ROOT, warm_python
 from written_runs import Page, write_results, write_run
 
-from lit_eval.compare.comparison import compare, differing_settings
+from lit_eval.compare.comparison import Score, Task, compare, differing_settings
 from lit_eval.compare.entries import read_entries
 from lit_eval.compare.learning_curves import draw, learning_curves
 from lit_eval.compare.statistics import (
@@ -160,6 +160,12 @@ def test_ranks_settings_and_tests(sweep: list[Path]) -> None:
         assert (test.first, test.second) == (a, b)
     assert comparison.tests[1].result.p == mcnemar_exact(10, 0)
     assert comparison.remarks == []
+
+
+@pytest.mark.parametrize("metric", ["bits_per_byte", "repetition_4", "longest_mean", "model_over_generator"])
+def test_the_best_score_may_be_the_lowest(metric: str) -> None:
+    assert Task("task", metric, [Score(0.9, 1, None), Score(0.2, 1, None)]).best() == 1
+    assert Task("task", "accuracy", [Score(0.9, 1, None), Score(0.2, 1, None)]).best() == 0
 
 
 def test_other_items_are_not_tested(tmp_path: Path) -> None:

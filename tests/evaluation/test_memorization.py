@@ -102,7 +102,7 @@ def test_the_task_on_a_run(generation_run: Path, generation_model: EvalModel, da
     assert first["places"][0]["id"] == "doc-0" and first["text"] is not None
     assert set(first["places"][0]["steps"]) <= {0, 1} and result.source["data"] == [str(data / "train")]
     elsewhere = dataclasses.replace(generation_model, path=data / "hf")
-    with pytest.raises(ValueError, match="no datapoint record beside it: give the packed training data"):
+    with pytest.raises(ValueError, match="no datapoint record beside it: give the packed training .* --train_data"):
         evaluate_memorization(elsewhere, [[5]], GenerationSettings(), texts=texts)
     again = evaluate_memorization(elsewhere, [[5]], GenerationSettings(), texts=texts, data=[data / "train"])
     assert again.items == result.items and again.details["copies"][0]["places"][0]["steps"] is None

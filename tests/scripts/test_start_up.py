@@ -13,7 +13,8 @@ from typing import Any
 from running import ROOT
 
 from lit_data.record.sql import SORTS
-from lit_eval.evaluation.named_tasks import BABYLM_TASKS, NAMED_JOBS, PREFIXED_JOBS
+from lit_eval.evaluation.babylm_tasks import PREFIX as BABYLM
+from lit_eval.evaluation.named_tasks import NAMED_JOBS, PREFIXED_JOBS
 from lit_eval.evaluation.settings import TASK_NAMES
 from lit_eval.evaluation.text_data import PERPLEXITY
 from lit_eval.model.choices import Precision
@@ -144,5 +145,5 @@ def test_a_plain_run_imports_no_compiler(tmp_path: Path) -> None:
 def test_choices_are_complete() -> None:
     """The names that a parser lists without importing what they stand for."""
     prefixed = [f"{prefix}:NAME" for prefix in PREFIXED_JOBS]
-    assert list(TASK_NAMES) == sorted([PERPLEXITY, *NAMED, *NAMED_JOBS, *prefixed, BABYLM_TASKS])
+    assert list(TASK_NAMES) == sorted([PERPLEXITY, *NAMED, *NAMED_JOBS, *prefixed, f"{BABYLM}:FOLDER"])
     assert list(PRECISIONS) == list(Precision.__args__)  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""Reads what a run folder says of its run: metrics, settings, starts, rollbacks, results, samples.
+"""Reads a run folder: metrics, settings, starts, rollbacks, results, samples.
 
-A run that is still going, was killed or has lost files can be read too: what is missing stays empty, and what cannot be
-read is named in `faults`.
+A run that is in progress, was killed or has lost files can be read too: missing facts stay empty, and `faults` names
+the files that cannot be read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from lit_model.load import Checkpoint
 METRICS, SETTINGS, ENVIRONMENT, STOPPED = "metrics.csv", "config.yaml", "environment.jsonl", "stopped.json"
 ORDER = "datapoints/order.json"
 EVALUATIONS = "evaluations.jsonl"  # results of tasks and texts written during training, a line each
-ABANDONED = "abandoned"  # RUN/abandoned/NNN-from-STEP: what a rollback or the resume of an older checkpoint left behind
+EVALUATION_COLUMN = "eval/"  # prefix of the columns of metrics.csv for these tasks; the task's name follows
+ABANDONED = "abandoned"  # RUN/abandoned/NNN-from-STEP: discarded by a rollback or the resume of an older checkpoint
 MOST_RESULTS = 2000  # files of results read from a run
 MOST_RESULT_BYTES = 64 << 20
 NOT_SEARCHED = {"datapoints", ABANDONED, "tokenizer", "data", "logs", "tensorboard", "wandb", "plans"}
@@ -36,7 +37,7 @@ NOT_SEARCHED = {"datapoints", ABANDONED, "tokenizer", "data", "logs", "tensorboa
 
 @dataclass(frozen=True)
 class Branch:
-    """Steps that the run went back on: those after `from_step`."""
+    """Steps that the run discarded: those after `from_step`."""
 
     from_step: int
     metrics: Metrics
@@ -156,7 +157,7 @@ def read_run(folder: Path, results_s: float = float("inf")) -> RunFacts:
     """Read a run folder. Raises FileNotFoundError or ValueError if there is no run.
 
     Args:
-        results_s: seconds at most for reading results; what was read by then is kept, and a fault says so.
+        results_s: time limit for reading results, in seconds; those read by then are kept, and a fault says so.
     """
     if not folder.exists():
         raise FileNotFoundError(f"no run at {folder}: give the folder that training wrote (--out_dir)")
@@ -246,7 +247,7 @@ class _Faults:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; lines that are none are left out."""
+    """The objects of a JSONL file; other lines are left out."""
     for line in read_bytes(path).splitlines():
         try:
             value = json.loads(line)
@@ -285,7 +286,7 @@ def samples_of(results: Results) -> Iterator[Sample]:
 
 
 def find_results(top: Path, deadline_s: float = float("inf")) -> tuple[list[Results], list[str]]:
-    """The results in a folder, of whatever depth, by step; and what could not be read.
+    """The results in a folder, at any depth, by step; and the errors of files that could not be read.
 
     Args:
         deadline_s: on `time.monotonic`; what was read by then is returned.
@@ -311,7 +312,7 @@ def find_results(top: Path, deadline_s: float = float("inf")) -> tuple[list[Resu
 
 
 def looks_like_results(path: Path) -> bool:
-    """Whether a JSON file has the keys of results; damaged ones have not."""
+    """Whether a JSON file has the keys of results. A damaged file does not."""
     try:
         value = json.loads(read_bytes(path, MOST_RESULT_BYTES))
     except (OSError, ValueError, RecursionError):

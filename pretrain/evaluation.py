@@ -1,7 +1,7 @@
 """Evaluation during training: tasks (docs/evaluation.md) and continuations of prompts, between two steps.
 
-An evaluation changes nothing about training: no random state, no
-parameter, not the prefetch. Its results go to metrics.csv, one column a task, and whole to RUN/evaluations.jsonl.
+An evaluation does not affect training: neither random state nor parameters nor the prefetched data change. Its results
+go to metrics.csv, one column a task, and in full to RUN/evaluations.jsonl.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from lit_eval.generation.text import text_of
 from lit_eval.model.likelihood import Scorer, score_targets
-from lit_eval.run_facts import EVALUATIONS
+from lit_eval.run_facts import EVALUATION_COLUMN, EVALUATIONS
 from lit_eval.score.results import Result
 from lit_eval.score.tasks import run_task
 from lit_model.generate import generate_batch
 from lit_model.sampling import Sampling
-from pretrain.evaluation_plan import COLUMN, Evaluation
+from pretrain.evaluation_plan import Evaluation
 from pretrain.logs.messages import warn
 from pretrain.logs.metrics import append
 from pretrain.run import Run
@@ -109,7 +109,7 @@ def evaluate(
             if fault is not None or result is None:
                 run.say(f"warning: step {run.step}: the evaluation {task.name} failed and is left out: {fault}")
                 continue
-            columns[COLUMN + task.name] = headline(result)
+            columns[EVALUATION_COLUMN + task.name] = headline(result)
             lines.append({"task": task.name, **dataclasses.asdict(dataclasses.replace(result, items=[]))})
         if evaluation.prompts:
             if check_stop():

@@ -1,4 +1,4 @@
-"""What a run evaluates between two steps, and when; read and encoded before the first step."""
+"""Tasks and prompts that a run evaluates between steps, and when; read and encoded before the first step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_eval.model.likelihood import Span
 from lit_eval.model.text_encoder import TextEncoder
 from lit_eval.model.text_encoding import Encoding, encode_prompt, encode_texts, first_token
+from lit_eval.run_facts import EVALUATION_COLUMN
 from lit_eval.score.task_files import Task
 from lit_eval.score.tasks import find_task
 from lit_files.publish import replace_file
 from lit_files.reading import regular
 from pretrain.args import EvalArgs
 from pretrain.logs.messages import warn
-
-COLUMN = "eval/"
-"""What its columns of metrics.csv begin with; then comes the task's name."""
 
 
 @dataclass
@@ -42,7 +40,7 @@ class Encoded:
 
 @dataclass
 class Evaluation:
-    """What is evaluated during a run.
+    """The tasks and prompts evaluated during a run.
 
     Attributes:
         encoder: holds the ids of every text of the tasks.
@@ -61,7 +59,7 @@ class Evaluation:
 
     @property
     def columns(self) -> list[str]:
-        return [COLUMN + task.name for task in self.tasks]
+        return [EVALUATION_COLUMN + task.name for task in self.tasks]
 
 
 def open_evaluation(args: EvalArgs, dataset: PackedDataset, vocab_size: int, block_size: int) -> Evaluation | None:
@@ -128,7 +126,7 @@ def is_due(args: EvalArgs, segments: Sequence[Segment], block_size: int, step: i
 def cut_evaluations(path: Path, step: int, *, again: bool) -> None:
     """Drop the lines after `step` (if `again`, those of `step` too), and damaged ones, as a kill leaves the last.
 
-    Never raises for the file's sake: a run is resumed without it, after a warning.
+    Disk errors and damage are warnings: a run can be resumed without this file.
     """
     if not os.path.lexists(path):
         return

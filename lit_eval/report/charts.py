@@ -50,7 +50,7 @@ class Line:
         colour: number of its colour, from 1.
         noisy: many points may be drawn faint, with their moving average on top.
         dots: mark each point (few points).
-        quiet: dashed and grey, without an entry of its own among the values.
+        quiet: dashed and grey, not listed among the values.
         low, high: a band around the line.
         breaks: places in x where a value could not be drawn; the line is not drawn across them.
     """
@@ -83,10 +83,10 @@ class Chart:
     Attributes:
         id: unique on the page.
         unit: of the values, for the axis.
-        x_title: what the horizontal axis counts.
+        x_title: unit of the horizontal axis.
         from_zero: the vertical axis begins at 0.
         log: whether the vertical axis is logarithmic; None: if the values ask for it.
-        right: a second axis: its title, and what a value on the left is there (perplexity of a loss).
+        right: a second axis: its title, and the conversion of a value on the left (loss to perplexity) and back.
         shown: how a value is written.
         x_end: the horizontal axis reaches at least this far.
     """
@@ -224,7 +224,7 @@ class _Drawing:
         return f"{self.chart.unit}, log scale" if self.y.log else self.chart.unit
 
     def description(self) -> str:
-        """What the chart shows, in words."""
+        """A description of the chart in words, for screen readers."""
         parts = []
         for line in self.lines:
             if not line.quiet:
@@ -442,7 +442,7 @@ class Scatter:
             for p, a, b in zip(points, px, py, strict=True)
             if len(points) <= 12
         )
-        said = "; ".join(f"{p.name}: {self.shown_x(p.x)}, {self.shown_y(p.y)}" for p in points)
+        values = "; ".join(f"{p.name}: {self.shown_x(p.x)}, {self.shown_y(p.y)}" for p in points)
         facts = {
             "x": [x.low, x.high, x.log],
             "y": [y.low, y.high, y.log],
@@ -456,7 +456,7 @@ class Scatter:
             f'<figcaption><h3 id="{self.id}-title">{escape(self.title)}</h3></figcaption>'
             f'<p class="unit"><span>{escape(self.y_title)}{", log scale" if y.log else ""}</span></p>'
             f'<div class="frame">{_axis_labels("y", SIZE - y.place(y_ticks), tick_labels(y_ticks))}'
-            f'<div class="plot" tabindex="0" role="img" aria-label="{escape(f"{self.title}. {said}")}">'
+            f'<div class="plot" tabindex="0" role="img" aria-label="{escape(f"{self.title}. {values}")}">'
             f'<svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" aria-hidden="true">'
             f'<path class="grid" d="{grid}"/>{dots}</svg>{names}</div>'
             f"{_axis_labels('x', x.place(x_ticks), tick_labels(x_ticks))}</div>"

@@ -23,7 +23,6 @@ from lit_eval.report.elements import (
 )
 from lit_eval.report.page import fit, page
 from lit_eval.report.run_report import (
-    IN_RUN,
     column_title,
     curve_charts,
     grid,
@@ -34,7 +33,7 @@ from lit_eval.report.run_report import (
     scores_table,
     setting_text,
 )
-from lit_eval.run_facts import Sample, samples_of
+from lit_eval.run_facts import EVALUATION_COLUMN, Sample, samples_of
 
 MOST_LINES = 18  # runs in a chart: six colours in three patterns
 
@@ -170,7 +169,7 @@ def _in_run(entries: Sequence[Entry], points: int) -> str:
     """The tasks evaluated during training, of all runs."""
     columns = dict.fromkeys(c for e in entries if e.run is not None for c in e.run.metrics.columns)
     charts = []
-    for i, column in enumerate(c for c in columns if c.startswith(IN_RUN)):
+    for i, column in enumerate(c for c in columns if c.startswith(EVALUATION_COLUMN)):
         lines, x_title = _overlaid(entries, column, dots=True)
         chart = Chart(f"eval-{i}", column_title(column), "During training", lines, x_title)
         charts.append(chart.render(max(60, points // len(entries))))

@@ -36,7 +36,7 @@ from lit_eval.report.elements import (
 )
 from lit_eval.report.page import fit, page
 from lit_eval.report.plan_table import plan_table
-from lit_eval.run_facts import RunFacts, Sample, flatten, read_run
+from lit_eval.run_facts import EVALUATION_COLUMN, RunFacts, Sample, flatten, read_run
 from lit_eval.score.results import Results
 from lit_eval.spikes import LossSpike, find_spikes
 
@@ -48,7 +48,6 @@ SAMPLE_CHARACTERS = 1200
 SETTING_CHARACTERS = 400
 
 # Columns of metrics.csv with a chart of their own place; any other column is drawn under Evaluation.
-IN_RUN = "eval/"  # begins the columns of tasks evaluated during training
 LOSS_COLUMNS = ("train_loss", "val_loss", "val_perplexity", "val_bits_per_byte", "total_loss")
 ROUTER = ("expert_load_max", "expert_load_min", "router_entropy", "load_balance_loss")
 KNOWN = {
@@ -62,7 +61,7 @@ def run_report(folder: Path, defaults: Mapping[str, Any] | None = None, record_s
 
     Args:
         defaults: flag -> default of the trainer, to show first what differs.
-        record_s: seconds at most for reading the record; what was read by then is shown, and said to be a part.
+        record_s: time limit for reading the record, in seconds; the report says if only a part was read.
 
     Raises FileNotFoundError or ValueError if there is no run.
     """
@@ -72,7 +71,7 @@ def run_report(folder: Path, defaults: Mapping[str, Any] | None = None, record_s
 
 
 def _seen(run: RunFacts, record_s: float) -> tuple[Seen | None, str]:
-    """What the run has seen, by its record; or why that is not known."""
+    """The data that the run has seen, by its record; or the reason why that is unknown."""
     try:
         return count_seen(open_run(run.folder), time.monotonic() + record_s), ""
     except (ValueError, OSError) as error:
@@ -126,7 +125,7 @@ def _head(run: RunFacts) -> str:
 
 
 def horizontal(m: Metrics) -> tuple[FloatArray, str]:
-    """What the charts count to the right: tokens, or steps where the metrics have no tokens."""
+    """The horizontal axis of the charts: tokens, or steps where the metrics have no tokens."""
     return (m["tokens"], "Tokens seen") if m.has("tokens") else (m["step"], "Steps")
 
 
@@ -320,7 +319,7 @@ def _evaluation(run: RunFacts, points: int) -> str:
 
 def column_title(column: str) -> str:
     """The name to show of a column of metrics.csv that has no chart of its own: of eval/TASK, the task."""
-    return column.removeprefix(IN_RUN).replace("_", " ")
+    return column.removeprefix(EVALUATION_COLUMN).replace("_", " ")
 
 
 def curve_charts(entries: Sequence[Entry], points: int, seed: int = 0) -> str:
@@ -439,7 +438,7 @@ def grid(charts: Sequence[str]) -> str:
 
 def _data(seen: Seen | None, reason: str) -> str:
     if seen is None:
-        return paragraph(f"What the run has seen is not known: {reason}.")
+        return paragraph(f"The data that the run has seen is unknown: {reason}.")
     content = ""
     if seen.steps < seen.of:
         content += paragraph(

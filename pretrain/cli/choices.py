@@ -141,15 +141,27 @@ def read_config(path: str) -> dict[str, Any]:
         return {}
     text = read_text(path)
     try:
-        settings = yaml.safe_load(text)
-        if expanded(settings) > MAX_CONFIG_VALUES:
-            raise ValueError(f"it has more than {MAX_CONFIG_VALUES} values")
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"--config {path} is not a valid YAML file of settings: {reason}") from error
+        settings = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"--config {path} is not a valid YAML file of settings: {error}") from error
     if settings is not None and not isinstance(settings, dict):
         raise ValueError(f"--config {path} must be a mapping of settings (key: value), not a {type(settings).__name__}")
     return {str(key): value for key, value in (settings or {}).items()}
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML. Raises ValueError with the reason if it is invalid or has more than MAX_CONFIG_VALUES values, counting
+    those that aliases repeat."""
+    try:
+        value = yaml.safe_load(text)
+        n_values = expanded(value)
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if n_values > MAX_CONFIG_VALUES:
+        raise ValueError(f"it has more than {MAX_CONFIG_VALUES} values")
+    return value
 
 
 def expanded(value: Any, known: dict[int, int] | None = None) -> int:

@@ -20,13 +20,12 @@ import yaml
 from lit_files.publish import write_text
 from lit_files.reading import read_text
 from pretrain.args import RunArgs, flat
-from pretrain.cli.choices import expanded
+from pretrain.cli.choices import parse_yaml
 from pretrain.cli.command_line import OTHER_NAMES
 from pretrain.cli.fields import flags_of
 from pretrain.cli.run_parser import from_settings
 from pretrain.convert.foreign_formats import FORMATS, Converted, Format, Source
 
-MAX_VALUES = 100_000
 ORDER = [flag.name for flag in flags_of(RunArgs)]
 
 
@@ -76,12 +75,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     if path.suffix == ".py":
         return constants(path, text)
     try:
-        settings = yaml.safe_load(text)
-        if expanded(settings) > MAX_VALUES:
-            raise ValueError(f"it has more than {MAX_VALUES} values")
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise ValueError(f"{path} is not valid YAML: {reason}") from error
+        settings = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict) or not settings:
         raise ValueError(f"{path} holds no settings (key: value)")
     return {str(key): value for key, value in settings.items()}

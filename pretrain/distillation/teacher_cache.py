@@ -110,10 +110,10 @@ def begin_cache(folder: Path, facts: CacheFacts) -> None:
         if not others and create_json(folder / FILE, asdict(facts)):  # parts may start at the same time
             return
         if not (folder / FILE).exists():
-            raise ValueError(f"{folder} holds something else; give an empty folder or a new one")
+            raise ValueError(f"{folder} holds other files; give an empty folder or a new one")
     differs = _differences(read_facts(folder), facts)
     if differs:
-        raise ValueError(f"{folder} is another cache: {differs}. Give another folder, or the same settings")
+        raise ValueError(f"{folder} holds a different cache: {differs}. Give another folder, or the same settings")
 
 
 def write_cache(
@@ -173,8 +173,8 @@ def _write_rows(
         some = np.asarray(windows[first : first + batch], dtype=np.int64)
         read = read_rows(rows, some, some, facts.document_mask)
         bounds = read.cu_seqlens.to(device) if facts.document_mask else None
-        said = ensemble_top_k(teachers(read.tokens.to(device), bounds), setting, facts.vocab_size, facts.k)
-        for name, values in (("ids", said.ids), ("log_probs", said.log_probs)):
+        top = ensemble_top_k(teachers(read.tokens.to(device), bounds), setting, facts.vocab_size, facts.k)
+        for name, values in (("ids", top.ids), ("log_probs", top.log_probs)):
             files[name].write(values.cpu().numpy().astype(facts.dtype_of(name)).data)
     for file in files.values():
         sync_file(file)
@@ -184,11 +184,14 @@ def read_facts(folder: Path) -> CacheFacts:
     """Read cache.json. Raises FileNotFoundError or ValueError naming the folder."""
     if not (folder / FILE).is_file():
         raise FileNotFoundError(
-            f"{folder} is no cache of a teacher: it has no {FILE} (scripts/cache_teacher.py makes it)"
+            f"{folder} is not a teacher cache: it has no {FILE} (scripts/cache_teacher.py makes it)"
         )
     fields = read_object(folder / FILE)
     if fields.get("version") != VERSION:
-        raise ValueError(f"{folder / FILE}: its version is {fields.get('version')}, this is {VERSION}")
+        raise ValueError(
+            f"{folder / FILE} has version {fields.get('version')}, but this program reads version {VERSION}; make the "
+            "cache again with scripts/cache_teacher.py"
+        )
     return build(CacheFacts, fields, folder / FILE)
 
 
@@ -208,7 +211,7 @@ def check_finished(folder: Path, facts: CacheFacts) -> None:
         first = next(file for file in itertools.count() if file not in whole)
         raise ValueError(
             f"{folder} is not finished: {missing} of {facts.n_files} files are missing (the first is number {first}); "
-            "call scripts/cache_teacher.py again as before"
+            "repeat the call of scripts/cache_teacher.py to complete it"
         )
 
 
@@ -226,7 +229,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArr
     except (ValueError, TypeError, SyntaxError, EOFError, RecursionError, MemoryError, tokenize.TokenError) as error:
         fault = str(error)
     raise ValueError(
-        f"{path} is damaged: {fault}. Remove the files of this number and call scripts/cache_teacher.py again as before"
+        f"{path} is damaged: {fault}. Remove the files of this number and repeat the call of scripts/cache_teacher.py"
     )
 
 
@@ -311,7 +314,7 @@ def check_cache(
             "topk_kl"
         )
     if args.top_k not in (None, facts.k):
-        raise ValueError(f"--distillation.top_k {args.top_k}: the cache holds the {facts.k} likeliest; leave it out")
+        raise ValueError(f"--distillation.top_k {args.top_k}: the cache holds the top {facts.k} tokens; leave it out")
 
 
 def resolve_teachers(args: DistillationArgs) -> tuple[list[Path], list[dict[str, Any]]]:

@@ -137,13 +137,13 @@ class Teachers:
         bounds = None if cu_seqlens is None else cu_seqlens.to(self.device, non_blocking=lasting)
         # FSDP's hooks read version counters of gathered tensors; inference tensors have none.
         quiet = torch.no_grad() if self.sharded else torch.inference_mode()
-        said = []
+        predictions = []
         with quiet, torch.autocast(self.student_device.type, enabled=False):
             for model, share in zip(self.models, self.shares, strict=True):
                 teacher = model(here, cu_seqlens=bounds, head=TeacherHead(share))
                 assert isinstance(teacher, Teacher)
-                said.append(self._for_student(teacher))
-        return said
+                predictions.append(self._for_student(teacher))
+        return predictions
 
     def _for_student(self, teacher: Teacher) -> Teacher:
         assert not is_dtensor(teacher.weight), "a head must be whole"

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from lit_eval.metrics_file import Metrics
-from lit_eval.run_facts import RunFacts
+from lit_eval.run_facts import EVALUATION_COLUMN, RunFacts
 from lit_eval.score.results import Results
 from pretrain.convert.export import CardAdditions
-from pretrain.evaluation_plan import COLUMN
 from pretrain.release.manifest import MANIFEST, Previous
 
 SHOWN_METRICS = ("train_loss", "val_loss", "val_bits_per_byte")
@@ -110,7 +109,7 @@ def results_section(cut: RunFacts, results: Sequence[Results]) -> Iterator[str]:
     ]
     steps = cut.metrics["step"]
     for column, values in cut.metrics.columns.items():
-        if column.startswith(COLUMN) and len(steps) and np.isfinite(values[-1]):
-            rows.append(f"| {column.removeprefix(COLUMN)}, evaluated in training | | {values[-1]:.4f} | |")
+        if column.startswith(EVALUATION_COLUMN) and len(steps) and np.isfinite(values[-1]):
+            rows.append(f"| {column.removeprefix(EVALUATION_COLUMN)}, evaluated in training | | {values[-1]:.4f} | |")
     if rows:
         yield "\n".join(["## Evaluation", "", "| task | metric | value | items |", "|---|---|---|---|", *rows])

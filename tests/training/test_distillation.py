@@ -197,7 +197,7 @@ def test_a_cache_of_the_whole_vocabulary_equals_the_teacher(
 
     other = [*common, "--k", 8, "--output", tmp_path / "cache"]
     refused = script("cache_teacher.py", *other)
-    assert refused.returncode == 2 and "is another cache: k: 96 there, 8 here" in refused.stderr
+    assert refused.returncode == 2 and "holds a different cache: k: 96 there, 8 here" in refused.stderr
     ids = tmp_path / "cache" / "ids-00001.npy"
     wrong: list[tuple[dict[str, object], str]] = [
         ({"distillation__ensemble": "probabilities"}, "ensemble 'logits' there, 'probabilities' here"),
@@ -317,7 +317,7 @@ def test_a_cache_on_a_full_disk_leaves_no_partial_file(data: Path, teachers: lis
         ({"--temperature": -1}, "temperature -1"),
         ({"--weights": 0}, "weight"),
         ({"--weights": [1, 1]}, "--weights has 2 numbers"),
-        ({"--output": "."}, "holds something else"),
+        ({"--output": "."}, "holds other files"),
         ({"--output": "full/cache"}, "full"),
         ({"--part": 1}, "--part 1"),
         ({"--data": "other"}, "was trained with another tokenizer: its fingerprint is"),

@@ -1,4 +1,4 @@
-"""What is compared: runs, checkpoints, models in Hugging Face's format, and files of results."""
+"""Reads the entries of a comparison: runs, checkpoints, Hugging Face folders, and files of results."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lit_files.checkpoint_name import checkpoint_step
 from lit_model.cost import count_parameters
 from lit_model.load import is_hf_folder, load_tensors
 
-WHAT = "give runs, checkpoints, Hugging Face folders, or results that scripts/evaluate.py wrote (JSON)"
+ACCEPTED = "give runs, checkpoints, Hugging Face folders, or results that scripts/evaluate.py wrote (JSON)"
 
 
 @dataclass
 class Entry:
-    """One of the things compared.
+    """One model or run of a comparison.
 
     Attributes:
-        name: unique among those compared.
+        name: unique in the comparison.
         val_loss, val_bits_per_byte: the newest in metrics.csv; train_loss likewise.
         tokens_per_s: median of the logged ones.
         seconds: time in training, over all starts.
@@ -51,9 +51,9 @@ class Entry:
 
 
 def read_entries(paths: Sequence[Path]) -> list[Entry]:
-    """Read what is to be compared. Raises FileNotFoundError or ValueError naming the path that is none of it."""
+    """Read the entries at some paths. Raises FileNotFoundError or ValueError naming a path that is not one."""
     entries = [read_entry(path) for path in paths]
-    for count in (1, 2, 3):  # equal names: with the folder above, and that above it
+    for count in (1, 2, 3):  # equal names are prefixed with their parent folders
         repeated = {name for name, n in Counter(entry.name for entry in entries).items() if n > 1}
         for entry in entries:
             parents = entry.path.resolve().parts[-1 - count : -count]
@@ -70,7 +70,7 @@ def read_entries(paths: Sequence[Path]) -> list[Entry]:
 def read_entry(path: Path) -> Entry:
     """Read a run, a checkpoint, a Hugging Face folder, a file of results, or a folder of such files."""
     if not path.exists():
-        raise FileNotFoundError(f"nothing at {path}: {WHAT}")
+        raise FileNotFoundError(f"nothing at {path}: {ACCEPTED}")
     if path.is_file() and path.suffix == ".json":
         return _of_results(path, [read_results(path)])
     if (step := checkpoint_step(path)) is not None:
@@ -85,7 +85,7 @@ def read_entry(path: Path) -> Entry:
         return entry
     if found:
         return _of_results(path, found)
-    raise ValueError(faults[0] if faults else f"{path} holds nothing to compare: {WHAT}")
+    raise ValueError(faults[0] if faults else f"{path} holds nothing to compare: {ACCEPTED}")
 
 
 def _of_results(path: Path, results: list[Results]) -> Entry:

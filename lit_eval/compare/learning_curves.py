@@ -1,4 +1,4 @@
-"""Scores over tokens seen, of several runs in one picture, with bootstrap bands (as LLäMmlein's paper shows them)."""
+"""Plots scores over tokens seen, several runs in one picture, with bootstrap bands (as in LLäMmlein's paper)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class TaskCurves:
-    """A task's curves; `unit` is what x counts."""
+    """A task's curves. `unit`: title of the x axis, tokens or steps."""
 
     task: str
     metric: str
@@ -44,7 +44,7 @@ class TaskCurves:
 
 
 def learning_curves(entries: Sequence[Entry], seed: int = 0) -> list[TaskCurves]:
-    """The tasks on which some entry has results of two checkpoints or more."""
+    """The curves of tasks for which an entry has results of at least two checkpoints."""
     names = dict.fromkeys(task for entry in entries for results in entry.results for task in results.tasks)
     with_tokens = all(results.model.tokens is not None for entry in entries for results in entry.results)
     found = []
@@ -67,7 +67,7 @@ def learning_curves(entries: Sequence[Entry], seed: int = 0) -> list[TaskCurves]
 
 
 def draw(tasks: Sequence[TaskCurves], file: Path) -> None:
-    """Draw one panel a task into a picture, whose format the ending decides. Raises ValueError without matplotlib."""
+    """Draw one panel a task; the file's suffix decides the format. Raises ValueError without matplotlib."""
     if not tasks:
         raise ValueError(
             "--png: no learning curve, since no run has results of two checkpoints; write them with "

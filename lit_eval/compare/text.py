@@ -91,7 +91,7 @@ def p_text(p: float) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns by their widest cell; the first `left` to the left, the others to the right."""
+    """Align columns to their widest cell: the first `left` columns on the left, the others on the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = []
     for row in [head, *rows]:
@@ -101,7 +101,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) ->
 
 
 def as_json(comparison: Comparison) -> Any:
-    """The comparison as JSON; numbers that JSON does not have become null."""
+    """The comparison as JSON; NaN and infinity become null."""
     entries = []
     for rank, e in enumerate(comparison.entries, start=1):
         facts = {f: getattr(e, f) for f in ("name", "parameters", "tokens", "step", "val_loss", "val_bits_per_byte")}

@@ -1,5 +1,5 @@
-"""Evaluates a model, or every checkpoint of runs: does what the results do not hold yet, and writes them after each
-task."""
+"""Evaluates a model, or every checkpoint of runs. Tasks that the results file already has are skipped, and the file is
+written after each task."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def evaluate(path: str | Path, settings: EvaluationSettings, say: Say = say_on_s
     Tasks, data and the file of results are checked before the model is opened.
 
     Returns the results, and the file that holds them. Raises ValueError or FileNotFoundError that names the fault. An
-    interrupted call leaves the tasks done so far in the file, and the same call does the rest.
+    interrupted call leaves the tasks done so far in the file, and the same call completes it.
     """
     model = resolve(path)
     output = settings.output if settings.output is not None else default_output(model)
@@ -57,7 +57,7 @@ def evaluate(path: str | Path, settings: EvaluationSettings, say: Say = say_on_s
 
 
 def _is_done(before: Results, jobs: Sequence[Job], settings: EvaluationSettings, model: Path) -> bool:
-    """Whether all is done, as far as that is known without opening the model."""
+    """Whether every task is done, as far as that can be decided without opening the model."""
     done = all(before.has(job.name, job.source, job.settings_of(settings)) for job in jobs)
     return done and before.model.checksum == recorded_checksum(model)
 
@@ -89,7 +89,7 @@ def _evaluate(
     if before is not None and before.model.checksum == results.model.checksum:
         results.tasks = before.tasks
     elif before is not None:
-        say(f"{output} was of other weights: all its results are replaced")
+        say(f"{output} was of other weights: all of its results are replaced")
     evaluation = Evaluation(model, settings, TaskProgress())
     for job in jobs:
         wanted = job.settings_of(settings)
@@ -101,10 +101,10 @@ def _evaluate(
             with evaluation.progress.task(job.name):
                 result = job.run(evaluation)
         except KeyboardInterrupt as error:
-            error.add_note(f"finished tasks are kept in {output}; the same call does the rest")
+            error.add_note(f"finished tasks are kept in {output}; repeat the command to run the others")
             raise
         result.source = {**job.source, **result.source}
-        if result.settings:  # those that are fixed, or follow from ours
+        if result.settings:  # of the task: constants, or derived from EvaluationSettings
             result.details["settings"] = result.settings
         result.settings = wanted
         result.seconds = time.monotonic() - begun
@@ -127,7 +127,7 @@ def write_views(results: Results, output: Path, say: Say = say_on_stderr) -> Non
 
 
 def environment(model: EvalModel) -> dict[str, Any]:
-    """Where the numbers were computed."""
+    """Hardware and versions that computed the numbers."""
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine()
     return {
         "device": f"{model.device} ({device})",
@@ -140,11 +140,11 @@ def environment(model: EvalModel) -> dict[str, Any]:
 
 @dataclass
 class RunEvaluation:
-    """What evaluating every checkpoint of a run gave.
+    """The results of evaluating every checkpoint of a run.
 
     Attributes:
         results: of each checkpoint, by step.
-        left_out: checkpoint -> why it was.
+        left_out: damaged checkpoints, each with its fault.
     """
 
     run: Path
@@ -153,7 +153,7 @@ class RunEvaluation:
 
 
 def evaluate_all(runs: Sequence[Path], settings: EvaluationSettings, say: Say = say_on_stderr) -> list[RunEvaluation]:
-    """Evaluate every checkpoint of runs, each into RUN/evaluation/; one that cannot be is left out with the reason.
+    """Evaluate every checkpoint of runs, each into RUN/evaluation/; a damaged one is left out with the reason.
 
     Raises ValueError or FileNotFoundError for a folder without checkpoints, or if no checkpoint can be evaluated; and
     for tasks and data as `evaluate` does, before any checkpoint is read.
@@ -176,7 +176,7 @@ def evaluate_all(runs: Sequence[Path], settings: EvaluationSettings, say: Say = 
                 check_whole(checkpoint)
             except (ValueError, OSError) as error:
                 one.left_out[checkpoint] = str(error)
-                say(f"left out: {error}")
+                say(f"warning: {checkpoint.name} is left out: {error}")
                 continue
             one.results.append(evaluate(checkpoint, settings, say)[0])
         found.append(one)

@@ -1,4 +1,4 @@
-"""The tasks in which a model writes, or says how sure it is: generation, memorization, babyllama, speed, confidence."""
+"""Tasks on generated text and on the model's confidence: generation, memorization, babyllama, speed, confidence."""
 
 from __future__ import annotations
 

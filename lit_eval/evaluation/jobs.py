@@ -1,4 +1,4 @@
-"""What there is to do in an evaluation, found and checked before any model is opened."""
+"""The jobs of an evaluation, one a task; their files are checked before any model is opened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lit_model.load import is_hf_folder
 
 @dataclass
 class Evaluation:
-    """The model being evaluated, as tasks need it."""
+    """The model being evaluated, and the settings, with a scorer and an encoder made when first needed."""
 
     model: EvalModel
     settings: EvaluationSettings
@@ -39,14 +39,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Job:
-    """One task to do.
+    """One task to run.
 
     Attributes:
         name: in the results.
-        run: scores it.
-        source: what is scored: part of `Result.source`.
+        run: runs it.
+        source: identifies the scored data; part of `Result.source`.
         settings: names of the EvaluationSettings that change its numbers.
-        prepare: called before, for each model; raises ValueError if the task is none for it.
+        prepare: called once the model is open; raises ValueError if the task cannot be run on it.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Job:
     prepare: Callable[[EvalModel], None] = lambda model: None
 
     def settings_of(self, settings: EvaluationSettings) -> dict[str, Any]:
-        """What changes the task's numbers, as kept with its result."""
+        """The settings that change the task's numbers, as kept with its result."""
         given = dataclasses.asdict(settings)
         found = {name: given[name] for name in self.settings if given[name] not in (None, ())}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
@@ -75,7 +75,7 @@ def job_of_task(task: Task) -> Job:
 
 
 def needs_tokenizer(model: EvalModel, what: str) -> None:
-    """Raises ValueError if the model has none; `what` needs it."""
+    """Raises ValueError if the model has no tokenizer. `what`: names the task or data that needs it."""
     if model.tokenizer is None:
         raise ValueError(f"{model.path} has no tokenizer files, which {what} needs: give --tokenizer FOLDER")
 

@@ -1,4 +1,4 @@
-"""The tasks of --tasks by name that need more than a file of items.
+"""Named tasks of --tasks that need more than a file of items.
 
 To add one, add it to NAMED_JOBS and to TASK_NAMES (lit_eval/evaluation/settings.py).
 """
@@ -75,7 +75,7 @@ def check_given(settings: EvaluationSettings) -> None:
 
 
 def find_jobs(model: Path, settings: EvaluationSettings) -> list[Job]:
-    """All that is to be done for a checkpoint or Hugging Face folder, in the order it was asked for.
+    """The jobs for a checkpoint or Hugging Face folder, in the order requested.
 
     Raises ValueError or FileNotFoundError: an unknown task (with the nearest names), a fault in a file, missing data,
     a task that cannot be done for the model.
@@ -97,5 +97,5 @@ def find_jobs(model: Path, settings: EvaluationSettings) -> list[Job]:
             jobs.append(job_of_task(find_task(given, TASK_NAMES)))
     names = [job.name for job in jobs]
     if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"--tasks has two tasks of the name {repeated}: rename one of the files")
+        raise ValueError(f"--tasks has two tasks named {repeated}: rename one of the files")
     return jobs

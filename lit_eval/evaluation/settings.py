@@ -1,4 +1,4 @@
-"""What an evaluation takes: the flags of scripts/evaluate.py."""
+"""Settings of an evaluation: the flags of scripts/evaluate.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TASK_NAMES = (
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is evaluated, and how."""
+    """The data and tasks to evaluate on, and how."""
 
     data: tuple[str, ...] = ()
     """Packed datasets, text files or folders to take the perplexity of, each as PATH or NAME=PATH. Default, if there
@@ -28,7 +28,7 @@ class EvaluationSettings:
     """Score at most this many documents or items of each, evenly spaced in packed data and tasks and the first ones of
     texts; and generate as many texts. Default: all, and each task's own number of texts."""
     text_field: str = "text"
-    """Field or column of the text in .jsonl and Parquet."""
+    """Field or column that holds the text in .jsonl and Parquet."""
     source_field: str | None = None
     """Field or column to group documents by. Default: the name of the file."""
     custom_prompts: Path | None = None
@@ -61,7 +61,7 @@ class EvaluationSettings:
     """File of the results (JSON); a picture of the same name is put beside it. Default: RUN/evaluation/CHECKPOINT.json,
     or evaluation/NAME.json for a Hugging Face folder."""
     overwrite: bool = False
-    """Do tasks again that the results hold already."""
+    """Run tasks again that the results file already has."""
 
     def __post_init__(self) -> None:
         if self.num_samples is not None and self.num_samples < 1:

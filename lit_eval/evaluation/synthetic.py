@@ -25,11 +25,14 @@ def synthetic_text(model: Path) -> tuple[Path, Any]:
     for text in (folder / "text" / "val.jsonl" for folder in data_folders(model, data)):
         if level in LEVELS and text.is_file():
             return text, level
-    raise ValueError(f"--tasks synthetic: {model} is not of a run with --data.synthetic, or its text is not there")
+    raise ValueError(
+        f"--tasks synthetic needs a run with --data.synthetic.tokens and its text (data/text/val.jsonl), which {model} "
+        "does not have: leave the task out"
+    )
 
 
 def data_folders(model: Path, data: Any) -> list[Path]:
-    """Where a run's generated text, tokenizer and packed data may be: where they were made, and in the run's folder."""
+    """Folders that may hold a run's generated text: where it was written, and the run folder (it may be moved)."""
     val = data.get("val") if isinstance(data, dict) else None
     return [*([Path(val).parent.parent] if isinstance(val, str) else []), model.parent / "data"]
 

@@ -1,4 +1,4 @@
-"""Finds the data of --data, and the validation data of a run, as jobs that take its perplexity."""
+"""Makes a perplexity job of each entry of --data, or of the validation data of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def named_data(settings: EvaluationSettings) -> dict[str, Path]:
     for entry in settings.data:
         name, path = _named(entry)
         if name in found:
-            raise ValueError(f"--data has two entries of the name {name}: give NAME=PATH")
+            raise ValueError(f"--data has two entries named {name}: give NAME=PATH")
         found[name] = path
     return found
 
@@ -50,7 +50,7 @@ def validation_jobs(model: Path, settings: EvaluationSettings) -> list[Job]:
 
 def validation_data(model: Path) -> dict[str, Path]:
     """The validation sets that a run's checkpoint names; a single one has the name "". Raises ValueError if there is
-    none, or it is gone."""
+    none, or it is missing."""
     give = "give --data, or --tasks"
     if is_hf_folder(model):
         raise ValueError(f"{model} is a Hugging Face folder, which names no validation data: {give}")
@@ -65,7 +65,7 @@ def validation_data(model: Path) -> dict[str, Path]:
         moved = model.parent.joinpath(*path.parts[-3:])  # made by a run whose folder was moved
         place = next((p for p in (path, moved) if (p / MANIFEST).is_file()), None)
         if place is None:
-            raise ValueError(f"the validation data of {model}, {path}, is not there: {give}")
+            raise ValueError(f"the validation data of {model}, {path}, is missing: {give}")
         found[str(name)] = place
     return found
 
@@ -147,7 +147,7 @@ def check_tokenizer(model: EvalModel, dataset: PackedDataset, where: str) -> Non
             f"{describe_difference(own, theirs, str(dataset.path))}; give the text itself"
         )
     if verdict == "unknown":
-        warning = f"{where} and {model.path} do not both say which tokenizer they are of: see that it is the same"
+        warning = f"the tokenizer of {where} or of {model.path} is unknown: make sure that both are the same"
         if warning not in model.warnings:
             model.warnings.append(warning)
 

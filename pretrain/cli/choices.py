@@ -150,8 +150,8 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML. Raises ValueError with the reason if it is invalid or has more than MAX_CONFIG_VALUES values, counting
-    those that aliases repeat."""
+    """Parse YAML. Raises ValueError with the reason if it is invalid or has more than MAX_CONFIG_VALUES values, those
+    that aliases repeat included."""
     try:
         value = yaml.safe_load(text)
         n_values = expanded(value)

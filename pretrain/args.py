@@ -491,7 +491,7 @@ class SaveArgs:
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """Validation and evaluation: at step 0, every so many steps, and at the last step."""
+    """Validation and evaluation: at step 0, at regular intervals, and at the last step."""
 
     every_steps: int = 1000
     """Steps between validations."""

@@ -1,4 +1,4 @@
-"""How a run is put together, from its arguments to the state before its next step."""
+"""Builds a run from its arguments, up to the state before its next step."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def set_up(
 
     Args:
         argv: the command line to record. None: this process's.
-        signals: what stops the run. None: no signal does.
+        signals: handlers of the signals that stop the run. None: no signal does.
         watched: an error of one of several ranks ends the others too.
         trial: measures the memory of automatic settings. None: it is estimated.
 
@@ -348,7 +348,7 @@ def convert_to_float8(model: GPT, args: RunArgs, config: ModelConfig) -> None:
 
 
 def open_watchdog(fabric: Fabric, folder: Path, timeout_s: float) -> Watchdog:
-    """Open each rank's log, and start what ends a hung run."""
+    """Open each rank's log, and start the watchdog that ends a hung run."""
     attempt = on_rank_zero(fabric, lambda: begin_attempt(folder))
     log = RankLog(folder, fabric.global_rank, fabric.world_size, attempt)
     # The barrier notices at once a rank that died over its log; connecting to its store would be tried for minutes.

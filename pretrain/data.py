@@ -1,4 +1,4 @@
-"""What a run reads: opens the packed datasets, checks them against the model and the run, makes their loaders."""
+"""Opens a run's packed datasets, checks them against the model and the settings, and makes their loaders."""
 
 from __future__ import annotations
 

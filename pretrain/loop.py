@@ -91,7 +91,7 @@ class RollBack(Exception):
 
 
 def fit(run: Run) -> str | None:
-    """Train to the end of the run. Returns the signal that stopped it early, if any.
+    """Train to the end of the run. Returns why it stopped early: a signal's name or stop.after_minutes; else None.
 
     Raises AgreedError, Mistake or SaveError on every rank at the same step if the run cannot continue. Any other
     exception comes from one rank, or from all ranks; in the latter case the state, if valid, has been saved.

@@ -189,7 +189,7 @@ def as_before(args: RunArgs, kept: dict[str, Any], world_size: int) -> RunArgs |
 
 
 def training_setting(args: RunArgs, config: ModelConfig, kind: str, world_size: int) -> TrainingSetting:
-    """What the memory estimate depends on. `kind`: cpu, cuda or mps."""
+    """The inputs of the memory estimate. `kind`: cpu, cuda or mps."""
     t, world = args.train, world_size
     sharding, shards = ("none" if world == 1 and args.strategy != "ddp" else "ddp"), 1
     if uses_fsdp(args):

@@ -1,4 +1,4 @@
-"""What a training run is: settings, data, model and optimizer, its place in the data, and what it holds open."""
+"""The state of a training run: settings, data, model, optimizer, position in the data, open files and threads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from pretrain.parallel import Placement
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a run is: what a checkpoint keeps beside its tensors.
+    """Progress of a run: the state that a checkpoint keeps besides its tensors.
 
     Attributes:
         step: optimizer steps done.
@@ -50,7 +50,7 @@ class Progress:
         words_at: a step, and the words seen by then (rank 0); (0, 0) if no checkpoint gives them.
         unfinished: the row of metrics of `step`, if its validation or evaluation is still to be done.
         skips: sample ranges left out after a loss spike.
-        changes: settings that --resume_allow let differ, by the step of the resume.
+        changes: settings changed with --resume_allow, by the step of the resume.
     """
 
     step: int

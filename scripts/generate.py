@@ -45,10 +45,12 @@ def parser() -> ScriptParser:
     )
     top.add_argument("--max_new_tokens", type=int, default=100, help="default 100")
     top.add_argument("--num_samples", type=int, default=1, help="texts for each prompt (default 1)")
-    top.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    top.add_argument("--top_k", type=int, help="sample from this many of the likeliest tokens")
-    top.add_argument("--top_p", type=float, help="sample from the likeliest tokens that hold this much of the mass")
-    top.add_argument("--min_p", type=float, help="sample from tokens with this part of the largest probability")
+    top.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token (default 0.8)")
+    top.add_argument("--top_k", type=int, help="sample from this many of the most probable tokens")
+    top.add_argument("--top_p", type=float, help="sample from the most probable tokens with this total probability")
+    top.add_argument(
+        "--min_p", type=float, help="sample from tokens with at least this fraction of the largest probability"
+    )
     top.add_argument(
         "--repetition_penalty", type=float, default=1.0, help="above 1: fewer repetitions (default 1: off)"
     )
@@ -56,7 +58,7 @@ def parser() -> ScriptParser:
     top.add_argument(
         "--seed", type=int, default=0, help="of a prompt's first sample; the next has the next (default 0)"
     )
-    top.add_argument("--batch_size", type=int, default=8, help="texts written at a time (default 8)")
+    top.add_argument("--batch_size", type=int, default=8, help="texts generated at once (default 8)")
     top.add_argument("--device", help="torch device, for example cuda (default: cuda where there is one, else cpu)")
     top.add_argument(
         "--precision", choices=get_args(Precision), default="fp32", help="of the computation (default fp32)"

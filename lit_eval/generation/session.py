@@ -15,7 +15,7 @@ from lit_eval.model.eval_model import EvalModel
 
 
 def record(one: Generated) -> dict[str, Any]:
-    """What --json prints of a text."""
+    """The JSON object that --json prints for a text."""
     return {
         "prompt": one.prompt,
         "prompt_ids": one.prompt_ids,

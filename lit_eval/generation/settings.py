@@ -9,15 +9,15 @@ from lit_model.sampling import Sampling
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How texts are written.
+    """Sampling, length and number of generated texts.
 
     Attributes:
         sampling: how a token is chosen.
-        max_new_tokens: at most so many tokens a text.
+        max_new_tokens: maximum length of a text.
         num_samples: texts for each prompt.
         seed: of the first sample of each prompt; sample i has `seed + i`.
         stop: a text ends before the first of these strings.
-        batch_size: texts written at a time. It does not change them, but for rounding.
+        batch_size: texts generated at once. Changes them by rounding at most.
     """
 
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.8))

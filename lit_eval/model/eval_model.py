@@ -1,4 +1,4 @@
-"""A trained model opened for evaluation: with its tokenizer, how it reads text, and what is known about it."""
+"""A trained model opened for evaluation, with its tokenizer, the encoding of its training data, and facts about it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloa
 
 @dataclass
 class ModelFacts:
-    """What a file of results says about the evaluated model.
+    """Facts about the evaluated model, as a results file keeps them.
 
     Attributes:
         path: as given, made absolute.
@@ -57,7 +57,7 @@ class ModelFacts:
 
 @dataclass
 class EvalModel:
-    """A model and what is needed to evaluate it.
+    """A model, and everything that evaluating it needs.
 
     Attributes:
         path: the checkpoint or Hugging Face folder that was read.

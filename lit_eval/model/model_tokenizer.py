@@ -22,7 +22,7 @@ OVERRIDE = "--data.allow_tokenizer_mismatch true"
 
 @dataclass(frozen=True)
 class KnownTokenizer:
-    """What is known about a tokenizer.
+    """Known facts about a tokenizer.
 
     Attributes:
         facts: from `Tokenizer.facts`, possibly with `ids_digest`; empty if nothing is known.
@@ -151,9 +151,9 @@ def check_model_and_data(path: Path, dataset: PackedDataset, where: str, *, over
     if verdict == "same":
         return None
     if model.named:
-        return f"{dataset.path} does not say which tokenizer made it: see that it is that of {where}"
+        return f"{dataset.path} does not say which tokenizer made it: make sure that it is that of {where}"
     why = f" ({model.unreadable})" if model.unreadable else ""
-    return f"{where} does not say which tokenizer it was trained with{why}: see that it is that of {dataset.path}"
+    return f"{where} does not say which tokenizer it was trained with{why}: make sure that it is that of {dataset.path}"
 
 
 def check_own_tokenizer(path: Path, tokenizer: Path | None) -> None:

@@ -35,12 +35,12 @@ class Text(NamedTuple):
     scored: int
     """Characters at its end that are scored."""
     prediction: str
-    """What a prediction says if the model chooses it."""
+    """The prediction to submit if the model chooses it."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """What one line asks. The first candidate is the right one, or the one that `ratio` is about.
+    """One item. The first candidate is the right one, or the one that `ratio` refers to.
 
     Attributes:
         uid: the part of the dataset that predictions are listed by.
@@ -110,7 +110,7 @@ class BabylmTask:
 
 
 def read_babylm(folder: Path) -> tuple[list[BabylmTask], list[str]]:
-    """Read what there is of the challenge's data, and a line about each dataset that is missing.
+    """Read the challenge's datasets that are present, and list the missing ones, a line each.
 
     Args:
         folder: `full_eval`, `fast_eval`, or the folder above with one or both.

@@ -1,4 +1,4 @@
-"""Task files: JSON lines, one item each, of a kind that its fields say; and folders of them.
+"""Task files: JSON lines, one item each, whose fields determine its kind; and folders of them.
 
 | kind | fields |
 |---|---|
@@ -40,7 +40,7 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Item:
-    """What one line asks.
+    """One item.
 
     Attributes:
         candidates: (context, continuation) of each; the model chooses the most probable continuation.
@@ -60,7 +60,7 @@ class Task:
     """Items of one kind.
 
     Attributes:
-        file: the file or folder, made absolute; for a task that comes with the code, what says where from.
+        file: absolute path of the file or folder; for a task that comes with the code, its module.
         sha256: of the content of the file or files.
     """
 

@@ -33,7 +33,7 @@ from pretrain.checkpoint.retention import remove
 
 T = TypeVar("T")
 
-# One process writes a folder by itself, as meant. (For all threads: a filter of one save would end the others'.)
+# A single process is intended. Set here once, since filters belong to all threads: one save would reset another's.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 SPARE_BYTES = 16 << 20  # beside the tensors: their index, the meta, the next rows of metrics and record

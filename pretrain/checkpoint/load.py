@@ -105,7 +105,7 @@ def check_whole(checkpoint: Checkpoint) -> None:
 
 
 def find_checkpoint(resume: str, run: Path) -> Path | None:
-    """The checkpoint that --resume means, or None for a new run (`auto` only).
+    """The checkpoint that --resume names, or None for a new run (`auto` only).
 
     Raises FileNotFoundError that names the place it looked at, and ValueError for a checkpoint of another folder.
     """
@@ -116,7 +116,7 @@ def find_checkpoint(resume: str, run: Path) -> Path | None:
         if resume == "auto":
             return None
         raise FileNotFoundError(
-            f"--resume latest: {run} holds no checkpoint (use --resume auto to begin where there is none)"
+            f"--resume latest: {run} holds no checkpoint (--resume auto starts a new run where there is none)"
         )
     known = ", ".join(p.name for p in list_checkpoints(run)[-3:]) or "none"
     there = run / resume

@@ -1,4 +1,4 @@
-"""What a run folder keeps: checkpoints deleted after a save, and everything after the step that a run resumes from."""
+"""Deletes old checkpoints after a save, and cuts a run folder back to the step that a run resumes from."""
 
 from __future__ import annotations
 

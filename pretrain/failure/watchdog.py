@@ -38,8 +38,8 @@ from pretrain.failure.rank_log import RankLog
 EXIT_HUNG = 76
 
 GRACE_INTERVALS = 12
-"""A run that hangs has ended, on every rank, `timeout_s` plus so many intervals after its last progress: one until that
-is seen, up to four until the others know, four for the last heartbeats, three for files that are slow to write."""
+"""A run that hangs has ended, on every rank, `timeout_s` plus this many intervals after its last progress: one until
+that is seen, up to four until the others know, four for the last heartbeats, three for files that are slow to write."""
 
 RECENT_INTERVALS = 10
 """A suspension of this process that ended longer ago does not explain an error now."""

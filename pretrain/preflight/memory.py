@@ -1,4 +1,4 @@
-"""The memory item of a preflight: the estimate from the config beside what each rank has."""
+"""The memory item of a preflight: the estimate from the config, compared with the free memory of each rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them: a few significant digits, k/M/B for counts, ticks at round values."""
+"""Formats numbers for readers: a few significant digits, k/M/B for counts, axis ticks at round values."""
 
 from __future__ import annotations
 

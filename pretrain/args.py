@@ -44,7 +44,7 @@ def check_least(args: Any, section: str, **least: int) -> None:
 
 
 def optional_fields(config: type, leave_out: Collection[str]) -> list[tuple[str, Any, Any]]:
-    """The fields of a config for `make_dataclass`, all optional; what is a tuple there is a list, as in YAML."""
+    """The fields of a config for `make_dataclass`, all optional; tuples become lists, as in YAML."""
     hints = get_type_hints(config)
     made = []
     for f in dataclasses.fields(config):

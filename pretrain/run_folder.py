@@ -1,4 +1,4 @@
-"""The run folder: which one it is, its lock, and what a start or a resume writes there."""
+"""The run folder: choosing it, its lock, and the files that a start or a resume writes there."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def _read_earlier(output: Path) -> Results | None:
 
 
 def check_whole(model: Path) -> None:
-    """Compare a checkpoint with its checksums. Raises ValueError that names what is damaged."""
+    """Compare a checkpoint with its checksums. Raises ValueError naming the damage."""
     if is_hf_folder(model):
         return
     checkpoint = Checkpoint(model)

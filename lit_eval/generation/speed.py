@@ -19,7 +19,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """What is timed.
+    """Settings of the timed generations.
 
     Attributes:
         batch_sizes: rows at a time.

@@ -76,7 +76,7 @@ class TextStream:
         return "" if new.endswith(INCOMPLETE) else self._release(new)
 
     def finish(self) -> str:
-        """The rest: bytes that became no character, and what was held back."""
+        """The rest: bytes that form no whole character, and text that was held back."""
         rest = self._release(self._new_text()) + self._held
         self._held = ""
         return rest

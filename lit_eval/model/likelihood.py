@@ -146,7 +146,7 @@ class Scorer:
 
     @torch.no_grad()
     def numbers(self, spans: Sequence[Span]) -> list[npt.NDArray[np.float32]]:
-        """What `forward` gives of each continuation, float32 (numbers, tokens), on every rank.
+        """The output of `forward` for each continuation, float32 (numbers, tokens), on every rank.
 
         A context is cut on the left to what fits into `block_size`, as in lm-evaluation-harness. Raises ValueError for
         an empty context or continuation, and for a continuation longer than `block_size`.

@@ -42,7 +42,7 @@ from pretrain.checkpoint.load import FORMAT_VERSION
 
 @dataclass(frozen=True)
 class CardAdditions:
-    """What a model card holds besides the checkpoint's facts.
+    """Additions to the checkpoint's facts in a model card.
 
     Attributes:
         metadata: for the front matter, such as `license`.

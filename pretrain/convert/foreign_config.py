@@ -169,7 +169,7 @@ def nested(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_yaml(path: Path, kind: Format, settings: dict[str, Any], converted: Converted, commands: list[str]) -> str:
-    """The config: what it is, its commands, the keys left out; then the settings by section, with their comments."""
+    """The config: a header with its origin, commands and keys left out; then the settings by section, with comments."""
     lines = [
         f"# Converted from {path.name}, a config of {kind.title}. Train with the last of these commands; the others",
         "# prepare the data once. docs/coming-from.md describes the differences between the trainers.",

@@ -263,7 +263,7 @@ def open_pipeline(settings: BabylmSettings, texts: tuple[Text, Text]) -> Pipelin
 
 
 def babylm(settings: BabylmSettings, flags: Sequence[str] = ()) -> int:
-    """Run what is not done yet. Returns the exit status.
+    """Run the steps that are not done yet. Returns the exit status.
 
     Args:
         flags: more flags of fabric_train.py.
@@ -299,7 +299,7 @@ def babylm(settings: BabylmSettings, flags: Sequence[str] = ()) -> int:
 
 
 def print_contents(settings: BabylmSettings) -> None:
-    """List what is in --out_dir."""
+    """List the contents of --out_dir."""
     out = settings.out_dir
     contents = {
         out / "report.html": "curves, scores, data seen, settings: open it in a browser",

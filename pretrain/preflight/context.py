@@ -29,7 +29,7 @@ class Finding:
 
 
 class ItemFailed(Exception):
-    """Ends an item as failed, on all ranks alike. Its arguments are what was measured, and the advice."""
+    """Ends an item as failed, on all ranks alike. Its arguments: the measurement and the advice."""
 
 
 @dataclass

@@ -321,7 +321,7 @@ def budgets_within(s: PreflightContext) -> int:
 
 
 def room_for_cache(s: PreflightContext) -> int:
-    """Free bytes at data.cache_dir on this rank's node, what the cache holds already counted in."""
+    """Free bytes at data.cache_dir on this rank's node, including those that the cache already occupies."""
     folder = s.args.data.cache_dir
     assert folder is not None
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())

@@ -463,7 +463,7 @@ def shortened(names: list[str]) -> list[str]:
 
 
 def unchecked(interval: Interval, end: int, found: Comparison) -> Iterator[str]:
-    """Lines on what was not checked."""
+    """Lines on the parts that were not checked."""
     if end < interval.end:
         yield (
             f"not checked: steps {end} to {interval.end - 1} and the state after them, as step {end} used "

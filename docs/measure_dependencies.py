@@ -25,7 +25,7 @@ PURPOSES = {
     "torch": ("torch", "tensors, autograd, kernels, FSDP2, distributed checkpoints", ""),
     "lightning-fabric": (
         "lightning_fabric",
-        "devices, strategies and launchers",
+        "devices, strategies and launchers; a run imports less of it (`pretrain/fabric.py`)",
         "`lightning`, which imports PyTorch Lightning and torchmetrics at every start",
     ),
     "numpy": ("numpy", "the order, the loader's buffers, shards", ""),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -389,3 +390,9 @@ def test_requirements_are_current() -> None:
         Requirement(line).name for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1].isalpha()
     ]
     assert {one.name.lower().replace("_", "-") for one in listed} <= {name.lower().replace("_", "-") for name in tested}
+
+
+def test_every_dependency_has_its_cost() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "measure_dependencies.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -109,6 +109,10 @@ if sys.platform == "win32":
         mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
         return np.frombuffer(mapped, np.uint8).ctypes.data, mapped.close
 
+    def allocated_bytes(file: os.stat_result) -> int:
+        """Bytes that a file occupies on its disk."""
+        return file.st_size
+
     def open_file_limits() -> tuple[int, int] | None:
         """(soft, hard) limit of the files this process may open, -1: none; None where the system has no limits."""
         return None
@@ -179,6 +183,9 @@ else:
         if random and hasattr(mmap, "MADV_RANDOM"):
             _libc.madvise(address, size, mmap.MADV_RANDOM)
         return address, functools.partial(_libc.munmap, address, size)
+
+    def allocated_bytes(file: os.stat_result) -> int:
+        return file.st_blocks * 512
 
     def open_file_limits() -> tuple[int, int] | None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

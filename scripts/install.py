@@ -48,11 +48,11 @@ ESTIMATE_GB = 2.7
 @contextlib.contextmanager
 def lock(path: Path) -> "Iterator[None]":
     """Allow one install at a time. pip inherits the lock, so a pip that outlives its killed caller is waited for."""
-    try:
-        import fcntl
-    except ImportError:  # not POSIX
+    if sys.platform == "win32":
         yield
         return
+    import fcntl
+
     with path.open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

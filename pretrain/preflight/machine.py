@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from lit_files.checkpoint_name import list_checkpoints
-from lit_files.platform import drop_from_cache, usable_core_numbers, usable_cores
+from lit_files.platform import allocated_bytes, drop_from_cache, usable_core_numbers, usable_cores
 from lit_files.publish import sync_file, write_text
 from pretrain.logs.environment import code_hash, driver_version
 from pretrain.memory_fit import checkpoint_bytes
@@ -327,7 +327,7 @@ def room_for_cache(s: PreflightContext) -> int:
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     with tempfile.TemporaryFile(dir=parent):
         pass
-    held = sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file()) if folder.exists() else 0
+    held = sum(allocated_bytes(p.stat()) for p in folder.rglob("*") if p.is_file()) if folder.exists() else 0
     free, budget = free_bytes(parent) + held, int(s.args.data.cache_gb * 1e9)
     if s.datasets is not None:
         budget = min(budget, sum(d.n_tokens * d.dtype.itemsize for d in s.datasets.train))

@@ -226,7 +226,8 @@ class TrainArgs:
     activation_checkpointing_blocks: int | None = None
     """With `activation_checkpointing: block`: how many blocks to recompute, from the first, instead of every n-th."""
     memory_limit_gib: float | None = None
-    """Memory of a device that the `auto` settings may use, in GiB. Default: most of its free memory."""
+    """Memory of a device that the `auto` settings may use, in GiB; no effect without them. Default: most of its free
+    memory."""
     cpu_offload: bool = False
     """FSDP: keep parameters, gradients and optimizer state in host memory; slow."""
     prefetch_blocks: int = 0

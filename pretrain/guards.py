@@ -7,6 +7,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,15 +67,25 @@ class StopRequest:
         return self.reason, self.rank_failed
 
 
-def check_progress(skipped_in_row: int, most: int, step: int, last_checkpoint: str) -> None:
-    """Raise AgreedError after `most` steps in a row whose loss or gradients were not finite."""
-    if skipped_in_row >= most:
-        raise AgreedError(
-            f"the last {skipped_in_row} steps before step {step} had a loss or gradients that were not finite and were "
-            f"skipped (--guard.max_skipped_steps {most}); the last checkpoint before them is {last_checkpoint}. Lower "
-            "--optim.lr, or look at the data of these steps with scripts/trace_data.py step",
-            sound=True,  # skipped steps leave the state unchanged
-        )
+def check_progress(skipped_in_row: int, most: int, step: int, folder: Path, last_checkpoint: str | None) -> None:
+    """Raise AgreedError after `most` steps in a row whose loss or gradients were not finite.
+
+    `last_checkpoint`: the newest one before them.
+    """
+    if skipped_in_row < most:
+        return
+    first = step - skipped_in_row
+    if last_checkpoint is None:
+        remedy = "no checkpoint was written before them: start again in another --out_dir with a lower --optim.lr"
+    else:
+        remedy = f"resume the last checkpoint before them, --resume {last_checkpoint}, with a lower --optim.lr and "
+        remedy += "--resume_allow optim.lr"
+    raise AgreedError(
+        f"{skipped_in_row} steps in a row from step {first} on had a loss or gradients that were not finite and were "
+        f"skipped (--guard.max_skipped_steps {most}); {remedy}. Later checkpoints hold the weights that led here. To "
+        f"see the data: python scripts/trace_data.py step {folder} {first}",
+        sound=True,  # skipped steps leave the state unchanged
+    )
 
 
 def skip_if_not_finite(norm: Tensor) -> Tensor:

@@ -411,7 +411,8 @@ def measure(run: Run, result: StepResult, throughput: Throughput) -> dict[str, f
         sum_over_ranks(run, divergence)
         values += [divergence / result.n_targets.clamp(min=1), result.n_targets]
     train_loss, grad_norm, skipped, in_row, tokens, *more = torch.stack([to_float64(v) for v in values]).tolist()
-    check_progress(int(in_row), run.args.guard.max_skipped_steps, run.step, last_checkpoint_name(run, int(in_row)))
+    before = last_checkpoint_name(run, int(in_row))
+    check_progress(int(in_row), run.args.guard.max_skipped_steps, run.step, run.folder, before)
     first, _ = first_sample_of_step(run.segments, run.step)
     row: dict[str, float] = {
         "tokens": int(tokens),
@@ -661,7 +662,7 @@ def val_fingerprints(val: dict[str, Rows]) -> str | dict[str, str] | None:
     return found.get("", found or None)
 
 
-def last_checkpoint_name(run: Run, steps: int) -> str:
-    """Name of the newest checkpoint before the last `steps` steps, for an error message."""
+def last_checkpoint_name(run: Run, steps: int) -> str | None:
+    """Name of the newest checkpoint before the last `steps` steps."""
     names = [p.name for p in list_checkpoints(run.folder) if (checkpoint_step(p) or 0) <= run.step - steps]
-    return names[-1] if names else "none"
+    return names[-1] if names else None

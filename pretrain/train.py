@@ -6,16 +6,27 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import torch
+
+from lit_eval.metrics_file import read_metrics
 from lit_files.checkpoint_name import checkpoint_name
 from lit_files.publish import write_json
 from pretrain.checkpoint.commit import SaveError
 from pretrain.endings import STOPPED, AgreedError, Mistake
 from pretrain.failure.first_failure import lost_connection
 from pretrain.launch import is_first_process
+from pretrain.logs.messages import warn
+from pretrain.logs.metrics import FILE as METRICS
 from pretrain.loop import fit
 from pretrain.overview import describe
 from pretrain.run import Run
+
+MEMORY_ADVICE = (
+    "Out of memory: give --train.micro_batch_samples auto, or fewer rows (the result is the same), then "
+    "--train.activation_checkpointing auto; scripts/plan_run.py lists what fits"
+)
 
 
 def train(run: Run) -> int:
@@ -28,6 +39,8 @@ def train(run: Run) -> int:
         run.close()
         if stopped is None:
             run.say(f"done: {run.step} steps; the run is in {run.folder}")
+            if run.fabric.global_rank == 0:
+                warn_if_nothing_was_learned(run.folder)
             return 0
         run.say(f"stopped by {stopped} after step {run.step}; resume with --resume latest")
         return 130 if stopped == "SIGINT" else run.args.stop.exit_code
@@ -40,7 +53,22 @@ def train(run: Run) -> int:
         run.close()
         return 1
     except BaseException as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # of a GPU; of a CPU
+            error.add_note(MEMORY_ADVICE)
         run.peers.give_up(error, run.step)
+
+
+def warn_if_nothing_was_learned(folder: Path) -> None:
+    """Warn of a run whose validation loss ended no lower than it began."""
+    try:
+        losses = read_metrics(folder / METRICS).finite("val_loss").tolist()
+    except (OSError, ValueError):  # lost in the meantime; the run is complete
+        return
+    if len(losses) > 1 and losses[-1] >= losses[0]:
+        warn(
+            f"the validation loss ended at {losses[-1]:.3f}, no lower than the first, {losses[0]:.3f}: look at the "
+            "curve in the report, and try a lower --optim.lr (docs/guides/troubleshooting.md)"
+        )
 
 
 def mark_stopped(run: Run, by: str) -> None:

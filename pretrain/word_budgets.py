@@ -88,7 +88,7 @@ def plan_budgets(args: RunArgs, data: Data, progress: Progress, words: list[Data
 
     A budget that was passed earlier has a checkpoint already, or is missed.
     """
-    plan = WordBudgets(notes=epoch_notes(data, progress))
+    plan = WordBudgets(notes=epoch_notes(data, progress) if args.save.at_words else [])
     old = word_budgets_in(folder) if args.save.at_words or args.save.keep_last else {}
     had = {budget: step for budget, path in old.items() if (step := checkpoint_step(path) or 0) <= progress.step}
     plan.kept |= set(had.values())
@@ -127,7 +127,7 @@ def first_step(after: Callable[[int], int], budget: int, low: int, high: int) ->
 
 
 def epoch_notes(data: Data, progress: Progress) -> list[str]:
-    """A warning for a run of more than MOST_EPOCHS epochs."""
+    """A warning for a run of more than MOST_EPOCHS epochs, which BabyLM's rules exclude."""
     epochs = data.epochs(first_sample_of_step(progress.segments, data.max_steps)[0])
     worst = max(range(len(epochs)), key=lambda d: epochs[d])
     if epochs[worst] <= MOST_EPOCHS:

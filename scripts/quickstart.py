@@ -266,7 +266,7 @@ def main() -> int:
         for folder in ("data", "tokenizer", "run", "hf"):  # by name: DIR may hold other things
             shutil.rmtree(ROOT / paths.top / folder, ignore_errors=True)
         (ROOT / paths.top / STATE).unlink(missing_ok=True)
-    flags = ("input", *OWN)
+    flags = ("steps", "input", *OWN)
     shakespeare = {flag: parser.get_default(flag) for flag in flags}
     before = shakespeare if (ROOT / paths.tokenizer).exists() else None  # of a version without a state file
     pipeline = Pipeline(ROOT / paths.top, {flag: getattr(args, flag) for flag in flags}, before)

@@ -34,6 +34,8 @@ def plan_table(run: RunFacts) -> str:
         if measured is None or not all(isinstance(value, (int, float)) and value > 0 for value in values):
             continue
         low, likely, high = (value * factor for value in values)
+        if likely <= 0:  # no step is done
+            continue
         cells = [
             text_cell(name),
             number_cell(shown(likely), likely),

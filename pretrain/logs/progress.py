@@ -21,6 +21,7 @@ from pretrain.logs.messages import say
 from pretrain.logs.metrics import perplexity
 
 LINE_S = 10.0  # minimum time between two log-step lines
+MOST_DIGITS = 1e6  # from here on a perplexity is shown in powers of ten
 QUIET_S = 60.0  # maximum time without a line
 WIDE = 100  # terminal columns needed for the bar itself
 
@@ -117,9 +118,15 @@ def describe_losses(row: dict[str, float]) -> list[str]:
         measure, _, name = column.partition("/")
         if measure == "val_loss":
             bits = row.get(column.replace(measure, "val_bits_per_byte", 1))
-            shown = f"perplexity {perplexity(loss):,.2f}" + (f", {bits:.4f} bits per byte" if bits is not None else "")
+            shown = f"perplexity {show_perplexity(perplexity(loss))}" + (
+                f", {bits:.4f} bits per byte" if bits is not None else ""
+            )
             parts.append(f"{name or 'validation loss'} {loss:.4f} ({shown})")
     return parts
+
+
+def show_perplexity(value: float) -> str:
+    return f"{value:,.2f}" if value < MOST_DIGITS else f"{value:.2e}"
 
 
 def describe_rates(row: dict[str, float]) -> list[str]:

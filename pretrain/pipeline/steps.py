@@ -120,7 +120,10 @@ class Pipeline:
             old = self.settings.get(flag)
             if old != value:
                 now, was = (f"--{flag} {v}" if v is not None else f"no --{flag}" for v in (value, old))
-                raise ValueError(f"{now}: {folder} was started with {was}; repeat that, or choose another folder")
+                raise ValueError(
+                    f"{now}: {folder} was started with {was}; repeat that, choose another folder, or start over "
+                    "with --fresh"
+                )
 
     def save(self) -> None:
         """Write the state file."""

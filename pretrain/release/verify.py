@@ -155,8 +155,8 @@ def verify(opened: Opened, *, head: str | None = None) -> Report:
         check_chain(primary, report)
     for name, link in links.items():
         check_record_steps(name, link.manifest, report)
-    check_weights(primary, report)
-    check_settings([(links[r.name].manifest, r) for r in opened.revisions if r.name in links], report)
+    settings = check_settings([(links[r.name].manifest, r) for r in opened.revisions if r.name in links], report)
+    check_weights(primary, settings, report)
     check_contents(opened.revisions, links, report)
     if primary:
         report.head = primary[-1].sha256
@@ -257,20 +257,34 @@ def check_record_steps(name: str, manifest: Manifest, report: Report) -> None:
         report.add(name, MANIFEST, f"its record has {tokens} tokens; {manifest.tokens} were seen")
 
 
-def check_weights(primary: list[Link], report: Report) -> None:
-    """Revisions with training between them have different weights."""
+def check_weights(primary: list[Link], settings: dict[str, dict[str, object]], report: Report) -> None:
+    """Revisions with training between them have different weights. `settings`: of each revision by its name, flat."""
     seen: dict[str, Manifest] = {}
     for manifest in (link.manifest for link in primary):
         other = seen.setdefault(manifest.weights.sha256, manifest)
         trained = sum(part.applied_steps for part in manifest.record if part.first_step >= other.step)
-        if other is not manifest and trained:
+        if (
+            other is not manifest
+            and trained
+            and not only_idle_step(other, manifest, settings.get(manifest.revision, {}))
+        ):
             text = f"the same weights as {other.revision}, despite {counted(trained, 'training step')} in between"
             report.add(manifest.revision, "model.safetensors", text)
             report.add(other.revision, "model.safetensors", f"the same weights as {manifest.revision}")
 
 
-def check_settings(revisions: Iterable[tuple[Manifest, Revision]], report: Report) -> None:
-    """Settings, data and model stay the same, except for changes that a resume recorded."""
+def only_idle_step(before: Manifest, after: Manifest, settings: dict[str, object]) -> bool:
+    """Whether only the last step of the run lies between two revisions, at a learning rate that has decayed to 0."""
+    decays_to_zero = settings.get("optim.lr_min") == 0 and settings.get("optim.schedule") != "constant"
+    return decays_to_zero and after.step - before.step == 1 and settings.get("train.max_steps") in (None, after.step)
+
+
+def check_settings(revisions: Iterable[tuple[Manifest, Revision]], report: Report) -> dict[str, dict[str, object]]:
+    """Settings, data and model stay the same, except for changes that a resume recorded.
+
+    Returns the settings of each revision, flat.
+    """
+    found: dict[str, dict[str, object]] = {}
     before: tuple[Manifest, dict[str, object]] | None = None
     for manifest, revision in sorted(revisions, key=lambda pair: pair[0].step):
         try:
@@ -278,10 +292,12 @@ def check_settings(revisions: Iterable[tuple[Manifest, Revision]], report: Repor
         except (ValueError, OSError, RecursionError) as error:
             report.add(revision.name, f"{RUN}/{SETTINGS}", f"it cannot be read: {first_line(error)}")
             continue
+        found[revision.name] = settings
         if before is not None:
             for text in changed_settings(before[0], before[1], manifest, settings):
                 report.add(revision.name, f"{RUN}/{SETTINGS}", text)
         before = manifest, settings
+    return found
 
 
 def changed_settings(

@@ -124,7 +124,7 @@ def test_too_many_skipped_steps_end_the_run(data: Path, tmp_path: Path, ranks: R
     fault = {"kind": "nan", "rank": 1, "steps": [5, 100]}
     answer = ranks(2, run, flags(data, run, **two(guard__max_skipped_steps=4)), plants=[fault])
     assert answer.statuses == [1, 1]
-    assert "the last checkpoint before them is iter-00000004-ckpt.pth" in answer.output
+    assert "before them, --resume iter-00000004-ckpt.pth" in answer.output
     last = Checkpoint(list_checkpoints(run)[-1])
     assert last.meta["step"] == 9, "the state was not saved, although skipped steps do not change it"
     good = Checkpoint(run / "iter-00000004-ckpt.pth")

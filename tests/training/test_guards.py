@@ -6,15 +6,18 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from written_runs import write_run
 
 from pretrain.args import GuardArgs
 from pretrain.endings import AgreedError
 from pretrain.guards import SpikeDetector, StopRequest, check_progress
 from pretrain.stop_signals import StopSignals
+from pretrain.train import warn_if_nothing_was_learned
 
 
 def losses(n: int, seed: int = 0) -> list[float]:
@@ -74,10 +77,13 @@ def test_a_restored_detector_decides_the_same() -> None:
 
 
 def test_persistently_non_finite_steps_end_the_run_and_name_the_checkpoint() -> None:
-    check_progress(9, 10, 20, "iter-00000010-ckpt.pth")
-    with pytest.raises(AgreedError, match="iter-00000010-ckpt.pth") as error:
-        check_progress(10, 10, 20, "iter-00000010-ckpt.pth")
+    run = Path("runs/mine")
+    check_progress(9, 10, 20, run, "iter-00000010-ckpt.pth")
+    with pytest.raises(AgreedError, match="--resume iter-00000010-ckpt.pth.*trace_data.py step runs/mine 10$") as error:
+        check_progress(10, 10, 20, run, "iter-00000010-ckpt.pth")
     assert error.value.sound
+    with pytest.raises(AgreedError, match="start again in another --out_dir"):
+        check_progress(10, 10, 20, run, None)
 
 
 def test_a_signal_is_agreed_on_by_the_sum() -> None:
@@ -92,3 +98,14 @@ def test_a_signal_is_agreed_on_by_the_sum() -> None:
         assert request.agreed() == ("SIGUSR1", True)
         assert request.flags(failed=True)[-1] == 1.0
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.parametrize(("losses", "warned"), [((6.2, 7.9), True), ((6.2, 6.1), False), ((6.2,), False)])
+def test_a_run_that_learned_nothing_ends_with_a_warning(
+    losses: tuple[float, ...], warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", [{"step": step, "val_loss": loss} for step, loss in enumerate(losses)])
+    warn_if_nothing_was_learned(run)
+    printed = "".join(capsys.readouterr())
+    assert ("ended at 7.900, no lower than the first, 6.200" in printed) == warned
+    warn_if_nothing_was_learned(tmp_path / "none")  # lost meanwhile: nothing to say

@@ -215,10 +215,12 @@ def test_budgets_are_listed_and_exported(whole: Path, tmp_path: Path) -> None:
 
 
 def test_many_epochs_give_one_warning(counted: Path, tmp_path: Path) -> None:
-    few = {"save__at_words": None, "train__global_batch_samples": 64, "train__micro_batch_samples": 64}
+    few = {"save__at_words": "100", "train__global_batch_samples": 64, "train__micro_batch_samples": 64}
     done = train(*short(counted, tmp_path / "a", **few, train__max_epochs=10.5))
     assert done.stdout.count("BabyLM allows at most 10 epochs") == 1 and "passes 10.5" in done.stdout
     assert "BabyLM" not in train(*short(counted, tmp_path / "b", **few, train__max_epochs=10)).stdout
+    without = {**few, "save__at_words": None}  # not a run by BabyLM's rules
+    assert "BabyLM" not in train(*short(counted, tmp_path / "c", **without, train__max_epochs=10.5)).stdout
 
 
 def test_uncounted_data_is_refused(data: Path, tmp_path: Path) -> None:

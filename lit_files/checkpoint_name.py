@@ -12,6 +12,7 @@ PATTERN = re.compile(r"iter-(\d{8,})-ckpt\.pth")
 
 
 def checkpoint_name(step: int) -> str:
+    """The name of the checkpoint after `step` optimizer steps."""
     return f"iter-{step:08d}-ckpt.pth"
 
 

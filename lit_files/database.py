@@ -26,9 +26,9 @@ def open_database(
         folder: parent of a temporary folder for spilled data; default: the system's.
         memory_bytes: DuckDB's limit; the process needs about 200 MB more.
         keep_order: preserve the order in which rows were read; False saves memory, but use ORDER BY.
-        hint: added to DuckDB's error messages: out of memory or disk, an unreadable file.
+        hint: appended to DuckDB's error messages (out of memory or disk, an unreadable file).
 
-    Raises ValueError if duckdb is not installed, or with that message.
+    Raises ValueError if duckdb is not installed, and for each error of DuckDB.
     """
     try:
         import duckdb

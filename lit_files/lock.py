@@ -185,16 +185,16 @@ class Heartbeat:
     def _watch(self) -> tuple[bool, str]:
         """Watch another holder's file until it changes, is gone ("") or is stale: (whether stale, its text)."""
         found = self._read()
-        began = said = time.monotonic()
+        began = next_report = time.monotonic()
         while found and (waited := time.monotonic() - began) < self.stale_s:
-            if time.monotonic() >= said:
+            if time.monotonic() >= next_report:
                 print(
-                    f"{self.name}: the file system has no file locks, and {describe(found)} held this one last; "
-                    f"waiting to see whether that is still alive: {waited:.0f} of {self.stale_s:g} s",
+                    f"{self.name}: the file system has no file locks, and {describe(found)} held this lock last; "
+                    f"waiting to see whether it is still alive: {waited:.0f} of {self.stale_s:g} s",
                     file=sys.stderr,
                     flush=True,
                 )
-                said += self.beat_s
+                next_report += self.beat_s
             time.sleep(min(1.0, self.beat_s / 4))
             if (now := self._read()) != found:
                 return False, now
@@ -222,7 +222,7 @@ class Heartbeat:
                 if found and self.id not in found:
                     self.on_lost(
                         f"{self.name} was taken over by another job ({describe(found)}) while this process did not "
-                        f"run for over {self.stale_s:g} s; it ends without writing anything more"
+                        f"run for over {self.stale_s:g} s; it exits without writing anything more"
                     )
                     return
                 self._beats += 1

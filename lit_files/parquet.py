@@ -51,8 +51,8 @@ def group_rows(metadata: pq.FileMetaData) -> list[int]:
 
 
 def _damaged(path: Path, error: BaseException) -> ValueError:
-    said: Any = f"{type(error).__name__}: {error}"
-    return ValueError(f"{path} is damaged, or not a Parquet file of this kind: {said.splitlines()[0][:300]}")
+    fault: Any = f"{type(error).__name__}: {error}"
+    return ValueError(f"{path} is damaged, or not a Parquet file of this kind: {fault.splitlines()[0][:300]}")
 
 
 class _NoPandas:

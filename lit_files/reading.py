@@ -83,11 +83,11 @@ def read_text(path: str | Path) -> str:
 
 
 def check_unicode(text: str) -> str:
-    """The text. Raises ValueError if it holds half of a surrogate pair, which JSON can express but no text can hold."""
+    """Return the text. Raises ValueError for an unpaired surrogate: JSON can express one, Unicode does not allow it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"half of a surrogate pair, at character {error.start}, is no text") from None
+        raise ValueError(f"character {error.start} is an unpaired surrogate, which is not valid Unicode") from None
     return text
 
 

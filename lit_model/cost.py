@@ -88,6 +88,7 @@ class TrainingSetting:
     recompute: str = "none"
     """Activation checkpointing: none, full, block (every `recompute_every`-th block) or op."""
     recompute_every: int = 2
+    """`block`: every n-th block is recomputed."""
     recompute_blocks: int | None = None
     """`block`: the number of leading blocks to recompute, instead of every n-th."""
     accumulates: bool = False

@@ -56,7 +56,7 @@ def generate_batch(
     """Continue each prompt (token ids) by up to `max_new_tokens` tokens; the order is kept.
 
     A row's randomness is its own seed's (default 0 for each): it does not depend on the other rows, on `batch_size` or
-    on the device. Its logits don't either, but for the rounding of matrix products, which is other for other shapes.
+    on the device. Nor do its logits, except for the rounding of matrix products, which depends on their shapes.
 
     Args:
         eos_id: ends a row, and is included.

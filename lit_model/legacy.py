@@ -82,7 +82,7 @@ _FIXED: dict[str, tuple[tuple[Any, ...], Any]] = {
     "lm_head_bias": ((False,), False),
     "final_logit_softcapping": ((None,), None),
 }
-# Fields of before litgpt's first release.
+# Names of fields before litgpt's first release.
 _OLD_FIELDS = {
     "_norm_class": "norm_class_name",
     "_mlp_class": "mlp_class_name",
@@ -94,8 +94,8 @@ _READ = {*_SIZES, "name", "n_query_groups", "head_size", "padded_vocab_size", "p
     "rope_adjustments",
     "bias",
 }
-# Without a meaning where the fields above are as they must be.
-_PASSED_OVER = {
+# Without effect, given the values required above.
+_WITHOUT_EFFECT = {
     "org",
     "hf_config",
     "norm_qk_type",
@@ -128,7 +128,7 @@ def config_from_litgpt(fields: Mapping[str, Any]) -> ModelConfig:
             absent = "" if field in fields else " (litgpt's default: the field is absent)"
             known = " or ".join(map(repr, supported))
             raise ValueError(f"{field} is {value!r}{absent}; supported is {known}: only Llamas are imported")
-    unknown = sorted(set(fields) - set(_FIXED) - _READ - _PASSED_OVER)
+    unknown = sorted(set(fields) - set(_FIXED) - _READ - _WITHOUT_EFFECT)
     if unknown:
         raise ValueError(f"unknown field {', '.join(unknown)}: its meaning is not known here")
     missing = [field for field in _SIZES if fields.get(field) is None]
@@ -162,7 +162,7 @@ def config_by_name(name: str, rows: int) -> ModelConfig:
     """A registered model, or one by the name it had in TinyLlama's or LLäMmlein's trainer.
 
     Args:
-        rows: R; it tells models of one name apart.
+        rows: R, which distinguishes models of the same name.
     """
     if name not in _ALIASES:
         return get_config(name)

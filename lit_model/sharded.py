@@ -60,7 +60,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return pathlib.PurePosixPath  # the module's name depends on the Python that wrote it
         if (module, name) in self.ALLOWED:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's metadata")
 
 
 @dataclass(frozen=True)

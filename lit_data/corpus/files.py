@@ -127,14 +127,14 @@ def list_files(inputs: Iterable[str | Path | TextFile], errors: ReadErrors | Non
         if dataset is not None:
             files.extend(TextFile(Path(s.name), s.name.removeprefix("hf:"), "", s) for s in dataset.shards())
         elif path.is_dir():
-            files.extend(_some(_files_below(path, errors), f"{path}"))
+            files.extend(_require_text(_files_below(path, errors), path))
         elif path.exists():
             suffix = suffix_of(path)
             if suffix is None:
                 raise ValueError(f"{path} is of an unknown type; text is read from {SUPPORTED}, and folders of these")
             files.append(TextFile(path, path.name, suffix))
         elif glob.has_magic(str(given)):
-            files.extend(_some(_files_like(str(given), errors), f"{given}"))
+            files.extend(_require_text(_files_matching(str(given), errors), given))
         else:
             raise FileNotFoundError(f"{path} does not exist")
     for file in files:
@@ -185,7 +185,7 @@ def large_plain_text(files: Sequence[TextFile]) -> list[str]:
     more = f", and so are {len(large) - 1} more plain-text files over 1 MB" if len(large) > 1 else ""
     return [
         f"{large[0][0]} ({large[0][1] / 1e6:.1f} MB) is read as one document{more}; --split_documents line, "
-        "blank_line or a separator cuts it, --split_documents file says that it is one"
+        "blank_line or a separator splits it, --split_documents file keeps it as one"
     ]
 
 
@@ -246,9 +246,9 @@ def part_of_files(files: Sequence[TextFile], part: int, n_parts: int) -> list[Te
     return list(files[cuts[part] : cuts[part + 1]])
 
 
-def _some(found: list[TextFile], where: str) -> list[TextFile]:
+def _require_text(found: list[TextFile], given: str | Path) -> list[TextFile]:
     if not found:
-        raise ValueError(f"{where} holds no text: none of its files ends in {SUPPORTED}")
+        raise ValueError(f"{given} holds no text: none of its files ends in {SUPPORTED}")
     return found
 
 
@@ -275,11 +275,11 @@ def _files_below(folder: Path, errors: ReadErrors) -> list[TextFile]:
     return sorted(found, key=lambda f: f.relative)
 
 
-def _files_like(pattern: str, errors: ReadErrors) -> list[TextFile]:
+def _files_matching(pattern: str, errors: ReadErrors) -> list[TextFile]:
     """Files matching a pattern, each once, named relative to the last literal folder of the pattern."""
     matches = sorted(glob.glob(pattern, recursive=True))
     if not matches:
-        raise FileNotFoundError(f"no file fits {pattern}")
+        raise FileNotFoundError(f"no file matches {pattern}")
     fixed = itertools.takewhile(lambda part: not glob.has_magic(part), PurePosixPath(pattern).parts)
     root = Path(*fixed)
     found: dict[str, TextFile] = {}  # by link target

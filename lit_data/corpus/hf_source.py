@@ -55,7 +55,7 @@ class HubDataset:
             if self.is_local and _was_saved_to_disk(Path(self.name)):
                 return self._open_saved(datasets)
             return datasets.load_dataset(self.name, self.config, split=self.split, streaming=True)
-        except Exception as error:  # see above
+        except Exception as error:  # many types, as in `HubShard.rows`
             raise ValueError(f"{self.spec} cannot be opened: {_one_line(error)}") from error
 
     def _open_saved(self, datasets: Any) -> Any:

@@ -126,7 +126,7 @@ def _unzstded(path: Path, on_read: OnRead) -> Iterator[bytes]:
 
     zstandard's own stream reader does not detect truncation; here the end of each frame is checked.
     """
-    import zstandard  # only here: training, which needs the tokenizer copy of prepare.py, reads no text
+    import zstandard  # only here: other files are read without it
 
     make = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj
     frame = make()

@@ -329,7 +329,7 @@ def write_synthetic(
     if output.exists():
         raise ValueError(f"{output} exists already; choose another --output or remove it")
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction {val_fraction} must lie between 0 and 1")
+        raise ValueError(f"--val_fraction {val_fraction}: give a fraction between 0 and 1")
     if tokens < 2:
         raise ValueError(f"--tokens {tokens}: ask for at least 2, one for each split")
     val_words = min(max(round(tokens * val_fraction), 1), tokens - 1)

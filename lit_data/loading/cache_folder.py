@@ -8,17 +8,23 @@ A holder is one open `ShardCache` of any process; those of all ranks and jobs on
 against SIGKILL at any moment because:
 
 - A chunk gets its name when its bytes are complete and synced, so every named chunk is complete, even after a power
-loss. (A checksum would cost each reader a pass over the chunk; syncing is free in /dev/shm, and elsewhere only moves
-writes forward.) - A holder's folder is locked (flock) while its process is alive. A folder that can be locked belongs
-to a dead process: the next survey by any holder removes its links and unfinished copies. (A forked child also keeps the
-lock until it exits.) - A holder links each chunk before reading it: a chunk with a single link is unused and may be
-evicted, least recently released first (linking and unlinking set the file's ctime). Mapped chunks are always linked. -
-Files are counted, claimed, named and evicted under one lock on the folder itself. A claimed copy has its full size
+  loss. (A checksum would cost each reader a pass over the chunk; syncing is free in /dev/shm, and elsewhere only moves
+  writes forward.)
+- A holder's folder is locked (flock) while its process is alive. A folder that can be locked belongs to a dead process:
+  the next survey by any holder removes its links and unfinished copies. (A forked child also keeps the lock until it
+  exits.)
+- A holder links each chunk before reading it: a chunk with a single link is unused and may be evicted, least recently
+  released first (linking and unlinking set the file's ctime). Mapped chunks are always linked.
+- Files are counted, claimed, named and evicted under one lock on the folder itself. A claimed copy has its full size
   before a byte is written, so that the sum of sizes never exceeds the budget.
+
+The budget is shared:
+
 - Each holder states a budget for the entire folder; the smallest among live holders applies to all. When a smaller one
-arrives, unused chunks are evicted at once and chunks in use stay until released; nothing is added before everything
-fits. - A holder that finds no room marks itself as waiting; then nobody takes more than an equal share with the waiting
-ones. A chunk with n holders counts 1/n for each.
+  arrives, unused chunks are evicted at once and chunks in use stay until released; nothing is added before everything
+  fits.
+- A holder that finds no room marks itself as waiting; then nobody takes more than an equal share with the waiting ones.
+  A chunk with n holders counts 1/n for each.
 """
 
 from __future__ import annotations
@@ -38,7 +44,7 @@ from lit_files.platform import FOLDER_LOCKS, lock, open_folder, unlock
 from lit_files.publish import sync_file
 
 HUNGRY_SECONDS = 2.0
-FILES_A_CLAIM = 256  # a survey costs about 3 us per file: claim one more file for each so many present
+FILES_PER_CLAIM = 256  # a survey costs about 3 us per file: claim one more file for each so many present
 
 _SHARED = re.compile(r"[0-9a-f]{16}-\d+")
 _HOLDER = re.compile(r"holder-(\d+)-([0-9a-f]{32})")
@@ -151,7 +157,7 @@ class CacheFolder:
                     contents.idle.pop(str(self.shared / name), None)
                     held.append(name)
                     continue
-                if len(claimed) > contents.files // FILES_A_CLAIM:
+                if len(claimed) > contents.files // FILES_PER_CLAIM:
                     break
                 if not self._make_room(contents, size):
                     (self.own / "hungry").touch()

@@ -4,8 +4,8 @@ A row of a dataset is called a window, in every packing. Every token is an input
 
 - `concat`: windows of stride `block_size` over the stream of all documents. Pure arithmetic, nothing is stored.
 - `best_fit`: a document longer than a row is split into full rows and a remainder; remainders and complete documents
-share rows without being split (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). - `pad`: one piece per
-row. A document longer than a row is split into full rows and a remainder.
+  share rows without being split (Ding et al. 2024, "Fewer Truncations Improve Language Modeling").
+- `pad`: one piece per row. A document longer than a row is split into full rows and a remainder.
 
 The last two depend on document lengths; a plan (row_plans.py) stores the content of each row.
 

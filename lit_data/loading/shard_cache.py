@@ -38,7 +38,7 @@ AHEAD_BUDGETS = 4  # or this many times the budget's chunks: more lookahead has 
 PAUSE_ROWS = 16
 POLL_SECONDS = 0.05
 MAX_MAPS = 4096  # chunks mapped at once; a process has 65530 maps
-LINKS_A_LOOK = 256  # chunks requested under one lock
+CHUNKS_PER_REQUEST = 256  # under one lock
 
 Ranges = Iterator[tuple[IntArray, IntArray]]
 
@@ -327,9 +327,8 @@ class ShardCache:
 
     def _stage(self) -> bool:
         """Hold or copy some of the chunks needed next; False if there was nothing to do."""
-        first = [
-            (chunk, *self._chunk(chunk)) for chunk in sorted(self._wanted, key=self._wanted.__getitem__)[:LINKS_A_LOOK]
-        ]
+        by_need = sorted(self._wanted, key=self._wanted.__getitem__)
+        first = [(chunk, *self._chunk(chunk)) for chunk in by_need[:CHUNKS_PER_REQUEST]]
         chunks = {name: chunk for chunk, name, _ in first}
         with _as_staging_error():
             held, claimed = self._cache.hold([(name, size) for _, name, size in first])

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_data.loading.mixture import Mixture
-from lit_data.loading.order import IntArray, Order
+from lit_data.loading.order import Order
 from lit_data.loading.rows import Rows
+from lit_data.packed.index import IntArray
 from lit_data.packed.manifest import check_documents_table
 from lit_data.packed.reader import PackedDataset
 from lit_files.parquet import open_table

@@ -124,8 +124,8 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = read_dataclass(Manifest, path)
         _check_manifest(manifest)
     except ValueError as error:
-        said = str(error).removeprefix(f"{path} is damaged: ")
-        raise ValueError(f"{path} is damaged or of another version: {said}; prepare the dataset again") from error
+        fault = str(error).removeprefix(f"{path} is damaged: ")
+        raise ValueError(f"{path} is damaged or of another version: {fault}; prepare the dataset again") from error
     return manifest
 
 

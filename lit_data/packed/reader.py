@@ -220,8 +220,8 @@ class PackedDataset:
         parts = [self._map(shard, "bin")[a:b] for shard, a, b in self.shard_ranges(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
 
-    def copy_tokens(self, out: IntArray, start: int, stop: int) -> None:
-        """Copy tokens [start, stop) of the stream to `out`, int64 [stop - start]."""
+    def copy_tokens(self, out: npt.NDArray[Any], start: int, stop: int) -> None:
+        """Copy tokens [start, stop) of the stream to `out`, [stop - start] of any integer type that holds them."""
         done = 0
         for shard, a, b in self.shard_ranges(start, stop):
             out[done : done + b - a] = self._map(shard, "bin")[a:b]

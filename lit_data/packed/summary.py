@@ -319,7 +319,7 @@ def faults_of(folder: str | Path) -> list[str]:
         elif (actual := file.stat().st_size) != size:
             found.append(f"{file} has {actual} bytes instead of {size}: truncated or replaced")
         elif file_sha256(file) != expected:
-            found.append(f"{file} differs from what was written (SHA-256)")
+            found.append(f"{file} has changed since it was written: its SHA-256 differs")
     return found
 
 

@@ -243,7 +243,7 @@ class PrepareReport:
             lines.extend(f"  {line}" for line in stage.summary().splitlines())
         if self.bloom_rate is not None:
             lines.append(
-                f"  Bloom filter: at the end it took about {self.bloom_rate:.2e} of new paragraphs for old ones"
+                f"  Bloom filter: false positive rate at the end {self.bloom_rate:.2e} (new paragraphs dropped as seen)"
             )
         return "\n".join(lines)
 

@@ -46,7 +46,7 @@ from lit_files.reading import read_dataclass, read_object
 
 BATCH_CHARACTERS = 1 << 18  # per call to a worker: enough to hide the cost of sending it
 BATCH_DOCUMENTS = 512
-COMMIT_SHARE = 20  # maximum fraction of the time spent in commits
+COMMIT_SPACING = 20  # a commit is followed by at least so many times its duration: commits take at most 5 %
 JOIN_MEMORY_BYTES = 2 << 30
 MERGE_DOCUMENTS = 4096
 TITLES = {"hash": "looking for duplicates", "encode": "encoding"}  # of stages, while they run
@@ -280,7 +280,7 @@ class Preparation:
         facts: dict[str, Any] = {"inputs": list(s.val_input if side == "val" and s.val_input is not None else s.input)}
         if s.val_fraction is not None:
             facts |= {"split": side, "val_fraction": s.val_fraction, "seed": s.seed}
-        reported = {
+        omitted = {  # reported above or elsewhere in the manifest, or without effect on the documents
             "input",
             "val_input",
             "val_fraction",
@@ -293,7 +293,7 @@ class Preparation:
         }
         for f in dataclasses.fields(s):
             value = getattr(s, f.name)
-            if f.name not in reported and value != f.default:
+            if f.name not in omitted and value != f.default:
                 facts[f.name] = list(value) if isinstance(value, tuple) else value
         return facts
 
@@ -400,7 +400,7 @@ class _PartDocuments:
     def committed(self, seconds: float) -> None:
         """Schedule the next commit, given the duration of this one, so that commits stay a small share of the time."""
         self._last_commit = time.monotonic()
-        self._interval = max(self.execution.commit_seconds, COMMIT_SHARE * seconds)
+        self._interval = max(self.execution.commit_seconds, COMMIT_SPACING * seconds)
 
     def _side(self, document: Document) -> str:
         if self._first_file + document.file >= self.job.n_train:

@@ -101,7 +101,7 @@ def find_documents(run: TracedRun, name: str) -> list[tuple[int, int]]:
     found = [(d, n) for d, dataset in enumerate(run.datasets) for n in Documents(dataset).find(name)]
     if not found:
         folders = ", ".join(str(d.path) for d in run.datasets)
-        raise ValueError(f"no document has the id {name!r} in {folders} (give #N for the N-th document)")
+        raise ValueError(f"no document has the id {name!r} in {folders} (give #N for document number N, from 0)")
     return found
 
 

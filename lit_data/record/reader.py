@@ -92,18 +92,18 @@ def stream(parts: Sequence[Part]) -> Iterator[pa.Table]:
     readers = [_PartReader(part) for part in parts]
     end = max(part.end_step for part in parts)
     while True:
-        lowest = min((s.last_step for s in readers if s.more), default=end)
+        lowest = min((r.last_step for r in readers if r.more), default=end)
         for reader in readers:
             # Ranks advance together: one iteration per row group of all ranks, not one per row group.
             if reader.more and (reader.last_step == lowest or reader.low):
                 reader.fill()
-        bound = min((s.last_step for s in readers if s.more), default=end)
-        taken = pa.concat_tables([t for s in readers if (t := s.take(bound)).num_rows] or [SCHEMA.empty_table()])
+        bound = min((r.last_step for r in readers if r.more), default=end)
+        taken = pa.concat_tables([t for r in readers if (t := r.take(bound)).num_rows] or [SCHEMA.empty_table()])
         if taken.num_rows:
             steps = taken["step"].to_numpy()
             in_order = parts[0].rank is None and bool((steps[1:] >= steps[:-1]).all())
             yield taken if in_order else sort_rows(taken)
-        if not any(s.more for s in readers):
+        if not any(r.more for r in readers):
             return
 
 

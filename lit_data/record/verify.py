@@ -109,8 +109,8 @@ class _Checks:
             world_size, _ = self._layout(first)
             ranks = {p.rank for p in parts if p.rank is not None}
             if ranks and ranks != set(range(world_size)):
-                there = f"of {world_size} ranks, {sorted(ranks)} are there"
-                self.faults.add("missing part", f"steps {first} to {end - 1}: {there}")
+                found = f"of {world_size} ranks only {sorted(ranks)} have a part"
+                self.faults.add("missing part", f"steps {first} to {end - 1}: {found}")
         if expected != self.run.steps:
             text = f"the parts end at step {expected}, the newest checkpoint is at {self.run.steps}"
             self.faults.add("missing part", text)
@@ -215,8 +215,8 @@ class _Checks:
                 "wrong targets", f"{where[of_row[i]]}: {names[i]}: {c['targets'][spans[i]]} instead of {targets[i]}"
             )
         for i in self._wrong_hashes(self.documents[number], begin, length, c["hash"][spans]):
-            what = "what went into the model is not what the shard holds"
-            self.faults.add("wrong tokens", f"{where[of_row[i]]}: {names[i]}: {what}")
+            fault = "the model received other tokens than the shard holds"
+            self.faults.add("wrong tokens", f"{where[of_row[i]]}: {names[i]}: {fault}")
 
     def _silent(self, number: int, of_row: IntArray, document: IntArray, end: IntArray) -> npt.NDArray[np.bool_]:
         """Find the spans, of complete rows, without a target at their last token."""
@@ -232,12 +232,12 @@ class _Checks:
 
     def _explain(self, mine: IntArray, expected: IntArray, where: list[str], n_documents: int) -> npt.NDArray[np.bool_]:
         """Report how spans differ from expected pieces (int64 [4, P]: row and Span); returns which rows match."""
-        there: list[list[Span]] = [[] for _ in where]
+        recorded: list[list[Span]] = [[] for _ in where]
         due: list[list[Span]] = [[] for _ in where]
-        for lists, array in ((there, mine), (due, expected)):
+        for lists, array in ((recorded, mine), (due, expected)):
             for i, document, start, length in array.T.tolist():
                 lists[i].append((document, start, length))
-        for i, (have, want) in enumerate(zip(there, due, strict=True)):
+        for i, (have, want) in enumerate(zip(recorded, due, strict=True)):
             if have == want:
                 continue
             for (document, start, _), n in Counter(have).items():
@@ -245,19 +245,17 @@ class _Checks:
                     self.faults.add("duplicate span", f"{where[i]}: document {document} from token {start}, {n} times")
             extra, lacking = sorted(set(have) - set(want)), sorted(set(want) - set(have))
             for document, start, length in extra:
-                what = f"{where[i]}: document {document} tokens {start}..{start + length}"
+                span = f"{where[i]}: document {document} tokens {start}..{start + length}"
                 near = [s for s in lacking if s[0] == document]
                 if not 0 <= document < n_documents:
-                    self.faults.add("unknown document", what)
+                    self.faults.add("unknown document", span)
                 elif near and near[0][1] == start:
-                    self.faults.add("wrong length", f"{what} instead of {near[0][1]}..{near[0][1] + near[0][2]}")
+                    self.faults.add("wrong length", f"{span} instead of {near[0][1]}..{near[0][1] + near[0][2]}")
                 else:
-                    self.faults.add("wrong place", f"{what}, which are elsewhere in its window")
+                    self.faults.add("wrong place", f"{span}, which are elsewhere in its window")
             for document, start, length in lacking:
-                self.faults.add(
-                    "gap", f"{where[i]}: document {document} tokens {start}..{start + length} are not there"
-                )
-        return np.asarray([have == want for have, want in zip(there, due, strict=True)], dtype=bool)
+                self.faults.add("gap", f"{where[i]}: document {document} tokens {start}..{start + length} are missing")
+        return np.asarray([have == want for have, want in zip(recorded, due, strict=True)], dtype=bool)
 
     def _wrong_hashes(
         self, documents: Documents, begin: IntArray, length: IntArray, hashes: npt.NDArray[Any]

@@ -46,15 +46,15 @@ def difference(one: Tokenizer, other: Tokenizer) -> str | None:
     ours, theirs = _tokens(one), _tokens(other)
     for id, (token, their_token) in enumerate(zip(ours, theirs, strict=False)):
         if token != their_token:
-            return f"id {id} is {token!r} in the one, {their_token!r} in the other"
+            return f"id {id} is {token!r} in one, {their_token!r} in the other"
     if len(ours) != len(theirs):
-        return f"{len(ours)} ids in the one, {len(theirs)} in the other; all that both have are the same tokens"
+        return f"{len(ours)} ids in one, {len(theirs)} in the other; the ids of both have the same tokens"
     texts = list(_texts(one))
     for text, ids, their_ids in zip(texts, one.encode_plain(texts), other.encode_plain(texts), strict=True):
         for id, their_id in zip_longest(ids, their_ids):
             if id != their_id:
                 a, b = (repr(ours[i]) if i is not None else "no token" for i in (id, their_id))
-                return f"all ids are the same tokens, but {text[:40]!r} gives {a} in the one, {b} in the other"
+                return f"all ids have the same tokens, but {text[:40]!r} gives {a} in one, {b} in the other"
     return None
 
 

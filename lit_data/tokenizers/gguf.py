@@ -68,7 +68,7 @@ def _sentencepiece(tokenizer: SentencepieceTokenizer, vocab_size: int) -> dict[s
         "has spaces at the end of words": content.treat_whitespace_as_suffix,
         "has no bytes to fall back on": not content.byte_fallback,
     }
-    found = [obstacle for obstacle, there in obstacles.items() if there]
+    found = [obstacle for obstacle, applies in obstacles.items() if applies]
     if found:
         raise ValueError(f"{tokenizer.path} {', '.join(found)}: llama.cpp would give other ids")
     pieces = content.pieces
@@ -108,7 +108,7 @@ def _pre_tokenizer_of(tokenizer: JsonTokenizer) -> str:
     described = tokenizer.content["pre_tokenizer"]
     parts = described["pretokenizers"] if described["type"] == "Sequence" else [described]
     for name, wanted in PRE_TOKENIZERS.items():
-        if len(parts) == len(wanted) and all(_says(*pair) for pair in zip(parts, wanted, strict=True)):
+        if len(parts) == len(wanted) and all(_matches(*pair) for pair in zip(parts, wanted, strict=True)):
             return name
     raise ValueError(
         f"{tokenizer.path} splits words like none of the known pre-tokenizers of llama.cpp "
@@ -118,7 +118,8 @@ def _pre_tokenizer_of(tokenizer: JsonTokenizer) -> str:
     )
 
 
-def _says(part: dict[str, Any], wanted: dict[str, Any]) -> bool:
+def _matches(part: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a part of a tokenizer.json is equivalent to the wanted one, absent keys having their defaults."""
     defaults = {"use_regex": True, "add_prefix_space": False, "invert": False}
     given = {**defaults, **part}
     return all(given.get(key) == value for key, value in wanted.items()) and not (

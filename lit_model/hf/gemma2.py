@@ -1,4 +1,4 @@
-"""Gemma 2: norms before and behind attention and MLP with weights around 0, soft-capped scores and logits, windows."""
+"""Gemma 2: norms before and after attention and MLP with weights around 0, soft-capped scores and logits, windows."""
 
 from __future__ import annotations
 

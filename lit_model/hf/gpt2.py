@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorm, biases; and the words that GPT-J and GPT-NeoX share with it."""
+"""GPT-2: learned positions, LayerNorm, biases; and the names that GPT-J and GPT-NeoX share with it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def activation_from_hf(hf: Fields, key: str, default: str) -> str:
 
 
 def gpt_sizes_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Sizes, norm, activation and dropout in the words of GPT-2 and GPT-J."""
+    """Sizes, norm, activation and dropout under the keys of GPT-2 and GPT-J."""
     return {
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,

@@ -37,7 +37,7 @@ def _config_from_hf(hf: Fields) -> dict[str, Any]:
     )
     block_size = hf.get("max_position_embeddings", 2048)
     rope = rope_from_hf(hf, block_size=block_size, fraction=0.25, base_key="rotary_emb_base", fraction_key="rotary_pct")
-    # transformers writes these too but believes the others.
+    # transformers writes these too, but reads the others.
     hf.fixed("rope_theta", rope.base, None)
     hf.fixed("partial_rotary_factor", rope.fraction, None)
     return {

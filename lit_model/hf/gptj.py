@@ -1,4 +1,4 @@
-"""GPT-J: attention and MLP side by side behind one norm, a part of each head rotated in neighbouring pairs."""
+"""GPT-J: attention and MLP side by side after one norm, a part of each head rotated in neighbouring pairs."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ _LEGACY_SINGLE = "pytorch_model.bin"
 _LEGACY_INDEX = "pytorch_model.bin.index.json"
 # One rank's part of transformers' distributed checkpoints; where it is, transformers opens nothing else.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-_FLOATS = ("F", "BF")  # what the dtypes begin with that hold weights as they are
+_FLOATS = ("F", "BF")  # prefixes of the dtypes of unquantized weights
 # For a larger write Linux looks for large pages to cache it in, which took 3 to 8 times as long (ext4, 6.18, virtual).
 _WRITE_BYTES = 1 << 16
 _FLUSH_BYTES = 1 << 26
@@ -197,7 +197,7 @@ def _write_all(file: Any, content: bytes | memoryview) -> None:
 
 
 class _Stored(NamedTuple):
-    """The tensors of a folder by their names, each read when asked for, and their dtypes in safetensors' words."""
+    """The tensors of a folder by their names, each read when asked for, and their dtypes as safetensors names them."""
 
     tensors: Mapping[str, Tensor]
     dtypes: dict[str, str]

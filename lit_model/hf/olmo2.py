@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind attention and MLP instead of before them, and over whole query and key projections."""
+"""OLMo 2: norms after attention and MLP instead of before them, and over whole query and key projections."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def tensors_to_hf(family: Family, config: ModelConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face's names and tensors from ours, one at a time; padding rows of the vocabulary are dropped.
 
-    `tensors` may load lazily on item access; each is let go before the next is asked for. Raises ValueError naming
+    `tensors` may load lazily on item access; each is released before the next is requested. Raises ValueError naming
     missing, unknown or misshapen ones.
     """
     shapes = parameter_shapes(config)
@@ -219,7 +219,7 @@ def tensors_from_hf(
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """A read-only mapping whose tensors are made on access and not kept."""
+    """A read-only mapping whose tensors are built on access and not kept."""
 
     def __init__(self, names: Any, build: Callable[[str], Tensor]) -> None:
         self._names = dict.fromkeys(names)

@@ -389,7 +389,7 @@ def test_patterns(tmp_path):
     errors = ReadErrors()
     list_files([tmp_path / "c" / "b" / "*"], errors)
     assert errors.ignored_files == 1 and "5.md" in errors.ignored_first[0]
-    with pytest.raises(FileNotFoundError, match=r"no file fits .*c/\*/none\*"):
+    with pytest.raises(FileNotFoundError, match=r"no file matches .*c/\*/none\*"):
         found("c/*/none*")
     with pytest.raises(ValueError, match=r"\*\.md holds no text"):
         found("c/b/*.md")

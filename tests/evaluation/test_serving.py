@@ -179,7 +179,7 @@ def test_chat(model: EvalModel, folder: Path) -> None:
         (400, "the prompt has 128 tokens; the model's context is 128", {"prompt": [5] * 128}),
         (400, "id 99999 is outside the model's vocabulary", {"prompt": [99999]}),
         (400, "the prompt is empty", {"prompt": []}),
-        (400, "half of a surrogate pair", {"prompt": "\ud800"}),
+        (400, "unpaired surrogate", {"prompt": "\ud800"}),
         (400, "prompt: ", {"prompt": ["a", "b"]}),
         (400, "stop: ", {"stop": [""]}),
         (404, "model 'other' not found; this server has 'tiny'", {"model": "other"}),
@@ -192,7 +192,7 @@ def test_bad_requests(client: Client, status: int, message: str, body: dict[str,
 
 
 def test_half_a_surrogate_pair_is_no_prompt(model: EvalModel) -> None:
-    with pytest.raises(ValueError, match="at character 1, is no text"):
+    with pytest.raises(ValueError, match="character 1 is an unpaired surrogate"):
         generate_texts(model, ["a\ud800"], GenerationSettings())
 
 

@@ -98,7 +98,7 @@ def test_verify_names_each_bad_file(dataset, tmp_path):
     (copy / "data-00002.docs.parquet").unlink()
     done = call(copy, "--verify")
     assert done.returncode == 1
-    assert "data-00001.bin differs from what was written" in done.stdout
+    assert "data-00001.bin has changed since it was written" in done.stdout
     assert "data-00000.idx has" in done.stdout and "data-00002.docs.parquet is missing" in done.stdout
     assert "3 faults" in done.stdout
     assert len(json.loads(call(copy, "--verify", "--json").stdout)["faults"]) == 3

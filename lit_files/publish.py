@@ -63,15 +63,17 @@ def replace_folder(temporary: Path, path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> bool:
     """Create the file `target` as a hard link to `source`, or as a copy where that is not possible.
 
-    Symbolic links are followed. The new name is not yet durable.
+    Symbolic links are followed. The new name is not yet durable. Returns whether it is a link.
     """
     try:
         os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copyfile(source, target)
+        return False
+    return True
 
 
 @contextlib.contextmanager

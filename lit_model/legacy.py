@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lit_model.config import ModelConfig, RopeScaling
 from lit_model.hf.fields import LLAMA3_ROPE
-from lit_model.hf.table import LazyTensors, check_names, plain_name
+from lit_model.hf.table import LazyTensors, check_names, first_names, plain_name
 from lit_model.model import parameter_shapes
 from lit_model.registry import MODELS, get_config
 
@@ -206,8 +206,9 @@ def match_names(names: Iterable[str]) -> dict[str, str]:
         else:
             found[ours] = name
     if unknown:
-        listed = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        raise ValueError(f"unknown parameter {listed}: no Llama of TinyLlama, LLäMmlein, lit-gpt or litgpt has it")
+        raise ValueError(
+            f"unknown parameter {first_names(unknown)}: no Llama of TinyLlama, LLäMmlein, lit-gpt or litgpt has it"
+        )
     return {ours: found[ours] for ours in sorted(found, key=_place)}
 
 

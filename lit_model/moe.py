@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from lit_model.config import ModelConfig
 from lit_model.mlp import GatedMLP, activation
 
-__all__ = ["Experts", "MoE", "RouterStatistics", "load_balance_loss", "router_z_loss", "stack_statistics"]
-
 
 class RouterStatistics(NamedTuple):
     """Sums over the counted tokens of one micro-batch: float32 (float64 in a float64 model), with layers (L, ...)."""

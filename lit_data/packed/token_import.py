@@ -38,7 +38,7 @@ from lit_data.tokenizers.files import save_tokenizer
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_files.checksum import file_sha256
 from lit_files.progress import track
-from lit_files.publish import build_folder, write_json
+from lit_files.publish import build_folder, link_or_copy, write_json
 
 MAX_VOCAB_SIZE = 2**31 - 1
 
@@ -254,7 +254,10 @@ class _Importer:
 
     def _link_shard(self, file: TokenFile, folder: Path, name: str) -> Shard:
         paths = {kind: folder / f"{name}.{kind}" for kind in ("bin", "idx", "docs.parquet")}
-        self.report.linked += _link(file.path, paths["bin"], self.settings.copy)
+        if self.settings.copy:
+            shutil.copyfile(file.path, paths["bin"])
+        else:
+            self.report.linked += link_or_copy(file.path, paths["bin"])
         digest, all_lengths = hashlib.sha256(), []
         with pq.ParquetWriter(paths["docs.parquet"], _SCHEMA, compression="zstd") as docs:
             for block in (b for found in megatron_blocks(file) for b in self._only(found, found.lengths > 0)):
@@ -298,15 +301,3 @@ def _rows(file: TokenFile, numbers: IntArray) -> dict[str, list[Any]]:
         "bytes": [0] * len(places),
         "words": [None] * len(places),
     }
-
-
-def _link(source: Path, target: Path, copy: bool) -> bool:
-    """Hard-link a file, or copy it if that fails (another file system). Returns whether it is linked."""
-    if not copy:
-        try:
-            os.link(os.path.realpath(source), target)
-            return True
-        except OSError:
-            pass
-    shutil.copyfile(source, target)
-    return False

@@ -71,7 +71,7 @@ class _ShardWriter:
         self._hash.update(data)
         self.documents += rows.num_rows
         self.tokens += len(tokens)
-        self.bytes += pc.sum(rows["bytes"]).as_py()
+        self.bytes += pc.sum(rows["bytes"]).as_py() or 0
         self.words = add_words(self.words, rows["words"])
         self._pending.append(rows)
         self._pending_rows += rows.num_rows

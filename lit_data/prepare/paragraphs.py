@@ -19,15 +19,10 @@ def split_paragraphs(text: str) -> list[str]:
     return _PARAGRAPH.findall(text)
 
 
-def paragraph_hash(paragraph: str) -> bytes:
-    """16-byte BLAKE2b of the paragraph, stripped and with each run of whitespace collapsed to one space."""
-    return hashlib.blake2b(" ".join(paragraph.split()).encode(), digest_size=HASH_BYTES).digest()
-
-
 def hash_paragraphs(text: str, min_characters: int) -> list[bytes | None]:
-    """The hash of each paragraph; None for shorter ones (length as hashed), which are always kept.
+    """The hash of each paragraph, or None if it has fewer characters and is always kept, as blank ones are.
 
-    Blank paragraphs never have a hash.
+    A paragraph is hashed (BLAKE2b) and measured stripped, with each run of whitespace collapsed to one space.
     """
     hashes: list[bytes | None] = []
     for paragraph in split_paragraphs(text):

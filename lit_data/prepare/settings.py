@@ -152,7 +152,7 @@ class Execution:
     overwrite: bool = False
     """Replace an OUTPUT that this program wrote, once the new one is complete."""
     fresh: bool = False
-    """Discard the work of an interrupted call instead of resuming it."""
+    """Discard the work of an interrupted call instead of resuming it (not with --stage and --executor)."""
     dry_run: bool = False
     """Process everything and report, but write nothing."""
     work: Path | None = None
@@ -179,6 +179,11 @@ class Execution:
             raise ValueError(f"--commit_seconds {self.commit_seconds}: 0 or more is needed")
         if self.executor is not None and self.stage is not None:
             raise ValueError("--executor and --stage exclude each other: the executor runs all stages")
+        if self.fresh and (self.executor is not None or self.stage is not None):
+            raise ValueError(
+                "--fresh works without --stage and --executor only, whose tasks share the working folder: delete "
+                f"{self.work_folder} instead"
+            )
         if self.dry_run and (self.executor is not None or self.stage is not None):
             raise ValueError("--dry_run processes the whole corpus on this machine: remove --executor and --stage")
 

@@ -34,6 +34,7 @@ from lit_data.tokenizers.tokenizer import (
     JsonTokenizer,
     SentencepieceTokenizer,
     Tokenizer,
+    name_of_token,
     open_tokenizer,
 )
 from lit_files.publish import write_text
@@ -160,7 +161,7 @@ def begins_with_bos(tokenizer: Tokenizer) -> bool:
 
 def names_bos(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer has a `bos_token` for transformers, according to its files, added to texts or not."""
-    return tokenizer.bos_id is not None and _content_of(_settings(tokenizer).get("bos_token")) is not None
+    return tokenizer.bos_id is not None and name_of_token(_settings(tokenizer).get("bos_token")) is not None
 
 
 def parses_special_tokens(tokenizer: Tokenizer) -> bool:
@@ -390,7 +391,7 @@ def _special_tokens(tokenizer: Tokenizer, content: dict[str, Any], bos: bool) ->
     pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
     ids = {"eos_token": tokenizer.eos_id, "bos_token": declared_bos(tokenizer, bos), "pad_token": pad_id}
     for role in ("sep_token", "cls_token", "mask_token"):
-        named = _content_of(_settings(tokenizer).get(role))
+        named = name_of_token(_settings(tokenizer).get(role))
         ids[role] = tokenizer.token_to_id(named) if named is not None else None
     special = {role: token for role, id in ids.items() if id is not None and (token := tokenizer.id_to_token(id))}
     unknown = content["model"].get("unk_token")
@@ -422,21 +423,14 @@ def _kept_settings(tokenizer: Tokenizer) -> dict[str, Any]:
 
     def known(token: Any) -> bool:
         # A token missing from the vocabulary would get an id beyond the model's.
-        return (name := _content_of(token)) is not None and tokenizer.token_to_id(name) is not None
+        return (name := name_of_token(token)) is not None and tokenizer.token_to_id(name) is not None
 
     # transformers 5 calls the list extra_special_tokens and reads both; 4 expects a dict under that key.
     extra = settings.get("extra_special_tokens") or {}
-    named = {k: _content_of(t) for k, t in extra.items() if known(t)} if isinstance(extra, dict) else {}
+    named = {k: name_of_token(t) for k, t in extra.items() if known(t)} if isinstance(extra, dict) else {}
     listed = settings.get("additional_special_tokens") or (extra if isinstance(extra, list) else [])
-    more = {"additional_special_tokens": [_content_of(t) for t in listed if known(t)], "extra_special_tokens": named}
+    more = {"additional_special_tokens": [name_of_token(t) for t in listed if known(t)], "extra_special_tokens": named}
     return kept | {key: value for key, value in more.items() if value}
-
-
-def _content_of(token: Any) -> str | None:
-    """The name of a token in a JSON file, either text or {"content": ...}."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
 
 
 def _template_files(tokenizer: Tokenizer) -> list[Path]:

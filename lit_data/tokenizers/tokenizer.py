@@ -542,9 +542,13 @@ def companions_in(folder: Path) -> list[Path]:
 
 
 def _named_token(path: Path, role: str) -> str | None:
-    """The token a companion file names for a role, as a string or {"content": ...}."""
+    """The token that a companion file names for a role."""
     content = read_json(path) if path.is_file() else None
-    token = content.get(role) if isinstance(content, dict) else None
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+    return name_of_token(content.get(role)) if isinstance(content, dict) else None
+
+
+def name_of_token(value: Any) -> str | None:
+    """The name of a token in a JSON file, as a string or {"content": ...}; None for anything else."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None

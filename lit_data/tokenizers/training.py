@@ -7,6 +7,7 @@ another token than inside), and byte fallback for characters without a piece.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -262,7 +263,7 @@ def _train_sentencepiece(
     settings |= {f"{name}_piece": token for name, token in _SENTENCEPIECE_ROLES.items()}
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_chain(first, lines),
+            sentence_iterator=itertools.chain([first], lines),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -294,11 +295,6 @@ def _train_sentencepiece(
 
 
 _SENTENCEPIECE_ROLES = {"unk": UNK, "bos": BOS, "eos": EOS, "pad": PAD}
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def _write_companions(folder: Path, special: dict[str, Any], config: dict[str, Any]) -> None:

@@ -241,9 +241,12 @@ def check_names(wanted: Any, found: Any, where: str) -> None:
     """Raise ValueError naming missing and unknown names."""
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or unknown:
-        parts = [f"{label} {_short(names)}" for label, names in (("lacks", missing), ("has unknown", unknown)) if names]
+        parts = [
+            f"{label} {first_names(names)}" for label, names in (("lacks", missing), ("has unknown", unknown)) if names
+        ]
         raise ValueError(f"{where} does not fit the config: it {' and '.join(parts)}")
 
 
-def _short(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
+    """The first five names and the number of others, for messages."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_files.reading import first_line
 from lit_model.kernels.operators import attention_operator
 from lit_model.kernels.variant import SERVES, AttentionVariant, lacking
 
@@ -188,8 +189,8 @@ def obstacle(
         if isinstance(error, ModuleNotFoundError) and f"{_MODULES[name]}.".startswith(f"{error.name}."):
             extra = f' (the extra "{EXTRAS[name]}", docs/install.md)' if name in EXTRAS else ""
             return Obstacle("missing", f"{_MODULES[name]} is not installed{extra}")
-        first_line = (str(error).splitlines() or [""])[0][:200]
-        return Obstacle("broken", f"it is installed but does not import ({type(error).__name__}: {first_line})")
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+        return Obstacle("broken", f"it is installed but does not import ({reason})")
     functions = ("_flash_attn_fwd", "_flash_attn_bwd") if name == "fa4" else ("flash_attn_varlen_func",)
     absent = [function for function in functions if not hasattr(module, function)]
     if absent:

@@ -329,3 +329,10 @@ def test_empty_and_existing_outputs_are_refused(tmp_path):
         write(tmp_path / "set", [[1, 0]])
     with pytest.raises(ValueError, match="end-of-document id 7"):
         PackedWriter(tmp_path / "other", tokenizer=FACTS, vocab_size=7, eos_id=7)
+
+
+def test_columns_that_a_batch_lacks_stay_empty(tmp_path: Path) -> None:
+    with PackedWriter(tmp_path / "data", tokenizer=FACTS, vocab_size=100, eos_id=0) as writer:
+        writer.add_batch(np.asarray([5, 0, 0]), np.asarray([2, 1]), {"id": ["a", "b"]})
+    manifest = PackedDataset(tmp_path / "data").manifest
+    assert (manifest.documents, manifest.tokens, manifest.bytes, manifest.words) == (2, 3, 0, None)

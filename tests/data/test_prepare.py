@@ -364,6 +364,8 @@ def test_changed_settings_are_named(corpus, tokenizer_folder, tmp_path, monkeypa
         prepare([corpus], tokenizer_folder, out, workers=1, seed=1)
     report = prepare([corpus], tokenizer_folder, out, workers=1, seed=2, fresh=True)
     assert not report.resumed and report.total.documents == 201
+    with pytest.raises(ValueError, match=r"--fresh works without --stage .* delete .*/\.new\.preparing instead"):
+        Execution(tmp_path / "new", stage="hash", fresh=True)
 
 
 def test_concurrent_preparations_are_refused(corpus, tokenizer_folder, tmp_path):

@@ -55,7 +55,7 @@ if sys.platform == "win32":
         )
 
     def lock(descriptor: int, *, wait: bool = True) -> None:
-        """Lock an open file for this process, until it is closed; BlockingIOError if it is locked and not to `wait`."""
+        """Lock an open file for this process, until it is closed; without `wait`, BlockingIOError if it is locked."""
         while True:
             os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
             try:
@@ -104,7 +104,7 @@ if sys.platform == "win32":
 
         `random`: the system should not read ahead.
         """
-        import numpy as np  # not for every import of this module: it takes long
+        import numpy as np  # here, since it is slow to import
 
         mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
         return np.frombuffer(mapped, np.uint8).ctypes.data, mapped.close

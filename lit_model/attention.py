@@ -67,7 +67,7 @@ class KVCache:
         dtype: torch.dtype,
         lengths: Sequence[int] | None = None,
     ) -> None:
-        # Zeros, because a weight of 0 times what happens to be in memory may be NaN.
+        # Zeros: a weight of 0 times uninitialised memory may be NaN.
         shape = (batch, max_tokens, config.n_query_groups, config.head_size)
         self.max_tokens = max_tokens
         self.layers = [

@@ -19,7 +19,7 @@ from lit_model.sampling import GREEDY, Sampling
 
 
 class Continuation(NamedTuple):
-    """What a model wrote after a prompt."""
+    """A model's continuation of a prompt."""
 
     ids: list[int]
     """New tokens; an end-of-document token is included."""

@@ -1,13 +1,13 @@
 """Checkpoints of TinyLlama, LLäMmlein, lit-gpt and litgpt: their configs, names, tensors -> ours. No input or output.
 
-All of them are one model under several names (seen in the sources of TinyLlama and LLäMmlein, and in litgpt 0.5.13):
+All of them are the same model under several names (from the sources of TinyLlama and LLäMmlein, and litgpt 0.5.13):
 
 - `attn.attn` (before litgpt 0.5) holds, for each of G query groups, its H / G query heads, its key and its value head;
   `attn.qkv` (since) holds all queries, all keys, all values, as ours does.
-- The gated MLP is `mlp.fc_1`, `fc_2`, `proj` (lit-gpt), `mlp.swiglu.w1`, `w2`, `w3` (TinyLlama, whose module is of
+- The gated MLP is `mlp.fc_1`, `fc_2`, `proj` (lit-gpt), `mlp.swiglu.w1`, `w2`, `w3` (TinyLlama, whose module is from
   xformers) or `mlp.w1`, `w2`, `w3` (LLäMmlein): gate, up and down, in this order.
 
-An optimizer's moments have the shapes of the parameters, and go the same way.
+An optimizer's moments have the shapes of the parameters, and are converted the same way.
 
 Dimensions: C n_embd, H query heads, G query groups, D head size, R rows of the vocabulary in the file.
 """
@@ -130,7 +130,9 @@ def config_from_litgpt(fields: Mapping[str, Any]) -> ModelConfig:
             raise ValueError(f"{field} is {value!r}{absent}; supported is {known}: only Llamas are imported")
     unknown = sorted(set(fields) - set(_FIXED) - _READ - _WITHOUT_EFFECT)
     if unknown:
-        raise ValueError(f"unknown field {', '.join(unknown)}: its meaning is not known here")
+        raise ValueError(
+            f"unknown field {', '.join(unknown)}: remove it from the file if it does not change the computation"
+        )
     missing = [field for field in _SIZES if fields.get(field) is None]
     if missing:
         raise ValueError(f"field {', '.join(missing)} is missing")
@@ -180,7 +182,7 @@ def fit_vocabulary(config: ModelConfig, rows: int, vocab_size: int | None) -> Mo
         raise ValueError(
             f"the embedding has {rows} rows, the model {ids} ids: give the vocabulary size with --vocab_size"
             if vocab_size is None
-            else f"--vocab_size {vocab_size}: the embedding has {rows} rows only"
+            else f"--vocab_size {vocab_size}: the embedding has only {rows} rows"
         )
     multiple = config.padding_multiple
     return dataclasses.replace(config, vocab_size=ids, padded_vocab_size=-(-rows // multiple) * multiple)

@@ -1,4 +1,4 @@
-"""A path -> a model. Owns the layout of a checkpoint as it is read; `pretrain/checkpoint/commit.py` writes it.
+"""Loads a model from a path. Defines the layout of a checkpoint for reading; `pretrain/checkpoint/commit.py` writes it.
 
 A checkpoint `iter-00001000-ckpt.pth` is
 - a file (`full`): {"model": {name: tensor}, "optimizer": {name: {key: tensor}}, "meta": JSON text}, or

@@ -15,11 +15,11 @@ class Sampling:
     temperature: float = 1.0
     """Logits are divided by this; 0 takes the most probable token (ties: the smallest id)."""
     top_k: int | None = None
-    """Keep only so many of the most probable tokens."""
+    """Keep only this many of the most probable tokens."""
     top_p: float | None = None
     """Keep the smallest set of most probable tokens with this much of the mass (Holtzman et al. 2020)."""
     min_p: float | None = None
-    """Keep tokens with at least this part of the largest probability (Nguyen et al. 2024)."""
+    """Keep tokens with at least this fraction of the largest probability (Nguyen et al. 2024)."""
 
     def __post_init__(self) -> None:
         if not self.repetition_penalty > 0:

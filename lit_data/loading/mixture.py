@@ -34,7 +34,7 @@ def quotas(weights: Sequence[float]) -> tuple[int, ...]:
     """
     total = sum(weights)
     if not weights or min(weights) < 0 or not 0 < total < float("inf"):
-        raise ValueError(f"weights {list(weights)} must not be negative, and one must be positive")
+        raise ValueError(f"weights {list(weights)}: none may be negative, and at least one must be positive")
     exact = [w / total * BLOCK for w in weights]
     whole = [int(x) for x in exact]
     order = sorted(range(len(exact)), key=lambda i: (whole[i] - exact[i], i))

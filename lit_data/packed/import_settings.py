@@ -50,7 +50,7 @@ class ImportSettings:
         if self.split_at is not None and self.document_tokens is not None:
             raise ValueError("--split_at and --document_tokens exclude each other; give one of them")
         if self.split_at is not None and not 0 <= self.split_at < 2**32:
-            raise ValueError(f"--split_at {self.split_at}: give an id, from 0 on")
+            raise ValueError(f"--split_at {self.split_at}: give an id of 0 or more")
         if self.document_tokens is not None and not 1 <= self.document_tokens < MAX_DOCUMENT_TOKENS:
             raise ValueError(f"--document_tokens {self.document_tokens}: at least 1 and below 2^31 - 1 is needed")
         if self.across_files and self.split_at is None:

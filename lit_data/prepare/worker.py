@@ -183,7 +183,7 @@ class Worker:
         keep = ratio <= self.settings.max_token_word_ratio
         stage.count(text, text if keep else None)
         if not keep:
-            stage.add(f"too many tokens a word: {ratio:.2f}", document, text)
+            stage.add(f"too many tokens per word: {ratio:.2f}", document, text)
         return keep
 
     def _rows(self, kept: list[tuple[Item, str]]) -> dict[str, list[Any]]:

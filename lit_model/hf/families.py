@@ -1,6 +1,6 @@
 """Which family of transformers a model belongs to, and the conversion in both directions.
 
-How to add a family, as `lit_model/hf/NAME.py` (llama.py and qwen3.py are examples, a Llama and a Llama with more):
+How to add a family, as `lit_model/hf/NAME.py` (see llama.py, and qwen3.py for a variant of it):
 
 1. `_config_to_hf(config)`: the family's keys of config.json. `config_to_hf` here adds those that all families
    share: model_type, architectures, vocab_size, tie_word_embeddings, initializer_range, dtype, token ids, use_cache.
@@ -72,7 +72,7 @@ def family_of(config: ModelConfig) -> Family:
 def config_to_hf(
     config: ModelConfig, *, bos_id: int | None = None, eos_id: int | None = None, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """config.json for transformers 4 and 5: where they differ the fields of both are written, they agree.
+    """config.json for transformers 4 and 5: where their keys differ, both are written, with the same values.
 
     The vocabulary is the unpadded one. Dropout is written where the family has it; it concerns training only.
     """

@@ -46,19 +46,19 @@ class Family:
     free: Set[str]
     """Fields of ModelConfig that may have any value, beyond those that are free in every family (ALWAYS_FREE)."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ModelConfig that have one value. What is neither free nor fixed has ModelConfig's default."""
+    """Fields of ModelConfig that have one value. All fields neither free nor fixed must have ModelConfig's default."""
     config_to_hf: Callable[[ModelConfig], dict[str, Any]]
     """The family's keys of config.json; `families.config_to_hf` adds those common to all families."""
     config_from_hf: Callable[[Fields], dict[str, Any]]
     """ModelConfig's fields from config.json, but for those that `families.config_from_hf` adds. It must take every key
-    that the family knows: one that is left over is an error."""
+    that the family knows: any other key is an error."""
     names: Mapping[str, str]
     """Their names, by ours, of the modules around the blocks and, under `transformer.h`, of the list of blocks."""
     block: Mapping[str, str | Sequence[str]]
     """Their names, by ours, of the modules in a block; three for our fused queries, keys and values where theirs are
-    apart. Modules that a config does not have are passed over. Tensors are written in this order."""
+    separate. Modules that a config lacks are skipped. Tensors are written in this order."""
     transforms: Callable[[ModelConfig, int], Mapping[str, Transform]] = lambda config, layer: {}
-    """Of modules in a layer's block, by our name, that differ in more than the name (and in being apart)."""
+    """Of modules in a layer's block, by our name, that differ in more than the name (and in being separate)."""
     further_obstacle: Callable[[ModelConfig], str | None] = lambda config: None
     """A limit that `free` and `fixed` cannot express, as a sentence."""
     tied: bool = False

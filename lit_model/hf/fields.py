@@ -289,11 +289,11 @@ def rope_from_hf(
     base_key: str = "rope_theta",
     fraction_key: str = "partial_rotary_factor",
 ) -> Rope:
-    """The rotary embedding from the keys of either generation; `base` and `fraction` hold where they say nothing.
+    """The rotary embedding from the keys of either generation; `base` and `fraction` are the defaults.
 
     `fraction` None: the family rotates whole heads. `base_key` and `fraction_key` are the names outside of
     rope_parameters. Raises ValueError for kinds of scaling that are not computed here, and where the two generations
-    contradict each other: which of them a reader believes depends on its version.
+    contradict each other: which of them a reader uses depends on its version.
     """
     old = dict(hf.optional("rope_scaling") or {})
     new = dict(hf.optional("rope_parameters") or {})

@@ -1,4 +1,4 @@
-"""One GGUF file for llama.cpp and its kin: names, metadata and tensors of the Llama-like families. Written, not read.
+"""Writes a GGUF file for llama.cpp and programs based on it: names, metadata and tensors of the Llama-like families.
 
 llama.cpp knows Llama and Mistral as `llama`, and rotates neighbouring dimensions there: rows of queries and keys are
 permuted. As `qwen3` it rotates halves, as here. It computes no window in either, so that a model with one is refused.

@@ -2,7 +2,7 @@
 
 Which of a folder's files are read is decided as transformers decides it: model.safetensors, else the shards of its
 index, else pytorch_model.bin, else its shards, by a loader that runs no code. All tensors of these files count, whether
-an index lists them or not; other files are passed over.
+an index lists them or not; other files are ignored.
 
 A safetensors file is 8 bytes, the length of the header (little-endian); the header, JSON of each tensor's dtype, shape
 and place; and the tensors' bytes, little-endian and without gaps. So a file can be written tensor by tensor once all

@@ -224,7 +224,7 @@ def test_differences_in_fingerprints_but_not_in_ids(world: Path, tmp_path: Path)
     one, spelled_one, merged = (open_tokenizer(p) for p in (source, tmp_path / "spelled", tmp_path / "merged"))
     assert len({t.fingerprint for t in (one, spelled_one, merged)}) == 3
     assert ids_digest(one) == ids_digest(spelled_one) and difference(one, spelled_one) is None
-    assert ids_digest(one) != ids_digest(merged) and "all ids are the same tokens, but" in str(difference(one, merged))
+    assert ids_digest(one) != ids_digest(merged) and "all ids have the same tokens, but" in str(difference(one, merged))
 
 
 def test_teachers_and_their_caches(world: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def test_no_page_is_long() -> None:
     assert {page: n for page, n in lines.items() if n > MOST_LINES} == {}
 
 
+@functools.cache
 def printed_texts() -> str:
     """All texts in the code, one a line; \\0 for each value in a text."""
     found = []

@@ -45,6 +45,12 @@ MARKER = "llammlein-installing"  # in .venv during an install
 ESTIMATE_GB = 2.7
 
 
+# Lines of pip for downloads of 10 MB or more, and for the installation itself.
+LARGE_STEP = re.compile(
+    r"\s*Downloading \S+ \(\d{2,}\.\d MB\)|\s*Using cached \S+ \(\d{2,}\.\d MB\)|Installing collected"
+)
+
+
 @contextlib.contextmanager
 def lock(path: Path) -> "Iterator[None]":
     """Allow one install at a time. pip inherits the lock, so a pip that outlives its killed caller is waited for."""
@@ -200,7 +206,7 @@ def run(*command: str, quiet: bool = False) -> str:
 
 
 def run_with_status(*command: str) -> None:
-    """Run a command, showing its latest line on a terminal, and all of its output if it fails."""
+    """Run pip, showing its latest line on a terminal, elsewhere its large steps; all of its output if it fails."""
     lines = []
     width = shutil.get_terminal_size().columns - 1
     pipe = subprocess.PIPE
@@ -217,6 +223,8 @@ def run_with_status(*command: str) -> None:
             lines.append(line)
             if sys.stdout.isatty():
                 print("\r\x1b[K" + line.strip()[:width], end="", flush=True)
+            elif LARGE_STEP.match(line):
+                print(line.strip()[:120], flush=True)
     if sys.stdout.isatty():
         print("\r\x1b[K", end="", flush=True)
     if process.returncode:
@@ -404,7 +412,7 @@ def install(venv: Path, system_site_packages: bool) -> None:
         torch, more = f"torch=={chosen[0]['version']}", ["--extra-index-url", index]
     packages = resolve(python, *more, torch)
     check_cuda(packages, driver_cuda(), force=force or bool(index))
-    print(f"installing into {venv}", flush=True)
+    print(f"installing into {venv}: about 100 packages, several minutes", flush=True)
     run_with_status(
         python, "-m", "pip", "install", "--progress-bar", "off", "-c", str(ROOT / "constraints.txt"), *more,
         torch, "-e", f"{ROOT}[{EXTRAS}]",

@@ -4,8 +4,9 @@
     python scripts/plan_run.py --gpu cpu --config configs/debug.yaml --train.max_steps 2000
     python scripts/plan_run.py --gpu h100 --config configs/llammlein_120M.yaml --predict_loss runs/a runs/b runs/c
 
-All other flags are those of pretrain/fabric_train.py. Nothing is started, and the data need not exist;
-where it does, passes over it and document lengths are taken from there. docs/planning.md says what the figures rest on.
+All other flags, but --devices and --num_nodes, are those of pretrain/fabric_train.py. Nothing is started, and the data
+need not exist; where it does, passes over it and document lengths are taken from there. docs/planning.md says what the
+figures rest on.
 """
 
 from __future__ import annotations

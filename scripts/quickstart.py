@@ -38,6 +38,8 @@ CONFIG = "configs/quickstart.yaml"
 VOCAB_SIZE = 4096
 VAL_FRACTION = 0.02
 FEW_FILES = 10  # too few to hold some out
+HELD_OUT = 6  # documents to hold out of few, on average: with none the preparation would stop
+MOST_HELD_OUT = 0.3  # of the documents
 # (prompt, seed), like the start of a document. With the document mask no first token is trained, so none is empty.
 PROMPTS = (
     ("SCENE I.", 1),
@@ -225,7 +227,7 @@ def main() -> int:
     own.add_argument("--vocab_size", type=int, default=VOCAB_SIZE, metavar="N", help=f"default: {VOCAB_SIZE}")
     own.add_argument(
         "--val_fraction", type=float, default=VAL_FRACTION, metavar="F",
-        help=f"fraction of the documents held out for validation (default: {VAL_FRACTION})",
+        help=f"fraction of the documents held out for validation (default: {VAL_FRACTION}, more of few files)",
     )  # fmt: skip
     args = parser.parse_args()
     if args.input is None and (extra := parser.given.keys() & set(OWN)):
@@ -257,6 +259,8 @@ def main() -> int:
                 f"--input {' '.join(args.input)} holds {len(files)} plain-text files, each one document: too few to "
                 "hold some out for validation. Give --split_documents blank_line or line, --val_input, or more files"
             )
+        if whole and files and "val_fraction" not in parser.given:  # enough documents of few
+            args.val_fraction = max(args.val_fraction, round(min(MOST_HELD_OUT, HELD_OUT / len(files)), 3))
         for flag in ("input", "val_input"):
             named = getattr(args, flag)
             if named is not None:

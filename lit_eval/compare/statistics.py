@@ -14,6 +14,7 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 
 RESAMPLES = 10_000
+FEW_ITEMS = 12  # up to here all sign flips are counted; a bootstrap of so few items is far too certain
 CONFIDENCE = 0.95
 DISTINCT = 64  # values; with at most this many, a resample is one multinomial draw of their counts
 CHUNK = 1 << 22  # items drawn at a time otherwise: 32 MB
@@ -33,7 +34,7 @@ class PairedTest:
     """Two models on the same items.
 
     Attributes:
-        test: `McNemar exact` where every item is right or wrong, else `paired bootstrap`.
+        test: `McNemar exact` where every item is right or wrong, else `paired bootstrap`, or of few items `sign flips`.
         n: items.
         difference: mean of the first minus mean of the second, with its 95 % interval.
         p: two-sided p-value of "no difference".
@@ -102,6 +103,15 @@ def bootstrap_p(differences: FloatArray, seed: int = 0) -> float:
     return (1 + as_far) / (RESAMPLES + 1)
 
 
+def sign_flip_p(differences: FloatArray) -> float:
+    """Two-sided exact randomisation test of "the mean difference is 0" (Fisher 1935, section 21): the share of all
+    assignments of signs to n differences whose mean is at least as far from 0; at least 2 / 2^n."""
+    differences = np.asarray(differences, dtype=np.float64)
+    signs = 1 - 2 * ((np.arange(1 << len(differences))[:, None] >> np.arange(len(differences))) & 1)  # (2^n, n)
+    tolerance = 1e-12 * max(1.0, float(np.abs(differences).max()))
+    return float(np.mean(np.abs(signs @ differences) >= abs(differences.sum()) - tolerance))
+
+
 def paired_test(first: FloatArray, second: FloatArray, seed: int = 0, *, lower_is_better: bool = False) -> PairedTest:
     """Compare two models item by item. Raises ValueError if they do not have the same number of items."""
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
@@ -113,8 +123,13 @@ def paired_test(first: FloatArray, second: FloatArray, seed: int = 0, *, lower_i
         wins, losses = losses, wins
     interval = bootstrap_interval(differences, seed=seed)
     right_or_wrong = bool(np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all())
-    p = mcnemar_exact(wins, losses) if right_or_wrong else bootstrap_p(differences, seed=seed)
-    return PairedTest("McNemar exact" if right_or_wrong else "paired bootstrap", len(first), interval, p, wins, losses)
+    if right_or_wrong:
+        test, p = "McNemar exact", mcnemar_exact(wins, losses)
+    elif len(first) <= FEW_ITEMS:
+        test, p = "sign flips", sign_flip_p(differences)
+    else:
+        test, p = "paired bootstrap", bootstrap_p(differences, seed=seed)
+    return PairedTest(test, len(first), interval, p, wins, losses)
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -279,7 +279,8 @@ def _tests(comparison: Comparison) -> str:
         Column("Test", numeric=False),
     ]
     note = (
-        "On the same items: McNemar's exact test where an item is right or wrong, else a paired bootstrap. "
+        "On the same items: McNemar's exact test where an item is right or wrong, else a paired bootstrap, "
+        "or all sign flips of at most 12 items. "
         "Difference: first minus second, in the items' own unit."
     )
     return paragraph(note) + table("Paired tests", columns, rows)

@@ -29,6 +29,9 @@ def plan_for(gpu: str, gpus: int, flags: Sequence[str], runs: Sequence[Path] = (
     Raises ValueError for flags that do not fit together or to this number of devices, and for runs that cannot be
     compared.
     """
+    for flag in ("--devices", "--num_nodes"):
+        if (word := next((word for word in flags if word.partition("=")[0] == flag), None)) is not None:
+            raise ValueError(f"{word}: a plan takes the number of devices from --gpus; give that instead")
     known = [flag for action in build_parser()._actions for flag in action.option_strings]
     given = {key for layer in read_words(list(flags), known).layers() for key in layer.values}
     args = parse([*flags, *(() if any(key.startswith(DATA) for key in given) else NO_DATA)])

@@ -16,7 +16,7 @@ from pretrain.release.manifest import MANIFEST, Previous
 
 SHOWN_METRICS = ("train_loss", "val_loss", "val_bits_per_byte")
 LABELS = {
-    "train_loss": "Training loss of the last step (nats per token)",
+    "train_loss": "Training loss (nats per token)",
     "val_loss": "Validation loss (nats per token)",
     "val_bits_per_byte": "Validation bits per byte",
 }
@@ -42,7 +42,8 @@ def card_additions(
         facts.append(("Words seen", f"{words:,}"))
     for name in SHOWN_METRICS:
         if (value := cut.metrics.last(name)) is not None:
-            facts.append((LABELS[name], f"{value:.4f}"))
+            step = cut.metrics["step"][np.isfinite(cut.metrics[name])][-1]
+            facts.append((LABELS[name], f"{value:.4f}" + (f" (at step {step:.0f})" if step != cut.step else "")))
     facts += hardware(cut)
     chain = f"The manifest before it is that of `{previous.revision}`, `{previous.sha256}`." if previous else ""
     where = repo or "FOLDER"

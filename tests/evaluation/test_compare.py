@@ -28,6 +28,7 @@ from lit_eval.compare.statistics import (
     holm,
     mcnemar_exact,
     paired_test,
+    sign_flip_p,
 )
 from lit_eval.compare.text import as_json, as_text
 from lit_eval.report.comparison_report import comparison_report
@@ -101,6 +102,14 @@ def test_paired_bootstrap_p() -> None:
     assert bootstrap_p(np.full(9, 1.0)) < 1e-3
 
 
+def test_sign_flips_by_hand_and_beside_the_bootstrap() -> None:
+    assert sign_flip_p(np.array([0.9])) == 1.0  # one item proves nothing
+    assert sign_flip_p(np.array([1.0, 2.0, 3.0])) == pytest.approx(2 / 8)
+    assert sign_flip_p(np.array([1.0, -1.0])) == 1.0
+    differences = np.random.default_rng(3).normal(0.4, 1.0, size=12)
+    assert sign_flip_p(differences) == pytest.approx(bootstrap_p(differences), abs=0.1)
+
+
 def test_paired_test_picks_its_test() -> None:
     first, second = np.array([1.0, 1, 1, 0, 1, 1]), np.array([1.0, 0, 0, 1, 0, 0])
     test = paired_test(first, second)
@@ -108,7 +117,8 @@ def test_paired_test_picks_its_test() -> None:
     assert test.p == mcnemar_exact(4, 1) and test.difference.mean == pytest.approx(0.5)
     other = paired_test(first, second, lower_is_better=True)
     assert (other.wins, other.losses, other.p) == (1, 4, test.p)
-    assert paired_test(first * 0.5, second).test == "paired bootstrap"
+    assert paired_test(first * 0.5, second).test == "sign flips"
+    assert paired_test(np.tile(first, 3) * 0.5, np.tile(second, 3)).test == "paired bootstrap"
     with pytest.raises(ValueError, match="same items"):
         paired_test(first, second[:-1])
 

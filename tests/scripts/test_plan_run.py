@@ -128,7 +128,14 @@ def test_the_text() -> None:
     assert "DDP" not in text and "FULL_SHARD" in text
 
 
-@pytest.mark.parametrize(("gpus", "flags", "message"), [(12, [], "--gpus 12 must be"), (0, [], "--gpus 0 must be")])
+@pytest.mark.parametrize(
+    ("gpus", "flags", "message"),
+    [
+        (12, [], "--gpus 12 must be"),
+        (0, [], "--gpus 0 must be"),
+        (1, ["--devices=4"], "--devices=4: a plan takes the number of devices from --gpus"),
+    ],
+)
 def test_refusals(gpus: int, flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_for("h100", gpus, [*BILLION, *flags])

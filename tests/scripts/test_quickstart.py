@@ -42,6 +42,8 @@ def write_texts(folder: Path, count: int = 12) -> Path:
 def test_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, out = write_texts(tmp_path / "text"), tmp_path / "out"
     given = ["--input", text, "--output", out, "--vocab_size", 500, "--val_fraction", 0.2]
+    _, prepared = commands_of(monkeypatch, "--input", text, "--output", tmp_path / "few", finish=1)
+    assert "--val_fraction 0.3 " in prepared  # of 12 files 2 % would be none
     (command,) = commands_of(monkeypatch, *given)
     assert command == f"python scripts/train_tokenizer.py --input {text} --vocab_size 500 --output {out}/tokenizer"
     (out / "tokenizer").mkdir()

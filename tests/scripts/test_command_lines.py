@@ -6,70 +6,23 @@ from __future__ import annotations
 import argparse
 import re
 import runpy
-import shlex
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+from docs_commands import commands_of
 from running import ROOT
 
 from pretrain.args import RunArgs
 from pretrain.cli.fields import flags_of
 from pretrain.cli.run_parser import build_parser, parse, run_help
 
-SCRIPT = r"(?:pretrain|scripts|cluster)/\w+\.(?:py|sh|sbatch)"
-LAUNCHERS = r"(?:[\w./-]*python3? |torchrun .*?|srun .*?|sbatch .*?|bash )?"
-# Job scripts that pass their arguments on.
-PASSED_ON = {
-    "cluster/train.sbatch": "pretrain/fabric_train.py",
-    "cluster/debug.sbatch": "pretrain/fabric_train.py",
-    "cluster/prepare.sh": "scripts/prepare_data.py",
-    "cluster/prepare.sbatch": "scripts/prepare_data.py",
-    "cluster/convert.sbatch": "scripts/convert_to_hf.sh",
-}
-# Placeholders for values and omitted flags in the guides.
-VALUES = dict.fromkeys(("configs/X.yaml", "runs/mine/config.yaml"), "configs/debug.yaml") | {"N": "1"}
-FLAGS = {
-    "pretrain/fabric_train.py": "--config configs/debug.yaml",
-    "scripts/prepare_data.py": "--input corpus/ --tokenizer tokenizer/ --output data/",
-}
-# Commands without arguments to parse, or run before the project is installed.
-WITHOUT = {"cluster/build_image.sh", "scripts/install.py", "scripts/run_checks.py", "scripts/run_tests.py"}
-
 
 def sources() -> list[Path]:
     guides = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "pretrain" / "fabric_train.py"]
     files = (p for folder in ("cluster", "configs", "scripts") for p in (ROOT / folder).rglob("*") if p.is_file())
     return [*guides, *(p for p in files if p.suffix in (".py", ".sh", ".sbatch", ".yaml"))]
-
-
-def commands_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """(script, arguments) of each command in a file that is complete enough to be parsed."""
-    text = re.sub(r"\s*\\\n[ \t]*#?[ \t]*", " ", path.read_text(encoding="utf-8"))  # continued lines
-    found = []
-    for line in text.splitlines():
-        inline = [code for code in re.findall(r"`([^`]+)`", line) if re.search(SCRIPT, code)]
-        for code in inline or [line.lstrip("# ")]:
-            match = re.match(rf"{LAUNCHERS}({SCRIPT})( .*)", code)
-            # In prose and in shell code anything may follow a script's name.
-            if match and "$" not in match[2] and (inline or re.match(r" (-|[\w./]+( |$))", match[2])):
-                script = PASSED_ON.get(match[1], match[1])
-                if (words := words_of(match[1], script, match[2])) is not None and script not in WITHOUT:
-                    found.append((script, words))
-    return found
-
-
-def words_of(job: str, script: str, rest: str) -> tuple[str, ...] | None:
-    rest = re.sub(r" #.*|(?<=\S)   +\S.*", "", rest)  # a comment after it
-    rest = re.sub(r"\[(--\w+[^\]]*)\]", r"\1", rest.replace("[--any.field value]", ""))  # optional flags, included
-    rest = re.sub(r"(--config )?\.\.\.|FLAGS", FLAGS.get(script, ""), rest)
-    words = [VALUES.get(word, word.split("|")[0]) for word in shlex.split(rest)]
-    if job == "cluster/prepare.sh":  # PARTS [flags of sbatch] -- flags
-        return tuple(words[words.index("--") + 1 :]) if "[flags" not in words else None
-    if job == "cluster/prepare.sbatch":
-        return ("--stage", *words)
-    return tuple(words)
 
 
 COMMANDS = sorted({command: path for path in sources() for command in commands_of(path)}.items())
@@ -87,6 +40,7 @@ def test_parses(
     script: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
+    words = tuple("configs/debug.yaml" if word == "runs/mine/config.yaml" else word for word in words)
     if script == "scripts/convert_to_hf.sh":
         script, words = "scripts/convert_to_hf.py", ("--checkpoint", words[0], "--output", *words[1:])
     if script == "pretrain/fabric_train.py":
@@ -109,9 +63,7 @@ def test_parses(
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the script's handler would remain installed
     with pytest.raises((Parsed, SystemExit)) as left:
         runpy.run_path(script, run_name="__main__")
-    if (
-        script == "scripts/plan_run.py"
-    ):  # it takes the trainer's flags, and runs to its end or to a run that is not there
+    if script == "scripts/plan_run.py":  # takes the trainer's flags: runs to its end or to a run that is not there
         assert isinstance(left.value, SystemExit)
         assert left.value.code == 0 or ("--predict_loss" in words and "no run at runs/" in capsys.readouterr().err)
     else:

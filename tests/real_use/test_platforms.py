@@ -97,7 +97,7 @@ def test_from_text_to_a_generated_text(system: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("system", ["win32", "darwin"])
 def test_types_for_the_system(system: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--platform", system, "--cache-dir", f".mypy_cache/{system}"],
+        [sys.executable, "-m", "mypy", "--platform", system, "--cache-dir", f".mypy_cache/{system}", *PACKAGES],
         cwd=ROOT, env={**os.environ, "NO_COLOR": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

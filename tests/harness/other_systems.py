@@ -120,14 +120,14 @@ def become(system: str) -> None:
     usual = builtins.__import__
     ours = tuple(f"{ROOT / package}{os.sep}" for package in PACKAGES)
 
-    def import_(name: str, scope: Any = None, local: Any = None, names: Any = (), level: int = 0) -> Any:
+    def import_(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         top = name.partition(".")[0]
-        if level == 0 and (top in modules or top in missing) and str((scope or {}).get("__file__")).startswith(ours):
+        if level == 0 and (top in modules or top in missing) and str((globals or {}).get("__file__")).startswith(ours):
             if top in missing:
                 raise ModuleNotFoundError(f"No module named {top!r} on this system", name=top)
             if top == name:
                 return modules[top]
-        return usual(name, scope, local, names, level)
+        return usual(name, globals, locals, fromlist, level)
 
     builtins.__import__ = import_
     if system == "win32":

@@ -172,7 +172,7 @@ def shrink(script: str, words: Words) -> list[str]:
         return changed
     changed = [STEPS.get(word, re.sub(r"(?<=iter-)\d{8}", lambda m: STEPS.get(m[0], m[0]), word)) for word in changed]
     changed = [re.sub(r"(?<=step)\d+$", lambda m: STEPS.get(m[0], m[0]), word) for word in changed]
-    for flag, value in (("--vocab_size", VOCAB_SIZE), ("--val_fraction", "0.1")):
+    for flag, value in (("--vocab_size", VOCAB_SIZE), ("--val_fraction", "0.1"), ("--last", "3")):
         if flag in changed:
             changed[changed.index(flag) + 1] = value
     return changed

@@ -47,6 +47,8 @@ PURPOSES = {
     "mypy": ("mypy", "types", ""),
     "pre-commit": ("pre_commit", "both before a commit", ""),
     "types-pyyaml": (None, "types of pyyaml", ""),
+    "mkdocs": ("mkdocs", "the documentation as a site (`make docs`)", ""),
+    "mkdocs-material": ("material", "its theme and search, without a request to another host", ""),
     "coverage": ("coverage", "`make coverage`", ""),
     "transformers": ("transformers", "the reference for exports and imports; no run needs it", ""),
     "huggingface-hub": ("huggingface_hub", "`scripts/publish.py` to a hub", ""),

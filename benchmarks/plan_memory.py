@@ -48,9 +48,8 @@ TRIALS: dict[str, tuple[str, int, int, int, dict[str, object]]] = {
     "17M 1x4096": ("17M", 1, 4096, 1, {}),
     "17M 4x512 saved in the background": ("17M", 4, 512, 2, {"save.asynchronous": "true", "save.every_steps": 2}),
     "41M 4x512": ("41M", 4, 512, 1, {}),
-    "41M 16x512": ("41M", 16, 512, 1, {}),
-    "110M 2x512": ("110M", 2, 512, 1, {}),
-    "110M 4x1024 recomputed": ("110M", 4, 1024, 1, {"train.activation_checkpointing": "full"}),
+    "41M 4x1024 recomputed": ("41M", 4, 1024, 1, {"train.activation_checkpointing": "full"}),
+    "110M 2x256": ("110M", 2, 256, 1, {}),
     "17M 4x512 ddp 2": ("17M", 4, 512, 1, {"devices": 2}),
     "17M 4x512 fsdp 2": ("17M", 4, 512, 1, {"devices": 2, "strategy": "fsdp", "save.state_dict_type": "sharded"}),
 }

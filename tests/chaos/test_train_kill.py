@@ -162,6 +162,7 @@ def test_forked_ranks_equal_the_command(bench: Bench, tmp_path: Path) -> None:
     assert rows(tmp_path / "run") == whole.metrics
 
 
+@pytest.mark.slow
 def test_a_few_kills(bench: Bench) -> None:
     """Two of the moments that the chaos suite goes through."""
     setting = SETTINGS[1]

@@ -426,6 +426,7 @@ def test_parts_equal_a_single_machine(repetitive, tokenizer_folder, tmp_path, mo
         prepare([repetitive], tokenizer_folder, tmp_path / "no", parts=7, **call)
 
 
+@pytest.mark.slow
 def test_datatrove_executors_give_the_same_result(repetitive, tokenizer_folder, tmp_path):
     pytest.importorskip("datatrove")
     call = {"shard_tokens": 700, "workers": 1, "val_fraction": 0.2, **REPEATED}

@@ -181,6 +181,7 @@ def test_init_from_a_model_trained_with_bos(tmp_path: Path) -> None:
     assert "without --bos" in (unlike_start(tmp_path / "model", bos) or "")
 
 
+@pytest.mark.slow
 def test_datasets_of_a_run_must_agree_on_bos(tmp_path: Path) -> None:
     """A validation set or a mixture that differs in BOS is refused before the run folder is created;
     data with differently encoded special tokens causes a warning."""

@@ -73,6 +73,7 @@ def test_flash_attention_four_by_default(cuda: str, extra: str, tmp_path: Path) 
     assert "libibverbs1" in (tmp_path / "calls.apt").read_text()
 
 
+@pytest.mark.slow
 def test_without_flash_attention_and_with_another(tmp_path: Path) -> None:
     """`none` installs none; a wheel's address is passed to pip."""
     assert "flash" not in build(tmp_path / "a", "none", "13", resolve=False)[1][-1]

@@ -83,7 +83,8 @@ def test_the_script_prints_it(finished: list[Path], data: Path) -> None:
 
 def test_runs_that_cannot_be_compared(finished: list[Path], data: Path, tmp_path: Path) -> None:
     def refusal(*runs: Path) -> str:
-        return script_error("plan_run.py", "--gpu", "h100", *flags(data, tmp_path / "x"), "--predict_loss", *runs)
+        settings = [flag for flag in flags(data, tmp_path / "x") if not flag.startswith("--devices")]
+        return script_error("plan_run.py", "--gpu", "h100", *settings, "--predict_loss", *runs)
 
     assert "needs 3 or more different runs; 2 given" in refusal(finished[0], finished[1], finished[0])
     assert "no run at" in refusal(*finished[:2], tmp_path / "none")

@@ -133,7 +133,8 @@ def test_too_many_skipped_steps_end_the_run(data: Path, tmp_path: Path, ranks: R
     assert again.statuses == [0, 0] and verify(open_run(run)) == []
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_spike_is_rolled_back_and_its_samples_skipped(
     data: Path, tmp_path: Path, ranks: Ranks, strategy: str
 ) -> None:

@@ -124,6 +124,7 @@ def test_sharded_equals_one_process() -> None:
             torch.testing.assert_close(answer[layout][name], expected, rtol=0, atol=2e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_in_one_process_and_another_optimizer_is_refused(data: Path, tmp_path: Path) -> None:
     """A sharded checkpoint of 4 ranks in one process, and its steps' parameters equal one process's."""
     schedule = {

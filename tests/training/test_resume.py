@@ -51,7 +51,7 @@ def test_more_than_two_ranks_sum_in_the_same_order(data: Path, tmp_path: Path) -
     "changes",
     [
         {"model__attention_dropout": 0.1},
-        {"model__dropout": 0.1, "devices": 2, "strategy": "ddp"},
+        pytest.param({"model__dropout": 0.1, "devices": 2, "strategy": "ddp"}, marks=pytest.mark.slow),
         {"model__dropout": 0.1, "devices": 2, "strategy": "fsdp", "save__state_dict_type": "sharded"},
         pytest.param(
             {"devices": 2, "strategy": "fsdp", "save__state_dict_type": "sharded", "optim__name": "muon"},

@@ -162,7 +162,7 @@ def check_sharded(rank, world, config):
         assert (grad - q.grad).norm() <= 0.05 * q.grad.norm(), name
 
 
-@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_equal_under_fsdp2_from_meta(world, tmp_path):
     """Sharded over two processes; and over four, also as a mesh of two replicas of two shards."""
     run_ranks(worker, world, tmp_path / "store")

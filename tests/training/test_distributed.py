@@ -137,7 +137,7 @@ OPTIONS = {
 }
 
 
-CASES = [("full2", "all"), *(pytest.param("full2", o, marks=pytest.mark.slow) for o in OPTIONS if o != "all")]
+CASES = [pytest.param("full2", o, marks=pytest.mark.slow) for o in OPTIONS]
 CASES += [pytest.param("ddp2", o, marks=pytest.mark.slow) for o in ("op", "full")]
 
 

@@ -34,7 +34,8 @@ def mixed(data: Path, out: Path, **changes: object) -> list[str]:
 PHASES = "[{from_step: 6, weights: [0.25, 0.75]}]"
 
 
-@pytest.mark.parametrize("packing", ["concat", *(pytest.param(p, marks=pytest.mark.slow) for p in ("best_fit", "pad"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["concat", "best_fit", "pad"])
 def test_a_mixture_with_a_phase_is_recorded_exactly_and_resumes(data, tmp_path, packing):
     """With a cache and block shuffle; then without the cache, stopped and resumed."""
     common = {

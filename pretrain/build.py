@@ -196,9 +196,11 @@ def build(
     recorder, compactor, trackers = begin_recording(args, settings, fabric, folder, data, progress, columns, trackers)
     if compactor is not None:
         saver.published = compactor.start
-    expected = expectation(args, config, data.train, data.block_size, data.max_steps, device, fabric.world_size)
-    expected["resident_bytes"] = resident
-    record_environment(folder, watchdog.log.attempt, progress.step, command_line(argv), device, expected)
+    plan_record = {}
+    if fabric.global_rank == 0:
+        plan_record = expectation(args, config, data.train, data.block_size, data.max_steps, device, fabric.world_size)
+        plan_record["resident_bytes"] = resident
+    record_environment(folder, watchdog.log.attempt, progress.step, command_line(argv), device, plan_record)
     return Run(
         **vars(progress),
         args=args,

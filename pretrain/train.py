@@ -61,10 +61,11 @@ def train(run: Run) -> int:
 def warn_if_nothing_was_learned(folder: Path) -> None:
     """Warn of a run whose validation loss ended no lower than it began."""
     try:
-        losses = read_metrics(folder / METRICS).finite("val_loss").tolist()
-    except (OSError, ValueError):  # lost in the meantime; the run is complete
+        metrics = read_metrics(folder / METRICS)
+        losses = metrics["val_loss"][metrics.written["val_loss"]].tolist()
+    except (OSError, ValueError, KeyError):  # no validation, or lost in the meantime; the run is complete
         return
-    if len(losses) > 1 and losses[-1] >= losses[0]:
+    if len(losses) > 1 and not losses[-1] < losses[0]:  # NaN too
         warn(
             f"the validation loss ended at {losses[-1]:.3f}, no lower than the first, {losses[0]:.3f}: look at the "
             "curve in the report, and try a lower --optim.lr (docs/guides/troubleshooting.md)"

@@ -30,6 +30,7 @@ from pretrain.cli.command_line import RESUMES, ScriptParser, end_on_ctrl_c, run_
 end_on_ctrl_c()
 
 from lit_data.corpus.options import check_split
+from lit_files.reading import read_object
 from pretrain.endings import STOPPED
 from pretrain.pipeline.steps import ROOT, STATE, Pipeline, Step, begin, call, from_root, python, run_work
 
@@ -48,6 +49,7 @@ PROMPTS = (
     ("ROMEO\nWhat light", 4),
 )
 OWN = ("val_input", "config", "split_documents", "vocab_size", "val_fraction")  # flags for a text of your own
+START_OVER = ", or start over with --fresh"
 RESERVED_TOKENS = 24  # of the context, for the prompt
 SHORTEST_COPY = 4  # tokens of a copy from the training text that is shown
 
@@ -259,7 +261,10 @@ def main() -> int:
                 f"--input {' '.join(args.input)} holds {len(files)} plain-text files, each one document: too few to "
                 "hold some out for validation. Give --split_documents blank_line or line, --val_input, or more files"
             )
-        if whole and files and "val_fraction" not in parser.given:  # enough documents of few
+        state = args.output / STATE
+        if "val_fraction" not in parser.given and state.exists() and not args.fresh:  # files may have come since
+            args.val_fraction = read_object(state).get("settings", {}).get("val_fraction", args.val_fraction)
+        elif whole and files and "val_fraction" not in parser.given:  # enough documents of few
             args.val_fraction = max(args.val_fraction, round(min(MOST_HELD_OUT, HELD_OUT / len(files)), 3))
         for flag in ("input", "val_input"):
             named = getattr(args, flag)
@@ -273,7 +278,7 @@ def main() -> int:
     flags = ("steps", "input", *OWN)
     shakespeare = {flag: parser.get_default(flag) for flag in flags}
     before = shakespeare if (ROOT / paths.tokenizer).exists() else None  # of a version without a state file
-    pipeline = Pipeline(ROOT / paths.top, {flag: getattr(args, flag) for flag in flags}, before)
+    pipeline = Pipeline(ROOT / paths.top, {flag: getattr(args, flag) for flag in flags}, before, START_OVER)
 
     def work() -> None:
         (ROOT / paths.top).mkdir(parents=True, exist_ok=True)
@@ -290,7 +295,7 @@ def main() -> int:
         show_samples(paths, prompts, lambda ids: describe_copy(ids, run, tokenizer, SHORTEST_COPY))
         summarise(paths, prompts[0][0] if prompts else "")
 
-    return run_work(work, hint=", or start over with --fresh")
+    return run_work(work, hint=START_OVER)
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ class _FileReader:
         """Iterate over sections without faults: (number of the first line, text)."""
         separator = "" if self.split_documents == "blank_line" else self.split_documents
         begin, size = 0, 0
-        parts: list[str] | None = []  # None after a fault, until the paragraph ends
+        parts: list[str] | None = []  # None after a fault, until the section ends
         for place, line in self._numbered_lines(after):
             if line is not None and line.decode("utf-8", "replace").strip() == separator:
                 if parts and any(map(str.strip, parts)):

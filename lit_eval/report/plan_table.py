@@ -12,6 +12,8 @@ from lit_eval.report.elements import Column, number_cell, table, text_cell
 from lit_eval.run_facts import RunFacts
 from lit_files.checkpoint_name import list_checkpoints
 
+MOST = 1e24  # no figure of a plan is larger, unless its file is damaged
+
 
 class Figure(NamedTuple):
     """A planned figure and its measured value. `planned`: a number or [low, likely, high], as recorded, unchecked."""
@@ -31,10 +33,10 @@ def plan_table(run: RunFacts) -> str:
     rows = []
     for name, planned, factor, measured, shown in _figures(run, plan):
         values = planned if isinstance(planned, list) and len(planned) == 3 else [planned] * 3
-        if measured is None or not all(isinstance(value, (int, float)) and value > 0 for value in values):
+        if measured is None or not all(isinstance(value, (int, float)) and 0 < value < MOST for value in values):
             continue
         low, likely, high = (value * factor for value in values)
-        if likely <= 0:  # no step is done
+        if likely == 0:  # no step is done
             continue
         cells = [
             text_cell(name),
@@ -54,7 +56,7 @@ def _figures(run: RunFacts, plan: dict[str, Any]) -> Iterator[Figure]:
     peak = max(m.finite("memory_gib").tolist(), default=None)
     if run.starts[-1].get("gpus"):
         yield Figure("Peak memory of a device, GiB", plan.get("memory_bytes"), 2**-30, peak, number)
-    elif peak is not None and isinstance(resident := plan.get("resident_bytes"), int):
+    elif peak is not None and isinstance(resident := plan.get("resident_bytes"), int) and resident < MOST:
         growth = peak - resident / 2**30
         yield Figure("Peak memory beside the imports, GiB", plan.get("memory_bytes"), 2**-30, growth, number)
     yield Figure("Tokens per second, median", plan.get("tokens_per_s"), 1.0, m.median("tokens_per_s"), whole)

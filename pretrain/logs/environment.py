@@ -59,7 +59,7 @@ def record_environment(
     Args:
         attempt: the id of this start, stored in its checkpoints.
         step: optimizer steps completed at this start.
-        plan: see `pretrain.planning.expectation`.
+        plan: of rank 0, see pretrain/planning/expectation.py.
     """
     mine = {"host": socket.gethostname(), "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
     ranks: list[Any] = [mine]

@@ -102,12 +102,15 @@ class Pipeline:
         facts: what the first call found out, as JSON has it.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], before: Mapping[str, Any] | None = None, remedy: str = ""
+    ) -> None:
         """Open the state file, or start without one.
 
         Args:
             settings: flag -> value, as JSON has it.
             before: settings of a folder that has results but no state file.
+            remedy: ends the message of a setting that differs.
 
         Raises ValueError if a setting differs, or for a damaged state file.
         """
@@ -121,8 +124,7 @@ class Pipeline:
             if old != value:
                 now, was = (f"--{flag} {v}" if v is not None else f"no --{flag}" for v in (value, old))
                 raise ValueError(
-                    f"{now}: {folder} was started with {was}; repeat that, choose another folder, or start over "
-                    "with --fresh"
+                    f"{now}: {folder} was started with {was}; repeat that, or choose another folder{remedy}"
                 )
 
     def save(self) -> None:

@@ -53,7 +53,7 @@ GPUS = {
 }
 
 
-def this_cpu(memory: int, processes: int) -> Device:
+def this_cpu(memory: int, processes: float) -> Device:
     """One of some processes that share this machine's CPU, each with `memory` bytes; times products of 512 x 512."""
     n, seconds = 512, []
     a = torch.full((n, n), 0.5)  # not random: the run's generator stays as it is

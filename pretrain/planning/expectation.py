@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from lit_data.packed.reader import PackedDataset
+from lit_files.platform import usable_cores
 from lit_model.config import ModelConfig
 from lit_model.cost import training_memory
 from pretrain.args import RunArgs
-from pretrain.free_memory import host_memory_bytes
 from pretrain.logs.throughput import PEAK_FLOPS
 from pretrain.memory_fit import checkpoint_bytes, training_setting
 from pretrain.planning.devices import GPUS, Device, this_cpu
@@ -47,17 +47,22 @@ def expectation(
         "checkpoint_bytes": checkpoint_bytes(config, args.optim),
         "record_bytes": record_bytes(args, tokens, block_size, mean_document),
     }
-    if (known := planned_device(device, world_size, args.precision)) is not None:
+    if (known := planned_device(device, int(args.devices), args.precision)) is not None:
         speed = expected_speed(args, config, *known, world_size, block_size, mean_document)
         found["tokens_per_s"] = [speed.low, speed.likely, speed.high]
         found["seconds"] = [tokens / speed.high, tokens / speed.likely, tokens / speed.low]
     return found
 
 
-def planned_device(device: torch.device, world_size: int, precision: str) -> tuple[str, Device] | None:
-    """(name, device) for the plan; None if the speed of this device is unknown in this precision."""
+def planned_device(device: torch.device, ranks_here: int, precision: str) -> tuple[str, Device] | None:
+    """(name, device) for the plan; None if the speed of this device is unknown in this precision.
+
+    Args:
+        ranks_here: ranks on this host.
+    """
     if device.type == "cpu":
-        return "cpu", this_cpu(host_memory_bytes(), world_size)
+        # Its threads are this rank's own; those of all ranks may be more than the cores.
+        return "cpu", this_cpu(0, max(1.0, torch.get_num_threads() * ranks_here / usable_cores()))
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

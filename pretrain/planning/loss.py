@@ -69,6 +69,9 @@ def read_finished_runs(folders: Sequence[Path]) -> list[FinishedRun]:
 
 
 def _validated_on(run: RunFacts) -> object:
+    if not run.meta:
+        faults = f": {'; '.join(run.faults)}" if run.faults else ""
+        raise ValueError(f"{run.folder} has no checkpoint that can be read{faults}; give finished runs")
     data = run.meta.get("data")
     found = data.get("val") if isinstance(data, dict) else None
     if found is None:
@@ -77,12 +80,16 @@ def _validated_on(run: RunFacts) -> object:
 
 
 def _finished(run: RunFacts) -> FinishedRun:
-    loss, tokens, config = run.metrics.last("val_loss"), run.tokens, run.model
+    m, tokens, config = run.metrics, run.tokens, run.model
     if run.max_steps is None or run.step < run.max_steps:
         raise ValueError(f"{run.folder} is {run.status}: its learning rate has not decayed yet; give finished runs")
-    if loss is None or tokens is None or config is None:
-        raise ValueError(f"{run.folder} has no validation loss of one set: run it with --data.val PATH")
-    return FinishedRun(run.name, count_multiplying_parameters(config), tokens, loss)
+    losses = m["val_loss"][m["step"] == run.step]
+    if not len(losses) or not np.isfinite(losses[-1]) or not tokens or config is None:
+        raise ValueError(
+            f"{run.folder} has no finite validation loss of a single set at its last step, {run.step}: a run that "
+            "diverged, or with several sets in --data.val, cannot be used"
+        )
+    return FinishedRun(run.name, count_multiplying_parameters(config), tokens, float(losses[-1]))
 
 
 def predict_loss(runs: Sequence[FinishedRun], config: ModelConfig, tokens: int, seed: int = 0) -> PredictedLoss:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,18 @@ def test_runs_that_cannot_be_compared(finished: list[Path], data: Path, tmp_path
     train_in_process(flags(data, tmp_path / "no_val", data__val=None, train__max_steps=3))
     assert "has no validation data" in refusal(*finished[:2], tmp_path / "no_val")
     train_in_process(flags(data, tmp_path / "other", data__val=data / "train", train__max_steps=3))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(finished[0], damaged)
+    (damaged / "iter-00000003-ckpt.pth").write_bytes(b"nothing")
+    assert "has no checkpoint that can be read" in refusal(*finished[:2], damaged)
+    diverged = tmp_path / "diverged"
+    shutil.copytree(finished[1], diverged)
+    rows = (diverged / "metrics.csv").read_text().splitlines()
+    place = rows[0].split(",").index("val_loss")
+    last = rows[-1].split(",")
+    last[place] = "nan"
+    (diverged / "metrics.csv").write_text("\r\n".join([*rows[:-1], ",".join(last), ""]))
+    assert "no finite validation loss" in refusal(finished[0], finished[2], diverged)
     assert "was validated on other data" in refusal(*finished[:2], tmp_path / "other")
     half = tmp_path / "half"
     train_in_process(flags(data, half, train__max_steps=8, stop__after_minutes=0.00001))
@@ -115,6 +128,11 @@ def test_plan_and_reality_in_the_report(finished: list[Path], tmp_path: Path) ->
 
     # What a damaged or older environment.jsonl holds is left out.
     other = write_run(tmp_path / "run", [{"step": 1, "tokens": 5, "train_loss": 2.5, "tokens_per_s": 7}])
-    for start in ({}, {"plan": 3}, {"plan": {"tokens_per_s": "fast", "checkpoint_bytes": None, "seconds": [1, 2]}}):
+    for start in (
+        {},
+        {"plan": 3},
+        {"plan": {"tokens_per_s": "fast", "checkpoint_bytes": None, "seconds": [1, 2]}},
+        {"plan": {"tokens_per_s": 10**400, "resident_bytes": 10**400}},
+    ):
         (other / "environment.jsonl").write_text(json.dumps(start) + "\n")
         assert "Plan and reality" not in run_report(other)

@@ -44,6 +44,10 @@ def test_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["--input", text, "--output", out, "--vocab_size", 500, "--val_fraction", 0.2]
     _, prepared = commands_of(monkeypatch, "--input", text, "--output", tmp_path / "few", finish=1)
     assert "--val_fraction 0.3 " in prepared  # of 12 files 2 % would be none
+    state = tmp_path / "few" / "pipeline.json"
+    state.write_text(state.read_text().replace("0.3", "0.02"))  # as with more files, or by an earlier version
+    _, prepared = commands_of(monkeypatch, "--input", text, "--output", tmp_path / "few", finish=1)
+    assert "--val_fraction 0.02 " in prepared
     (command,) = commands_of(monkeypatch, *given)
     assert command == f"python scripts/train_tokenizer.py --input {text} --vocab_size 500 --output {out}/tokenizer"
     (out / "tokenizer").mkdir()
@@ -89,7 +93,7 @@ def test_refusals(tmp_path: Path) -> None:
     both = ["--val_input", text, "--val_fraction", 0.1]
     assert "not both" in script_error("quickstart.py", "--input", text, *both, *out)
     typing_error = script_error("quickstart.py", "--input", text, "--split_documents", "blankline", *out)
-    assert "did you mean blank_line?" in typing_error
+    assert "did you mean blank_line or line?" in typing_error
     assert "there is no such file" in script_error("quickstart.py", "--input", text, "--config", "none.yaml", *out)
     assert "--steps 0" in script_error("quickstart.py", "--steps", 0)
     (tmp_path / "empty").mkdir()

@@ -100,12 +100,14 @@ def test_a_signal_is_agreed_on_by_the_sum() -> None:
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-@pytest.mark.parametrize(("losses", "warned"), [((6.2, 7.9), True), ((6.2, 6.1), False), ((6.2,), False)])
+@pytest.mark.parametrize(
+    ("losses", "warned"), [((6.2, 7.9), True), ((6.2, 6.1), False), ((6.2,), False), ((6.2, math.nan), True)]
+)
 def test_a_run_that_learned_nothing_ends_with_a_warning(
     losses: tuple[float, ...], warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "run", [{"step": step, "val_loss": loss} for step, loss in enumerate(losses)])
     warn_if_nothing_was_learned(run)
     printed = "".join(capsys.readouterr())
-    assert ("ended at 7.900, no lower than the first, 6.200" in printed) == warned
+    assert (f"ended at {losses[-1]:.3f}, no lower than the first, 6.200" in printed) == warned
     warn_if_nothing_was_learned(tmp_path / "none")  # lost meanwhile: nothing to say

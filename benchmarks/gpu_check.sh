@@ -3,13 +3,14 @@
 # important first; one line for each check, a summary at the end.
 #   benchmarks/gpu_check.sh correctness [OUTPUT_FOLDER]   the tests marked `gpu`, the model and training tests of the CPU
 #                                                         suite under this machine's torch, a matrix of small real runs
-#   benchmarks/gpu_check.sh speed [OUTPUT_FOLDER]         the step of the 1B and 120M models beside litgpt, then float8
-#   benchmarks/gpu_check.sh ablations [OUTPUT_FOLDER]     what each kernel is worth, long rows, layers of the 7B model,
-#                                                         loss curves
+#   benchmarks/gpu_check.sh speed [OUTPUT_FOLDER]         the step of the 1B and 120M models beside their peers, each
+#                                                         kernel, float8, the largest batches
+#   benchmarks/gpu_check.sh ablations [OUTPUT_FOLDER]     the whole trainer, long rows, layers of the 7B model, loss
+#                                                         curves
 #   benchmarks/gpu_check.sh [all] [OUTPUT_FOLDER]         the three, one after another
 #   DEVICE=cpu benchmarks/gpu_check.sh ...                to try it without a GPU, at toy size; what needs one is skipped
 # Environment: PYTHON; LITGPT, a Python with litgpt (default: PYTHON); LIMIT=290, seconds of a part: a check for which no
-#   time is left is skipped; ONLY, a regular expression of the checks to run; WORKERS=12 and JOBS=4, processes of the CPU
+#   time is left is skipped; ONLY, a regular expression of the checks to run; WORKERS=8 and JOBS=5, processes of the CPU
 #   suite's tests and of the matrix; TESTS and MATRIX_ONLY (a regular expression) choose among them.
 # Needs: Python >= 3.11, torch >= 2.11, numpy, lightning-fabric, transformers, safetensors, tokenizers, pytest, pytest-xdist,
 #   pytest-timeout, hypothesis and pyarrow zstandard jsonargparse pyyaml rich sentencepiece (and what they need); our packages
@@ -71,16 +72,18 @@ table_lines() { grep '^|' "$out/$name.log" | sed 's/^/      /; 1s/^/\n/'; }
 
 correctness() {
     begin_part correctness
-    # Beside the other two: on CPUs alone, so that it leaves the GPU to them.
+    # All three at once. The tests of the CPU suite see no GPU.
     # shellcheck disable=SC2086
     RESULT=last_line CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 check tests-cpu 285 "$python" -m pytest -q \
-        -n "${WORKERS:-12}" --dist worksteal -p no:cacheprovider ${TESTS:-tests/model tests/training} &
+        -n "${WORKERS:-8}" --dist worksteal -p no:cacheprovider ${TESTS:-tests/model tests/training} &
     local tests=$!
-    RESULT=last_line check tests-gpu 130 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+    RESULT=last_line check tests-gpu 285 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/model tests/training &
+    tests+=" $!"
     rm -rf "$out/matrix"
-    RESULT=last_line check matrix 200 "$python" benchmarks/gpu_matrix.py --device "$device" --output "$out/matrix" \
-        --jobs "${JOBS:-4}" ${MATRIX_ONLY:+--only "$MATRIX_ONLY"}
+    RESULT=last_line check matrix 285 "$python" benchmarks/gpu_matrix.py --device "$device" --output "$out/matrix" \
+        --jobs "${JOBS:-5}" ${MATRIX_ONLY:+--only "$MATRIX_ONLY"}
     [[ "matrix" =~ ${ONLY:-} ]] && grep -E "^(FAIL|SKIP)" "$out/matrix.log" | sed 's/^/      /' | tee -a "$out/summary.txt"
+    # shellcheck disable=SC2086
     wait $tests
 }
 
@@ -121,16 +124,16 @@ step() {
 
 speed() {
     begin_part speed
-    step 1B-equal 100 LLaMmlein_1B 4 --only llammlein llammlein-documents litgpt
-    step 1B-best 80 LLaMmlein_1B "8 12" --only llammlein-documents
-    step 120M 70 LLaMmlein_120M 32 --only llammlein-documents litgpt
+    step 1B-equal 120 LLaMmlein_1B 4 --only llammlein llammlein-documents litgpt transformers
+    step 120M 90 LLaMmlein_120M 32 --only llammlein llammlein-documents litgpt
+    step 1B-kernels 90 LLaMmlein_1B 8 --only llammlein-documents \
+        --ours "--train.attention varlen" --ours "--train.loss_kernel plain"
     step 1B-fp8 80 LLaMmlein_1B "8 12" --only --ours "--precision fp8"
+    step 1B-largest 90 LLaMmlein_1B "12 16 24" --only llammlein-documents
 }
 
 ablations() {
     begin_part ablations
-    step 1B-kernels 120 LLaMmlein_1B 8 --only llammlein-documents \
-        --ours "--train.attention varlen" --ours "--train.loss_kernel plain"
     RESULT=last_line check trainer 110 "$python" - "$device" <<'PYTHON'
 # The whole trainer, with its loader, record and metrics, at the shape of 1B-kernels.
 import csv

@@ -58,10 +58,19 @@ def our_span_losses(model_path: Path, dataset: PackedDataset, block_size: int, b
 
 @torch.no_grad()
 def transformers_span_losses(folder: Path, dataset: PackedDataset, spans: SpanLosses) -> SpanLosses:
-    """Run `AutoModelForCausalLM` in float32 on the same spans, one at a time."""
-    from transformers import AutoModelForCausalLM
+    """Run `AutoModelForCausalLM` in float32 on the same spans, one at a time.
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    Raises ValueError if this version of transformers computes another model than the folder describes.
+    """
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    cap, attention = getattr(model.config, "attn_logit_softcapping", None), model.config._attn_implementation
+    if cap is not None and attention == "sdpa":
+        raise ValueError(
+            f"transformers {transformers.__version__} opens {folder} with SDPA, which leaves out its soft-cap of "
+            'attention scores: install transformers 5.21 or newer, or open the model with attn_implementation="eager"'
+        )
     losses = np.zeros_like(spans.loss)
     for i, (start, length, targets) in enumerate(zip(spans.start, spans.length, spans.targets, strict=True)):
         if targets == 0:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from lit_files.platform import usable_cores
 from lit_model.device import best_kind
@@ -168,7 +169,7 @@ def build_fabric(args: RunArgs, placement: Placement) -> Fabric:
             timeout=timeout,
         )
     elif args.strategy in ("ddp", "fsdp") or devices * args.num_nodes > 1:
-        strategy = DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False, timeout=timeout)
+        strategy = _DDPOnOneStream(gradient_as_bucket_view=True, broadcast_buffers=False, timeout=timeout)
     launch, num_nodes = find_launch(), args.num_nodes
     environment = environment_for_fabric(launch)
     chosen: int | list[int] = devices
@@ -189,6 +190,18 @@ def build_fabric(args: RunArgs, placement: Placement) -> Fabric:
     with WaitingNotice(devices * args.num_nodes):
         fabric.launch()
     return fabric
+
+
+class _DDPOnOneStream(DDPStrategy):
+    """DDP built on the stream of the backward pass.
+
+    Lightning up to 2.6.6 builds it on a stream of its own, so that torch orders the sum of each gradient behind two
+    streams, and warns of it (Lightning issue 21567).
+    """
+
+    def setup_module(self, module: torch.nn.Module) -> DistributedDataParallel:
+        devices = [self.root_device.index] if self.root_device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=devices, **self._ddp_kwargs)
 
 
 def parallelize(model: GPT, mesh: DeviceMesh, args: RunArgs, devices: int) -> GPT:

@@ -115,9 +115,9 @@ class Breakdown:
     first_step: int
     milliseconds: dict[str, float]
     calls: dict[str, float]
-    """Operators or kernels a step."""
+    """Operators or kernels a step; of idle time on CUDA none."""
     largest: dict[str, list[tuple[str, float]]]
-    """Per kind the names with the most time, and their milliseconds a step."""
+    """Per kind the names with the most time, and their milliseconds a step; likewise."""
     hidden_ms: float = 0.0
     """Communication while something else ran, not counted above."""
     total_ms: float = field(init=False)
@@ -136,9 +136,9 @@ class Breakdown:
         ]
         for kind in ALL_KINDS:
             if (ms := self.milliseconds.get(kind, 0.0)) > 0:
-                largest = "; ".join(f"{name[:48]} {value:.1f}" for name, value in self.largest[kind][:2])
+                largest = "; ".join(f"{name[:48]} {value:.1f}" for name, value in self.largest.get(kind, ())[:2])
                 share = f"{ms / self.total_ms:.1%}"
-                lines.append(f"| {kind} | {ms:.2f} | {share} | {self.calls[kind]:.0f} | {largest} |")
+                lines.append(f"| {kind} | {ms:.2f} | {share} | {self.calls.get(kind, 0):.0f} | {largest} |")
         if self.hidden_ms:
             lines += ["", f"Communication overlapped with other work, not counted: {self.hidden_ms:.2f} ms a step."]
         return "\n".join(lines)

@@ -186,6 +186,12 @@ def _generation_config(tokenizer: Tokenizer | None, bos_id: int | None, eos_id: 
     }
 
 
+SOFT_CAP_NOTE = (
+    'Open it with transformers 5.21 or newer, or with `attn_implementation="eager"`: earlier versions leave out the '
+    "soft-cap of attention scores."
+)
+
+
 def tokenizer_notes(tokenizer: Tokenizer, encoding: Encoding) -> list[str]:
     """Notes for the model card: how the tokenizer differs from the encoding of the training data."""
     name = tokenizer.id_to_token(tokenizer.bos_id) if tokenizer.bos_id is not None else None
@@ -246,6 +252,7 @@ def model_card(
         "",
         "A decoder-only language model pretrained with llammlein.",
         "",
+        *([SOFT_CAP_NOTE, ""] if config.attention_logit_softcapping is not None else []),
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in facts),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from running import PYTHON_PATH, ROOT
 
 from lit_data.loading.shard_cache import ShardCache
 from lit_data.packed.reader import PackedDataset
@@ -21,7 +22,6 @@ from lit_data.packed.writer import PackedWriter
 
 pytestmark = pytest.mark.chaos
 
-ROOT = Path(__file__).resolve().parents[2]
 CALLS = {"open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "fcntl.flock"}
 BUDGET_CHUNKS = 3
 
@@ -128,7 +128,7 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
             [sys.executable, str(ROOT / "tests" / "harness" / "cache_worker.py"), json.dumps({**plan, "rows": order})],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": PYTHON_PATH},
         )
         assert worker.stdout is not None and worker.stdout.readline() == b"ready\n"
         time.sleep(moments.uniform(0, 0.3))

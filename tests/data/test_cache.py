@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from running import PYTHON_PATH, ROOT
 
 import lit_data.loading.shard_cache
 import lit_files.descriptors
@@ -29,9 +30,8 @@ from lit_data.packed.writer import PackedWriter
 
 CHUNK = 8192  # bytes
 ROW = 64  # tokens
-ROOT = Path(__file__).resolve().parents[2]
 WORKER = [sys.executable, str(ROOT / "tests" / "harness" / "cache_worker.py")]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHON_PATH}
 
 
 def write(folder: Path, vocab_size: int = 60000, tokens: int = 100_000, seed: int = 0) -> PackedDataset:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT
+from running import PYTHON_PATH, ROOT
 
 
 class Case:
@@ -40,7 +40,7 @@ def run_cases(temporary: pytest.TempPathFactory, name: str, cases: list[str]) ->
         if not outcome.exists():
             worker = ROOT / "tests" / "harness" / "watchdog_worker.py"
             line = [sys.executable, str(worker), str(folder), *cases]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
             assert done.returncode == 0, done.stderr
             outcome.write_text(done.stdout)

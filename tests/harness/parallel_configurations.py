@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from running import ROOT, metrics
+from running import PYTHON_PATH, ROOT, metrics
 from torch import Tensor
 
 GLOBAL_BATCH = 8
@@ -53,7 +53,7 @@ class Trainer:
         self.runs = 0
         # One thread: the arithmetic of all other tests. Arrow's allocator would start a thread, which no fork survives.
         environment = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-        environment["PYTHONPATH"] = str(ROOT)
+        environment["PYTHONPATH"] = PYTHON_PATH
         self._process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "harness" / "gradient_worker.py")],
             stdin=subprocess.PIPE,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from running import ROOT
+from running import PYTHON_PATH, ROOT
 from watched_calls import Call
 
 TIMEOUT_S = 100
@@ -60,7 +60,7 @@ class RankServer:
         self.folder = folder
         # One thread: the arithmetic of all other tests. Arrow's allocator would start a thread, which no fork survives.
         environment = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment["PYTHONPATH"] = PYTHON_PATH
         self._process = subprocess.Popen(
             [*before, sys.executable, str(ROOT / "tests" / "harness" / "forked_ranks.py")],
             stdin=subprocess.PIPE,

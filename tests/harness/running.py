@@ -31,6 +31,8 @@ from pretrain.cli.run_parser import parse
 from pretrain.loop import fit
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTHON_PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+"""PYTHONPATH of a process whose script is not one of the project's."""
 VOCAB, EOS = 96, 1
 
 

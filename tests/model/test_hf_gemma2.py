@@ -4,6 +4,7 @@ import pytest
 from hf_checks import build, family_tests, scalings, sizes, to_transformers, transformers
 from hypothesis import strategies as st
 
+from lit_eval.agreement import transformers_span_losses
 from lit_model.config import ModelConfig
 from lit_model.hf.families import config_from_hf, config_to_hf
 from lit_model.registry import get_config
@@ -38,10 +39,14 @@ def configs(draw):
 test_equals_transformers, test_packed_documents_equal_one_at_a_time = family_tests(configs(), "gemma2")
 
 
-def test_transformers_chooses_the_attention_that_soft_caps(tmp_path):
-    """Nothing need be said by who opens a model: SDPA, which has no soft-cap, is not taken."""
+def test_a_lost_soft_cap_is_noticed(tmp_path, monkeypatch):
+    """transformers before 5.21 takes SDPA, which has no soft-cap; verify_hf.py refuses there."""
     hf = to_transformers(build(ModelConfig(**GEMMA2, attention_logit_softcapping=1.0)), tmp_path, attention=None)
-    assert hf.config._attn_implementation == "eager"
+    since = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    assert hf.config._attn_implementation == ("eager" if since >= (5, 21) else "sdpa")
+    monkeypatch.setattr("transformers.models.gemma2.modeling_gemma2.Gemma2PreTrainedModel._supports_sdpa", True)
+    with pytest.raises(ValueError, match="with SDPA, which leaves out its soft-cap of attention scores: install"):
+        transformers_span_losses(tmp_path, None, None)
 
 
 MINIMAL = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import ROOT, flags, script, train, write_dataset
+from running import PYTHON_PATH, flags, script, train, write_dataset
 
 from lit_files import lock as module
 from lit_files.lock import WITHOUT_FLOCK, FileLock, LockBusy, lock_folder
@@ -43,7 +43,7 @@ class Holder:
     def __init__(self, path: Path) -> None:
         line = [sys.executable, "-c", HOLDER, str(path)]
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self.process = subprocess.Popen(line, **pipes, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        self.process = subprocess.Popen(line, **pipes, text=True, env={**os.environ, "PYTHONPATH": PYTHON_PATH})
         assert self.process.stdout is not None
         self.read = self.process.stdout.readline
 

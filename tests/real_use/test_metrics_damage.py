@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import ROOT, flags, metrics, train, warm_python
+from running import PYTHON_PATH, flags, metrics, train, warm_python
 
 from lit_files.checkpoint_name import list_checkpoints
 from pretrain.logs.metrics import MetricsFile, cut_metrics
@@ -157,7 +157,7 @@ def test_training_with_an_unwritable_log(data: Path, tmp_path: Path) -> None:
         "sys.stdout = sys.stderr = full; import os; status = main(sys.argv[1:]); os._exit(status)"
     )
     arguments = [*flags(data, run, train__max_steps=4), "--save.asynchronous=true"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([warm_python(), "-c", script, *arguments], env=environment, timeout=200)
     assert done.returncode == 0
     assert [path.name for path in list_checkpoints(run)] == ["iter-00000004-ckpt.pth"]

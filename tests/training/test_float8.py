@@ -48,8 +48,9 @@ def test_two_ranks(data: Path, tmp_path: Path, strategy: str) -> None:
     done = train(*flags(data, tmp_path / "two", **settings, devices=2, strategy=strategy))
     assert "float8   5 of 15 linear layers" in done.stdout
     one, two = ([row for row in metrics(tmp_path / name) if row["train_loss"]] for name in ("one", "two"))
-    # AdamW's losses alone would hide a wrong scale of the gradients, whose own rounding to float8 is up to 6%.
-    for column, bound in (("train_loss", 2e-2), ("grad_norm", 6e-2)):
+    # AdamW's losses alone would hide a wrong scale of the gradients. Each rank rounds its rows to float8, by a scale
+    # of their own: up to 7% of a norm.
+    for column, bound in (("train_loss", 2e-2), ("grad_norm", 0.15)):
         assert [float(row[column]) for row in one] == pytest.approx([float(row[column]) for row in two], rel=bound)
 
 

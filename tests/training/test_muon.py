@@ -73,8 +73,9 @@ def test_equals_torch_on_each_logical_matrix(device: str) -> None:
         muon.step()
     assert optimizer.step_count == 5
     for name, p in ours.named_parameters():
-        # keys and values have fewer rows, and so a smaller factor, which is applied in bf16
-        atol = 5e-4 if name.endswith("qkv.weight") else 2e-6
+        # Keys and values have fewer rows, and so a smaller factor, which is applied in bf16. On CUDA one product of all
+        # matrices of a shape is rounded to bf16 in another order than theirs.
+        atol = 1e-3 if device == "cuda" else 5e-4 if name.endswith("qkv.weight") else 2e-6
         torch.testing.assert_close(p, theirs.get_parameter(name), rtol=0, atol=atol)
 
 

@@ -226,6 +226,7 @@ def test_too_many_devices(
     """--devices 8 on a machine with 4 (faked here): the number is named."""
     monkeypatch.setattr("pretrain.parallel.device_kind", lambda args: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a CUDA build would look for them
     status, output = look(capsys, data, tmp_path / "run", devices=8, train__global_batch_samples=16)
     assert status == 1 and "--devices 8: this machine has 4 GPUs" in advice_on(output, "devices")
     assert verdicts(output)["data"] == verdicts(output)["disk"] == "ok"

@@ -104,3 +104,4 @@ def test_kernels_belong_to_the_work_that_launched_them() -> None:
     assert found.milliseconds == pytest.approx(want) and found.total_ms == pytest.approx(1.0)
     assert found.hidden_ms == pytest.approx(0.1) and found.calls["matmul"] == 2
     assert found.largest["matmul"] == [("nvjet_hsh_128x256", pytest.approx(0.3))]
+    assert "| idle | 0.34 | 34.0% | 0 |  |" in found.table().splitlines()

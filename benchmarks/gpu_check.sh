@@ -3,11 +3,12 @@
 # important first; one line for each check, a summary at the end.
 #   benchmarks/gpu_check.sh correctness [OUTPUT_FOLDER]   the tests marked `gpu`, the model and training tests of the CPU
 #                                                         suite under this machine's torch, a matrix of small real runs
-#   benchmarks/gpu_check.sh speed [OUTPUT_FOLDER]         the step of the 1B and 120M models beside their peers, each
-#                                                         kernel, float8, the largest batches
-#   benchmarks/gpu_check.sh ablations [OUTPUT_FOLDER]     the whole trainer, long rows, layers of the 7B model, loss
-#                                                         curves
-#   benchmarks/gpu_check.sh [all] [OUTPUT_FOLDER]         the three, one after another
+#   benchmarks/gpu_check.sh speed [OUTPUT_FOLDER]         the step of the 1B and 120M models beside litgpt, whose
+#                                                         compilation takes most of the time
+#   benchmarks/gpu_check.sh kernels [OUTPUT_FOLDER]       what each kernel is worth, float8, the largest batches, the whole
+#                                                         trainer
+#   benchmarks/gpu_check.sh ablations [OUTPUT_FOLDER]     long rows, layers of the 7B model, loss curves
+#   benchmarks/gpu_check.sh [all] [OUTPUT_FOLDER]         the four, one after another
 #   DEVICE=cpu benchmarks/gpu_check.sh ...                to try it without a GPU, at toy size; what needs one is skipped
 # Environment: PYTHON; LITGPT, a Python with litgpt (default: PYTHON); LIMIT=290, seconds of a part: a check for which no
 #   time is left is skipped; ONLY, a regular expression of the checks to run; WORKERS=8 and JOBS=5, processes of the CPU
@@ -18,7 +19,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 part=all
-case ${1:-} in correctness | speed | ablations | all) part=$1; shift ;; esac
+case ${1:-} in correctness | speed | kernels | ablations | all) part=$1; shift ;; esac
 out=${1:-gpu_check}
 python=${PYTHON:-python}
 device=${DEVICE:-cuda}
@@ -124,16 +125,16 @@ step() {
 
 speed() {
     begin_part speed
-    step 1B-equal 120 LLaMmlein_1B 4 --only llammlein llammlein-documents litgpt transformers
-    step 120M 90 LLaMmlein_120M 32 --only llammlein llammlein-documents litgpt
+    step 1B-equal 170 LLaMmlein_1B 4 --only llammlein llammlein-documents litgpt
+    step 120M 120 LLaMmlein_120M 32 --only llammlein llammlein-documents litgpt
+}
+
+kernels() {
+    begin_part kernels
     step 1B-kernels 90 LLaMmlein_1B 8 --only llammlein-documents \
         --ours "--train.attention varlen" --ours "--train.loss_kernel plain"
     step 1B-fp8 80 LLaMmlein_1B "8 12" --only --ours "--precision fp8"
     step 1B-largest 90 LLaMmlein_1B "12 16 24" --only llammlein-documents
-}
-
-ablations() {
-    begin_part ablations
     RESULT=last_line check trainer 110 "$python" - "$device" <<'PYTHON'
 # The whole trainer, with its loader, record and metrics, at the shape of 1B-kernels.
 import csv
@@ -165,6 +166,10 @@ with tempfile.TemporaryDirectory() as name:
         speeds = [float(row["tokens_per_s"]) for row in csv.DictReader(file) if row["tokens_per_s"]]
 print(f"{model} {rows}x{tokens}: {statistics.median(speeds[len(speeds) // 2:]):,.0f} tokens/s")
 PYTHON
+}
+
+ablations() {
+    begin_part ablations
     step 7B-layers 70 LLaMmlein_7B "2 4" --only llammlein-documents --layers "$([ "$device" = cuda ] && echo 16 || echo 2)"
     step long-rows 90 LLaMmlein_120M "8x8192 2x32768" --only llammlein-documents
     local curves=(--model LLaMmlein_120M --rows 16 --block_size 1024 --steps 300 --lr 6e-4)
@@ -174,7 +179,7 @@ PYTHON
 }
 
 began=$SECONDS
-for each in correctness speed ablations; do
+for each in correctness speed kernels ablations; do
     if [ "$part" = all ] || [ "$part" = "$each" ]; then $each; fi
 done
 echo "== summary, $((SECONDS - began)) s; logs in $out"

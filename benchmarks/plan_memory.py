@@ -30,6 +30,7 @@ import torch
 from benchmarks.corpus_runs import call, prepare
 from benchmarks.provenance import provenance
 from lit_eval.run_facts import read_run
+from lit_model.registry import get_config
 
 WARMUP_STEPS, STEPS = 1, 2
 BOUND = 0.1  # the ratio's distance from 1 that counts as a hit
@@ -67,7 +68,7 @@ ON_CUDA: dict[str, Trial] = {  # sizes are models of lit_model/registry.py
     "1B 8x2048 recomputed": ("LLaMmlein_1B", 8, 2048, 1, BF16 | RECOMPUTED),
     "120M 8x2048 accumulated": ("LLaMmlein_120M", 8, 2048, 2, BF16),
     "120M 16x2048 muon": ("LLaMmlein_120M", 16, 2048, 1, BF16 | {"optim.name": "muon"}),
-    "120M 1x16384": ("LLaMmlein_120M", 1, 16384, 1, BF16),
+    "120M 1x16384": ("LLaMmlein_120M", 1, 16384, 1, BF16 | {"model.block_size": 16384}),
     "1B 4x2048 fp8": ("LLaMmlein_1B", 4, 2048, 1, BF16 | {"precision": "fp8"}),
     "120M 16x2048 plain loss": ("LLaMmlein_120M", 16, 2048, 1, BF16 | {"train.loss_kernel": "plain"}),
     "120M 4x2048 fp32": ("LLaMmlein_120M", 4, 2048, 1, {"precision": "fp32", "data.document_mask": "false"}),
@@ -81,7 +82,10 @@ TRIALS = ON_CUDA if CUDA else ON_CPU
 def run_once(name: str, folder: Path, data: Path) -> tuple[dict[str, Any], float, float]:
     """(plan, peak bytes, tokens/s) of one run, whose folder is deleted."""
     size, rows, block_size, accumulate, more = TRIALS[name]
-    model = [f"model.{part}" for part in SIZES[size]] if size in SIZES else [f"model.name={size}"]
+    if size in SIZES:
+        model = [f"model.{part}" for part in SIZES[size]]
+    else:  # the data's vocabulary is smaller
+        model = [f"model.name={size}", f"model.vocab_size={get_config(size).vocab_size}"]
     flags: dict[str, object] = {
         "out_dir": folder,
         "data.train": data / "train",

@@ -119,7 +119,9 @@ class Entry:
         """Estimated bytes on the device: the trainer's own estimate; a peer also holds all logits, several times."""
         compute_bytes = 4 if args.precision == "fp32" else 2
         on_cpu = not torch.cuda.is_available()
-        setting = TrainingSetting(self.rows, self.tokens_a_row, compute_bytes=compute_bytes, on_cpu=on_cpu)
+        setting = TrainingSetting(
+            self.rows, self.tokens_a_row, compute_bytes=compute_bytes, compiled=args.compile, on_cpu=on_cpu
+        )
         logits = 0 if self.flags is not None else 14 * self.tokens * config.padded_vocab_size
         return 1.05 * training_memory(config, setting).total + logits + 2**30
 

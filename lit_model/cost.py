@@ -80,6 +80,12 @@ class TrainingSetting:
     """Tokens in a row."""
     compute_bytes: int = 4
     """Bytes per element in matrix multiplies: 4 for fp32, 2 for bf16 and fp16."""
+    float8: bool = False
+    """The blocks' linear layers multiply in float8; compute_bytes is 2."""
+    compiled: bool = False
+    """Blocks are compiled, so that the backward computes cheap results again instead of keeping them."""
+    repeats_heads: bool = False
+    """The attention kernel has no grouped heads: it is given each key and value once for each of its queries."""
     sharding: str = "none"
     """none (one device), ddp, FULL_SHARD, SHARD_GRAD_OP or HYBRID_SHARD."""
     shards: int = 1
@@ -150,7 +156,8 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
 
     State: fp32 weights, gradients and the optimizer's moments (Rajbhandari et al. 2020, section 3.1, without the 16-bit
     copies), exact: FSDP2 cuts the first dimension of each tensor, rounded up. Activations: counted from what each
-    operator of lit_model keeps, in the manner of Korthikanti et al. 2022, section 4, with a flash kernel's attention.
+    operator of lit_model keeps, in the manner of Korthikanti et al. 2022, section 4, with a flash kernel's attention;
+    of compiled blocks what torch.compile's partition of forward and backward keeps.
     The total is the larger of two moments: the loss, when all activations are alive, and the end of the backward, when
     all gradients are. In between one grows as the other shrinks; where layers differ, the last counts as the largest.
     Kernels are taken to be fused, as on CUDA: a CPU's RMSNorm of bf16 keeps more, and attention with capped scores on a
@@ -168,8 +175,10 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
     float64_sums = 2 * parameters if s.exact_sums else 0
 
     gathered, gathered_bytes = 0, 4 if s.exact_sums else s.compute_bytes
+    casts = 0  # of weights, which the backward frees one by one; those to float8 are made again
     if s.autocast:
-        gathered = s.compute_bytes * sum(prod(shape) for shape in _matrices(config).values())
+        matrices = _matrices(config).items()
+        casts = s.compute_bytes * sum(prod(x) for name, x in matrices if not (s.float8 and name.startswith(BLOCKS)))
     if s.sharding == "SHARD_GRAD_OP":
         gathered += gathered_bytes * n_parameters
     elif s.sharded:  # the block in work, those gathered ahead, and the buffer of the gathering
@@ -193,12 +202,13 @@ def training_memory(config: ModelConfig, setting: TrainingSetting) -> TrainingMe
         buckets = parameters if s.sharding == "ddp" else 0  # allocated by DDP, and not used
         before, gradients = float64_sums + buckets, gradients + float64_sums + buckets
     reducing = (s.compute_bytes + s.reduce_bytes) * max(2 * block, root) if s.sharded else 0
-    at_loss = before + activations + loss + workspace
+    at_loss = casts + before + activations + loss + workspace
     last = max(_kept_in_block(config, i, s, residual_bytes) for i in layers)
     at_end = gradients + tokens * last + block_gradients + reducing
     if s.cpu_offload:
         at_loss, at_end = at_loss - (before - float64_sums), at_end - (gradients - float64_sums)
     total = s.frozen + gathered + max(at_loss, at_end) + (0 if s.cpu_offload else parameters + optimizer)
+    gathered += casts
     return TrainingMemory(parameters, gradients, optimizer, gathered, activations, loss, workspace, s.frozen, total)
 
 
@@ -221,6 +231,10 @@ class _MlpElements(NamedTuple):
 
     kept: int
     """Kept for the backward by all operators."""
+    activated: int
+    """Of these, outputs of an activation that is multiplied by something, which a compiled block computes again."""
+    operand: int
+    """Of these, the input of the last linear layer, if there is one."""
     multiplied: int
     """Of these, outputs of matrix multiplies."""
     gradients: int
@@ -231,11 +245,11 @@ def _mlp_elements(config: ModelConfig, layer: int) -> _MlpElements:
     C, k = config.n_embd, config.n_expert_per_token
     if config.layer_has_experts(layer):  # beside the hidden widths, inputs and outputs of the experts
         inner = (k + config.shared_expert) * config.moe_intermediate_size
-        return _MlpElements(4 * inner + k * C, 2 * inner + k * C, 3 * inner + k * C)
+        return _MlpElements(4 * inner + k * C, inner, 0, 2 * inner + k * C, 3 * inner + k * C)
     inner = config.intermediate_size
     if config.mlp_gated:  # gate, up, act(gate), product
-        return _MlpElements(4 * inner, 2 * inner, 3 * inner)
-    return _MlpElements(2 * inner, inner, 2 * inner)
+        return _MlpElements(4 * inner, inner, inner, 2 * inner, 3 * inner)
+    return _MlpElements(2 * inner, 0, inner, inner, 2 * inner)
 
 
 def _router_bytes(config: ModelConfig, layer: int, compute_bytes: int) -> int:
@@ -255,23 +269,30 @@ def _float32_copies(config: ModelConfig, setting: TrainingSetting) -> int:
 
 def _kept_in_block(config: ModelConfig, layer: int, setting: TrainingSetting, residual_bytes: int) -> int:
     """Bytes per token that one block keeps for its backward."""
-    compute_bytes = setting.compute_bytes
-    C, out = config.n_embd, config.n_head * config.head_size
+    compute_bytes, compiled = setting.compute_bytes, setting.compiled
+    C, out, mlp = config.n_embd, config.n_head * config.head_size, _mlp_elements(config, layer)
     inputs = 1 if config.shared_attention_norm else 2  # of attention and MLP
     norms = (inputs if config.pre_norm else 0) + (2 if config.post_norm else 0)
     residual = norms * (4 if config.norm_class_name == "RMSNorm" else 8)  # their scales, and means
+    # Queries, keys and values; attention's output; the MLP's results, without the operand of its last product.
+    elements = config.n_qkv + out + mlp.kept - mlp.operand - (mlp.activated if compiled else 0)
     if config.pre_norm:  # their inputs
-        residual += (1 if config.parallel_residual else 2) * C * residual_bytes
-    # Inputs of attention and MLP; queries, keys and values; attention's output; the MLP's.
-    elements = inputs * C + config.n_qkv + out + _mlp_elements(config, layer).kept
+        again = compiled and not config.parallel_residual  # the second one, from the first and attention's addition
+        residual += (1 if config.parallel_residual or again else 2) * C * residual_bytes
+        elements += C if again and not config.post_norm else 0
     if config.post_norm:  # their inputs
         elements += 2 * C
     if config.qk_norm != "none":  # queries and keys before and after
         elements += (config.n_head + config.n_query_groups) * config.head_size
-    dropped = 2 * C * compute_bytes if config.dropout else 0
+    if setting.repeats_heads and config.n_query_groups < config.n_head:  # compiled, instead of those not repeated
+        elements += 2 * (config.n_head - (config.n_query_groups if compiled else 0)) * config.head_size
+    operands = (inputs * C + mlp.operand) * compute_bytes  # of the linear layers; attention's output is kept anyway
+    if setting.float8 and not config.layer_has_experts(layer):
+        operands = out + (0 if compiled and config.pre_norm else inputs * C) + (0 if compiled else mlp.operand)
+    dropped = 2 * C * (1 if compiled else compute_bytes) if config.dropout else 0
     router = _router_bytes(config, layer, compute_bytes)
     rest = 4 * config.n_head + dropped + router + _float32_copies(config, setting)  # 4: the softmax's normalisers
-    return residual + elements * compute_bytes + rest
+    return residual + elements * compute_bytes + operands + rest
 
 
 def _kept_per_token(config: ModelConfig, setting: TrainingSetting, residual_bytes: int) -> tuple[int, int]:

@@ -18,10 +18,12 @@ import torch
 from lit_model.config import ModelConfig
 from lit_model.cost import TrainingMemory, TrainingSetting, training_memory
 from lit_model.float8 import ALIGNMENT
+from lit_model.kernels.choose import choose_attention
+from lit_model.kernels.cuda import VARLEN_ARGUMENTS
 from pretrain.args import AUTO, MAX_MICRO_BATCH_TOKENS, OptimArgs, RunArgs
 from pretrain.distillation.teachers import teacher_bytes
 from pretrain.free_memory import CUDA_RESERVE_BYTES, TIGHT, free_device_bytes
-from pretrain.parallel import uses_fsdp
+from pretrain.parallel import DTYPES, uses_fsdp
 
 Gather = Callable[[Any], list[Any]]
 """The values of all ranks, on all ranks."""
@@ -200,6 +202,9 @@ def training_setting(args: RunArgs, config: ModelConfig, kind: str, world_size: 
         micro_batch_samples=t.micro_batch,
         block_size=t.block_size or config.block_size,
         compute_bytes=4 if args.precision == "fp32" else 2,
+        float8=args.precision == "fp8",
+        compiled=args.compile,
+        repeats_heads=kind == "cuda" and _repeats_heads(args, config),
         sharding=sharding,
         shards=shards,
         recompute=t.activation_checkpointing,
@@ -215,6 +220,17 @@ def training_setting(args: RunArgs, config: ModelConfig, kind: str, world_size: 
         exact_sums=t.topology_invariant,
         frozen=teacher_bytes(args.distillation, args.precision, kind, world),
     )
+
+
+def _repeats_heads(args: RunArgs, config: ModelConfig) -> bool:
+    """Whether attention on this machine's GPU has no grouped heads; of a GPU elsewhere the best is assumed."""
+    if args.precision == "fp32":
+        return True
+    if not torch.cuda.is_available():
+        return False
+    documents, dtype = args.data.document_mask, DTYPES[args.precision]
+    chosen = choose_attention("cuda", dtype, config.head_size, args.train.attention, documents=documents)
+    return chosen.name == "varlen" and "enable_gqa" not in VARLEN_ARGUMENTS
 
 
 def checkpoint_bytes(config: ModelConfig, args: OptimArgs) -> int:

@@ -3,9 +3,11 @@
     python scripts/babylm.py --train train_10M/ --dev dev/ --out_dir runs/babylm
     python scripts/babylm.py --train train_10M/ --dev dev/ --out_dir runs/babylm --evaluation_data evaluation_data/
     python scripts/babylm.py --train train_100M/ --dev dev/ --out_dir runs/strict --model llama-95M -- --devices 4
+    python scripts/babylm.py --train train_10M/ --dev dev/ --out_dir runs/babyllama --model distillation \
+        --teachers llama-360M gpt-705M
 
-Runs commands of this project, each printed with a $ before it. Flags after -- go to fabric_train.py. Steps that are
-done are skipped: repeat an interrupted call to resume it.
+Runs commands of this project, each printed with a $ before it. Flags after -- go to every call of fabric_train.py, but
+those of --distillation to the model's alone. Steps that are done are skipped: repeat an interrupted call to resume it.
 """
 
 from __future__ import annotations

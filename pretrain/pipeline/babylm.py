@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from pretrain.pipeline.steps import ROOT, STATE, Pipeline, Step, begin, from_roo
 LIMITS: dict[Track, int] = {"strict-small": 10_000_000, "strict": 100_000_000}  # words of training text
 AT_WORDS: dict[Track, str] = {"strict-small": "babylm", "strict": "babylm_strict"}  # of --save.at_words
 TOLERANCE = 1.05  # a text of 10.2M words is meant for strict-small
-CONFIGS = ("configs/babyllama", "configs/babylm2025")
+CONFIGS = ("configs/babyllama/*.yaml", "configs/babylm2025/*.yaml", "configs/distillation.yaml")
 # Flags of fabric_train.py that the pipeline sets.
 OWN_FLAGS = {"config", "out_dir", "data.train", "data.val", "resume"}
 DEFAULT_VOCABULARY = 16_000
@@ -101,16 +102,16 @@ def check_cleaner(name: str, files: Sequence[TextFile]) -> None:
         )
 
 
-def find_config(model: str) -> Path:
-    """The config of a model, relative to ROOT if it is there. Raises ValueError with the nearest names."""
+def find_config(model: str, flag: str = "model") -> Path:
+    """The config of a model, relative to ROOT if it is there. Raises ValueError with the flag and the nearest names."""
     if model.endswith((".yaml", ".yml")):
         if not Path(model).is_file():
-            raise ValueError(f"--model {model}: there is no such file")
+            raise ValueError(f"--{flag} {model}: there is no such file")
         return from_root(Path(model))
-    known = {path.stem: path for folder in CONFIGS for path in sorted((ROOT / folder).glob("*.yaml"))}
+    known = {path.stem: path for pattern in CONFIGS for path in sorted(ROOT.glob(pattern))}
     if model not in known:
         hint = did_you_mean(model, known) or f"; choose one of {', '.join(known)}"
-        raise ValueError(f"--model {model}: there is no such config{hint}")
+        raise ValueError(f"--{flag} {model}: there is no such config{hint}")
     return from_root(known[model])
 
 
@@ -133,21 +134,52 @@ def parse_quietly(command: tuple[str, ...]) -> RunArgs:
         return parse(list(command[2:]))
 
 
-def training_command(
-    settings: BabylmSettings, flags: Sequence[str], config: Path, run: Path, data: Path, track: Track
-) -> tuple[tuple[str, ...], int]:
-    """The command of fabric_train.py, where `flags`, the user's, come last; and the ids of the model's vocabulary."""
-    given = {flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
-    if own := sorted(given & OWN_FLAGS):
-        raise ValueError(f"--{own[0]} after -- is a flag that babylm.py sets itself: remove it")
+@dataclass(frozen=True)
+class Training:
+    """A training of the pipeline.
+
+    Attributes:
+        title: of its step.
+        run: its folder.
+        vocabulary: ids of the model.
+        missing: teachers of its own config that are not there.
+    """
+
+    title: str
+    command: tuple[str, ...]
+    run: Path
+    vocabulary: int
+    missing: tuple[str, ...]
+
+    def step(self) -> Step:
+        return Step(self.title, (self.command,), stopped=self.run / STOPPED)
+
+
+def plan_training(
+    settings: BabylmSettings,
+    flags: Sequence[str],
+    title: str,
+    config: Path,
+    run: Path,
+    own: Sequence[str],
+    vocab_size: int | None,
+) -> Training:
+    """A call of fabric_train.py.
+
+    Args:
+        flags: the user's, which come last.
+        own: more flags of the pipeline.
+        vocab_size: of the model; None: that of its config.
+    """  # fmt: skip
+    data, given = from_root(settings.out_dir) / "data", names_of(flags)
     command = python(
         "pretrain/fabric_train.py", "--config", config, "--data.train", data / "train", "--data.val", data / "val",
-        "--out_dir", run, "--save.at_words", AT_WORDS[track], "--save.keep_last", "2", "--resume", "auto",
+        "--out_dir", run, *own, "--resume", "auto",
     )  # fmt: skip
     args = parse_quietly((*command, *flags))
     more: list[str] = []
-    if settings.vocab_size is not None:
-        more += ["--model.vocab_size", str(settings.vocab_size)]
+    if vocab_size is not None:
+        more += ["--model.vocab_size", str(vocab_size)]
     if settings.max_steps is not None:
         more += ["--train.max_steps", str(settings.max_steps)]
         if args.optim.warmup_steps > settings.max_steps // 10 and "optim.warmup_steps" not in given:
@@ -157,23 +189,76 @@ def training_command(
             more += ["--compile", "false"]
         if args.precision != "fp32" and "precision" not in given:
             more += ["--precision", "fp32"]
-    if settings.vocab_size is not None:
-        vocabulary = settings.vocab_size
+    if vocab_size is not None:
+        vocabulary = vocab_size
     elif args.model.vocab_size is not None:
         vocabulary = args.model.vocab_size
     else:
         vocabulary = get_config(args.model.name).vocab_size if args.model.name else DEFAULT_VOCABULARY
-    return (*command, *more, *flags), vocabulary
+    title = f"{title} -> {run} (you may interrupt it, the next call resumes)"
+    learns = args.objective == "distillation" and args.distillation.cache is None
+    teachers = [teacher.path for teacher in args.distillation.teachers] if learns else []
+    missing = tuple(str(path) for path in teachers if not (ROOT / path).exists())
+    return Training(title, (*command, *more, *flags), run, vocabulary, missing)
+
+
+def names_of(flags: Sequence[str]) -> set[str]:
+    """The names of some flags of fabric_train.py, without values and dashes."""
+    return {flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
+
+
+def of_the_student(flags: Sequence[str]) -> set[int]:
+    """The places in `flags` of --objective and --distillation.*, with their values."""
+    places, inside = set(), False
+    for place, word in enumerate(flags):
+        if word.startswith("--"):
+            inside = word.partition("=")[0] == "--objective" or word.startswith("--distillation.")
+        if inside:
+            places.add(place)
+    return places
+
+
+def plan_trainings(settings: BabylmSettings, flags: Sequence[str], track: Track) -> list[Training]:
+    """Of the teachers, on the same data and with the same vocabulary, and of the model.
+
+    Raises ValueError for mistakes in the settings; exits on one in the training flags.
+    """
+    s, out, config = settings, from_root(settings.out_dir), find_config(settings.model)
+    own_flags = OWN_FLAGS | ({"distillation.teachers", "distillation.cache"} if s.teachers else set())
+    if own := sorted(names_of(flags) & own_flags):
+        raise ValueError(f"--{own[0]} after -- is a flag that babylm.py sets itself: remove it")
+    configs = [find_config(teacher, "teachers") for teacher in s.teachers]
+    names = [path.stem for path in (config, *configs)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--teachers: there are two models named {twice[0]}; name each config once")
+    own = ["--save.at_words", AT_WORDS[track], "--save.keep_last", "2"]
+    if s.teachers:
+        paths = json.dumps([{"path": str(out / path.stem)} for path in configs])
+        own += ["--objective", "distillation", "--distillation.teachers", paths]
+    model = plan_training(s, flags, "training", config, out / config.stem, own, s.vocab_size)
+    if model.missing and not s.teachers:
+        raise ValueError(
+            f"--model {s.model} learns from teachers, and {model.missing[0]} is not there: add "
+            f"--teachers {' '.join(Path(path).name for path in model.missing)} to train them first"
+        )
+    theirs = [flag for place, flag in enumerate(flags) if place not in of_the_student(flags)]
+    last = ("--save.keep_last", "1")
+    teachers = [
+        plan_training(s, theirs, f"teacher {path.stem}", path, out / path.stem, last, model.vocabulary)
+        for path in configs
+    ]
+    return [*teachers, model]
 
 
 def plan(settings: BabylmSettings, flags: Sequence[str], texts: tuple[Text, Text], track: Track) -> list[Step]:
     """All steps, in order. Raises ValueError for mistakes in the settings; exits on one in the training flags."""
-    s, (train, dev), config = settings, texts, find_config(settings.model)
+    s, (train, dev) = settings, texts
     out = from_root(s.out_dir)
-    tokenizer, data, run = out / "tokenizer", out / "data", out / config.stem
+    tokenizer, data = out / "tokenizer", out / "data"
     results, release, report = out / "results", out / "release", out / "report.html"
     cleaner = [] if s.cleaner == NO_CLEANER else ["--cleaner", s.cleaner]
-    training, vocabulary = training_command(s, flags, config, run, data, track)
+    trainings = plan_trainings(s, flags, track)
+    run, vocabulary = trainings[-1].run, trainings[-1].vocabulary
     newest, every = evaluated_tasks(s)
     evaluations = [python("scripts/evaluate.py", run, "--tasks", "perplexity", *newest)]
     if every:
@@ -201,9 +286,7 @@ def plan(settings: BabylmSettings, flags: Sequence[str], texts: tuple[Text, Text
             ),
             output=data,
         ),
-        Step(
-            f"training -> {run} (you may interrupt it, the next call resumes)", (training,), stopped=run / STOPPED
-        ),
+        *(training.step() for training in trainings),
         Step(f"evaluation on {', '.join(['perplexity', *newest])} -> {run / FOLDER}", tuple(evaluations)),
         Step(f"report -> {report}", (python("scripts/report.py", run, "--output", report),)),
         Step(
@@ -249,6 +332,8 @@ def open_pipeline(settings: BabylmSettings, texts: tuple[Text, Text]) -> Pipelin
         "train": str(s.train.resolve()), "dev": str(s.dev.resolve()), "model": s.model, "track": s.track,
         "max_steps": s.max_steps, "vocab_size": s.vocab_size, "cleaner": s.cleaner,
     }  # fmt: skip
+    if s.teachers:
+        kept["teachers"] = list(s.teachers)
     pipeline = Pipeline(s.out_dir, kept)
     for text in texts:
         known = pipeline.facts.setdefault(text.flag, {})
@@ -306,6 +391,8 @@ def print_contents(settings: BabylmSettings) -> None:
         out / find_config(settings.model).stem: "checkpoints, metrics.csv, datapoints/, evaluation/",
         out / "release": "a folder for each revision: main, chck_1M, ..., for AutoModelForCausalLM.from_pretrained",
     }
+    for path in map(find_config, settings.teachers):
+        contents[out / path.stem] = "a teacher"
     if settings.evaluation_data is not None:
         contents[out / "results"] = "predictions, laid out as the results folder of the challenge's pipeline"
     width = max(len(str(path)) for path in contents)

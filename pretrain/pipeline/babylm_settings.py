@@ -24,7 +24,10 @@ class BabylmSettings:
     """Word limit (strict: 100M, strict-small: 10M), and the words seen at which checkpoints are kept. Default:
     strict-small if the training text has up to 10.5M words, else strict."""
     model: str = "llama-58M"
-    """A config of configs/babyllama/ or configs/babylm2025/ by its name, or a YAML file of your own."""
+    """A config of configs/babyllama/ or configs/babylm2025/ by its name, distillation (BabyLlama's student), or a YAML
+    file of your own."""
+    teachers: tuple[str, ...] = ()
+    """Configs, as of --model, of teachers to train first, which the model then learns from as well as from the text."""
     max_steps: int | None = None
     """Training steps. Default: the epochs of the config."""
     vocab_size: int | None = None

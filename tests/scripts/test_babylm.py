@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -80,6 +82,23 @@ def test_plan_of_commands(tmp_path: Path, names: Sequence[str], ending: str, fak
     assert "--save.at_words babylm_strict" in training and training.endswith("--train.max_epochs 10")
     assert f"publish.py {out}/llama-58M --to {out}/release" in commands[-2]
     assert fake.ran == [] and not out.exists()
+
+
+def test_teachers_come_first(tmp_path: Path, fake: FakeCommands) -> None:
+    """Each is trained on the same data with the model's vocabulary; flags of distillation are the model's alone."""
+    given = write_corpus(tmp_path)
+    more = ["--model", "distillation", "--teachers", "llama-16M", "gpt-97M", "--vocab_size", "300", "--dry_run"]
+    done = script("babylm.py", *given, *more, "--", "--distillation.alpha", "0.3", "--devices", "1")
+    assert done.returncode == 0, done.stderr
+    trainings = [line[2:] for line in done.stdout.splitlines() if line.startswith("$ ") and "fabric_train.py" in line]
+    assert [re.findall(r"--out_dir (\S+)", line) for line in trainings] == [
+        [f"{tmp_path}/out/{name}"] for name in ("llama-16M", "gpt-97M", "distillation")
+    ]
+    assert all("--model.vocab_size 300" in line and line.endswith("--devices 1") for line in trainings)
+    paths = [f'{{"path": "{tmp_path}/out/{name}"}}' for name in ("llama-16M", "gpt-97M")]
+    assert f"--distillation.teachers '[{', '.join(paths)}]'" in trainings[-1]
+    assert ["--distillation.alpha 0.3" in line for line in trainings] == [False, False, True]
+    assert ["--save.at_words" in line for line in trainings] == [False, False, True]
 
 
 def test_done_steps_are_skipped(tmp_path: Path, fake: FakeCommands, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +182,16 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = {
     "model": (lambda f: ["--model", "llama-59M"], ("--model llama-59M", "did you mean llama-9")),
     "another folder's files": (other_output, ("--out_dir", "holds other files")),
     "flag of ours": (lambda f: ["--", "--out_dir", "x"], ("--out_dir after --",)),
+    "teachers again": (
+        lambda f: ["--teachers", "gpt-97M", "--", "--distillation.teachers=[]"],
+        ("--distillation.teachers after --",),
+    ),
+    "teacher": (lambda f: ["--teachers", "gpt-96M"], ("--teachers gpt-96M", "did you mean gpt-97M")),
+    "its own teacher": (lambda f: ["--teachers", "llama-58M"], ("--teachers", "two models named llama-58M")),
+    "no teachers": (
+        lambda f: ["--model", "distillation"],
+        ("learns from teachers", "runs/llama-360M is not there: add --teachers llama-360M gpt-705M"),
+    ),
     "steps": (lambda f: ["--max_steps", "0"], ("--max_steps 0",)),
     "task": (lambda f: ["--tasks", "german_pears"], ("german_pears", "german_pairs")),
     "evaluation data": (lambda f: [f"--evaluation_data={f}"], ("none of BabyLM's datasets",)),
@@ -213,7 +242,9 @@ def test_commands_as_they_run(tmp_path: Path, capfd: pytest.CaptureFixture[str])
 
 @pytest.mark.slow
 def test_from_text_to_a_submission(tmp_path: Path) -> None:
-    """End to end at a small size: killed in training, resumed; budgets, scores, predictions, report and revisions."""
+    """End to end at a small size with a teacher: killed in training, resumed; budgets, scores, predictions, report and
+    revisions.
+    """
     given = write_corpus(tmp_path, texts=300)
     named = {"UID": "toy", "field": "a", "linguistics_term": "b"}
     texts = zip(synthetic_texts(8, 1), synthetic_texts(8, 2), strict=True)
@@ -221,11 +252,12 @@ def test_from_text_to_a_submission(tmp_path: Path) -> None:
     for name in ("full_eval/blimp_filtered", "fast_eval/blimp_fast"):
         (tmp_path / "evaluation_data" / name).mkdir(parents=True)
         (tmp_path / "evaluation_data" / name / "toy.jsonl").write_text("\n".join(lines))
-    model = ["--model.n_layer=1", "--model.n_embd=32", "--model.n_head=2", "--model.intermediate_size=32"]
+    model = ["--model.n_layer=1", "--model.n_embd=32", "--model.n_head=2", "--model.n_query_groups=2"]
     line = [
-        sys.executable, str(ROOT / "scripts" / "babylm.py"), *given, "--model", "llama-10M", "--vocab_size", "400",
-        "--max_steps", "40", f"--evaluation_data={tmp_path / 'evaluation_data'}", "--",
-        *model, "--save.at_words", "2K,10K", "--save.every_steps", "10", "--accelerator", "cpu",
+        sys.executable, str(ROOT / "scripts" / "babylm.py"), *given, "--model", "llama-10M", "--teachers", "llama-16M",
+        "--vocab_size", "400", "--max_steps", "40", f"--evaluation_data={tmp_path / 'evaluation_data'}", "--",
+        *model, "--model.intermediate_size=32", "--save.at_words", "2K,10K", "--save.every_steps", "10",
+        "--accelerator", "cpu",
     ]  # fmt: skip
     run, out = tmp_path / "out" / "llama-10M", tmp_path / "out"
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -236,7 +268,10 @@ def test_from_text_to_a_submission(tmp_path: Path) -> None:
     assert process.wait() == 143
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("done before") >= 2
+    assert done.stdout.count("done before") >= 3
+    assert "teachers llama-16M" in " ".join(done.stdout.split())
+    with open(run / "metrics.csv", newline="") as file:
+        assert all(float(row["divergence"]) > 0 for row in csv.DictReader(file) if row["train_loss"])
     budgets = {words for path in list_checkpoints(run) for words in Checkpoint(path).meta.get("word_budgets") or []}
     assert budgets == {2000, 10_000}
     assert {path.name for path in (out / "release").iterdir()} >= {"main", "chck_0.002M", "chck_0.01M"}

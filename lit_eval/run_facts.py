@@ -20,6 +20,7 @@ import yaml
 from lit_eval.metrics_file import Metrics, read_metrics
 from lit_eval.score.results import Results, read_results
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
+from lit_files.nested_run import did_you_mean_run
 from lit_files.reading import first_line, read_bytes, read_object
 from lit_model.config import ModelConfig
 from lit_model.cost import count_active_parameters, count_parameters
@@ -162,7 +163,8 @@ def read_run(folder: Path, results_s: float = float("inf")) -> RunFacts:
     if not folder.exists():
         raise FileNotFoundError(f"no run at {folder}: give the folder that training wrote (--out_dir)")
     if not is_run(folder):
-        raise ValueError(f"{folder} holds no run: it has neither {METRICS} nor {SETTINGS} nor a checkpoint")
+        near = did_you_mean_run(folder)
+        raise ValueError(f"{folder} holds no run: it has neither {METRICS} nor {SETTINGS} nor a checkpoint{near}")
     run = RunFacts(folder)
     with _Faults(run):
         if (folder / METRICS).exists():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.checksum import file_sha256
+from lit_files.nested_run import did_you_mean_run
 from lit_files.progress import track
 from lit_files.reading import as_object, build, parse_json, read_bytes
 from lit_model.checksum import tensor_checksum
@@ -210,7 +211,7 @@ def resolve(path: str | Path) -> Path:
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
-        raise ValueError(f"{path} holds neither an iter-XXXXXXXX-ckpt.pth nor a config.json")
+        raise ValueError(f"{path} holds neither an iter-XXXXXXXX-ckpt.pth nor a config.json{did_you_mean_run(path)}")
     return checkpoints[-1]
 
 

@@ -31,7 +31,6 @@ def parser() -> ScriptParser:
     made.add_argument(
         "--training_state",
         choices=["all", "last", "none"],
-        default="all",
         help="checkpoints published with their optimizer state, which replay.py and --resume need (default all)",
     )
     made.add_argument(
@@ -74,8 +73,7 @@ def main() -> int:
         report = verify(opened, head=args.head)
         print(*report.lines(), sep="\n")
         return 1 if report.faults else 0
-    licence = {"license": args.license} if args.license else {}
-    settings = PublishArgs(args.repo, licence, args.training_state)
+    settings = PublishArgs(args.repo, args.license, args.training_state)
     if args.to is None:
         print(*describe_plan(args.run, settings), "dry run: nothing was written; publish with --to", sep="\n")
         return 0

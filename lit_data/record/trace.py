@@ -19,6 +19,7 @@ from lit_data.packed.reader import PackedDataset
 from lit_data.record.order_file import ORDER_FILE, OrderFacts
 from lit_data.record.parts import newest_checkpoint_step
 from lit_data.record.reader import read_steps
+from lit_files.nested_run import did_you_mean_run
 from lit_files.reading import read_dataclass
 
 
@@ -53,7 +54,7 @@ def open_run(folder: str | Path, data: str | Path | Sequence[str | Path] | None 
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml{did_you_mean_run(folder)}")
     if not (folder / "datapoints").is_dir():
         raise FileNotFoundError(f"{folder} has no datapoint record (it ran with --data.datapoints false)")
     steps = newest_checkpoint_step(folder)

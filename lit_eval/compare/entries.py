@@ -12,6 +12,7 @@ from lit_eval.metrics_file import Metrics
 from lit_eval.run_facts import RunFacts, find_results, flatten, is_run, read_run
 from lit_eval.score.results import Results, read_results
 from lit_files.checkpoint_name import checkpoint_step
+from lit_files.nested_run import did_you_mean_run
 from lit_model.cost import count_parameters
 from lit_model.load import is_hf_folder, load_tensors
 
@@ -85,7 +86,7 @@ def read_entry(path: Path) -> Entry:
         return entry
     if found:
         return _of_results(path, found)
-    raise ValueError(faults[0] if faults else f"{path} holds nothing to compare: {ACCEPTED}")
+    raise ValueError(faults[0] if faults else f"{path} holds nothing to compare: {ACCEPTED}{did_you_mean_run(path)}")
 
 
 def _of_results(path: Path, results: list[Results]) -> Entry:

@@ -21,6 +21,7 @@ from lit_eval.evaluation.table import samples_of
 from lit_eval.model.eval_model import EvalModel, open_model, recorded_checksum
 from lit_eval.score.results import Results, read_results
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
+from lit_files.nested_run import did_you_mean_run
 from lit_files.progress import TaskProgress
 from lit_files.publish import write_text
 from lit_model.load import Checkpoint, is_hf_folder, resolve
@@ -164,7 +165,7 @@ def evaluate_all(runs: Sequence[Path], settings: EvaluationSettings, say: Say = 
         if not run.is_dir():
             raise FileNotFoundError(f"no run at {run}: give the folder that training wrote (--out_dir)")
         if not list_checkpoints(run):
-            raise ValueError(f"{run} holds no checkpoint (iter-XXXXXXXX-ckpt.pth)")
+            raise ValueError(f"{run} holds no checkpoint (iter-XXXXXXXX-ckpt.pth){did_you_mean_run(run)}")
     check_given(settings)
     found = []
     for run in runs:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_data.loading.mixture import Phase, check_phases
 from lit_data.loading.order import Segment, check_segments
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
+from lit_files.nested_run import did_you_mean_run
 from lit_files.reading import build
 from lit_model.init import copy_slice
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, WITHOUT_TENSORS, Checkpoint
@@ -117,6 +118,7 @@ def find_checkpoint(resume: str, run: Path) -> Path | None:
             return None
         raise FileNotFoundError(
             f"--resume latest: {run} holds no checkpoint (--resume auto starts a new run where there is none)"
+            f"{did_you_mean_run(run)}"
         )
     known = ", ".join(p.name for p in list_checkpoints(run)[-3:]) or "none"
     there = run / resume

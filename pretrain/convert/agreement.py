@@ -14,6 +14,7 @@ from lit_data.record.trace import find_recorded
 from lit_eval.agreement import largest_difference, our_span_losses, transformers_span_losses
 from lit_eval.model.model_tokenizer import compare, describe_difference, of_data, of_model
 from lit_eval.model.text_encoding import check_folder
+from lit_files.nested_run import did_you_mean_run
 from lit_model.load import Checkpoint, resolve
 
 TOLERANCE = 1e-4
@@ -58,7 +59,7 @@ def compare_with_transformers(run: Path, folder: Path) -> dict[str, Agreement]:
     Raises ValueError or FileNotFoundError if they don't belong together, naming the difference.
     """
     if not (run / "config.yaml").is_file():
-        raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml")
+        raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml{did_you_mean_run(run)}")
     data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
     if data["val"] is None:
         raise ValueError(f"{run} has no validation split (data.val)")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_files.checkpoint_name import list_checkpoints
+from lit_files.nested_run import did_you_mean_run
 from lit_files.publish import replace_file
 from lit_model.load import MODEL_PREFIX, Checkpoint
 from pretrain.checkpoint.commit import check_free_space
@@ -24,7 +25,8 @@ def last_checkpoints(run: Path, n: int) -> list[Path]:
         raise ValueError(f"--last {n}: an average needs at least two checkpoints")
     found = list_checkpoints(run)
     if len(found) < n:
-        raise ValueError(f"--last {n}: {run} holds {len(found)} checkpoints")
+        near = "" if found else did_you_mean_run(run)
+        raise ValueError(f"--last {n}: {run} holds {len(found)} checkpoints{near}")
     return found[-n:]
 
 

@@ -28,6 +28,7 @@ from lit_eval.model.model_tokenizer import (
 )
 from lit_eval.model.text_encoding import Encoding, encoding_of
 from lit_files.checkpoint_name import budget_name
+from lit_files.nested_run import did_you_mean_run
 from lit_files.publish import replace_file
 from lit_files.reading import read_foreign_object
 from lit_model.config import ModelConfig
@@ -108,7 +109,10 @@ def export_word_budgets(run: Path, output: Path, tokenizer: Path | None = None) 
     """
     found = word_budgets_in(run)
     if not found:
-        raise ValueError(f"{run} holds no checkpoint at a word budget: train with --save.at_words, such as babylm")
+        near = did_you_mean_run(run)
+        raise ValueError(
+            f"{run} holds no checkpoint at a word budget: train with --save.at_words, such as babylm{near}"
+        )
     written: dict[Path, Path | None] = {}
     for words, path in found.items():
         folder = output / f"chck_{budget_name(words)}"

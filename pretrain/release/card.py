@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from lit_eval.metrics_file import Metrics
-from lit_eval.run_facts import EVALUATION_COLUMN, RunFacts
+from lit_eval.run_facts import EVALUATION_COLUMN, RunFacts, parse_settings
 from lit_eval.score.results import Results
 from pretrain.convert.export import CardAdditions
 from pretrain.release.manifest import MANIFEST, Previous
 
+NO_REPO = "FOLDER"  # in the card's command, where no repository is named
 SHOWN_METRICS = ("train_loss", "val_loss", "val_bits_per_byte")
 LABELS = {
     "train_loss": "Training loss (nats per token)",
@@ -27,7 +29,7 @@ def card_additions(
     results: Sequence[Results],
     revision: str,
     repo: str | None,
-    licence: Mapping[str, str],
+    licence: str | None,
     previous: Previous | None,
 ) -> CardAdditions:
     """The additions to a revision's model card.
@@ -35,7 +37,7 @@ def card_additions(
     Args:
         cut: the revision's run/ folder, which ends at its step.
         results: of its checkpoint.
-        licence: keys of the card's front matter, such as `license`.
+        licence: for the card's front matter; None leaves it out.
     """
     facts = [("Revision", f"`{revision}`")]
     if (words := cut.meta.get("words")) is not None:
@@ -46,14 +48,29 @@ def card_additions(
             facts.append((LABELS[name], f"{value:.4f}" + (f" (at step {step:.0f})" if step != cut.step else "")))
     facts += hardware(cut)
     chain = f"The manifest before it is that of `{previous.revision}`, `{previous.sha256}`." if previous else ""
-    where = repo or "FOLDER"
+    where = repo or NO_REPO
     check = (
         "## Checking this revision\n\n"
         f"`{MANIFEST}` lists the SHA-256 of every file, of the record of the training data up to this step, and of the "
         f"manifest before it; `run/` holds the record, the settings and the metrics. {chain}\n\n"
         f"```\npython scripts/publish.py --verify {where}\n```"
     )
-    return CardAdditions({**licence}, facts, [check, *results_section(cut, results)])
+    stated = {} if licence is None else {"license": licence}
+    return CardAdditions(stated, facts, [check, *results_section(cut, results)])
+
+
+def stated_options(card: str, source: str) -> dict[str, str | None]:
+    """The options of publish.py that a revision's card states: `license` and `repo`, None if it does not.
+
+    Raises ValueError naming `source` for a card without front matter.
+    """
+    _, front, text = [*card.split("---\n", 2), "", ""][:3]
+    licence = parse_settings(front.encode(), source).get("license")
+    repo = re.search(r"^python scripts/publish\.py --verify (\S+)$", text, re.MULTILINE)
+    return {
+        "license": None if licence is None else str(licence),
+        "repo": None if repo is None or repo[1] == NO_REPO else repo[1],
+    }
 
 
 def hardware(cut: RunFacts) -> Iterator[tuple[str, str]]:

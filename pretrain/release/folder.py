@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lit_files.publish import build_folder, sync_file
+from lit_files.reading import read_bytes
 from pretrain.release.manifest import MAIN, MANIFEST, RUN, Link, in_chain, read_link
 
 
@@ -37,6 +38,10 @@ class FolderRelease:
             return []
         names = [p for p in self.folder.iterdir() if not p.name.startswith(".") and not p.is_symlink()]
         return in_chain(map(read_link, names), self.folder)
+
+    def card(self, link: Link) -> str:
+        """The model card of a published revision."""
+        return read_bytes(self.folder / link.manifest.revision / "README.md").decode(errors="replace")
 
     def earlier_record(self, before: Link | None) -> Path | None:
         """The record's folder in a published revision."""

@@ -196,7 +196,7 @@ class HubRelease:
 
     Args:
         staging: folder for the revision being uploaded, on the run's file system; removed before and after.
-        public: create a public repository; the visibility of an existing one stays.
+        public: create a public repository; an existing private one is refused.
     """
 
     def __init__(self, hub: Hub, staging: Path, *, public: bool = False) -> None:
@@ -215,6 +215,8 @@ class HubRelease:
             branches, self._tags = self.hub.refs()
         except FileNotFoundError:
             return []
+        if self.public and self.hub.call(lambda: self.hub.api.repo_info(self.hub.repo)).private:
+            raise ValueError(f"--public: {self} exists and is private; make it public in its settings on the hub")
         links: dict[str, Link] = {}
         main = {MAIN: branches[MAIN]} if MAIN in branches else {}
         names = {commit: name for name, commit in (main | self._tags).items()}
@@ -252,6 +254,10 @@ class HubRelease:
                 raise ValueError(
                     f"--repo {self}: the tag {name} is at commit {found}, its revision at {commit}: delete the tag"
                 )
+
+    def card(self, link: Link) -> str:
+        """The model card of a published revision."""
+        return self.hub.read(self._commits[link.sha256], "README.md").decode(errors="replace")
 
     def _create(self) -> None:
         self.hub.api.create_repo(self.hub.repo, private=not self.public, exist_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -72,7 +72,7 @@ class Card:
     """Facts for the card that are not in the run: repository, licence, results by step."""
 
     repo: str | None
-    licence: Mapping[str, str]
+    licence: str | None
     results: Sequence[Results] = ()
 
 

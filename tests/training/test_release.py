@@ -250,8 +250,37 @@ def test_changes_on_a_hub(
     assert "release.json has" in (text := error("--verify", "me/model")) and "at most 100 are read" in text
 
 
+def test_options_of_a_published_release(run: Path, release: Path, hub: HubStandIn, tmp_path: Path) -> None:
+    """Options that a published card or manifest contradicts are refused by name; omitted ones are taken from there."""
+    text = error(run, "--to", release, "--license", "mit")
+    assert f"--license mit: {release} was published with --license apache-2.0" in text and "new place" in text
+    assert (
+        "--repo me/model: " in (text := error(run, "--to", release, "--repo", "me/model")) and "with no --repo" in text
+    )
+    text = error(run, "--to", release, "--training_state", "none")
+    assert "--training_state none: " in text and "with the training state of step1" in text
+    older, grown = Path(shutil.copytree(run, tmp_path / "older")), tmp_path / "grown"
+    (older / "iter-00000003-ckpt.pth").unlink()
+    done = script("publish.py", older, "--to", grown)
+    assert done.returncode == 0 and "states no licence" in done.stdout and "--license" in done.stdout
+    assert "was published with no --license" in error(older, "--to", grown, "--license", "mit")
+    shutil.rmtree(grown)
+    mine = ("--license", "mit", "--repo", "me/mine", "--training_state", "last")
+    assert "states no licence" not in script("publish.py", older, "--to", grown, *mine).stdout
+    assert "without the training state of step1" in error(run, "--to", grown, "--training_state", "all")
+    done = script("publish.py", run, "--to", grown, "--training_state", "last")
+    assert done.returncode == 0, done.stderr
+    card = (grown / "step3" / "README.md").read_text()
+    assert "license: mit" in card and "--verify me/mine" in card
+    repository = hub.repositories["me/model"] = Repository(private=True)
+    repository.commit({})
+    assert "--public: me/model exists and is private" in error(run, *TO_HUB, "--public")
+
+
 def test_bad_input(run: Path, release: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "is not a run folder" in error(tmp_path, "--to", tmp_path / "out")
+    assert f"is not a run folder: give the --out_dir of a training run; did you mean {run}?" in error(
+        run.parent, "--to", tmp_path / "out"
+    )
     assert f"--to {run} holds" in error(run, "--to", run)
     assert "is not a release" in error("--verify", run)
     assert "no such folder" in error("--verify", tmp_path / "nowhere")

@@ -203,7 +203,8 @@ Try next:
   {runs} scripts/trace_data.py step {paths.run} {int(rows[-1]["step"]) - 1}
   {runs} scripts/trace_data.py verify {paths.run}
   {runs} scripts/quickstart.py --input YOUR_TEXT/ --output runs/mine
-A larger model: the commands above marked $, with another --config. More in README.md.""")
+A larger model: the commands above marked $, with another --config.
+Guides to your own corpus, evaluating, publishing and the rest: docs/index.md""")
 
 
 def main() -> int:
@@ -261,6 +262,11 @@ def main() -> int:
                 f"--input {' '.join(args.input)} holds {len(files)} plain-text files, each one document: too few to "
                 "hold some out for validation. Give --split_documents blank_line or line, --val_input, or more files"
             )
+        if args.split_documents is not None:
+            from lit_data.corpus.separators import check_separator
+
+            held_out = list_files([name for name in args.val_input or () if not name.startswith("hf:")])
+            check_separator(files, held_out, args.split_documents)  # its commands print the warnings
         state = args.output / STATE
         if "val_fraction" not in parser.given and state.exists() and not args.fresh:  # files may have come since
             args.val_fraction = read_object(state).get("settings", {}).get("val_fraction", args.val_fraction)

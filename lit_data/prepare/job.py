@@ -20,6 +20,7 @@ from lit_data.corpus.files import (
     train_and_held_out,
 )
 from lit_data.corpus.readers import check_metadata
+from lit_data.corpus.separators import check_separator
 from lit_data.prepare.settings import Settings
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_files.publish import create_json
@@ -67,6 +68,7 @@ class Job:
             ]
             errors.warnings += [f"{a} and {b} are both validation text" for a, b in mixed_split_names(val)]
         errors.warnings += compressed_copies(train + val)
+        errors.warnings += check_separator(train, val, settings.split_documents)
         check_metadata(train + val, settings.metadata)
         tokenizer = open_tokenizer(settings.tokenizer, settings.eos_token)
         if settings.bos:

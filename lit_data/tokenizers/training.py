@@ -19,6 +19,7 @@ from typing import Any
 from lit_data.corpus.cleaners import Cleaner, open_cleaner
 from lit_data.corpus.files import ReadErrors, TextFile, list_files, mixed_split_names, sizes_of, train_and_held_out
 from lit_data.corpus.readers import read_documents
+from lit_data.corpus.separators import check_separator
 from lit_data.tokenizers.cutting import cut
 from lit_data.tokenizers.hf_export import config_for_transformers
 from lit_data.tokenizers.settings import Kind, TokenizerSettings
@@ -68,6 +69,7 @@ def train_tokenizer(settings: TokenizerSettings, errors: ReadErrors | None = Non
     cleaner = open_cleaner(s.cleaner) if s.cleaner is not None else None
     errors = errors if errors is not None else ReadErrors()
     files = list_files(s.input, errors)
+    errors.warnings += check_separator(files, [], s.split_documents)
     mixed = train_and_held_out(files)
     for a, b in [(mixed[0].path, mixed[1].path)] if mixed is not None else mixed_split_names(files):
         errors.warnings.append(f"the tokenizer is trained on {a} and on held-out text, {b}")

@@ -101,7 +101,9 @@ def texts_of(evaluation: Evaluation, n: int) -> list[str]:
                 begin = 1 if dataset.manifest.bos_id is not None else 0
                 texts.append(tokenizer.decode(ids[begin : len(ids) - (ids[-1:] == [dataset.eos_id])]))
         else:
-            read = read_documents([path], text_field=settings.text_field)
+            read = read_documents(
+                [path], text_field=settings.text_field, split_documents=settings.split_documents or "file"
+            )
             texts += [document.text for document in islice(read, n)]
     return texts
 
@@ -121,8 +123,8 @@ def _job(
 
 
 GENERATION_JOBS = {
-    "generation": _job(generation, "num_samples", "custom_prompts", "data"),
-    "memorization": _job(memorization, "num_samples", "custom_prompts", "data", "train_data"),
+    "generation": _job(generation, "num_samples", "custom_prompts", "data", "split_documents"),
+    "memorization": _job(memorization, "num_samples", "custom_prompts", "data", "split_documents", "train_data"),
     "babyllama": _job(babyllama, "custom_prompts"),
     "speed": _job(speed, "device", tokenizer=False),
     "confidence": _job(confidence, "num_samples", "prefix", "data"),

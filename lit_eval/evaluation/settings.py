@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lit_data.corpus.options import check_split
 from lit_eval.model.choices import Precision, Prefix
 
 FOLDER = "evaluation"  # in a run folder
@@ -29,6 +30,8 @@ class EvaluationSettings:
     texts; and generate as many texts. Default: all, and each task's own number of texts."""
     text_field: str = "text"
     """Field or column that holds the text in .jsonl and Parquet."""
+    split_documents: str | None = None
+    """Documents in plain text: file (default), blank_line, line, or the line that separates them."""
     source_field: str | None = None
     """Field or column to group documents by. Default: the name of the file."""
     custom_prompts: Path | None = None
@@ -64,6 +67,8 @@ class EvaluationSettings:
     """Run tasks again that the results file already has."""
 
     def __post_init__(self) -> None:
+        if self.split_documents is not None:
+            check_split(self.split_documents)
         if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f"--num_samples {self.num_samples} must be at least 1")
         if self.batch_tokens < 1:

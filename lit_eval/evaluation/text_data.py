@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lit_data.corpus.readers import list_files
+from lit_data.corpus.separators import check_separator
 from lit_data.packed.manifest import MANIFEST
 from lit_data.packed.reader import PackedDataset
 from lit_eval.evaluation.jobs import Evaluation, Job, needs_tokenizer
@@ -99,6 +101,9 @@ def _job(title: str, path: Path, settings: EvaluationSettings, where: str) -> Jo
     files = list_files([path])  # raises for a missing path, or one without text
     if all(file.hub is None and not file.path.stat().st_size for file in files):
         raise ValueError(f"{where} is empty")
+    if settings.split_documents is not None:
+        for warning in check_separator(files, [], settings.split_documents):
+            print(f"warning: {warning}", file=sys.stderr)
     source = {"file": str(path.resolve()), "sha256": sha256_of([f.path for f in files if f.hub is None])}
 
     def run(evaluation: Evaluation) -> Result:
@@ -106,12 +111,13 @@ def _job(title: str, path: Path, settings: EvaluationSettings, where: str) -> Jo
             [path],
             evaluation.model.encode,
             text_field=settings.text_field,
+            split_documents=settings.split_documents or "file",
             source_field=settings.source_field,
             limit=settings.num_samples,
         )
         return _score(evaluation, where, texts, None)
 
-    names = ("num_samples", "prefix", "text_field", "source_field")
+    names = ("num_samples", "prefix", "text_field", "split_documents", "source_field")
     return Job(title, run, source, names, lambda model: needs_tokenizer(model, where))
 
 

@@ -156,6 +156,7 @@ def texts_of_files(
     encode: Callable[[Sequence[str]], list[list[int]]],
     *,
     text_field: str = "text",
+    split_documents: str = "file",
     source_field: str | None = None,
     limit: int | None = None,
 ) -> Iterator[Text]:
@@ -164,7 +165,8 @@ def texts_of_files(
     `source_field` names the field to group by; without it documents are grouped by file. Raises ValueError naming the
     file and place of a fault.
     """
-    read = read_documents(paths, text_field=text_field, metadata=[source_field] if source_field else [])
+    metadata = [source_field] if source_field else []
+    read = read_documents(paths, text_field=text_field, metadata=metadata, split_documents=split_documents)
     waiting: list[Text] = []
     texts: list[str] = []
     for number, document in enumerate(read):

@@ -83,6 +83,13 @@ def test_validation_data_and_its_text_give_the_same(run: Path, tmp_path: Path) -
     text_result = read_results(tmp_path / "text.json").tasks["perplexity/own"]
     assert text_result.metrics["bits_per_byte"] == pytest.approx(packed.metrics["bits_per_byte"], rel=1e-6)
 
+    plain = tmp_path / "plain.txt"
+    plain.write_text("\n<|end|>\n".join(texts))
+    evaluate(newest, "--data", plain, "--split_documents", "<|end|>", "--output", tmp_path / "plain.json")
+    pieces = read_results(tmp_path / "plain.json").tasks["perplexity/plain"]
+    assert pieces.n == len(texts) and pieces.metrics == pytest.approx(text_result.metrics, rel=1e-6)
+    fails("<|endd|>: it is on no line of its own", newest, "--data", plain, "--split_documents", "<|endd|>")
+
 
 def test_synthetic_gives_the_model_over_the_generator(run: Path, tmp_path: Path) -> None:
     evaluate(run, "--tasks", "synthetic", "--output", tmp_path / "s.json")

@@ -12,6 +12,7 @@ from lit_model.float8 import Float8Linear
 from lit_model.hf.families import family_of
 from lit_model.kernels.choose import AttentionChoice, choose_attention
 from lit_model.kernels.cross_entropy import choose_loss
+from pretrain.fabric import DDPStrategy
 from pretrain.launch import has_gpus
 from pretrain.run import Run
 
@@ -19,7 +20,8 @@ from pretrain.run import Run
 def describe(run: Run) -> str:
     """Model, data, devices, teachers, the attention kernels with the reason for each, and warnings."""
     args, data, config = run.args, run.data, run.config
-    how = type(run.fabric.strategy).__name__.removesuffix("Strategy")
+    how = f" with FSDP2 ({args.sharding_strategy})" if run.placement.fsdp else ""
+    how = " with DDP" if isinstance(run.fabric.strategy, DDPStrategy) else how
     documents, tokens = sum(d.n_documents for d in data.train), sum(d.n_tokens for d in data.train)
     rows = sum(r.n_windows for r in data.rows)
     parameters = f"{count_parameters(config):,} parameters"
@@ -30,7 +32,7 @@ def describe(run: Run) -> str:
         f"model    {config.name or 'custom'}: {parameters}, vocabulary {config.vocab_size}",
         f"data     {documents:,} documents, {tokens:,} tokens, {rows:,} rows of {data.block_size}, {args.data.packing}",
         f"steps    {data.max_steps:,} of {args.train.global_batch_samples * data.block_size:,} tokens",
-        f"devices  {run.world_size} x {run.device.type} by {how}, {args.precision}, {torch.get_num_threads()} threads",
+        f"devices  {run.world_size} x {run.device.type}{how}, {args.precision}, {torch.get_num_threads()} threads",
         f"step     {describe_step(run)}",
         *describe_kernels(run),
     ]

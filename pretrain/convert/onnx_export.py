@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lit_files.progress import track
 from lit_files.publish import build_folder
 from lit_model.attention import KVCache
 from lit_model.config import ModelConfig
@@ -96,7 +97,8 @@ def export_to_onnx(source: Path, output: Path, *, cache: bool = True, tokenizer:
         options.log_severity_level = 3
         session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         shapes = tuple((B, min(T, config.block_size)) for B, T in SHAPES)
-        difference = max(_difference(model, graph, session, B, T) for B, T in shapes)
+        checks = track(shapes, "comparing logits with onnxruntime", "inputs")
+        difference = max(_difference(model, graph, session, B, T) for B, T in checks)
         if not difference <= TOLERANCE:  # also for NaN
             raise ValueError(
                 f"{output} was not written: in onnxruntime a logit differs by {difference:.1e} from the model's, more "

@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from lit_eval.model.eval_model import EvalModel, open_model
 from lit_eval.model.likelihood import Scorer
 from lit_eval.score.perplexity import perplexity, texts_of_files
+from lit_files.progress import TaskProgress
 from lit_files.publish import build_folder, publish, scratch_folder, sync_file
 from lit_model.config import ModelConfig
 from lit_model.hf.families import family_of
@@ -127,7 +128,7 @@ def quantize(
         model = open_model(path, tokenizer=tokenizer, device="cpu")
         model.need_tokenizer()
         text = _Text(model, texts, max_documents)
-        bits_before = text.bits_per_byte(model.scorer())
+        bits_before = text.bits_per_byte(model.scorer(), "original")
         before = _open(folder)
         if method in TORCHAO:
             return _with_torchao(folder, output, method, before, text, bits_before)
@@ -238,7 +239,7 @@ def _with_torchao(
             bytes_after=weights_bytes(temporary),
             stored=dict(stored),
             bits_before=bits_before,
-            bits_after=text.bits_per_byte(text.scorer_of(reopened)),
+            bits_after=text.bits_per_byte(text.scorer_of(reopened), "quantized"),
             speeds=compare_speed(_forward(before), _forward(reopened), text.model.config.block_size),
             program="torchao",
             limits=tuple(limits),
@@ -280,7 +281,7 @@ def _as_gguf(
             bytes_after=file.stat().st_size,
             stored=dict(stored),
             bits_before=bits_before,
-            bits_after=text.bits_per_byte(text.scorer_of(_open(parts, gguf_file=file.name))),
+            bits_after=text.bits_per_byte(text.scorer_of(_open(parts, gguf_file=file.name)), "quantized"),
             speeds=speeds,
             program="llama.cpp" if speeds is not None else "llama-cpp-python",
             limits=tuple(limits),
@@ -348,9 +349,12 @@ class _Text:
     def __init__(self, model: EvalModel, paths: Sequence[Path], max_documents: int | None) -> None:
         self.model, self.paths, self.max_documents = model, paths, max_documents
 
-    def bits_per_byte(self, scorer: Scorer) -> float:
-        texts = texts_of_files(self.paths, self.model.encode, limit=self.max_documents)
-        return float(perplexity(scorer, texts, self.model.prefix_id()).metrics["bits_per_byte"])
+    def bits_per_byte(self, scorer: Scorer, which: str) -> float:
+        """`which` model it is, for the bar."""
+        texts, progress = texts_of_files(self.paths, self.model.encode, limit=self.max_documents), TaskProgress()
+        with progress.task(f"scoring the {which} model"):
+            result = perplexity(replace(scorer, on_batch=progress), texts, self.model.prefix_id())
+        return float(result.metrics["bits_per_byte"])
 
     def scorer_of(self, model: Any) -> Scorer:
         """A scorer for a model of transformers."""

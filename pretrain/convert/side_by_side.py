@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_data.tokenizers.files import tokenizer_files
+from lit_files.progress import track
 from lit_files.publish import scratch_folder
 from lit_model.hf.io import open_tensors
 from lit_model.load import is_hf_folder, resolve
@@ -62,7 +63,7 @@ def compare_speed(reference: Forward, other: Forward, block_size: int, *, cache:
     prompt = torch.zeros(1, min(PROMPT_TOKENS, block_size - new), dtype=torch.long)
     prefill: tuple[list[float], list[float]] = ([], [])
     decode: tuple[list[float], list[float]] = ([], [])
-    for i in range(ROUNDS + 1):
+    for i in track(range(ROUNDS + 1), "measuring speed", "rounds"):
         for j, forward in enumerate((reference, other)):
             began = time.perf_counter()
             state = forward(prompt, None)

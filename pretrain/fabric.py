@@ -8,6 +8,7 @@ start, and thousands of files to open on a cluster's file system.
 
 from __future__ import annotations
 
+import logging
 import sys
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,9 @@ try:
 finally:
     for _name in _hidden:
         del _modules[_name]
+
+# Its banner of process groups and its advice to lower the precision of float32: a run's first lines say what matters.
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
 __all__ = [
     "ClusterEnvironment",

@@ -22,6 +22,7 @@ def describe(run: Run) -> str:
     args, data, config = run.args, run.data, run.config
     how = f" with FSDP2 ({args.sharding_strategy})" if run.placement.fsdp else ""
     how = " with DDP" if isinstance(run.fabric.strategy, DDPStrategy) else how
+    threads = torch.get_num_threads()
     documents, tokens = sum(d.n_documents for d in data.train), sum(d.n_tokens for d in data.train)
     rows = sum(r.n_windows for r in data.rows)
     parameters = f"{count_parameters(config):,} parameters"
@@ -32,7 +33,7 @@ def describe(run: Run) -> str:
         f"model    {config.name or 'custom'}: {parameters}, vocabulary {config.vocab_size}",
         f"data     {documents:,} documents, {tokens:,} tokens, {rows:,} rows of {data.block_size}, {args.data.packing}",
         f"steps    {data.max_steps:,} of {args.train.global_batch_samples * data.block_size:,} tokens",
-        f"devices  {run.world_size} x {run.device.type}{how}, {args.precision}, {torch.get_num_threads()} threads",
+        f"devices  {run.world_size} x {run.device.type}{how}, {args.precision}, {threads} thread{'s' * (threads > 1)}",
         f"step     {describe_step(run)}",
         *describe_kernels(run),
     ]

@@ -169,7 +169,7 @@ def build_fabric(args: RunArgs, placement: Placement) -> Fabric:
             timeout=timeout,
         )
     elif args.strategy in ("ddp", "fsdp") or devices * args.num_nodes > 1:
-        strategy = _DDPOnOneStream(gradient_as_bucket_view=True, broadcast_buffers=False, timeout=timeout)
+        strategy = _DDPOnOneStream(gradient_as_bucket_view=True, timeout=timeout)
     launch, num_nodes = find_launch(), args.num_nodes
     environment = environment_for_fabric(launch)
     chosen: int | list[int] = devices
@@ -196,7 +196,7 @@ class _DDPOnOneStream(DDPStrategy):
     """DDP built on the stream of the backward pass.
 
     Lightning up to 2.6.6 builds it on a stream of its own, so that torch orders the sum of each gradient behind two
-    streams, and warns of it (Lightning issue 21567).
+    streams, and warns of it (Lightning issue 21567). No buffers are broadcast: GPT registers none.
     """
 
     def setup_module(self, module: torch.nn.Module) -> DistributedDataParallel:

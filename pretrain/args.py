@@ -285,6 +285,11 @@ class TrainArgs:
         return self.deterministic or self.topology_invariant
 
     @property
+    def is_automatic(self) -> bool:
+        """Whether a setting is to be chosen by the memory of the device."""
+        return AUTO in (self.micro_batch_samples, self.activation_checkpointing)
+
+    @property
     def micro_batch(self) -> int:
         """micro_batch_samples, once `auto` has been replaced (pretrain/memory_fit.py)."""
         assert isinstance(self.micro_batch_samples, int), "micro_batch_samples auto must be resolved first"

@@ -51,7 +51,7 @@ from pretrain.init_from import load_optimizer, load_weights, optimizer_of
 from pretrain.logs.environment import command_line, record_environment
 from pretrain.logs.metrics import FILE as METRICS
 from pretrain.logs.metrics import has_row
-from pretrain.memory_fit import Trial, fit_to_memory, is_automatic
+from pretrain.memory_fit import Trial, fit_to_memory
 from pretrain.muon import Muon
 from pretrain.optim import AdamW, LossScale, Optimizer
 from pretrain.parallel import Placement, build_fabric, choose_placement, float8_fault
@@ -138,7 +138,7 @@ def build(
         fabric.print(f"warning: {note}")
 
     meta = read_meta(checkpoint) if checkpoint is not None else None
-    if is_automatic(args):
+    if args.train.is_automatic:
         args = with_fitting_memory(args, fabric, folder, config, datasets.block_size, checkpoint, meta, trial)
     progress = start_progress(meta, args, device)
     data = open_data(args, fabric, datasets, progress.segments)

@@ -14,6 +14,14 @@ CUDA_RESERVE_BYTES = 1536 << 20  # not estimated: CUDA context, NCCL buffers, ke
 TIGHT = 0.9  # fraction of the free memory; estimates above it leave too little margin
 
 
+def show_bytes(n_bytes: float) -> str:
+    """`1.50 GiB`, in the largest of GiB, MiB and KiB that leaves a digit before the point."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if n_bytes >= unit:
+            return f"{n_bytes / unit:.2f} {name}"
+    return f"{n_bytes / 2**10:.2f} KiB"
+
+
 def free_device_bytes(device: torch.device, neighbours: int) -> int:
     """Bytes that this process can still use on its device. `neighbours`: ranks that share the host's memory."""
     if device.type != "cuda":

@@ -22,7 +22,7 @@ from lit_model.kernels.choose import choose_attention
 from lit_model.kernels.cuda import VARLEN_ARGUMENTS
 from pretrain.args import AUTO, MAX_MICRO_BATCH_TOKENS, OptimArgs, RunArgs
 from pretrain.distillation.teachers import teacher_bytes
-from pretrain.free_memory import CUDA_RESERVE_BYTES, TIGHT, free_device_bytes
+from pretrain.free_memory import CUDA_RESERVE_BYTES, TIGHT, free_device_bytes, show_bytes
 from pretrain.parallel import DTYPES, uses_fsdp
 
 Gather = Callable[[Any], list[Any]]
@@ -53,10 +53,6 @@ class Candidate:
     def __str__(self) -> str:
         blocks = f", {self.blocks} blocks recomputed" if self.blocks else ""
         return f"micro-batch of {self.rows} row{'s' * (self.rows > 1)}{blocks}"
-
-
-def is_automatic(args: RunArgs) -> bool:
-    return AUTO in (args.train.micro_batch_samples, args.train.activation_checkpointing)
 
 
 def candidates(args: RunArgs, n_layer: int, block_size: int, world_size: int, kind: str) -> list[Candidate]:
@@ -129,7 +125,7 @@ def fit_to_memory(
 
     Raises ValueError if nothing fits.
     """
-    if not is_automatic(args):
+    if not args.train.is_automatic:
         return args, None
     world_size = len(gather(None))
     if kept is not None and (same := as_before(args, kept, world_size)) is not None:
@@ -154,19 +150,19 @@ def fit_to_memory(
     chosen, peak = largest_fitting(estimates, limit, measure if measured else None)
     if measured:
         release_memory(device)
-    room = f"{limit / 2**30:.2f} GiB"
+    room = show_bytes(limit)
     if peak is None:
-        gib = f"it ran out of memory; the limit is {room}"
+        found = f"it ran out of memory; the limit is {room}"
     else:
-        gib = f"{peak / 2**30:.2f} of {room} {'measured' if measured else 'estimated'}"
+        found = f"{show_bytes(peak)} of {room} {'measured' if measured else 'estimated'}"
     if chosen is None:
         fixed = args.train.micro_batch_samples != AUTO
         advice = "a smaller --train.micro_batch_samples, " if fixed else ""
         advice += "--train.activation_checkpointing full, --strategy fsdp with more devices, "
         advice += "a smaller --train.block_size"
         advice += ", or a larger --train.memory_limit_gib" if args.train.memory_limit_gib is not None else ""
-        raise ValueError(f"not even a {tried[0]} fits: {gib}. Give {advice}")
-    return tried[chosen].apply(args), f"{tried[chosen]}: {gib}"
+        raise ValueError(f"not even a {tried[0]} fits: {found}. Give {advice}")
+    return tried[chosen].apply(args), f"{tried[chosen]}: {found}"
 
 
 def release_memory(device: torch.device) -> None:

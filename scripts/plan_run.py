@@ -25,7 +25,9 @@ NAMES = ("h100", "h200", "a100", "b200", "rtx4090", "cpu")
 
 def main() -> None:
     parser = ScriptParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--gpu", required=True, choices=NAMES, help="kind of device; cpu: this machine's")
+    parser.add_argument(
+        "--gpu", required=True, type=str.lower, choices=NAMES, help="kind of device; cpu: this machine's"
+    )
     parser.add_argument("--gpus", type=int, default=1, help="devices, eight a node (1)")
     parser.add_argument(
         "--predict_loss", type=Path, nargs="+", metavar="RUN", help="predict the final loss from three or more runs"

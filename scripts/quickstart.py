@@ -244,8 +244,9 @@ def main() -> int:
     if args.split_documents is not None:
         check_split(args.split_documents)
     if args.config is not None:
-        if not args.config.is_file():
-            raise ValueError(f"--config {args.config}: there is no such file")
+        from pretrain.cli.choices import check_config
+
+        check_config(args.config)
         args.config = str(from_root(args.config))
     if args.input is not None:
         from lit_data.corpus.files import TEXT_SUFFIXES, list_files

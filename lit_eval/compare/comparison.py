@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lit_eval.compare.entries import Entry
-from lit_eval.compare.statistics import Interval, PairedTest, bootstrap_interval, holm, paired_test
+from lit_eval.compare.statistics import Interval, PairedTest, bootstrap_interval, holm, paired_test, without_interval
 from lit_eval.score.results import Result
 
 # Parts of the names of such metrics; every other metric is better the higher it is.
@@ -22,11 +22,17 @@ NOT_COMPARED = ("out_dir", "resume", "config", "log.run_name", "log.project", "l
 
 @dataclass(frozen=True)
 class Score:
-    """A task's first metric for one entry. `interval`: None if the metric is not the mean of its items."""
+    """A task's first metric for one entry.
+
+    Attributes:
+        interval: None if the metric is not the mean of its items, and for items that do not vary.
+        no_interval: why not, for the latter.
+    """
 
     value: float
     n: int
     interval: Interval | None
+    no_interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,8 @@ def score_of(result: Result | None, metric: str, seed: int = 0) -> Score | None:
     items = np.array(result.items, dtype=np.float64)
     usable = len(items) > 0 and bool(np.isfinite(items).all()) and next(iter(result.metrics)) == metric
     if usable and math.isclose(float(items.mean()), value, rel_tol=1e-6, abs_tol=1e-9):
+        if reason := without_interval(items):
+            return Score(value, result.n, None, reason)
         interval = bootstrap_interval(items, seed=seed)
     return Score(value, result.n, interval)
 

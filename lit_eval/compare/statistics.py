@@ -37,6 +37,7 @@ class PairedTest:
         test: `McNemar exact` where every item is right or wrong, else `paired bootstrap`, or of few items `sign flips`.
         n: items.
         difference: mean of the first minus mean of the second, with its 95 % interval.
+        no_interval: why the interval has no width, if the differences do not vary; else "".
         p: two-sided p-value of "no difference".
         wins, losses: items on which the first is better, or worse.
     """
@@ -47,6 +48,7 @@ class PairedTest:
     p: float
     wins: int
     losses: int
+    no_interval: str = ""
 
 
 def bootstrap_means(values: FloatArray, resamples: int = RESAMPLES, seed: int = 0) -> FloatArray:
@@ -76,6 +78,13 @@ def bootstrap_interval(values: FloatArray, seed: int = 0) -> Interval:
     """95 % percentile bootstrap of the mean (Efron and Tibshirani 1993, chapter 13). Raises as `bootstrap_means`."""
     low, high = np.quantile(bootstrap_means(values, seed=seed), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(float(np.mean(values)), float(low), float(high))
+
+
+def without_interval(values: FloatArray) -> str:
+    """Why a bootstrap of these values would give an interval of no width; "" where they vary."""
+    if len(values) == 1:
+        return "one item: no interval"
+    return "all items equal: no interval" if len(np.unique(values)) == 1 else ""
 
 
 def mcnemar_exact(wins: int, losses: int) -> float:
@@ -129,7 +138,7 @@ def paired_test(first: FloatArray, second: FloatArray, seed: int = 0, *, lower_i
         test, p = "sign flips", sign_flip_p(differences)
     else:
         test, p = "paired bootstrap", bootstrap_p(differences, seed=seed)
-    return PairedTest(test, len(first), interval, p, wins, losses)
+    return PairedTest(test, len(first), interval, p, wins, losses, without_interval(differences))
 
 
 def holm(p_values: list[float]) -> list[float]:

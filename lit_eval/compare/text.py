@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lit_eval.compare.comparison import MISSING, Comparison, Score
+from lit_eval.compare.statistics import PairedTest
 from lit_eval.formats import duration, loss, number, perplexity, short, whole
 
 
@@ -57,7 +58,7 @@ def as_text(comparison: Comparison) -> str:
             [
                 test.task,
                 f"{test.first} - {test.second}",
-                interval_text(test.result.difference.mean, test.result.difference.low, test.result.difference.high),
+                difference_text(test.result),
                 f"{test.result.wins}:{test.result.losses}",
                 p_text(test.result.p),
                 p_text(test.adjusted),
@@ -78,12 +79,14 @@ def score_text(score: Score | None) -> str:
     if score is None:
         return "–"
     if score.interval is None:
-        return number(score.value)
+        return f"{number(score.value)} ({score.no_interval})" if score.no_interval else number(score.value)
     return f"{number(score.value)} [{number(score.interval.low)}, {number(score.interval.high)}]"
 
 
-def interval_text(mean: float, low: float, high: float) -> str:
-    return f"{number(mean, 3)} [{number(low, 3)}, {number(high, 3)}]"
+def difference_text(test: PairedTest) -> str:
+    found = test.difference
+    shown = f"({test.no_interval})" if test.no_interval else f"[{number(found.low, 3)}, {number(found.high, 3)}]"
+    return f"{number(found.mean, 3)} {shown}"
 
 
 def p_text(p: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from lit_eval.compare.comparison import MISSING, Comparison, Score, compare
 from lit_eval.compare.entries import Entry
-from lit_eval.compare.text import interval_text, p_text
+from lit_eval.compare.text import difference_text, p_text
 from lit_eval.formats import duration, loss, number, perplexity, short, whole
 from lit_eval.report.charts import Chart, Line, Point, Scatter, style_of
 from lit_eval.report.elements import (
@@ -228,6 +228,8 @@ def _score_cell(score: Score | None, best: bool) -> Cell:
     shown = f'<b class="best">{shown}</b>' if best else shown
     if score.interval is not None:
         shown += f"<br><small>{escape(number(score.interval.low))} to {escape(number(score.interval.high))}</small>"
+    elif score.no_interval:
+        shown += f"<br><small>{escape(score.no_interval)}</small>"
     return Cell(shown, score.value)
 
 
@@ -256,7 +258,7 @@ def _tests(comparison: Comparison) -> str:
             text_cell(test.first),
             text_cell(test.second),
             number_cell(
-                interval_text(test.result.difference.mean, test.result.difference.low, test.result.difference.high),
+                difference_text(test.result),
                 test.result.difference.mean,
             ),
             number_cell(f"{test.result.wins} : {test.result.losses}", test.result.wins - test.result.losses),

@@ -15,12 +15,14 @@ from typing import Any
 
 import yaml
 
+from lit_files.near_names import did_you_mean_file
 from lit_files.reading import read_text
 from lit_model.registry import MODELS
 from pretrain.args import LIVE_TEACHERS_ONLY, SHARDED_ONLY, ModelArgs, RunArgs, flat
 from pretrain.cli.command_line import spell_switches
 from pretrain.cli.fields import flags_of, without_none
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SWITCHES = {f"--{flag.name}" for flag in flags_of(RunArgs) if without_none(flag.kind) == (bool,)}
 MAX_CONFIG_VALUES = 100_000  # in a config
 
@@ -132,13 +134,21 @@ class Words:
         return [*configs, Layer(None, self.typed)]
 
 
+def check_config(path: str | Path, flag: str = "config") -> None:
+    """Raise ValueError that names the flag and similar files unless the config exists."""
+    if not Path(path).exists():
+        shown = CONFIGS.relative_to(Path.cwd()) if CONFIGS.is_relative_to(Path.cwd()) else CONFIGS
+        raise ValueError(f"--{flag} {path}: there is no such file{did_you_mean_file(Path(path), shown)}")
+
+
 def read_config(path: str) -> dict[str, Any]:
-    """Read the settings in a YAML file. Raises ValueError naming a file that is not valid YAML settings.
+    """Read the settings in a YAML file. Raises ValueError naming a file that is missing or not valid YAML settings.
 
     A pipe, as in `--config <(...)`, can only be read once, by the parser, so it yields no settings here.
     """
     if Path(path).is_fifo() and Path(path).is_relative_to("/dev/fd"):
         return {}
+    check_config(path)
     text = read_text(path)
     try:
         settings = parse_yaml(text)

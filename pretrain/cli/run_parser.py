@@ -133,8 +133,7 @@ def parse(argv: list[str] | None = None) -> RunArgs:
     known = [flag for action in parser._actions for flag in action.option_strings]
     given = read_words(argv, known)
     for config in given.configs:
-        if Path(config).exists():
-            read_config(config)  # before the parser reads it
+        read_config(config)  # before the parser reads it
     with named_faults(given.configs):
         namespace: Namespace = parser.parse_args(given.words)
     layers = given.layers()
@@ -148,6 +147,11 @@ def parse(argv: list[str] | None = None) -> RunArgs:
     namespace.pop("config", None)
     with named_faults(given.configs):
         args = instantiate(namespace)
+    if args.train.memory_limit_gib is not None and not args.train.is_automatic:
+        lines.append(
+            f"--train.memory_limit_gib {args.train.memory_limit_gib:g} has no effect without "
+            "--train.micro_batch_samples auto or --train.activation_checkpointing auto"
+        )
     args, more = fit_to_launch(args, layers[-1].values, {key for layer in layers[:-1] for key in layer.values})
     lines += more
     if is_first_process():

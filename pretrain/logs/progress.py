@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from pretrain.free_memory import show_bytes
 from pretrain.logs.messages import say
 from pretrain.logs.metrics import perplexity
 
@@ -132,7 +133,8 @@ def show_perplexity(value: float) -> str:
 def describe_rates(row: dict[str, float]) -> list[str]:
     parts = [f"{row['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in row else []
     if "memory_gib" in row:
-        parts.append(f"{row['memory_gib']:.1f} GiB")
+        gib = row["memory_gib"]
+        parts.append(f"{gib:.1f} GiB" if gib >= 0.1 else show_bytes(gib * 2**30))
     return parts
 
 

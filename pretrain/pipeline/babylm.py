@@ -23,6 +23,7 @@ from lit_files.lock import lock_folder
 from lit_files.near_names import did_you_mean
 from lit_model.registry import get_config
 from pretrain.args import RunArgs
+from pretrain.cli.choices import check_config
 from pretrain.cli.run_parser import parse
 from pretrain.endings import STOPPED
 from pretrain.pipeline.babylm_settings import NO_CLEANER, BabylmSettings, Track
@@ -105,8 +106,7 @@ def check_cleaner(name: str, files: Sequence[TextFile]) -> None:
 def find_config(model: str, flag: str = "model") -> Path:
     """The config of a model, relative to ROOT if it is there. Raises ValueError with the flag and the nearest names."""
     if model.endswith((".yaml", ".yml")):
-        if not Path(model).is_file():
-            raise ValueError(f"--{flag} {model}: there is no such file")
+        check_config(model, flag)
         return from_root(Path(model))
     known = {path.stem: path for pattern in CONFIGS for path in sorted(ROOT.glob(pattern))}
     if model not in known:

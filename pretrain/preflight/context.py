@@ -123,7 +123,3 @@ def odd_ones(outcomes: Sequence[Outcome[dict[str, Any]]], key: str) -> str:
     most = Counter(values).most_common(1)[0][0]
     odd = [f"{o.who} has {v}" for o, v in zip(outcomes, values, strict=True) if v != most]
     return f"{'; '.join(odd[:3])}{f' and {len(odd) - 3} more' if len(odd) > 3 else ''}, most have {most}" if odd else ""
-
-
-def show_bytes(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"

@@ -20,10 +20,11 @@ import torch.distributed as dist
 from lit_files.checkpoint_name import list_checkpoints
 from lit_files.platform import allocated_bytes, drop_from_cache, usable_core_numbers, usable_cores
 from lit_files.publish import sync_file, write_text
+from pretrain.free_memory import show_bytes
 from pretrain.logs.environment import code_hash, driver_version
 from pretrain.memory_fit import checkpoint_bytes
 from pretrain.parallel import float8_fault
-from pretrain.preflight.context import Finding, PreflightContext, odd_ones, results, show_bytes
+from pretrain.preflight.context import Finding, PreflightContext, odd_ones, results
 from pretrain.preflight.nccl_transport import has_verbs, infiniband_devices, read_log, slow_for, transports
 from pretrain.preflight.outcomes import Ranks
 

@@ -10,9 +10,9 @@ import torch
 from lit_model.config import ModelConfig
 from lit_model.cost import TrainingSetting, training_memory
 from lit_model.load import Checkpoint
-from pretrain.free_memory import CUDA_RESERVE_BYTES, TIGHT, free_device_bytes
+from pretrain.free_memory import CUDA_RESERVE_BYTES, TIGHT, free_device_bytes, show_bytes
 from pretrain.memory_fit import fit_to_memory, host_bytes, training_setting
-from pretrain.preflight.context import Finding, PreflightContext, faults, results, show_bytes
+from pretrain.preflight.context import Finding, PreflightContext, faults, results
 
 
 def check_memory(s: PreflightContext) -> Finding:

@@ -22,12 +22,13 @@ from pretrain.build import set_up
 from pretrain.checkpoint.load import check_meta
 from pretrain.data import Datasets, first_segments, length_of, open_data, open_datasets, training_loader
 from pretrain.distillation.teacher_cache import resolve_teachers
+from pretrain.free_memory import show_bytes
 from pretrain.init_from import config_of, model_config
 from pretrain.logs.throughput import Throughput, peak_memory_gib
 from pretrain.logs.trackers import check_trackers
 from pretrain.loop import train_step
-from pretrain.memory_fit import candidates, is_automatic, training_setting
-from pretrain.preflight.context import Finding, PreflightContext, faults, results, show_bytes
+from pretrain.memory_fit import candidates, training_setting
+from pretrain.preflight.context import Finding, PreflightContext, faults, results
 from pretrain.preflight.memory import memory_advice
 from pretrain.preflight.outcomes import Ranks
 from pretrain.resume import check_resume
@@ -172,7 +173,7 @@ def load_some(s: PreflightContext) -> float:
         _, taught_by = resolve_teachers(s.args.distillation)
         check_resume(plain(s.args), meta, s.data, s.config, taught_by, s.checkpoint)
     args = without_side_outputs(s.args)
-    if is_automatic(args):  # chosen later; the loader's speed hardly depends on it
+    if args.train.is_automatic:  # chosen later; the loader's speed hardly depends on it
         first = candidates(args, s.config.n_layer, s.data.block_size, s.ranks.world_size, s.kind or "cpu")[0]
         args = first.apply(args)
     loader = training_loader(args, s.ranks.fabric, s.data, segments)

@@ -186,6 +186,23 @@ def test_other_items_are_not_tested(tmp_path: Path) -> None:
     assert comparison.tasks[1].scores[1] is None
 
 
+def test_no_interval_of_items_that_do_not_vary(tmp_path: Path) -> None:
+    """Neither for one item nor for equal ones, in text, page and JSON; nor for equal differences."""
+    items: dict[str, list[float]] = {"one": [0.5], "equal": [1.0] * 9, "vary": [1.0, 0.0, 1.0]}
+    a, b = (write_results(tmp_path / f"{name}.json", name, items) for name in "ab")
+    comparison = compare(read_entries([a, b]))
+    one, equal, vary = (task.scores[0] for task in comparison.tasks)
+    assert one and equal and vary and one.interval is None and equal.interval is None and vary.interval is not None
+    text, page = as_text(comparison), comparison_report(read_entries([a, b]))
+    for shown in ("one item: no interval", "all items equal: no interval"):
+        assert shown in text and shown in page
+    assert "[0, 0]" not in text and "[1, 1]" not in text
+    assert {test.result.no_interval for test in comparison.tests} == {
+        "one item: no interval",
+        "all items equal: no interval",
+    }
+
+
 def test_names_are_told_apart(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / top / "run", run_rows(2.0)) for top in "ab"]
     assert [e.name for e in read_entries(paths)] == ["a/run", "b/run"]

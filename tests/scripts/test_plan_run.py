@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from running import ROOT, write_dataset
+from running import ROOT, script, write_dataset
 
 from lit_model.cost import training_memory
 from pretrain.cli.run_parser import parse
@@ -116,6 +116,11 @@ def test_warnings_of_a_published_recipe_and_of_bad_settings() -> None:
     texts = " ".join(warnings(planned("--optim.lr=0.01", "--optim.warmup_steps=400000", devices=7)))
     for part in ("--optim.lr 0.01 at a width of 2048", "--optim.warmup_steps 400000", "not a multiple of 7 devices"):
         assert part in texts, part
+
+
+def test_a_device_in_capitals() -> None:
+    done = script("plan_run.py", "--gpu", "H100", "--config", ROOT / "configs" / "debug.yaml")
+    assert done.returncode == 0 and "NVIDIA H100" in done.stdout, done.stderr
 
 
 def test_the_text() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from running import flags, train, write_dataset
+from running import flags, script_error, train, write_dataset
+
+from pretrain.cli.run_parser import parse
 
 CASES: dict[str, tuple[dict[str, object], str]] = {
     "missing data": ({"data__train": "nowhere"}, "nowhere is not a packed dataset"),
@@ -44,6 +47,18 @@ def test_mistake_is_named(data: Path, tmp_path: Path, case: str) -> None:
     assert message in done.stderr and "Traceback" not in done.stderr
     left = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert left == [], "a refused run left files behind"
+
+
+@pytest.mark.parametrize(
+    "typed", ["configs/llamlein_1B.yaml", "llammlein_1B", "Llammlein_1b.yaml", "confgs/llammlein_1B.yaml"]
+)
+def test_a_config_with_a_similar_name(typed: str) -> None:
+    """The trainer, the plan and the quickstart name the file that was meant."""
+    meant = r"there is no such file; did you mean (\S* or )*(\S*/)?configs/llammlein_1B.yaml"
+    with pytest.raises(ValueError, match=meant):
+        parse(["--config", typed])
+    assert re.search(meant, script_error("plan_run.py", "--gpu", "cpu", "--config", typed))
+    assert re.search(meant, script_error("quickstart.py", "--input", "x", "--output", "y", "--config", typed))
 
 
 def test_unknown_key_in_config(data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def test_ranks_agree_and_running_out_of_memory_is_no_end(data: Path) -> None:
         patch.setattr("pretrain.memory_fit.release_memory", lambda device: None)
         found, line = fit_to_memory(args, config, 32, Device(), gather, trial=trial)  # type: ignore[arg-type]
         assert found.train.micro_batch == 2 and tried[0] == 8 and set(tried) == {8, 4, 2}
-        assert line == "micro-batch of 2 rows: 0.00 of 1.00 GiB measured"
+        assert line == "micro-batch of 2 rows: 2.00 MiB of 1.00 GiB measured"
         short_of_memory = lambda v: [v, None if isinstance(v, int) and v < 1 << 25 else v]  # noqa: E731
         with pytest.raises(ValueError, match="not even a micro-batch of 1 row fits"):
             fit_to_memory(args, config, 32, Device(), short_of_memory, trial=trial)  # type: ignore[arg-type]
@@ -113,7 +114,9 @@ def test_automatic_settings_equal_given_ones_and_are_kept(
 ) -> None:
     automatic = {**SHORT, **AUTO, **limit(data, 2, 0, **SHORT)}
     train_in_process(flags(data, tmp_path / "auto", **automatic))
-    assert "memory   micro-batch of 2 rows: " in (output := capsys.readouterr().out) and "GiB estimated" in output
+    assert re.search(
+        r"memory   micro-batch of 2 rows: [1-9][\d.]* MiB of [1-9][\d.]* MiB estimated", capsys.readouterr().out
+    )
     assert train_section(tmp_path / "auto")["micro_batch_samples"] == 2
     train_in_process(flags(data, tmp_path / "given", **SHORT, train__micro_batch_samples=2))
     same_checkpoints(tmp_path / "auto" / "iter-00000004-ckpt.pth", tmp_path / "given" / "iter-00000004-ckpt.pth")
@@ -146,6 +149,15 @@ def test_as_few_blocks_as_fit_are_recomputed(data: Path, tmp_path: Path, capsys:
     for changes in (RECOMPUTE, {**RECOMPUTE, **AUTO}):
         with pytest.raises(ValueError, match="3 blocks recomputed fits: "):
             set_up(parse(flags(data, tmp_path / "no", **SHORT, **changes, train__memory_limit_gib=1e-4)))
+
+
+def test_a_limit_without_automatic_settings_is_noted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parse(flags(data, Path("r"), **SHORT, train__memory_limit_gib=2))
+    assert "note: --train.memory_limit_gib 2 has no effect without --train.micro_batch_samples auto" in (
+        capsys.readouterr().err
+    )
+    parse(flags(data, Path("r"), **SHORT, **AUTO, train__memory_limit_gib=2))
+    assert "memory_limit_gib" not in capsys.readouterr().err
 
 
 def test_a_trial_takes_steps_of_the_real_run(data: Path, tmp_path: Path) -> None:

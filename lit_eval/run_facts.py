@@ -33,7 +33,7 @@ EVALUATION_COLUMN = "eval/"  # prefix of the columns of metrics.csv for these ta
 ABANDONED = "abandoned"  # RUN/abandoned/NNN-from-STEP: discarded by a rollback or the resume of an older checkpoint
 MOST_RESULTS = 2000  # files of results read from a run
 MOST_RESULT_BYTES = 64 << 20
-NOT_SEARCHED = {"datapoints", ABANDONED, "tokenizer", "data", "logs", "tensorboard", "wandb", "plans"}
+NOT_SEARCHED = {"datapoints", ABANDONED, "tokenizer", "data", "logs", "tensorboard", "wandb", "plans", "hf"}
 
 
 @dataclass(frozen=True)

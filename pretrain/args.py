@@ -481,6 +481,8 @@ class SaveArgs:
     """Also save at the first step at or past these numbers of words seen (repeats count), and never delete these
     checkpoints: for example 1M,2M,5M. `babylm`: 1 to 10M by 1M, 20 to 100M by 10M; `babylm_strict`: also 200 to 1000M
     by 100M. The data's words must be counted."""
+    hf: bool = False
+    """At the end of the run, write its model as a Hugging Face folder, RUN/hf."""
     on_error: Literal["stop", "skip"] = "stop"
     """If a checkpoint cannot be written (a full disk): `stop` the run, or `skip` this checkpoint with a warning."""
 

@@ -169,7 +169,7 @@ def build(
         if is_finished(folder, progress, data.max_steps):
             if lock is not None:
                 lock.close()
-            raise RunFinished(f"{folder} is finished: all {data.max_steps} steps are done; nothing to do")
+            raise RunFinished(folder, data.max_steps)
 
     evaluation = on_rank_zero(
         fabric, lambda: open_evaluation(args.eval, data.train[0], config.vocab_size, data.block_size)

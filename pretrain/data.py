@@ -19,6 +19,7 @@ from lit_eval.model.model_tokenizer import OVERRIDE, check_model_and_data, compa
 from lit_eval.model.text_encoding import check_bos, unlike_special_tokens, unlike_start
 from lit_files.platform import memory_bytes
 from lit_model.config import ModelConfig
+from lit_model.hf.families import family_of
 from pretrain.args import AUTO, MAX_MICRO_BATCH_TOKENS, RunArgs, TrainArgs
 from pretrain.distillation.teacher_cache import CachedTeacher, check_cache
 from pretrain.distillation.teachers import Teachers, check_teachers
@@ -99,6 +100,11 @@ def open_datasets(args: RunArgs, kind: str | None, checkpoint: Path | None = Non
         check_counted(train, "--save.at_words" if args.save.at_words else "--eval.tasks_every_words")
     config = model_config(args, train[0].vocab_size, checkpoint)
     router_losses(args.train, config)  # raises if they do not fit
+    if args.save.hf:
+        try:
+            family_of(config)
+        except ValueError as error:
+            raise ValueError(f"--save.hf true: {error}") from None
     block_size = args.train.block_size or config.block_size
     check_memory(args, kind, config, block_size)
     for flag, dataset in named:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 STOPPED = "stopped.json"  # in the folder of a run that a signal ended
 
 
@@ -10,7 +12,11 @@ class Mistake(ValueError):
 
 
 class RunFinished(Exception):
-    """--resume names the last checkpoint of a finished run: every rank raises it, and nothing is left to do."""
+    """--resume names the last checkpoint of a finished run, in `folder`: every rank raises it, and nothing is left to do."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        super().__init__(f"{folder} is finished: all {steps} steps are done; nothing to do")
+        self.folder = folder
 
 
 class AgreedError(RuntimeError):

@@ -50,8 +50,13 @@ def main(argv: list[str] | None = None) -> int:
             run = set_up(args, argv, signals, trial=peak_of_steps)
             signals.kept = True
         except RunFinished as finished:
-            if is_first_process():
-                say(str(finished))
+            if not is_first_process():
+                return 0
+            say(str(finished))
+            if args.save.hf:
+                from pretrain.convert.export import export_run
+
+                return export_run(finished.folder, again=False)
             return 0
         except (ValueError, OSError) as error:
             if raised_by_import(error):
@@ -71,6 +76,10 @@ def main(argv: list[str] | None = None) -> int:
             from pretrain.logs.report import write_report
 
             write_report(run.folder)
+        if run.args.save.hf and status == 0 and run.fabric.global_rank == 0:
+            from pretrain.convert.export import export_run
+
+            return export_run(run.folder)
         return status
 
 

@@ -6,6 +6,7 @@ Tensor names and config fields are mapped by `lit_model/hf`.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from lit_eval.model.model_tokenizer import (
 from lit_eval.model.text_encoding import Encoding, encoding_of
 from lit_files.checkpoint_name import budget_name
 from lit_files.nested_run import did_you_mean_run
-from lit_files.publish import replace_file
+from lit_files.publish import replace_file, replace_folder, scratch_folder
 from lit_files.reading import read_foreign_object
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
@@ -39,6 +40,9 @@ from lit_model.hf.io import read_folder, write_folder
 from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
 from pretrain.checkpoint.contents import word_budgets_in
 from pretrain.checkpoint.load import FORMAT_VERSION
+from pretrain.logs.messages import say
+
+HF_FOLDER = "hf"  # in the run folder, with --save.hf
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,28 @@ def export_to_hf(
         extra_files={**_tokenizer_files(opened, encoding), "README.md": model_card(checkpoint, opened, encoding, card)},
     )
     return path
+
+
+def export_run(run: Path, again: bool = True) -> int:
+    """Write the model of a run that has ended as RUN/hf; if there is one, `again` or not. Returns the exit status: 1,
+    with a message, if it could not be written.
+    """
+    folder = run / HF_FOLDER
+    if folder.exists() and not again:
+        return 0
+    try:
+        with scratch_folder(folder) as parts:
+            export_to_hf(run, parts / HF_FOLDER)
+            replace_folder(parts / HF_FOLDER, folder)
+    except (ValueError, OSError) as error:
+        print(
+            f"error: the run is complete, but {folder} could not be written: {error}; repeat it with "
+            f"python scripts/convert_to_hf.py --checkpoint {run} --output {folder}",
+            file=sys.stderr,
+        )
+        return 1
+    say(f"Hugging Face model: {folder}")
+    return 0
 
 
 def export_word_budgets(run: Path, output: Path, tokenizer: Path | None = None) -> dict[Path, Path | None]:

@@ -7,9 +7,10 @@ the files that cannot be read.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -119,16 +120,28 @@ class RunFacts:
 
     @property
     def seconds(self) -> float | None:
-        """Time spent in training steps that count, over all starts: `seconds` restarts at each."""
-        values, written = self.metrics["seconds"], self.metrics.written.get("seconds")
+        """Time spent in training steps that count, over all starts: `seconds` restarts at each.
+
+        From the newest checkpoint and the rows after it; from the rows alone, without the time between the last one and
+        a stop, if the checkpoint does not have it.
+        """
+        written = self.metrics.written.get("seconds")
         if written is None or not written.any():
-            return None
-        seconds = values[written].tolist()
-        total = seconds[-1]
-        for before, after in pairwise(seconds):
-            if after < before:
-                total += before
-        return float(total)
+            return self.spent("seconds")
+        rows = self.metrics["seconds"][written].tolist()
+        kept, here = self.spent("seconds"), self.spent("seconds_of_start")
+        if kept is None or here is None:
+            return sum_of_starts(rows)
+        after = self.metrics["step"][written] > (_whole(self.meta.get("step")) or 0)
+        resumed = bool(self.starts) and self.starts[-1].get("attempt") != self.meta.get("environment")
+        later = [row for row, counts in zip(rows, after, strict=True) if counts]
+        return kept + sum_of_starts([0.0 if resumed else here, *later]) - (0.0 if resumed else here)
+
+    def spent(self, key: str) -> float | None:
+        """`seconds`, `device_seconds` (times the ranks) or `seconds_of_start` of the newest checkpoint."""
+        value = _inside(self.meta, "time", key)
+        known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+        return float(value) if known else None
 
     @property
     def samples(self) -> list[Sample]:
@@ -145,6 +158,11 @@ class RunFacts:
             return f"stopped by {self.stopped.get('signal', 'a signal')} after step {self.stopped.get('step', '?')}"
         of = "" if self.max_steps is None else f" of {self.max_steps:,}"
         return f"not finished: step {self.step:,}{of}"
+
+
+def sum_of_starts(seconds: Sequence[float]) -> float:
+    """The total of a clock that restarts from 0, from its readings in order."""
+    return seconds[-1] + sum(before for before, after in pairwise(seconds) if after < before)
 
 
 def is_run(path: Path) -> bool:

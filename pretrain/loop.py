@@ -604,7 +604,7 @@ def save(run: Run, throughput: Throughput) -> None:
     paused = throughput.pause()
     run.beat("saving")
     finish_part = run.recorder.publish_later() if run.recorder is not None else lambda: None
-    run.saver.save(run.step, run.tensors(), checkpoint_meta(run), finish_part)
+    run.saver.save(run.step, run.tensors(), checkpoint_meta(run, throughput), finish_part)
     throughput.resume(paused)
 
 
@@ -626,11 +626,25 @@ def save_before_the_end(run: Run, throughput: Throughput) -> None:
         print(f"warning: step {run.step} could not be saved after the error: {error}", file=sys.stderr)
 
 
-def checkpoint_meta(run: Run) -> dict[str, object]:
-    """A checkpoint's meta: everything except the tensors, JSON-serializable."""
+def time_spent(run: Run, throughput: Throughput) -> dict[str, float] | None:
+    """Seconds of the steps done, over all starts, on the clock and times the ranks; and of this start. None if unknown:
+    metrics.csv misses the time between its last row and a stop."""
+    if run.earlier_s is None or run.earlier_device_s is None:
+        return None
+    here = throughput.elapsed_s()
+    return {
+        "seconds": run.earlier_s + here,
+        "device_seconds": run.earlier_device_s + here * run.world_size,
+        "seconds_of_start": here,
+    }
+
+
+def checkpoint_meta(run: Run, throughput: Throughput | None = None) -> dict[str, object]:
+    """A checkpoint's meta: everything except the tensors, JSON-serializable. `throughput`: None in a replay."""
     datasets = run.data.train
     return {
-        **run.to_meta(),
+        **run.to_meta(),  # waits for the device
+        "time": None if throughput is None else time_spent(run, throughput),
         "words": words_seen(run),
         "word_budgets": run.budgets.get(run.step, []),
         "max_steps": run.data.max_steps,

@@ -113,7 +113,9 @@ def progress_at(meta: dict[str, Any] | None, args: RunArgs, device: torch.device
         "segments": [Segment(0, 0, args.train.global_batch_samples).to_dict()],
         "tokens": 0,
         "skipped": 0,
+        "time": {"seconds": 0.0, "device_seconds": 0.0},
     }
+    spent = meta.get("time") or {}
     return Progress(
         step=int(meta["step"]),
         segments=[Segment(**segment) for segment in meta["segments"]],
@@ -125,6 +127,8 @@ def progress_at(meta: dict[str, Any] | None, args: RunArgs, device: torch.device
         unfinished=meta.get("unfinished_row"),
         skips=list(meta.get("skips", [])),
         changes=list(meta.get("changes", [])),
+        earlier_s=spent.get("seconds"),
+        earlier_device_s=spent.get("device_seconds"),
     )
 
 

@@ -51,6 +51,8 @@ class Progress:
         unfinished: the row of metrics of `step`, if its validation or evaluation is still to be done.
         skips: sample ranges left out after a loss spike.
         changes: settings changed with --resume_allow, by the step of the resume.
+        earlier_s, earlier_device_s: seconds that the steps up to this start took, and seconds times ranks; None if an
+            older checkpoint did not keep them.
     """
 
     step: int
@@ -63,6 +65,8 @@ class Progress:
     unfinished: dict[str, float] | None = None
     skips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    earlier_s: float | None = 0.0
+    earlier_device_s: float | None = 0.0
 
     def to_meta(self) -> dict[str, Any]:
         """As a checkpoint keeps it, JSON-able; pretrain/resume.py reads it. Waits for the device."""

@@ -66,6 +66,7 @@ class _Resumed:
     tokens: int
     words: int | None = None
     word_budgets: list[int] = field(default_factory=list)
+    time: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         if self.step < 0:

@@ -50,6 +50,10 @@ class Throughput:
     def resume(self, paused: float) -> None:
         self._start += time.perf_counter() - paused
 
+    def elapsed_s(self) -> float:
+        """Seconds since training began or resumed in this process, pauses included."""
+        return time.perf_counter() - self.begin
+
     def read(self) -> dict[str, float]:
         """Values since the last read. The caller must have just waited for the device."""
         now = time.perf_counter()

@@ -83,7 +83,9 @@ def hardware(cut: RunFacts) -> Iterator[tuple[str, str]]:
         device = ", ".join(gpus) if gpus else f"CPU processes ({last.get('cpu') or 'unknown model'})"
         on = f" on {len(hosts)} hosts" if isinstance(hosts, list) and len(hosts) > 1 else ""
         yield "Hardware", f"{world_size} x {device}{on}"
-    if (hours := device_hours(cut.metrics, cut.starts)) is not None:
+    spent = cut.spent("device_seconds")
+    hours = device_hours(cut.metrics, cut.starts) if spent is None else spent / 3600
+    if hours is not None:
         yield "Device hours of training steps", f"{hours:,.2f}"
         if gpus and isinstance(watts := last.get("gpu_power_limit_w"), float):
             energy = f"at most {hours * watts / 1000:,.1f} kWh at the GPUs' power limit of {watts:.0f} W"
@@ -92,6 +94,8 @@ def hardware(cut: RunFacts) -> Iterator[tuple[str, str]]:
 
 def device_hours(metrics: Metrics, starts: list[dict[str, Any]]) -> float | None:
     """Hours that all ranks together spent in training steps, over all starts; None if the run did not record them.
+
+    From the rows of metrics.csv, for a run whose checkpoints do not have them.
 
     The column `seconds` restarts from 0 at each start, whose line in environment.jsonl has the number of ranks.
     """

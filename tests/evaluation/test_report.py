@@ -250,6 +250,21 @@ def test_time_over_restarts(tmp_path: Path) -> None:
     assert read_run(write_run(tmp_path / "run", rows)).seconds == 3.0 + 1.5 + 0.25
 
 
+def test_time_from_a_checkpoint_and_the_rows_after_it(tmp_path: Path) -> None:
+    rows = [{"step": i, "seconds": s} for i, s in enumerate([1.0, 2.0, 3.5, 4.5])]
+    run = read_run(write_run(tmp_path / "run", rows))
+    time = {"seconds": 10.0, "device_seconds": 40.0, "seconds_of_start": 3.0}
+    run.meta = {"step": 1, "environment": "a", "time": time}
+    run.starts = [{"attempt": "a"}]
+    assert run.seconds == 10 + 4.5 - 3  # the same start went on
+    run.starts.append({"attempt": "b"})
+    assert run.seconds == 10 + 4.5  # resumed from the checkpoint
+    run.meta = run.meta | {"step": 3}
+    assert run.seconds == 10
+    run.meta = run.meta | {"time": {"seconds": "10", "seconds_of_start": float("nan")}}
+    assert run.seconds == 4.5
+
+
 def test_what_was_seen_against_a_plain_count(tmp_path: Path) -> None:
     folder, _ = prepare(tmp_path)
     assert write(folder) == 0

@@ -136,3 +136,5 @@ def test_card_bounds_the_energy_of_gpus() -> None:
     facts = dict(hardware(cut))
     assert facts["Device hours of training steps"] == "8.00"
     assert "at most 5.6 kWh at the GPUs' power limit of 700 W" in facts["Energy of training steps"]
+    cut.meta = {"time": {"device_seconds": 9 * 3600.0}}  # with the time after the last row
+    assert dict(hardware(cut))["Device hours of training steps"] == "9.00"

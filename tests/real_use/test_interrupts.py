@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from running import ROOT, flags, metrics, same_checkpoints, shared_rank_server, train, write_dataset
 
+from lit_model.load import Checkpoint
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -113,6 +115,8 @@ def test_stop_after_minutes(data: Path, tmp_path: Path, ranks: Any) -> None:
     assert done.statuses == [9, 9] and "stopped by stop.after_minutes after step 1" in done.output, done.output
     assert (run / "iter-00000001-ckpt.pth").exists()
     assert json.loads((run / "stopped.json").read_text())["step"] == 1
+    spent = Checkpoint(run / "iter-00000001-ckpt.pth").meta["time"]
+    assert spent["device_seconds"] == 2 * spent["seconds"] == 2 * spent["seconds_of_start"] > 0
     refused = train(*short(data, tmp_path / "no", stop__after_minutes=0), check=False)
     assert refused.returncode == 2 and "--stop.after_minutes 0.0 must be greater than 0" in refused.stderr
 

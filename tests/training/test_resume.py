@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import ROOT, flags, metrics, same_checkpoints, train, train_killed
+from running import ROOT, flags, metrics, same_checkpoints, train, train_in_process, train_killed
 from whole_record import read_record
 
 from lit_data.loading.order import Segment
 from lit_data.record.trace import open_run
 from lit_data.record.verify import verify
+from lit_eval.compare.entries import read_entries
+from lit_eval.run_facts import read_run
 from lit_files.checkpoint_name import list_checkpoints
 from lit_model.load import Checkpoint
 from pretrain.args import DistillationArgs, OptimArgs, TrainArgs, plain
@@ -134,6 +136,21 @@ def test_sigterm_saves_and_the_run_resumes(data: Path, tmp_path: Path) -> None:
     train(*flags(data, run, resume="latest", **changes))
     last = f"iter-{steps:08d}-ckpt.pth"
     same_checkpoints(tmp_path / "whole" / last, run / last)
+
+
+def test_time_of_stopped_starts_is_counted(data: Path, tmp_path: Path) -> None:
+    """Also where a start ends before its first log row."""
+    run, total = tmp_path / "run", 0.0
+    stop = {"stop__after_minutes": 1e-6, "log__every_steps": 1000, "data__val": None}
+    for step in (1, 2, 3):
+        train_in_process(flags(data, run, resume="auto", **stop))
+        spent = Checkpoint(run / f"iter-{step:08d}-ckpt.pth").meta["time"]
+        assert spent["seconds_of_start"] > 0
+        total += spent["seconds_of_start"]
+        assert spent["seconds"] == spent["device_seconds"] == total
+    assert not any(row["seconds"] for row in metrics(run))
+    assert read_run(run).seconds == read_entries([run])[0].seconds == total
+    assert read_run(run).spent("device_seconds") == total
 
 
 def test_a_setting_that_an_older_checkpoint_lacks_counts_as_its_default(

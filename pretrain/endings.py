@@ -12,7 +12,7 @@ class Mistake(ValueError):
 
 
 class RunFinished(Exception):
-    """--resume names the last checkpoint of a finished run, in `folder`: every rank raises it, and nothing is left to do."""
+    """--resume names the last checkpoint of a finished run, that of `folder`. Every rank raises it."""
 
     def __init__(self, folder: Path, steps: int) -> None:
         super().__init__(f"{folder} is finished: all {steps} steps are done; nothing to do")

@@ -124,6 +124,8 @@ def build(
     trial: Trial | None,
 ) -> Run:
     """Put the run together, once the ranks have met. `opened`: the data, if this process has opened it already."""
+    if fabric.world_size > 1 or placement.fsdp:
+        import torch._dynamo  # DDP and FSDP import it: 75 MiB of the process, and not of what it trains
     device, resident = fabric.device, resident_bytes()
     if (fault := float8_fault(args.precision, device)) is not None:
         raise ValueError(f"{fault}; use --precision bf16")

@@ -22,6 +22,11 @@ if [[ " $* " == *" --parts"[\ =]* ]]; then
     exit 2
 fi
 
+if ! command -v sbatch >/dev/null; then
+    echo "error: there is no sbatch here; without SLURM run scripts/prepare_data.py with --workers" >&2
+    exit 2
+fi
+
 stages=(encode merge)
 if [[ " $* " == *" --dedup exact "* || " $* " == *" --dedup=exact "* || " $* " == *" --near_dedup"[\ =]* ]]; then
     stages=(hash join encode merge)

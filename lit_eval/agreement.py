@@ -13,6 +13,7 @@ import torch
 from lit_data.loading.batches import PADDING, read_rows
 from lit_data.loading.rows import ConcatRows
 from lit_data.packed.reader import PackedDataset
+from lit_files.progress import track
 from lit_model.load import load_model
 from lit_model.loss import LossOutput
 
@@ -37,13 +38,18 @@ class SpanLosses:
 
 
 @torch.no_grad()
-def our_span_losses(model_path: Path, dataset: PackedDataset, block_size: int, batch: int = 16) -> SpanLosses:
-    """Run our model on the rows of a packed dataset with the document mask, as the trainer's validation does."""
+def our_span_losses(
+    model_path: Path, dataset: PackedDataset, block_size: int, batch: int = 16, max_rows: int | None = None
+) -> SpanLosses:
+    """Run our model on the rows of a packed dataset, the first `max_rows` or all, with the document mask, as the
+    trainer's validation does.
+    """
     model, _ = load_model(model_path)
     windows_of = ConcatRows(dataset, block_size)
+    n_rows = windows_of.n_windows if max_rows is None else min(max_rows, windows_of.n_windows)
     parts: list[tuple[Any, ...]] = []
-    for first in range(0, windows_of.n_windows, batch):
-        windows = np.arange(first, min(first + batch, windows_of.n_windows), dtype=np.int64)
+    for first in track(range(0, n_rows, batch), "losses here", "batches"):
+        windows = np.arange(first, min(first + batch, n_rows), dtype=np.int64)
         rows = read_rows(windows_of, windows, windows, document_mask=True)
         out = model(rows.tokens, rows.targets, cu_seqlens=rows.cu_seqlens)
         assert isinstance(out, LossOutput)
@@ -72,7 +78,8 @@ def transformers_span_losses(folder: Path, dataset: PackedDataset, spans: SpanLo
             'attention scores: install transformers 5.21 or newer, or open the model with attn_implementation="eager"'
         )
     losses = np.zeros_like(spans.loss)
-    for i, (start, length, targets) in enumerate(zip(spans.start, spans.length, spans.targets, strict=True)):
+    columns = list(zip(spans.start, spans.length, spans.targets, strict=True))
+    for i, (start, length, targets) in enumerate(track(columns, "losses in transformers", "spans")):
         if targets == 0:
             continue
         stop = min(int(start + length) + 1, dataset.n_tokens)

@@ -213,7 +213,10 @@ def length_of(args: RunArgs, block_size: int, n_windows: int, segments: list[Seg
     optim = args.optim.resolved(max_steps)
     total, warmup, decay = max_steps + optim.steps_before, optim.warmup_steps, optim.decay_steps
     if warmup > total:
-        raise ValueError(f"--optim.warmup_steps {warmup} exceeds the run's {max_steps} steps")
+        raise ValueError(
+            f"--optim.warmup_steps {warmup} exceeds the run's {max_steps} steps: give a smaller one, such as "
+            f"--optim.warmup_steps {max_steps // 10}"
+        )
     if warmup + decay > total:
         raise ValueError(
             f"--optim.decay_steps {decay} exceeds the {max(0, total - warmup)} steps of the run after the warmup"

@@ -1,5 +1,7 @@
 """Compare the loss of every validation span between a run's checkpoint and its converted folder in transformers.
 
+With --eval.max_samples in training, of the spans in these rows.
+
 python scripts/verify_hf.py --run runs/mine --hf hf/
 """
 

@@ -54,13 +54,15 @@ class Agreement:
 
 
 def compare_with_transformers(run: Path, folder: Path) -> dict[str, Agreement]:
-    """Compare a run's newest checkpoint with its converted folder on each validation set, by its name ("": unnamed).
+    """Compare a run's newest checkpoint with its converted folder on the rows that its validation used
+    (eval.max_samples), of each set by its name ("": unnamed).
 
     Raises ValueError or FileNotFoundError if they don't belong together, naming the difference.
     """
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml{did_you_mean_run(run)}")
-    data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    data, max_rows = settings["data"], settings["eval"]["max_samples"]
     if data["val"] is None:
         raise ValueError(f"{run} has no validation split (data.val)")
     checkpoint = Checkpoint(resolve(run))
@@ -77,15 +79,22 @@ def compare_with_transformers(run: Path, folder: Path) -> dict[str, Agreement]:
         )
     if known.opened is not None:
         check_folder(run, folder, known.opened, dataset)
-    return {name: compare_set(run, folder, name, one, block_size, verdict == "same") for name, one in sets.items()}
+    same = verdict == "same"
+    return {name: compare_set(run, folder, name, one, block_size, max_rows, same) for name, one in sets.items()}
 
 
 def compare_set(
-    run: Path, folder: Path, name: str, dataset: PackedDataset, block_size: int, same_tokenizer: bool
+    run: Path,
+    folder: Path,
+    name: str,
+    dataset: PackedDataset,
+    block_size: int,
+    max_rows: int | None,
+    same_tokenizer: bool,
 ) -> Agreement:
     """Compare the losses on one validation set."""
     column = f"val_loss/{name}".rstrip("/")
-    ours = our_span_losses(run, dataset, block_size)
+    ours = our_span_losses(run, dataset, block_size, max_rows=max_rows)
     theirs = transformers_span_losses(folder, dataset, ours)
     with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
         validations = [float(row[column]) for row in csv.DictReader(file) if row.get(column)]

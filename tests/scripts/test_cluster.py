@@ -211,6 +211,18 @@ def test_mistakes(cluster: Cluster, job: str) -> None:
     assert status == 2 and "is not the checkout" in output
 
 
+def test_without_slurm() -> None:
+    """Run by hand, on a machine without it."""
+    none = {"PATH": "/usr/bin:/bin"}
+    assert shutil.which("sbatch", path=none["PATH"]) is None
+    for line, message in (
+        *(([str(path)], "error: submit this file with sbatch") for path in SCRIPTS if path.suffix == ".sbatch"),
+        (["cluster/prepare.sh", "2", "--", "--input", "a"], "error: there is no sbatch here; without SLURM run"),
+    ):
+        done = subprocess.run(["bash", *line], cwd=ROOT, env=none, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_the_number_of_tasks_is_required(cluster: Cluster) -> None:
     status, output = cluster.run("sbatch", "--nodes=2", "cluster/train.sbatch")
     assert status == 2 and "give sbatch --ntasks-per-node" in output

@@ -5,8 +5,8 @@
     python scripts/quickstart.py --input TinyStories-train.txt --val_input TinyStories-valid.txt \
         --split_documents '<|endoftext|>' --vocab_size 10000 --config configs/nano-llama.yaml --output runs/nano-llama
 
-Finished steps are skipped, so that a killed quickstart resumes; `--fresh` starts over. `make quickstart` calls this
-with the Python of `.venv`.
+Finished steps are skipped, so that a killed quickstart resumes; `--fresh` starts over. Without a GPU a config's
+compilation and bf16 are switched off. `make quickstart` calls this with the Python of `.venv`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,17 @@ class Paths:
         return self.top / "hf"
 
 
-def plan(paths: Paths, args: argparse.Namespace) -> list[Step]:
+def training_command(paths: Paths, args: argparse.Namespace) -> tuple[str, ...]:
+    command = python(
+        "pretrain/fabric_train.py", "--config", args.config or CONFIG, "--out_dir", paths.run,
+        "--data.train", paths.packed / "train", "--data.val", paths.packed / "val", "--resume", "auto",
+    )  # fmt: skip
+    if args.steps:
+        command += ("--train.max_steps", str(args.steps), "--optim.warmup_steps", str(args.steps // 10))
+    return command
+
+
+def plan(paths: Paths, args: argparse.Namespace, training: tuple[str, ...]) -> list[Step]:
     """From text to the Hugging Face folder. Results are those of Paths, so that each command can be typed alone."""
     if args.input is None:
         make_text = [
@@ -104,9 +114,6 @@ def plan(paths: Paths, args: argparse.Namespace) -> list[Step]:
     length = f"{args.steps} steps" if args.steps else "three to five minutes on two cores"
     if args.config is not None and not args.steps:
         length = f"as long as {args.config} says"
-    override = (
-        ["--train.max_steps", str(args.steps), "--optim.warmup_steps", str(args.steps // 10)] if args.steps else []
-    )
     return [
         *make_text,
         Step(
@@ -131,13 +138,7 @@ def plan(paths: Paths, args: argparse.Namespace) -> list[Step]:
         ),
         Step(
             f"training -> {paths.run} ({length}; you may interrupt it, the next call resumes)",
-            (
-                python(
-                    "pretrain/fabric_train.py", "--config", args.config or CONFIG, "--out_dir", paths.run,
-                    "--data.train", paths.packed / "train", "--data.val", paths.packed / "val", "--resume", "auto",
-                    *map(str, override),
-                ),
-            ),
+            (training,),
             stopped=paths.run / STOPPED,
         ),
         Step(
@@ -232,6 +233,7 @@ def main() -> int:
         "--val_fraction", type=float, default=VAL_FRACTION, metavar="F",
         help=f"fraction of the documents held out for validation (default: {VAL_FRACTION}, more of few files)",
     )  # fmt: skip
+    parser.add_argument("flags", nargs="*", default=[], metavar="-- FLAGS", help="more flags of fabric_train.py")
     args = parser.parse_args()
     if args.input is None and (extra := parser.given.keys() & set(OWN)):
         raise ValueError(f"--{min(extra)} is for text of your own: give it by --input")
@@ -286,10 +288,16 @@ def main() -> int:
     shakespeare = {flag: parser.get_default(flag) for flag in flags}
     before = shakespeare if (ROOT / paths.tokenizer).exists() else None  # of a version without a state file
     pipeline = Pipeline(ROOT / paths.top, {flag: getattr(args, flag) for flag in flags}, before, START_OVER)
+    training = training_command(paths, args)
+    if args.config is not None or args.flags:
+        from pretrain.pipeline.training import flags_of_this_machine, names_of, parse_quietly
+
+        adapted = flags_of_this_machine(parse_quietly((*training, *args.flags)), names_of(args.flags))
+        training += (*adapted, *args.flags)
 
     def work() -> None:
         (ROOT / paths.top).mkdir(parents=True, exist_ok=True)
-        pipeline.run(plan(paths, args))
+        pipeline.run(plan(paths, args, training))
         from lit_data.packed.open_dataset import open_dataset
         from lit_data.record.trace import open_run
         from lit_data.tokenizers.tokenizer import open_tokenizer

@@ -413,14 +413,28 @@ def given_fields(fields: type, args: argparse.Namespace) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
+# The modules of the dependencies in pyproject.toml.
+INSTALLED = {"torch", "lightning_fabric", "numpy", "sentencepiece", "tokenizers", "zstandard", "pyarrow", "safetensors"}
+INSTALLED |= {"jsonargparse", "yaml", "rich"}
+
+
 def end_on_ctrl_c() -> None:
-    """Make Ctrl-C exit this script with one line and status 130, also during the imports, which take seconds."""
+    """Make Ctrl-C exit this script with one line and status 130, also during the imports, which take seconds; and a
+    Python without the project's packages with one line that says so.
+    """
     usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
+        if isinstance(error, ModuleNotFoundError) and error.name in INSTALLED:
+            print(
+                f"error: {sys.executable} has no package {error.name}: use .venv/bin/python, which `make install` "
+                "creates (docs/install.md)",
+                file=sys.stderr,
+            )
+            sys.exit(1)
         usual(kind, error, trace)
 
     sys.excepthook = hook

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -21,21 +20,24 @@ from lit_eval.evaluation.named_tasks import check_given
 from lit_eval.evaluation.settings import FOLDER, EvaluationSettings
 from lit_files.lock import lock_folder
 from lit_files.near_names import did_you_mean
+from lit_model.cost import count_parameters
 from lit_model.registry import get_config
-from pretrain.args import RunArgs
 from pretrain.cli.choices import check_config
-from pretrain.cli.run_parser import parse
 from pretrain.endings import STOPPED
+from pretrain.init_from import model_config
+from pretrain.logs.messages import warn
 from pretrain.pipeline.babylm_settings import NO_CLEANER, BabylmSettings, Track
 from pretrain.pipeline.steps import ROOT, STATE, Pipeline, Step, begin, from_root, python, run_work, shown
+from pretrain.pipeline.training import flags_of_this_machine, names_of, parse_quietly
 
 LIMITS: dict[Track, int] = {"strict-small": 10_000_000, "strict": 100_000_000}  # words of training text
 AT_WORDS: dict[Track, str] = {"strict-small": "babylm", "strict": "babylm_strict"}  # of --save.at_words
 TOLERANCE = 1.05  # a text of 10.2M words is meant for strict-small
-CONFIGS = ("configs/babyllama/*.yaml", "configs/babylm2025/*.yaml", "configs/distillation.yaml")
+CONFIGS = ("babyllama/*.yaml", "babylm2025/*.yaml", "distillation.yaml", "distillation_small/*.yaml")
 # Flags of fabric_train.py that the pipeline sets.
 OWN_FLAGS = {"config", "out_dir", "data.train", "data.val", "resume"}
 DEFAULT_VOCABULARY = 16_000
+LARGE = 100_000_000  # parameters
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def find_config(model: str, flag: str = "model") -> Path:
     if model.endswith((".yaml", ".yml")):
         check_config(model, flag)
         return from_root(Path(model))
-    known = {path.stem: path for pattern in CONFIGS for path in sorted(ROOT.glob(pattern))}
+    known = {path.stem: path for pattern in CONFIGS for path in sorted((ROOT / "configs").glob(pattern))}
     if model not in known:
         hint = did_you_mean(model, known) or f"; choose one of {', '.join(known)}"
         raise ValueError(f"--{flag} {model}: there is no such config{hint}")
@@ -126,12 +128,6 @@ def choose_track(track: Track | None, words: int) -> Track:
             file=sys.stderr,
         )
     return chosen
-
-
-def parse_quietly(command: tuple[str, ...]) -> RunArgs:
-    """The settings of a training command, whose notes it will print itself. Exits with a message on a mistake."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return parse(list(command[2:]))
 
 
 @dataclass(frozen=True)
@@ -184,11 +180,7 @@ def plan_training(
         more += ["--train.max_steps", str(settings.max_steps)]
         if args.optim.warmup_steps > settings.max_steps // 10 and "optim.warmup_steps" not in given:
             more += ["--optim.warmup_steps", str(settings.max_steps // 10)]
-    if not torch.cuda.is_available():
-        if args.compile and "compile" not in given:
-            more += ["--compile", "false"]
-        if args.precision != "fp32" and "precision" not in given:
-            more += ["--precision", "fp32"]
+    more += flags_of_this_machine(args, given)
     if vocab_size is not None:
         vocabulary = vocab_size
     elif args.model.vocab_size is not None:
@@ -199,12 +191,12 @@ def plan_training(
     learns = args.objective == "distillation" and args.distillation.cache is None
     teachers = [teacher.path for teacher in args.distillation.teachers] if learns else []
     missing = tuple(str(path) for path in teachers if not (ROOT / path).exists())
+    if not torch.cuda.is_available() and (n := count_parameters(model_config(args, vocabulary, None))) > LARGE:
+        warn(
+            f"{config.stem} has {n / 1e6:,.0f} million parameters: on this CPU it trains for days or weeks "
+            "(scripts/plan_run.py --gpu cpu); try a smaller model, or --max_steps"
+        )
     return Training(title, (*command, *more, *flags), run, vocabulary, missing)
-
-
-def names_of(flags: Sequence[str]) -> set[str]:
-    """The names of some flags of fabric_train.py, without values and dashes."""
-    return {flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
 
 
 def of_the_student(flags: Sequence[str]) -> set[int]:

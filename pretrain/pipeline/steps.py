@@ -174,5 +174,8 @@ def run_work(work: Callable[[], object], hint: str = "") -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; repeat the command to resume here", file=sys.stderr)
         return 130
+    except SystemExit:  # by SIGTERM
+        print("stopped; repeat the command to resume here", file=sys.stderr)
+        raise
     print(f"\n{time.monotonic() - start:.0f} s")
     return 0

@@ -34,7 +34,11 @@ def warnings(plan: Plan) -> Iterator[str]:
         )
     optim = args.optim.resolved(plan.steps)
     share = optim.warmup_steps / plan.steps
-    if not SHARE_OF_WARMUP[0] <= share <= SHARE_OF_WARMUP[1]:
+    if share > 1:
+        yield (
+            f"--optim.warmup_steps {optim.warmup_steps} exceeds the run's {plan.steps} steps: the run would be refused"
+        )
+    elif not SHARE_OF_WARMUP[0] <= share <= SHARE_OF_WARMUP[1]:
         yield (
             f"--optim.warmup_steps {optim.warmup_steps} is {share:.2%} of the run: common are 0.1 to 10 %, and at "
             "least some hundred steps"
@@ -48,8 +52,8 @@ def warnings(plan: Plan) -> Iterator[str]:
     if plan.steps < LEAST_STEPS:
         step_tokens = args.train.global_batch_samples * plan.block_size
         yield (
-            f"{plan.steps} steps of {step_tokens:,} tokens: so few updates rarely use the data well; lower "
-            "--train.global_batch_samples"
+            f"{plan.steps} steps of {step_tokens:,} tokens: so few updates rarely use the data well"
+            + ("; lower --train.global_batch_samples" if args.train.global_batch_samples > plan.devices else "")
         )
     shapes = parameter_shapes(config)
     lookups = sum(prod(shapes[name]) for name in ("transformer.wte.weight", "lm_head.weight") if name in shapes)

@@ -402,6 +402,17 @@ def test_scripts_in_an_ascii_terminal(name: str, arguments: list[str], model: Pa
     assert re.search(r"\\u00f6|\\u00fc|\\u00e4", done.stdout + done.stderr)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["pretrain/fabric_train.py --config configs/debug.yaml", "scripts/plan_run.py --gpu cpu", "scripts/report.py x"],
+)
+def test_a_python_without_the_packages_is_told_which_to_use(line: str) -> None:
+    """-S: without the installed packages."""
+    done = subprocess.run([sys.executable, "-S", *line.split()], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "has no package" in done.stderr and "use .venv/bin/python, which `make install` creates" in done.stderr
+
+
 def test_every_script_uses_the_shared_parser() -> None:
     """Except install.py, which uses argparse so that an old Python can run it."""
     for path in sorted((ROOT / "scripts").glob("*.py")):

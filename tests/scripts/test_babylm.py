@@ -20,7 +20,7 @@ from lit_eval.score.results import read_results
 from lit_files.checkpoint_name import list_checkpoints
 from lit_model.load import Checkpoint
 from pretrain.cli.run_parser import parse
-from pretrain.pipeline import babylm, steps
+from pretrain.pipeline import babylm, steps, training
 from pretrain.pipeline.steps import Pipeline, StepFailed, run_work, shown
 
 NAMES_2024 = ("bnc_spoken", "childes", "gutenberg", "open_subtitles", "simple_wiki", "switchboard")  # and 2025, 2026
@@ -101,6 +101,19 @@ def test_teachers_come_first(tmp_path: Path, fake: FakeCommands) -> None:
     assert ["--save.at_words" in line for line in trainings] == [False, False, True]
 
 
+def test_small_teachers_have_their_vocabulary(tmp_path: Path, fake: FakeCommands) -> None:
+    """By the names that the refusal without --teachers gives."""
+    given = [*write_corpus(tmp_path), "--model", "student", "--teachers", "teacher_llama", "teacher_gpt2", "--dry_run"]
+    done = script("babylm.py", *given)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "=== tokenizer of 2,048 ids" in done.stdout
+
+
+def test_a_large_model_on_a_cpu_is_a_warning(tmp_path: Path, fake: FakeCommands) -> None:
+    done = script("babylm.py", *write_corpus(tmp_path), "--model", "llama-360M", "--dry_run")
+    assert done.returncode == 0 and "warning: llama-360M has 360 million parameters: on this CPU" in done.stderr
+
+
 def test_done_steps_are_skipped(tmp_path: Path, fake: FakeCommands, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a failure before any command, repeating the call runs each remaining command, and none of a done step."""
     given = write_corpus(tmp_path)
@@ -114,7 +127,7 @@ def test_done_steps_are_skipped(tmp_path: Path, fake: FakeCommands, monkeypatch:
 
     monkeypatch.setattr(babylm.Text, "count_words", counting)
     parsed = functools.cache(lambda words: parse(list(words)))  # the slowest part of a call
-    monkeypatch.setattr(babylm, "parse", lambda words: parsed(tuple(words)))
+    monkeypatch.setattr(training, "parse", lambda words: parsed(tuple(words)))
     given += ["--model", "llama-10M", "--max_steps", "20"]
     # (commands until the failure, those that ran before it); a step of two commands is repeated whole.
     for fail_at, expected in ((0, ALL[:0]), (2, ALL[:2]), (3, ALL[2:5]), (1, ["publish"]), (None, ["publish"] * 2)):
@@ -187,6 +200,10 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = {
         ("--distillation.teachers after --",),
     ),
     "teacher": (lambda f: ["--teachers", "gpt-96M"], ("--teachers gpt-96M", "did you mean gpt-97M")),
+    "small teachers by name": (
+        lambda f: ["--model", "student"],
+        ("learns from teachers", "add --teachers teacher_llama teacher_gpt2"),
+    ),
     "its own teacher": (lambda f: ["--teachers", "llama-58M"], ("--teachers", "two models named llama-58M")),
     "no teachers": (
         lambda f: ["--model", "distillation"],
@@ -236,6 +253,9 @@ def test_commands_as_they_run(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     seen.touch()
     stopped = [steps.Step("training", (ok,), stopped=seen)]
     assert run_work(lambda: Pipeline(tmp_path, {"a": 1}).run(stopped)) == 1 and "stopped" in capfd.readouterr().err
+    with pytest.raises(SystemExit):  # SIGTERM
+        run_work(lambda: sys.exit(143))
+    assert capfd.readouterr().err == "stopped; repeat the command to resume here\n"
     with pytest.raises(ValueError, match="no --a: .* was started with --a 1"):
         Pipeline(tmp_path, {"a": None})
 

@@ -118,6 +118,14 @@ def test_warnings_of_a_published_recipe_and_of_bad_settings() -> None:
         assert part in texts, part
 
 
+def test_what_the_trainer_would_refuse() -> None:
+    flags = ["--train.max_steps=3", "--train.global_batch_samples=1", "--optim.warmup_steps=2000", "--data.train=x"]
+    args = replace(parse([f"--config={ROOT}/configs/llammlein_120M.yaml", *flags]), devices=1)
+    told = " ".join(warnings(plan(args, "h100", GPUS["h100"], 1)))
+    assert "--optim.warmup_steps 2000 exceeds the run's 3 steps: the run would be refused" in told
+    assert "3 steps of 2,048 tokens: so few updates" in told and "lower --train.global_batch_samples" not in told
+
+
 def test_a_device_in_capitals() -> None:
     done = script("plan_run.py", "--gpu", "H100", "--config", ROOT / "configs" / "debug.yaml")
     assert done.returncode == 0 and "NVIDIA H100" in done.stdout, done.stderr

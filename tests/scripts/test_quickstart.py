@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from running import ROOT, script, script_error
 from small_models import synthetic_texts
 
@@ -81,6 +82,24 @@ def test_the_recipe_of_tinystories(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     prepared, training = commands_of(monkeypatch, *given, "--output", out, finish=1)
     assert f"--val_input {tmp_path / 'valid.txt'} --split_documents '<|endoftext|>'" in prepared
     assert "--config configs/nano-llama.yaml" in training
+
+
+def test_the_training_fits_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU neither compiled nor in bf16, unless the user says so; flags after -- come last."""
+    text, out = write_texts(tmp_path / "text"), tmp_path / "out"
+    given = ["--input", text, "--output", out, "--config", "configs/nano-llama.yaml", "--steps", 20]
+    commands_of(monkeypatch, *given)
+    for name in ("tokenizer/tokenizer.json", "data/packed/val/manifest.json"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+    for cuda, flags, end in (
+        (False, [], "--optim.warmup_steps 2 --compile false --precision fp32"),
+        (False, ["--precision", "bf16"], "--optim.warmup_steps 2 --compile false --precision bf16"),
+        (True, ["--train.micro_batch_samples=8"], "--optim.warmup_steps 2 --train.micro_batch_samples=8"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        (training_call,) = commands_of(monkeypatch, *given, "--", *flags)
+        assert training_call.endswith(end)
 
 
 def test_refusals(tmp_path: Path) -> None:

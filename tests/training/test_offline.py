@@ -97,6 +97,7 @@ def test_a_connection_would_be_detected(tmp_path: Path) -> None:
     assert offline.addresses() == {"192.0.2.1"}
 
 
+@pytest.mark.slow
 def test_training_on_two_processes_and_conversion(offline: Offline) -> None:
     assert list_checkpoints(offline.folder / "run")
     offline.run(ROOT / "scripts/convert_to_hf.sh", "run", "hf")

@@ -119,6 +119,7 @@ def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(data: Path, t
     assert [int(r["step"]) for r in metrics(run)] == list(range(13))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_resumes(data: Path, tmp_path: Path) -> None:
     steps = 60
     changes = {"train__max_steps": steps, "save__every_steps": 1000, "eval__every_steps": 1000}

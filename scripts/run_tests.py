@@ -1,4 +1,5 @@
-"""Run pytest on the CPUs available to this process. Arguments are passed to pytest; `make test` calls this.
+"""Run pytest on the CPUs available to this process, and list the slowest tests. Arguments are passed to pytest; `make
+test` calls this.
 
     python scripts/run_tests.py -k loss
 
@@ -40,7 +41,8 @@ def main() -> int:
     start = [*COVERAGE, "run"] if counted else [sys.executable]
     if counted:
         shutil.rmtree(ROOT / "build" / "coverage", ignore_errors=True)
-    command = [*start, "-m", "pytest", *spread, *arguments]
+    slowest = ["--durations=30", "--durations-min=5"]
+    command = [*start, "-m", "pytest", *spread, *slowest, *arguments]
     print("OMP_NUM_THREADS=1", *command[1:], flush=True)
     status = subprocess.run(command, cwd=ROOT, env=env).returncode
     if counted:

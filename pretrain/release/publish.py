@@ -18,6 +18,7 @@ from lit_eval.run_facts import find_results, is_run
 from lit_files.checkpoint_name import list_checkpoints
 from lit_files.lock import LockBusy, lock_folder
 from lit_files.nested_run import did_you_mean_run
+from lit_files.progress import track
 from lit_model.load import MODEL_PREFIX, Checkpoint
 from pretrain.release.card import stated_options
 from pretrain.release.manifest import Link, counted
@@ -172,7 +173,7 @@ def publish(run: Path, release: Release, args: PublishArgs, say: Callable[[str],
             if new and args.licence is None:
                 say(NO_LICENCE)
             card = Card(args.repo, args.licence, find_results(run)[0])
-            for some in new:
+            for some in track(new, "publishing", "revisions"):
                 before = chain[-1] if chain else None
                 with release.new_revision(some.name) as folder:
                     link = write_revision(run, some, before, folder, card, earlier=release.earlier_record(before))

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from lit_eval.run_facts import SETTINGS, parse_settings
 from lit_files.checksum import file_sha256
+from lit_files.progress import track
 from lit_files.reading import first_line, read_bytes, regular
 from pretrain.args import flat
 from pretrain.release.content import Scanned, content_faults
@@ -144,7 +145,7 @@ def verify(opened: Opened, *, head: str | None = None) -> Report:
     """
     report = Report(opened.where, [revision.name for revision in opened.revisions])
     links: dict[str, Link] = {}
-    for revision in opened.revisions:
+    for revision in track(opened.revisions, "checksums", "revisions"):
         if (link := read_revision(revision, report)) is not None:
             links[revision.name] = link
             check_files(revision, link.manifest, report)
@@ -318,7 +319,7 @@ def check_contents(revisions: Iterable[Revision], links: dict[str, Link], report
     """The files of each revision in a folder belong together, also where they differ from the manifest."""
     scanned: Scanned = {}
     unseen = []
-    for revision in revisions:
+    for revision in track(list(revisions), "contents", "revisions"):
         if revision.name not in links:
             continue
         manifest = links[revision.name].manifest

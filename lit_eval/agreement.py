@@ -13,6 +13,7 @@ import torch
 from lit_data.loading.batches import PADDING, read_rows
 from lit_data.loading.rows import ConcatRows
 from lit_data.packed.reader import PackedDataset
+from lit_eval.model.in_transformers import open_in_transformers
 from lit_files.progress import track
 from lit_model.load import load_model
 from lit_model.loss import LossOutput
@@ -70,7 +71,7 @@ def transformers_span_losses(folder: Path, dataset: PackedDataset, spans: SpanLo
     """
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = open_in_transformers(folder)
     cap, attention = getattr(model.config, "attn_logit_softcapping", None), model.config._attn_implementation
     if cap is not None and attention == "sdpa":
         raise ValueError(

@@ -143,6 +143,7 @@ def run_steps(run: Run) -> str | None:
             log_step = last or evaluated or (run.step + 1) % args.log.every_steps == 0
             result = train_step(run, data, norms if log_step else None)
             run.step += 1
+            progress.step = run.step  # of what follows: validating, saving
             if run.recorder is not None:
                 run.recorder.add(data, result.span_losses)
             run.sound = True

@@ -32,7 +32,19 @@ end_on_ctrl_c()
 from lit_data.corpus.options import check_split
 from lit_files.reading import read_object
 from pretrain.endings import STOPPED
-from pretrain.pipeline.steps import ROOT, STATE, Pipeline, Step, begin, call, from_root, python, run_work
+from pretrain.pipeline.steps import (
+    ROOT,
+    STATE,
+    Pipeline,
+    Step,
+    absent,
+    begin,
+    call,
+    from_root,
+    names_of,
+    python,
+    run_work,
+)
 
 DEFAULT = Path("runs/quickstart")
 CONFIG = "configs/quickstart.yaml"
@@ -91,7 +103,8 @@ def training_command(paths: Paths, args: argparse.Namespace) -> tuple[str, ...]:
         "--data.train", paths.packed / "train", "--data.val", paths.packed / "val", "--resume", "auto",
     )  # fmt: skip
     if args.steps:
-        command += ("--train.max_steps", str(args.steps), "--optim.warmup_steps", str(args.steps // 10))
+        own = {"train.max_steps": str(args.steps), "optim.warmup_steps": str(args.steps // 10)}
+        command += tuple(absent(own, names_of(args.flags)))
     return command
 
 
@@ -290,10 +303,10 @@ def main() -> int:
     pipeline = Pipeline(ROOT / paths.top, {flag: getattr(args, flag) for flag in flags}, before, START_OVER)
     training = training_command(paths, args)
     if args.config is not None or args.flags:
-        from pretrain.pipeline.training import flags_of_this_machine, names_of, parse_quietly
+        from pretrain.pipeline.training import flags_of_this_machine, parse_quietly
 
-        adapted = flags_of_this_machine(parse_quietly((*training, *args.flags)), names_of(args.flags))
-        training += (*adapted, *args.flags)
+        adapted = flags_of_this_machine(parse_quietly((*training, *args.flags)))
+        training += (*absent(adapted, names_of(args.flags)), *args.flags)
 
     def work() -> None:
         (ROOT / paths.top).mkdir(parents=True, exist_ok=True)

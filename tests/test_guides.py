@@ -5,7 +5,11 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import shutil
+import subprocess
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_LINES = 200
@@ -63,3 +67,13 @@ def test_quoted_messages_are_printed() -> None:
 def test_a_message_that_is_not_printed_is_found() -> None:
     page = "| message | do |\n|---|---|\n| `rank N has a cold`, `--flag N` | tea |\n\n`not in the table`\n"
     assert quoted(page) == ["rank", "has a cold"] and "has a cold" not in printed_texts()
+
+
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs git and its checkout")
+def test_git_ignores_the_folders_that_the_guides_write() -> None:
+    pages = [ROOT / "README.md", ROOT / "docs" / "commands.md", *(ROOT / "docs" / "guides").glob("*.md")]
+    flags = r"--(?:output|out_dir|to|hf|html|png)[ =]([a-z_]+/|[\w-]+\.(?:pth|gguf|html|png))"
+    written = {name for page in pages for name in re.findall(flags, page.read_text(encoding="utf-8"))}
+    line = ["git", "check-ignore", "--no-index", "--stdin"]
+    ignored = subprocess.run(line, input="\n".join(written), capture_output=True, text=True, cwd=ROOT, check=False)
+    assert {"data/", "hf/", "tokenizer/", "runs/"} <= written == set(ignored.stdout.split())

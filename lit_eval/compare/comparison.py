@@ -48,10 +48,10 @@ class Task:
         return lower_is_better(self.metric)
 
     def best(self) -> int | None:
-        """Index of the entry with the best score; of equal ones the first."""
+        """Index of the entry with the best score; of equal ones the first. None unless two or more have a score."""
         sign = 1 if self.lower_is_better else -1
         known = [(sign * score.value, i) for i, score in enumerate(self.scores) if score and math.isfinite(score.value)]
-        return min(known)[1] if known else None
+        return min(known)[1] if len(known) > 1 else None
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,7 @@ def as_json(comparison: Comparison) -> Any:
                     "task": task.name,
                     "metric": task.metric,
                     "lower_is_better": task.lower_is_better,
+                    "best": None if (best := task.best()) is None else comparison.entries[best].name,
                     "by_entry": {
                         e.name: dataclasses.asdict(s) if s is not None else None
                         for e, s in zip(comparison.entries, task.scores, strict=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lit_eval.evaluation.jobs import Evaluation, Job, default_output, needs_tokenizer
 from lit_eval.evaluation.settings import EvaluationSettings
-from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.babylm import run_babylm, write_predictions
 from lit_eval.score.babylm_data import BabylmTask, Set, read_babylm
 from lit_eval.score.results import Result
@@ -20,19 +19,17 @@ _REVISION = re.compile(r"chck_[0-9.]+M")
 
 
 def babylm_jobs(name: str, model: Path, settings: EvaluationSettings) -> list[Job]:
-    """A job for each dataset in `babylm:FOLDER`. What is missing there becomes a warning.
+    """A job for each dataset in `babylm:FOLDER`. One warning names all that are missing there.
 
     Raises ValueError and FileNotFoundError as `read_babylm`.
     """
-    tasks, missing = read_babylm(Path(name.removeprefix(f"{PREFIX}:")))
+    folder = Path(name.removeprefix(f"{PREFIX}:"))
+    tasks, missing = read_babylm(folder)
+    warnings = (f"{folder} holds no data of {', '.join(missing)}: left out",) if missing else ()
     results = settings.babylm_results
     if results is None:
         output = settings.output if settings.output is not None else default_output(model)
         results = output.parent / PREFIX
-
-    def prepare(opened: EvalModel) -> None:
-        needs_tokenizer(opened, name)
-        opened.warnings += missing
 
     return [
         Job(
@@ -40,7 +37,8 @@ def babylm_jobs(name: str, model: Path, settings: EvaluationSettings) -> list[Jo
             partial(_run, task=task, results=results),
             {"file": str(task.path.resolve()), "sha256": task.sha256},
             ("num_samples",),
-            prepare if task is tasks[0] else lambda opened: None,
+            lambda opened: needs_tokenizer(opened, name),
+            warnings if task is tasks[0] else (),
         )
         for task in tasks
     ]

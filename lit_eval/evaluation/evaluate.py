@@ -84,7 +84,7 @@ def _evaluate(
 ) -> Results:
     for job in jobs:
         job.prepare(model)
-    for warning in model.warnings:
+    for warning in dict.fromkeys([*model.warnings, *(warning for job in jobs for warning in job.warnings)]):
         say(f"warning: {warning}")
     results = Results(model.facts, environment=environment(model))
     if before is not None and before.model.checksum == results.model.checksum:
@@ -153,6 +153,19 @@ class RunEvaluation:
     left_out: dict[Path, str] = field(default_factory=dict)
 
 
+def without_repeats(say: Say) -> Say:
+    """`say`, which leaves out a warning that it has said before."""
+    said: set[str] = set()
+
+    def once(text: str) -> None:
+        if text not in said:
+            say(text)
+        if text.startswith("warning: "):
+            said.add(text)
+
+    return once
+
+
 def evaluate_all(runs: Sequence[Path], settings: EvaluationSettings, say: Say = say_on_stderr) -> list[RunEvaluation]:
     """Evaluate every checkpoint of runs, each into RUN/evaluation/; a damaged one is left out with the reason.
 
@@ -167,6 +180,7 @@ def evaluate_all(runs: Sequence[Path], settings: EvaluationSettings, say: Say = 
         if not list_checkpoints(run):
             raise ValueError(f"{run} holds no checkpoint (iter-XXXXXXXX-ckpt.pth){did_you_mean_run(run)}")
     check_given(settings)
+    say = without_repeats(say)
     found = []
     for run in runs:
         one = RunEvaluation(run)

@@ -25,9 +25,11 @@ from lit_eval.generation.speed import evaluate_speed
 from lit_eval.generation.text import fitting_tokens
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.results import Result
+from lit_eval.spacing import evenly_spaced
 from lit_files.checksum import file_sha256
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, DOCUMENTS = 32, 8, 100, 200
+TEXTS = ("data", "text_field", "split_documents")  # settings that change the documents
 SHORTEST = 2 * PROMPT_TOKENS  # tokens of a document that gives a prompt
 
 
@@ -46,7 +48,8 @@ def memorization(evaluation: Evaluation) -> Result:
 
 def babyllama(evaluation: Evaluation) -> Result:
     """See lit_eval/generation/babyllama.py."""
-    return evaluate_babyllama(evaluation.model, BabyLlamaSettings(custom_prompts=evaluation.settings.custom_prompts))
+    given = evaluation.settings
+    return evaluate_babyllama(evaluation.model, BabyLlamaSettings(given.custom_prompts, given.num_samples))
 
 
 def speed(evaluation: Evaluation) -> Result:
@@ -72,12 +75,12 @@ def prompts_of(evaluation: Evaluation) -> list[str]:
     open prompts of lit_eval/generation/completions.py, German and English."""
     settings = evaluation.settings
     if settings.custom_prompts is not None:
-        return read_prompts(settings.custom_prompts)[: settings.num_samples]
+        return list(evenly_spaced(read_prompts(settings.custom_prompts), settings.num_samples))
     wanted = settings.num_samples or PROMPTS
     tokenizer = evaluation.model.need_tokenizer()
     encoded = evaluation.model.encode(texts_of(evaluation, 2 * wanted))
     found = [tokenizer.decode(ids[:PROMPT_TOKENS]) for ids in encoded if len(ids) >= SHORTEST]
-    return found[:wanted] or open_prompts()[:wanted]
+    return found[:wanted] or list(evenly_spaced(open_prompts(), wanted))
 
 
 def texts_of(evaluation: Evaluation, n: int) -> list[str]:
@@ -93,10 +96,9 @@ def texts_of(evaluation: Evaluation, n: int) -> list[str]:
         if (path / MANIFEST).is_file():
             dataset = PackedDataset(path)
             check_tokenizer(model, dataset, str(path))
-            documents, total = PackedDocuments(dataset), dataset.n_documents
-            some = range(total) if n >= total else [i * total // n for i in range(n)]
+            documents = PackedDocuments(dataset)
             tokenizer = model.need_tokenizer()
-            for number in some:
+            for number in evenly_spaced(range(dataset.n_documents), n):
                 ids = documents[number].tokens.tolist()
                 begin = 1 if dataset.manifest.bos_id is not None else 0
                 texts.append(tokenizer.decode(ids[begin : len(ids) - (ids[-1:] == [dataset.eos_id])]))
@@ -123,9 +125,9 @@ def _job(
 
 
 GENERATION_JOBS = {
-    "generation": _job(generation, "num_samples", "custom_prompts", "data", "split_documents"),
-    "memorization": _job(memorization, "num_samples", "custom_prompts", "data", "split_documents", "train_data"),
-    "babyllama": _job(babyllama, "custom_prompts"),
+    "generation": _job(generation, "num_samples", "custom_prompts", *TEXTS),
+    "memorization": _job(memorization, "num_samples", "custom_prompts", *TEXTS, "train_data"),
+    "babyllama": _job(babyllama, "num_samples", "custom_prompts"),
     "speed": _job(speed, "device", tokenizer=False),
-    "confidence": _job(confidence, "num_samples", "prefix", "data"),
+    "confidence": _job(confidence, "num_samples", "prefix", *TEXTS),
 }

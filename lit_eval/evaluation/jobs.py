@@ -47,6 +47,7 @@ class Job:
         source: identifies the scored data; part of `Result.source`.
         settings: names of the EvaluationSettings that change its numbers.
         prepare: called once the model is open; raises ValueError if the task cannot be run on it.
+        warnings: about the data, whatever the model.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Job:
     source: dict[str, Any] = field(default_factory=dict)
     settings: tuple[str, ...] = ("num_samples", "prefix")
     prepare: Callable[[EvalModel], None] = lambda model: None
+    warnings: tuple[str, ...] = ()
 
     def settings_of(self, settings: EvaluationSettings) -> dict[str, Any]:
         """The settings that change the task's numbers, as kept with its result."""

@@ -26,8 +26,8 @@ class EvaluationSettings:
     tasks: tuple[str, ...] = ()
     """Tasks by name, task files (.jsonl) or folders of them."""
     num_samples: int | None = None
-    """Score at most this many documents or items of each, evenly spaced in packed data and tasks and the first ones of
-    texts; and generate as many texts. Default: all, and each task's own number of texts."""
+    """Score at most this many documents or items of each, evenly spaced in packed data, tasks and prompts, and the
+    first ones of texts; and generate as many texts. Default: all, and each task's own number of texts."""
     text_field: str = "text"
     """Field or column that holds the text in .jsonl and Parquet."""
     split_documents: str | None = None

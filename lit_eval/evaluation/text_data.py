@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -101,9 +100,8 @@ def _job(title: str, path: Path, settings: EvaluationSettings, where: str) -> Jo
     files = list_files([path])  # raises for a missing path, or one without text
     if all(file.hub is None and not file.path.stat().st_size for file in files):
         raise ValueError(f"{where} is empty")
-    if settings.split_documents is not None:
-        for warning in check_separator(files, [], settings.split_documents):
-            print(f"warning: {warning}", file=sys.stderr)
+    split = settings.split_documents
+    warnings = tuple(check_separator(files, [], split)) if split is not None else ()
     source = {"file": str(path.resolve()), "sha256": sha256_of([f.path for f in files if f.hub is None])}
 
     def run(evaluation: Evaluation) -> Result:
@@ -118,7 +116,7 @@ def _job(title: str, path: Path, settings: EvaluationSettings, where: str) -> Jo
         return _score(evaluation, where, texts, None)
 
     names = ("num_samples", "prefix", "text_field", "split_documents", "source_field")
-    return Job(title, run, source, names, lambda model: needs_tokenizer(model, where))
+    return Job(title, run, source, names, lambda model: needs_tokenizer(model, where), warnings)
 
 
 def _score(evaluation: Evaluation, where: str, texts: Iterable[Text], dataset: PackedDataset | None) -> Result:

@@ -30,6 +30,7 @@ from lit_eval.generation.speed import SpeedSettings, evaluate_speed
 from lit_eval.generation.text import fitting_tokens, generate_texts
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.results import Group, Result
+from lit_eval.spacing import evenly_spaced
 from lit_model.sampling import GREEDY, Sampling
 
 ANSWER_TOKENS = 8  # enough for a word of rare characters
@@ -46,11 +47,13 @@ class BabyLlamaSettings:
         custom_prompts: prompts to use instead of ours: a .txt with a prompt a line (continued only, without
             completions and consistency), or a .jsonl with `prompt`, and `answers` and `category` where completions are
             to be scored.
+        most: score at most this many completions and texts, evenly spaced; None: all. Consistency needs all its groups.
         text: sampling of the texts whose repetition is measured; BabyLlama's own settings by default.
         speed: the timed generations; None: no timing.
     """
 
     custom_prompts: Path | None = None
+    most: int | None = None
     text: GenerationSettings = field(
         default_factory=lambda: GenerationSettings(Sampling(temperature=0.8, top_p=0.95), max_new_tokens=50)
     )
@@ -117,12 +120,16 @@ def read_completions(path: Path) -> list[Completion]:
     return found
 
 
-def score_completions(model: EvalModel, items: Sequence[Completion]) -> tuple[list[bool], list[bool | None], list[str]]:
-    """For each item: whether the greedy text begins with an answer; whether the expected answer is the most probable of
+def score_completions(
+    model: EvalModel, items: Sequence[Completion], known: Sequence[Completion]
+) -> tuple[list[bool], list[bool | None], list[str]]:
+    """`known`: all completions, whose answers are the wrong choices of one another.
+
+    For each item: whether the greedy text begins with an answer; whether the expected answer is the most probable of
     CHOICES by log-probability per byte (None: there are no other answers to choose from); the greedy text."""
     greedy = GenerationSettings(GREEDY, ANSWER_TOKENS)
     texts = [one.text or "" for one in generate_texts(model, [item.prompt for item in items], greedy)]
-    candidates = [[item.answers[0], *distractors(item, items)] for item in items]
+    candidates = [[item.answers[0], *distractors(item, known)] for item in items]
     pairs = [(item.prompt, f" {word}") for item, words in zip(items, candidates, strict=True) for word in words]
     spans = model.encoder().spans(pairs)
     scored = iter(model.scorer().score([span for span in spans if span is not None]))
@@ -150,11 +157,12 @@ def evaluate_babyllama(model: EvalModel, settings: BabyLlamaSettings | None = No
     """
     settings = settings or BabyLlamaSettings()
     custom = settings.custom_prompts
-    prompts = open_prompts() if custom is None else read_prompts(custom)
-    items = completions() if custom is None else read_completions(custom)
+    prompts = evenly_spaced(open_prompts() if custom is None else read_prompts(custom), settings.most)
+    known = completions() if custom is None else read_completions(custom)
+    items = evenly_spaced(known, settings.most)
     result = Result("babyllama", 0, {})
     if items:
-        _add_completions(result, model, items)
+        _add_completions(result, model, items, known)
     if custom is None:
         _add_consistency(result, model)
     room = fitting_tokens(model, prompts, settings.text.max_new_tokens)
@@ -174,8 +182,10 @@ def evaluate_babyllama(model: EvalModel, settings: BabyLlamaSettings | None = No
     return result
 
 
-def _add_completions(result: Result, model: EvalModel, items: Sequence[Completion]) -> None:
-    right, chosen, texts = score_completions(model, items)
+def _add_completions(
+    result: Result, model: EvalModel, items: Sequence[Completion], known: Sequence[Completion]
+) -> None:
+    right, chosen, texts = score_completions(model, items, known)
 
     def group(numbers: Sequence[int]) -> Group:
         metrics = {"completion_accuracy": statistics.fmean(right[i] for i in numbers)}

@@ -67,20 +67,19 @@ def _build(comparison: Comparison, seed: int, points: int) -> str:
 
 
 def _head(comparison: Comparison) -> str:
-    best = comparison.entries[0]
     facts = []
-    if best.val_loss is not None and len(comparison.entries) > 1:
+    best, second = [*comparison.entries, None][:2]
+    if best is not None and best.val_loss is not None and second is not None and second.val_loss is not None:
         facts.append(("Lowest validation loss", loss(best.val_loss), best.name))
-        second = comparison.entries[1]
-        if second.val_loss is not None:
-            facts.append(("Ahead of the next by", number(second.val_loss - best.val_loss, 2), second.name))
+        facts.append(("Ahead of the next by", number(second.val_loss - best.val_loss, 2), second.name))
     rates = [(e.tokens_per_s, e.name) for e in comparison.entries if e.tokens_per_s]
     if len(rates) > 1:
         facts.append(("Most tokens per second", whole(max(rates)[0]), max(rates)[1]))
     for task in comparison.tasks[:3]:
-        winner = task.best()
-        if winner is not None and (score := task.scores[winner]) is not None:
-            name = comparison.entries[winner].name if len(comparison.entries) > 1 else task.metric.replace("_", " ")
+        alone = len(comparison.entries) == 1
+        shown = 0 if alone else task.best()
+        if shown is not None and (score := task.scores[shown]) is not None:
+            name = task.metric.replace("_", " ") if alone else comparison.entries[shown].name
             facts.append((task.name, number(score.value), name))
     return tiles(facts)
 
@@ -238,7 +237,7 @@ def _scores(comparison: Comparison) -> str:
         return ""
     rows = []
     for task in comparison.tasks:
-        best = task.best() if len(comparison.entries) > 1 else None
+        best = task.best()
         cells = [_score_cell(score, i == best) for i, score in enumerate(task.scores)]
         rows.append([text_cell(task.name), text_cell(task.metric.replace("_", " ")), *cells])
     columns = [

@@ -23,6 +23,7 @@ from lit_eval.score.babylm_data import DATASETS, ENTITY_SPLITS, BabylmTask, Data
 from lit_eval.score.candidates import mean
 from lit_eval.score.reading_times import Word, score_reading
 from lit_eval.score.results import Group, Result
+from lit_eval.spacing import evenly_spaced
 from lit_files.publish import write_json, write_text
 
 Predictions = dict[str, dict[str, list[dict[str, Any]]]]
@@ -47,14 +48,13 @@ def run_babylm(
     `correlation`, Spearman's, of the model's preference and people's. Of reading times: see `score_reading`. Raises
     ValueError for too few items.
     """
-    kept = len(task.items) if most is None else min(most, len(task.items))
-    items = [task.items[i * len(task.items) // kept] for i in range(kept)]
     if words := [item for item in task.items if isinstance(item, Word)]:
         result, found = score_reading(scorer, encoder, words)
         listed = [{"id": i, "pred": here, "prev_pred": before} for i, (here, before) in enumerate(found)]
         predictions = {"reading": {"predictions": listed}}
     else:
-        result, predictions = _score_examples([item for item in items if isinstance(item, Example)], scorer, encoder)
+        examples = [item for item in task.items if isinstance(item, Example)]
+        result, predictions = _score_examples(evenly_spaced(examples, most), scorer, encoder)
         if task.dataset.name == "entity_tracking":
             result.metrics["accuracy_macro"] = _entity_average(result.groups["category"])
     result.source = {"file": str(task.path.resolve()), "sha256": task.sha256, "n_items": len(task.items)}

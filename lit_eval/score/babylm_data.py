@@ -110,7 +110,7 @@ class BabylmTask:
 
 
 def read_babylm(folder: Path) -> tuple[list[BabylmTask], list[str]]:
-    """Read the challenge's datasets that are present, and list the missing ones, a line each.
+    """Read the challenge's datasets that are present, and list the missing ones, each with its folder in `folder`.
 
     Args:
         folder: `full_eval`, `fast_eval`, or the folder above with one or both.
@@ -130,7 +130,7 @@ def read_babylm(folder: Path) -> tuple[list[BabylmTask], list[str]]:
             if _present(dataset, path):
                 tasks.append(_read_dataset(dataset, which, path))
             else:
-                missing.append(f"{dataset.title} ({which}) is left out: there is no data in {path}")
+                missing.append(f"{dataset.title} ({path.relative_to(folder).as_posix()})")
     return tasks, missing
 
 

@@ -19,6 +19,7 @@ from lit_data.packed.documents import Documents
 from lit_data.packed.reader import PackedDataset
 from lit_eval.model.likelihood import Scorer
 from lit_eval.score.results import Group, Result
+from lit_eval.spacing import evenly_spaced
 
 CHUNK_TOKENS = 1 << 20  # tokens of documents that are sorted by length and scored together
 LENGTHS = (128, 512, 2048, 8192)
@@ -138,8 +139,7 @@ def perplexity(scorer: Scorer, texts: Iterable[Text], prefix_id: int | None) -> 
 def texts_of_dataset(dataset: PackedDataset, limit: int | None = None) -> Iterator[Text]:
     """Documents of a packed dataset, whole and in order; `limit` of them, evenly spaced. Their EOS is scored."""
     documents, bos, eos = Documents(dataset), dataset.manifest.bos_id, dataset.eos_id
-    n = dataset.n_documents
-    numbers = range(n) if limit is None or limit >= n else [i * n // limit for i in range(limit)]
+    numbers = evenly_spaced(range(dataset.n_documents), limit)
     for some in (numbers[i : i + 1024] for i in range(0, len(numbers), 1024)):
         facts = documents.facts(some)
         for number in some:

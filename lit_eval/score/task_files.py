@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_data.corpus.streams import DamagedError, chunks_of, lines_of
+from lit_eval.spacing import evenly_spaced
 from lit_files.reading import check_unicode, regular
 
 Kind = Literal["pairs", "choice", "cloze", "last_word"]
@@ -72,8 +73,7 @@ class Task:
 
     def evenly_spaced(self, n: int) -> Task:
         """The task with `n` of its items, evenly spaced; all of them if it has fewer."""
-        total = len(self.items)
-        return self if n >= total else dataclasses.replace(self, items=[self.items[i * total // n] for i in range(n)])
+        return dataclasses.replace(self, items=list(evenly_spaced(self.items, n)))
 
 
 def is_task_file(path: Path) -> bool:

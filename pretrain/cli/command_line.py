@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import dataclasses
 import difflib
 import io
@@ -15,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -23,6 +25,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from lit_files.near_names import did_you_mean
 from pretrain.cli.fields import REQUIRED, Flag, flags_of, placeholder, without_none
 
+AGAIN_S = 0.05  # until a signal is sent again
 # Flag names of lit-gpt, TinyLlama, litgpt and transformers -> ours. Only flags the command line has are suggested.
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "learning_rate": ("optim.lr",),
@@ -422,6 +425,7 @@ def end_on_ctrl_c() -> None:
     """Make Ctrl-C exit this script with one line and status 130, also during the imports, which take seconds; and a
     Python without the project's packages with one line that says so.
     """
+    repeat_ignored_signals()
     usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -438,6 +442,34 @@ def end_on_ctrl_c() -> None:
         usual(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def repeat_ignored_signals() -> None:
+    """Send a signal again whose exception Python ignored, with a traceback, since a finalizer (`__del__`) or a callback
+    of the garbage collector happened to be running."""
+    usual = sys.unraisablehook
+    sent: dict[type[BaseException], signal.Signals] = {
+        SystemExit: signal.SIGTERM,
+        KeyboardInterrupt: signal.SIGINT,
+    }
+
+    def send(number: signal.Signals) -> None:
+        if hasattr(signal, "pthread_kill"):  # also ends a wait of the main thread
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+        else:
+            signal.raise_signal(number)
+
+    def hook(ignored: sys.UnraisableHookArgs) -> None:
+        if ignored.exc_type not in sent:
+            usual(ignored)
+            return
+        # Later: at once, its exception would be ignored again. No thread starts while Python ends.
+        timer = threading.Timer(AGAIN_S, send, (sent[ignored.exc_type],))
+        timer.daemon = True
+        with contextlib.suppress(RuntimeError):
+            timer.start()
+
+    sys.unraisablehook = hook
 
 
 def run_script(main: Callable[[], int | None], interrupted: str) -> NoReturn:

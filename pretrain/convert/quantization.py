@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_eval.model.eval_model import EvalModel, open_model
+from lit_eval.model.in_transformers import open_in_transformers
 from lit_eval.model.likelihood import Scorer
 from lit_eval.score.perplexity import perplexity, texts_of_files
 from lit_files.progress import TaskProgress
@@ -327,11 +328,10 @@ def _open(folder: Path, **options: Any) -> Any:
     """Open a folder with transformers, in float32."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     # transformers 5.24 prefers `cache`, which older versions do not know.
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    return open_in_transformers(folder, **options)
 
 
 def _forward(model: Any) -> Forward:

@@ -57,7 +57,7 @@ class ProgressDisplay:
         """Show the current phase besides training: compiling, validating (`done` of `of` steps), saving."""
         text = name if done is None else f"{name} {done}/{of}"
         if self._bar is not None:
-            self._bar.update(doing=text)
+            self._bar.update(doing=text, completed=self.step)
         if self._lines and (name == "compiling" or self._quiet_s() >= QUIET_S):
             self.say(f"{self._position()}: {text}")
 

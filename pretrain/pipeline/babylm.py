@@ -6,7 +6,7 @@ import contextlib
 import glob
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,20 @@ from pretrain.endings import STOPPED
 from pretrain.init_from import model_config
 from pretrain.logs.messages import warn
 from pretrain.pipeline.babylm_settings import NO_CLEANER, BabylmSettings, Track
-from pretrain.pipeline.steps import ROOT, STATE, Pipeline, Step, begin, from_root, python, run_work, shown
-from pretrain.pipeline.training import flags_of_this_machine, names_of, parse_quietly
+from pretrain.pipeline.steps import (
+    ROOT,
+    STATE,
+    Pipeline,
+    Step,
+    absent,
+    begin,
+    from_root,
+    names_of,
+    python,
+    run_work,
+    shown,
+)
+from pretrain.pipeline.training import flags_of_this_machine, parse_quietly
 
 LIMITS: dict[Track, int] = {"strict-small": 10_000_000, "strict": 100_000_000}  # words of training text
 AT_WORDS: dict[Track, str] = {"strict-small": "babylm", "strict": "babylm_strict"}  # of --save.at_words
@@ -157,31 +169,31 @@ def plan_training(
     title: str,
     config: Path,
     run: Path,
-    own: Sequence[str],
+    own: Mapping[str, str],
     vocab_size: int | None,
 ) -> Training:
     """A call of fabric_train.py.
 
     Args:
         flags: the user's, which come last.
-        own: more flags of the pipeline.
+        own: more flags of the pipeline, with their values; one that the user gives too is left out.
         vocab_size: of the model; None: that of its config.
     """  # fmt: skip
     data, given = from_root(settings.out_dir) / "data", names_of(flags)
     command = python(
         "pretrain/fabric_train.py", "--config", config, "--data.train", data / "train", "--data.val", data / "val",
-        "--out_dir", run, *own, "--resume", "auto",
+        "--out_dir", run, *absent(own, given), "--resume", "auto",
     )  # fmt: skip
     args = parse_quietly((*command, *flags))
-    more: list[str] = []
+    more: dict[str, str] = {}
     if vocab_size is not None:
-        more += ["--model.vocab_size", str(vocab_size)]
+        more["model.vocab_size"] = str(vocab_size)
     if settings.max_steps is not None:
-        more += ["--train.max_steps", str(settings.max_steps)]
-        if args.optim.warmup_steps > settings.max_steps // 10 and "optim.warmup_steps" not in given:
-            more += ["--optim.warmup_steps", str(settings.max_steps // 10)]
-    more += flags_of_this_machine(args, given)
-    if vocab_size is not None:
+        more["train.max_steps"] = str(settings.max_steps)
+        if args.optim.warmup_steps > settings.max_steps // 10:
+            more["optim.warmup_steps"] = str(settings.max_steps // 10)
+    more |= flags_of_this_machine(args)
+    if vocab_size is not None and "model.vocab_size" not in given:
         vocabulary = vocab_size
     elif args.model.vocab_size is not None:
         vocabulary = args.model.vocab_size
@@ -196,7 +208,7 @@ def plan_training(
             f"{config.stem} has {n / 1e6:,.0f} million parameters: on this CPU it trains for days or weeks "
             "(scripts/plan_run.py --gpu cpu); try a smaller model, or --max_steps"
         )
-    return Training(title, (*command, *more, *flags), run, vocabulary, missing)
+    return Training(title, (*command, *absent(more, given), *flags), run, vocabulary, missing)
 
 
 def of_the_student(flags: Sequence[str]) -> set[int]:
@@ -223,18 +235,18 @@ def plan_trainings(settings: BabylmSettings, flags: Sequence[str], track: Track)
     names = [path.stem for path in (config, *configs)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--teachers: there are two models named {twice[0]}; name each config once")
-    own = ["--save.at_words", AT_WORDS[track], "--save.keep_last", "2"]
+    values = {"save.at_words": AT_WORDS[track], "save.keep_last": "2"}
     if s.teachers:
         paths = json.dumps([{"path": str(out / path.stem)} for path in configs])
-        own += ["--objective", "distillation", "--distillation.teachers", paths]
-    model = plan_training(s, flags, "training", config, out / config.stem, own, s.vocab_size)
+        values |= {"objective": "distillation", "distillation.teachers": paths}
+    model = plan_training(s, flags, "training", config, out / config.stem, values, s.vocab_size)
     if model.missing and not s.teachers:
         raise ValueError(
             f"--model {s.model} learns from teachers, and {model.missing[0]} is not there: add "
             f"--teachers {' '.join(Path(path).name for path in model.missing)} to train them first"
         )
     theirs = [flag for place, flag in enumerate(flags) if place not in of_the_student(flags)]
-    last = ("--save.keep_last", "1")
+    last = {"save.keep_last": "1"}
     teachers = [
         plan_training(s, theirs, f"teacher {path.stem}", path, out / path.stem, last, model.vocabulary)
         for path in configs

@@ -55,6 +55,16 @@ def shown(command: Sequence[str]) -> str:
     return shlex.join(["python" if part == sys.executable else part for part in command])
 
 
+def names_of(flags: Sequence[str]) -> set[str]:
+    """The names of some flags of fabric_train.py, without values and dashes."""
+    return {flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
+
+
+def absent(own: Mapping[str, str], given: set[str]) -> list[str]:
+    """The words of flags that are not among `given`."""
+    return [word for name, value in own.items() if name not in given for word in (f"--{name}", value)]
+
+
 def from_root(path: Path) -> Path:
     """The path as commands name it: relative to ROOT if it is below it, else absolute."""
     absolute = Path(os.path.abspath(path))

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from running import script
+from small_models import write_model_folder
 
+from lit_data.tokenizers.tokenizer import Tokenizer
 from lit_eval.generation.babyllama import (
     BabyLlamaSettings,
     consistency,
@@ -24,7 +26,7 @@ from lit_eval.generation.completions import Completion, completions, open_prompt
 from lit_eval.generation.metrics import words_of
 from lit_eval.generation.settings import GenerationSettings
 from lit_eval.generation.speed import SpeedSettings
-from lit_eval.model.eval_model import EvalModel
+from lit_eval.model.eval_model import EvalModel, open_model
 from lit_eval.score.results import read_results
 
 
@@ -77,7 +79,7 @@ def test_the_whole(generation_model: EvalModel, tmp_path: Path) -> None:
             {"prompt": "und"},
         ))
     )  # fmt: skip
-    result = evaluate_babyllama(generation_model, BabyLlamaSettings(tmp_path / "own.jsonl", SHORT_TEXTS, SHORT))
+    result = evaluate_babyllama(generation_model, BabyLlamaSettings(tmp_path / "own.jsonl", None, SHORT_TEXTS, SHORT))
     assert result.n == 2 and len(result.details["samples"]) == 3
     right = [one["right"] for one in result.details["completions"]]
     assert [is_answer(c["text"], c["answers"]) for c in result.details["completions"]] == right
@@ -88,7 +90,7 @@ def test_the_whole(generation_model: EvalModel, tmp_path: Path) -> None:
     assert "choice_accuracy" not in result.metrics and "consistency" not in result.metrics
     assert result.metrics["decode_tokens_per_s_2"] > 0
     (tmp_path / "own.txt").write_text("Gr\naus\n")
-    plain = evaluate_babyllama(generation_model, BabyLlamaSettings(tmp_path / "own.txt", SHORT_TEXTS, None))
+    plain = evaluate_babyllama(generation_model, BabyLlamaSettings(tmp_path / "own.txt", None, SHORT_TEXTS, None))
     assert plain.n == len(plain.items) == 2 and set(plain.metrics) == {"repetition_4", "distinct_3"}
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "answers": "b"}')
     with pytest.raises(ValueError, match=r'bad.jsonl, line 1: "answers"'):
@@ -96,14 +98,28 @@ def test_the_whole(generation_model: EvalModel, tmp_path: Path) -> None:
 
 
 def test_as_tasks_of_evaluate(generation_run: Path, tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text('{"prompt": "Gr", "answers": ["üße"]}\n{"prompt": "aus"}')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Gr", "answers": ["üße"]}\n' * 3)
     line = (generation_run, "--custom_prompts", tmp_path / "p.jsonl", "--output", tmp_path / "r.json")
+    line += ("--num_samples", 2)
     done = script("evaluate.py", *line, "--tasks", "babyllama", "speed")
     assert done.returncode == 0, done.stderr
     tasks = read_results(tmp_path / "r.json").tasks
-    assert tasks["babyllama"].n == 1 and set(tasks["babyllama"].groups["batch_size"]) == {"1", "4", "8", "16"}
+    assert tasks["babyllama"].n == 2 and set(tasks["babyllama"].groups["batch_size"]) == {"1", "4", "8", "16"}
     assert set(tasks["speed"].groups["batch_size"]) == {"1", "2", "4", "8", "16"}
-    assert "=== babyllama, sample 2" in (tmp_path / "generation_samples.txt").read_text(encoding="utf-8")
+    samples = (tmp_path / "generation_samples.txt").read_text(encoding="utf-8")
+    assert "=== babyllama, sample 2" in samples and "=== babyllama, sample 3" not in samples
+
+
+def test_a_limit_covers_every_category(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
+    """`most` items, evenly spaced, each with the choices that it has among all of them; and as many texts."""
+    categories = {(item.category, item.language) for item in completions()}
+    n = len(categories)
+    model = open_model(write_model_folder(tmp_path / "hf", tokenizers["bytes"], block_size=128), device="cpu")
+    result = evaluate_babyllama(model, BabyLlamaSettings(None, n, SHORT_TEXTS, None))
+    found = result.details["completions"]
+    assert result.n == len(result.items) == len(found) == len(result.details["samples"]) == n
+    assert {(one["category"], one["language"]) for one in found} == categories
+    assert all(one["chosen"] is not None for one in found) and result.metrics["consistency"] >= 0
 
 
 def test_choice_takes_the_likelier_word(generation_model: EvalModel) -> None:
@@ -111,7 +127,7 @@ def test_choice_takes_the_likelier_word(generation_model: EvalModel) -> None:
     items = [
         Completion(p, (a,), "c", "de") for p, a in (("Gr", "aus"), ("Der", "Hund"), ("und", "nach"), ("la", "Haus"))
     ]
-    _, chosen, _ = score_completions(generation_model, items)
+    _, chosen, _ = score_completions(generation_model, items, items)
     for item, choice in zip(items, chosen, strict=True):
         scores = []
         for word in (item.answers[0], *distractors(item, items)):

@@ -178,6 +178,20 @@ def test_the_best_score_may_be_the_lowest(metric: str) -> None:
     assert Task("task", "accuracy", [Score(0.9, 1, None), Score(0.2, 1, None)]).best() == 0
 
 
+def test_a_score_that_one_entry_alone_has_is_not_the_best(tmp_path: Path) -> None:
+    """In text, JSON and HTML; nor is a validation loss that one run alone has the lowest."""
+    run = write_run(tmp_path / "a", run_rows(3.0), {})
+    others = [write_results(tmp_path / f"{name}.json", name, {"blimp": [1.0, 0.0]}) for name in ("b", "c")]
+    for paths, best in (([run, others[0]], None), ([run, *others], "b")):
+        entries = read_entries(paths)
+        comparison = compare(entries)
+        row = next(line for line in as_text(comparison).splitlines() if line.startswith("blimp"))
+        assert row.rstrip().endswith("b") == (best is not None)
+        assert as_json(comparison)["scores"][0]["best"] == best
+        page = comparison_report(entries)
+        assert ('<b class="best">' in page) == (best is not None) and "Lowest validation loss" not in page
+
+
 def test_other_items_are_not_tested(tmp_path: Path) -> None:
     a = write_results(tmp_path / "a.json", "a", {"task": [1.0, 0.0], "own": [1.0]})
     b = write_results(tmp_path / "b.json", "b", {"task": [0.0, 0.0]}, sha256="other")

@@ -17,6 +17,8 @@ from running import ROOT, flags, script, train, write_dataset
 from lit_data.corpus.grammar_nll import conditional_nll
 from lit_data.packed.open_dataset import open_dataset
 from lit_data.packed.reader import PackedDataset
+from lit_eval.evaluation.named_tasks import NAMED_JOBS
+from lit_eval.evaluation.settings import EvaluationSettings
 from lit_eval.evaluator import Evaluator
 from lit_eval.model.eval_model import open_model, recorded_checksum
 from lit_eval.score.results import read_results
@@ -143,7 +145,10 @@ def test_every_checkpoint_but_the_damaged(run: Path, pairs: Path, tmp_path: Path
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 255
     damaged.write_bytes(content)
-    shown = evaluate("--all_checkpoints", folder, "--tasks", pairs)
+    (plain := tmp_path / "plain.txt").write_text("one\ntwo\n")
+    text = ("--data", plain, "--split_documents", "blank_line")
+    shown = evaluate("--all_checkpoints", folder, "--tasks", pairs, *text)
+    assert shown.count("warning: --split_documents blank_line") == 1
     assert f"{folder}: 2 checkpoints evaluated, 1 left out" in shown and f"left out: {damaged}: " in shown
     assert (folder / "evaluation/learning_curves.png").read_bytes().startswith(b"\x89PNG")
     names = sorted(path.name for path in (folder / "evaluation").glob("iter-*.json"))
@@ -171,6 +176,17 @@ def test_tasks_in_which_the_model_writes(run: Path, tmp_path: Path) -> None:
     assert [s["prompt"] for s in read_results(tmp_path / "p.json").tasks["generation"].details["samples"]] == [
         "The cat"
     ]
+
+
+@pytest.mark.parametrize("name", ["generation", "memorization", "confidence"])
+def test_what_changes_the_texts_runs_a_task_again(name: str) -> None:
+    plain, *changed = (
+        EvaluationSettings(),
+        EvaluationSettings(text_field="a"),
+        EvaluationSettings(split_documents="line"),
+    )
+    job = NAMED_JOBS[name](name, Path(), plain)
+    assert all(job.settings_of(settings) != job.settings_of(plain) for settings in changed)
 
 
 def fails(message: str, *arguments: object) -> None:

@@ -89,9 +89,11 @@ def train_small_tokenizer(folder: Path, vocab_size: int = 300) -> Tokenizer:
     return train_on_texts(synthetic_texts(200), vocab_size, "byte_bpe", folder)
 
 
-def write_model_folder(folder: Path, tokenizer: Tokenizer, family: str = "llama", *, bos: bool = False) -> Path:
+def write_model_folder(
+    folder: Path, tokenizer: Tokenizer, family: str = "llama", *, bos: bool = False, **changes: Any
+) -> Path:
     """A folder that `open_model` and transformers open. `bos`: its tokenizer begins texts with BOS."""
-    config = ModelConfig(**SIZES, **FAMILIES[family], vocab_size=tokenizer.vocab_size, padding_multiple=64)
+    config = ModelConfig(**SIZES | FAMILIES[family] | changes, vocab_size=tokenizer.vocab_size, padding_multiple=64)
     model = GPT(config)
     initialise(model, config, 0)
     with torch.no_grad():

@@ -216,6 +216,38 @@ def test_every_script_ends_with_one_line(path: Path) -> None:
         assert len(before) == 1 and before[0].startswith("from pretrain.cli.command_line import ")
 
 
+IN_A_FINALIZER = """
+import os, signal, sys, time
+from pretrain.cli.command_line import end_on_ctrl_c, run_script
+
+end_on_ctrl_c()
+
+
+class Mapped:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        for _ in range(1000):  # the handler raises here, where Python ignores the exception
+            pass
+
+
+def main():
+    mapped = Mapped()
+    del mapped
+    time.sleep(60)
+
+
+run_script(main, "interrupted")
+"""
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_a_finalizer_ends_a_script_quietly(number: signal.Signals, status: int) -> None:
+    """It is neither printed as an ignored exception nor lost."""
+    line = [sys.executable, "-c", IN_A_FINALIZER, str(int(number))]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=30, check=False)
+    assert done.returncode == status and "ignored" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 def test_ctrl_c_ends_a_script_with_one_line(data: Path) -> None:
     """Ctrl-C during a script's imports: one line, status 130."""
     line = [sys.executable, "-X", "importtime", str(ROOT / "scripts" / "inspect_dataset.py"), str(data / "train")]

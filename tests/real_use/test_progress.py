@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from running import flags, metrics, train
+from running import flags, metrics, train, train_in_process
 
 from lit_files.progress import TaskProgress, track
 from pretrain.logs.progress import ProgressDisplay
@@ -75,6 +75,18 @@ def test_a_line_per_minute(capsys: pytest.CaptureFixture[str]) -> None:
         "step 30/1000: validating 60/130",
         "step 30/1000: validating 120/130",
     ]
+
+
+def test_a_phase_names_the_step_that_it_follows(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Validating and saving after step 2 are lines of step 2, as its losses are."""
+    monkeypatch.setattr("pretrain.logs.progress.QUIET_S", 0.0)
+    settings = {"train__max_steps": 2, "eval__every_steps": 2, "save__every_steps": 2, "log__every_steps": 1}
+    train_in_process(flags(data, tmp_path / "run", **settings))
+    lines = capsys.readouterr().out.splitlines()
+    at = {text: line.split("/")[0] for line in lines for text in ("validating", "saving") if text in line}
+    assert at == {"validating": "step 2", "saving": "step 2"}, lines
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:

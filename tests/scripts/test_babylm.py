@@ -84,6 +84,20 @@ def test_plan_of_commands(tmp_path: Path, names: Sequence[str], ending: str, fak
     assert fake.ran == [] and not out.exists()
 
 
+def test_a_flag_given_after_the_dashes_replaces_ours(tmp_path: Path, fake: FakeCommands) -> None:
+    """The command names each flag once, so that training notes no repetition; and planning prints no note."""
+    given = write_corpus(tmp_path)
+    theirs = {"save.at_words": "2K", "save.keep_last": "5", "train.max_steps": "30", "model.vocab_size": "400"}
+    words = [word for flag, value in theirs.items() for word in (f"--{flag}", value)]
+    more = ["--max_steps", "20", "--vocab_size", "300", "--dry_run", "--", *words, "--train.memory_limit_gib", "4"]
+    done = script("babylm.py", *given, *more)
+    assert done.returncode == 0 and "note:" not in done.stderr, done.stderr
+    (training,) = [line for line in done.stdout.splitlines() if line.startswith("$ ") and "fabric_train.py" in line]
+    names = re.findall(r"--(\S+)", training)
+    assert len(names) == len(set(names)) and f"{' '.join(words)} --train.memory_limit_gib 4" in training
+    assert "--vocab_size 400" in done.stdout.split("fabric_train.py")[0]
+
+
 def test_teachers_come_first(tmp_path: Path, fake: FakeCommands) -> None:
     """Each is trained on the same data with the model's vocabulary; flags of distillation are the model's alone."""
     given = write_corpus(tmp_path)

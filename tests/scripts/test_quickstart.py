@@ -85,7 +85,7 @@ def test_the_recipe_of_tinystories(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_training_fits_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU neither compiled nor in bf16, unless the user says so; flags after -- come last."""
+    """Without a GPU neither compiled nor in bf16, unless the user says so: flags after -- replace ours."""
     text, out = write_texts(tmp_path / "text"), tmp_path / "out"
     given = ["--input", text, "--output", out, "--config", "configs/nano-llama.yaml", "--steps", 20]
     commands_of(monkeypatch, *given)
@@ -96,6 +96,7 @@ def test_the_training_fits_this_machine(tmp_path: Path, monkeypatch: pytest.Monk
         (False, [], "--optim.warmup_steps 2 --compile false --precision fp32"),
         (False, ["--precision", "bf16"], "--optim.warmup_steps 2 --compile false --precision bf16"),
         (True, ["--train.micro_batch_samples=8"], "--optim.warmup_steps 2 --train.micro_batch_samples=8"),
+        (True, ["--train.max_steps=30"], "--resume auto --optim.warmup_steps 2 --train.max_steps=30"),
     ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         (training_call,) = commands_of(monkeypatch, *given, "--", *flags)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import running
 import torch
+import transformers
 from running import MODEL, ROOT, flags, metrics, train
 
 from lit_data.packed.reader import PackedDataset
@@ -56,10 +57,13 @@ def hf(run: Path) -> Path:
     return output
 
 
-def test_transformers_agrees_span_by_span(run: Path, hf: Path, data: Path) -> None:
+def test_transformers_agrees_span_by_span(run: Path, hf: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = PackedDataset(data / "val")
     ours = our_span_losses(run, dataset, 32, max_rows=3)
+    transformers.utils.logging.enable_progress_bar()  # its default; other tests change it
+    capsys.readouterr()
     theirs = transformers_span_losses(hf, dataset, ours)
+    assert "Loading" not in capsys.readouterr().err
     assert largest_difference(ours, theirs) < 1e-4 and len(ours.loss) < len(our_span_losses(run, dataset, 32).loss)
     assert ours.mean == pytest.approx(float(metrics(run)[-1]["val_loss"]), rel=1e-6)
     assert json.loads((hf / "config.json").read_text())["vocab_size"] == 96

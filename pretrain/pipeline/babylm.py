@@ -48,7 +48,8 @@ TOLERANCE = 1.05  # a text of 10.2M words is meant for strict-small
 CONFIGS = ("babyllama/*.yaml", "babylm2025/*.yaml", "distillation.yaml", "distillation_small/*.yaml")
 # Flags of fabric_train.py that the pipeline sets.
 OWN_FLAGS = {"config", "out_dir", "data.train", "data.val", "resume"}
-DEFAULT_VOCABULARY = 16_000
+# Of a config without a known model or a vocabulary. In a narrow model a large one would take most of the parameters.
+DEFAULT_VOCABULARY, OF_NARROW_MODELS, NARROW = 16_000, 2048, 256
 LARGE = 100_000_000  # parameters
 
 
@@ -197,8 +198,10 @@ def plan_training(
         vocabulary = vocab_size
     elif args.model.vocab_size is not None:
         vocabulary = args.model.vocab_size
+    elif args.model.name:
+        vocabulary = get_config(args.model.name).vocab_size
     else:
-        vocabulary = get_config(args.model.name).vocab_size if args.model.name else DEFAULT_VOCABULARY
+        vocabulary = OF_NARROW_MODELS if (args.model.n_embd or NARROW) < NARROW else DEFAULT_VOCABULARY
     title = f"{title} -> {run} (you may interrupt it, the next call resumes)"
     learns = args.objective == "distillation" and args.distillation.cache is None
     teachers = [teacher.path for teacher in args.distillation.teachers] if learns else []

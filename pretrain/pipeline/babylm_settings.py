@@ -31,7 +31,7 @@ class BabylmSettings:
     max_steps: int | None = None
     """Training steps. Default: the epochs of the config."""
     vocab_size: int | None = None
-    """Ids of the tokenizer. Default: the model's."""
+    """Ids of the tokenizer. Default: the model's; of a config without one 16000, or 2048 below a width of 256."""
     cleaner: str = "babylm"
     """--cleaner of prepare_data.py, such as babylm-paper; none leaves the text unchanged."""
     evaluation_data: Path | None = None

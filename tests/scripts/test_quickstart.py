@@ -13,6 +13,7 @@ import torch
 from running import ROOT, script, script_error
 from small_models import synthetic_texts
 
+from lit_data.packed.reader import PackedDataset
 from pretrain.pipeline import steps
 from pretrain.pipeline.steps import StepFailed, shown
 
@@ -146,9 +147,7 @@ def test_stories_from_end_to_end(tmp_path: Path) -> None:
     line += ["--split_documents", "<|endoftext|>", "--config", "mine.yaml", "--vocab_size", "400", "--output", "out"]
     done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (
-        json.loads((tmp_path / "out" / "data" / "packed" / "train" / "manifest.json").read_text())["n_documents"] == 280
-    )
+    assert PackedDataset(tmp_path / "out" / "data" / "packed" / "train").n_documents == 280
     assert "Loss and perplexity by epoch" in (tmp_path / "out" / "run" / "report.html").read_text()
 
 

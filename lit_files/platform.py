@@ -109,6 +109,10 @@ if sys.platform == "win32":
         mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
         return np.frombuffer(mapped, np.uint8).ctypes.data, mapped.close
 
+    def signal_main_thread(number: signal.Signals) -> None:
+        """Send a signal to this process's main thread, which also ends a wait of it; on Windows after the wait."""
+        signal.raise_signal(number)
+
     def allocated_bytes(file: os.stat_result) -> int:
         """Bytes that a file occupies on its disk."""
         return file.st_size
@@ -183,6 +187,9 @@ else:
         if random and hasattr(mmap, "MADV_RANDOM"):
             _libc.madvise(address, size, mmap.MADV_RANDOM)
         return address, functools.partial(_libc.munmap, address, size)
+
+    def signal_main_thread(number: signal.Signals) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def allocated_bytes(file: os.stat_result) -> int:
         return file.st_blocks * 512

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -125,7 +126,7 @@ def build(
 ) -> Run:
     """Put the run together, once the ranks have met. `opened`: the data, if this process has opened it already."""
     if fabric.world_size > 1 or placement.fsdp:
-        import torch._dynamo  # DDP and FSDP import it: 75 MiB of the process, and not of what it trains
+        importlib.import_module("torch._dynamo")  # by DDP and FSDP: 75 MiB of the process, not of what it trains
     device, resident = fabric.device, resident_bytes()
     if (fault := float8_fault(args.precision, device)) is not None:
         raise ValueError(f"{fault}; use --precision bf16")

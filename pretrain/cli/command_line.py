@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from lit_files.near_names import did_you_mean
+from lit_files.platform import signal_main_thread
 from pretrain.cli.fields import REQUIRED, Flag, flags_of, placeholder, without_none
 
 AGAIN_S = 0.05  # until a signal is sent again
@@ -453,18 +454,12 @@ def repeat_ignored_signals() -> None:
         KeyboardInterrupt: signal.SIGINT,
     }
 
-    def send(number: signal.Signals) -> None:
-        if hasattr(signal, "pthread_kill"):  # also ends a wait of the main thread
-            signal.pthread_kill(threading.main_thread().ident or 0, number)
-        else:
-            signal.raise_signal(number)
-
     def hook(ignored: sys.UnraisableHookArgs) -> None:
         if ignored.exc_type not in sent:
             usual(ignored)
             return
         # Later: at once, its exception would be ignored again. No thread starts while Python ends.
-        timer = threading.Timer(AGAIN_S, send, (sent[ignored.exc_type],))
+        timer = threading.Timer(AGAIN_S, signal_main_thread, (sent[ignored.exc_type],))
         timer.daemon = True
         with contextlib.suppress(RuntimeError):
             timer.start()

@@ -32,8 +32,8 @@ from lit_model.registry import get_config
 from pretrain.args import DistillationArgs
 from pretrain.distillation.objective import alpha_at
 from pretrain.distillation.teacher_cache import CachedTeacher, CacheFacts, begin_cache, read_facts
+from pretrain.free_memory import show_bytes
 from pretrain.init_from import with_layers
-from pretrain.preflight.context import show_bytes
 
 CHANGES: dict[str, object] = {"objective": "distillation", "train__max_steps": 6, "save__every_steps": 3}
 
@@ -147,6 +147,7 @@ def test_teachers_are_identified_by_content(data: Path, teachers: list[Path], st
     assert re.search(rf"distillation\.teachers: {there}.* there, {here}", done.stdout), done.stdout
 
 
+@pytest.mark.slow
 def test_teachers_in_bf16_beside_two_ranks_in_fp32(
     data: Path, teachers: list[Path], student: Path, tmp_path: Path
 ) -> None:
@@ -246,7 +247,8 @@ def test_a_cache_of_many_files_keeps_few_open(data: Path, tmp_path: Path, monkey
     assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
-@pytest.mark.parametrize("packing", ["best_fit", pytest.param("pad", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["best_fit", "pad"])
 def test_a_cache_over_a_packing_plan_is_read_by_two_ranks(
     data: Path, teachers: list[Path], tmp_path: Path, packing: str
 ) -> None:

@@ -78,7 +78,11 @@ def numbers(run: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(
     "placement",
-    [{"devices": 1}, {"devices": 2}, pytest.param({"devices": 2, "strategy": "fsdp"}, marks=pytest.mark.slow)],
+    [
+        {"devices": 1},
+        pytest.param({"devices": 2}, marks=pytest.mark.slow),
+        pytest.param({"devices": 2, "strategy": "fsdp"}, marks=pytest.mark.slow),
+    ],
     ids=["one", "ddp", "fsdp"],
 )
 def test_evaluating_changes_nothing(texts: Path, tmp_path: Path, placement: dict[str, object]) -> None:

@@ -81,7 +81,8 @@ def test_every_pair(long_matrix: Matrix, kind: str) -> None:
     assert all(value < 1e-5 for value in worst.values()), worst
 
 
-@pytest.mark.parametrize("name", [n if n == "full2" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_full_and_sharded_checkpoints_are_equal(matrix: Matrix, name: str) -> None:
     """Bit for bit; and the same as a single process's, up to the order of sums."""
     path = f"iter-{matrix.saved:08d}-ckpt.pth"

@@ -114,9 +114,8 @@ def trained(source: Path) -> Path:
     return train_on(source, source.parent.name, source.parent)
 
 
-# One of the four is trained; the tokenizers of all four are compared below without training.
-SLOW = {"llama3", "smollm2", "qwen3"}
-ALL = [pytest.param(family, marks=pytest.mark.slow if family in SLOW else ()) for family in FAMILIES]
+# Trained; by default the tokenizers of all families are compared below, without training.
+ALL = [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 families = pytest.mark.parametrize("source", ALL, indirect=True)
 
 

@@ -153,6 +153,7 @@ def test_mistakes_are_named(run: Path, hf: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_debug_config_generates_its_own_data(tmp_path: Path) -> None:
     """Two runs of configs/debug.yaml give the same weights; the export has the tokenizer used in preparation."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

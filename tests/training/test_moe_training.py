@@ -41,6 +41,7 @@ def one(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_of(data, folder, train__load_balance_loss=0, train__micro_batch_samples=4)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_and_resume_bit_for_bit(data: Path, tmp_path: Path, one: Path) -> None:
     """Without the load-balancing loss, which is computed per micro-batch and so depends on the assignment of rows."""
     changes: dict[str, object] = {"train__load_balance_loss": 0, "devices": 2, "strategy": "fsdp"}

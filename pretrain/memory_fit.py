@@ -19,7 +19,7 @@ from lit_model.config import ModelConfig
 from lit_model.cost import TrainingMemory, TrainingSetting, training_memory
 from lit_model.float8 import ALIGNMENT
 from lit_model.kernels.choose import choose_attention
-from lit_model.kernels.cuda import VARLEN_ARGUMENTS
+from lit_model.kernels.cuda import repeats_heads
 from pretrain.args import AUTO, MAX_MICRO_BATCH_TOKENS, OptimArgs, RunArgs
 from pretrain.distillation.teachers import teacher_bytes
 from pretrain.free_memory import CUDA_RESERVE_BYTES, TIGHT, free_device_bytes, show_bytes
@@ -224,9 +224,11 @@ def _repeats_heads(args: RunArgs, config: ModelConfig) -> bool:
         return True
     if not torch.cuda.is_available():
         return False
-    documents, dtype = args.data.document_mask, DTYPES[args.precision]
-    chosen = choose_attention("cuda", dtype, config.head_size, args.train.attention, documents=documents)
-    return chosen.name == "varlen" and "enable_gqa" not in VARLEN_ARGUMENTS
+    name: str = args.train.attention
+    dtype = DTYPES[args.precision]
+    if name == "auto":
+        name = choose_attention("cuda", dtype, config.head_size, documents=args.data.document_mask).name
+    return repeats_heads(name)
 
 
 def checkpoint_bytes(config: ModelConfig, args: OptimArgs) -> int:

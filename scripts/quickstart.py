@@ -40,6 +40,7 @@ from pretrain.pipeline.steps import (
     absent,
     begin,
     call,
+    check_flags,
     from_root,
     names_of,
     python,
@@ -256,6 +257,7 @@ def main() -> int:
         raise ValueError(f"--steps {args.steps}: at least 1 is needed")
     if {"val_input", "val_fraction"} <= parser.given.keys():
         raise ValueError("give --val_input or --val_fraction, not both")
+    check_flags(args.flags, "quickstart.py")
     if args.split_documents is not None:
         check_split(args.split_documents)
     if args.config is not None:

@@ -116,7 +116,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, variant
     arguments: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in VARLEN_ARGUMENTS else {"is_causal": True}
     arguments |= options("varlen", variant)
     if k.shape[1] != q.shape[1]:
-        if "enable_gqa" in VARLEN_ARGUMENTS:
+        if not repeats_heads("varlen"):
             arguments["enable_gqa"] = True
         else:  # torch 2.11 has no such argument: repeat the heads, whose gradients autograd sums
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -136,6 +136,13 @@ def varlen_arguments() -> frozenset[str]:
 
 # Importing the kernel imports torch.compile's machinery: not where it can't run.
 VARLEN_ARGUMENTS = varlen_arguments() if torch.backends.cuda.is_built() else frozenset()
+
+
+def repeats_heads(name: str) -> bool:
+    """Whether this kernel has no grouped heads here, so that keys and values are repeated."""
+    return name == "varlen" and "enable_gqa" not in VARLEN_ARGUMENTS
+
+
 # In order of preference. FA4 is ahead of FA3 on Hopper too: on an H100 its gradients are right, the 1B step is 1.06
 # times as fast as with varlen, and its wheels install; FA3 has not been tested there.
 KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, AttentionVariant], Tensor]] = {

@@ -112,6 +112,8 @@ def export_run(run: Path, again: bool = True) -> int:
     if folder.exists() and not again:
         return 0
     try:
+        if folder.exists() and not is_hf_folder(folder):
+            raise ValueError("it holds something else")
         with scratch_folder(folder) as parts:
             export_to_hf(run, parts / HF_FOLDER)
             replace_folder(parts / HF_FOLDER, folder)

@@ -28,12 +28,14 @@ from pretrain.init_from import model_config
 from pretrain.logs.messages import warn
 from pretrain.pipeline.babylm_settings import NO_CLEANER, BabylmSettings, Track
 from pretrain.pipeline.steps import (
+    OWN_FLAGS,
     ROOT,
     STATE,
     Pipeline,
     Step,
     absent,
     begin,
+    check_flags,
     from_root,
     names_of,
     python,
@@ -46,8 +48,7 @@ LIMITS: dict[Track, int] = {"strict-small": 10_000_000, "strict": 100_000_000}  
 AT_WORDS: dict[Track, str] = {"strict-small": "babylm", "strict": "babylm_strict"}  # of --save.at_words
 TOLERANCE = 1.05  # a text of 10.2M words is meant for strict-small
 CONFIGS = ("babyllama/*.yaml", "babylm2025/*.yaml", "distillation.yaml", "distillation_small/*.yaml")
-# Flags of fabric_train.py that the pipeline sets.
-OWN_FLAGS = {"config", "out_dir", "data.train", "data.val", "resume"}
+RESERVED = {"tokenizer", "data", "results", "release"}  # folders of --out_dir
 # Of a config without a known model or a vocabulary. In a narrow model a large one would take most of the parameters.
 DEFAULT_VOCABULARY, OF_NARROW_MODELS, NARROW = 16_000, 2048, 256
 LARGE = 100_000_000  # parameters
@@ -231,11 +232,12 @@ def plan_trainings(settings: BabylmSettings, flags: Sequence[str], track: Track)
     Raises ValueError for mistakes in the settings; exits on one in the training flags.
     """
     s, out, config = settings, from_root(settings.out_dir), find_config(settings.model)
-    own_flags = OWN_FLAGS | ({"distillation.teachers", "distillation.cache"} if s.teachers else set())
-    if own := sorted(names_of(flags) & own_flags):
-        raise ValueError(f"--{own[0]} after -- is a flag that babylm.py sets itself: remove it")
+    of_teachers = {"distillation.teachers", "distillation.cache"} if s.teachers else set()
+    check_flags(flags, "babylm.py", OWN_FLAGS | of_teachers)
     configs = [find_config(teacher, "teachers") for teacher in s.teachers]
     names = [path.stem for path in (config, *configs)]
+    if taken := sorted(RESERVED & set(names)):
+        raise ValueError(f"a config named {taken[0]}: --out_dir has another folder of this name; rename the file")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--teachers: there are two models named {twice[0]}; name each config once")
     values = {"save.at_words": AT_WORDS[track], "save.keep_last": "2"}

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,16 @@ def shown(command: Sequence[str]) -> str:
 def names_of(flags: Sequence[str]) -> set[str]:
     """The names of some flags of fabric_train.py, without values and dashes."""
     return {flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
+
+
+# Flags of fabric_train.py that every pipeline sets: its other steps rest on them.
+OWN_FLAGS = {"config", "out_dir", "data.train", "data.val", "resume"}
+
+
+def check_flags(flags: Sequence[str], script: str, own: Collection[str] = OWN_FLAGS) -> None:
+    """Raise ValueError for a flag of the user that the pipeline `script` sets itself."""
+    if taken := sorted(names_of(flags) & set(own)):
+        raise ValueError(f"--{taken[0]} after -- is a flag that {script} sets itself: remove it")
 
 
 def absent(own: Mapping[str, str], given: set[str]) -> list[str]:

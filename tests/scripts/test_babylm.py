@@ -209,6 +209,10 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = {
     "model": (lambda f: ["--model", "llama-59M"], ("--model llama-59M", "did you mean llama-9")),
     "another folder's files": (other_output, ("--out_dir", "holds other files")),
     "flag of ours": (lambda f: ["--", "--out_dir", "x"], ("--out_dir after --",)),
+    "reserved name": (
+        lambda f: [(f / "data.yaml").write_text("model: {name: llama-10M}\n"), "--model", str(f / "data.yaml")][1:],
+        ("a config named data", "rename the file"),
+    ),
     "teachers again": (
         lambda f: ["--teachers", "gpt-97M", "--", "--distillation.teachers=[]"],
         ("--distillation.teachers after --",),

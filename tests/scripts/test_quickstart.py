@@ -105,6 +105,9 @@ def test_the_training_fits_this_machine(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_refusals(tmp_path: Path) -> None:
+    assert "--out_dir after -- is a flag that quickstart.py sets itself" in script_error(
+        "quickstart.py", "--", "--out_dir=x"
+    )
     text = write_texts(tmp_path / "text", 3)
     out = ["--output", tmp_path / "out"]
     assert "too few to hold some out" in script_error("quickstart.py", "--input", text, *out)

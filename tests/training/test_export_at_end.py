@@ -10,6 +10,7 @@ from running import flags
 
 from lit_model.hf.io import read_folder
 from lit_model.load import Checkpoint, load_tensors
+from pretrain.convert.export import export_run
 from pretrain.fabric_train import main
 
 
@@ -33,6 +34,12 @@ def test_a_run_ends_with_its_model_for_transformers(
         assert main(flags(data, run, **of, save__state_dict_type="sharded", resume="auto")) == 0
         output = capsys.readouterr().out
         assert "is finished" in output and ("Hugging Face model" in output) is exported
+    # What is not an export is kept.
+    shutil.rmtree(run / "hf")
+    (run / "hf").write_text("mine")
+    assert export_run(run) == 1 and (run / "hf").read_text() == "mine"
+    assert "it holds something else" in capsys.readouterr().err
+    (run / "hf").unlink()
     # Further steps replace it.
     more = {
         **of,

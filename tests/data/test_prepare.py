@@ -313,7 +313,12 @@ REPEATED = {"dedup": "exact", "dedup_min_characters": 5, "near_dedup": 0.6}
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, REPEATED, {"dedup": "bloom", "dedup_min_characters": 5, "bloom_paragraphs": 1000}, {"parts": 3, **REPEATED}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        REPEATED,
+        pytest.param({"dedup": "bloom", "dedup_min_characters": 5, "bloom_paragraphs": 1000}, marks=pytest.mark.slow),
+        {"parts": 3, **REPEATED},
+    ],
     ids=["plain", "exact", "bloom", "parts"],
 )
 def test_repeated_interruptions_do_not_change_the_result(repetitive, tokenizer_folder, tmp_path, monkeypatch, settings):

@@ -27,8 +27,8 @@ def fuzz(count: int, folder: Path) -> None:
 
 
 def test_every_file_with_few_mutations(tmp_path: Path) -> None:
-    """10 mutations of each file: a clean error that names it, or a value within its schema."""
-    fuzz(10, tmp_path)
+    """5 mutations of each file: a clean error that names it, or a value within its schema."""
+    fuzz(5, tmp_path)
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def build(
     return done, (folder / "calls").read_text().splitlines()
 
 
-@pytest.mark.parametrize(("cuda", "extra"), [("13", "[cu13]"), ("12", "")])
+@pytest.mark.parametrize(("cuda", "extra"), [("13", "[cu13]"), pytest.param("12", "", marks=pytest.mark.slow)])
 def test_flash_attention_four_by_default(cuda: str, extra: str, tmp_path: Path) -> None:
     """The extra of FA4 for the CUDA version of the image's torch, exactly pinned wheels, after libibverbs."""
     assert "    flash_attn=fa4\n" in DEFINITION

@@ -58,6 +58,7 @@ def limited(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, preexec_fn=limit, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
+@pytest.mark.slow
 def test_two_datasets_of_hundreds_of_shards_train_and_trace_with_256_files(two: Path, tmp_path: Path) -> None:
     """A mixture of 600 shards is trained on and traced at `ulimit -n 256`."""
     run = tmp_path / "run"

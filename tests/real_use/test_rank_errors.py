@@ -107,7 +107,7 @@ def check(answer: Answer, run: Path, seconds: float, where: str, kind: str, rank
 @pytest.mark.parametrize(
     ("where", "kind", "ranks"),
     [
-        ("set-up", "ValueError", (1,)),
+        pytest.param("set-up", "ValueError", (1,), marks=pytest.mark.slow),
         ("set-up", "OSError", (0, 1)),
         ("resume", "KeyboardInterrupt", (0, 1)),
         ("validation", "C++", (0, 1)),

@@ -159,7 +159,8 @@ def test_teachers_in_bf16_beside_two_ranks_in_fp32(
     assert not torch.allclose(low, full, rtol=1e-6, atol=0), "the teachers were not in bf16"
 
 
-@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True])
 def test_a_killed_student_resumes_bit_for_bit(data: Path, teachers: list[Path], tmp_path: Path, cached: bool) -> None:
     changes = {**CHANGES, "train__max_steps": 20, "save__every_steps": 5, "model__dropout": 0.1}
     changes |= {"distillation__alpha": 0.2, "distillation__alpha_end": 0.8}

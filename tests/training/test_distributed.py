@@ -21,7 +21,7 @@ from pretrain.args import TrainArgs
 from pretrain.parallel import check_batch
 
 CLIP_NORM = 0.5
-EVERY = [(45, "ddp2"), pytest.param(45, "full2", marks=pytest.mark.slow)]  # steps, configuration
+EVERY = [(24, "ddp2"), pytest.param(24, "full2", marks=pytest.mark.slow)]  # steps, configuration
 EVERY += [pytest.param(300, n, marks=pytest.mark.slow) for n in CONFIGURATIONS if n != "single"]
 
 

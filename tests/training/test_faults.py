@@ -65,7 +65,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) ->
         ("step", 6, "false"),
         pytest.param("step", 6, "true", marks=pytest.mark.slow),
         pytest.param("validation", 2, "false", marks=pytest.mark.slow),
-        ("validation", 2, "true"),
+        pytest.param("validation", 2, "true", marks=pytest.mark.slow),
         pytest.param("saving", 2, "false", marks=pytest.mark.slow),
         ("saving", 2, "true"),
     ],
@@ -221,6 +221,7 @@ def test_full_disk_during_a_save(
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_the_rank_that_failed_first_is_named(data: Path, tmp_path: Path, whole: Path, ranks: Ranks) -> None:
     run = tmp_path / "run"
     answer = ranks(2, run, flags(data, run, **two()), plants=[{"kind": "raise", "rank": 1, "step": 6}])

@@ -23,9 +23,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from benchmarks.provenance import provenance
+from lit_eval.model.in_transformers import open_in_transformers
 from lit_model.generate import generate_batch
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.io import write_folder
@@ -86,7 +86,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "hf"
         write_folder(folder, config_to_hf(config), tensors_to_hf(config, model.state_dict()))
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
+        theirs = open_in_transformers(folder).to(args.device)
     model = model.to(args.device).eval()
     generator = torch.Generator().manual_seed(0)
     n = args.new_tokens

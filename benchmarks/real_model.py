@@ -27,6 +27,7 @@ import torch
 from benchmarks.provenance import provenance
 from lit_data.packed.reader import PackedDataset
 from lit_eval.agreement import SpanLosses, largest_difference, our_span_losses, transformers_span_losses
+from lit_eval.model.in_transformers import open_in_transformers
 from lit_model.load import load_model
 
 BLOCK_SIZE = 256
@@ -58,10 +59,8 @@ def save_from_gguf(gguf: Path, folder: Path) -> None:
 @torch.no_grad()
 def logit_difference(ours: Path, theirs: Path, dataset: PackedDataset) -> tuple[float, float]:
     """Largest absolute difference of logits over the first tokens of a dataset, and the largest logit."""
-    from transformers import AutoModelForCausalLM
-
     model, _ = load_model(ours)
-    reference = AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32).eval()
+    reference = open_in_transformers(theirs)
     tokens = torch.from_numpy(dataset.tokens(0, 4 * BLOCK_SIZE).astype(np.int64)).view(4, BLOCK_SIZE)
     expected = reference(tokens).logits
     return float((model(tokens) - expected).abs().max()), float(expected.abs().max())

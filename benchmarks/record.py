@@ -40,6 +40,7 @@ from lit_data.packed.writer import DOCUMENTS_PER_GROUP
 from lit_data.record.merge import MAX_ROWS, MergedFile
 from lit_data.record.order_file import describe_order, write_order
 from lit_data.record.schema import SCHEMA, open_writer
+from lit_files.run_files import DATAPOINTS
 
 BLOCK_SIZE = 2048
 GLOBAL_BATCH, WORLD_SIZE, MICRO_BATCH = 1024, 64, 4
@@ -173,7 +174,7 @@ def make_run(folder: Path, rows: int) -> dict[str, Any]:
     data_s = time.perf_counter() - began
     n_windows = -(-corpus.n_tokens // BLOCK_SIZE)
     order = Order(n_windows, 1)
-    record = work / "datapoints"
+    record = work / DATAPOINTS
     record.mkdir()
     steps = max(2 * UNMERGED_STEPS, int(rows / SPANS_PER_ROW / GLOBAL_BATCH))
     began = time.perf_counter()
@@ -214,8 +215,8 @@ def make_run(folder: Path, rows: int) -> dict[str, Any]:
         "data_s": data_s,
         "record_s": record_s,
         "rows_per_s": made / record_s,
-        "record_bytes": sum(p.stat().st_size for p in (folder / "datapoints").iterdir()),
-        "files": sum(1 for _ in (folder / "datapoints").iterdir()),
+        "record_bytes": sum(p.stat().st_size for p in (folder / DATAPOINTS).iterdir()),
+        "files": sum(1 for _ in (folder / DATAPOINTS).iterdir()),
     }
 
 

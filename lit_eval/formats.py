@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import overload
 
 MISSING = "–"
 SCALES = ((1e12, "trillions", "T"), (1e9, "billions", "B"), (1e6, "millions", "M"), (1e3, "thousands", "k"))
@@ -31,11 +32,15 @@ def loss(value: float | None) -> str:
     return number(value) if value is None or not 1e-3 < abs(value) < 1e4 else f"{value:.4f}"
 
 
+@overload
+def perplexity(loss_nats: float) -> float: ...
+@overload
+def perplexity(loss_nats: None) -> None: ...
 def perplexity(loss_nats: float | None) -> float | None:
     """exp of a loss; infinite where it overflows."""
     if loss_nats is None:
         return None
-    return math.exp(loss_nats) if loss_nats < 700 else math.inf
+    return math.inf if loss_nats >= 700 else math.exp(loss_nats)
 
 
 def whole(value: float | None) -> str:

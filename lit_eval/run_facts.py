@@ -23,18 +23,26 @@ from lit_eval.score.results import Results, read_results
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.nested_run import did_you_mean_run
 from lit_files.reading import first_line, read_bytes, read_object
+from lit_files.run_files import (
+    ABANDONED,
+    DATAPOINTS,
+    ENVIRONMENT,
+    EVALUATIONS,
+    HF,
+    LOGS,
+    METRICS,
+    ORDER,
+    SETTINGS,
+    STOPPED,
+)
 from lit_model.config import ModelConfig
 from lit_model.cost import count_active_parameters, count_parameters
 from lit_model.load import Checkpoint
 
-METRICS, SETTINGS, ENVIRONMENT, STOPPED = "metrics.csv", "config.yaml", "environment.jsonl", "stopped.json"
-ORDER = "datapoints/order.json"
-EVALUATIONS = "evaluations.jsonl"  # results of tasks and texts written during training, a line each
 EVALUATION_COLUMN = "eval/"  # prefix of the columns of metrics.csv for these tasks; the task's name follows
-ABANDONED = "abandoned"  # RUN/abandoned/NNN-from-STEP: discarded by a rollback or the resume of an older checkpoint
 MOST_RESULTS = 2000  # files of results read from a run
 MOST_RESULT_BYTES = 64 << 20
-NOT_SEARCHED = {"datapoints", ABANDONED, "tokenizer", "data", "logs", "tensorboard", "wandb", "plans", "hf"}
+NOT_SEARCHED = {DATAPOINTS, ABANDONED, LOGS, HF, "tokenizer", "data", "tensorboard", "wandb", "plans"}
 
 
 @dataclass(frozen=True)
@@ -203,7 +211,8 @@ def read_run(folder: Path, results_s: float = float("inf")) -> RunFacts:
         if (folder / STOPPED).exists():
             run.stopped = read_object(folder / STOPPED)
     with _Faults(run):
-        skips = read_object(folder / ORDER).get("skips") if (folder / ORDER).exists() else run.meta.get("skips")
+        order = folder / DATAPOINTS / ORDER
+        skips = read_object(order).get("skips") if order.exists() else run.meta.get("skips")
         run.skips = [skip for skip in skips or [] if isinstance(skip, dict) and _whole(skip.get("step")) is not None]
     with _Faults(run):
         if (folder / EVALUATIONS).exists():

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
-
-SETTINGS = "config.yaml"  # in every run folder, from the start
+from lit_files.run_files import SETTINGS
 
 
 def did_you_mean_run(path: Path) -> str:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from lit_data.loading.batches import bucket
 from lit_data.loading.words import DatasetWords
 from lit_files.parquet import leave_pandas_out
+from lit_files.run_files import METRICS
 from lit_model.bf16 import use_float32_products
 from lit_model.config import ModelConfig
 from lit_model.float8 import ALIGNMENT, use_float8
@@ -50,7 +51,6 @@ from pretrain.free_memory import resident_bytes
 from pretrain.guards import StopRequest
 from pretrain.init_from import load_optimizer, load_weights, optimizer_of
 from pretrain.logs.environment import command_line, record_environment
-from pretrain.logs.metrics import FILE as METRICS
 from pretrain.logs.metrics import has_row
 from pretrain.memory_fit import Trial, fit_to_memory
 from pretrain.muon import Muon

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-STOPPED = "stopped.json"  # in the folder of a run that a signal ended
-
 
 class Mistake(ValueError):
     """A mistake of the user that every rank raises alike. Rank 0 prints it; all end with the same status."""

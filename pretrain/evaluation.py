@@ -18,9 +18,10 @@ from torch import Tensor
 
 from lit_eval.generation.text import text_of
 from lit_eval.model.likelihood import Scorer, score_targets
-from lit_eval.run_facts import EVALUATION_COLUMN, EVALUATIONS
+from lit_eval.run_facts import EVALUATION_COLUMN
 from lit_eval.score.results import Result
 from lit_eval.score.tasks import run_task
+from lit_files.run_files import EVALUATIONS
 from lit_model.generate import generate_batch
 from lit_model.sampling import Sampling
 from pretrain.evaluation_plan import Evaluation

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_model.device import to_float64
-from lit_model.dtensor import is_dtensor, local
+from lit_model.dtensor import is_dtensor, local, shard_group
 from lit_model.moe import RouterStatistics
 
 if TYPE_CHECKING:
@@ -214,14 +214,6 @@ def norm_by_rows(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 def row_length(p: Tensor) -> int:
     return p.shape[-1] if p.dim() > 1 else 1
-
-
-def shard_group(p: Tensor) -> dist.ProcessGroup | None:
-    """The ranks that hold a parameter's rows; None if this one has them all."""
-    if not is_dtensor(p):
-        return None
-    (group,) = (p.device_mesh.get_group(dim) for dim, placement in enumerate(p.placements) if placement.is_shard())
-    return group
 
 
 def first_row(p: Tensor) -> int:

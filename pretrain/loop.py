@@ -28,6 +28,7 @@ from lit_data.loading.order import first_sample_of_step
 from lit_data.loading.rows import Rows
 from lit_eval.model.text_encoding import encoding_facts
 from lit_files.checkpoint_name import checkpoint_name, checkpoint_step, list_checkpoints
+from lit_files.run_files import LAYERS, METRICS
 from lit_model.device import sums_device, to_float64
 from lit_model.distillation import DistillationHead
 from lit_model.loss import LossOutput
@@ -44,9 +45,7 @@ from pretrain.evaluation_plan import is_due
 from pretrain.exact_sums import norm_by_rows, summand, summands
 from pretrain.failure.peers import on_rank_zero
 from pretrain.guards import check_progress, skip_if_not_finite
-from pretrain.logs.layer_norms import FILE as LAYERS
 from pretrain.logs.layer_norms import LayerNorms
-from pretrain.logs.metrics import FILE as METRICS
 from pretrain.logs.metrics import ROUTER_COLUMNS, MetricsFile, router_values, validation_values
 from pretrain.logs.progress import ProgressDisplay
 from pretrain.logs.throughput import Throughput

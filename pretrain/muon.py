@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lit_model.config import ModelConfig
 from lit_model.device import to_float64
-from lit_model.dtensor import is_dtensor, local
+from lit_model.dtensor import local, shard_group
 from lit_model.matrices import hidden_matrices
 from pretrain.args import OptimArgs
 from pretrain.optim import AdamW, Optimizer, scale_gradients
@@ -93,11 +93,7 @@ class Muon(Optimizer):
     def _shard_group(self, name: str) -> dist.ProcessGroup | None:
         """The ranks that hold a matrix's rows; None if this rank's part consists of whole matrices."""
         p = self.matrices[name]
-        if not is_dtensor(p) or p.dim() > 2:  # FSDP2 shards the first dimension: experts, not their rows
-            return None
-        groups = [p.device_mesh.get_group(dim) for dim, placement in enumerate(p.placements) if placement.is_shard()]
-        assert len(groups) <= 1, f"{name} is sharded over several mesh dimensions"
-        return groups[0] if groups and groups[0].size() > 1 else None
+        return shard_group(p) if p.dim() == 2 else None  # FSDP2 shards the first dimension: experts, not their rows
 
     def _orthogonalized(self, names: Sequence[str], updates: list[Tensor]) -> Sequence[Tensor]:
         """This rank's shards of updates, of matrices of one shape -> the shards of the orthogonalized updates."""

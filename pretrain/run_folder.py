@@ -13,22 +13,20 @@ from lit_data.record.merge import Compactor
 from lit_data.record.order_file import describe_order, write_order
 from lit_data.record.writer import DatapointRecorder
 from lit_data.tokenizers.files import copy_tokenizer
-from lit_eval.run_facts import EVALUATIONS
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.lock import FileLock, lock_folder
 from lit_files.publish import write_text
+from lit_files.run_files import DATAPOINTS, EVALUATIONS, METRICS, SETTINGS, STOPPED
 from lit_model.config import ModelConfig
 from pretrain.args import RunArgs
 from pretrain.checkpoint.load import find_checkpoint
 from pretrain.checkpoint.retention import remove, remove_if_possible, rewind
 from pretrain.data import Data
-from pretrain.endings import STOPPED
 from pretrain.evaluation_plan import Evaluation, cut_evaluations
 from pretrain.fabric import Fabric
 from pretrain.failure.peers import on_rank_zero
 from pretrain.logs.messages import warn
 from pretrain.logs.metrics import COLUMNS, DISTILLATION_COLUMNS, ROUTER_COLUMNS, VALIDATION_COLUMNS, logged_steps
-from pretrain.logs.metrics import FILE as METRICS
 from pretrain.logs.trackers import Trackers, abandon, check_trackers
 from pretrain.run import Progress
 
@@ -49,7 +47,7 @@ def choose_folder(args: RunArgs) -> tuple[Path, Path | None, bool]:
     """
     name = args.model.name or "run"
     folder = named_folder(args) or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    holds_run = (folder / "config.yaml").exists() or bool(list_checkpoints(folder))
+    holds_run = (folder / SETTINGS).exists() or bool(list_checkpoints(folder))
     if args.resume is None and holds_run:
         raise ValueError(
             f"--out_dir {folder} holds a run already; resume it with --resume latest, or choose another folder"
@@ -141,7 +139,7 @@ def begin_recording(
         remove_if_possible(folder / STOPPED)
         text = yaml.safe_dump(settings | {"resume": None}, sort_keys=False, allow_unicode=True)
         try:
-            write_text(folder / "config.yaml", text)
+            write_text(folder / SETTINGS, text)
         except OSError as error:  # every checkpoint holds it too
             warn(f"{folder / 'config.yaml'} could not be written: {error}")
         if recorded:
@@ -154,7 +152,7 @@ def begin_recording(
                 plan_dir=args.data.plan_dir,
                 skips=progress.skips,
             )
-            write_order(folder / "datapoints", facts, (progress.step, fabric.world_size, micro_batch_samples))
+            write_order(folder / DATAPOINTS, facts, (progress.step, fabric.world_size, micro_batch_samples))
         source = data.train[0].tokenizer_folder
         if source is not None and not (folder / "tokenizer").exists():
             try:
@@ -170,5 +168,5 @@ def begin_recording(
         trackers = Trackers(folder, args.log, settings, progress.step, strict=False)
     if not recorded:
         return None, None, trackers
-    recorder = DatapointRecorder(folder / "datapoints", rank, fabric.world_size, micro_batch_samples, progress.step)
+    recorder = DatapointRecorder(folder / DATAPOINTS, rank, fabric.world_size, micro_batch_samples, progress.step)
     return recorder, Compactor(folder) if rank == 0 else None, trackers

@@ -23,10 +23,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from lit_files.publish import write_json, write_text
+from lit_files.run_files import PROFILE
 from pretrain.args import ProfileArgs
 from pretrain.logs.messages import warn
 
-FOLDER = "profile"
 IDLE = "idle"
 OTHER = "other"
 
@@ -267,7 +267,7 @@ class StepProfiler:
     """
 
     def __init__(self, args: ProfileArgs, folder: Path, device: torch.device) -> None:
-        self.args, self.folder, self.device = args, folder / FOLDER, device
+        self.args, self.folder, self.device = args, folder / PROFILE, device
         self._count = 0
         self._profiler: profile | None = None
         self._first_step = 0

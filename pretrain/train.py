@@ -13,12 +13,12 @@ import torch
 from lit_eval.metrics_file import read_metrics
 from lit_files.checkpoint_name import checkpoint_name
 from lit_files.publish import write_json
+from lit_files.run_files import METRICS, STOPPED
 from pretrain.checkpoint.commit import SaveError
-from pretrain.endings import STOPPED, AgreedError, Mistake
+from pretrain.endings import AgreedError, Mistake
 from pretrain.failure.first_failure import lost_connection
 from pretrain.launch import is_first_process
 from pretrain.logs.messages import warn
-from pretrain.logs.metrics import FILE as METRICS
 from pretrain.loop import fit
 from pretrain.overview import describe
 from pretrain.run import Run

@@ -15,11 +15,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from lit_files.run_files import EVALUATION
 from pretrain.cli.command_line import RESUMES, ScriptParser, end_on_ctrl_c, given_fields, run_script
 
 end_on_ctrl_c()
 
-from lit_eval.evaluation.settings import FOLDER, TASK_NAMES, EvaluationSettings
+from lit_eval.evaluation.settings import TASK_NAMES, EvaluationSettings
 
 GROUPS = {
     "text_field": "reading: fields of the data, files of single tasks",
@@ -52,7 +53,7 @@ def main() -> None:
         if not curves:
             print("no learning curve: no task has results of two checkpoints")
             return
-        picture = args.model[0] / FOLDER / "learning_curves.png"
+        picture = args.model[0] / EVALUATION / "learning_curves.png"
         draw(curves, picture)
         print(f"learning curves: {picture}")
         return

@@ -25,13 +25,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from lit_files.run_files import METRICS, REPORT, STOPPED
 from pretrain.cli.command_line import RESUMES, ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
 from lit_data.corpus.options import check_split
 from lit_files.reading import read_object
-from pretrain.endings import STOPPED
 from pretrain.pipeline.steps import (
     ROOT,
     STATE,
@@ -91,7 +91,7 @@ class Paths:
 
     @property
     def report(self) -> Path:
-        return self.run / "report.html"
+        return self.run / REPORT
 
     @property
     def hf(self) -> Path:
@@ -191,7 +191,7 @@ def show_samples(paths: Paths, prompts: Sequence[tuple[str, int]], copy_of: Call
 
 
 def summarise(paths: Paths, prompt: str) -> None:
-    with (ROOT / paths.run / "metrics.csv").open(newline="") as file:
+    with (ROOT / paths.run / METRICS).open(newline="") as file:
         rows = list(csv.DictReader(file))
     measured = [row for row in rows if row["val_bits_per_byte"]]
     begin("done")

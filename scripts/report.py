@@ -11,11 +11,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from lit_files.run_files import REPORT
 from pretrain.cli.command_line import NOTHING_WRITTEN, ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
-from lit_eval.report.defaults import FILE, RECORD_S
+from lit_eval.report.defaults import RECORD_S
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
         help="run folders, checkpoints, Hugging Face folders, files of results; a single run gets its own report",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"HTML file (default: RUN/{FILE}, or comparison.html for several)"
+        "--output", type=Path, metavar="FILE", help=f"HTML file (default: RUN/{REPORT}, or comparison.html for several)"
     )
     parser.add_argument(
         "--record_s", type=float, default=RECORD_S, metavar="S",
@@ -42,7 +43,7 @@ def main() -> None:
     from pretrain.logs.report import default_settings
 
     if len(args.paths) == 1 and is_run(args.paths[0]):
-        output = args.output or args.paths[0] / FILE
+        output = args.output or args.paths[0] / REPORT
         html = run_report(args.paths[0], default_settings(), args.record_s)
     else:
         output = args.output or Path("comparison.html")

@@ -34,6 +34,7 @@ from lit_data.record.reader import stream
 from lit_data.record.schema import ROWS_PER_GROUP, SCHEMA, open_writer
 from lit_files.parquet import read_footer
 from lit_files.publish import publish, sync_file
+from lit_files.run_files import DATAPOINTS
 
 MAX_ROWS = 1 << 26  # rows of a merged file: about 2 GB
 FAN_IN = 4  # merge again once this many files have accumulated
@@ -156,7 +157,7 @@ def next_merge(parts: list[Part], count_rows: Callable[[Path], int], max_rows: i
 
 def compact(run: Path, max_rows: int = MAX_ROWS, stopped: Callable[[], bool] = lambda: False) -> int:
     """Run all due merges of a run's record; returns the number of merges. Raises MergeStoppedError and OSError."""
-    folder, merges = run / "datapoints", 0
+    folder, merges = run / DATAPOINTS, 0
     rows: dict[Path, int] = {}
 
     def count_rows(path: Path) -> int:

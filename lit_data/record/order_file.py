@@ -14,8 +14,7 @@ from lit_data.loading.order import Segment, check_segments
 from lit_data.loading.rows import Packing, Rows
 from lit_files.publish import write_json
 from lit_files.reading import read_dataclass
-
-ORDER_FILE = "order.json"
+from lit_files.run_files import ORDER
 
 
 @dataclass(frozen=True)
@@ -106,11 +105,11 @@ def write_order(folder: Path, facts: dict[str, Any], layout: tuple[int, int, int
     An unreadable file is kept as order.json.damaged; earlier layouts are lost, with a warning.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ORDER_FILE
+    path = folder / ORDER
     try:
         earlier = read_dataclass(OrderFacts, path).layouts if os.path.lexists(path) else []
     except (OSError, ValueError) as error:
-        aside = path.with_name(f"{ORDER_FILE}.damaged")
+        aside = path.with_name(f"{ORDER}.damaged")
         os.rename(path, aside)
         warnings.warn(
             f"{error}; kept as {aside}, and the layouts of ranks before step {layout[0]} are lost", stacklevel=2

@@ -19,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
+from lit_files.run_files import DATAPOINTS
 
 PART_NAME = re.compile(r"part-(\d{8,})-(\d{8,})-rank(\d{5,})\.parquet")
 MERGED_NAME = re.compile(r"steps-(\d{8,})-(\d{8,})\.parquet")
@@ -88,7 +89,7 @@ def newest_checkpoint_step(run: Path) -> int:
 def committed_parts(run: Path) -> list[Part]:
     """The parts of a run's record committed by a checkpoint, from `select_files`."""
     steps = newest_checkpoint_step(run)
-    return select_files(list_parts(run / "datapoints"), steps)
+    return select_files(list_parts(run / DATAPOINTS), steps)
 
 
 def covered_until(run: Path, first_step: int) -> int:

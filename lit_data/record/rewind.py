@@ -11,6 +11,7 @@ import pyarrow as pa
 from lit_data.record.merge import merge
 from lit_data.record.parts import committed_parts, covered_until, group_by_steps, list_parts, select_files
 from lit_files.publish import link_or_copy, sync_file
+from lit_files.run_files import DATAPOINTS
 
 
 def cut_record(folder: Path, steps: int) -> list[str]:
@@ -43,7 +44,7 @@ def cut_record(folder: Path, steps: int) -> list[str]:
 
 def copy_record(run: Path, first_step: int, folder: Path) -> None:
     """Copy the committed record from `first_step` on to another folder, by hard links where possible."""
-    whole = list_parts(run / "datapoints")
+    whole = list_parts(run / DATAPOINTS)
     for group in group_by_steps(committed_parts(run)):
         if group[0].first_step >= first_step and all(part in whole for part in group):
             for part in group:

@@ -17,6 +17,7 @@ from lit_data.packed.reader import PackedDataset
 from lit_data.record.parts import Part, committed_parts, list_parts
 from lit_files.database import open_database, quoted
 from lit_files.publish import publish, sync_file
+from lit_files.run_files import DATAPOINTS
 
 MERGED = " (if the run is still training, parts of its record were merged meanwhile: try again)"
 EXPORTS = (".duckdb", ".parquet", ".csv")
@@ -29,7 +30,7 @@ SORTS = {
 
 def record_sql(run: Path, first_step: int, end_step: int) -> str:
     """SQL that selects the committed rows of steps `first_step` to `end_step - 1`, each once."""
-    whole = set(list_parts(run / "datapoints"))
+    whole = set(list_parts(run / DATAPOINTS))
     inside = [p for p in committed_parts(run) if p.end_step > first_step and p.first_step < end_step]
     if not inside:
         raise ValueError(f"{run} has no committed record of steps {first_step} to {end_step - 1}")

@@ -16,11 +16,12 @@ from lit_data.loading.order import Order, Segment, first_sample_of_step, steps_o
 from lit_data.loading.rows import Rows, open_rows
 from lit_data.packed.manifest import MANIFEST
 from lit_data.packed.reader import PackedDataset
-from lit_data.record.order_file import ORDER_FILE, OrderFacts
+from lit_data.record.order_file import OrderFacts
 from lit_data.record.parts import newest_checkpoint_step
 from lit_data.record.reader import read_steps
 from lit_files.nested_run import did_you_mean_run
 from lit_files.reading import read_dataclass
+from lit_files.run_files import DATAPOINTS, ORDER, SETTINGS
 
 
 @dataclass
@@ -53,16 +54,16 @@ def open_run(folder: str | Path, data: str | Path | Sequence[str | Path] | None 
     Raises FileNotFoundError or ValueError naming what is missing.
     """
     folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
+    if not (folder / SETTINGS).is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml{did_you_mean_run(folder)}")
-    if not (folder / "datapoints").is_dir():
+    if not (folder / DATAPOINTS).is_dir():
         raise FileNotFoundError(f"{folder} has no datapoint record (it ran with --data.datapoints false)")
     steps = newest_checkpoint_step(folder)
     if steps == 0:
         raise ValueError(
             f"{folder} has no checkpoint yet, and the record is committed by checkpoints; try again after the first one"
         )
-    facts_file = folder / "datapoints" / ORDER_FILE
+    facts_file = folder / DATAPOINTS / ORDER
     if not facts_file.is_file():
         raise FileNotFoundError(
             f"{facts_file} is missing, and without it the order of the data is unknown; restore it from a copy of the "

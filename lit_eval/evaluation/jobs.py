@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lit_eval.evaluation.settings import FOLDER, EvaluationSettings
+from lit_eval.evaluation.settings import EvaluationSettings
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.model.likelihood import Scorer
 from lit_eval.model.text_encoder import TextEncoder
@@ -17,6 +17,7 @@ from lit_eval.score.results import Result
 from lit_eval.score.task_files import Task
 from lit_eval.score.tasks import run_task
 from lit_files.progress import TaskProgress
+from lit_files.run_files import EVALUATION
 from lit_model.load import is_hf_folder
 
 
@@ -85,5 +86,5 @@ def needs_tokenizer(model: EvalModel, what: str) -> None:
 def default_output(model: Path) -> Path:
     """RUN/evaluation/iter-00001000-ckpt.json for a checkpoint; evaluation/NAME.json for a Hugging Face folder."""
     if is_hf_folder(model):
-        return Path(FOLDER) / f"{model.resolve().name}.json"
-    return model.parent / FOLDER / f"{model.name.removesuffix('.pth')}.json"
+        return Path(EVALUATION) / f"{model.resolve().name}.json"
+    return model.parent / EVALUATION / f"{model.name.removesuffix('.pth')}.json"

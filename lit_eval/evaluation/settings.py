@@ -8,7 +8,6 @@ from pathlib import Path
 from lit_data.corpus.options import check_split
 from lit_eval.model.choices import Precision, Prefix
 
-FOLDER = "evaluation"  # in a run folder
 TASK_NAMES = (
     "babyllama", "babylm:FOLDER", "confidence", "generation", "german_pairs", "lm_eval:NAME", "memorization",
     "perplexity", "speed", "synthetic",

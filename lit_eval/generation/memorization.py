@@ -17,6 +17,7 @@ from lit_eval.generation.text import Generated, Prompt, generate_texts, text_of
 from lit_eval.model.eval_model import EvalModel
 from lit_eval.score.results import Result
 from lit_files.checkpoint_name import checkpoint_step
+from lit_files.run_files import DATAPOINTS
 
 LONG_TOKENS = 50  # copies of this length or more count as memorized (Carlini et al. 2023)
 
@@ -32,7 +33,7 @@ def open_training_data(
     Raises ValueError or FileNotFoundError if the data is neither given nor recorded, or is missing.
     """
     folder = model.path.parent
-    if (folder / "datapoints").is_dir() and checkpoint_step(model.path) is not None:
+    if (folder / DATAPOINTS).is_dir() and checkpoint_step(model.path) is not None:
         run = open_run(folder, list(data) or None)
         return run.datasets, run
     if not data:

@@ -11,6 +11,7 @@ from lit_eval.formats import duration, number, whole
 from lit_eval.report.elements import Column, number_cell, table, text_cell
 from lit_eval.run_facts import RunFacts
 from lit_files.checkpoint_name import list_checkpoints
+from lit_files.run_files import DATAPOINTS
 
 MOST = 1e24  # no figure of a plan is larger, unless its file is damaged
 
@@ -63,7 +64,7 @@ def _figures(run: RunFacts, plan: dict[str, Any]) -> Iterator[Figure]:
     yield Figure("Time of the steps done", plan.get("seconds"), done, run.seconds, duration)
     megabytes = _megabytes(list_checkpoints(run.folder)[-1:])
     yield Figure("Checkpoint, MB", plan.get("checkpoint_bytes"), 1e-6, megabytes, number)
-    megabytes = _megabytes([run.folder / "datapoints"])
+    megabytes = _megabytes([run.folder / DATAPOINTS])
     yield Figure("Record of the steps done, MB", plan.get("record_bytes"), 1e-6 * done, megabytes, number)
 
 

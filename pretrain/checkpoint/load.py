@@ -15,10 +15,10 @@ from lit_data.loading.order import Segment, check_segments
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.nested_run import did_you_mean_run
 from lit_files.reading import build
+from lit_files.run_files import ABANDONED
 from lit_model.init import copy_slice
 from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, WITHOUT_TENSORS, Checkpoint
 from lit_model.sharded import load_into
-from pretrain.checkpoint.retention import ABANDONED
 from pretrain.optim import Optimizer
 
 FORMAT_VERSION = 1

@@ -13,13 +13,10 @@ from lit_data.record.rewind import copy_record, cut_record
 from lit_data.record.writer import remove_temporaries
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.publish import sync_file
+from lit_files.run_files import ABANDONED, DATAPOINTS, LAYERS, METRICS
 from pretrain.args import SaveArgs
-from pretrain.logs.layer_norms import FILE as LAYERS
 from pretrain.logs.messages import warn
 from pretrain.logs.metrics import COLUMNS, cut_metrics, set_aside
-from pretrain.logs.metrics import FILE as METRICS
-
-ABANDONED = "abandoned"  # in the run folder: checkpoints and record of steps that were rolled back
 
 
 def rewind(run: Path, step: int, columns: Sequence[str] = COLUMNS, *, again: bool = False) -> None:
@@ -30,7 +27,7 @@ def rewind(run: Path, step: int, columns: Sequence[str] = COLUMNS, *, again: boo
     the row of `step` if that is to be written `again`. Killed on the way, the run can be resumed from any checkpoint
     that is still in its place.
     """
-    datapoints = run / "datapoints"
+    datapoints = run / DATAPOINTS
     for leftover in [*run.glob(".iter-*.tmp"), *run.glob(".deleting-*")]:
         remove_if_possible(leftover)
     remove_temporaries(datapoints)
@@ -44,7 +41,7 @@ def rewind(run: Path, step: int, columns: Sequence[str] = COLUMNS, *, again: boo
         # Copied, not moved: until the later checkpoints have moved, the record must reach up to them.
         if datapoints.is_dir():
             try:
-                copy_record(run, step, grave / "datapoints")
+                copy_record(run, step, grave / DATAPOINTS)
             except Exception as error:  # a damaged part may raise anything; the run keeps none of its steps
                 warn(f"the record from step {step} on could not be copied completely to {grave}: {error}")
         for path in reversed(later):
@@ -64,7 +61,7 @@ def new_grave(abandoned: Path, step: int) -> Path:
     for number in itertools.count(sum(1 for _ in abandoned.iterdir()) if abandoned.is_dir() else 0):
         grave = abandoned / f"{number:03d}-from-{step:08d}"
         with contextlib.suppress(FileExistsError):  # the numbers have gaps where some were deleted
-            (grave / "datapoints").mkdir(parents=True)
+            (grave / DATAPOINTS).mkdir(parents=True)
             return grave
     raise AssertionError
 

@@ -15,6 +15,7 @@ from lit_eval.agreement import largest_difference, our_span_losses, transformers
 from lit_eval.model.model_tokenizer import compare, describe_difference, of_data, of_model
 from lit_eval.model.text_encoding import check_folder
 from lit_files.nested_run import did_you_mean_run
+from lit_files.run_files import METRICS, SETTINGS
 from lit_model.load import Checkpoint, resolve
 
 TOLERANCE = 1e-4
@@ -59,9 +60,9 @@ def compare_with_transformers(run: Path, folder: Path) -> dict[str, Agreement]:
 
     Raises ValueError or FileNotFoundError if they don't belong together, naming the difference.
     """
-    if not (run / "config.yaml").is_file():
+    if not (run / SETTINGS).is_file():
         raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml{did_you_mean_run(run)}")
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    settings = yaml.safe_load((run / SETTINGS).read_text(encoding="utf-8"))
     data, max_rows = settings["data"], settings["eval"]["max_samples"]
     if data["val"] is None:
         raise ValueError(f"{run} has no validation split (data.val)")
@@ -96,7 +97,7 @@ def compare_set(
     column = f"val_loss/{name}".rstrip("/")
     ours = our_span_losses(run, dataset, block_size, max_rows=max_rows)
     theirs = transformers_span_losses(folder, dataset, ours)
-    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
+    with open(run / METRICS, newline="", encoding="utf-8") as file:
         validations = [float(row[column]) for row in csv.DictReader(file) if row.get(column)]
     return Agreement(
         len(ours.loss),

@@ -32,6 +32,7 @@ from lit_files.checkpoint_name import budget_name
 from lit_files.nested_run import did_you_mean_run
 from lit_files.publish import replace_file, replace_folder, scratch_folder
 from lit_files.reading import read_foreign_object
+from lit_files.run_files import HF
 from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
 from lit_model.hf.families import config_to_hf, tensors_to_hf
@@ -41,8 +42,6 @@ from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
 from pretrain.checkpoint.contents import word_budgets_in
 from pretrain.checkpoint.load import FORMAT_VERSION
 from pretrain.logs.messages import say
-
-HF_FOLDER = "hf"  # in the run folder, with --save.hf
 
 
 @dataclass(frozen=True)
@@ -108,15 +107,15 @@ def export_run(run: Path, again: bool = True) -> int:
     """Write the model of a run that has ended as RUN/hf; if there is one, `again` or not. Returns the exit status: 1,
     with a message, if it could not be written.
     """
-    folder = run / HF_FOLDER
+    folder = run / HF
     if folder.exists() and not again:
         return 0
     try:
         if folder.exists() and not is_hf_folder(folder):
             raise ValueError("it holds something else")
         with scratch_folder(folder) as parts:
-            export_to_hf(run, parts / HF_FOLDER)
-            replace_folder(parts / HF_FOLDER, folder)
+            export_to_hf(run, parts / HF)
+            replace_folder(parts / HF, folder)
     except (ValueError, OSError) as error:
         print(
             f"error: the run is complete, but {folder} could not be written: {error}; repeat it with "

@@ -26,9 +26,10 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from lit_files.publish import create_json
+from lit_files.run_files import LOGS
 from pretrain.checkpoint.retention import remove
 from pretrain.failure.heartbeats import SILENT_INTERVALS
-from pretrain.failure.rank_log import FOLDER, RankLog
+from pretrain.failure.rank_log import RankLog
 from pretrain.failure.watchdog import Watchdog
 from pretrain.logs.messages import warn
 
@@ -73,7 +74,7 @@ class Failure:
 
 def begin_attempt(run: Path) -> str:
     """Rank 0, before any other may report: remove an earlier attempt's failure. Returns the name of this attempt."""
-    path = run / FOLDER / FILE
+    path = run / LOGS / FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(path)
@@ -158,7 +159,7 @@ def claim(failure: Failure, watchdog: Watchdog) -> Failure:
     kept = in_time(lambda: store.compare_set(KEY, "", text).decode()) if store is not None else None
     log = watchdog.log
     try:
-        return publish(log.run / FOLDER / FILE, to_failure(kept, log.attempt) or failure)
+        return publish(log.run / LOGS / FILE, to_failure(kept, log.attempt) or failure)
     except OSError as error:
         log.event(f"{FILE} could not be written: {error}")
         return to_failure(kept, log.attempt) or failure
@@ -178,7 +179,7 @@ def publish(path: Path, failure: Failure) -> Failure:
 def read_failure(log: RankLog) -> Failure | None:
     """The first failure of this attempt, if its file is there."""
     with contextlib.suppress(OSError):
-        return to_failure((log.run / FOLDER / FILE).read_text(encoding="utf-8"), log.attempt)
+        return to_failure((log.run / LOGS / FILE).read_text(encoding="utf-8"), log.attempt)
     return None
 
 

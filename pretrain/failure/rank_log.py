@@ -18,9 +18,8 @@ import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
+from lit_files.run_files import LOGS
 from pretrain.logs.messages import warn
-
-FOLDER = "logs"  # in the run folder
 
 
 class _Handler(logging.FileHandler):
@@ -51,13 +50,13 @@ class RankLog:
     def __init__(self, folder: Path, rank: int, world_size: int, attempt: str = "") -> None:
         self.run, self.rank, self.world_size, self.attempt = folder, rank, world_size, attempt
         self.host = socket.gethostname()
-        self.path = folder / FOLDER / f"rank-{rank:05d}.log"
+        self.path = folder / LOGS / f"rank-{rank:05d}.log"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._handler = _Handler(self.path, encoding="utf-8")
         except OSError as error:  # no reason not to train
             self.path = Path(tempfile.mkdtemp(prefix="llammlein-logs-")) / self.path.name
-            warn(f"rank {rank}: no log can be written to {folder / FOLDER} ({error}); it goes to {self.path}")
+            warn(f"rank {rank}: no log can be written to {folder / LOGS} ({error}); it goes to {self.path}")
             self._handler = _Handler(self.path, encoding="utf-8")
         form = logging.Formatter(
             f"%(asctime)s.%(msecs)03dZ rank {rank} {self.host} {os.getpid()}: %(message)s", "%Y-%m-%dT%H:%M:%S"

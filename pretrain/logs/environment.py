@@ -25,10 +25,10 @@ import torch.distributed as dist
 
 from lit_files.platform import read_at, usable_cores
 from lit_files.publish import sync_file
+from lit_files.run_files import ENVIRONMENT
 from pretrain.logs.messages import warn
 from pretrain.logs.metrics import append
 
-FILE = "environment.jsonl"  # in the run folder
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("lit_data", "lit_eval", "lit_files", "lit_model", "pretrain")
 GIT_S = 5.0  # timeout of one git call, for slow file systems
@@ -81,9 +81,9 @@ def record_environment(
         "plan": plan,
     }
     try:
-        append_line(run / FILE, json.dumps(facts, ensure_ascii=False))
+        append_line(run / ENVIRONMENT, json.dumps(facts, ensure_ascii=False))
     except OSError as error:
-        warn(f"{run / FILE} cannot be written ({error.strerror}); the environment of this start is not recorded")
+        warn(f"{run / ENVIRONMENT} cannot be written ({error.strerror}); the environment of this start is not recorded")
 
 
 def append_line(path: Path, line: str) -> None:

@@ -19,7 +19,6 @@ from lit_model.device import sums_device, to_float64
 from lit_model.model import GPT
 from pretrain.optim import by_layout, sum_of_squares
 
-FILE = "layers.csv"  # in the run folder
 MEASURES = ("gradient_norm", "activation_rms", "update_norm")
 
 

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from lit_data.packed.reader import PackedDataset
+from lit_eval.formats import perplexity
 from lit_files.publish import replace_file
 from lit_model.moe import RouterStatistics, load_balance_loss
 from pretrain.logs.messages import say, warn
-
-FILE = "metrics.csv"  # in the run folder
 
 COLUMNS = (
     "step",  # optimizer steps completed
@@ -298,10 +297,6 @@ def validation_values(datasets: dict[str, PackedDataset], sums: dict[str, tuple[
     elif len(bits) == len(sums):
         row["val_bits_per_byte"] = sum(b * n for b, n in zip(bits, n_bytes, strict=True)) / sum(n_bytes)
     return row
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def router_values(router: RouterStatistics) -> Tensor:

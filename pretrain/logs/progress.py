@@ -17,9 +17,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from lit_eval.formats import perplexity
 from pretrain.free_memory import show_bytes
 from pretrain.logs.messages import say
-from pretrain.logs.metrics import perplexity
 
 LINE_S = 10.0  # minimum time between two log-step lines
 MOST_DIGITS = 1e6  # from here on a perplexity is shown in powers of ten

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_files.publish import write_json
+from lit_files.run_files import LAYERS, METRICS
 from pretrain.args import LogArgs
-from pretrain.logs.layer_norms import FILE as LAYERS
 from pretrain.logs.messages import warn
-from pretrain.logs.metrics import FILE as METRICS
 
 ID_FILE = "run_id.json"
 FORBIDDEN = "/\\#?%:"  # in W&B project names

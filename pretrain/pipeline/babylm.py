@@ -17,13 +17,13 @@ from lit_data.corpus.cleaners import BABYLM_FILES, open_cleaner
 from lit_data.corpus.files import COMPRESSED, TextFile, list_files
 from lit_data.corpus.readers import read_documents
 from lit_eval.evaluation.named_tasks import check_given
-from lit_eval.evaluation.settings import FOLDER, EvaluationSettings
+from lit_eval.evaluation.settings import EvaluationSettings
 from lit_files.lock import lock_folder
 from lit_files.near_names import did_you_mean
+from lit_files.run_files import EVALUATION, REPORT, STOPPED
 from lit_model.cost import count_parameters
 from lit_model.registry import get_config
 from pretrain.cli.choices import check_config
-from pretrain.endings import STOPPED
 from pretrain.init_from import model_config
 from pretrain.logs.messages import warn
 from pretrain.pipeline.babylm_settings import NO_CLEANER, BabylmSettings, Track
@@ -264,7 +264,7 @@ def plan(settings: BabylmSettings, flags: Sequence[str], texts: tuple[Text, Text
     s, (train, dev) = settings, texts
     out = from_root(s.out_dir)
     tokenizer, data = out / "tokenizer", out / "data"
-    results, release, report = out / "results", out / "release", out / "report.html"
+    results, release, report = out / "results", out / "release", out / REPORT
     cleaner = [] if s.cleaner == NO_CLEANER else ["--cleaner", s.cleaner]
     trainings = plan_trainings(s, flags, track)
     run, vocabulary = trainings[-1].run, trainings[-1].vocabulary
@@ -296,7 +296,7 @@ def plan(settings: BabylmSettings, flags: Sequence[str], texts: tuple[Text, Text
             output=data,
         ),
         *(training.step() for training in trainings),
-        Step(f"evaluation on {', '.join(['perplexity', *newest])} -> {run / FOLDER}", tuple(evaluations)),
+        Step(f"evaluation on {', '.join(['perplexity', *newest])} -> {run / EVALUATION}", tuple(evaluations)),
         Step(f"report -> {report}", (python("scripts/report.py", run, "--output", report),)),
         Step(
             f"submission: a revision for each checkpoint -> {release}",
@@ -396,7 +396,7 @@ def print_contents(settings: BabylmSettings) -> None:
     """List the contents of --out_dir."""
     out = settings.out_dir
     contents = {
-        out / "report.html": "curves, scores, data seen, settings: open it in a browser",
+        out / REPORT: "curves, scores, data seen, settings: open it in a browser",
         out / find_config(settings.model).stem: "checkpoints, metrics.csv, datapoints/, evaluation/",
         out / "release": "a folder for each revision: main, chck_1M, ..., for AutoModelForCausalLM.from_pretrained",
     }

@@ -14,7 +14,7 @@ import numpy as np
 
 from lit_data.loading.order import Segment
 from lit_data.record.content import RecordScan, scan_record
-from lit_data.record.order_file import ORDER_FILE, OrderFacts
+from lit_data.record.order_file import OrderFacts
 from lit_data.record.parts import list_parts
 from lit_eval.metrics_file import Metrics, read_metrics
 from lit_eval.model.model_tokenizer import (
@@ -25,15 +25,15 @@ from lit_eval.model.model_tokenizer import (
     find_tokenizer,
     of_files,
 )
-from lit_eval.run_facts import SETTINGS, read_settings
+from lit_eval.run_facts import read_settings
 from lit_files.checkpoint_name import checkpoint_name, list_checkpoints
 from lit_files.reading import first_line, read_dataclass, read_foreign_object
+from lit_files.run_files import DATAPOINTS, METRICS, ORDER, SETTINGS
 from lit_model.checksum import weights_checksum
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.io import open_tensors
 from lit_model.load import WITHOUT_TENSORS, Checkpoint
 from lit_model.tensor_file import DAMAGED
-from pretrain.logs.metrics import FILE as METRICS
 from pretrain.release.manifest import RUN, Manifest, digest, settings_digest
 from pretrain.release.revision import names_of
 from pretrain.resume import changes_of
@@ -80,7 +80,7 @@ def content_faults(folder: Path, manifest: Manifest, scanned: Scanned) -> Iterat
         ("model.safetensors", weights_faults),
         (f"{RUN}/{SETTINGS}", lambda: settings_faults(folder, meta, manifest)),
         ("tokenizer.json", lambda: tokenizer_faults(folder, meta)),
-        (f"{RUN}/datapoints", lambda: record_faults(folder, meta, manifest, scanned)),
+        (f"{RUN}/{DATAPOINTS}", lambda: record_faults(folder, meta, manifest, scanned)),
     ]
     for path, check in checks:
         try:
@@ -153,14 +153,14 @@ def tokenizer_faults(folder: Path, meta: dict[str, Any]) -> Iterator[Found]:
 
 def record_faults(folder: Path, meta: dict[str, Any], manifest: Manifest, scanned: Scanned) -> Iterator[Found]:
     """Where the record contradicts the manifest, the order, the checkpoint or the metrics."""
-    run, base = folder / RUN, f"{RUN}/datapoints"
-    order = read_dataclass(OrderFacts, run / "datapoints" / ORDER_FILE)
+    run, base = folder / RUN, f"{RUN}/{DATAPOINTS}"
+    order = read_dataclass(OrderFacts, run / DATAPOINTS / ORDER)
     segments = [Segment(**s) for s in meta["segments"]] if meta else order.segments
     if order.segments != segments:
-        yield f"{base}/{ORDER_FILE}", "its segments are not those of the checkpoint"
+        yield f"{base}/{ORDER}", "its segments are not those of the checkpoint"
     if [dataset.fingerprint for dataset in order.datasets] != manifest.data:
-        yield f"{base}/{ORDER_FILE}", "its datasets differ from the manifest's"
-    files = list_parts(run / "datapoints")
+        yield f"{base}/{ORDER}", "its datasets differ from the manifest's"
+    files = list_parts(run / DATAPOINTS)
     for file in files:
         if file.end_step > manifest.step or file.rank is not None:
             yield f"{base}/{file.path.name}", f"it is not a merged file of steps before {manifest.step}"

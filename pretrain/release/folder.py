@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lit_files.publish import build_folder, sync_file
 from lit_files.reading import read_bytes
+from lit_files.run_files import DATAPOINTS
 from pretrain.release.manifest import MAIN, MANIFEST, RUN, Link, in_chain, read_link
 
 
@@ -45,7 +46,7 @@ class FolderRelease:
 
     def earlier_record(self, before: Link | None) -> Path | None:
         """The record's folder in a published revision."""
-        return self.folder / before.manifest.revision / RUN / "datapoints" if before else None
+        return self.folder / before.manifest.revision / RUN / DATAPOINTS if before else None
 
     @contextmanager
     def new_revision(self, name: str) -> Iterator[Path]:

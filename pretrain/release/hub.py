@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 from lit_files.publish import build_folder, link_or_copy
 from lit_files.reading import MAX_TEXT_BYTES, first_line, read_bytes
+from lit_files.run_files import DATAPOINTS
 from pretrain.release.manifest import ADDED, MAIN, MANIFEST, RUN, File, Link, in_chain, parse_link, read_link, sha256_of
 from pretrain.release.verify import Opened, Revision, size_difference
 
@@ -267,7 +268,7 @@ class HubRelease:
 
     def earlier_record(self, before: Link | None) -> Path | None:
         """Files of the record from revisions that this call uploaded."""
-        folder = self.staging / "datapoints"
+        folder = self.staging / DATAPOINTS
         return folder if folder.is_dir() else None
 
     @contextmanager
@@ -278,9 +279,9 @@ class HubRelease:
         with build_folder(folder, replace=True) as temporary:
             yield temporary
         self._upload(folder)
-        kept = self.staging / "datapoints"
+        kept = self.staging / DATAPOINTS
         kept.mkdir(exist_ok=True)
-        for path in (folder / RUN / "datapoints").glob("steps-*.parquet"):
+        for path in (folder / RUN / DATAPOINTS).glob("steps-*.parquet"):
             if not (kept / path.name).exists():
                 link_or_copy(path, kept / path.name)
         shutil.rmtree(folder)

@@ -11,13 +11,14 @@ from lit_data.loading.order import Segment
 from lit_data.loading.row_plans import plan_folder
 from lit_data.packed.manifest import MANIFEST
 from lit_data.packed.reader import PackedDataset
-from lit_data.record.order_file import ORDER_FILE, OrderFacts
+from lit_data.record.order_file import OrderFacts
 from lit_data.record.parts import covered_until
 from lit_data.record.recorded_loader import first_unreadable_step, missing_shards
 from lit_data.record.trace import find_recorded
 from lit_eval.run_facts import read_run
 from lit_files.checkpoint_name import checkpoint_step, list_checkpoints
 from lit_files.reading import read_dataclass
+from lit_files.run_files import DATAPOINTS, ORDER
 from lit_model.load import WITHOUT_TENSORS
 from pretrain.args import RunArgs, Sharding, StopArgs, flat
 from pretrain.cli.run_parser import from_settings
@@ -113,7 +114,7 @@ def recorded_interval(start: Path | None, target: Path, data: Sequence[Path] = (
     run, meta = target.parent, read_meta(target)
     before = read_meta(start) if start is not None else None
     first, end = before["step"] if before is not None else 0, meta["step"]
-    file = run / "datapoints" / ORDER_FILE
+    file = run / DATAPOINTS / ORDER
     if not file.is_file():
         raise FileNotFoundError(f"{run} has no datapoint record ({file} is missing): there is nothing to replay")
     facts = read_dataclass(OrderFacts, file)

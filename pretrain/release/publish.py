@@ -19,6 +19,7 @@ from lit_files.checkpoint_name import list_checkpoints
 from lit_files.lock import LockBusy, lock_folder
 from lit_files.nested_run import did_you_mean_run
 from lit_files.progress import track
+from lit_files.run_files import DATAPOINTS
 from lit_model.load import MODEL_PREFIX, Checkpoint
 from pretrain.release.card import stated_options
 from pretrain.release.manifest import Link, counted
@@ -94,7 +95,7 @@ def plan(run: Path, training_state: TrainingState | None) -> list[Planned]:
     names = [name for some in planned for name in (some.name, *some.aliases)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{run}: two checkpoints would be published as {twice[0]}")
-    if not (run / "datapoints").is_dir():
+    if not (run / DATAPOINTS).is_dir():
         raise ValueError(
             f"{run} has no datapoint record (it ran with --data.datapoints false, or on mock data), and without it no "
             "revision can be checked or re-executed; convert_to_hf.py exports a single checkpoint"

@@ -19,23 +19,22 @@ import torch
 import yaml
 
 from lit_data.record.content import RecordContent, scan_record
-from lit_data.record.order_file import ORDER_FILE, OrderFacts
+from lit_data.record.order_file import OrderFacts
 from lit_data.record.parts import list_parts
 from lit_data.record.rewind import merge_steps
 from lit_data.tokenizers.files import copy_tokenizer
 from lit_eval.model.model_tokenizer import facts_of
-from lit_eval.run_facts import ENVIRONMENT, EVALUATIONS, SETTINGS, read_run
+from lit_eval.run_facts import read_run
 from lit_eval.score.results import Results
 from lit_files.checkpoint_name import budget_name, checkpoint_step
 from lit_files.publish import link_or_copy, write_json, write_text
 from lit_files.reading import read_dataclass, read_object
+from lit_files.run_files import DATAPOINTS, ENVIRONMENT, EVALUATIONS, LAYERS, METRICS, ORDER, SETTINGS
 from lit_model.checksum import weights_checksum
 from lit_model.hf.io import open_tensors
 from lit_model.load import WITHOUT_TENSORS, Checkpoint
 from pretrain.convert.export import export_to_hf
 from pretrain.evaluation_plan import cut_evaluations
-from pretrain.logs.layer_norms import FILE as LAYERS
-from pretrain.logs.metrics import FILE as METRICS
 from pretrain.logs.metrics import cut_metrics
 from pretrain.release.card import card_additions
 from pretrain.release.manifest import (
@@ -99,7 +98,7 @@ def write_revision(
     known = {part.end_step: part for part in (before.manifest.record if before else [])}
     record = []
     for first, end in pairwise(bounds):
-        if end in known and earlier is not None and same_files(cut / "datapoints", earlier, first, end):
+        if end in known and earlier is not None and same_files(cut / DATAPOINTS, earlier, first, end):
             record.append(known[end])
             continue
         content = scan_record(cut, first, end).content
@@ -162,7 +161,7 @@ def steps_files(folder: Path, first_step: int, end_step: int) -> list[str]:
 
 def cut_run(run: Path, planned: Planned, bounds: Sequence[int], cut: Path, earlier: Path | None) -> None:
     """Write to `cut` the run folder as it was at a checkpoint, with one merged file of the record between bounds."""
-    datapoints = cut / "datapoints"
+    datapoints = cut / DATAPOINTS
     datapoints.mkdir(parents=True)
     for first, end in pairwise(bounds):
         names = steps_files(earlier, first, end) if earlier is not None else []
@@ -171,7 +170,7 @@ def cut_run(run: Path, planned: Planned, bounds: Sequence[int], cut: Path, earli
             link_or_copy(earlier / name, datapoints / name)
         if not names:
             merge_steps(run, first, end, datapoints)
-    write_json(datapoints / ORDER_FILE, cut_order(run, planned))
+    write_json(datapoints / ORDER, cut_order(run, planned))
     if planned.training_state:
         copy_checkpoint(planned.checkpoint, cut / planned.checkpoint.name)
     else:
@@ -193,7 +192,7 @@ def cut_run(run: Path, planned: Planned, bounds: Sequence[int], cut: Path, earli
 
 def cut_order(run: Path, planned: Planned) -> dict[str, Any]:
     """order.json as it was at a checkpoint: a later rollback, phase or number of ranks is not in it."""
-    path = run / "datapoints" / ORDER_FILE
+    path = run / DATAPOINTS / ORDER
     read_dataclass(OrderFacts, path)  # raises for damage
     order, meta = read_object(path), planned.meta
     order |= {"segments": meta["segments"], "skips": meta.get("skips") or [], "phases": meta["data"]["phases"]}

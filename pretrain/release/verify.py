@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from lit_eval.run_facts import SETTINGS, parse_settings
+from lit_eval.run_facts import parse_settings
 from lit_files.checksum import file_sha256
 from lit_files.progress import track
 from lit_files.reading import first_line, read_bytes, regular
+from lit_files.run_files import SETTINGS
 from pretrain.args import flat
 from pretrain.release.content import Scanned, content_faults
 from pretrain.release.manifest import (

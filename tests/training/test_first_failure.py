@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from failing_ranks import Case, run_cases
 
+from lit_files.run_files import LOGS
 from pretrain.failure.first_failure import FILE, Failure, begin_attempt, lost_connection, publish, report_failure
-from pretrain.failure.rank_log import FOLDER, RankLog
+from pretrain.failure.rank_log import RankLog
 from pretrain.failure.watchdog import RECENT_INTERVALS, Watchdog
 
 CASES = ["one_fails", "one_fails_without_file", "two_fail", "one_killed", "host_killed"]
@@ -37,7 +38,7 @@ def test_the_failing_rank_is_named_by_all(cases: dict[str, Case], name: str) -> 
         assert case.message(rank).startswith(begin) and ", step 3, ValueError: planted)" in case.message(rank)
         assert begin.removeprefix("error: ") in case.log(rank)
         assert "Traceback" in case.log(rank) and (", in planted_error" in case.log(rank)) == (rank == 1)
-    assert (case.folder / FOLDER / FILE).exists() == (name == "one_fails")
+    assert (case.folder / LOGS / FILE).exists() == (name == "one_fails")
 
 
 def test_the_first_of_two_failing_ranks_is_named(cases: dict[str, Case]) -> None:
@@ -45,7 +46,7 @@ def test_the_first_of_two_failing_ranks_is_named(cases: dict[str, Case]) -> None
     assert case.statuses == [1, 1, 1]
     assert all("rank 2 failed first (host" in case.message(rank) for rank in range(3))
     assert "it also has an error of its own: ValueError: planted in 0" in case.message(0)
-    facts = json.loads((case.folder / FOLDER / FILE).read_text())
+    facts = json.loads((case.folder / LOGS / FILE).read_text())
     assert (facts["rank"], facts["step"], facts["error"], facts["message"]) == (2, 3, "ValueError", "planted in 2")
     assert facts["host"] and facts["time"].endswith("+00:00") and facts["attempt"] != "earlier"
 
@@ -58,7 +59,7 @@ def test_a_killed_rank_is_named_by_the_others(cases: dict[str, Case], name: str,
         if rank != killed:
             assert f"rank {rank} stopped because rank {killed} failed first (host" in case.message(rank)
             assert "Silent: no heartbeat for" in case.message(rank)
-    facts = json.loads((case.folder / FOLDER / FILE).read_text())
+    facts = json.loads((case.folder / LOGS / FILE).read_text())
     assert facts["rank"] == killed and facts["seen_by"] != killed and facts["attempt"] != "earlier"
 
 
@@ -89,7 +90,7 @@ def test_the_first_published_failure_counts(tmp_path: Path) -> None:
 
 def test_a_failure_of_an_earlier_attempt_does_not_count(tmp_path: Path) -> None:
     begin_attempt(tmp_path)
-    file = tmp_path / FOLDER / FILE
+    file = tmp_path / LOGS / FILE
     publish(file, replace(FAILURE, attempt="earlier"))
     assert begin_attempt(tmp_path) != begin_attempt(tmp_path) and not file.exists()
     publish(file, replace(FAILURE, attempt="earlier"))  # by one of its processes that exits only now

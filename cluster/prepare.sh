@@ -4,16 +4,19 @@
 #
 #   cluster/prepare.sh 64 [--partition=cpu --cpus-per-task=16 --time=10:00:00] -- \
 #       --input corpus/ --tokenizer tokenizer/ --output data
+#
+# With --dry_run before -- the calls of sbatch are printed and nothing is submitted.
 set -euo pipefail
 if [ "$#" -lt 3 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]] || [[ " $* " != *" -- "* ]]; then
-    echo "usage: $0 PARTS [flags of sbatch] -- flags of scripts/prepare_data.py" >&2
+    echo "usage: $0 PARTS [--dry_run] [flags of sbatch] -- flags of scripts/prepare_data.py" >&2
     exit 2
 fi
 parts=$1
 shift
 job=()
+dry_run=
 while [ "$1" != -- ]; do
-    job+=("$1")
+    if [ "$1" = --dry_run ]; then dry_run=yes; else job+=("$1"); fi
     shift
 done
 shift
@@ -22,7 +25,7 @@ if [[ " $* " == *" --parts"[\ =]* ]]; then
     exit 2
 fi
 
-if ! command -v sbatch >/dev/null; then
+if [ -z "$dry_run" ] && ! command -v sbatch >/dev/null; then
     echo "error: there is no sbatch here; without SLURM run scripts/prepare_data.py with --workers" >&2
     exit 2
 fi
@@ -36,9 +39,15 @@ for stage in "${stages[@]}"; do
     array=()
     case $stage in hash | encode) array=(--array="0-$((parts - 1))") ;; esac
     # Otherwise the later stages would wait forever if a task fails.
-    id=$(sbatch --parsable --kill-on-invalid-dep=yes "${job[@]}" "${array[@]}" "${after[@]}" \
+    submit=(sbatch --parsable --kill-on-invalid-dep=yes "${job[@]}" "${array[@]}" "${after[@]}"
         cluster/prepare.sbatch "$stage" --parts "$parts" "$@")
-    id=${id%%;*} # with several clusters, the cluster name follows
-    echo "$stage: job $id"
+    if [ -n "$dry_run" ]; then
+        printf '%s:%s\n' "$stage" "$(printf ' %q' "${submit[@]}")"
+        id="ID_OF_${stage^^}"
+    else
+        id=$("${submit[@]}")
+        id=${id%%;*} # with several clusters, the cluster name follows
+        echo "$stage: job $id"
+    fi
     after=(--dependency="afterok:$id")
 done

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lit_files.progress import TaskProgress
+
 MEMORY_BYTES = 10**9
+POLL_S = 0.25
 
 
 @contextlib.contextmanager
@@ -40,12 +44,37 @@ def open_database(
         }  # fmt: skip
         try:
             with duckdb.connect(":memory:" if file is None else str(file), config=settings) as database:
-                database.execute("SET enable_progress_bar = false")
+                database.execute("SET enable_progress_bar = true")  # otherwise `showing` is told nothing
+                database.execute("SET enable_progress_bar_print = false")
                 yield database
         except duckdb.Error as error:
             raise ValueError(
                 f"DuckDB failed with {memory_bytes >> 20} MB of memory, temporary files in {spill}: {error}{hint}"
             ) from error
+
+
+@contextlib.contextmanager
+def showing(database: Any, title: str) -> Iterator[None]:
+    """Show the progress of each statement that the block executes; DuckDB estimates it."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        progress = TaskProgress()
+        while not ended.is_set():
+            last = 0.0
+            with progress.task(title):
+                # -1: no statement is running, or its progress is unknown. A smaller number is another statement's.
+                while not ended.wait(POLL_S) and (percent := database.query_progress()) >= last:
+                    progress(percent, 100, "%")
+                    last = percent
+
+    thread = threading.Thread(target=follow, name="llammlein-database", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def quoted(path: Path) -> str:

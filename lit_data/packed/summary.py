@@ -351,4 +351,5 @@ def _rows(dataset: PackedDataset, columns: Sequence[str]) -> pa.RecordBatchReade
                     arrays = [batch.column(c).cast(kinds[c]) for c in columns]
                     yield pa.record_batch([*arrays, pa.array(np.diff(starts))], schema=schema)
 
-    return pa.RecordBatchReader.from_batches(schema, batches())
+    read = track(batches(), "reading documents", "documents", dataset.n_documents, size=lambda batch: batch.num_rows)
+    return pa.RecordBatchReader.from_batches(schema, read)

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from lit_data.prepare.paragraphs import HASH_BYTES
 from lit_data.prepare.tables import TableWriter, from_files, open_scratch_database, read_batches
-from lit_files.database import quoted
+from lit_files.database import quoted, showing
 
 HASHES = pa.schema(
     [("hash_high", pa.uint64()), ("hash_low", pa.uint64()), ("document", pa.int64()), ("paragraph", pa.int32())]
@@ -92,7 +92,8 @@ def find_duplicates(
     assert len(hash_files) == len(outputs) > 0 and (excluded is None or len(excluded) == len(hash_files))
     scratch = temporary / "find-duplicates"
     found = scratch / "found.parquet"
-    with open_scratch_database(scratch, memory_bytes) as database:
+    title = "looking for repeated paragraphs"
+    with open_scratch_database(scratch, memory_bytes) as database, showing(database, title):
         source = f"FROM {from_files(hash_files)}"
         if excluded is not None:
             database.execute(f"CREATE TABLE excluded AS SELECT file, document FROM {from_files(excluded)}")

@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lit_data.prepare.tables import TableWriter, open_scratch_database, read_batches
-from lit_files.database import quoted
+from lit_files.database import quoted, showing
+from lit_files.progress import track
 
 PERMUTATIONS = 128
 WORDS = 5
@@ -166,7 +167,7 @@ def find_near_duplicates(
         documents = _write_bands(signature_files, bands, scratch / "bands.parquet")
         table = f"read_parquet({quoted(scratch / 'bands.parquet')})"
         database.execute("CREATE TABLE shared (number BIGINT, band UBIGINT, last BIGINT)")
-        for band in range(bands):
+        for band in track(range(bands), "looking for similar documents", "bands"):
             database.execute(
                 f"""INSERT INTO shared SELECT number, band_{band}, last FROM {table} JOIN (
                     SELECT band_{band}, max(number) AS last FROM {table} GROUP BY ALL HAVING count(*) > 1
@@ -174,8 +175,10 @@ def find_near_duplicates(
             )
         (candidates,) = database.execute("SELECT count(DISTINCT number) FROM shared").fetchone()
         shared = scratch / "shared.parquet"
-        database.execute(f"COPY (FROM shared ORDER BY number, band) TO {quoted(shared)} (FORMAT parquet)")
-        duplicates = _Pass(threshold).run(_candidates(shared), signature_files, outputs)
+        with showing(database, "sorting similar documents"):
+            database.execute(f"COPY (FROM shared ORDER BY number, band) TO {quoted(shared)} (FORMAT parquet)")
+        similar = track(_candidates(shared), "comparing similar documents", "documents", candidates)
+        duplicates = _Pass(threshold).run(similar, signature_files, outputs)
     return NearDuplicateCounts(documents, candidates, duplicates)
 
 
@@ -202,11 +205,12 @@ def _write_bands(signature_files: Sequence[Path], bands: int, path: Path) -> int
     """Write each document's index in the corpus and its band hashes; returns the number of documents."""
     schema = pa.schema([("number", pa.int64()), *((f"band_{band}", pa.uint64()) for band in range(bands))])
     table = TableWriter(path, schema)
+    total = sum(pq.read_metadata(file).num_rows for file in signature_files)
+    read = (batch for file in signature_files for batch in _read_signatures(file))
     try:
-        for file in signature_files:
-            for documents, values in _read_signatures(file):
-                numbers = np.arange(table.rows, table.rows + len(documents))
-                table.write([numbers, *_band_hashes(values, bands)])
+        for documents, values in track(read, "reading signatures", "documents", total, size=lambda b: len(b[0])):
+            numbers = np.arange(table.rows, table.rows + len(documents))
+            table.write([numbers, *_band_hashes(values, bands)])
         table.close()
     finally:
         table.abandon()

@@ -240,16 +240,20 @@ class Preparation:
         if content.get("done"):
             return
         writer = self.writer(folder, side, content.get("state"))
-        last = time.monotonic()
+        sizes = [PackedDataset(self.part_folder(part) / side).n_documents for part in range(self.settings.parts)]
+        shown, merged, last = TaskProgress(), sum(sizes[: content["part"]]) + content["documents"], time.monotonic()
         try:
-            for part in range(content["part"], self.settings.parts):
-                done = content["documents"] if part == content["part"] else 0
-                for tokens, lengths, rows in _read_back(self.part_folder(part) / side, done):
-                    writer.add_batch(tokens, lengths, rows)
-                    done += len(lengths)
-                    if time.monotonic() - last >= self.execution.commit_seconds:
-                        write_json(path, {"part": part, "documents": done, "state": writer.state()})
-                        last = time.monotonic()
+            with shown.task(f"merging {side}"):
+                for part in range(content["part"], self.settings.parts):
+                    done = content["documents"] if part == content["part"] else 0
+                    for tokens, lengths, rows in _read_back(self.part_folder(part) / side, done):
+                        shown(merged, sum(sizes), "documents")
+                        writer.add_batch(tokens, lengths, rows)
+                        done += len(lengths)
+                        merged += len(lengths)
+                        if time.monotonic() - last >= self.execution.commit_seconds:
+                            write_json(path, {"part": part, "documents": done, "state": writer.state()})
+                            last = time.monotonic()
             writer.finish()
             write_json(path, {"done": True})
         finally:

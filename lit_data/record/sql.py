@@ -15,7 +15,8 @@ import pyarrow as pa
 from lit_data.packed.documents import Documents
 from lit_data.packed.reader import PackedDataset
 from lit_data.record.parts import Part, committed_parts, list_parts
-from lit_files.database import open_database, quoted
+from lit_files.database import open_database, quoted, showing
+from lit_files.progress import track
 from lit_files.publish import publish, sync_file
 from lit_files.run_files import DATAPOINTS
 
@@ -86,7 +87,7 @@ def difference(
         "SELECT dataset, document, count(*) AS spans, sum(length)::BIGINT AS tokens, sum(loss) AS loss, "
         f"sum(targets)::BIGINT AS targets FROM {record_sql(run, first_step, end_step)} GROUP BY dataset, document"
     )
-    with open_database(hint=MERGED) as database:
+    with open_database(hint=MERGED) as database, showing(database, "reading the record"):
         database.execute(f"CREATE TEMP TABLE seen AS {grouped}")
         if new and first_step > 0:
             before = f"{record_sql(run, 0, first_step)} AS before"
@@ -142,7 +143,8 @@ def export(run: Path, datasets: Sequence[PackedDataset], end_step: int, file: Pa
                 made = work / f"record{file.suffix}"
                 form = "FORMAT parquet, COMPRESSION zstd" if file.suffix == ".parquet" else "FORMAT csv, HEADER"
                 sorted_rows = "SELECT * FROM seen ORDER BY step, row, document, start"
-                database.execute(f"COPY ({sorted_rows}) TO {quoted(made)} ({form})")
+                with showing(database, f"writing {file.name}"):
+                    database.execute(f"COPY ({sorted_rows}) TO {quoted(made)} ({form})")
         sync_file(made)
         publish(made, file)
     finally:
@@ -150,24 +152,27 @@ def export(run: Path, datasets: Sequence[PackedDataset], end_step: int, file: Pa
 
 
 def _fill(database: Any, run: Path, datasets: Sequence[PackedDataset], end_step: int) -> None:
-    database.execute(f"CREATE TABLE spans AS SELECT * FROM {record_sql(run, 0, end_step)}")
+    with showing(database, "reading the record"):
+        database.execute(f"CREATE TABLE spans AS SELECT * FROM {record_sql(run, 0, end_step)}")
     database.execute(
         "CREATE TABLE documents (dataset INTEGER, document BIGINT, id VARCHAR, source VARCHAR, place BIGINT, "
         "bytes BIGINT, tokens BIGINT)"
     )
     columns = ["document", "id", "source", "place", "bytes", "tokens"]
     for number, dataset in enumerate(datasets):
-        for table in Documents(dataset).batches():
+        tables = Documents(dataset).batches()
+        for table in track(tables, "adding documents", "documents", dataset.n_documents, size=lambda t: t.num_rows):
             numbers = pa.array(np.full(table.num_rows, number, dtype=np.int32))
             database.register("batch", table.select(columns).add_column(0, "dataset", numbers))
             database.execute("INSERT INTO documents SELECT * FROM batch")
             database.unregister("batch")
-    database.execute(
-        "CREATE TABLE steps AS SELECT step, max(sample) - min(sample) + 1 AS samples, count(*) AS spans, "
-        "sum(length)::BIGINT AS tokens, sum(targets)::BIGINT AS targets, "
-        "sum(loss) / nullif(sum(targets), 0) AS mean_loss, bool_and(applied) AS applied "
-        "FROM spans GROUP BY step ORDER BY step"
-    )
+    with showing(database, "adding steps"):
+        database.execute(
+            "CREATE TABLE steps AS SELECT step, max(sample) - min(sample) + 1 AS samples, count(*) AS spans, "
+            "sum(length)::BIGINT AS tokens, sum(targets)::BIGINT AS targets, "
+            "sum(loss) / nullif(sum(targets), 0) AS mean_loss, bool_and(applied) AS applied "
+            "FROM spans GROUP BY step ORDER BY step"
+        )
     database.execute(
         "CREATE VIEW seen AS SELECT spans.*, documents.id, documents.source "
         "FROM spans LEFT JOIN documents USING (dataset, document)"

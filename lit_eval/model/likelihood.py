@@ -31,6 +31,15 @@ class Span(NamedTuple):
     """At least one token."""
 
 
+class Row(NamedTuple):
+    """A row of a batch."""
+
+    tokens: tuple[int, ...]
+    """Input, and the last target."""
+    n_targets: int
+    """Tokens at its end that are predicted."""
+
+
 class SpanScore(NamedTuple):
     """The score of a continuation."""
 
@@ -148,10 +157,13 @@ class Scorer:
     def numbers(self, spans: Sequence[Span]) -> list[npt.NDArray[np.float32]]:
         """The output of `forward` for each continuation, float32 (numbers, tokens), on every rank.
 
-        A context is cut on the left to what fits into `block_size`, as in lm-evaluation-harness. Raises ValueError for
-        an empty context or continuation, and for a continuation longer than `block_size`.
+        A context is cut on the left to what fits into `block_size`, as in lm-evaluation-harness. Equal spans are
+        computed once: in two places of a batch their numbers may differ by rounding, and a tie would not be one.
+        Raises ValueError for an empty context or continuation, and for a continuation longer than `block_size`.
         """
-        rows = [self._row(span) for span in spans]
+        place: dict[Row, int] = {}
+        places = [place.setdefault(self._row(span), len(place)) for span in spans]
+        rows = list(place)
         batches = self._batches(rows)
         mine: dict[int, npt.NDArray[np.float32]] = {}
         rounds = -(-len(batches) // self.ranks.size)
@@ -162,10 +174,10 @@ class Scorer:
             tokens, targets = self._tensors([rows[i] for i in batch])
             numbers = self.forward(tokens, targets).float().cpu().numpy()  # (numbers, B, T)
             for row, i in enumerate(batch):
-                stop = len(rows[i][0]) - 1
-                mine[i] = numbers[:, row, stop - rows[i][1] : stop].copy()
+                stop = len(rows[i].tokens) - 1
+                mine[i] = numbers[:, row, stop - rows[i].n_targets : stop].copy()
         found = {i: values for some in self.ranks.gather(mine) for i, values in some.items()}
-        return [found[i] for i in range(len(spans))]
+        return [found[i] for i in places]
 
     def score_documents(self, documents: Sequence[Sequence[int]], prefix_id: int | None) -> list[list[SpanScore]]:
         """Score every token of each document once, in windows of `block_size`: the scores of a document's windows.
@@ -176,27 +188,26 @@ class Scorer:
         flat = iter(self.score([span for spans in windows for span in spans]))
         return [[next(flat) for _ in spans] for spans in windows]
 
-    def _row(self, span: Span) -> tuple[list[int], int]:
-        """The input tokens, and the number of them that predict the continuation."""
+    def _row(self, span: Span) -> Row:
         if not span.context or not span.continuation:
             raise ValueError("a context and its continuation need at least one token each")
         n = len(span.continuation)
         if n > self.block_size:
             raise ValueError(f"a continuation of {n} tokens exceeds the model's context (block_size {self.block_size})")
-        return [*span.context, *span.continuation][-self.block_size - 1 :], n
+        return Row((*span.context, *span.continuation)[-self.block_size - 1 :], n)
 
-    def _batches(self, rows: Sequence[tuple[list[int], int]]) -> list[list[int]]:
+    def _batches(self, rows: Sequence[Row]) -> list[list[int]]:
         """Numbers of rows by batch: the longest first, so that memory runs out at once or not at all."""
         batches: list[list[int]] = []
         width = 0
-        for i in sorted(range(len(rows)), key=lambda i: (-len(rows[i][0]), i)):
+        for i in sorted(range(len(rows)), key=lambda i: (-len(rows[i].tokens), i)):
             if not batches or (len(batches[-1]) + 1) * width > self.batch_tokens:
                 batches.append([])
-                width = len(rows[i][0]) - 1
+                width = len(rows[i].tokens) - 1
             batches[-1].append(i)
         return batches
 
-    def _tensors(self, rows: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
+    def _tensors(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Tokens and targets (B, T), padded on the right; one row without a target if there are no rows."""
         width = max((len(tokens) - 1 for tokens, _ in rows), default=1)
         tokens = torch.zeros(max(len(rows), 1), width, dtype=torch.int64)

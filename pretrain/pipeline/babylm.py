@@ -21,8 +21,11 @@ from lit_eval.evaluation.settings import EvaluationSettings
 from lit_files.lock import lock_folder
 from lit_files.near_names import did_you_mean
 from lit_files.run_files import EVALUATION, REPORT, STOPPED
+from lit_model.config import ModelConfig
 from lit_model.cost import count_parameters
+from lit_model.load import load_tensors
 from lit_model.registry import get_config
+from pretrain.args import RunArgs
 from pretrain.cli.choices import check_config
 from pretrain.init_from import model_config
 from pretrain.logs.messages import warn
@@ -42,7 +45,8 @@ from pretrain.pipeline.steps import (
     run_work,
     shown,
 )
-from pretrain.pipeline.training import flags_of_this_machine, parse_quietly
+from pretrain.pipeline.training import flags_of_this_machine, parse_quietly, seconds_here
+from pretrain.planning.describe import durations
 
 LIMITS: dict[Track, int] = {"strict-small": 10_000_000, "strict": 100_000_000}  # words of training text
 AT_WORDS: dict[Track, str] = {"strict-small": "babylm", "strict": "babylm_strict"}  # of --save.at_words
@@ -51,7 +55,7 @@ CONFIGS = ("babyllama/*.yaml", "babylm2025/*.yaml", "distillation.yaml", "distil
 RESERVED = {"tokenizer", "data", "results", "release"}  # folders of --out_dir
 # Of a config without a known model or a vocabulary. In a narrow model a large one would take most of the parameters.
 DEFAULT_VOCABULARY, OF_NARROW_MODELS, NARROW = 16_000, 2048, 256
-LARGE = 100_000_000  # parameters
+LONG_S = 86_400.0  # a training on a CPU that is expected to take longer is worth a warning
 
 
 @dataclass(frozen=True)
@@ -152,17 +156,28 @@ class Training:
         title: of its step.
         run: its folder.
         vocabulary: ids of the model.
-        missing: teachers of its own config that are not there.
+        args, model: of the command.
+        teachers: that its own settings name.
     """
 
     title: str
     command: tuple[str, ...]
     run: Path
     vocabulary: int
-    missing: tuple[str, ...]
+    args: RunArgs
+    model: ModelConfig
+    teachers: tuple[Path, ...]
 
-    def step(self) -> Step:
-        return Step(self.title, (self.command,), stopped=self.run / STOPPED)
+    def step(self, words: int, teachers: Sequence[ModelConfig]) -> Step:
+        """Its step, with the time that it is expected to take; see `seconds_here`."""
+        seconds = seconds_here(self.args, self.model, words, teachers)
+        if seconds is not None and seconds.likely > LONG_S and not torch.cuda.is_available():
+            warn(
+                f"{self.run.name} has {count_parameters(self.model) / 1e6:,.0f} million parameters and is expected to "
+                f"train for {durations(seconds)} on this CPU; try a smaller model, or --max_steps"
+            )
+        note = f"expected to take {durations(seconds)} on this machine" if seconds is not None else ""
+        return Step(self.title, (self.command,), stopped=self.run / STOPPED, note=note)
 
 
 def plan_training(
@@ -205,14 +220,12 @@ def plan_training(
         vocabulary = OF_NARROW_MODELS if (args.model.n_embd or NARROW) < NARROW else DEFAULT_VOCABULARY
     title = f"{title} -> {run} (you may interrupt it, the next call resumes)"
     learns = args.objective == "distillation" and args.distillation.cache is None
-    teachers = [teacher.path for teacher in args.distillation.teachers] if learns else []
-    missing = tuple(str(path) for path in teachers if not (ROOT / path).exists())
-    if not torch.cuda.is_available() and (n := count_parameters(model_config(args, vocabulary, None))) > LARGE:
-        warn(
-            f"{config.stem} has {n / 1e6:,.0f} million parameters: on this CPU it trains for days or weeks "
-            "(scripts/plan_run.py --gpu cpu); try a smaller model, or --max_steps"
-        )
-    return Training(title, (*command, *absent(more, given), *flags), run, vocabulary, missing)
+    teachers = tuple(teacher.path for teacher in args.distillation.teachers) if learns else ()
+    command = (*command, *absent(more, given), *flags)
+    args = parse_quietly(command)
+    with contextlib.chdir(ROOT):
+        model = model_config(args, vocabulary)
+    return Training(title, command, run, vocabulary, args, model, teachers)
 
 
 def of_the_student(flags: Sequence[str]) -> set[int]:
@@ -226,8 +239,10 @@ def of_the_student(flags: Sequence[str]) -> set[int]:
     return places
 
 
-def plan_trainings(settings: BabylmSettings, flags: Sequence[str], track: Track) -> list[Training]:
-    """Of the teachers, on the same data and with the same vocabulary, and of the model.
+def plan_trainings(
+    settings: BabylmSettings, flags: Sequence[str], track: Track, words: int
+) -> tuple[list[Step], Training]:
+    """(the steps of the teachers, on the same data and with the same vocabulary, and of the model; the model's).
 
     Raises ValueError for mistakes in the settings; exits on one in the training flags.
     """
@@ -245,10 +260,11 @@ def plan_trainings(settings: BabylmSettings, flags: Sequence[str], track: Track)
         paths = json.dumps([{"path": str(out / path.stem)} for path in configs])
         values |= {"objective": "distillation", "distillation.teachers": paths}
     model = plan_training(s, flags, "training", config, out / config.stem, values, s.vocab_size)
-    if model.missing and not s.teachers:
+    missing = [path for path in model.teachers if not (ROOT / path).exists()]
+    if missing and not s.teachers:
         raise ValueError(
-            f"--model {s.model} learns from teachers, and {model.missing[0]} is not there: add "
-            f"--teachers {' '.join(Path(path).name for path in model.missing)} to train them first"
+            f"--model {s.model} learns from teachers, and {missing[0]} is not there: add "
+            f"--teachers {' '.join(path.name for path in missing)} to train them first"
         )
     theirs = [flag for place, flag in enumerate(flags) if place not in of_the_student(flags)]
     last = {"save.keep_last": "1"}
@@ -256,18 +272,24 @@ def plan_trainings(settings: BabylmSettings, flags: Sequence[str], track: Track)
         plan_training(s, theirs, f"teacher {path.stem}", path, out / path.stem, last, model.vocabulary)
         for path in configs
     ]
-    return [*teachers, model]
+    learns_from = [teacher.model for teacher in teachers] or [load_tensors(ROOT / p)[0] for p in model.teachers]
+    return [*(teacher.step(words, []) for teacher in teachers), model.step(words, learns_from)], model
 
 
-def plan(settings: BabylmSettings, flags: Sequence[str], texts: tuple[Text, Text], track: Track) -> list[Step]:
-    """All steps, in order. Raises ValueError for mistakes in the settings; exits on one in the training flags."""
+def plan(
+    settings: BabylmSettings, flags: Sequence[str], texts: tuple[Text, Text], track: Track, words: int
+) -> list[Step]:
+    """All steps, in order; `words` are those of the training text.
+
+    Raises ValueError for mistakes in the settings; exits on one in the training flags.
+    """
     s, (train, dev) = settings, texts
     out = from_root(s.out_dir)
     tokenizer, data = out / "tokenizer", out / "data"
     results, release, report = out / "results", out / "release", out / REPORT
     cleaner = [] if s.cleaner == NO_CLEANER else ["--cleaner", s.cleaner]
-    trainings = plan_trainings(s, flags, track)
-    run, vocabulary = trainings[-1].run, trainings[-1].vocabulary
+    trainings, model = plan_trainings(s, flags, track, words)
+    run, vocabulary = model.run, model.vocabulary
     newest, every = evaluated_tasks(s)
     evaluations = [python("scripts/evaluate.py", run, "--tasks", "perplexity", *newest)]
     if every:
@@ -295,7 +317,7 @@ def plan(settings: BabylmSettings, flags: Sequence[str], texts: tuple[Text, Text
             ),
             output=data,
         ),
-        *(training.step() for training in trainings),
+        *trainings,
         Step(f"evaluation on {', '.join(['perplexity', *newest])} -> {run / EVALUATION}", tuple(evaluations)),
         Step(f"report -> {report}", (python("scripts/report.py", run, "--output", report),)),
         Step(
@@ -369,10 +391,11 @@ def babylm(settings: BabylmSettings, flags: Sequence[str] = ()) -> int:
     texts = find_text("train", s.train), find_text("dev", s.dev)
     check_cleaner(s.cleaner, [*texts[0].files, *texts[1].files])
     pipeline = open_pipeline(s, texts)
-    steps = plan(s, flags, texts, choose_track(s.track, pipeline.facts["train"]["words"]))
+    words = pipeline.facts["train"]["words"]
+    steps = plan(s, flags, texts, choose_track(s.track, words), words)
     if s.dry_run:
         for step in steps:
-            begin(step.title, pipeline.is_done(step))
+            begin(step.title, pipeline.is_done(step), step.note)
             print(*(f"$ {shown(command)}" for command in step.commands), sep="\n")
         return 0
     if all(map(pipeline.is_done, steps)):

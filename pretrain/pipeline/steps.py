@@ -36,6 +36,7 @@ class Step:
             it, the step is done once its commands have ended and it is noted in the state file.
         stopped: exists if the command was stopped early by a signal; its exit status may be 0.
         replaces: a folder that is removed before the commands run.
+        note: printed below the title of a step to be done.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Step:
     output: Path | None = None
     stopped: Path | None = None
     replaces: Path | None = None
+    note: str = ""
 
 
 def python(script: str, *words: str | Path) -> tuple[str, ...]:
@@ -110,9 +112,11 @@ def call(command: Sequence[str], capture: bool = False) -> str:
     return output or ""
 
 
-def begin(title: str, done: bool = False) -> None:
-    """Print a step's title."""
+def begin(title: str, done: bool = False, note: str = "") -> None:
+    """Print a step's title, and its note unless it was done before."""
     print(f"\n=== {title}{': done before' if done else ''}", flush=True)
+    if note and not done:
+        print(note, flush=True)
 
 
 class Pipeline:
@@ -163,7 +167,7 @@ class Pipeline:
         ran = 0
         for number, step in enumerate(steps):
             done = self.is_done(step)
-            begin(step.title, done)
+            begin(step.title, done, step.note)
             if done:
                 continue
             ran += 1

@@ -1,4 +1,4 @@
-"""The training command of a pipeline, adapted to this machine."""
+"""The training command of a pipeline: adapted to this machine, and how long it will take here."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ from collections.abc import Sequence
 
 import torch
 
+from lit_model.config import ModelConfig
+from lit_model.device import best_kind
 from pretrain.args import RunArgs
 from pretrain.cli.run_parser import parse
+from pretrain.pipeline.steps import ROOT
+from pretrain.planning.devices import Range
+from pretrain.planning.expectation import planned_device
+from pretrain.planning.plan import expected_speed, length
+
+TOKENS_PER_WORD = 1.4  # assumed before there is a tokenizer
 
 
 def parse_quietly(command: Sequence[str]) -> RunArgs:
-    """The settings of a training command, whose notes it will print itself. Exits with a message on a mistake."""
+    """The settings of a training command, which runs in ROOT and will print its notes itself. Exits with a message on a
+    mistake."""
     notes = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(notes):
+        with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(notes):
             return parse(list(command[2:]))
     except SystemExit:
         print(notes.getvalue(), end="", file=sys.stderr)
@@ -30,3 +39,20 @@ def flags_of_this_machine(args: RunArgs) -> dict[str, str]:
         return {}
     compiled = {"compile": "false"} if args.compile else {}
     return compiled | ({"precision": "fp32"} if args.precision != "fp32" else {})
+
+
+def seconds_here(args: RunArgs, config: ModelConfig, words: int, teachers: Sequence[ModelConfig]) -> Range | None:
+    """Seconds of a training on this machine's devices; None if their speed is unknown.
+
+    Args:
+        words: of the training text.
+        teachers: that compute in its steps.
+    """
+    device, n = torch.device(best_kind()), 1
+    if device.type == "cuda":
+        n = torch.cuda.device_count() if args.devices == "auto" else args.devices
+    if (known := planned_device(device, n, args.precision)) is None:
+        return None
+    block_size = args.train.block_size or config.block_size
+    tokens, _ = length(args, block_size, int(TOKENS_PER_WORD * words))
+    return expected_speed(args, config, *known, n, block_size, None, teachers).time_for(tokens)

@@ -76,6 +76,10 @@ class Range:
     def times(self, low: float, likely: float, high: float) -> Range:
         return Range(self.low * low, self.likely * likely, self.high * high)
 
+    def time_for(self, amount: float) -> Range:
+        """The time that an amount takes at this rate; `low` is the shortest."""
+        return Range(amount / self.high, amount / self.likely, amount / self.low)
+
 
 def cpu_flops_per_second(device: Device, width: int, recompute: float) -> Range:
     """FLOP/s that a step of a model of this width is expected to reach on a CPU; `recompute`: see below."""

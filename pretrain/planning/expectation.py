@@ -50,7 +50,8 @@ def expectation(
     if (known := planned_device(device, int(args.devices), args.precision)) is not None:
         speed = expected_speed(args, config, *known, world_size, block_size, mean_document)
         found["tokens_per_s"] = [speed.low, speed.likely, speed.high]
-        found["seconds"] = [tokens / speed.high, tokens / speed.likely, tokens / speed.low]
+        seconds = speed.time_for(tokens)
+        found["seconds"] = [seconds.low, seconds.likely, seconds.high]
     return found
 
 

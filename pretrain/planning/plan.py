@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -90,7 +90,7 @@ class Plan:
     @property
     def seconds(self) -> Range:
         """Of training; `low` is the fastest."""
-        return Range(self.tokens / self.speed.high, self.tokens / self.speed.likely, self.tokens / self.speed.low)
+        return self.speed.time_for(self.tokens)
 
 
 def plan(args: RunArgs, gpu: str, device: Device, devices: int) -> Plan:
@@ -143,8 +143,9 @@ def expected_speed(
     devices: int,
     block_size: int,
     mean_document: float | None,
+    teachers: Sequence[ModelConfig] | None = None,
 ) -> Range:
-    """Tokens/s of all devices. Teachers that compute beside the student are counted."""
+    """Tokens/s of all devices. Teachers that compute beside the student are counted; None: read from their files."""
     flops, recompute = partial(flops_per_token, block_size=block_size), recomputed_speed(args.train, config)
     if device.kind == "cpu":  # the attention that is computed; GPUs were measured by the convention
         flops = partial(flops_per_token, block_size=int(min(block_size, mean_document or block_size)), causal=True)
@@ -163,7 +164,8 @@ def expected_speed(
     if args.train.topology_invariant:
         rate = rate.times(*EXACT_SUMS_SPEED)
     per_token = flops(config)
-    teachers = [load_tensors(entry.path)[0] for entry in args.distillation.teachers]
+    if teachers is None:
+        teachers = [load_tensors(entry.path)[0] for entry in args.distillation.teachers]
     per_token += sum(map(flops, teachers)) / 3  # forward only
     return rate.times(*[devices / per_token] * 3)
 

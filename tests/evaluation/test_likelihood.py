@@ -70,6 +70,21 @@ def test_the_batch_size_changes_nothing() -> None:
         np.testing.assert_allclose(a.log_probabilities, b.log_probabilities, rtol=1e-4, atol=1e-5)
 
 
+def test_equal_spans_are_computed_once_and_tie() -> None:
+    """Also two contexts that are equal once they are cut; not two continuations of the same tokens."""
+    calls: list[list[int]] = []
+
+    def forward(tokens: Tensor, targets: Tensor) -> Tensor:
+        calls.append((targets >= 0).sum(1).tolist())
+        return torch.rand(2, *tokens.shape)  # differs for every row
+
+    full = list(range(BLOCK))
+    spans = [Span([5], [6, 7]), Span([1, *full], [8]), Span([5], [6, 7]), Span([5, 6], [7]), Span([2, *full], [8])]
+    scores = Scorer(forward, BLOCK).score(spans)
+    assert [sorted(n) for n in calls] == [[1, 1, 2]]
+    assert scores[0].total == scores[2].total != scores[3].total and scores[1].total == scores[4].total
+
+
 def test_ranks_share_the_batches_and_meet_in_each() -> None:
     """Each rank calls the model equally often, also one without rows, and all get every score."""
     model, spans = small_model(), some_spans(7)

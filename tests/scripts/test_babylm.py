@@ -20,6 +20,7 @@ from lit_eval.score.results import read_results
 from lit_files.checkpoint_name import list_checkpoints
 from lit_model.load import Checkpoint
 from pretrain.cli.run_parser import parse
+from pretrain.init_from import model_config
 from pretrain.pipeline import babylm, steps, training
 from pretrain.pipeline.steps import Pipeline, StepFailed, run_work, shown
 
@@ -84,6 +85,16 @@ def test_plan_of_commands(tmp_path: Path, names: Sequence[str], ending: str, fak
     assert fake.ran == [] and not out.exists()
 
 
+def test_called_in_another_folder(tmp_path: Path, fake: FakeCommands) -> None:
+    """Paths are relative to the folder of the call, and the commands, which run in the checkout, are the same."""
+    given = [*write_corpus(tmp_path), "--dry_run", "--model", "student", "--teachers", "teacher_llama"]
+    there = [flag.replace(f"{tmp_path}/", "") for flag in given]
+    here, other = script("babylm.py", *given), script("babylm.py", *there, cwd=tmp_path)
+    assert here.returncode == other.returncode == 0, other.stderr
+    commands = [[line for line in done.stdout.splitlines() if line.startswith("$ ")] for done in (here, other)]
+    assert commands[0] == commands[1] and len(commands[0]) == len(ALL) + 1
+
+
 def test_a_flag_given_after_the_dashes_replaces_ours(tmp_path: Path, fake: FakeCommands) -> None:
     """The command names each flag once, so that training notes no repetition; and planning prints no note."""
     given = write_corpus(tmp_path)
@@ -123,9 +134,26 @@ def test_small_teachers_have_their_vocabulary(tmp_path: Path, fake: FakeCommands
     assert "=== tokenizer of 2,048 ids" in done.stdout
 
 
-def test_a_large_model_on_a_cpu_is_a_warning(tmp_path: Path, fake: FakeCommands) -> None:
-    done = script("babylm.py", *write_corpus(tmp_path), "--model", "llama-360M", "--dry_run")
-    assert done.returncode == 0 and "warning: llama-360M has 360 million parameters: on this CPU" in done.stderr
+def test_the_time_of_each_training_is_estimated(tmp_path: Path, fake: FakeCommands) -> None:
+    """A student's with its teachers', which are not there yet; days on a CPU are a warning."""
+    given = [*write_corpus(tmp_path), "--dry_run", "--max_steps"]
+    teachers = ["teacher_llama", "teacher_gpt2"]
+    done = script("babylm.py", *given, "100", "--model", "student", "--teachers", *teachers)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    note = r"^=== (\w+).*\nexpected to take [\d.]+ \w+ \(.+ to .+\) on this machine\n\$ "
+    assert re.findall(note, done.stdout, re.M) == ["teacher", "teacher", "training"]
+    student, large = (
+        training.parse_quietly(["", "", f"--config=configs/{name}.yaml", "--train.max_steps=9", "--data.train=data"])
+        for name in ("distillation_small/student", "babyllama/llama-360M")
+    )
+    config, teacher = model_config(student, 2048), model_config(large, 2048)
+    alone, taught = (training.seconds_here(student, config, 1000, models) for models in ([], [teacher]))
+    assert alone is not None and taught is not None and taught.likely > 2 * alone.likely
+    long = script("babylm.py", *given, "1000000", "--model", "llama-360M")
+    assert long.returncode == 0
+    assert re.search(
+        r"warning: llama-360M has 360 million parameters and is expected to train for .* years", long.stderr
+    )
 
 
 def test_done_steps_are_skipped(tmp_path: Path, fake: FakeCommands, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -263,6 +264,30 @@ def test_prepare_submits_its_stages_in_order(cluster: Cluster) -> None:
     first = cluster.job
     assert [re.findall(r"--dependency=(\S+)", call) for call in cluster.calls("sbatch")] == [
         [], *([f"afterok:{first + i}"] for i in range(3))]  # fmt: skip
+
+
+def test_a_dry_run_prints_what_would_be_submitted(cluster: Cluster) -> None:
+    """The same calls of sbatch, but for the ids of the jobs; without SLURM too."""
+    call = [
+        "cluster/prepare.sh",
+        "2",
+        "--dry_run",
+        "--cpus-per-task=3",
+        "--",
+        "--input",
+        "a b/*.jsonl",
+        "--dedup",
+        "exact",
+    ]
+    none = {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", *call], cwd=ROOT, env=none, capture_output=True, text=True, check=True)
+    shown = [shlex.split(line.partition(": sbatch ")[2]) for line in done.stdout.splitlines()]
+    cluster.fake_python(*[0] * 6)
+    status, output = cluster.run(*(word for word in call if word != "--dry_run"))
+    assert status == 0, output
+    ids = {f"ID_OF_{stage.upper()}": number for stage, number in re.findall(r"(\w+): job (\d+)", output)}
+    real = [re.sub(r"ID_OF_\w+", lambda name: ids[name[0]], " ".join(words)) for words in shown]
+    assert real == cluster.calls("sbatch") and len(ids) == 4
 
 
 def test_a_given_workers_flag_is_used(cluster: Cluster) -> None:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import overload
 
 MISSING = "–"
+YEAR_S = 365 * 86400
 SCALES = ((1e12, "trillions", "T"), (1e9, "billions", "B"), (1e6, "millions", "M"), (1e3, "thousands", "k"))
 
 
@@ -65,16 +66,15 @@ def percent(share: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`45 s`, `12 min 5 s`, `2 h 13 min`, `3 d 4 h`."""
+    """`45 s`, `12 min 5 s`, `2 h 13 min`, `3 d 4 h`, `2 y 17 d`."""
     if seconds is None or not math.isfinite(seconds):
         return MISSING
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    for large, small, size, part in (("min", "s", 60, 1), ("h", "min", 3600, 60), ("d", "h", 86400, 3600)):
-        if seconds < {"min": 3600, "h": 86400, "d": math.inf}[large]:
-            big, rest = divmod(round(seconds / part), size // part)
-            return f"{big} {large} {rest} {small}" if rest else f"{big} {large}"
-    raise AssertionError
+    units = (("min", "s", 60, 1), ("h", "min", 3600, 60), ("d", "h", 86400, 3600), ("y", "d", YEAR_S, 86400))
+    large, small, size, part = next((u for u, above in pairwise(units) if seconds < above[2]), units[-1])
+    big, rest = divmod(round(seconds / part), size // part)
+    return f"{big:,} {large} {rest} {small}" if rest else f"{big:,} {large}"
 
 
 def scale_of(largest: float) -> tuple[float, str, str]:

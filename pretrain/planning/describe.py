@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lit_eval.formats import duration
 from lit_model.cost import TrainingMemory
 from pretrain.free_memory import CUDA_RESERVE_BYTES
 from pretrain.planning.advice import warnings
 from pretrain.planning.devices import Range
 from pretrain.planning.loss import COVERAGE, PredictedLoss
 from pretrain.planning.plan import DISK_BYTES_PER_S, Plan, least_devices
-
-YEAR_S = 365.25 * 86400
 
 
 def describe(plan: Plan, loss: PredictedLoss | None = None, runs: int = 0) -> Iterator[str]:
@@ -94,10 +93,3 @@ def thousands(speed: Range) -> str:
 
 def durations(seconds: Range) -> str:
     return f"{duration(seconds.likely)} ({duration(seconds.low)} to {duration(seconds.high)})"
-
-
-def duration(seconds: float) -> str:
-    for size, unit in ((YEAR_S, "years"), (86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.0f} seconds"

@@ -356,7 +356,9 @@ def test_counts_and_durations() -> None:
         "1.02 M",
         "3.00 B",
     ]
-    assert [duration(s) for s in (3, 45, 125, 7980, 273600)] == ["3.0 s", "45 s", "2 min 5 s", "2 h 13 min", "3 d 4 h"]
+    seconds = (3, 45, 125, 7980, 273600, 31_449_600, 400 * 86400, 3e10)
+    texts = ["3.0 s", "45 s", "2 min 5 s", "2 h 13 min", "3 d 4 h", "364 d", "1 y 35 d", "951 y 107 d"]
+    assert [duration(s) for s in seconds] == texts
     assert number(math.nan) == number(None) == duration(None) == "–"
 
 

@@ -140,7 +140,7 @@ def test_the_time_of_each_training_is_estimated(tmp_path: Path, fake: FakeComman
     teachers = ["teacher_llama", "teacher_gpt2"]
     done = script("babylm.py", *given, "100", "--model", "student", "--teachers", *teachers)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    note = r"^=== (\w+).*\nexpected to take [\d.]+ \w+ \(.+ to .+\) on this machine\n\$ "
+    note = r"^=== (\w+).*\nexpected to take \d.+ \(.+ to .+\) on this machine\n\$ "
     assert re.findall(note, done.stdout, re.M) == ["teacher", "teacher", "training"]
     student, large = (
         training.parse_quietly(["", "", f"--config=configs/{name}.yaml", "--train.max_steps=9", "--data.train=data"])
@@ -151,9 +151,7 @@ def test_the_time_of_each_training_is_estimated(tmp_path: Path, fake: FakeComman
     assert alone is not None and taught is not None and taught.likely > 2 * alone.likely
     long = script("babylm.py", *given, "1000000", "--model", "llama-360M")
     assert long.returncode == 0
-    assert re.search(
-        r"warning: llama-360M has 360 million parameters and is expected to train for .* years", long.stderr
-    )
+    assert re.search(r"warning: llama-360M has 360 million parameters and is expected to train for \d+ y ", long.stderr)
 
 
 def test_done_steps_are_skipped(tmp_path: Path, fake: FakeCommands, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ def describe(plan: Plan, loss: PredictedLoss | None = None, runs: int = 0) -> It
     yield f"model     {plan.parameters / 1e6:,.1f}M parameters{active}; {shape}"
     batch = f"{args.train.global_batch_samples} x {plan.block_size} tokens"
     epochs = f", {plan.epochs:.2f} passes over the data" if plan.epochs is not None else ""
-    per_parameter = f"{plan.tokens / plan.active:.1f} per parameter"
+    per_parameter = f"{plan.tokens / plan.active:,.1f} per parameter"
     yield f"run       {plan.steps:,} steps of {batch}: {plan.tokens:,} tokens ({per_parameter}){epochs}"
     yield f"compute   {plan.flops:.2e} FLOPs (attention in full)"
     yield f"devices   {plan.devices} x {device.name}, {args.precision}, {device.memory / 2**30:.0f} GiB each"

@@ -97,10 +97,12 @@ def set_up(
     peers = Peers(watched)
     try:
         return build(args, placement, fabric, peers, opened, signals, argv, trial)
-    except RunFinished:
-        peers.meet()
-        raise
     except BaseException as error:
+        if peers.lock is not None:
+            peers.lock.close()
+        if isinstance(error, RunFinished):
+            peers.meet()
+            raise
         peers.end_set_up(error)
 
 
@@ -134,7 +136,7 @@ def build(
         # Rank 0 alone looks at the shards, which may be thousands, before it makes the run folder.
         opened = on_rank_zero(fabric, lambda: opened or open_datasets(args, placement.kind))
     folder, checkpoint, lock, trackers = open_folder(fabric, args, plain(args))
-    peers.folder = folder
+    peers.folder, peers.lock = folder, lock
     args = with_synthetic_data(args, fabric, folder)
     datasets, config = opened or on_rank_zero(fabric, lambda: open_datasets(args, placement.kind, checkpoint))
     for note in datasets.notes:
@@ -170,8 +172,6 @@ def build(
         if progress.unfinished is not None and on_rank_zero(fabric, lambda: has_row(folder / METRICS, progress.step)):
             progress.unfinished = None
         if is_finished(folder, progress, data.max_steps):
-            if lock is not None:
-                lock.close()
             raise RunFinished(folder, data.max_steps)
 
     evaluation = on_rank_zero(

@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from lit_files.run_files import EVALUATION
 from pretrain.cli.command_line import RESUMES, ScriptParser, end_on_ctrl_c, given_fields, run_script
 
 end_on_ctrl_c()
 
 from lit_eval.evaluation.settings import TASK_NAMES, EvaluationSettings
+from lit_files.run_files import EVALUATION
 
 GROUPS = {
     "text_field": "reading: fields of the data, files of single tasks",

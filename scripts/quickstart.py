@@ -25,13 +25,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from lit_files.run_files import METRICS, REPORT, STOPPED
 from pretrain.cli.command_line import RESUMES, ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
 from lit_data.corpus.options import check_split
 from lit_files.reading import read_object
+from lit_files.run_files import METRICS, REPORT, STOPPED
 from pretrain.pipeline.steps import (
     ROOT,
     STATE,

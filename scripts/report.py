@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from lit_files.run_files import REPORT
 from pretrain.cli.command_line import NOTHING_WRITTEN, ScriptParser, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
 from lit_eval.report.defaults import RECORD_S
+from lit_files.run_files import REPORT
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ class BloomDedup:
     def save(self, path: Path) -> None:
         """Write the filter, `size_bytes` + 8 bytes, atomically and durably."""
         with replace_file(path) as temporary:
-            self._filter.save(temporary)
+            self._filter.save(str(temporary))
 
     def load(self, path: Path) -> None:
         """Load a saved filter, which must have been made for the same number and rate."""
@@ -98,4 +98,4 @@ class BloomDedup:
         if abs(n_hashes - self.n_hashes) > 1:  # for powers of 1/2 the result depends on float rounding
             raise ValueError(f"{path} is damaged or no Bloom filter: {n_hashes} hash functions, not {self.n_hashes}")
         self.n_hashes = n_hashes
-        self._filter = self._rbloom.Bloom.load(path, _as_integer)
+        self._filter = self._rbloom.Bloom.load(str(path), _as_integer)

@@ -6,9 +6,12 @@ Dimensions and `cu_seqlens` as in lit_model/kernels/variant.py. Each kernel is a
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -126,16 +129,20 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, T: int, variant
 
 
 def varlen_arguments() -> frozenset[str]:
-    """The arguments of torch's kernel; none if this torch has no such kernel."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
+    """The arguments of torch's kernel; none if this torch has no such kernel.
+
+    Read from its source: importing it imports torch.compile's machinery.
+    """
+    module = importlib.util.find_spec("torch.nn.attention.varlen")
+    if module is None or module.origin is None:
         return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
+    for node in ast.parse(Path(module.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "varlen_attn":
+            return frozenset(a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
+    return frozenset()
 
 
-# Importing the kernel imports torch.compile's machinery: not where it can't run.
-VARLEN_ARGUMENTS = varlen_arguments() if torch.backends.cuda.is_built() else frozenset()
+VARLEN_ARGUMENTS = varlen_arguments()
 
 
 def repeats_heads(name: str) -> bool:

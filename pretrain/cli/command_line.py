@@ -188,9 +188,10 @@ def explain(message: str, known: Collection[str]) -> str:
         return f"there is no setting {key}{_meant(key, known, dashes='')}"
     if match := re.match(r'Parser key "([\w.]+)":\s+Expected an? (.*)\. Got value: (.*)', message, flags=re.DOTALL):
         return _expected(f"--{match[1]}", match[3], match[2])
-    union = r'Parser key "([\w.]+)":.*  Subtypes: \[(.*?)(?:, <class \'NoneType\'>)?\]\n.*  Given value: (.*)'
+    union = r'Parser key "([\w.]+)":.*  Subtypes: \[(.*?)\]\n.*  Given value: (.*)'
     if match := re.match(union, message, flags=re.DOTALL):
-        return _expected(f"--{match[1]}", match[3], match[2])
+        kinds = re.sub(r"<class 'NoneType'>(, )?", "", match[2]).removesuffix(", ")
+        return _expected(f"--{match[1]}", match[3], kinds)
     if match := re.match(
         r"argument ([\w-]+)[^:]*: invalid choice: (.*) \(choose from (.*)\)$", message, flags=re.DOTALL
     ):

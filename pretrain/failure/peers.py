@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lit_files.checkpoint_name import list_checkpoints
+from lit_files.lock import FileLock
 from pretrain.endings import Interrupted, Mistake, status_of
 from pretrain.fabric import Fabric
 from pretrain.failure.first_failure import Failure, lost_connection, report_failure, utc_now
@@ -67,6 +68,7 @@ class Peers:
 
     Attributes:
         folder: the run folder once it is known, for the name of the newest checkpoint.
+        lock: the folder's, on rank 0, which an error in set-up releases.
         watchdog: once there is one.
     """
 
@@ -75,6 +77,7 @@ class Peers:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if self.several else (0, 1)
         self.host = socket.gethostname()
         self.folder: Path | None = None
+        self.lock: FileLock | None = None
         self.watchdog: Watchdog | None = None
         self._ending = threading.Lock()  # its holder ends this process; it is never released
         self._closed = threading.Event()

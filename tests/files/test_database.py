@@ -10,7 +10,8 @@ from lit_files import database as module
 from lit_files import progress
 from lit_files.database import open_database, showing
 
-LONG = "CREATE TABLE sums AS SELECT hash(range) % 100000 AS k, sum(range) AS s FROM range(8000000) GROUP BY k"
+NUMBERS = "CREATE TABLE numbers AS SELECT range AS n FROM range(4000000)"
+LONG = "CREATE TABLE sums AS SELECT hash(n) % 100000 AS k, sum(n) AS s FROM numbers GROUP BY k ORDER BY s"
 
 
 def test_the_progress_of_a_long_statement_is_shown(
@@ -24,6 +25,7 @@ def test_the_progress_of_a_long_statement_is_shown(
     monkeypatch.setattr(progress, "QUIET_S", 0.0)
     monkeypatch.setattr(module, "POLL_S", 0.02)
     with open_database() as database:
+        database.execute(NUMBERS)
         with showing(database, "adding"):
             database.execute(LONG)
         assert database.execute("SELECT count(*) FROM sums").fetchone() == (100000,)

@@ -1,5 +1,6 @@
 """Attention with scale, sliding window, soft-cap, dropout and chunks, compared with an explicit formula in float64."""
 
+import inspect
 import itertools
 import sys
 import types
@@ -276,8 +277,6 @@ def pretend(monkeypatch):
 
     def make(capability, fa4=None, fa3=None, fa2=None):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        # A torch without CUDA does not look at it.
-        monkeypatch.setattr(cuda, "VARLEN_ARGUMENTS", cuda.varlen_arguments())
         functions = {"flash_attn_interface": fa3, "flash_attn.flash_attn_interface": fa2}
         modules = {name: f and types.SimpleNamespace(flash_attn_varlen_func=f) for name, f in functions.items()}
         modules["flash_attn.cute.interface"] = fa4 and types.SimpleNamespace(
@@ -474,3 +473,9 @@ def test_kernels_get_the_variants_arguments(monkeypatch, name, variant):
 def test_fa4_gets_the_variants_arguments():
     assert cuda.options("fa4", AttentionVariant(0.2, 8)) == {"softmax_scale": 0.2, "window_size_left": 7}
     assert cuda.options("fa4", PLAIN) == {}
+
+
+def test_the_arguments_of_torchs_kernel_are_found_without_importing_it() -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert cuda.varlen_arguments() == set(inspect.signature(varlen_attn).parameters)

@@ -96,6 +96,8 @@ def test_each_flash_attention_is_recognised_by_its_own_module(file: str, status:
     (tmp_path / "flash-1.dist-info").mkdir()
     (tmp_path / "flash-1.dist-info" / "METADATA").write_text("Name: flash\nVersion: 1\n")
     (tmp_path / "flash-1.dist-info" / "RECORD").write_text(f"{file},,\n")
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code[1]], env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stderr

@@ -18,7 +18,6 @@ import torch
 from running import flags, train
 
 from lit_data.packed.reader import PackedDataset
-from lit_model.kernels import cuda
 from lit_model.kernels.choose import AttentionChoice
 from lit_model.moe import Experts
 from pretrain.build import build_optimizer, set_up
@@ -81,7 +80,6 @@ def on_meta(run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         )
         patch.setattr(torch, "is_autocast_enabled", lambda *d: "meta" not in d and enabled(*d))
         patch.setattr("lit_model.model.choose_attention", lambda *_, **__: AttentionChoice(kernel, "as on CUDA"))
-        patch.setattr(cuda, "VARLEN_ARGUMENTS", cuda.varlen_arguments())
         patch.setattr(Experts, "looped", Experts.grouped)
         patch.setattr(Run, "device", meta)
         run.raw_model.to(meta, torch.bfloat16)

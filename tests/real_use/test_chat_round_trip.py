@@ -1,7 +1,7 @@
 """Round trip of a chat model: import, training, export; chat templates, EOS, BOS and ids stay the same.
 
 The folders are opened by the installed transformers; if LLAMMLEIN_TRANSFORMERS_4 names the Python of an environment
-with transformers 4.56 (the oldest supported version), a slow test opens them with that one too.
+with transformers 4.57.6 (the oldest supported version), a slow test opens them with that one too.
 """
 
 from __future__ import annotations
@@ -154,10 +154,10 @@ def test_a_chat_model_survives_the_round_trip(source: Path, trained: Path) -> No
 @pytest.mark.slow
 @families
 def test_transformers_4_opens_it_identically(source: Path, trained: Path) -> None:
-    """The same, opened by transformers 4.56 in a separate environment."""
+    """The same, opened by transformers 4.57 in a separate environment."""
     python = os.environ.get("LLAMMLEIN_TRANSFORMERS_4")
     if not python:
-        pytest.skip("LLAMMLEIN_TRANSFORMERS_4 names no Python with transformers 4.56")
+        pytest.skip("LLAMMLEIN_TRANSFORMERS_4 names no Python with transformers 4.57")
     compare(source, trained, source.parent.name, python)
 
 

@@ -18,7 +18,7 @@ from pretrain.planning.devices import Range
 from pretrain.planning.expectation import planned_device
 from pretrain.planning.plan import expected_speed, length
 
-TOKENS_PER_WORD = 1.4  # assumed before there is a tokenizer
+TOKENS_PER_WORD = (1.3, 1.5, 2.0)  # low, likely and high, assumed before there is a tokenizer
 
 
 def parse_quietly(command: Sequence[str]) -> RunArgs:
@@ -54,5 +54,6 @@ def seconds_here(args: RunArgs, config: ModelConfig, words: int, teachers: Seque
     if (known := planned_device(device, n, args.precision)) is None:
         return None
     block_size = args.train.block_size or config.block_size
-    tokens, _ = length(args, block_size, int(TOKENS_PER_WORD * words))
-    return expected_speed(args, config, *known, n, block_size, None, teachers).time_for(tokens)
+    few, likely, many = (length(args, block_size, int(ratio * words))[0] for ratio in TOKENS_PER_WORD)
+    speed = expected_speed(args, config, *known, n, block_size, None, teachers)
+    return Range(few / speed.high, likely / speed.likely, many / speed.low)

@@ -24,6 +24,10 @@ if [[ " $* " == *" --parts"[\ =]* ]]; then
     echo "error: --parts is the first argument of $0" >&2
     exit 2
 fi
+if [[ " $* " == *" --dry_run"[\ =]* ]]; then
+    echo "error: give --dry_run before --: $0 PARTS --dry_run -- FLAGS" >&2
+    exit 2
+fi
 
 if [ -z "$dry_run" ] && ! command -v sbatch >/dev/null; then
     echo "error: there is no sbatch here; without SLURM run scripts/prepare_data.py with --workers" >&2

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lit_files.progress import TaskProgress
@@ -42,8 +45,9 @@ def open_database(
         settings: dict[str, Any] = {
             "memory_limit": f"{memory_bytes}B", "temp_directory": spill, "preserve_insertion_order": keep_order,
         }  # fmt: skip
+        connect = functools.partial(duckdb.connect, ":memory:" if file is None else str(file), config=settings)
         try:
-            with duckdb.connect(":memory:" if file is None else str(file), config=settings) as database:
+            with _signals_raised_again(), connect() as database:
                 database.execute("SET enable_progress_bar = true")  # otherwise `showing` is told nothing
                 database.execute("SET enable_progress_bar_print = false")
                 yield database
@@ -51,6 +55,35 @@ def open_database(
             raise ValueError(
                 f"DuckDB failed with {memory_bytes >> 20} MB of memory, temporary files in {spill}: {error}{hint}"
             ) from error
+
+
+@contextlib.contextmanager
+def _signals_raised_again() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the block as they end other code. DuckDB replaces the exception of a signal's handler
+    by a RuntimeError that does not name it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    usual: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    arrived: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+        usual[number](number, frame)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if callable(handler := signal.getsignal(number)):
+            usual[number] = handler
+            signal.signal(number, handle)
+    try:
+        yield
+    except RuntimeError:
+        if arrived:
+            usual[arrived[-1]](arrived[-1], None)
+        raise
+    finally:
+        for kept, handler in usual.items():
+            signal.signal(kept, handler)
 
 
 @contextlib.contextmanager

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-SETTINGS = "config.yaml"  # from the start: a folder with it is a run's
-ENVIRONMENT = "environment.jsonl"  # software and hardware, a line each start
-METRICS = "metrics.csv"  # a row each logged step
+SETTINGS = "config.yaml"  # written first: a folder that has it is a run folder
+ENVIRONMENT = "environment.jsonl"  # software and hardware, a line for each start
+METRICS = "metrics.csv"  # a row for each logged step
 LAYERS = "layers.csv"  # norms of each layer
 DATAPOINTS = "datapoints"  # folder: the record of what was seen
-ORDER = "order.json"  # in DATAPOINTS: from which the order of the data follows
+ORDER = "order.json"  # in DATAPOINTS: everything that determines the order of the data
 EVALUATIONS = "evaluations.jsonl"  # results of tasks and texts written during training, a line each
 EVALUATION = "evaluation"  # folder: results of scripts/evaluate.py
-STOPPED = "stopped.json"  # while a signal has ended the run and it was not resumed
-ABANDONED = "abandoned"  # folder: NNN-from-STEP has what a rollback or the resume of an older checkpoint discarded
+STOPPED = "stopped.json"  # a signal ended the run; removed when it is resumed
+ABANDONED = "abandoned"  # folder: NNN-from-STEP holds what a rollback or the resume of an older checkpoint discarded
 LOGS = "logs"  # folder: a log for each rank
 PROFILE = "profile"  # folder, with --profile.steps
 REPORT = "report.html"

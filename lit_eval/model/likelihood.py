@@ -158,7 +158,7 @@ class Scorer:
         """The output of `forward` for each continuation, float32 (numbers, tokens), on every rank.
 
         A context is cut on the left to what fits into `block_size`, as in lm-evaluation-harness. Equal spans are
-        computed once: in two places of a batch their numbers may differ by rounding, and a tie would not be one.
+        computed once: rounding depends on the place in a batch, and equal candidates would not tie.
         Raises ValueError for an empty context or continuation, and for a continuation longer than `block_size`.
         """
         place: dict[Row, int] = {}

@@ -236,7 +236,7 @@ def mixed(folder: Path, packing: str) -> tuple[list[Rows], Mixture]:
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit", "pad"])
-@pytest.mark.parametrize("prefetch", [0, 2, 16])
+@pytest.mark.parametrize("prefetch", [0, pytest.param(1, marks=pytest.mark.slow), 2, 16])
 def test_resume_at_any_step_equals_steps_read_alone(tmp_path, packing, prefetch):
     """Several datasets, and a segment with another batch size."""
     rows, mixture = mixed(tmp_path, packing)

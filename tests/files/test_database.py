@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from running import ROOT
 
 from lit_files import database as module
 from lit_files import progress
@@ -41,3 +47,35 @@ def test_a_failed_statement_ends_the_progress() -> None:
         showing(database, "reading"),
     ):
         database.execute("SELECT * FROM no_such_table")
+
+
+INTERRUPTED = """
+import sys
+sys.path[0] = sys.argv[1]
+from lit_files.database import open_database, showing
+from pretrain.cli.command_line import run_script
+
+def main():
+    with open_database(folder=sys.argv[2]) as database, showing(database, "adding"):
+        print("began", flush=True)
+        database.execute("SELECT count(*) FROM (SELECT DISTINCT hash(range) FROM range(1000000000))")
+
+run_script(main, "stopped by hand")
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "text"), [(signal.SIGINT, 130, "\nstopped by hand\n"), (signal.SIGTERM, 143, "")]
+)
+def test_a_signal_ends_a_long_statement(number: signal.Signals, status: int, text: str, tmp_path: Path) -> None:
+    """At once, as it ends other code, and without temporary files."""
+    command = [sys.executable, "-c", INTERRUPTED, str(ROOT), str(tmp_path)]
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert started.stdout is not None and started.stdout.readline() == "began\n"
+    time.sleep(0.5)
+    started.send_signal(number)
+    _, errors = started.communicate(timeout=60)
+    assert (started.returncode, errors) == (status, text) and list(tmp_path.iterdir()) == []

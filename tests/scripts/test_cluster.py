@@ -314,6 +314,8 @@ def test_prepare_requires_its_arguments(cluster: Cluster, arguments: list[str]) 
     assert status == 2 and "usage: cluster/prepare.sh PARTS" in output
     status, output = cluster.run("cluster/prepare.sh", 2, "--", "--input", "a", "--parts", "3")
     assert status == 2 and "--parts is the first argument" in output
+    status, output = cluster.run("cluster/prepare.sh", 2, "--", "--input", "a", "--dry_run")
+    assert status == 2 and "give --dry_run before --" in output and cluster.calls("sbatch") == []
 
 
 # Runs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from lit_data.packed.reader import PackedDataset
 from lit_data.record.parts import Part, committed_parts, list_parts
 from lit_files.database import open_database, quoted, showing
 from lit_files.progress import track
-from lit_files.publish import publish, sync_file
+from lit_files.publish import publish, scratch_folder, sync_file
 from lit_files.run_files import DATAPOINTS
 
 MERGED = " (if the run is still training, parts of its record were merged meanwhile: try again)"
@@ -134,8 +132,7 @@ def export(run: Path, datasets: Sequence[PackedDataset], end_step: int, file: Pa
         raise ValueError(f"{file} exists already; choose another name or remove it")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file.parent} is not a folder, so {file.name} cannot be written there")
-    work = Path(tempfile.mkdtemp(dir=file.parent, prefix=f".{file.name}.tmp-"))
-    try:
+    with scratch_folder(file) as work:
         with open_database(work / "record.duckdb", folder=work, hint=MERGED) as database:
             _fill(database, run, datasets, end_step)
             made = work / "record.duckdb"
@@ -147,8 +144,6 @@ def export(run: Path, datasets: Sequence[PackedDataset], end_step: int, file: Pa
                     database.execute(f"COPY ({sorted_rows}) TO {quoted(made)} ({form})")
         sync_file(made)
         publish(made, file)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _fill(database: Any, run: Path, datasets: Sequence[PackedDataset], end_step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ class PreflightContext:
     """Folder of this process for NCCL's log."""
     scratch: Path | None = None
     """Folder of temporary files."""
+    holding: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """On rank 0, of `scratch` in out_dir: if this preflight is killed, the next one removes it."""
     new_folders: list[Path] = field(default_factory=list)
     """Folders that did not exist before the preflight, innermost first."""
 

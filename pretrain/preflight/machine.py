@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from lit_files.checkpoint_name import list_checkpoints
 from lit_files.platform import allocated_bytes, drop_from_cache, usable_core_numbers, usable_cores
-from lit_files.publish import sync_file, write_text
+from lit_files.publish import scratch_folder, sync_file, write_text
 from pretrain.free_memory import show_bytes
 from pretrain.logs.environment import code_hash, driver_version
 from pretrain.memory_fit import checkpoint_bytes
@@ -247,7 +247,7 @@ def check_disk(s: PreflightContext) -> Finding:
 def make_scratch(s: PreflightContext) -> tuple[Path, str]:
     """Rank 0: a temporary folder in out_dir with a marker in it. Missing parents are made too."""
     s.folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".preflight-", dir=s.folder.resolve()))
+    scratch = s.holding.enter_context(scratch_folder(s.folder.resolve() / "preflight"))
     s.scratch = scratch
     token = os.urandom(16).hex()
     write_text(scratch / "marker", token)

@@ -159,6 +159,7 @@ def clean(s: PreflightContext) -> None:
     has its own."""
     if s.nccl_logs is not None:
         shutil.rmtree(s.nccl_logs, ignore_errors=True)
+    s.holding.close()
     if s.scratch is not None:
         shutil.rmtree(s.scratch, ignore_errors=True)
     for folder in s.new_folders:

@@ -190,6 +190,14 @@ def test_export_to_a_table(run: Path, dataset: PackedDataset, tmp_path: Path, en
     assert [p.name for p in tmp_path.iterdir()] == [file.name]
 
 
+def test_the_next_export_removes_what_a_killed_one_left(run: Path, dataset: PackedDataset, tmp_path: Path) -> None:
+    file, leftover = tmp_path / "record.csv", tmp_path / ".record.csv.abc.tmp"
+    leftover.mkdir()
+    (leftover / "record.duckdb").touch()
+    export(run, [dataset], STEPS, file)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
 def test_unsupported_exports_are_refused(run: Path, dataset: PackedDataset, tmp_path: Path) -> None:
     (tmp_path / "there.csv").touch()
     with pytest.raises(ValueError, match="there.csv exists already"):

@@ -339,6 +339,14 @@ def test_data_with_a_flipped_bit(data: Path, tmp_path: Path, capsys: pytest.Capt
     assert status == 1 and shard.name in advice_on(output, "data") and "checksum" in advice_on(output, "data")
 
 
+def test_it_removes_what_a_killed_one_left(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leftover = tmp_path / "run" / ".preflight.abc.tmp"
+    leftover.mkdir(parents=True)
+    (leftover / "speed-0").touch()
+    status, _ = look(capsys, data, tmp_path / "run")
+    assert status == 0 and list((tmp_path / "run").iterdir()) == []
+
+
 def test_more_tokens_than_the_data_supports(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, output = look(capsys, data, tmp_path / "run", train__max_steps=None, train__max_tokens=100_000)
     assert status == 0 and advice_on(output, "data").startswith("warning") and "epochs" in advice_on(output, "data")

@@ -47,7 +47,7 @@ def open_database(
         }  # fmt: skip
         connect = functools.partial(duckdb.connect, ":memory:" if file is None else str(file), config=settings)
         try:
-            with _signals_raised_again(), connect() as database:
+            with connect() as database, _signals_end_statements(database):
                 database.execute("SET enable_progress_bar = true")  # otherwise `showing` is told nothing
                 database.execute("SET enable_progress_bar_print = false")
                 yield database
@@ -58,18 +58,23 @@ def open_database(
 
 
 @contextlib.contextmanager
-def _signals_raised_again() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the block as they end other code. DuckDB replaces the exception of a signal's handler
-    by a RuntimeError that does not name it."""
+def _signals_end_statements(database: Any) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the block as they end other code. After the exception of a signal's handler, DuckDB
+    waits until its other threads have ended their part of the statement, which can be all of it, unless it is
+    interrupted; and it raises another exception, which does not name the signal."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     usual: dict[int, Callable[[int, FrameType | None], Any]] = {}
-    arrived: list[int] = []
+    raised: list[BaseException] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        arrived.append(number)
-        usual[number](number, frame)
+        try:
+            usual[number](number, frame)
+        except BaseException as error:
+            raised.append(error)
+            database.interrupt()
+            raise
 
     for number in (signal.SIGINT, signal.SIGTERM):
         if callable(handler := signal.getsignal(number)):
@@ -77,9 +82,9 @@ def _signals_raised_again() -> Iterator[None]:
             signal.signal(number, handle)
     try:
         yield
-    except RuntimeError:
-        if arrived:
-            usual[arrived[-1]](arrived[-1], None)
+    except Exception:
+        if raised:
+            raise raised[-1] from None
         raise
     finally:
         for kept, handler in usual.items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -79,3 +81,20 @@ def test_a_signal_ends_a_long_statement(number: signal.Signals, status: int, tex
     started.send_signal(number)
     _, errors = started.communicate(timeout=60)
     assert (started.returncode, errors) == (status, text) and list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_whose_handler_raises_nothing_ends_no_statement() -> None:
+    """As the trainer's, which ends the run after its step."""
+    statement = "SELECT count(*) FROM (SELECT DISTINCT hash(range) FROM range(3000000))"
+    arrived: list[int] = []
+    usual = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    try:
+        with open_database() as database:
+            timer.start()
+            while not arrived:
+                row = database.execute(statement).fetchone()
+        assert row == (3000000,) and arrived == [signal.SIGTERM]
+    finally:
+        timer.join()
+        signal.signal(signal.SIGTERM, usual)

@@ -6,7 +6,7 @@ another token than inside), and byte fallback for characters without a piece.
 
 from __future__ import annotations
 
-import io
+import functools
 import itertools
 import json
 import os
@@ -24,32 +24,27 @@ from lit_data.tokenizers.cutting import cut
 from lit_data.tokenizers.hf_export import config_for_transformers
 from lit_data.tokenizers.settings import Kind, TokenizerSettings
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
+from lit_data.tokenizers.trainers import (
+    BOS,
+    BYTE_BPE_SPECIALS,
+    EOS,
+    PAD,
+    SENTENCEPIECE_ROLES,
+    SENTENCEPIECE_SPECIALS,
+    byte_bpe,
+    sentencepiece_bpe,
+)
+from lit_files.child import in_child
 from lit_files.progress import TaskProgress
 from lit_files.publish import build_folder
 
-EOS, BOS, PAD, UNK = "</s>", "<s>", "<pad>", "<unk>"
-BYTE_BPE_SPECIALS = (EOS, BOS, PAD)
-SENTENCEPIECE_SPECIALS = (UNK, BOS, EOS, PAD)
 BYTES = 256
 MAX_VOCAB_SIZE = 10_000_000  # trainers preallocate it; ten times the largest vocabulary in use
 
-# Units within which BPE may merge. As in the tokenizers of GPT-4 and Llama 3: English clitics, a word with the
-# character before it, up to three digits, punctuation with line ends, line ends, spaces. Combining marks belong to
-# their word.
-WORDS = "|".join(
-    (
-        r"'(?i:s|t|m|d|ll|re|ve)(?![\p{L}\p{M}])",
-        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
 TEXT_CHARACTERS = 1 << 16  # longer documents are split for the trainer; bounds its memory
 LINE_CHARACTERS = 1 << 12
 LINE_BYTES = 4 * (LINE_CHARACTERS + 1)
+LESS_TEXT = "; train on less text: --max_sample_mb"
 
 
 def train_tokenizer(settings: TokenizerSettings, errors: ReadErrors | None = None) -> Tokenizer:
@@ -190,19 +185,15 @@ def _starts(text: str) -> range:
 
 
 class _Corpus:
-    """Iterates over the texts in pieces; keeps an error of the reader, which trainers would replace by their own."""
+    """Iterates over the texts in pieces, and counts their characters."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts, self.n_characters = texts, 0
-        self.error: Exception | None = None
 
     def pieces(self) -> Iterator[str]:
-        try:
-            for text in self.texts:
-                self.n_characters += len(text.strip())
-                yield from cut(text, TEXT_CHARACTERS)
-        except Exception as error:
-            self.error = error
+        for text in self.texts:
+            self.n_characters += len(text.strip())
+            yield from cut(text, TEXT_CHARACTERS)
 
     def lines(self) -> Iterator[str]:
         """Lines without line ends, which sentencepiece encodes as bytes; long ones split."""
@@ -212,34 +203,15 @@ class _Corpus:
                 yield from (part for part in parts if part and "\0" not in part)
 
     def check(self, source: str) -> None:
-        if self.error is not None:
-            raise self.error
         if not self.n_characters:
             raise ValueError(f"{source} holds no text to train a tokenizer on")
 
 
 def _train_byte_bpe(corpus: _Corpus, vocab_size: int, special_tokens: Sequence[str], folder: Path, source: str) -> None:
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.encode_special_tokens = True  # `</s>` in the corpus is ordinary text here too
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[*BYTE_BPE_SPECIALS, *special_tokens],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
-    )
-    backend.train_from_iterator(corpus.pieces(), trainer)
+    train = functools.partial(byte_bpe, vocab_size, tuple(special_tokens), sys.stderr.isatty())
+    content = in_child(train, corpus.pieces(), LESS_TEXT)
     corpus.check(source)
-    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_bytes(content)
     special = {"eos_token": EOS, "bos_token": BOS, "pad_token": PAD, **_further(special_tokens)}
     _write_companions(folder, special, config_for_transformers(special))
 
@@ -251,52 +223,16 @@ def _further(special_tokens: Sequence[str]) -> dict[str, Any]:
 def _train_sentencepiece(
     corpus: _Corpus, vocab_size: int, special_tokens: Sequence[str], folder: Path, source: str
 ) -> None:
-    import sentencepiece
-
     lines = corpus.lines()
     first = next(lines, None)
     corpus.check(source)
     if first is None:
         raise ValueError(f"{source} holds no text to train a tokenizer on")
-    model = io.BytesIO()
-    settings: dict[str, Any] = {
-        f"{name}_id": SENTENCEPIECE_SPECIALS.index(t) for name, t in _SENTENCEPIECE_ROLES.items()
-    }
-    settings |= {f"{name}_piece": token for name, token in _SENTENCEPIECE_ROLES.items()}
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], lines),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            max_sentence_length=LINE_BYTES,
-            hard_vocab_limit=False,  # fewer ids if the text does not support more
-            control_symbols=list(special_tokens),
-            minloglevel=2,
-            **settings,
-        )
-    except RuntimeError as error:
-        corpus.check(source)
-        if found := re.search(r"smaller than required_chars\D+\d+\D+(\d+)", str(error)):
-            raise ValueError(
-                f"--vocab_size {vocab_size} is too small: bytes, special tokens and frequent characters of {source} "
-                f"take {found.group(1)}; give more"
-            ) from error
-        raise ValueError(f"sentencepiece can't train on {source}: {error}") from error
-    corpus.check(source)
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    special = {f"{name}_token": token for name, token in _SENTENCEPIECE_ROLES.items()} | _further(special_tokens)
+    train = functools.partial(sentencepiece_bpe, vocab_size, tuple(special_tokens), LINE_BYTES, source)
+    content = in_child(train, itertools.chain([first], lines), LESS_TEXT)
+    (folder / "tokenizer.model").write_bytes(content)
+    special = {f"{name}_token": token for name, token in SENTENCEPIECE_ROLES.items()} | _further(special_tokens)
     _write_companions(folder, special, special)
-
-
-_SENTENCEPIECE_ROLES = {"unk": UNK, "bos": BOS, "eos": EOS, "pad": PAD}
 
 
 def _write_companions(folder: Path, special: dict[str, Any], config: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ NAMES = ("h100", "h200", "a100", "b200", "rtx4090", "cpu")
 
 
 def main() -> None:
-    parser = ScriptParser(description=__doc__, allow_abbrev=False)
+    parser = ScriptParser(description=__doc__, allow_abbrev=False, other_flags=True)
     parser.add_argument(
         "--gpu", required=True, type=str.lower, choices=NAMES, help="kind of device; cpu: this machine's"
     )

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import os
 import re
@@ -294,14 +295,19 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 class ScriptParser(argparse.ArgumentParser):
     """Argument parser of the scripts: accepts `--switch true` for `--switch`, rejects repeated flags, and keeps help,
     usage and errors short. A --help of more than HELP_LINES shows the flags of groups with a title by `--help TOPIC`,
-    where the topic is the first word of the title."""
+    where the topic is the first word of the title.
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
+    Args:
+        other_flags: whether the script takes flags that are not added here, by `parse_known_args`.
+    """
+
+    def __init__(self, *arguments: Any, other_flags: bool = False, **settings: Any) -> None:
         settings.setdefault("formatter_class", _Formatter)
         super().__init__(*arguments, **settings)
         self._untitled = list(self._action_groups)
         self.given: dict[str, Any] = {}
         self._words: list[str] = []
+        self._other_flags = other_flags
         for name in (None, "store"):
             self.register("action", name, Once)
 
@@ -391,9 +397,14 @@ class ScriptParser(argparse.ArgumentParser):
         known = list(dict.fromkeys(flag.lstrip("-") for flag in flags))
         if message.startswith("the following arguments are required"):
             # An unknown flag may be the required one, misspelled.
-            words = (word.partition("=")[0] for word in self._words if word.startswith("--") and word != "--")
+            own = itertools.takewhile(lambda word: word != "--", self._words)
+            words = (word.partition("=")[0] for word in own if word.startswith("--"))
             unknown = [word for word in words if not any(flag.startswith(word[2:]) for flag in known)]
-            message = f"unrecognized arguments: {' '.join(unknown)}" if unknown else message
+            if self._other_flags:
+                unknown = [word for word in unknown if near_flags(word, known)]
+            what, _, missing = message.partition(": ")
+            names = [name if name.startswith("-") else name.upper() for name in missing.split(", ")]  # as --help has it
+            message = f"unrecognized arguments: {' '.join(unknown)}" if unknown else f"{what}: {', '.join(names)}"
         self.exit(2, f"error: {explain(message, known)}\n{self.prog} --help lists the flags\n")
 
 

@@ -123,6 +123,28 @@ def test_a_wrong_flag_gets_the_right_suggestion(typed: str, meant: str, capsys: 
     assert len(error.splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("plan_run.py --config debug.yaml", "the following arguments are required: --gpu"),
+        ("plan_run.py --gpuu h100 --config debug.yaml", "there is no flag --gpuu; did you mean --gpu or --gpus?"),
+        (
+            "plan_run.py --gpu cpu --optim.lrr 1",
+            "there is no flag --optim.lrr; did you mean --optim.lr or --optim.lr_min?",
+        ),
+        ("babylm.py -- --optim.lr 1", "the following arguments are required: --train, --dev, --out_dir"),
+        ("babylm.py --out_dri x -- --optim.lr 1", "there is no flag --out_dri; did you mean --out_dir?"),
+        ("train_tokenizer.py --vocabsize 3", "there is no flag --vocabsize; did you mean --vocab_size?"),
+        ("trace_data.py export", "the following arguments are required: RUN, FILE"),
+    ],
+)
+def test_a_missing_flag_is_no_wrong_one(command: str, error: str) -> None:
+    """Flags for the trainer, which a script passes on, are not called unknown because another is missing."""
+    name, *words = command.split()
+    done = script(name, *words)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {error}"), done.stderr
+
+
 def test_suggested_flags_exist() -> None:
     """Suggestions only name existing flags."""
     known = {flag.removeprefix("--") for a in build_parser()._actions for flag in a.option_strings}

@@ -100,14 +100,19 @@ def is_shell(env: Mapping[str, str]) -> bool:
 def fit_to_launch(args: RunArgs, typed: Collection[str], configured: Collection[str]) -> tuple[RunArgs, list[str]]:
     """Settings with the launcher's number of nodes and devices, and messages to print about it.
 
-    `typed` and `configured` are the settings given on the command line and in configs.
+    `typed` and `configured` are the settings given on the command line and in configs. A micro-batch that is not typed
+    is lowered so that the devices share the rows of a step.
 
     Raises ValueError if --devices or --num_nodes on the command line contradict the launcher, or if a job with several
     tasks started a single process without srun.
     """
     launch = find_launch()
     if launch is None:
-        return args, _alone(args, typed, os.environ)
+        lines = _alone(args, typed, os.environ)
+        if args.devices == "auto":
+            return args, lines
+        args, more = share_batch(args, args.devices * args.num_nodes, typed)
+        return args, [*lines, *more]
     lines, started = [], f"{launch.by} started {launch.devices} processes on each of {launch.num_nodes} nodes"
     for name, here in (("num_nodes", launch.num_nodes), ("devices", launch.devices)):
         asked = getattr(args, name)
@@ -119,16 +124,24 @@ def fit_to_launch(args: RunArgs, typed: Collection[str], configured: Collection[
         if name in configured:
             lines.append(f"{started}: {name} {here} replaces the config's {asked}")
     args = dataclasses.replace(args, num_nodes=launch.num_nodes, devices=launch.devices)
-    if "train.micro_batch_samples" not in typed and (fitting := _fitting(args.train, launch.world_size)) is not None:
-        lines.append(
-            f"train.micro_batch_samples {fitting} replaces {args.train.micro_batch_samples}: {launch.world_size} "
-            f"devices share the {args.train.global_batch_samples} rows of a step"
-        )
-        args = dataclasses.replace(args, train=dataclasses.replace(args.train, micro_batch_samples=fitting))
+    args, more = share_batch(args, launch.world_size, typed)
+    lines += more
     if launch.by == "srun" and args.accelerator == "cpu" and "accelerator" not in typed and has_gpus(os.environ):
         lines.append("this SLURM job has GPUs: accelerator auto replaces the config's cpu (--accelerator cpu keeps it)")
         args = dataclasses.replace(args, accelerator="auto")
     return args, lines
+
+
+def share_batch(args: RunArgs, world_size: int, typed: Collection[str]) -> tuple[RunArgs, list[str]]:
+    """The settings with the largest micro-batch, up to theirs, of which each device takes a whole number in a step, and
+    a message if that is another one. Unchanged if none fits, or if the micro-batch is typed or measured."""
+    if "train.micro_batch_samples" in typed or (fitting := _fitting(args.train, world_size)) is None:
+        return args, []
+    line = (
+        f"train.micro_batch_samples {fitting} replaces {args.train.micro_batch_samples}: {world_size} devices share "
+        f"the {args.train.global_batch_samples} rows of a step"
+    )
+    return dataclasses.replace(args, train=dataclasses.replace(args.train, micro_batch_samples=fitting)), [line]
 
 
 def _alone(args: RunArgs, typed: Collection[str], env: Mapping[str, str]) -> list[str]:

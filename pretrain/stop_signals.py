@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from lit_files.platform import STOP_SIGNALS
+from lit_files.signals import after_imports
 from pretrain.endings import Interrupted
 from pretrain.launch import is_first_process
 
@@ -36,7 +37,7 @@ class StopSignals:
         self._old: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        self._old = {s: signal.signal(s, self._receive) for s in STOP_SIGNALS}
+        self._old = {s: signal.signal(s, after_imports(self._receive)) for s in STOP_SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
+from pretrain.cli.command_line import ScriptParser, check_file, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the learning curves (needs matplotlib)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default 0)")
     args = parser.parse_args()
+    check_file("--html", args.html, ".html")
+    check_file("--png", args.png, ".png")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} must not be negative")
     from lit_eval.compare.comparison import compare

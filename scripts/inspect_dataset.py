@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
+from pretrain.cli.command_line import PICTURES, ScriptParser, check_file, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
@@ -31,6 +31,7 @@ def main() -> int:
     add("--temporary", type=Path, metavar="DIR", help="where DuckDB puts data beyond 1 GB of memory")
     add("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
+    check_file("--picture", args.picture, *PICTURES)
     from lit_data.packed.reader import PackedDataset
     from lit_data.packed.summary import draw_lengths, faults_of, take_inventory
 

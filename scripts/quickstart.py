@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
@@ -62,6 +63,7 @@ PROMPTS = (
     ("ROMEO\nWhat light", 4),
 )
 OWN = ("val_input", "config", "split_documents", "vocab_size", "val_fraction")  # flags for a text of your own
+WRITTEN = ("data", "tokenizer", "run", "hf")  # in --output
 START_OVER = ", or start over with --fresh"
 RESERVED_TOKENS = 24  # of the context, for the prompt
 SHORTEST_COPY = 4  # tokens of a copy from the training text that is shown
@@ -222,6 +224,22 @@ A larger model: the commands above marked $, with another --config.
 Guides to your own corpus, evaluating, publishing and the rest: docs/index.md""")
 
 
+def check_folder(top: Path, args: argparse.Namespace) -> None:
+    """Raise ValueError if the folder to work in holds what is not of an earlier call, where a call writes, and --fresh
+    removes."""
+    top = top.resolve()
+    for name in (*(args.input or ()), *(args.val_input or ())):
+        text = (ROOT / name).resolve()
+        if any(text.is_relative_to(top / folder) or (top / folder).is_relative_to(text) for folder in WRITTEN):
+            raise ValueError(
+                f"{name} and what this command writes to {top}, and --fresh removes, lie in one another: choose "
+                "another --output"
+            )
+    theirs = [folder for folder in WRITTEN if os.path.lexists(top / folder)]
+    if theirs and not (top / STATE).exists():
+        raise ValueError(f"{top / theirs[0]} exists, and this command has not written it: choose another --output")
+
+
 def main() -> int:
     parser = ScriptParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier call wrote, and begin again")
@@ -295,14 +313,13 @@ def main() -> int:
             if named is not None:
                 setattr(args, flag, [name if name.startswith("hf:") else str(from_root(Path(name))) for name in named])
     paths = Paths(from_root(args.output or ROOT / DEFAULT))
+    check_folder(ROOT / paths.top, args)
     if args.fresh:
-        for folder in ("data", "tokenizer", "run", "hf"):  # by name: DIR may hold other things
+        for folder in WRITTEN:  # by name: DIR may hold other things
             shutil.rmtree(ROOT / paths.top / folder, ignore_errors=True)
         (ROOT / paths.top / STATE).unlink(missing_ok=True)
-    flags = ("steps", "input", *OWN)
-    shakespeare = {flag: parser.get_default(flag) for flag in flags}
-    before = shakespeare if (ROOT / paths.tokenizer).exists() else None  # of a version without a state file
-    pipeline = Pipeline(ROOT / paths.top, {flag: getattr(args, flag) for flag in flags}, before, START_OVER)
+    settings = {flag: getattr(args, flag) for flag in ("steps", "input", *OWN)}
+    pipeline = Pipeline(ROOT / paths.top, settings, START_OVER)
     training = training_command(paths, args)
     if args.config is not None or args.flags:
         from pretrain.pipeline.training import flags_of_this_machine, parse_quietly

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import NOTHING_WRITTEN, ScriptParser, end_on_ctrl_c, run_script
+from pretrain.cli.command_line import NOTHING_WRITTEN, ScriptParser, check_file, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
@@ -33,6 +33,7 @@ def main() -> None:
         help=f"seconds at most for reading the run's record (default {RECORD_S:g})",
     )  # fmt: skip
     args = parser.parse_args()
+    check_file("--output", args.output, ".html")
     if not 0 <= args.record_s < float("inf"):
         raise ValueError(f"--record_s {args.record_s} must not be negative")
     from lit_eval.compare.entries import read_entries

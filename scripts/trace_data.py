@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.cli.command_line import ScriptParser, end_on_ctrl_c, run_script
+from pretrain.cli.command_line import PICTURES, ScriptParser, check_file, end_on_ctrl_c, run_script
 
 end_on_ctrl_c()
 
@@ -84,6 +84,7 @@ def show(answer: Iterable[tuple[dict[str, Any] | None, str | None]], as_json: bo
 
 def main() -> int:
     args = parser().parse_args()
+    check_file("--picture", getattr(args, "picture", None), *PICTURES)
     from lit_data.record.answers import difference_answer, document_answer, exposures_answer, step_answer
     from lit_data.record.exposures import count_exposures, draw_exposures
     from lit_data.record.sql import export

@@ -145,6 +145,16 @@ def list_files(inputs: Iterable[str | Path | TextFile], errors: ReadErrors | Non
     return _each_once(files, errors)
 
 
+def check_output_is_outside(output: Path, inputs: Iterable[str], flag: str = "--output") -> None:
+    """Raise ValueError if the output would lie in a folder of text, where the next call would read it."""
+    for folder in inputs:
+        if Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(
+                f"{flag} {output} lies in the folder of text {folder}, and would be read as text by another call: "
+                "choose a folder outside"
+            )
+
+
 def _each_once(files: Sequence[TextFile], errors: ReadErrors) -> list[TextFile]:
     kept: dict[Hashable, TextFile] = {}
     for file in files:

@@ -233,6 +233,7 @@ def draw_lengths(lengths: Lengths, title: str, file: Path) -> None:
     panels[0].set_title(title)
     panels[1].set_xscale("log", base=2)
     panels[1].set_xlabel("length of the document in tokens")
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 

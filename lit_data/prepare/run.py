@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_data.corpus.cleaners import open_cleaner
-from lit_data.corpus.files import ReadErrors, large_plain_text
+from lit_data.corpus.files import ReadErrors, check_output_is_outside, large_plain_text
 from lit_data.packed.manifest import MANIFEST
 from lit_data.packed.writer import remove_rows
 from lit_data.prepare.job import JOB_FILE, Job, differences, open_work, read_job
@@ -124,6 +124,7 @@ def _lock(folder: Path) -> FileLock:
 
 
 def _make_job(settings: Settings, execution: Execution) -> Job:
+    check_output_is_outside(Path(execution.output), (*settings.input, *(settings.val_input or ())))
     if settings.cleaner:
         open_cleaner(settings.cleaner)
     open_filters(settings)

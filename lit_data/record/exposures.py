@@ -105,5 +105,6 @@ def draw_exposures(exposures: Sequence[Exposures], file: Path) -> None:
         panel.set_xlim(0, int(seen.steps[-1]))
         panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="seen", frameon=False)
     panels[-1, 0].set_xlabel("steps")
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150, bbox_inches="tight")
     pyplot.close(figure)

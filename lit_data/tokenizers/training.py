@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from lit_data.corpus.cleaners import Cleaner, open_cleaner
-from lit_data.corpus.files import ReadErrors, TextFile, list_files, mixed_split_names, sizes_of, train_and_held_out
+from lit_data.corpus.files import (
+    ReadErrors,
+    TextFile,
+    check_output_is_outside,
+    list_files,
+    mixed_split_names,
+    sizes_of,
+    train_and_held_out,
+)
 from lit_data.corpus.readers import read_documents
 from lit_data.corpus.separators import check_separator
 from lit_data.tokenizers.cutting import cut
@@ -61,6 +69,7 @@ def train_tokenizer(settings: TokenizerSettings, errors: ReadErrors | None = Non
     check_arguments(s.vocab_size, s.type, s.output, s.overwrite, s.special_tokens)
     if s.max_sample_mb is not None and s.max_sample_mb < 1:
         raise ValueError(f"--max_sample_mb {s.max_sample_mb}: at least 1 is needed")
+    check_output_is_outside(Path(s.output), s.input)
     cleaner = open_cleaner(s.cleaner) if s.cleaner is not None else None
     errors = errors if errors is not None else ReadErrors()
     files = list_files(s.input, errors)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import contextlib
 import dataclasses
 import difflib
 import io
@@ -17,17 +16,16 @@ import os
 import re
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from lit_files.near_names import did_you_mean
-from lit_files.platform import signal_main_thread
+from lit_files.signals import after_imports, repeat_ignored_signals
 from pretrain.cli.fields import REQUIRED, Flag, flags_of, placeholder, without_none
 
-AGAIN_S = 0.05  # until a signal is sent again
 # Flag names of lit-gpt, TinyLlama, litgpt and transformers -> ours. Only flags the command line has are suggested.
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "learning_rate": ("optim.lr",),
@@ -150,6 +148,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 }
 SWITCH_WORDS = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
 FLAG = re.compile(r"--?[A-Za-z]")
+PICTURES = (".png", ".pdf", ".svg")
 HELP_LINES = 50  # a longer --help is divided into topics
 ALL = "all"  # the topic that is all of it
 # The last line after Ctrl-C.
@@ -435,10 +434,12 @@ INSTALLED |= {"jsonargparse", "yaml", "rich"}
 
 
 def end_on_ctrl_c() -> None:
-    """Make Ctrl-C exit this script with one line and status 130, also during the imports, which take seconds; and a
+    """Make Ctrl-C exit this script with one line and status 130, also between its imports, which take seconds; and a
     Python without the project's packages with one line that says so.
     """
     repeat_ignored_signals()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, after_imports(signal.default_int_handler))
     usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -457,28 +458,6 @@ def end_on_ctrl_c() -> None:
     sys.excepthook = hook
 
 
-def repeat_ignored_signals() -> None:
-    """Send a signal again whose exception Python ignored, with a traceback, since a finalizer (`__del__`) or a callback
-    of the garbage collector happened to be running."""
-    usual = sys.unraisablehook
-    sent: dict[type[BaseException], signal.Signals] = {
-        SystemExit: signal.SIGTERM,
-        KeyboardInterrupt: signal.SIGINT,
-    }
-
-    def hook(ignored: sys.UnraisableHookArgs) -> None:
-        if ignored.exc_type not in sent:
-            usual(ignored)
-            return
-        # Later: at once, its exception would be ignored again. No thread starts while Python ends.
-        timer = threading.Timer(AGAIN_S, signal_main_thread, (sent[ignored.exc_type],))
-        timer.daemon = True
-        with contextlib.suppress(RuntimeError):
-            timer.start()
-
-    sys.unraisablehook = hook
-
-
 def run_script(main: Callable[[], int | None], interrupted: str) -> NoReturn:
     """Run a script's `main` and exit with the status it returns (None: 0).
 
@@ -486,7 +465,7 @@ def run_script(main: Callable[[], int | None], interrupted: str) -> NoReturn:
     and with 143 on SIGTERM, after partial output was removed. A reader that closes the pipe, such as `head`, is no
     error.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, after_imports(lambda *_: sys.exit(143)))
     status = 0
     try:
         status = main() or 0
@@ -513,6 +492,19 @@ def raised_by_import(error: BaseException) -> bool:
     """Whether an error came up in an import: a fault of the installation, not of the arguments."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_code.co_filename.startswith("<frozen importlib") for frame, _ in frames)
+
+
+def check_file(flag: str, file: Path | None, *endings: str) -> None:
+    """Raise ValueError unless a file of this name can be written: with one of the endings, which no other file of the
+    project has, and in a folder."""
+    if file is None:
+        return
+    if file.suffix.lower() not in endings:
+        raise ValueError(f"{flag} {file} must end in {' or '.join(endings)}")
+    if file.is_dir():
+        raise ValueError(f"{flag} {file} is a folder: name a file in it")
+    if (parent := next((p for p in file.parents if p.exists() and not p.is_dir()), None)) is not None:
+        raise ValueError(f"{flag} {file}: {parent} is a file, not a folder")
 
 
 def make_printable() -> None:

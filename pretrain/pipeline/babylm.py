@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lit_data.corpus.cleaners import BABYLM_FILES, open_cleaner
-from lit_data.corpus.files import COMPRESSED, TextFile, list_files
+from lit_data.corpus.files import COMPRESSED, TextFile, check_output_is_outside, list_files
 from lit_data.corpus.readers import read_documents
 from lit_eval.evaluation.named_tasks import check_given
 from lit_eval.evaluation.settings import EvaluationSettings
@@ -359,6 +359,7 @@ def open_pipeline(settings: BabylmSettings, texts: tuple[Text, Text]) -> Pipelin
     inside = [path for path in s.out_dir.iterdir() if path.name[0] != "."] if s.out_dir.is_dir() else []
     if inside and not (s.out_dir / STATE).exists():
         raise ValueError(f"--out_dir {s.out_dir} holds other files: choose a new or empty folder")
+    check_output_is_outside(s.out_dir, (str(s.train), str(s.dev)), "--out_dir")
     kept: dict[str, Any] = {
         "train": str(s.train.resolve()), "dev": str(s.dev.resolve()), "model": s.model, "track": s.track,
         "max_steps": s.max_steps, "vocab_size": s.vocab_size, "cleaner": s.cleaner,

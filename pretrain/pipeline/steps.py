@@ -112,6 +112,10 @@ def call(command: Sequence[str], capture: bool = False) -> str:
     return output or ""
 
 
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def begin(title: str, done: bool = False, note: str = "") -> None:
     """Print a step's title, and its note unless it was done before."""
     print(f"\n=== {title}{': done before' if done else ''}", flush=True)
@@ -126,27 +130,24 @@ class Pipeline:
         facts: what the first call found out, as JSON has it.
     """
 
-    def __init__(
-        self, folder: Path, settings: Mapping[str, Any], before: Mapping[str, Any] | None = None, remedy: str = ""
-    ) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], remedy: str = "") -> None:
         """Open the state file, or start without one.
 
         Args:
             settings: flag -> value, as JSON has it.
-            before: settings of a folder that has results but no state file.
             remedy: ends the message of a setting that differs.
 
         Raises ValueError if a setting differs, or for a damaged state file.
         """
         self.file = folder / STATE
         state = read_object(self.file) if self.file.exists() else {}
-        self.settings: dict[str, Any] = state.get("settings", dict(before or settings))
+        self.settings: dict[str, Any] = state.get("settings", dict(settings))
         self.done: list[str] = state.get("done", [])
         self.facts: dict[str, Any] = state.get("facts", {})
         for flag, value in settings.items():
             old = self.settings.get(flag)
             if old != value:
-                now, was = (f"--{flag} {v}" if v is not None else f"no --{flag}" for v in (value, old))
+                now, was = (f"--{flag} {_words(v)}" if v is not None else f"no --{flag}" for v in (value, old))
                 raise ValueError(
                     f"{now}: {folder} was started with {was}; repeat that, or choose another folder{remedy}"
                 )

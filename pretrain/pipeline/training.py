@@ -13,6 +13,7 @@ from lit_model.config import ModelConfig
 from lit_model.device import best_kind
 from pretrain.args import RunArgs
 from pretrain.cli.run_parser import parse
+from pretrain.parallel import check_batch
 from pretrain.pipeline.steps import ROOT
 from pretrain.planning.devices import Range
 from pretrain.planning.expectation import planned_device
@@ -23,14 +24,17 @@ TOKENS_PER_WORD = (1.3, 1.5, 2.0)  # low, likely and high, assumed before there 
 
 def parse_quietly(command: Sequence[str]) -> RunArgs:
     """The settings of a training command, which runs in ROOT and will print its notes itself. Exits with a message on a
-    mistake."""
+    mistake; raises ValueError if its devices cannot share its batch."""
     notes = io.StringIO()
     try:
         with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(notes):
-            return parse(list(command[2:]))
+            args = parse(list(command[2:]))
     except SystemExit:
         print(notes.getvalue(), end="", file=sys.stderr)
         raise
+    if args.devices != "auto":
+        check_batch(args.train, args.devices * args.num_nodes)
+    return args
 
 
 def flags_of_this_machine(args: RunArgs) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from running import ROOT, flags, metrics, same_checkpoints, script, train, write_dataset
+from running import ROOT, flags, metrics, same_checkpoints, script, script_error, train, write_dataset
 
 from lit_data.prepare.settings import Execution, Settings
 from lit_data.tokenizers.training import TokenizerSettings, train_tokenizer
@@ -143,6 +143,29 @@ def test_a_missing_flag_is_no_wrong_one(command: str, error: str) -> None:
     name, *words = command.split()
     done = script(name, *words)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {error}"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "ending"),
+    [
+        ("report.py RUN --output", ".html"),
+        ("compare.py RUN --html", ".html"),
+        ("compare.py RUN --png", ".png"),
+        ("inspect_dataset.py RUN --picture", ".png or .pdf or .svg"),
+        ("trace_data.py exposures RUN --picture", ".png or .pdf or .svg"),
+    ],
+)
+def test_a_page_or_picture_replaces_nothing_else(command: str, ending: str, tmp_path: Path) -> None:
+    """A file of another kind, a folder, or a file in place of a folder is refused before any work."""
+    name, *words = command.replace("RUN", str(tmp_path)).split()
+    file, folder = tmp_path / "metrics.csv", tmp_path / f"folder{ending[:5].strip()}"
+    file.write_text("step,loss\n")
+    folder.mkdir()
+    assert f"{words[-1]} {file} must end in {ending}" in script_error(name, *words, file)
+    assert f"{words[-1]} {folder} is a folder" in script_error(name, *words, folder)
+    below = file / "x" / folder.name
+    assert f"{words[-1]} {below}: {file} is a file, not a folder" in script_error(name, *words, below)
+    assert file.read_text() == "step,loss\n" and list(folder.iterdir()) == []
 
 
 def test_suggested_flags_exist() -> None:

@@ -185,12 +185,15 @@ def test_flags_that_contradict_srun(
     fabric_train.parse([*flags(data, tmp_path / "run", devices=None), "--devices=2", "--num_nodes=1"])
 
 
+@pytest.mark.parametrize("devices", [None, 4], ids=["srun", "--devices"])
 def test_a_configs_micro_batch_adapts_to_the_number_of_devices(
-    tmp_path: Path, inside: Any, capsys: pytest.CaptureFixture[str]
+    devices: int | None, inside: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A config for one device whose micro-batch is the whole step; one given as a flag is an error."""
-    inside(step(4, "4"))
+    if devices is None:
+        inside(step(4, "4"))
     config = ["--config", str(ROOT / "configs/babylm2025/gemma2.yaml"), "--data.train=x"]
+    config += [] if devices is None else [f"--devices={devices}"]
     assert fabric_train.parse(config).train.micro_batch_samples == 4
     assert "train.micro_batch_samples 4 replaces 16: 4 devices share the 16 rows of a step" in capsys.readouterr().err
     assert fabric_train.parse([*config, "--train.micro_batch_samples=16"]).train.micro_batch_samples == 16

@@ -134,6 +134,15 @@ def test_small_teachers_have_their_vocabulary(tmp_path: Path, fake: FakeCommands
     assert "=== tokenizer of 2,048 ids" in done.stdout
 
 
+def test_devices_that_cannot_share_a_step(tmp_path: Path) -> None:
+    """Refused before the tokenizer is trained; those that can, share it."""
+    given = [*write_corpus(tmp_path), "--vocab_size", "300", "--dry_run", "--"]
+    done = script("babylm.py", *given, "--devices", "5")
+    assert done.returncode == 2 and "--train.global_batch_samples 32 is not a multiple" in done.stderr
+    done = script("babylm.py", *given, "--devices", "4", "--train.max_epochs", "10")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_time_of_each_training_is_estimated(tmp_path: Path, fake: FakeCommands) -> None:
     """A student's with its teachers', which are not there yet; days on a CPU are a warning."""
     given = [*write_corpus(tmp_path), "--dry_run", "--max_steps"]

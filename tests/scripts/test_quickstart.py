@@ -65,7 +65,7 @@ def test_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--steps 50" in error and "was started with no --steps" in error
     other = write_texts(tmp_path / "other")
     error = script_error("quickstart.py", "--input", other, *given[2:])
-    assert f"--input ['{other}']" in error and "was started with" in error
+    assert f"--input {other}:" in error and "was started with" in error
     assert "train_tokenizer.py" in commands_of(monkeypatch, "--input", other, *given[2:], "--fresh")[0]
 
 
@@ -125,13 +125,24 @@ def test_refusals(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_folder_of_an_earlier_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of Shakespeare without a state file is resumed, and not mixed with other text."""
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer.json").touch()
-    error = script_error("quickstart.py", "--input", write_texts(tmp_path / "text"), "--output", tmp_path)
-    assert "was started with no --input" in error
-    assert "quickstart_corpus.py" in commands_of(monkeypatch, "--output", tmp_path)[0]
+@pytest.mark.parametrize("fresh", [(), ("--fresh",)])
+def test_folders_of_the_user_are_kept(fresh: tuple[str, ...], tmp_path: Path) -> None:
+    """--fresh removes only what an earlier call wrote, and never its input; nothing else is taken for an earlier
+    call's."""
+    for folder in ("mine", "other"):
+        (tmp_path / folder).mkdir()
+    mine, other = write_texts(tmp_path / "mine" / "data"), write_texts(tmp_path / "other" / "texts")
+    before = sorted(tmp_path.rglob("*"))
+
+    def refused(text: Path, output: str) -> str:
+        return script_error("quickstart.py", "--input", text, "--output", tmp_path / output, *fresh)
+
+    assert "lie in one another: choose another --output" in refused(mine, "mine")
+    assert "lie in one another" in refused(tmp_path, "new")
+    assert f"{mine} exists, and this command has not written it" in refused(other, "mine")
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "mine" / "pipeline.json").write_text("{}")  # of an earlier call
+    assert "lie in one another" in refused(mine, "mine") and mine.is_dir()
 
 
 @pytest.mark.slow

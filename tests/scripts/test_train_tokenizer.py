@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import script_error
 
 from lit_data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from lit_data.tokenizers.training import TokenizerSettings, train_on_texts, train_tokenizer
@@ -121,3 +122,16 @@ def test_skipped_documents_are_counted_and_named(tmp_path, corpus):
     done = call("--input", corpus, "--vocab_size", 340, "--output", "tok", "--on_error", "skip", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "skipped: 1 unreadable documents" in done.stdout and "line 1" in done.stdout
+
+
+def test_an_output_in_a_folder_of_text(tmp_path: Path) -> None:
+    """Another call would read it as text."""
+    (tmp_path / "text" / "more").mkdir(parents=True)
+    (tmp_path / "text" / "a.txt").write_text("ein Text\n" * 99)
+    (tmp_path / "link").symlink_to(tmp_path / "text")
+    before = sorted(tmp_path.rglob("*"))
+    for output in (tmp_path / "text" / "out", tmp_path / "text" / "more" / "out", tmp_path / "link" / "out"):
+        for name, *words in (("train_tokenizer.py", "--vocab_size", 300), ("prepare_data.py", "--tokenizer", tmp_path)):
+            error = script_error(name, "--input", tmp_path / "text", *words, "--output", output)
+            assert f"--output {output} lies in the folder of text {tmp_path / 'text'}" in error
+    assert sorted(tmp_path.rglob("*")) == before

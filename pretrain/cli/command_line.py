@@ -477,15 +477,21 @@ def run_script(main: Callable[[], int | None], interrupted: str) -> NoReturn:
             raise
         traceback.clear_frames(error.__traceback__)  # ends a progress bar before the message is printed
         status = 2
-        number = f"[Errno {error.errno}] " if isinstance(error, OSError) else ""
-        print(
-            "\n".join([f"error: {str(error).removeprefix(number)}", *getattr(error, "__notes__", [])]), file=sys.stderr
-        )
+        print("\n".join([f"error: {_without_number(error)}", *getattr(error, "__notes__", [])]), file=sys.stderr)
     except KeyboardInterrupt as error:
         traceback.clear_frames(error.__traceback__)
         status = 130
         print("\n".join([f"\n{interrupted}", *getattr(error, "__notes__", [])]), file=sys.stderr)
     sys.exit(status)
+
+
+def _without_number(error: ValueError | OSError) -> str:
+    """The error's message without errno; about a file in place of a folder, with the file's name."""
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and isinstance(error.filename, str):
+        path = Path(error.filename)
+        if (file := next((p for p in (path, *path.parents) if p.is_file()), None)) is not None:
+            return f"{file} is a file, not a folder"
+    return str(error).removeprefix(f"[Errno {error.errno}] ") if isinstance(error, OSError) else str(error)
 
 
 def raised_by_import(error: BaseException) -> bool:

@@ -168,6 +168,19 @@ def test_a_page_or_picture_replaces_nothing_else(command: str, ending: str, tmp_
     assert file.read_text() == "step,loss\n" and list(folder.iterdir()) == []
 
 
+def test_a_file_in_place_of_a_folder_is_named(data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("ein Text\n" * 99)
+    for command in (
+        ["train_tokenizer.py", "--input", file, "--vocab_size", 270, "--output", file / "x"],
+        ["quickstart_corpus.py", "--output", file / "x" / "y"],
+        ["inspect_dataset.py", file / "x"],
+    ):
+        error = script_error(*command)
+        assert f"{file} is a file, not a folder" in error or f"{file / 'x'} is not" in error, error
+    assert file.is_file()
+
+
 def test_suggested_flags_exist() -> None:
     """Suggestions only name existing flags."""
     known = {flag.removeprefix("--") for a in build_parser()._actions for flag in a.option_strings}

@@ -21,7 +21,6 @@ from lit_model.load import MODEL_PREFIX, OPTIMIZER_PREFIX, WITHOUT_TENSORS, Chec
 from lit_model.sharded import load_into
 from pretrain.optim import Optimizer
 
-FORMAT_VERSION = 1
 STEP_COUNT = "optimizer.all/step_count"  # in a checkpoint: the optimizer's updates so far
 
 

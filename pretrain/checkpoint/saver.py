@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from lit_files.checkpoint_name import checkpoint_name
+from lit_model.load import FORMAT_VERSION
 from pretrain.args import SaveArgs
 from pretrain.checkpoint.commit import CheckpointWriter, SaveError
 from pretrain.checkpoint.host_copy import HostBuffers, gather
-from pretrain.checkpoint.load import FORMAT_VERSION
 from pretrain.checkpoint.retention import retain
 from pretrain.logs.messages import say, warn
 

@@ -38,9 +38,8 @@ from lit_model.cost import count_parameters
 from lit_model.hf.families import config_to_hf, tensors_to_hf
 from lit_model.hf.gguf import check_dtype, write_gguf
 from lit_model.hf.io import read_folder, write_folder
-from lit_model.load import Checkpoint, is_hf_folder, load_tensors, resolve
+from lit_model.load import FORMAT_VERSION, Checkpoint, is_hf_folder, load_tensors, resolve
 from pretrain.checkpoint.contents import word_budgets_in
-from pretrain.checkpoint.load import FORMAT_VERSION
 from pretrain.logs.messages import say
 
 

@@ -34,9 +34,10 @@ from lit_model.legacy import (
     legacy_tensors,
     match_names,
 )
+from lit_model.load import FORMAT_VERSION
 from lit_model.tensor_file import DAMAGED, fault, open_tensor_file
 from pretrain.checkpoint.commit import check_free_space, write_full
-from pretrain.checkpoint.load import FORMAT_VERSION, state_tensors
+from pretrain.checkpoint.load import state_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CONFIG_FILES = ("model_config.yaml", "lit_config.json")

@@ -21,7 +21,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lit_files.checksum import file_sha256
 from lit_model.checksum import tensor_checksum
-from lit_model.load import Checkpoint
+from lit_model.load import FORMAT_VERSION, Checkpoint
 from lit_model.sharded import ShardedTensors, load_into
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -178,6 +178,29 @@ def test_damage_is_named(folder: Path) -> None:
     (folder / ".metadata").unlink()
     with pytest.raises(ValueError, match=r"has no \.metadata"):
         ShardedTensors(folder)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_newer_format_is_refused(folder: Path, tmp_path: Path, sharded: bool) -> None:
+    path = folder if sharded else tmp_path / "file.pth"
+
+    def write(version: int, **others: object) -> None:
+        meta = json.dumps({"format_version": version, **others})
+        if sharded:
+            (folder / "meta.json").write_text(meta)
+        else:
+            torch.save({"model": {"w": torch.zeros(2)}, "optimizer": {}, "meta": meta}, path)
+
+    write(FORMAT_VERSION)
+    assert Checkpoint(path).names()
+    write(FORMAT_VERSION + 1, step="of a type that only a newer version knows")
+    expected = (
+        f"{path} has format version {FORMAT_VERSION + 1}; this version of the project reads checkpoints up to format "
+        f"version {FORMAT_VERSION}. Update the project to open it"
+    )
+    with pytest.raises(ValueError) as refused:
+        Checkpoint(path)
+    assert str(refused.value) == expected
 
 
 def test_path_of_another_python(folder: Path) -> None:

@@ -34,7 +34,7 @@ def parser() -> ScriptParser:
     step.add_argument("step", type=int)
     step.add_argument("--max_chars", type=int, default=80, help="characters of text shown of a span (default 80)")
     document = command("document", "every step that saw a document, and its loss there")
-    document.add_argument("document", help="its id, or #N for the N-th document of the dataset, #D:N of dataset D")
+    document.add_argument("document", help="its id, or #N for number N of the dataset, from 0, #D:N of dataset D")
     between = command("diff", "the documents seen between two checkpoints (needs duckdb)")
     between.add_argument("first", metavar="A", help="a checkpoint's name, or a number of steps done; 0: the beginning")
     between.add_argument("last", metavar="B", help="likewise, later")

@@ -12,6 +12,7 @@ from typing import Any
 from lit_data.tokenizers.hf_export import chat_templates
 from lit_data.tokenizers.sentencepiece_file import ModelType, PieceType
 from lit_data.tokenizers.tokenizer import JsonTokenizer, SentencepieceTokenizer, Tokenizer
+from lit_files.near_names import did_you_mean
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -26,6 +27,20 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "qwen2": [{"type": "Split", "pattern": {"Regex": _WORDS % ""}}, _NO_REGEX],
 }
 
+LLAMA_CPP_NAMES = tuple(
+    """
+    a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx
+    deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone exaone-moe exaone4 f2llmv2 falcon
+    falcon-h1 falcon3 gemma4 gigachat glm4 gpt-2 gpt-4o gpt3-finnish granite-docling granite-embed-multi-311m
+    granite-embed-multi-97m grok-2 hunyuan hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en jina-v2-code
+    jina-v2-de jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe llama-v3
+    llama3 llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2 modern-bert mpt olmo phi-2 pixtral
+    poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2
+    starcoder superbpe talkie tekken tiny_aya trillion ufakzeka viking whitespace youtu
+    """.split()
+)
+"""The names that llama.cpp's src/llama-vocab.cpp knows (commit 00ad355e); it refuses to load a file with another."""
+
 
 def gguf_tokenizer(
     tokenizer: Tokenizer, vocab_size: int, pre_tokenizer: str | None = None, *, bos: bool = False
@@ -34,8 +49,12 @@ def gguf_tokenizer(
 
     `pre_tokenizer` is a llama.cpp name, for byte-level BPE; None: the one equivalent to the file's.
     `bos`: training documents started with BOS, so texts do too.
-    Raises ValueError if llama.cpp would apply the tokenizer differently, or if it has more ids than the model.
+    Raises ValueError if llama.cpp would apply the tokenizer differently or does not know `pre_tokenizer`, or if the
+    tokenizer has more ids than the model.
     """
+    if pre_tokenizer is not None and pre_tokenizer not in LLAMA_CPP_NAMES:
+        near = did_you_mean(pre_tokenizer, LLAMA_CPP_NAMES) or f", such as {', '.join(PRE_TOKENIZERS)}"
+        raise ValueError(f"--pre_tokenizer {pre_tokenizer} is not a pre-tokenizer of llama.cpp{near}")
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model only {vocab_size}")
     if isinstance(tokenizer, SentencepieceTokenizer):

@@ -8,7 +8,7 @@ import torch
 from hf_checks import build, draw_tokens, transformers
 from running import script
 
-from lit_data.tokenizers.gguf import gguf_tokenizer
+from lit_data.tokenizers.gguf import LLAMA_CPP_NAMES, PRE_TOKENIZERS, gguf_tokenizer
 from lit_data.tokenizers.hf_export import HARD_STRINGS
 from lit_data.tokenizers.tokenizer import open_tokenizer
 from lit_model.config import ModelConfig, RopeScaling
@@ -231,6 +231,10 @@ def test_tokenizers_that_llama_cpp_would_apply_otherwise_are_refused(tmp_path):
     with pytest.raises(ValueError, match="splits words like none"):
         gguf_tokenizer(odd, 400)
     assert gguf_tokenizer(odd, 400, "llama-bpe")["tokenizer.ggml.pre"] == "llama-bpe"
+    for name, near in (("llama_bpe", "did you mean llama-bpe"), ("foo", "such as gpt-2, ")):
+        with pytest.raises(ValueError, match=f"--pre_tokenizer {name} is not a pre-tokenizer of llama.cpp.*{near}"):
+            gguf_tokenizer(odd, 400, name)
+    assert set(PRE_TOKENIZERS) < set(LLAMA_CPP_NAMES)
     with pytest.raises(ValueError, match="350 ids, the model only 300"):
         gguf_tokenizer(odd, 300)
     with pytest.raises(ValueError, match="normalises .*nmt_nfkc.*removes spaces"):

@@ -26,13 +26,25 @@ def main() -> None:
         "--word_budgets", action="store_true", help="write a run's checkpoints at word budgets as OUTPUT/chck_1M, ..."
     )
     args = parser.parse_args()
+    from lit_eval.model.model_tokenizer import find_tokenizer
     from pretrain.convert.export import export_to_hf, export_word_budgets
 
+    def warn(written: list[Path]) -> None:
+        if written and args.tokenizer is None and find_tokenizer(written[0]) is None:
+            print(
+                f"warning: {args.checkpoint} has no tokenizer beside it, so {args.output} has none either: give one by "
+                "--tokenizer",
+                file=sys.stderr,
+            )
+
     if args.word_budgets:
-        for folder, found in export_word_budgets(args.checkpoint, args.output, args.tokenizer).items():
+        exported = export_word_budgets(args.checkpoint, args.output, args.tokenizer)
+        for folder, found in exported.items():
             print(f"{found} -> {folder}" if found is not None else f"{folder} exists already; left unchanged")
+        warn([found for found in exported.values() if found is not None])
         return
     path = export_to_hf(args.checkpoint, args.output, args.tokenizer)
+    warn([path])
     print(f"{path} -> {args.output}: open it with AutoModelForCausalLM.from_pretrained({str(args.output)!r})")
 
 

@@ -153,6 +153,12 @@ def test_mistakes_are_named(run: Path, hf: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_without_a_tokenizer_is_warned_of(run: Path, tmp_path: Path) -> None:
+    done = running.script("convert_to_hf.py", "--checkpoint", run, "--output", tmp_path / "x")
+    assert done.returncode == 0 and done.stderr.startswith(f"warning: {run} has no tokenizer beside it")
+    assert "--tokenizer" in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_debug_config_generates_its_own_data(tmp_path: Path) -> None:
     """Two runs of configs/debug.yaml give the same weights; the export has the tokenizer used in preparation."""

@@ -18,6 +18,8 @@ from pretrain.cli.command_line import RESUMES, ScriptParser, end_on_ctrl_c, run_
 
 end_on_ctrl_c()
 
+REPO = re.compile(r"[\w.-]+/[\w.-]+")  # NAMESPACE/NAME
+
 
 def parser() -> ScriptParser:
     made = ScriptParser(description=__doc__)
@@ -56,6 +58,13 @@ def main() -> int:
         raise ValueError(
             "--to hub needs --license, such as apache-2.0 or other: the card states it, and it cannot be guessed"
         )
+    if args.repo is not None and not REPO.fullmatch(args.repo):
+        raise ValueError(f"--repo {args.repo} must be NAMESPACE/NAME, such as my-group/my-model")
+    if args.license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", args.license):
+        raise ValueError(
+            f"--license {args.license!r} must be an identifier of the Hugging Face hub (lower-case letters, digits, - and "
+            ".), such as apache-2.0 or other"
+        )
     if args.public and args.to != "hub":
         raise ValueError("--public belongs to --to hub")
     from pretrain.release.folder import FolderRelease
@@ -65,7 +74,7 @@ def main() -> int:
     from pretrain.release.verify import open_folder, verify
 
     if args.verify is not None:
-        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", args.verify) and not Path(args.verify).exists()
+        on_hub = REPO.fullmatch(args.verify) and not Path(args.verify).exists()
         if on_hub:
             opened = open_hub(Hub(args.verify, "--verify"), download=args.download)
         else:

@@ -286,6 +286,12 @@ def test_bad_input(run: Path, release: Path, copy: Path, tmp_path: Path, monkeyp
     assert "no such folder" in error("--verify", tmp_path / "nowhere")
     assert "needs --license" in error(run, *TO_HUB[:-2])
     assert "needs --repo" in error(run, "--to", "hub", "--license", "mit")
+    for option, value, message in (
+        ("--repo", "foo", "--repo foo must be NAMESPACE/NAME"),
+        ("--license", "bla bla", "--license 'bla bla' must be an identifier of the Hugging Face hub"),
+        ("--license", "Apache-2.0", "such as apache-2.0"),
+    ):
+        assert message in error(run, option, value) and message in error(run, option, value, "--to", tmp_path / "out")
     with open(run / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "the run is still training" in error(run, "--to", tmp_path / "out")

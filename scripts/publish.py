@@ -62,8 +62,8 @@ def main() -> int:
         raise ValueError(f"--repo {args.repo} must be NAMESPACE/NAME, such as my-group/my-model")
     if args.license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", args.license):
         raise ValueError(
-            f"--license {args.license!r} must be an identifier of the Hugging Face hub (lower-case letters, digits, - and "
-            ".), such as apache-2.0 or other"
+            f"--license {args.license!r} must be an identifier of the Hugging Face hub (lower-case letters, digits, - "
+            "and .), such as apache-2.0 or other"
         )
     if args.public and args.to != "hub":
         raise ValueError("--public belongs to --to hub")

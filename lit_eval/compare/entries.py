@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -52,12 +53,21 @@ class Entry:
 
 
 def read_entries(paths: Sequence[Path]) -> list[Entry]:
-    """Read the entries at some paths. Raises FileNotFoundError or ValueError naming a path that is not one."""
-    entries = [read_entry(path) for path in paths]
+    """Read the entries at some paths; one given twice is read once, with a warning on stderr.
+
+    Raises FileNotFoundError or ValueError naming a path that is not one.
+    """
+    first: dict[Path, Path] = {}
+    for path in paths:
+        if first.setdefault(path.resolve(), path) is not path:
+            print(
+                f"warning: {path} is given twice, also as {first[path.resolve()]}; it is listed once", file=sys.stderr
+            )
+    entries = [read_entry(path) for path in first.values()]
     for count in (1, 2, 3):  # equal names are prefixed with their parent folders
         repeated = {name for name, n in Counter(entry.name for entry in entries).items() if n > 1}
         for entry in entries:
-            parents = entry.path.resolve().parts[-1 - count : -count]
+            parents = entry.path.resolve().parts[1:][-1 - count : -count]
             if entry.name in repeated and parents:
                 entry.name = f"{parents[0]}/{entry.name}"
     seen: Counter[str] = Counter()

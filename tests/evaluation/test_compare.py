@@ -217,10 +217,17 @@ def test_no_interval_of_items_that_do_not_vary(tmp_path: Path) -> None:
     }
 
 
-def test_names_are_told_apart(tmp_path: Path) -> None:
+def test_names_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [write_run(tmp_path / top / "run", run_rows(2.0)) for top in "ab"]
     assert [e.name for e in read_entries(paths)] == ["a/run", "b/run"]
-    assert [e.name for e in read_entries([paths[0], paths[0]])] != ["a/run", "a/run"]
+    assert capsys.readouterr().err == ""
+    (link := tmp_path / "link").symlink_to(paths[0])
+    assert [e.name for e in read_entries([paths[0], tmp_path / "b" / ".." / "a" / "run", link])] == ["run"]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and warnings[1].startswith(f"warning: {link} is given twice, also as {paths[0]}")
+    results = [write_results(tmp_path / name, "model", {"x": [1.0, 0.0]}) for name in ("a.json", "b.json")]
+    here = "/".join(tmp_path.parts[-3:])
+    assert [e.name for e in read_entries(results)] == [f"{here}/model", f"{here}/model (2)"]
 
 
 def test_settings_missing_in_a_run_differ(tmp_path: Path) -> None:

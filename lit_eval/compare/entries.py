@@ -58,12 +58,12 @@ def read_entries(paths: Sequence[Path]) -> list[Entry]:
     Raises FileNotFoundError or ValueError naming a path that is not one.
     """
     first: dict[Path, Path] = {}
-    for path in paths:
-        if first.setdefault(path.resolve(), path) is not path:
-            print(
-                f"warning: {path} is given twice, also as {first[path.resolve()]}; it is listed once", file=sys.stderr
-            )
+    again = [path for path in paths if first.setdefault(path.resolve(), path) is not path]
     entries = [read_entry(path) for path in first.values()]
+    for path in again:
+        other = first[path.resolve()]
+        also = f", also as {other}" if str(other) != str(path) else ""
+        print(f"warning: {path} is given twice{also}; it is listed once", file=sys.stderr)
     for count in (1, 2, 3):  # equal names are prefixed with their parent folders
         repeated = {name for name, n in Counter(entry.name for entry in entries).items() if n > 1}
         for entry in entries:

@@ -54,5 +54,10 @@ class CacheRequest:
         for name in ("block_size", "k", "batch", "rows_per_file"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"--temperature {self.temperature} must be a number above 0")
+        for weight in self.weights or ():
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"--weights {weight} must be a number above 0")
         if self.weights is not None and len(self.weights) != len(self.teachers):
             raise ValueError(f"--weights has {len(self.weights)} numbers for {len(self.teachers)} teachers")

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_files.checkpoint_name import list_checkpoints
 from lit_files.nested_run import did_you_mean_run
 from lit_files.publish import replace_file
-from lit_model.load import MODEL_PREFIX, Checkpoint
+from lit_model.load import MODEL_PREFIX, Checkpoint, is_hf_folder
 from pretrain.checkpoint.commit import check_free_space
 from pretrain.convert.full_and_sharded import write_file
 
@@ -34,9 +34,18 @@ def average_checkpoints(paths: Sequence[Path], output: Path) -> None:
     """Write the mean of the weights, computed in float64, as a checkpoint file without optimizer state; atomic.
 
     Checkpoints may be full or sharded; one tensor of each is in memory at a time. The meta is that of the last path,
-    without its place in the data, and `averaged` lists the paths. Raises ValueError naming the path for an existing
-    output, a path given twice, checkpoints of different models or tokenizers, and damage.
+    without its place in the data, and `averaged` lists the paths. Raises ValueError naming the path for a run folder or
+    a Hugging Face folder, an existing output, a path given twice, checkpoints of different models or tokenizers, and
+    damage.
     """
+    for path in paths:
+        if path.is_dir() and list_checkpoints(path):
+            raise ValueError(
+                f"{path} is a run folder: name its checkpoints, such as {list_checkpoints(path)[-1]}, or give one run "
+                "with --last K"
+            )
+        if is_hf_folder(path):
+            raise ValueError(f"{path} is a Hugging Face folder: convert it with scripts/convert_from_hf.py first")
     if len(paths) < 2:
         raise ValueError(f"an average needs at least two checkpoints; got {', '.join(map(str, paths)) or 'none'}")
     twice = [path for path in paths if sum(path.resolve() == other.resolve() for other in paths) > 1]

@@ -151,6 +151,8 @@ def test_averages_that_make_no_sense_are_refused(run: Path, tmp_path: Path) -> N
         ((run / LAST, tmp_path / "other.pth"), "are different models: rope_base is 10000.0 and 500000.0"),
         ((run / LAST,), "at least two checkpoints"),
         ((run / LAST, run / LAST), "is given twice"),
+        ((run, run / LAST), f"{run} is a run folder: name its checkpoints, such as {run / LAST}, or give one run with"),
+        ((run,), "is a run folder"),
         ((run, "--last", 3), "holds 2 checkpoints"),
         ((run, "--last", 0), "at least two checkpoints"),
         ((run, "--last", -1), "at least two checkpoints"),

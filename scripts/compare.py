@@ -30,8 +30,6 @@ def main() -> None:
     args = parser.parse_args()
     check_file("--html", args.html, ".html")
     check_file("--png", args.png, ".png")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed} must not be negative")
     from lit_eval.compare.comparison import compare
     from lit_eval.compare.entries import read_entries
     from lit_eval.compare.learning_curves import draw, learning_curves

@@ -263,7 +263,8 @@ def list_topics(topics: Mapping[str, str]) -> str:
 
 
 class Once(argparse.Action):
-    """Stores a value. A repeated flag is an error, or extends the list if the flag takes several values."""
+    """Stores a value. A repeated flag is an error, or extends the list if the flag takes several values; so is a --seed
+    out of range."""
 
     def __call__(
         self,
@@ -273,6 +274,8 @@ class Once(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         assert isinstance(parser, ScriptParser)
+        if self.dest == "seed" and not 0 <= values < 2**63:  # in every script as in the trainer
+            raise ValueError(f"--seed {values} must be in [0, 2^63)")
         if option_string is not None and self.dest in parser.given:
             if self.nargs not in ("+", "*"):
                 raise argparse.ArgumentError(self, f"given twice: {parser.given[self.dest]} and {values}")

@@ -237,6 +237,22 @@ def test_a_repeated_flag_of_a_script_is_refused() -> None:
     assert done.returncode == 2 and "--seed: given twice: 1 and 2" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "make_synthetic.py --output a --tokens 5",
+        "prepare_data.py --input a --tokenizer b --output c",
+        "inspect_dataset.py a",
+        "generate.py --model a --prompt b",
+        "compare.py a",
+        "trace_data.py influence a --document b",
+    ],
+)
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range_is_refused(words: str, seed: int) -> None:
+    assert script_error(*words.split(), "--seed", seed) == f"error: --seed {seed} must be in [0, 2^63)\n"
+
+
 def test_a_repeated_list_flag_of_a_script_is_one_list() -> None:
     """--input a --input b c reads all three."""
     parser = ScriptParser()

@@ -130,12 +130,20 @@ def _evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
 
 
 def recognize(path: Path, values: dict[str, Any]) -> Format:
-    """The format that knows the most keys. Raises ValueError if none or several do."""
+    """The format that knows the most keys. Raises ValueError if several do, if it knows fewer than half, and for a
+    config of this project.
+    """
     known = {name: sum(kind.knows(key) for key in values) for name, kind in FORMATS.items()}
     most = max(known.values())
     best = [name for name, count in known.items() if count == most]
-    if most == 0 or len(best) > 1:
-        raise ValueError(f"{path}: its keys do not show which trainer it is for; give --from {'|'.join(FORMATS)}")
+    if sum(key in ORDER for key in values) > most:
+        raise ValueError(
+            f"{path} is a config of this project already: give it to pretrain/fabric_train.py by --config {path}"
+        )
+    if 2 * most < len(values) or len(best) > 1:
+        raise ValueError(
+            f"{path} was not recognized: its keys do not show which trainer it is for; give --from {'|'.join(FORMATS)}"
+        )
     return FORMATS[best[0]]
 
 
@@ -144,11 +152,11 @@ def check_known(path: Path, values: dict[str, Any], kind: Format) -> None:
     for key in values:
         if not kind.knows(key):
             near = _nearest(key, kind)
-            raise ValueError(f"{path}: {kind.title} has no key {key}; the nearest is {near}")
+            raise ValueError(f"{path}: {kind.title} has no key {key}{f'; the nearest is {near}' if near else ''}")
 
 
-def _nearest(key: str, kind: Format) -> str:
-    """The key with the same effect under another common name, else the one spelled most alike."""
+def _nearest(key: str, kind: Format) -> str | None:
+    """The key with the same effect under another common name, else the one spelled most alike; None: none is near."""
     last = key.rpartition(".")[2]
     for name, rule in kind.keys.items():
         if rule.ours in OTHER_NAMES.get(last, ()):
@@ -156,7 +164,7 @@ def _nearest(key: str, kind: Format) -> str:
     names = [name.removesuffix(".*") for name in kind.keys]
     ends = {name.rpartition(".")[2]: name for name in names}
     alike = difflib.get_close_matches(last, ends, n=1, cutoff=0.6)
-    return ends[alike[0]] if alike else difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+    return ends[alike[0]] if alike else next(iter(difflib.get_close_matches(key, names, n=1, cutoff=0.6)), None)
 
 
 def nested(settings: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lit_model.registry import MODELS
 from pretrain import fabric_train
 from pretrain.args import RunArgs, flat
 from pretrain.cli.run_parser import parse
-from pretrain.convert.foreign_config import convert_config, nested
+from pretrain.convert.foreign_config import convert_config, nested, read_settings, recognize
 from pretrain.convert.foreign_formats import FORMATS
 from pretrain.init_from import model_config
 
@@ -247,6 +248,17 @@ def test_the_script_refuses(tmp_path: Path) -> None:
     }.items():
         path.write_text(text)
         assert message in script_error("convert_config.py", path, "--output", output)
+    for own in sorted((ROOT / "configs").rglob("*.yaml")):
+        with pytest.raises(ValueError, match="is a config of this project already: .*--config"):
+            recognize(own, flat(read_settings(own)))
+    path.write_text(
+        json.dumps({"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "head_dim": 2, "use_cache": True})
+    )
+    assert f"{path} was not recognized: " in script_error("convert_config.py", path, "--output", output)
+    chosen = script_error("convert_config.py", path, "--output", output, "--from", "litgpt")
+    assert chosen.endswith("litgpt has no key model_type; the nearest is model_name\n")
+    path.write_text("zzzz: 1")
+    assert script_error("convert_config.py", path, "--output", output, "--from", "litgpt").endswith("no key zzzz\n")
     path.write_text(yaml.safe_dump(babyllama("llama-10M")))
     assert "BabyLM2025 has no key data.eval_path" in script_error(
         "convert_config.py", path, "--output", output, "--from", "babylm2025"

@@ -67,7 +67,7 @@ class Checkpoint:
             raise
         except DAMAGED as error:
             raise ValueError(
-                f"{self.path} is not a checkpoint written by this project, or it is damaged: {fault(error)}"
+                f"{self.path} is not a checkpoint written by this project, or it is damaged{fault(error)}"
             ) from error
 
     @functools.cached_property

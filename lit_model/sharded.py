@@ -94,9 +94,7 @@ def read_metadata(folder: Path) -> Metadata:
             raise ValueError(f"it is a {type(metadata).__name__}")
         _stored(metadata)
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(
-            f"{file} is not metadata written by this project, or it is damaged: {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"{file} is not metadata written by this project, or it is damaged{fault(error)}") from error
     return metadata
 
 
@@ -164,7 +162,7 @@ def load_into(folder: Path, tensors: Mapping[str, Tensor], *, no_dist: bool) -> 
             load(dict(tensors), storage_reader=SafeReader(folder), no_dist=no_dist)
         except CheckpointException as error:  # no subclass of Exception: it would pass every handler above
             first = next(iter(error.failures.values()))[0]
-            raise ValueError(f"{folder} is damaged, or was not written here: {fault(first)}") from error
+            raise ValueError(f"{folder} is damaged, or was not written here{fault(first)}") from error
 
 
 class ShardedTensors:
@@ -225,7 +223,7 @@ class ShardedTensors:
                     if buffer is not None:
                         drop_from_cache(file.fileno(), chunk.offset, chunk.length)
             except Exception as error:  # a damaged archive can raise anything
-                raise ValueError(f"{path} is damaged, or was not written here: {name}: {fault(error)}") from error
+                raise ValueError(f"{path} is damaged, or was not written here: {name}{fault(error)}") from error
         return whole
 
 

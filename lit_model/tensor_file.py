@@ -17,14 +17,15 @@ from lit_files.reading import regular
 DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError, EOFError)
 
 
-# torch's advice to users who trust the file, which nobody should follow after these errors.
-_ADVICE = re.compile(r"weights_only|Weights only load|documentation of torch|safe_globals|trusted source|file an issue")
-
-
 def fault(error: BaseException) -> str:
-    """The error's text without torch's advice to load the file anyway, which would run code in it."""
-    sentences = re.split(r"(?<=[.:])\s+|\s*\n\s*", str(error).strip())
-    return f"{type(error).__name__}: {' '.join(s for s in sentences if not _ADVICE.search(s))}".rstrip(": ")
+    """`: ` and the fault of the file, if the error is one of ours or names a refused class; else "": the messages of
+    Python and torch are about their own code.
+    """
+    if type(error) is ValueError:
+        return f": {' '.join(str(error).split())}"
+    if refused := re.search(r"GLOBAL ([\w.]+)", str(error)) or re.match(r"([\w.]+) is not allowed in", str(error)):
+        return f": it holds {refused[1]}, which is neither a tensor nor a plain value and is not opened"
+    return ""
 
 
 def open_tensor_file(path: Path) -> Any:
@@ -36,4 +37,6 @@ def open_tensor_file(path: Path) -> Any:
     except OSError as error:
         if error.filename is not None:
             raise
-        raise ValueError(f"it cannot be mapped: {error}") from error  # an empty file, or one cut in its header
+        raise ValueError("it is empty or truncated") from error
+    except ValueError as error:  # of Python or torch
+        raise pickle.UnpicklingError(str(error)) from error

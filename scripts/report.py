@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     check_file("--output", args.output, ".html")
     if not 0 <= args.record_s < float("inf"):
-        raise ValueError(f"--record_s {args.record_s} must not be negative")
+        raise ValueError(f"--record_s {args.record_s} must be a number of 0 or more")
     from lit_eval.compare.entries import read_entries
     from lit_eval.report.comparison_report import comparison_report
     from lit_eval.report.run_report import run_report

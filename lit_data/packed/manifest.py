@@ -116,6 +116,8 @@ def read_manifest(folder: Path) -> Manifest:
         hint = ""
         if (folder / "train" / MANIFEST).is_file():
             hint = f"; did you mean {folder / 'train'}?"
+        elif folder.is_file() and (folder.parent / MANIFEST).is_file():
+            hint = f"; did you mean {folder.parent}?"
         raise FileNotFoundError(
             f"{folder} is not a packed dataset: it has no "
             f"{MANIFEST}{hint or ' (make one with scripts/prepare_data.py)'}"

@@ -291,9 +291,7 @@ def _open_legacy(path: Path) -> dict[str, Tensor]:
     try:
         content = open_tensor_file(path)
     except DAMAGED as error:
-        raise ValueError(
-            f"{path} is damaged, or it holds more than tensors and is not opened: {fault(error)}"
-        ) from error
+        raise ValueError(f"{path} is damaged, or it holds more than tensors and is not opened{fault(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"{path} holds more than tensors by name")
     return content

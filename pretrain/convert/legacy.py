@@ -167,13 +167,13 @@ def read_file(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         classes = re.findall(r"GLOBAL ([\w.]+)", str(error))
         if not classes:
-            raise ValueError(f"{path} is damaged, or was not written by torch.save: {fault(error)}") from error
+            raise ValueError(f"{path} is damaged, or was not written by torch.save{fault(error)}") from error
         raise ValueError(
             f"{path} contains objects of {classes[0]}; loading them would run code from the file, so it is refused. "
             "Load it where it was made, keep only tensors and plain values, and save it again"
         ) from error
     except DAMAGED as error:
-        raise ValueError(f"{path} is damaged, or was not written by torch.save: {fault(error)}") from error
+        raise ValueError(f"{path} is damaged, or was not written by torch.save{fault(error)}") from error
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path} contains a {type(content).__name__}, not a state dict")
     if "meta" in content:

@@ -305,7 +305,11 @@ def test_commands(sweep: list[Path], tmp_path: Path) -> None:
 def test_bad_input_is_one_line(script: str, tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text('{"format": 1}')
     (tmp_path / "empty").mkdir()
-    for path, words in (("none", "nothing at"), ("broken.json", "model"), ("empty", "nothing to compare")):
+    (tmp_path / "metrics.csv").write_text("step,tokens\n1,2\n")
+    (tmp_path / "none.jsonl").touch()
+    cases = [("none", "nothing at"), ("broken.json", "model"), ("empty", "nothing to compare")]
+    no_checkpoint = "is not a checkpoint written by this project, or it is damaged\n"
+    for path, words in [*cases, ("metrics.csv", no_checkpoint), ("none.jsonl", no_checkpoint)]:
         command = [warm_python(), script, str(tmp_path / path)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and done.stdout == "", done

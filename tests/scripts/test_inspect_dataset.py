@@ -110,6 +110,7 @@ def test_verify_names_each_bad_file(dataset, tmp_path):
 def test_mistakes(dataset, tmp_path):
     for arguments, message in [
         ((tmp_path,), "is not a packed dataset"),
+        ((dataset / "manifest.json",), f"did you mean {dataset}?"),
         ((dataset, "--samples", -1), "--samples -1"),
         ((dataset, "--samples", 1, "--tokenizer", tmp_path / "none"), "no tokenizer at"),
     ]:

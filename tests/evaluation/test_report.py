@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_examples import examples
 from recorded_run import prepare, write
-from running import ROOT, flags, train
+from running import ROOT, flags, script_error, train
 from whole_record import read_record
 from written_runs import Page, write_results, write_run
 
@@ -330,6 +330,12 @@ def test_a_report_that_fails_is_a_warning(tmp_path: Path, capsys: pytest.Capture
     (run / "report.html").mkdir()
     write_report(run)
     assert "could not be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1.0"])
+def test_record_s_is_a_number_from_0(seconds: str, tmp_path: Path) -> None:
+    message = f"--record_s {seconds} must be a number of 0 or more"
+    assert message in script_error("report.py", tmp_path, "--record_s", seconds)
 
 
 def test_defaults_are_those_of_the_trainer(tmp_path: Path) -> None:

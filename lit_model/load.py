@@ -37,8 +37,8 @@ WITHOUT_TENSORS = "without_tensors"
 """In the meta of a published checkpoint file that has the facts of training, but neither weights nor optimizer."""
 
 
-class NewerFormatError(ValueError):
-    """A checkpoint written by a later version of the project, in a format that this one does not know."""
+class _NewerFormatError(Exception):
+    """Written by a later version of the project, in a format that this one does not know."""
 
 
 class Checkpoint:
@@ -58,13 +58,13 @@ class Checkpoint:
             if self.sharded:
                 if not (self.path / "meta.json").is_file():
                     raise ValueError("it has no meta.json")
-                self.meta: dict[str, Any] = _read_meta(read_bytes(self.path / "meta.json"), self.path)
+                self.meta: dict[str, Any] = _read_meta(read_bytes(self.path / "meta.json"))
             else:
                 self._file = open_tensor_file(self.path)
-                self.meta = _read_meta(self._file["meta"], self.path)
+                self.meta = _read_meta(self._file["meta"])
                 self._names = _names_of(self._file)
-        except NewerFormatError:
-            raise
+        except _NewerFormatError as error:
+            raise ValueError(f"{self.path} {error}") from None
         except DAMAGED as error:
             raise ValueError(
                 f"{self.path} is not a checkpoint written by this project, or it is damaged{fault(error)}"
@@ -180,13 +180,13 @@ _META = {
 """Types of the entries of a checkpoint's meta. Resuming checks them in detail."""
 
 
-def _read_meta(text: Any, path: Path) -> dict[str, Any]:
-    """A checkpoint's facts. Raises NewerFormatError, and ValueError where they are not of the types above."""
+def _read_meta(text: Any) -> dict[str, Any]:
+    """A checkpoint's facts. Raises _NewerFormatError, and ValueError where they are not of the types above."""
     meta = as_object(parse_json(text, "its meta"), "its meta")
     version = meta.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:  # before the types, which a newer format may change
-        raise NewerFormatError(
-            f"{path} has format version {version}; this version of the project reads checkpoints up to format version "
+        raise _NewerFormatError(
+            f"has format version {version}; this version of the project reads checkpoints up to format version "
             f"{FORMAT_VERSION}. Update the project to open it"
         )
     for name, kind in _META.items():

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -120,6 +120,19 @@ def named_faults(configs: list[str]) -> Iterator[None]:
         raise ValueError(f"{where} has settings that cannot be read: {error}") from error
 
 
+def check_sections(config: str, settings: Mapping[str, Any], kind: type, prefix: str = "") -> None:
+    """Raise ValueError for a section of a config, such as `model`, that holds a value in place of settings."""
+    for name, section in get_type_hints(kind).items():
+        if name not in settings or not is_section(section):
+            continue
+        value = settings[name]
+        if not isinstance(value, dict):
+            example = f"{prefix}{name}.{dataclasses.fields(section)[0].name}"
+            shown = "nothing" if value is None else f"{value!r:.60}"
+            raise ValueError(f"--config {config}: {prefix}{name} must hold settings, such as {example}, not {shown}")
+        check_sections(config, value, section, f"{prefix}{name}.")
+
+
 def parse(argv: list[str] | None = None) -> RunArgs:
     """Parse the command line into RunArgs, with the launcher's number of processes. Exits with a message and status 2
     on an unknown flag or invalid value; raises ValueError for settings that conflict with each other or the launcher.
@@ -133,7 +146,7 @@ def parse(argv: list[str] | None = None) -> RunArgs:
     known = [flag for action in parser._actions for flag in action.option_strings]
     given = read_words(argv, known)
     for config in given.configs:
-        read_config(config)  # before the parser reads it
+        check_sections(config, read_config(config), RunArgs)  # before the parser reads it
     with named_faults(given.configs):
         namespace: Namespace = parser.parse_args(given.words)
     layers = given.layers()

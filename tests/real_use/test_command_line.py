@@ -181,6 +181,21 @@ def test_a_file_in_place_of_a_folder_is_named(data: Path, tmp_path: Path) -> Non
     assert file.is_file()
 
 
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("model: 5", "model must hold settings, such as model.name, not 5"),
+        ("train:", "train must hold settings, such as train.max_steps, not nothing"),
+        ("data: {synthetic: [1]}", "data.synthetic must hold settings, such as data.synthetic.tokens, not [1]"),
+    ],
+)
+def test_a_value_in_place_of_a_section(text: str, error: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"--config {config}: {error}")):
+        fabric_train.parse([*BASE, "--config", str(config)])
+
+
 def test_suggested_flags_exist() -> None:
     """Suggestions only name existing flags."""
     known = {flag.removeprefix("--") for a in build_parser()._actions for flag in a.option_strings}

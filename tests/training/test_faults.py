@@ -187,8 +187,9 @@ def test_a_spike_without_a_rollback_target_ends_the_run(data: Path, tmp_path: Pa
     [
         ("stop", "false"),
         pytest.param("stop", "true", marks=pytest.mark.slow),
-        pytest.param("skip", "false", marks=pytest.mark.slow),
-        ("skip", "true"),
+        ("skip", "false"),
+        # Seldom the record is written while an unfinished checkpoint takes the last space: its failure ends the run.
+        pytest.param("skip", "true", marks=pytest.mark.slow),
     ],
 )
 def test_full_disk_during_a_save(

@@ -1,6 +1,6 @@
-"""Calls a function in a process of its own, which can be ended at any moment.
+"""Calls a function in a separate process, which can be killed at any moment.
 
-For long calls of native code: they heed a signal only once they are done, and may then report another error.
+For long calls into native code: these respond to a signal only after they return, and may then report another error.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ POLL_S = 0.1
 def in_child(function: Callable[[Iterator[T]], R], items: Iterable[T], hint: str = "") -> R:
     """Return function(items), computed by another process, to which the items are sent as they are read here.
 
-    The process is ended at once by Ctrl-C, SIGTERM, and an error while the items are read.
+    Ctrl-C, SIGTERM and an error while reading the items kill that process at once.
 
     Args:
         function: defined in a module of the project; picklable, like the items and what the function returns or raises.
-        hint: appended to the error of a process that ended before its function.
+        hint: appended to the error message if the process dies.
 
-    Raises what the function raises; ValueError if its process ended before that, killed for lack of memory for example.
+    Raises what the function raises, or ValueError if its process dies first, for example for lack of memory.
     """
     with tempfile.TemporaryFile() as answered:
         process = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(ROOT)], stdin=subprocess.PIPE, stdout=answered,
-            process_group=0,  # Ctrl-C reaches only this process
+            process_group=0,  # a Ctrl-C in the terminal reaches only the parent
             preexec_fn=end_with_parent(),
         )  # fmt: skip
         try:
@@ -58,7 +58,7 @@ def in_child(function: Callable[[Iterator[T]], R], items: Iterable[T], hint: str
             failed, result = pickle.load(answered)
         except (EOFError, pickle.UnpicklingError):
             raise ValueError(
-                f"a process of this command ended without a result (status {process.returncode}), perhaps for lack of "
+                f"a subprocess ended without a result (status {process.returncode}); it may have run out of "
                 f"memory{hint}"
             ) from None
     if failed:
@@ -72,7 +72,7 @@ def _send(function: Callable[[Iterator[T]], R], items: Iterable[T], pipe: IO[byt
             try:
                 pickle.dump(message, pipe)
             except OSError:
-                return  # the process has ended; its answer says why
+                return  # the process has ended; its result says why
     finally:
         with contextlib.suppress(OSError):
             pipe.close()
@@ -85,10 +85,10 @@ def _batches(items: Iterable[T]) -> Iterator[list[T]]:
 
 
 def answer() -> None:
-    """The other process: read a function and its items from standard input, write the result to standard output."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, which has no process groups of this kind
+    """In the other process: read a function and its items from standard input, write its result to standard output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows, where `process_group` has no effect
     with os.fdopen(os.dup(1), "wb") as output:
-        os.dup2(2, 1)  # what native code prints is no result
+        os.dup2(2, 1)  # so that what native code prints does not mix with the result
         source = sys.stdin.buffer
         function = pickle.load(source)
         result: tuple[bool, object]

@@ -59,9 +59,9 @@ def open_database(
 
 @contextlib.contextmanager
 def _signals_end_statements(database: Any) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the block as they end other code. After the exception of a signal's handler, DuckDB
-    waits until its other threads have ended their part of the statement, which can be all of it, unless it is
-    interrupted; and it raises another exception, which does not name the signal."""
+    """Let Ctrl-C and SIGTERM end the block as they end other code. When a signal handler raises, DuckDB first waits for
+    its other threads, which may run the whole statement, unless it is interrupted; and it raises another exception
+    instead, which does not name the signal."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,8 +1,7 @@
-"""Signals that arrive where an exception of their handler would be lost, or would break something, are sent again."""
+"""Sends a signal again later where the exception that its handler raises would be lost or do damage."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import signal
 import sys
@@ -20,7 +19,7 @@ _waiting: set[int] = set()
 
 
 def send_again(number: int) -> None:
-    """Send a signal to the main thread in a moment; once, however often it arrives in the meantime."""
+    """Send a signal to the main thread after AGAIN_S; only once, however often this is called until then."""
     if number in _waiting:
         return
 
@@ -30,14 +29,16 @@ def send_again(number: int) -> None:
 
     timer = threading.Timer(AGAIN_S, send)
     timer.daemon = True
-    with contextlib.suppress(RuntimeError):  # no thread starts while Python ends
+    _waiting.add(number)  # before the start: the timer removes it
+    try:
         timer.start()
-        _waiting.add(number)
+    except RuntimeError:  # Python is shutting down and starts no threads
+        _waiting.discard(number)
 
 
 def after_imports(handler: Handler) -> Handler:
-    """The handler, called once the main thread imports nothing: an exception in the middle of an import can end the
-    process (torch, in C++) or become another one (numpy's ImportError)."""
+    """Wrap a signal handler so that it waits until the main thread has finished importing: an exception in the middle
+    of an import can abort the process (torch, in C++) or turn into another one (an ImportError of numpy's)."""
 
     @functools.wraps(handler)
     def handle(number: int, frame: FrameType | None) -> None:

@@ -38,5 +38,5 @@ def open_tensor_file(path: Path) -> Any:
         if error.filename is not None:
             raise
         raise ValueError("it is empty or truncated") from error
-    except ValueError as error:  # of Python or torch
+    except ValueError as error:  # by Python or torch; `fault` passes on only ours
         raise pickle.UnpicklingError(str(error)) from error

@@ -133,8 +133,10 @@ def fit_to_launch(args: RunArgs, typed: Collection[str], configured: Collection[
 
 
 def share_batch(args: RunArgs, world_size: int, typed: Collection[str]) -> tuple[RunArgs, list[str]]:
-    """The settings with the largest micro-batch, up to theirs, of which each device takes a whole number in a step, and
-    a message if that is another one. Unchanged if none fits, or if the micro-batch is typed or measured."""
+    """Lower the micro-batch to the largest one that divides each device's rows of a step, and say so in a message.
+
+    Unchanged if it divides them already, if the rows do not divide over the devices, or if the micro-batch was typed or
+    is measured (`auto`)."""
     if "train.micro_batch_samples" in typed or (fitting := _fitting(args.train, world_size)) is None:
         return args, []
     line = (

@@ -63,7 +63,7 @@ PROMPTS = (
     ("ROMEO\nWhat light", 4),
 )
 OWN = ("val_input", "config", "split_documents", "vocab_size", "val_fraction")  # flags for a text of your own
-WRITTEN = ("data", "tokenizer", "run", "hf")  # in --output
+WRITTEN = ("data", "tokenizer", "run", "hf")  # folders in --output
 START_OVER = ", or start over with --fresh"
 RESERVED_TOKENS = 24  # of the context, for the prompt
 SHORTEST_COPY = 4  # tokens of a copy from the training text that is shown
@@ -225,19 +225,19 @@ Guides to your own corpus, evaluating, publishing and the rest: docs/index.md"""
 
 
 def check_folder(top: Path, args: argparse.Namespace) -> None:
-    """Raise ValueError if the folder to work in holds what is not of an earlier call, where a call writes, and --fresh
-    removes."""
+    """Raise ValueError if the folder to work in already holds files of someone else's where this command writes and
+    --fresh deletes, or if the text is there."""
     top = top.resolve()
     for name in (*(args.input or ()), *(args.val_input or ())):
         text = (ROOT / name).resolve()
         if any(text.is_relative_to(top / folder) or (top / folder).is_relative_to(text) for folder in WRITTEN):
             raise ValueError(
-                f"{name} and what this command writes to {top}, and --fresh removes, lie in one another: choose "
+                f"{name} overlaps the folders that this command writes in {top} and that --fresh deletes: choose "
                 "another --output"
             )
     theirs = [folder for folder in WRITTEN if os.path.lexists(top / folder)]
     if theirs and not (top / STATE).exists():
-        raise ValueError(f"{top / theirs[0]} exists, and this command has not written it: choose another --output")
+        raise ValueError(f"{top / theirs[0]} exists and was not written by this command: choose another --output")
 
 
 def main() -> int:

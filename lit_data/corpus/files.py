@@ -146,12 +146,12 @@ def list_files(inputs: Iterable[str | Path | TextFile], errors: ReadErrors | Non
 
 
 def check_output_is_outside(output: Path, inputs: Iterable[str], flag: str = "--output") -> None:
-    """Raise ValueError if the output would lie in a folder of text, where the next call would read it."""
+    """Raise ValueError if the output is inside an input folder, where the next call would read it as text."""
     for folder in inputs:
         if Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve()):
             raise ValueError(
-                f"{flag} {output} lies in the folder of text {folder}, and would be read as text by another call: "
-                "choose a folder outside"
+                f"{flag} {output} is inside the input folder {folder}, where the next call would read it as text: "
+                "choose a folder outside it"
             )
 
 

@@ -53,7 +53,7 @@ def gguf_tokenizer(
     tokenizer has more ids than the model.
     """
     if pre_tokenizer is not None and pre_tokenizer not in LLAMA_CPP_NAMES:
-        near = did_you_mean(pre_tokenizer, LLAMA_CPP_NAMES) or f", such as {', '.join(PRE_TOKENIZERS)}"
+        near = did_you_mean(pre_tokenizer, LLAMA_CPP_NAMES) or f"; it knows {', '.join(PRE_TOKENIZERS)} and others"
         raise ValueError(f"--pre_tokenizer {pre_tokenizer} is not a pre-tokenizer of llama.cpp{near}")
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model only {vocab_size}")

@@ -52,7 +52,7 @@ MAX_VOCAB_SIZE = 10_000_000  # trainers preallocate it; ten times the largest vo
 TEXT_CHARACTERS = 1 << 16  # longer documents are split for the trainer; bounds its memory
 LINE_CHARACTERS = 1 << 12
 LINE_BYTES = 4 * (LINE_CHARACTERS + 1)
-LESS_TEXT = "; train on less text: --max_sample_mb"
+LESS_TEXT = "; train on less text with --max_sample_mb"
 
 
 def train_tokenizer(settings: TokenizerSettings, errors: ReadErrors | None = None) -> Tokenizer:

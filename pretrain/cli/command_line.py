@@ -263,8 +263,8 @@ def list_topics(topics: Mapping[str, str]) -> str:
 
 
 class Once(argparse.Action):
-    """Stores a value. A repeated flag is an error, or extends the list if the flag takes several values; so is a --seed
-    out of range."""
+    """Stores a value. A repeated flag is an error, or extends the list if the flag takes several values. A --seed
+    out of range is an error."""
 
     def __call__(
         self,
@@ -300,7 +300,7 @@ class ScriptParser(argparse.ArgumentParser):
     where the topic is the first word of the title.
 
     Args:
-        other_flags: whether the script takes flags that are not added here, by `parse_known_args`.
+        other_flags: whether the script also takes flags that this parser does not have, by `parse_known_args`.
     """
 
     def __init__(self, *arguments: Any, other_flags: bool = False, **settings: Any) -> None:
@@ -437,8 +437,8 @@ INSTALLED |= {"jsonargparse", "yaml", "rich"}
 
 
 def end_on_ctrl_c() -> None:
-    """Make Ctrl-C exit this script with one line and status 130, also between its imports, which take seconds; and a
-    Python without the project's packages with one line that says so.
+    """Make Ctrl-C exit this script with one line and status 130 from now on, after the import in which it arrives; and
+    a Python without the project's packages with one line that says so.
     """
     repeat_ignored_signals()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -504,8 +504,8 @@ def raised_by_import(error: BaseException) -> bool:
 
 
 def check_file(flag: str, file: Path | None, *endings: str) -> None:
-    """Raise ValueError unless a file of this name can be written: with one of the endings, which no other file of the
-    project has, and in a folder."""
+    """Raise ValueError unless the file has one of the endings, so that it replaces no file of another kind, and can be
+    created in its folder."""
     if file is None:
         return
     if file.suffix.lower() not in endings:

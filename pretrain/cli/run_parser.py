@@ -121,7 +121,7 @@ def named_faults(configs: list[str]) -> Iterator[None]:
 
 
 def check_sections(config: str, settings: Mapping[str, Any], kind: type, prefix: str = "") -> None:
-    """Raise ValueError for a section of a config, such as `model`, that holds a value in place of settings."""
+    """Raise ValueError if a section of a config, such as `model`, is a single value instead of settings."""
     for name, section in get_type_hints(kind).items():
         if name not in settings or not is_section(section):
             continue

@@ -5,10 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from running import ROOT
+
+from lit_files.signals import send_again
 
 MODULE = """
 import os, signal, time
@@ -45,3 +48,16 @@ def test_a_signal_waits_for_the_end_of_an_import(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (status, "imported\n", text)
+
+
+def test_a_signal_that_is_sent_again_early_can_be_sent_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timer may end before `send_again` does; a later signal must not be taken for one that still waits."""
+    monkeypatch.setattr(threading.Timer, "start", lambda timer: timer.function())
+    arrived: list[int] = []
+    usual = signal.signal(signal.SIGUSR1, lambda number, frame: arrived.append(number))
+    try:
+        for count in (1, 2):
+            send_again(signal.SIGUSR1)
+            assert arrived == [signal.SIGUSR1] * count
+    finally:
+        signal.signal(signal.SIGUSR1, usual)

@@ -231,7 +231,7 @@ def test_tokenizers_that_llama_cpp_would_apply_otherwise_are_refused(tmp_path):
     with pytest.raises(ValueError, match="splits words like none"):
         gguf_tokenizer(odd, 400)
     assert gguf_tokenizer(odd, 400, "llama-bpe")["tokenizer.ggml.pre"] == "llama-bpe"
-    for name, near in (("llama_bpe", "did you mean llama-bpe"), ("foo", "such as gpt-2, ")):
+    for name, near in (("llama_bpe", "did you mean llama-bpe"), ("foo", "it knows gpt-2, ")):
         with pytest.raises(ValueError, match=f"--pre_tokenizer {name} is not a pre-tokenizer of llama.cpp.*{near}"):
             gguf_tokenizer(odd, 400, name)
     assert set(PRE_TOKENIZERS) < set(LLAMA_CPP_NAMES)

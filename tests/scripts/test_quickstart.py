@@ -127,8 +127,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fresh", [(), ("--fresh",)])
 def test_folders_of_the_user_are_kept(fresh: tuple[str, ...], tmp_path: Path) -> None:
-    """--fresh removes only what an earlier call wrote, and never its input; nothing else is taken for an earlier
-    call's."""
+    """--fresh deletes only what an earlier call wrote, never the input, and other folders are not mistaken for that."""
     for folder in ("mine", "other"):
         (tmp_path / folder).mkdir()
     mine, other = write_texts(tmp_path / "mine" / "data"), write_texts(tmp_path / "other" / "texts")
@@ -137,12 +136,12 @@ def test_folders_of_the_user_are_kept(fresh: tuple[str, ...], tmp_path: Path) ->
     def refused(text: Path, output: str) -> str:
         return script_error("quickstart.py", "--input", text, "--output", tmp_path / output, *fresh)
 
-    assert "lie in one another: choose another --output" in refused(mine, "mine")
-    assert "lie in one another" in refused(tmp_path, "new")
-    assert f"{mine} exists, and this command has not written it" in refused(other, "mine")
+    assert "overlaps the folders that this command writes" in refused(mine, "mine")
+    assert "overlaps the folders" in refused(tmp_path, "new")
+    assert f"{mine} exists and was not written by this command" in refused(other, "mine")
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "mine" / "pipeline.json").write_text("{}")  # of an earlier call
-    assert "lie in one another" in refused(mine, "mine") and mine.is_dir()
+    assert "overlaps the folders" in refused(mine, "mine") and mine.is_dir()
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def test_skipped_documents_are_counted_and_named(tmp_path, corpus):
 
 
 def test_an_output_in_a_folder_of_text(tmp_path: Path) -> None:
-    """Another call would read it as text."""
+    """The next call would read it as text."""
     (tmp_path / "text" / "more").mkdir(parents=True)
     (tmp_path / "text" / "a.txt").write_text("ein Text\n" * 99)
     (tmp_path / "link").symlink_to(tmp_path / "text")
@@ -133,5 +133,5 @@ def test_an_output_in_a_folder_of_text(tmp_path: Path) -> None:
     for output in (tmp_path / "text" / "out", tmp_path / "text" / "more" / "out", tmp_path / "link" / "out"):
         for name, *words in (("train_tokenizer.py", "--vocab_size", 300), ("prepare_data.py", "--tokenizer", tmp_path)):
             error = script_error(name, "--input", tmp_path / "text", *words, "--output", output)
-            assert f"--output {output} lies in the folder of text {tmp_path / 'text'}" in error
+            assert f"--output {output} is inside the input folder {tmp_path / 'text'}" in error
     assert sorted(tmp_path.rglob("*")) == before
